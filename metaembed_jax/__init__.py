@@ -1,0 +1,14 @@
+"""MetaEmbed in JAX: multimodal retrieval with nested sets of vectors (arXiv 2509.18095).
+
+    import metaembed_jax as me
+    model = me.MetaEmbed.from_pretrained("runs/tiny")
+    scores = me.maxsim(model.encode_query(["cloud snow"]), model.encode_document([image]), budget=(4, 8))
+"""
+
+from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.groups import GROUPS
+from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
+from metaembed_jax.late_interaction.maxsim import maxsim
+from metaembed_jax.model import MetaEmbed
+
+__all__ = ["GROUPS", "MetaEmbed", "UserError", "matryoshka_loss", "maxsim"]

@@ -1,0 +1,124 @@
+"""What the backbones share: linear maps, norms, gated feed-forwards, rotary angles, attention, and the scan over a stack.
+
+A layer is written for one layer and created for a whole stack: every parameter takes a leading `[L]` when `layers=L` is
+given, and `scan_layers` runs the stack with one compiled body.
+
+B batch, S sequence, T keys, D model width, F feed-forward width, H heads, G key/value heads, K head width, L layers.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from metaembed_jax.sharding import constrain
+
+
+def param(rngs: nnx.Rngs, initializer: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...], layers: int | None = None) -> nnx.Param:
+    """A float32 parameter that knows the meaning of its axes; `layers` puts a stack axis in front."""
+    if layers is None:
+        return nnx.Param(initializer(rngs.params(), shape), logical_axes=axes)
+    keys = jax.random.split(rngs.params(), layers)
+    return nnx.Param(jax.vmap(lambda key: initializer(key, shape))(keys), logical_axes=("layers", *axes))
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias` in the dtype of x."""
+
+    def __init__(self, inputs: int, outputs: int, *, axes: tuple[str | None, str | None], bias: bool, rngs: nnx.Rngs, layers: int | None = None):
+        self.kernel = param(rngs, jax.nn.initializers.lecun_normal(), (inputs, outputs), axes, layers)
+        self.bias = param(rngs, jax.nn.initializers.zeros, (outputs,), axes[1:], layers) if bias else None
+
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, computed in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, *, epsilon: float, rngs: nnx.Rngs, layers: int | None = None):
+        self.scale = param(rngs, jax.nn.initializers.ones, (width,), (None,), layers)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        return x32.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)), the feed-forward of LLaMA and its heirs (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool, rngs: nnx.Rngs, layers: int | None = None):
+        self.gate = Linear(width, hidden, axes=("embed", "mlp"), bias=bias, rngs=rngs, layers=layers)
+        self.up = Linear(width, hidden, axes=("embed", "mlp"), bias=bias, rngs=rngs, layers=layers)
+        self.down = Linear(hidden, width, axes=("mlp", "embed"), bias=bias, rngs=rngs, layers=layers)
+
+    def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        hidden_BSF = jax.nn.silu(self.gate(x_BSD)) * self.up(x_BSD)
+        return self.down(constrain(hidden_BSF, "batch", None, "mlp"))
+
+
+def rotate(x_BSHK: Float[Array, "B S H K"], cos_BSK: Float[Array, "B S K"], sin_BSK: Float[Array, "B S K"]) -> Float[Array, "B S H K"]:
+    """Rotary embedding in the two-halves convention (arXiv 2104.09864, as `apply_rotary_pos_emb` of transformers), in float32."""
+    x32 = x_BSHK.astype(jnp.float32)
+    first, second = jnp.split(x32, 2, axis=-1)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (x32 * cos_BSK[:, :, None] + rotated * sin_BSK[:, :, None]).astype(x_BSHK.dtype)
+
+
+def inverse_frequencies(width: int, theta: float) -> Float[Array, "half"]:
+    """theta^(-2i / width) for i < width / 2, float32."""
+    return 1.0 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+
+
+def attention(
+    query_BSHK: Float[Array, "B S H K"],
+    key_BTGK: Float[Array, "B T G K"],
+    value_BTGK: Float[Array, "B T G K"],
+    key_mask_BT: Bool[Array, "B T"],
+    causal: bool,
+) -> Float[Array, "B S H K"]:
+    """Softmax attention with grouped heads; the softmax is float32. A row that may see nothing returns finite numbers.
+
+    With `causal` the queries are the last S of the T positions. For T = 4, S = 2 and a first key of padding:
+
+        keys     0 1 2 3
+        query 2  . x x .
+        query 3  . x x x
+    """
+    mask = key_mask_BT[:, None, None, :]
+    if causal:
+        S, T = query_BSHK.shape[1], key_BTGK.shape[1]
+        mask = mask & jnp.tril(jnp.ones((S, T), bool), k=T - S)
+    return jax.nn.dot_product_attention(query_BSHK, key_BTGK, value_BTGK, mask=mask, implementation="xla")
+
+
+def scan_layers(stack: nnx.Module, x: Array, flags: Int[Array, "L"] | None, *context, checkpoint: bool, unroll: int) -> Array:
+    """Runs `layer(x, flag, *context)` for each layer of a stack, compiled once.
+
+    Args:
+      stack: a module whose every parameter has a leading layer axis.
+      flags: one value per layer (say, its kind of attention), or None.
+      context: what every layer reads alike (masks, angles).
+      checkpoint: recompute each layer in the backward pass and keep only its input.
+      unroll: layers to a turn of the loop.
+    """
+    graph, state = nnx.split(stack)
+
+    def body(x, layer):
+        layer_state, flag = layer
+        return nnx.merge(graph, layer_state)(x, flag, *context), None
+
+    if checkpoint:
+        body = jax.checkpoint(body)
+    return jax.lax.scan(body, x, (state, flags), unroll=unroll)[0]
+
+
+def split_last(stack: nnx.Module) -> tuple[nnx.Module, nnx.Module]:
+    """A stack without its last layer, and that layer."""
+    graph, state = nnx.split(stack)
+    return nnx.merge(graph, jax.tree.map(lambda x: x[:-1], state)), nnx.merge(graph, jax.tree.map(lambda x: x[-1], state))

@@ -1,0 +1,135 @@
+"""The checkpoints of a run: the latest few and the best, written by Orbax in the background.
+
+    <workdir>/checkpoints/<step>/parameters    what inference reads
+    <workdir>/checkpoints/<step>/optimizer     with it, all that the next training step needs
+
+Batch n is a pure function of (config, n), so the step is also the position in the data.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from metaembed_jax.errors import UserError
+
+UNREADABLE = (ValueError, OSError, KeyError, RuntimeError, json.JSONDecodeError)
+
+
+class RunCheckpoints:
+    """Saves and restores what a run has trained. The best by its metric stays beside the latest `keep`."""
+
+    def __init__(self, workdir: Path, keep: int = 1):
+        logging.set_verbosity(logging.ERROR)  # Orbax narrates every step of its work
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep),
+                preservation_policy.BestN(lambda metrics: metrics["metric"], n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=lambda metrics: metrics["metric"])
+        self.directory = (workdir / "checkpoints").absolute()
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """Saved steps, latest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def best_step(self) -> int | None:
+        """The step with the highest metric; of those without any validation, the latest."""
+        best = self._manager.best_step()
+        return self._manager.latest_step() if best is None else best
+
+    def save(self, step: int, parameters: dict, optimizer, metric: float | None) -> None:
+        """Copies the arrays off their devices and writes them in the background.
+
+        Raises:
+          UserError: this or the save before it could not be written; what was saved earlier stands.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(parameters=ocp.args.StandardSave(parameters), optimizer=ocp.args.StandardSave(optimizer))
+        self._writing(lambda: self._manager.save(step, args=items, metrics=None if metric is None else {"metric": metric}, force=True))
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk. Raises UserError as `save`."""
+        self._writing(self._manager.wait_until_finished)
+
+    def restore_latest(self, parameters: dict, optimizer, report: Callable[[str], None]) -> tuple[int, dict, object] | None:
+        """(step, parameters, optimizer state) of the latest checkpoint that can be read, or None where there is none.
+
+        Args:
+          parameters, optimizer: shapes, dtypes and shardings to restore onto.
+          report: called with a line for each checkpoint that is passed over.
+
+        Raises:
+          UserError: there are checkpoints and none can be read, or their shapes are another model's.
+        """
+        for step in self.steps():
+            try:
+                self._check_shapes(step, parameters)
+                items = ocp.args.Composite(
+                    parameters=ocp.args.StandardRestore(parameters), optimizer=ocp.args.StandardRestore(optimizer)
+                )
+                restored = self._manager.restore(step, args=items)
+                return step, restored["parameters"], restored["optimizer"]
+            except UserError:
+                raise
+            except UNREADABLE as error:
+                report(f"{self.directory / str(step)} cannot be read ({_first_line(error)}); falling back to the checkpoint before")
+        if self.steps():
+            raise UserError(f"{self.directory}: none of its checkpoints can be read; move the folder away to start anew")
+        return None
+
+    def restore_parameters(self, step: int, parameters: dict) -> dict:
+        """The parameters of one checkpoint, on the shardings of `parameters`.
+
+        Raises:
+          UserError: it cannot be read, or its shapes are another model's.
+        """
+        try:
+            self._check_shapes(step, parameters)
+            return self._manager.restore(step, args=ocp.args.Composite(parameters=ocp.args.StandardRestore(parameters)))["parameters"]
+        except UserError:
+            raise
+        except UNREADABLE as error:
+            raise UserError(f"{self.directory / str(step)} cannot be read: {_first_line(error)}") from error
+
+    def discard_after(self, step: int) -> None:
+        """Deletes checkpoints later than `step`: those that could not be read, which training writes anew."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
+    def close(self) -> None:
+        """Waits for what is being written, and frees the threads."""
+        self.wait()
+        self._manager.close()
+
+    def _check_shapes(self, step: int, parameters: dict) -> None:
+        found = jax.tree.map(lambda leaf: tuple(leaf.shape), self._manager.item_metadata(step)["parameters"].tree)
+        found, wanted = dict(_leaves(found)), dict(_leaves(jax.tree.map(lambda leaf: tuple(leaf.shape), parameters)))
+        for path in sorted(found.keys() | wanted.keys()):
+            if found.get(path) != wanted.get(path):
+                has, wants = found.get(path, "nothing"), wanted.get(path, "nothing")
+                raise UserError(f"{self.directory / str(step)} is of another model: {path} has {has} there, and the config asks for {wants}")
+
+    def _writing(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except (OSError, ValueError, RuntimeError) as error:
+            kept = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self.directory}: saving failed ({_first_line(error)}); checkpoints kept: {kept}") from error
+
+
+def _leaves(tree: dict) -> list[tuple[str, tuple[int, ...]]]:
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, tuple))[0]
+    return [(".".join(str(key.key) for key in path), leaf) for path, leaf in flat]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

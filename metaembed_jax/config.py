@@ -1,0 +1,149 @@
+"""The keys of a run's configuration, with their defaults, and the flags that change them.
+
+`configs/*.py` start from `default_config()` and set what differs; the result is locked, so a misspelt key is an error.
+"""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from metaembed_jax.backbones import family
+from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.groups import GROUPS, validate_groups
+from metaembed_jax.network import ModelConfig
+
+
+def default_config() -> ConfigDict:
+    """Every key there is. Values here are the recipe's; what has no sensible default is empty."""
+    config = ConfigDict()
+    config.name = ""  # names the folder runs/<name>
+    config.seed = 0
+    config.init_from = ""  # a run to start the weights from
+
+    config.backbone = "qwen2_5_vl"
+    config.architecture = ConfigDict()  # the keys of Hugging Face's config.json
+    config.query_tokens = 16
+    config.candidate_tokens = 64
+    config.embedding_dim = 0  # width of the head; 0: none
+    config.dtype = "bfloat16"  # of activations and matmuls; float32 for parity
+    config.checkpoint_layers = True  # recompute layers in the backward pass
+    config.unroll_layers = 1  # layers to a turn of the loop over a stack
+
+    config.groups = GROUPS  # budgets trained together, nested
+    config.temperature = 0.03
+    config.normalization = "code"  # code: mean over groups; paper: sum
+
+    config.data = ConfigDict()
+    config.data.dir = "data"  # prepared sources; what is missing is prepared
+    config.data.sources = (("icons", 1.0),)  # (name in metaembed_jax.data.sources, weight)
+    config.data.negatives = 0  # hard negatives a pair
+    config.data.query_shapes = ((64, 0),)  # (tokens, patches), smallest first
+    config.data.candidate_shapes = ((64, 64),)
+    config.data.min_pixels = 28 * 28
+    config.data.max_pixels = 1024 * 28 * 28
+    config.data.augment = False  # random size and place of training drawings
+    config.data.curriculum = ()  # boards: ((until step, fewest icons, most icons), ...)
+
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: all devices that the others leave
+    config.batch_size = 32  # pairs a step, over all devices
+    config.microbatch_size = 32  # pairs encoded at once
+    config.steps = 1000
+    config.optimizer = ConfigDict(
+        dict(learning_rate=1e-4, warmup_steps=500, decay="linear", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+    )
+
+    config.log_every = 10  # steps
+    config.validate_every = 250
+    config.save_every = 250
+    config.keep_checkpoints = 2  # besides the best
+    return config.lock()
+
+
+def load_config(flag: str, overrides: dict[str, str]) -> ConfigDict:
+    """Reads `--config=FILE[:ARG]` and applies `--config.key=value` flags.
+
+    Raises:
+      UserError: no such file, no such key, or a value of another type.
+    """
+    path, _, argument = flag.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--config={path}: no such file")
+    spec = importlib.util.spec_from_file_location("metaembed_config", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(argument or None)
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    for key, text in overrides.items():
+        _override(config, key, text)
+    return config
+
+
+def _override(config: ConfigDict, key: str, text: str) -> None:
+    *parents, leaf = key.split(".")
+    node = config
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, ConfigDict) else None
+    if not isinstance(node, ConfigDict) or leaf not in node:
+        known = ", ".join(node.keys()) if isinstance(node, ConfigDict) else ", ".join(config.keys())
+        raise UserError(f"--config.{key}: no such key; there are {known}")
+    old = node[leaf]
+    if isinstance(old, ConfigDict):
+        raise UserError(f"--config.{key}: is a group of keys; set one of {', '.join(old.keys())}")
+    node[leaf] = _parse(key, text, old)
+
+
+def _parse(key: str, text: str, old):
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(old):
+        raise UserError(f"--config.{key}={text}: expected {type(old).__name__}, as in {old!r}")
+    return value
+
+
+def model_config(config: ConfigDict) -> ModelConfig:
+    """The network that a run's configuration asks for."""
+    return ModelConfig(
+        backbone=config.backbone,
+        architecture=family(config.backbone).Config.from_huggingface(config.architecture.to_dict()),
+        query_tokens=config.query_tokens,
+        candidate_tokens=config.candidate_tokens,
+        embedding_dim=config.embedding_dim,
+        dtype=config.dtype,
+        checkpoint=config.checkpoint_layers,
+        unroll=config.unroll_layers,
+    )
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses what cannot be run, before any work is done.
+
+    Raises:
+      UserError: names the key, its value, and what would do.
+    """
+    validate_groups(config.groups, config.query_tokens, config.candidate_tokens)
+    if config.batch_size % config.microbatch_size:
+        raise UserError(f"config.microbatch_size={config.microbatch_size} does not divide config.batch_size={config.batch_size}")
+    _choice(config, "dtype", ("float32", "bfloat16"))
+    _choice(config, "normalization", ("code", "paper"))
+    for key in ("batch_size", "microbatch_size", "steps", "log_every", "validate_every", "save_every", "keep_checkpoints", "temperature"):
+        if config[key] <= 0:
+            raise UserError(f"config.{key}={config[key]} must be positive")
+    if config.optimizer.decay not in ("linear", "cosine"):
+        raise UserError(f"config.optimizer.decay={config.optimizer.decay!r}: expected linear or cosine")
+    if config.optimizer.warmup_steps >= config.steps:
+        raise UserError(f"config.optimizer.warmup_steps={config.optimizer.warmup_steps} must be below config.steps={config.steps}")
+
+
+def _choice(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:
+    if config[key] not in known:
+        raise UserError(f"config.{key}={config[key]!r}: expected {' or '.join(known)}")

@@ -1,0 +1,239 @@
+"""Boards: page retrieval in miniature. A candidate is a page of icons at random places and sizes; the query names one or two of them.
+
+Pages of the validation and test splits are fixed and lie on disk; they hold icons of that split only, each of them on three pages. On disk a
+page's query text names all its icons in order, separated by ", "; `retrieval` makes the queries of one and of two names from it.
+Training pages are never stored: page n of epoch e is composed when it is asked for, a pure function of (seed, e, n), from icons of the
+training split only.
+
+The source stands on the icons source and prepares it first.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+from PIL import Image
+from tqdm import tqdm
+
+from metaembed_jax.data.sources import icons, records
+from metaembed_jax.errors import UserError
+
+NAME = "boards"
+VERSION = "1.0.0"
+SIDE = 224  # pixels of a page
+LARGEST = 84  # pixels of an icon's canvas on a page
+FEWEST, MOST = 4, 9  # icons of a fixed page
+ROUNDS = 3  # how many fixed pages an icon is on
+PAGE_SEED = 0  # of the fixed pages, part of what the version names
+SEPARATOR = ", "
+
+
+def cells(count: int, random: np.random.Generator) -> list[tuple[int, int, int, int]]:
+    """Cuts the page at random into `count` disjoint, roughly square cells (left, top, width, height), in no particular order."""
+
+    def cut(left, top, width, height, count):
+        if count == 1:
+            return [(left, top, width, height)]
+        first = count // 2 + (count % 2 and int(random.integers(2)))
+        share = first / count * random.uniform(0.9, 1.1)
+        if width * random.uniform(0.9, 1.1) >= height:
+            part = round(width * share)
+            return cut(left, top, part, height, first) + cut(left + part, top, width - part, height, count - first)
+        part = round(height * share)
+        return cut(left, top, width, part, first) + cut(left, top + part, width, height - part, count - first)
+
+    return cut(0, 0, SIDE, SIDE, count)
+
+
+def compose(drawings: Sequence[Image.Image], random: np.random.Generator) -> Image.Image:
+    """A page, mode L, of the drawings (mode L), each in a cell of its own at a random place and size."""
+    page = Image.new("L", (SIDE, SIDE), 255)
+    for drawing, (left, top, width, height) in zip(drawings, cells(len(drawings), random), strict=True):
+        room = min(width, height, LARGEST)
+        side = int(random.integers(round(0.75 * room), room, endpoint=True))
+        x, y = random.integers(0, (width - side, height - side), endpoint=True)
+        page.paste(drawing.resize((side, side), Image.Resampling.BILINEAR), (left + int(x), top + int(y)))
+    return page
+
+
+def name_some(names: Sequence[str], random: np.random.Generator) -> str:
+    """One or (where there are two) with the same chance two of the names, in random order, as a query says them."""
+    count = min(len(names), int(random.integers(1, 2, endpoint=True)))
+    return SEPARATOR.join(names[number] for number in random.permutation(len(names))[:count])
+
+
+class Drawings(Sequence):
+    """The drawings of one split of the icons source, each decoded once, when it is first asked for: (name, image of mode L)."""
+
+    def __init__(self, data_dir: str | Path, split: str):
+        self.found = records.open_split(Path(data_dir) / icons.NAME, icons.VERSION, split)
+        self.decoded = [None] * len(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __getitem__(self, row: int) -> tuple[str, Image.Image]:
+        if self.decoded[row] is None:
+            record = self.found[row]
+            self.decoded[row] = record["query"]["text"], Image.open(io.BytesIO(record["positive"]["image"])).convert("L")
+        return self.decoded[row]
+
+
+class Pages(Sequence):
+    """Training pages, composed when asked for.
+
+    Every epoch deals out all icons anew, `MOST` to a page; how many of them the page shows depends on the step, by the curriculum. So
+    two pages of an epoch never share an icon, and a page that does not answer a query rarely shows what it names.
+
+    Args:
+      curriculum: ((until step, fewest icons, most icons), ...), by rising step; the last entry holds for ever. Empty: 4 to 9.
+    """
+
+    def __init__(self, drawings: Sequence[tuple[str, Image.Image]], seed: int, curriculum: Sequence[tuple[int, int, int]] = ()):
+        self.drawings, self.seed = drawings, seed
+        self.curriculum = tuple(curriculum) or ((0, FEWEST, MOST),)
+        for _, fewest, most in self.curriculum:
+            if not 1 <= fewest <= most <= MOST:
+                raise UserError(f"config.data.curriculum={self.curriculum}: icons of a page must be 1 <= fewest <= most <= {MOST}")
+        steps = [until for until, _, _ in self.curriculum]
+        if steps != sorted(steps):
+            raise UserError(f"config.data.curriculum={self.curriculum}: its steps must rise")
+        if len(drawings) < MOST:
+            raise UserError(f"boards: {len(drawings)} training icons are too few for a page of {MOST}")
+        self._dealt = (-1, None)
+
+    def __len__(self) -> int:
+        """Pages of an epoch."""
+        return len(self.drawings) // MOST
+
+    def __getitem__(self, row: int) -> dict:
+        return self.compose(row, 0, 0)
+
+    def icons_at(self, step: int) -> tuple[int, int]:
+        """Fewest and most icons of a page at a step."""
+        return next((bounds for until, *bounds in self.curriculum if step < until), self.curriculum[-1][1:])
+
+    def compose(self, row: int, epoch: int, step: int) -> dict:
+        random = np.random.default_rng([self.seed, epoch, row])
+        fewest, most = self.icons_at(step)
+        count = int(random.integers(fewest, most, endpoint=True))
+        names, images = zip(*(self.drawings[number] for number in self._deal(epoch)[row * MOST : row * MOST + count].tolist()), strict=True)
+        return {
+            "query": {"text": name_some(names, random)},
+            "positive": {"image": compose(images, random)},
+            "negatives": [],
+            "source": NAME,
+        }
+
+    def _deal(self, epoch: int) -> np.ndarray:
+        dealt = self._dealt  # read once: several threads compose, and one may be an epoch ahead
+        if dealt[0] != epoch:
+            dealt = self._dealt = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.drawings))
+        return dealt[1]
+
+
+def deal_fixed(names: Sequence[str], random: np.random.Generator) -> list[list[int]]:
+    """Which icons lie on which fixed page: `FEWEST` to `MOST` on each, every icon on `ROUNDS` pages, no name twice on a page."""
+    pages = []
+    for _ in range(ROUNDS):
+        left = random.permutation(len(names)).tolist()
+        while left:
+            # A page may take any number that leaves none or enough for another page.
+            sizes = [size for size in range(FEWEST, MOST + 1) if len(left) == size or len(left) - size >= FEWEST]
+            if not sizes:
+                raise UserError(f"boards: {len(left)} icons of a split do not fill pages of {FEWEST} to {MOST}")
+            size, page = int(random.choice(sizes)), []
+            for number in left:
+                if len(page) < size and all(names[number] != names[other] for other in page):
+                    page.append(number)
+            if len(page) < size:
+                raise UserError(f"boards: {len(left)} icons of a split have too few different names for a page of {size}")
+            pages.append(page)
+            chosen = set(page)
+            left = [number for number in left if number not in chosen]
+    return pages
+
+
+def fixed_pages(drawings: Sequence[tuple[str, Image.Image]], split: str) -> Iterator[dict]:
+    """The records of a split's fixed pages."""
+    random = np.random.default_rng([PAGE_SEED, records.SPLITS.index(split)])
+    names = [name for name, _ in drawings]
+    for page in tqdm(deal_fixed(names, random), desc=f"boards: composing {split} pages", unit="page", mininterval=0.5):
+        png = io.BytesIO()
+        compose([drawings[number][1] for number in page], random).save(png, "png")
+        text = SEPARATOR.join(names[number] for number in page)
+        yield {"query": {"text": text}, "positive": {"image": png.getvalue()}, "source": NAME}
+
+
+class Boards(tfds.core.GeneratorBasedBuilder):
+    """Writes the fixed pages as ArrayRecord."""
+
+    VERSION = tfds.core.Version(VERSION)
+    name = NAME
+
+    def __init__(self, *, pages: dict[str, list[dict]] = (), **kwargs):
+        self.pages = pages
+        super().__init__(**kwargs)
+
+    def _info(self):
+        return self.dataset_info_from_configs(features=records.features(), description=__doc__)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in self.pages}
+
+    def _generate_examples(self, split):
+        for number, record in enumerate(self.pages[split]):
+            yield number, records.to_example(record)
+
+
+def prepare(data_dir: str | Path) -> dict:
+    """Prepares the icons and writes the fixed pages to `data_dir`/boards; already done, does nothing.
+
+    Returns:
+      The marker: {"version", "fingerprint", "pages"}. It is written last: killed before that, the next call starts anew.
+    """
+    base = icons.prepare(data_dir)
+    directory = Path(data_dir) / NAME
+    if (marker := records.read_marker(directory, VERSION)) and marker["icons"] == base["fingerprint"]:
+        return marker
+    pages = {split: list(fixed_pages(Drawings(data_dir, split), split)) for split in ("validation", "test")}
+    records.write(Boards(pages=pages, data_dir=str(data_dir), file_format="array_record"))
+    digest = hashlib.sha256()
+    for record in (record for split in pages for record in pages[split]):
+        digest.update(record["query"]["text"].encode() + b"\0" + hashlib.sha256(record["positive"]["image"]).digest())
+    marker = {
+        "version": VERSION,
+        "fingerprint": digest.hexdigest()[:16],
+        "icons": base["fingerprint"],
+        "pages": {split: len(found) for split, found in pages.items()},
+    }
+    records.write_marker(directory, marker)
+    print(f"boards: pages {marker['pages']}, fingerprint {marker['fingerprint']}")
+    return marker
+
+
+def training(data_dir: str | Path, config: ConfigDict) -> Pages:
+    """Training pages, by `config.data.curriculum`."""
+    return Pages(Drawings(data_dir, "train"), config.seed, config.data.curriculum)
+
+
+def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:
+    """A split as a search task: a query for every name of the split, and one for two names of each page; relevant is every page that
+    shows all the names of the query."""
+    found = records.open_split(Path(data_dir) / NAME, VERSION, split)
+    pages = [(record["query"]["text"].split(SEPARATOR), record["positive"]["image"]) for record in found]
+    holders: dict[str, set[int]] = {}
+    for number, (names, _) in enumerate(pages):
+        for name in names:
+            holders.setdefault(name, set()).add(number)
+    random = np.random.default_rng(PAGE_SEED)
+    pairs = {tuple(names[number] for number in random.permutation(len(names))[:2]) for names, _ in pages}
+    queries = [(name,) for name in sorted(holders)] + sorted(pairs)
+    relevance = [set.intersection(*(holders[name] for name in query)) for query in queries]
+    return records.Retrieval(
+        [{"text": SEPARATOR.join(query)} for query in queries], [{"image": image} for _, image in pages], relevance
+    )

@@ -1,0 +1,90 @@
+"""The mesh, and the one table that says how arrays lie on it.
+
+Parameters, activations, optimizer state and checkpoints name their axes by meaning ("batch", "mlp", ...); `RULES`
+maps each meaning to axes of the mesh. Nothing else in the package knows a mesh axis but the loss and the search, which
+are written with `shard_map`.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from metaembed_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+RULES = {
+    "batch": BATCH_AXES,
+    "layers": None,
+    "embed": "fsdp",
+    "vocabulary": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "patch": None,
+    "output": None,
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
+    """A mesh with axes `MESH_AXES`; one size may be -1, which takes all devices that the others leave.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    named = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"config.mesh ({named}): sizes are positive, and at most one is -1 (all remaining devices)")
+    if -1 in sizes:
+        known = -int(np.prod(sizes))
+        sizes[sizes.index(-1)] = len(devices) // known
+    if int(np.prod(sizes)) != len(devices):
+        raise UserError(f"config.mesh ({named}) does not fit {len(devices)} devices: the sizes must multiply to that number")
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Over how many shards the batch axis is split."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
+    """The sharding of an array whose axes have these meanings.
+
+    With `shape`, a dimension that its mesh axes do not divide is replicated, so that any mesh can hold any model.
+    """
+    spec = []
+    for dimension, name in enumerate(logical_axes):
+        axes = RULES[name] if name is not None else None
+        if axes is not None and shape is not None:
+            size = int(np.prod([mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes)]))
+            axes = axes if shape[dimension] % size == 0 else None
+        spec.append(axes)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Pins an activation to the rules table on the mesh of `jax.set_mesh`; without one it is the identity."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, named_sharding(mesh, logical_axes, x.shape))
+
+
+def parameter_shardings(mesh: Mesh, state: nnx.State) -> dict:
+    """The sharding of every parameter of an abstract state, from the `logical_axes` each was created with, as nested dicts."""
+
+    def of(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(named_sharding(mesh, variable.get_metadata()["logical_axes"], variable.shape))
+
+    return nnx.to_pure_dict(jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, nnx.Variable)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,73 @@
+"""Where the figures of a run go: the terminal, a JSONL file, and TensorBoard where tensorboardX is installed."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class MetricsWriter:
+    """Writes one line a step to metrics.jsonl, and shows the latest in a progress bar.
+
+    Args:
+      workdir: the folder of the run.
+      first_step: steps after it are written anew, so what the file has of them is dropped.
+      steps: of the whole run, for the bar.
+    """
+
+    def __init__(self, workdir: Path, first_step: int, steps: int):
+        path = workdir / "metrics.jsonl"
+        _truncate(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._bar = tqdm(total=steps, initial=first_step, desc=workdir.name, unit="step", dynamic_ncols=True)
+        self._board = None
+        if importlib.util.find_spec("tensorboardX"):
+            import tensorboardX
+
+            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """Adds a line for `step`."""
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+
+    def show(self, **figures: float) -> None:
+        """Puts figures beside the bar."""
+        self._bar.set_postfix({name: f"{value:.3g}" for name, value in figures.items()}, refresh=False)
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._bar.write(line)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._bar.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    """Keeps the lines of steps up to `last_step`; a line cut short by a kill goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > last_step:
+                break
+        except (json.JSONDecodeError, KeyError):
+            break
+        kept.append(line + "\n")
+    temporary = path.with_name("metrics.jsonl.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,86 @@
+"""The folder of a run: what it is a run of, so that no other config ever writes into it.
+
+    run.json          the config
+    tokenizer.json    the vocabulary it was trained with
+    checkpoints/      see metaembed_jax.checkpoints.runs
+    metrics.jsonl     a line every few steps
+    results.json, quality.png    the evaluation on the test split
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from metaembed_jax.errors import UserError
+
+# What may change between the parts of one run, because it changes no number.
+FREE_KEYS = ("mesh", "log_every", "keep_checkpoints", "data.dir")
+
+
+def claim(workdir: Path, config: ConfigDict, tokenizer: Path) -> None:
+    """Makes the folder this config's, or finds that it is.
+
+    Raises:
+      UserError: it is another config's run (names the keys), or something else.
+    """
+    record = workdir / "run.json"
+    if record.exists():
+        _compare(workdir, _plain(config), _read(record)["config"])
+        return
+    if workdir.exists() and any(path.name != "tokenizer.json" and not path.name.endswith(".tmp") for path in workdir.iterdir()):
+        raise UserError(f"{workdir} exists and is no run: choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(tokenizer, workdir / "tokenizer.json")
+    temporary = workdir / "run.json.tmp"
+    temporary.write_text(json.dumps({"config": _plain(config)}, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, record)
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of a run.
+
+    Raises:
+      UserError: it is no run.
+    """
+    record = Path(workdir) / "run.json"
+    if not record.is_file():
+        raise UserError(f"{workdir} is no run of train.py: it has no run.json")
+    return ConfigDict(_tuples(_read(record)["config"]))
+
+
+def _read(record: Path) -> dict:
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{record} cannot be read: {error}") from error
+
+
+def _plain(config: ConfigDict) -> dict:
+    return json.loads(config.to_json())
+
+
+def _tuples(value):
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _compare(workdir: Path, ours: dict, theirs: dict) -> None:
+    ours, theirs = _flat(ours), _flat(theirs)
+    different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key) and not key.startswith(FREE_KEYS)]
+    if different:
+        key = different[0]
+        raise UserError(
+            f"{workdir} is a run of another config: {key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+            f"{f', and {len(different) - 1} more keys differ' if different[1:] else ''}; choose another --workdir"
+        )
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,271 @@
+"""Prompts against the strings of the recipe tokenized whole, positions against transformers, and batches."""
+
+import json
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from metaembed_jax.data.images import ImageConfig, patchify
+from metaembed_jax.data.prompts import SPECIAL_TOKENS, Processor, ShapeClass, collate
+from metaembed_jax.errors import UserError
+
+CONFIG = ImageConfig(min_pixels=56 * 56, max_pixels=60 * 28 * 28)
+CORPUS = ["user\nQuery: a red car", "Describe the image.", "user\nQuery: été 漢字 naïve", "Query: Query: airplane lock\n\n  snow"]
+TEXTS = ["a red car", "  two  spaces ", "\n\nlines\n", "été 漢字 👩‍👩‍👧 Ωμέγα", "e\u0301 decomposed", "Query: again", "", "\x00\u200b", "مرحبا"]
+END = "<|im_end|><|endoftext|>"
+QUERY_END = END + "<|endoftext|>" * 10 + "\n"
+
+
+def train_tokenizer():
+    """A small byte-level BPE, normalised and split as Qwen's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    return tokenizer
+
+
+TOKENIZER = train_tokenizer()
+PROCESSOR = Processor(TOKENIZER, CONFIG)
+IDS = {token: TOKENIZER.token_to_id(token) for token in SPECIAL_TOKENS}
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def whole(string):
+    """The recipe's string, tokenized in one piece with special tokens recognised."""
+    return TOKENIZER.encode(string, add_special_tokens=False).ids
+
+
+def visual(image):
+    grid = patchify(image, CONFIG).grid
+    return f"<|vision_start|>{'<|image_pad|>' * (grid[0] * grid[1])}<|vision_end|>"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_prompts_are_the_strings_of_the_recipe(text):
+    image = noise(101, 67)
+    for item, middle in [
+        ({"text": text}, lambda prefix: f"{prefix}{text}"),
+        ({"text": text, "image": image}, lambda prefix: visual(image) + prefix + (text or "Describe the image.")),
+        ({"image": image}, lambda prefix: visual(image) + prefix + "Describe the image."),
+    ]:
+        assert PROCESSOR.query(item).tokens.tolist() == whole("<|im_start|>user\n" + middle("Query: ") + QUERY_END)
+        assert PROCESSOR.candidate(item).tokens.tolist() == whole("<|im_start|>user\n" + middle("") + END)
+
+
+def test_prompts_equal_the_tokenizer_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=TOKENIZER)
+    for text in TEXTS:
+        expected = fast(f"<|im_start|>user\nQuery: {text}{QUERY_END}", add_special_tokens=False)["input_ids"]
+        assert PROCESSOR.query({"text": text}).tokens.tolist() == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+@example("\u0301")  # composes with what stands before it
+@example("\nQuery")
+def test_any_text_is_tokenized_in_one_string_with_its_prompt(text):
+    if any(token in text for token in SPECIAL_TOKENS):
+        return
+    assert PROCESSOR.query({"text": text}).tokens.tolist() == whole(f"<|im_start|>user\nQuery: {text}{QUERY_END}")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "a red", " ", "<|", "pad|>", "é"]), max_size=6).map("".join))
+def test_special_strings_of_the_user_stay_text(text):
+    for processor in (PROCESSOR, pickle.loads(pickle.dumps(PROCESSOR))):
+        example = processor.candidate({"text": text, "image": noise(56, 56)})
+        counts = {token: (example.tokens == number).sum() for token, number in IDS.items()}
+        expected = dict.fromkeys(SPECIAL_TOKENS, 1) | {"<|image_pad|>": 4}
+        assert counts == expected
+        assert (example.visual_index >= 0).tolist() == (example.tokens == IDS["<|image_pad|>"]).tolist()
+        start = example.tokens.tolist().index(IDS["<|vision_end|>"]) + 1
+        assert TOKENIZER.decode(example.tokens[start:-2].tolist(), skip_special_tokens=False) == (text or "Describe the image.")
+
+
+def test_the_given_tokenizer_is_left_alone():
+    tokenizer = train_tokenizer()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=50)
+    example = Processor(tokenizer, CONFIG).candidate({"text": "a red car"})
+    assert example.tokens.tolist() == whole(f"<|im_start|>user\na red car{END}")
+    assert tokenizer.truncation and tokenizer.padding and not tokenizer.encode_special_tokens
+
+
+@pytest.mark.parametrize("size", [(101, 67), (56, 56), (60, 300), (333, 90), (28, 1500)])
+@pytest.mark.parametrize("text", ["", "été 漢字"])
+def test_positions_equal_get_rope_index(size, text):
+    torch = pytest.importorskip("torch")
+    reference = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl").Qwen2_5_VLModel
+    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2, tokens_per_second=2))
+    model = SimpleNamespace(config=config)
+    model.get_vision_position_ids = lambda *args, **kwargs: reference.get_vision_position_ids(model, *args, **kwargs)
+    examples = [
+        PROCESSOR.query({"text": text, "image": noise(*size)}),
+        PROCESSOR.candidate({"image": noise(*size[::-1])}),
+        PROCESSOR.query({"text": text}),
+    ]
+    batch = collate(examples, ShapeClass(200, 4 * 64 * 16))
+    kinds = (batch["tokens"] == IDS["<|image_pad|>"]) & batch["mask"]
+    grids = [[1, 2 * example.patches.grid[0], 2 * example.patches.grid[1]] for example in examples if example.patches]
+    positions, _ = reference.get_rope_index(
+        model,
+        torch.tensor(batch["tokens"]).long(),
+        torch.tensor(kinds.astype(np.int32)),
+        torch.tensor(grids),
+        attention_mask=torch.tensor(batch["mask"].astype(np.int32)),
+    )
+    expected = positions.numpy().transpose(1, 0, 2)
+    kept = np.broadcast_to(batch["mask"][:, None], expected.shape)
+    np.testing.assert_array_equal(batch["positions"][kept], expected[kept])
+
+
+def test_image_tokens_point_at_their_units_in_window_order():
+    image = noise(28 * 7, 28 * 5)
+    example = PROCESSOR.candidate({"image": image, "text": "a"})
+    assert example.patches.grid == (5, 7)
+    tokens = example.visual_index >= 0
+    corners = example.patches.positions.reshape(-1, 4, 2)[example.visual_index[tokens], 0] // 2
+    np.testing.assert_array_equal(corners, np.stack(np.divmod(np.arange(35), 7), axis=1))
+    start = np.flatnonzero(tokens)[0]
+    np.testing.assert_array_equal(example.positions[1:, tokens].T - start, corners)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(min_size=1, max_size=60) | st.text(alphabet=" \n\te\u0301漢👩‍", min_size=1, max_size=60), st.integers(0, 40))
+def test_truncation_cuts_only_the_end_of_the_users_text(text, spare):
+    image = noise(56, 84)
+    for side in (PROCESSOR.query, PROCESSOR.candidate):
+        for item in ({"text": text}, {"text": text, "image": image}):
+            limit = len(whole_prompt(side, "", item.get("image"))) + spare
+            full, cut = side(item).tokens.tolist(), side(item, max_tokens=limit).tokens.tolist()
+            assert len(cut) <= limit
+            if len(full) <= limit:
+                assert cut == full
+            else:
+                assert cut in [whole_prompt(side, text[:n], item.get("image")) for n in range(len(text))]
+
+
+def whole_prompt(side, text, image):
+    prefix, end = ("Query: ", QUERY_END) if side == PROCESSOR.query else ("", END)
+    return whole(f"<|im_start|>user\n{visual(image) if image else ''}{prefix}{text}{end}")
+
+
+def test_truncation_keeps_the_most_that_fits():
+    words = "a red car " * 50
+    fixed = len(PROCESSOR.candidate({"text": ""}).tokens)
+    for room in (1, 7, 40):
+        cut = PROCESSOR.candidate({"text": words}, max_tokens=fixed + room)
+        assert len(cut.tokens) == fixed + room
+
+
+def test_no_room_for_prompt_or_image_is_an_error():
+    with pytest.raises(UserError, match="^row 3: prompt and image alone are 4 tokens over the limit"):
+        image = noise(112, 112)
+        PROCESSOR.candidate({"image": image}, max_tokens=len(PROCESSOR.candidate({"image": image}).tokens) - 4, name="row 3")
+    with pytest.raises(UserError, match="^row 3: prompt and image alone"):
+        PROCESSOR.query({"text": "a red car"}, max_tokens=8, name="row 3")
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        ({}, "neither text nor image"),
+        ({"text": None, "image": None}, "neither text nor image"),
+        ({"text": b"bytes"}, "the text is a bytes"),
+        ({"text": "\ud800"}, "not valid Unicode"),
+        ({"image": b"junk"}, "cannot be read"),
+        ({"image": Image.new("RGB", (900, 2))}, "over 200 times"),
+    ],
+)
+def test_bad_items_are_named(item, message):
+    with pytest.raises(UserError, match=f"^icons row 9: .*{message}"):
+        PROCESSOR.query(item, name="icons row 9")
+
+
+def test_collate_pads_tokens_on_the_left_and_patches_at_the_end():
+    examples = [
+        PROCESSOR.query({"text": "a red car"}),
+        PROCESSOR.query({"text": "cloud", "image": noise(130, 90)}),
+        PROCESSOR.candidate({"image": noise(90, 200)}),
+    ]
+    batch = collate(examples, ShapeClass(tokens=80, patches=256))
+    assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
+        "tokens": ((3, 80), "int32"),
+        "positions": ((3, 3, 80), "int32"),
+        "mask": ((3, 80), "bool"),
+        "visual_index": ((3, 80), "int32"),
+        "patches": ((3, 256, 588), "uint8"),
+        "patch_positions": ((3, 256, 2), "int32"),
+        "patch_mask": ((3, 256), "bool"),
+    }
+    for row, example in enumerate(examples):
+        n = len(example.tokens)
+        np.testing.assert_array_equal(batch["tokens"][row, -n:], example.tokens)
+        np.testing.assert_array_equal(batch["positions"][row, :, -n:], example.positions)
+        np.testing.assert_array_equal(batch["visual_index"][row, -n:], example.visual_index)
+        assert batch["mask"][row].tolist() == [False] * (80 - n) + [True] * n
+        assert (batch["visual_index"][row, :-n] == -1).all()
+        p = len(example.patches.mask) if example.patches else 0
+        if p:
+            np.testing.assert_array_equal(batch["patches"][row, :p], example.patches.patches)
+            np.testing.assert_array_equal(batch["patch_positions"][row, :p], example.patches.positions)
+            np.testing.assert_array_equal(batch["patch_mask"][row, :p], example.patches.mask)
+        assert not batch["patch_mask"][row, p:].any() and not batch["patches"][row, p:].any()
+    assert set(collate(examples[:1], ShapeClass(80, 0))) == {"tokens", "positions", "mask", "visual_index"}
+
+
+@pytest.mark.parametrize("shape", [ShapeClass(80, 0), ShapeClass(80, 64), ShapeClass(20, 256)])
+def test_collate_refuses_what_does_not_fit(shape):
+    examples = [PROCESSOR.candidate({"text": "a"}), PROCESSOR.candidate({"image": noise(130, 90)})]
+    with pytest.raises(UserError, match=f"^row 1 .* holds {shape.tokens} and {shape.patches}"):
+        collate(examples, shape)
+
+
+@pytest.mark.parametrize("layout", ["preprocessor_config.json", "processor_config.json"])
+def test_from_directory(tmp_path, layout):
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    preprocessor = {"size": {"shortest_edge": 3136, "longest_edge": 10**7}, "patch_size": 14, "merge_size": 2}
+    nested = preprocessor if layout == "preprocessor_config.json" else {"image_processor": preprocessor}
+    (tmp_path / layout).write_text(json.dumps(nested))
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"window_size": 56}}))
+    processor = Processor.from_directory(tmp_path, max_visual_tokens=9)
+    assert processor.image_config == ImageConfig(3136, 9 * 784, window_size=56)
+    np.testing.assert_array_equal(processor.query({"text": "a"}).tokens, PROCESSOR.query({"text": "a"}).tokens)
+
+
+@pytest.mark.parametrize("broken", ["tokenizer.json", "preprocessor_config.json", "config.json"])
+def test_from_directory_names_what_is_broken(tmp_path, broken):
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / broken).write_text("{")
+    with pytest.raises(UserError, match=broken):
+        Processor.from_directory(tmp_path)
+
+
+def test_a_tokenizer_of_another_family_is_refused():
+    with pytest.raises(UserError, match="lacks .*image_pad"):
+        Processor(Tokenizer(models.BPE()), CONFIG)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in SPECIAL_TOKENS])
+    with pytest.raises(UserError, match="does not mark .*image_pad"):
+        Processor(tokenizer, CONFIG)

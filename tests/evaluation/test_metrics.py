@@ -1,0 +1,121 @@
+"""The metrics against pytrec_eval (no ties), against brute force (ties), and the bootstrap against its definition."""
+import itertools
+
+import numpy as np
+import pytest
+import pytrec_eval
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation import metrics
+
+
+@st.composite
+def rankings(draw, ties: bool):
+    """scores [Q, N] and relevance bool [Q, N], at least one relevant candidate per query."""
+    queries, candidates = draw(st.integers(1, 5)), draw(st.integers(1, 30 if not ties else 6))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    if ties:
+        scores = random.integers(-1, 2, (queries, candidates)) / 2
+    else:
+        scores = random.permuted(np.tile(np.linspace(-3, 80, candidates), (queries, 1)), axis=1)
+    relevant = random.random((queries, candidates)) < draw(st.sampled_from([0.05, 0.3, 0.9]))
+    relevant[np.arange(queries), random.integers(candidates, size=queries)] = True
+    return scores.astype(draw(st.sampled_from([np.float32, np.float64]))), relevant
+
+
+@settings(deadline=None)
+@given(rankings(ties=False))
+def test_equal_to_pytrec_eval_without_ties(ranking):
+    scores, relevant = ranking
+    qrels = {f"q{q}": {f"d{n}": int(is_relevant) for n, is_relevant in enumerate(row)} for q, row in enumerate(relevant)}
+    run = {f"q{q}": {f"d{n}": float(score) for n, score in enumerate(row)} for q, row in enumerate(scores)}
+    expected = pytrec_eval.RelevanceEvaluator(qrels, {"success.1,5,10", "ndcg_cut.10"}).evaluate(run)
+    ours = metrics.evaluate(scores, relevant)
+    for name, peer in {"R@1": "success_1", "R@5": "success_5", "R@10": "success_10", "nDCG@10": "ndcg_cut_10"}.items():
+        np.testing.assert_allclose(ours[name], [expected[f"q{q}"][peer] for q in range(len(scores))], rtol=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(rankings(ties=True), st.integers(1, 4))
+def test_ties_are_the_worst_of_all_admissible_orders(ranking, k):
+    scores, relevant = ranking
+    ranks = metrics.gold_ranks(scores, relevant)
+    for q, (row, gold) in enumerate(zip(scores, relevant)):
+        orders = [order for order in itertools.permutations(range(len(row)))
+                  if all(row[a] >= row[b] for a, b in itertools.pairwise(order))]
+        hits = [float(any(gold[n] for n in order[:k])) for order in orders]
+        ideal = sum(1 / np.log2(i + 2) for i in range(min(k, gold.sum())))
+        ndcg = [sum(1 / np.log2(i + 2) for i, n in enumerate(order[:k]) if gold[n]) / ideal for order in orders]
+        assert metrics.hit_at(ranks, k)[q] == min(hits)
+        assert metrics.ndcg_at(ranks, k)[q] == pytest.approx(min(ndcg), abs=1e-12)
+
+
+def test_one_score_for_all_finds_nothing():
+    found = metrics.evaluate(np.zeros((3, 20)), [{0}, {7, 8}, {19}])
+    assert all(not values.any() for values in found.values())
+
+
+def test_one_query_one_candidate():
+    assert {name: values.tolist() for name, values in metrics.evaluate(np.array([[-1.0]]), [{0}]).items()} == dict.fromkeys(metrics.METRICS, [1.0])
+
+
+def test_infinities_rank_and_order_of_candidates_does_not_matter():
+    scores = np.array([[-np.inf, 0.0, np.inf, -np.inf]])
+    assert [ranks.tolist() for ranks in metrics.gold_ranks(scores, [{2, 3}])] == [[0, 3]]
+    assert [ranks.tolist() for ranks in metrics.gold_ranks(scores[:, ::-1], [{1, 0}])] == [[0, 3]]
+
+
+@settings(deadline=None)
+@given(rankings(ties=True))
+def test_sets_and_matrix_are_the_same(ranking):
+    scores, relevant = ranking
+    by_set = metrics.evaluate(scores, [set(np.flatnonzero(row)) for row in relevant])
+    for name, values in metrics.evaluate(scores, relevant).items():
+        np.testing.assert_array_equal(values, by_set[name])
+
+
+@pytest.mark.parametrize("scores, relevance, message", [
+    (np.array([[0.0, np.nan]]), [{0}], "query 0 hold NaN"),
+    (np.zeros((2, 3)), [{0}, set()], "query 1 has no relevant candidate"),
+    (np.zeros((2, 0)), [set(), set()], "query 0 has no relevant candidate"),
+    (np.zeros((0, 3)), [], "at least one query"),
+    (np.zeros(3), [{0}], "at least one query"),
+    (np.zeros((2, 3)), [{0}], "1 sets for 2 queries"),
+    (np.zeros((1, 3)), [{3}], "names candidate 3"),
+    (np.zeros((1, 3)), [{-1}], "names candidate -1"),
+    (np.zeros((1, 3)), np.ones((3, 1), bool), r"bool \(3, 1\)"),
+    (np.zeros((1, 3)), np.ones((1, 3)), "float64"),
+])
+def test_refuses(scores, relevance, message):
+    with pytest.raises(UserError, match=message) as caught:
+        metrics.evaluate(scores, relevance)
+    assert "\n" not in str(caught.value)
+
+
+def test_bootstrap_is_percentiles_of_resampled_means():
+    values = np.random.default_rng(0).random((2, 3, 40))
+    mean, low, high = metrics.bootstrap_mean(values, seed=5, samples=300)
+    draws = np.random.default_rng(5).integers(40, size=(300, 40))
+    resampled = values[..., draws].mean(axis=-1)
+    np.testing.assert_allclose(mean, values.mean(axis=-1))
+    np.testing.assert_allclose([low, high], np.percentile(resampled, (2.5, 97.5), axis=-1))
+
+
+def test_bootstrap_in_blocks_agrees_with_the_normal_interval():
+    values = (np.random.default_rng(1).random(3000) < 0.4).astype(float)      # 10,000 x 3,000 draws: several blocks
+    mean, low, high = metrics.bootstrap_mean(values, seed=0)
+    half = 1.96 * values.std() / np.sqrt(3000)
+    assert (mean - low, high - mean) == pytest.approx((half, half), rel=0.05)
+
+
+def test_paired_bootstrap():
+    a, b = np.array([1.0, 1, 0, 1, 1, 0]), np.array([0.0, 1, 0, 0, 1, 0])
+    difference, low, high = metrics.paired_bootstrap(a, b, seed=0)
+    assert difference == pytest.approx(1 / 3) and low <= difference <= high
+    assert metrics.paired_bootstrap(a, b, seed=0) == (difference, low, high)
+    assert metrics.paired_bootstrap(b, a, seed=0) == pytest.approx((-difference, -high, -low))
+    assert metrics.paired_bootstrap(a, a, seed=3) == (0, 0, 0)
+    with pytest.raises(UserError, match="shapes"):
+        metrics.paired_bootstrap(a, b[:3], seed=0)

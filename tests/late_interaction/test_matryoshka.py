@@ -1,0 +1,204 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.groups import GROUPS, validate_groups
+from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
+from tests.late_interaction.reference import matryoshka
+
+TOLERANCE = 5e-5
+GROUP_SETS = [
+    GROUPS,
+    ((1, 1),),
+    ((16, 64),),
+    ((3, 5), (3, 9), (7, 9), (15, 60)),  # one side alone grows; vectors left over
+]
+
+
+def unit(x):
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def make_batch(batch, negatives, query_vectors=16, candidate_vectors=64, width=32, seed=0):
+    """Vectors whose loss is of order 1 while logits reach hundreds.
+
+    Every item is a small variation of one set of directions, so all scores are high and within a few temperatures of each
+    other; a positive shares some of its query's variation.
+    """
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(query_vectors, width))
+    query = unit(directions + 0.1 * rng.normal(size=(batch, query_vectors, width)))
+    repeated = query[:, np.arange(candidate_vectors) % query_vectors]
+    near = np.broadcast_to(unit(directions)[np.arange(candidate_vectors) % query_vectors], repeated.shape)
+    noise = partial(rng.normal, scale=0.04)
+    positive = unit(near + 0.03 * (repeated - near) + noise(size=repeated.shape))
+    hard = unit(near[:, None] + noise(size=(batch, negatives, candidate_vectors, width)))
+    return query, positive, hard
+
+
+def value_and_gradients(*vectors, **options):
+    def loss(*vectors):
+        return matryoshka_loss(*vectors, **options)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(vectors))), has_aux=True))(*vectors)
+
+
+def relative(actual, expected):
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+def assert_matches(vectors, groups, normalization="code", **options):
+    expected, expected_gradients, losses, accuracies = matryoshka(*vectors, groups, normalization=normalization)
+    (value, metrics), gradients = value_and_gradients(*vectors, groups=groups, normalization=normalization, **options)
+    assert relative(value, expected) < TOLERANCE
+    for actual, wanted in zip(gradients, expected_gradients, strict=True):
+        assert actual.shape == wanted.shape and relative(actual, wanted) < TOLERANCE
+    for (r_q, r_c), loss, accuracy in zip(groups, losses, accuracies, strict=True):
+        assert relative(metrics[f"loss/{r_q}:{r_c}"], loss) < TOLERANCE
+        assert metrics[f"accuracy/{r_q}:{r_c}"] == pytest.approx(accuracy)
+    return expected
+
+
+def test_reference_gradient_is_that_of_finite_differences():
+    vectors = [x.astype(np.float64) for x in make_batch(4, 2, 3, 6, 5)]
+    groups, step, rng = ((1, 2), (3, 6)), 1e-6, np.random.default_rng(1)
+    _, gradients, _, _ = matryoshka(*vectors, groups)
+    for k, gradient in enumerate(gradients):
+        for _ in range(20):
+            index = tuple(rng.integers(0, size) for size in gradient.shape)
+            ends = []
+            for sign in (1, -1):
+                moved = [x.copy() for x in vectors]
+                moved[k][index] += sign * step
+                ends.append(matryoshka(*moved, groups)[0])
+            assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(gradient[index], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("negatives", [0, 1, 3])
+@pytest.mark.parametrize("groups", GROUP_SETS, ids=str)
+def test_equals_the_reference(groups, negatives):
+    batch = make_batch(12, negatives)
+    scores = np.einsum("bid,njd->bnij", batch[0], batch[1]).max(3).sum(2)
+    assert scores.max() / 0.03 > 300
+    loss = assert_matches(batch, groups)
+    assert 0.1 < loss < 10
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 12, 100])
+def test_any_chunk_gives_the_same(chunk):
+    assert_matches(make_batch(12, 1), GROUPS, chunk=chunk)
+
+
+def test_paper_normalization_is_the_plain_sum():
+    batch = make_batch(6, 1)
+    assert_matches(batch, GROUPS, normalization="paper")
+    code, paper = (matryoshka_loss(*batch, normalization=normalization)[0] for normalization in ("code", "paper"))
+    assert paper == pytest.approx(len(GROUPS) * float(code), rel=1e-6)
+
+
+def test_more_vectors_than_an_int8_counts():
+    assert_matches(make_batch(5, 1, 4, 300, 16), ((1, 1), (2, 130), (4, 300)), chunk=2)
+
+
+def test_no_negatives_can_be_left_out():
+    query, positive, none = make_batch(6, 0)
+    assert matryoshka_loss(query, positive)[0] == matryoshka_loss(query, positive, none)[0]
+
+
+def test_ties_between_vectors_keep_the_value_and_give_the_gradient_to_the_first():
+    rng = np.random.default_rng(0)
+    shapes = (9, 16, 16), (9, 64, 16), (9, 2, 64, 16)
+    # Similarities are multiples of 1/8, exact in float32: nearly every maximum is a tie.
+    assert_matches([rng.choice([-0.25, 0.25], shape).astype(np.float32) for shape in shapes], GROUPS, chunk=4)
+
+
+def test_a_tie_of_candidates_is_a_miss():
+    one = np.zeros((4, 16, 8), np.float32)
+    one[..., 0] = 1
+    same = np.repeat(one[:, :1], 64, 1)
+    loss, metrics = matryoshka_loss(one, same)
+    assert loss == pytest.approx(np.log(4))
+    assert all(value == 0 for name, value in metrics.items() if name.startswith("accuracy"))
+
+
+def test_duplicate_negative_is_a_miss_and_a_lone_pair_is_a_hit():
+    query, positive, _ = make_batch(1, 0)
+    loss, metrics = matryoshka_loss(query, positive)
+    assert loss == 0 and metrics["accuracy/16:64"] == 1
+    loss, metrics = matryoshka_loss(query, positive, positive[:, None])
+    assert loss == pytest.approx(np.log(2), rel=1e-4)
+
+
+def test_bfloat16_vectors_are_scored_in_float32():
+    batch = [jnp.asarray(x, jnp.bfloat16) for x in make_batch(6, 1)]
+    expected, expected_gradients, _, _ = matryoshka(*[np.asarray(x, np.float32) for x in batch], GROUPS)
+    (value, _), gradients = value_and_gradients(*batch, groups=GROUPS)
+    assert value.dtype == jnp.float32 and relative(value, expected) < TOLERANCE
+    for actual, wanted in zip(gradients, expected_gradients, strict=True):
+        assert actual.dtype == jnp.bfloat16 and relative(actual.astype(jnp.float32), wanted) < 1e-2
+
+
+@pytest.mark.parametrize("negatives", [0, 1, 3])
+def test_mesh_equals_the_reference(negatives):
+    mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    batch = [jax.device_put(x, sharding) for x in make_batch(12, negatives)]
+    with jax.set_mesh(mesh):
+        assert_matches(batch, GROUPS, mesh=mesh, chunk=2)
+
+
+def test_memory_follows_the_chunk_and_keeps_no_similarities():
+    batch, query_vectors, candidate_vectors, width = 64, 16, 64, 8
+    shapes = [jax.ShapeDtypeStruct((batch, vectors, width), jnp.float32) for vectors in (query_vectors, candidate_vectors)]
+
+    def naive(query, candidate):
+        similarities = jnp.einsum("bid,njd->bnij", query, candidate)
+        logits = jnp.stack([similarities[:, :, :r_q, :r_c].max(3).sum(2) / 0.03 for r_q, r_c in GROUPS])
+        return -jnp.diagonal(jax.nn.log_softmax(logits), axis1=1, axis2=2).mean()
+
+    def temporaries(loss):
+        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    similarities = 4 * batch * batch * query_vectors * candidate_vectors
+    ours = temporaries(lambda query, candidate: matryoshka_loss(query, candidate, chunk=4)[0])
+    assert ours < similarities / 3 < similarities < temporaries(naive)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (((2, 4), (1, 8)), "not nested"),
+        (((2, 4), (2, 4)), "not nested"),
+        (((4, 8), (8, 4)), "not nested"),
+        (((1, 1), (17, 64)), "beyond the vectors"),
+        (((1, 1), (16, 65)), "beyond the vectors"),
+        (((0, 1),), "whole numbers"),
+        ((1, 2), "whole numbers"),
+        (((1, 1.5),), "whole numbers"),
+        ((), "at least one pair"),
+    ],
+)
+def test_groups_that_make_no_sense_are_refused(groups, message):
+    with pytest.raises(UserError, match=message):
+        validate_groups(groups, 16, 64)
+    with pytest.raises(UserError, match=message):
+        matryoshka_loss(*make_batch(2, 0), groups=groups)
+
+
+def test_other_bad_input_is_refused():
+    query, positive, hard = make_batch(6, 1)
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    with pytest.raises(UserError, match="does not divide over 4 shards"):
+        matryoshka_loss(query, positive, mesh=mesh)
+    for vectors in ((query, positive[:5]), (query[0], positive), (query, positive, hard[:, :, :5]), (query[..., :3], positive)):
+        with pytest.raises(UserError, match="matryoshka_loss: query"):
+            matryoshka_loss(*vectors)
+    for option in ({"normalization": "sum"}, {"temperature": 0}, {"chunk": 0}):
+        with pytest.raises(UserError, match=next(iter(option))):
+            matryoshka_loss(query, positive, **option)

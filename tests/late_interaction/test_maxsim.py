@@ -1,0 +1,75 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction import maxsim as module
+from metaembed_jax.late_interaction.maxsim import maxsim
+from tests.late_interaction.reference import maxsim_scores
+
+
+def vectors(rng, *shape):
+    x = rng.normal(size=shape).astype(np.float32)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    queries=st.integers(0, 4),
+    documents=st.integers(0, 9),
+    query_vectors=st.integers(1, 3),
+    document_vectors=st.integers(1, 5),
+    seed=st.integers(0, 9),
+)
+def test_equals_the_definition(queries, documents, query_vectors, document_vectors, seed):
+    rng = np.random.default_rng(seed)
+    query, document = vectors(rng, queries, query_vectors, 7), vectors(rng, documents, document_vectors, 7)
+    budget = int(rng.integers(1, query_vectors + 1)), int(rng.integers(1, document_vectors + 1))
+    scores = maxsim(query, document, budget)
+    assert scores.dtype == jnp.float32 and scores.shape == (queries, documents)
+    np.testing.assert_allclose(scores, maxsim_scores(query[:, : budget[0]], document[:, : budget[1]]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("queries", "documents"), [(1, 1), (7, 10), (8, 12), (70, 210)])
+def test_blocks_that_do_not_divide(queries, documents):
+    rng = np.random.default_rng(0)
+    query, document = vectors(rng, queries, 16, 8), vectors(rng, documents, 64, 8)
+    assert documents < 210 or documents % (module.CANDIDATE_ROWS // 64) and queries % (module.QUERY_ROWS // 16)
+    expected = np.einsum("qid,njd->qnij", query, document, dtype=np.float64).max(3).sum(2)
+    np.testing.assert_allclose(maxsim(query, document), expected, rtol=1e-5)
+
+
+def test_padding_wins_nothing():
+    rng = np.random.default_rng(0)
+    query = vectors(rng, 3, 2, 4)
+    document = -np.repeat(query.mean(1, keepdims=True), 5, 1)  # mostly negative similarities, which a zero row would beat
+    mask = np.arange(5) < np.array([[1], [3], [5]])
+    document[~mask] = 0
+    expected = np.stack([maxsim_scores(query, document[n : n + 1, : mask[n].sum()])[:, 0] for n in range(3)], 1)
+    np.testing.assert_allclose(maxsim(query, document, document_mask=mask), expected, rtol=1e-5)
+    assert np.isneginf(maxsim(query, document, document_mask=np.zeros_like(mask))).all()
+
+
+def test_runs_under_jit_and_takes_bfloat16():
+    rng = np.random.default_rng(0)
+    query, document = (jnp.asarray(vectors(rng, 3, r, 8), jnp.bfloat16) for r in (2, 4))
+    scores = jax.jit(maxsim, static_argnames="budget")(query, document, budget=(1, 3))
+    expected = maxsim_scores(np.asarray(query[:, :1], np.float32), np.asarray(document[:, :3], np.float32))
+    assert scores.dtype == jnp.float32
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+def test_bad_input_is_refused():
+    query, document = np.zeros((2, 3, 4)), np.zeros((5, 6, 4))
+    for budget in ((4, 6), (3, 7), (0, 1), (1,), 3, (1.5, 2)):
+        with pytest.raises(UserError, match="budget"):
+            maxsim(query, document, budget)
+    with pytest.raises(UserError, match="one D"):
+        maxsim(query[..., :3], document)
+    with pytest.raises(UserError, match="one D"):
+        maxsim(query[0], document)
+    with pytest.raises(UserError, match="document_mask"):
+        maxsim(query, document, document_mask=np.ones((5, 5), bool))
