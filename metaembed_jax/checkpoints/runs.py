@@ -28,7 +28,7 @@ class RunCheckpoints:
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep),
-                preservation_policy.BestN(lambda metrics: metrics["metric"], n=1, keep_checkpoints_without_metrics=False),
+                preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["metric"], n=1, keep_checkpoints_without_metrics=False),
             ]
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=lambda metrics: metrics["metric"])

@@ -63,7 +63,9 @@ class Records(Sequence):
         return len(self.raw)
 
     def __getitem__(self, index: int) -> dict:
-        return from_bytes(self.raw[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")  # what ends a loop over a sequence
+        return from_bytes(self.raw[index % len(self)])
 
 
 def write(builder: tfds.core.DatasetBuilder) -> None:

@@ -1,0 +1,54 @@
+"""The flags of train.py and eval.py, and how an error reaches the user: one line, exit code 2."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from metaembed_jax.config import load_config
+from metaembed_jax.errors import UserError
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
+    """Adds `--config` and `--config.key=value` to a parser's flags, and reads them.
+
+    Raises:
+      UserError: a flag, key or value that does not exist.
+    """
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file with get_config(arg), such as configs/tiny.py")
+    parser.epilog = (parser.epilog or "") + " Any key of the config can be set: --config.steps=100 --config.optimizer.learning_rate=1e-3"
+    parser.error = _raise
+    overrides, rest = {}, []
+    for argument in argv:
+        if argument.startswith("--config."):
+            key, equals, value = argument.removeprefix("--config.").partition("=")
+            if not equals:
+                raise UserError(f"{argument}: write --config.{key}=VALUE")
+            overrides[key] = value
+        else:
+            rest.append(argument)
+    arguments = parser.parse_args(rest)
+    return arguments, load_config(arguments.config, overrides)
+
+
+def default_workdir(config: ConfigDict) -> Path:
+    """runs/<config name>."""
+    return Path("runs") / config.name
+
+
+def run_main(main: Callable[[Sequence[str]], None]) -> None:
+    """Calls a command; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _raise(message: str):
+    raise UserError(f"{message}; see --help")

@@ -1,0 +1,198 @@
+"""A run from its config to its results: one loop around the pure step of `training.step`."""
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+from metaembed_jax.checkpoints.runs import RunCheckpoints
+from metaembed_jax.config import check_config, model_config
+from metaembed_jax.data import sources
+from metaembed_jax.data.images import ImageConfig
+from metaembed_jax.data.pipeline import iterate, training_batches
+from metaembed_jax.data.prompts import Processor
+from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation import run as evaluation
+from metaembed_jax.model import MetaEmbed
+from metaembed_jax.sharding import batch_shards, make_mesh
+from metaembed_jax.training.metrics import MetricsWriter
+from metaembed_jax.training.step import Trainer, TrainState, make_trainer, put_batch
+from metaembed_jax.training.workdir import claim
+
+
+def train(config: ConfigDict, workdir: Path) -> bool:
+    """Trains, or goes on training, until the last step; then evaluates the best checkpoint on the test split.
+
+    Returns:
+      False if SIGTERM stopped it: everything is saved, and the same call goes on from there.
+
+    Raises:
+      UserError: anything that the user can put right; what was saved stands.
+    """
+    check_config(config)
+    mesh = make_mesh(**config.mesh)
+    if config.microbatch_size % batch_shards(mesh):
+        raise UserError(
+            f"config.microbatch_size={config.microbatch_size} does not divide over the mesh {dict(mesh.shape)}: "
+            f"it must be a multiple of data x fsdp = {batch_shards(mesh)}"
+        )
+    records = sources.training_records(config)
+    vocabulary = tokenizer_file(config)
+    processor = make_processor(config, vocabulary)
+    claim(workdir, config, vocabulary)
+
+    trainer = make_trainer(config, mesh)
+    checkpoints = RunCheckpoints(workdir, config.keep_checkpoints)
+    try:
+        state = initial_state(config, trainer, checkpoints, processor)
+        model = MetaEmbed(model_config(config), state.parameters, processor, mesh)
+        dataset = training_batches(config, processor, records)
+        finished = _train(config, trainer, state, dataset, model, checkpoints, workdir)
+        if finished:
+            _finish(config, trainer, checkpoints, model, workdir)
+    finally:
+        checkpoints.close()
+    return finished
+
+
+def tokenizer_file(config: ConfigDict) -> Path:
+    """The vocabulary of a run: that of the run it starts from, else that of its first source."""
+    start = Path(config.init_from or Path(config.data.dir) / config.data.sources[0][0])
+    if not (start / "tokenizer.json").is_file():
+        raise UserError(f"{start}/tokenizer.json is missing: config.init_from must be a run (train it first), or empty")
+    return start / "tokenizer.json"
+
+
+def make_processor(config: ConfigDict, tokenizer: Path) -> Processor:
+    """Prompts and images as the config has them."""
+    vision = model_config(config).architecture.vision_config
+    images = ImageConfig(
+        config.data.min_pixels, config.data.max_pixels, vision.patch_size, vision.spatial_merge_size, vision.window_size
+    )
+    return Processor(Tokenizer.from_file(str(tokenizer)), images)
+
+
+def initial_state(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, processor: Processor) -> TrainState:
+    """The latest checkpoint; else fresh parameters, or those of the run that the config starts from."""
+    abstract = trainer.abstract
+    restored = checkpoints.restore_latest(abstract.parameters, abstract.optimizer, lambda line: print(line, flush=True))
+    if restored is not None:
+        step, parameters, optimizer = restored
+        checkpoints.discard_after(step)
+        print(f"resuming at step {step} of {config.steps}", flush=True)
+        return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), parameters, optimizer)
+    state = trainer.init()
+    if not config.init_from:
+        return state
+    start = RunCheckpoints(Path(config.init_from))
+    step = start.best_step()
+    if step is None:
+        raise UserError(f"config.init_from={config.init_from} has no checkpoint; train it first")
+    print(f"starting from step {step} of {config.init_from}", flush=True)
+    return dataclasses.replace(state, parameters=start.restore_parameters(step, abstract.parameters))
+
+
+class _Pending:
+    """The figures of the step before, fetched only after the next one is under way, so that the devices never wait."""
+
+    def __init__(self, checkpoints: RunCheckpoints):
+        self._checkpoints, self._step, self._figures = checkpoints, 0, None
+
+    def fetch(self) -> dict[str, float]:
+        """Waits for the step and returns its figures.
+
+        Raises:
+          UserError: the loss is not a number; names the step and the last good checkpoint.
+        """
+        if self._figures is None:
+            return {}
+        figures = {name: float(value) for name, value in self._figures.items()}
+        if not math.isfinite(figures["loss"]) or not math.isfinite(figures["gradient_norm"]):
+            self._checkpoints.wait()
+            good = (self._checkpoints.steps() or ["none"])[0]
+            raise UserError(
+                f"step {self._step}: loss {figures['loss']}, gradient norm {figures['gradient_norm']}; "
+                f"the last good checkpoint is step {good} in {self._checkpoints.directory}; lower the learning rate or check the data"
+            )
+        return figures
+
+    def put(self, step: int, figures: dict) -> None:
+        """Replaces the figures by those of `step`, which may still be computed."""
+        self._step, self._figures = step, figures
+
+
+def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbed, checkpoints, workdir: Path) -> bool:
+    first = int(state.step)
+    writer = MetricsWriter(workdir, first, config.steps)
+    stop, pending, since = _stop_on_sigterm(), _Pending(checkpoints), (first, time.monotonic())
+    batches = iterate(dataset, first, config.steps)
+    try:
+        for step in range(first + 1, config.steps + 1):
+            batch = next(batches)
+            state, figures = trainer.step(state, put_batch(batch, trainer.mesh))
+            pending.fetch()
+            pending.put(step, figures)
+            writer.advance()
+            if step % config.log_every == 0 or step == config.steps:
+                measured = pending.fetch()
+                speed = config.batch_size * (step - since[0]) / (time.monotonic() - since[1])
+                writer.write(step, {**measured, "samples_per_second": speed, "padding": padding(batch)})
+                writer.show(loss=measured["loss"], accuracy=_largest_accuracy(measured), samples_per_second=speed)
+                since = (step, time.monotonic())
+            validate = step % config.validate_every == 0 or step == config.steps
+            if validate or step % config.save_every == 0 or stop():
+                pending.fetch()
+                metric = _validate(config, model, state, step, writer) if validate else None
+                checkpoints.save(step, state.parameters, state.optimizer, metric)
+                since = (step, time.monotonic())
+            if stop() and step < config.steps:
+                checkpoints.wait()
+                writer.say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
+                return False
+        checkpoints.wait()
+        return True
+    finally:
+        writer.close()
+
+
+def _validate(config: ConfigDict, model: MetaEmbed, state: TrainState, step: int, writer: MetricsWriter) -> float:
+    model.parameters = state.parameters
+    results = evaluation.evaluate(model, config, "validation", config.groups, progress=False)
+    recalls = {f"validation/R@10/{r[0]}:{r[1]}": row["metrics"]["R@10"]["mean"] for row in results["directions"][0]["rows"] for r in [row["budget"]]}
+    writer.write(step, recalls)
+    listed = ", ".join(f"{name.rsplit('/')[-1]} {100 * value:.1f}" for name, value in recalls.items())
+    writer.say(f"step {step}: validation R@10 of text→image at {listed}")
+    return evaluation.quality(results)
+
+
+def _finish(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, model: MetaEmbed, workdir: Path) -> None:
+    step = checkpoints.best_step()
+    model.parameters = checkpoints.restore_parameters(step, trainer.abstract.parameters)
+    results = evaluation.evaluate(model, config, "test", config.groups, progress=True)
+    print(f"\n{workdir}: test split, best checkpoint (step {step})\n{evaluation.report(results, config, workdir, step)}", flush=True)
+    print(f"\nwritten: {workdir / 'results.json'}, {workdir / 'quality.png'}", flush=True)
+
+
+def padding(batch: dict) -> float:
+    """The fraction of a batch's token positions that hold no token."""
+    masks = [group["mask"] for side in batch.values() for group in side["groups"]]
+    return 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
+
+
+def _largest_accuracy(figures: dict[str, float]) -> float:
+    return [value for name, value in figures.items() if name.startswith("accuracy/")][-1]
+
+
+def _stop_on_sigterm():
+    """Makes SIGTERM a wish to stop, and returns a function that says whether it came."""
+    came = []
+    signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    return lambda: bool(came)
