@@ -10,25 +10,26 @@ def get_config(arg=None):
     config.name = "tiny"
     config.dtype = "float32"
     config.checkpoint_layers = False
+    config.unroll_layers = 3
     with config.unlocked():
         config.architecture = dict(
             text_config=dict(
                 vocab_size=2048,
                 hidden_size=128,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
                 intermediate_size=384,
-                mrope_section=(4, 6, 6),
+                mrope_section=(8, 12, 12),
                 rope_theta=10000.0,
             ),
             vision_config=dict(
                 hidden_size=128,
-                depth=4,
-                num_heads=4,
+                depth=3,
+                num_heads=2,
                 intermediate_size=384,
                 out_hidden_size=128,
-                fullatt_block_indexes=(1, 3),
+                fullatt_block_indexes=(1,),
             ),
         )
     config.embedding_dim = 32
@@ -40,11 +41,11 @@ def get_config(arg=None):
     config.data.min_pixels = config.data.max_pixels = 112 * 112
 
     config.batch_size = config.microbatch_size = 128
-    config.steps = 800
+    config.steps = 540
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 80
+    config.optimizer.warmup_steps = 60
     config.optimizer.decay = "cosine"
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.1
-    config.validate_every = config.save_every = 200
+    config.validate_every = config.save_every = 180
     return config

@@ -79,9 +79,38 @@ class Config:
         rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
         text.setdefault("mrope_section", rope.get("mrope_section"))
         text.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
-        if text.get("use_sliding_window"):
-            raise UserError("config.json: use_sliding_window is true; only checkpoints with full attention are supported")
-        return cls(_pick(TextConfig, text, "text_config"), _pick(VisionConfig, config.get("vision_config", {}), "vision_config"))
+        vision = config.get("vision_config", {})
+        fixed = (
+            ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
+            ("hidden_act of text", text.get("hidden_act", "silu"), ("silu",)),
+            ("hidden_act of vision", vision.get("hidden_act", "silu"), ("silu",)),
+            ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+            ("temporal_patch_size", vision.get("temporal_patch_size", 2), (2,)),
+        )
+        for name, value, known in fixed:
+            if value not in known:
+                raise UserError(f"config.json: {name} is {value!r}; Qwen2.5-VL has {known[0]!r}")
+        chosen = cls(_pick(TextConfig, text, "text_config"), _pick(VisionConfig, vision, "vision_config"))
+        chosen.check()
+        return chosen
+
+    def check(self) -> None:
+        """Refuses sizes that do not fit each other.
+
+        Raises:
+          UserError: names the fields and their values.
+        """
+        text, vision = self.text_config, self.vision_config
+        half_head, rest = divmod(text.hidden_size, 2 * text.num_attention_heads)
+        if rest or text.num_attention_heads % text.num_key_value_heads:
+            heads = f"{text.num_attention_heads} attention heads and {text.num_key_value_heads} key-value heads"
+            raise UserError(f"text_config: a hidden_size of {text.hidden_size} cannot be split over {heads}")
+        if len(text.mrope_section) != 3 or sum(text.mrope_section) != half_head:
+            raise UserError(f"text_config: mrope_section {text.mrope_section} must be three numbers that add up to half a head's width, {half_head}")
+        if vision.hidden_size % (4 * vision.num_heads):
+            raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {vision.num_heads} heads of a multiple of 4")
+        if vision.out_hidden_size != text.hidden_size:
+            raise UserError(f"vision_config: out_hidden_size {vision.out_hidden_size} is not the language model's hidden_size, {text.hidden_size}")
 
 
 def _pick(kind: type, values: dict, name: str):

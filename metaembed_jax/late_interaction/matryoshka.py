@@ -25,7 +25,7 @@ from metaembed_jax.late_interaction.maxsim import product
 
 # A chunk's similarities: few enough for a CPU's cache, unless the vectors are so wide that reading the candidates
 # anew for each chunk would cost more; then as many query vectors as the width, up to the larger size.
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
 WIDE_CHUNK_BYTES = 32 << 20
 
 

@@ -33,20 +33,18 @@ SEPARATOR = ", "
 
 
 def cells(count: int, random: np.random.Generator) -> list[tuple[int, int, int, int]]:
-    """Cuts the page at random into `count` disjoint, roughly square cells (left, top, width, height), in no particular order."""
+    """Cuts the page at random into `count` disjoint cells (left, top, width, height): strips across or down, each into pieces."""
 
-    def cut(left, top, width, height, count):
-        if count == 1:
-            return [(left, top, width, height)]
-        first = count // 2 + (count % 2 and int(random.integers(2)))
-        share = first / count * random.uniform(0.9, 1.1)
-        if width * random.uniform(0.9, 1.1) >= height:
-            part = round(width * share)
-            return cut(left, top, part, height, first) + cut(left + part, top, width - part, height, count - first)
-        part = round(height * share)
-        return cut(left, top, width, part, first) + cut(left, top + part, width, height - part, count - first)
+    def cut(parts):
+        """(start, length) of pieces of the page's side."""
+        edges = np.cumsum([0, *random.uniform(0.85, 1.15, parts)])
+        edges = np.rint(edges / edges[-1] * SIDE).astype(int)
+        return zip(edges[:-1].tolist(), np.diff(edges).tolist(), strict=True)
 
-    return cut(0, 0, SIDE, SIDE, count)
+    strips = round(count**0.5)
+    pieces = random.permutation([count // strips + (number < count % strips) for number in range(strips)]).tolist()
+    found = [(x, y, width, height) for (y, height), parts in zip(cut(strips), pieces, strict=True) for x, width in cut(parts)]
+    return found if random.integers(2) else [(y, x, height, width) for x, y, width, height in found]
 
 
 def compose(drawings: Sequence[Image.Image], random: np.random.Generator) -> Image.Image:
