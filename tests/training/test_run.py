@@ -1,0 +1,150 @@
+"""Whole runs: resumed, stopped, spoilt."""
+
+import json
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from metaembed_jax.checkpoints.runs import RunCheckpoints
+from metaembed_jax.errors import UserError
+from metaembed_jax.sharding import make_mesh
+from metaembed_jax.training import loop
+from metaembed_jax.training.loop import train
+from metaembed_jax.training.step import make_trainer
+
+
+def parameters_of(config, workdir, step):
+    checkpoints = RunCheckpoints(workdir)
+    found = checkpoints.restore_parameters(step, make_trainer(config, make_mesh(**config.mesh)).abstract.parameters)
+    checkpoints.close()
+    return jax.device_get(found)
+
+
+def assert_identical(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Where an uninterrupted run goes; the first test that needs it makes it."""
+    return tmp_path_factory.mktemp("whole") / "run"
+
+
+@pytest.fixture
+def whole(whole_run, small_config):
+    if not (whole_run / "results.json").exists():
+        assert train(small_config, whole_run)
+    return whole_run
+
+
+def stop_at(monkeypatch, step, action):
+    """Calls `action` when the batch of `step` is put on the devices."""
+    calls = []
+
+    def put(batch, mesh, original=loop.put_batch):
+        calls.append(None)
+        if len(calls) == step:
+            action()
+        return original(batch, mesh)
+
+    monkeypatch.setattr(loop, "put_batch", put)
+
+
+def test_a_run_leaves_its_results(small_config, whole):
+    results = json.loads((whole / "results.json").read_text())
+    assert [row["budget"] for row in results["directions"][0]["rows"]] == [list(group) for group in small_config.groups]
+    assert results["directions"][0]["queries"] == 1457
+    assert (whole / "quality.png").stat().st_size > 10_000
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, 9))
+    assert {"loss/1:1", "accuracy/16:64", "gradient_norm", "samples_per_second", "padding"} <= lines[0].keys()
+
+
+def test_interrupted_equals_uninterrupted(small_config, whole, tmp_path, monkeypatch):
+    def fail():
+        raise KeyboardInterrupt
+
+    stop_at(monkeypatch, 6, fail)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_config, tmp_path / "run")
+    monkeypatch.undo()
+    assert train(small_config, tmp_path / "run")
+    assert_identical(parameters_of(small_config, whole, 8), parameters_of(small_config, tmp_path / "run", 8))
+    ours = [line for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if "loss" in line]
+    assert [json.loads(line)["step"] for line in ours] == list(range(1, 9))
+
+
+def test_sigterm_saves_and_returns(small_config, tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert threading.current_thread() is threading.main_thread()
+    assert train(small_config, tmp_path / "run") is False
+    assert "stopped by SIGTERM after step 3" in capsys.readouterr().out
+    checkpoints = RunCheckpoints(tmp_path / "run")
+    assert checkpoints.steps()[0] == 3
+    checkpoints.close()
+
+
+def test_another_config_is_refused(small_config, whole):
+    small_config.temperature = 0.05
+    with pytest.raises(UserError, match=r"another config: temperature is 0.03 there and 0.05 here"):
+        train(small_config, whole)
+
+
+def test_corrupt_latest_checkpoint_falls_back(small_config, whole, tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(small_config, tmp_path / "run") is False
+    monkeypatch.undo()
+    for path in (tmp_path / "run/checkpoints/6").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert train(small_config, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "checkpoints/6 cannot be read" in said and "resuming at step 4 of 8" in said
+    assert_identical(parameters_of(small_config, whole, 8), parameters_of(small_config, tmp_path / "run", 8))
+
+
+def test_a_loss_that_is_no_number_stops(small_config, tmp_path):
+    small_config.optimizer.learning_rate = 1e30
+    small_config.optimizer.clip_norm = 1e30
+    with pytest.raises(UserError, match=r"step \d+: loss nan.*last good checkpoint is step \d+"):
+        train(small_config, tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_shape_is_refused(small_config, whole):
+    small_config.embedding_dim = 8
+    abstract = make_trainer(small_config, make_mesh()).abstract.parameters
+    checkpoints = RunCheckpoints(whole)
+    with pytest.raises(UserError, match=r"another model: head.kernel has \(32, 16\) there, and the config asks for \(32, 8\)"):
+        checkpoints.restore_parameters(8, abstract)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("groups", ((1, 4), (2, 2)), "not nested"),
+        ("groups", ((1, 1), (16, 128)), "beyond the vectors"),
+        ("microbatch_size", 5, "does not divide config.batch_size=16"),
+        ("dtype", "float16", "expected float32 or bfloat16"),
+        ("steps", 2, "warmup_steps=2 must be below"),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused(small_config, tmp_path, key, value, message):
+    small_config[key] = value
+    with pytest.raises(UserError, match=message):
+        train(small_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mesh_that_does_not_fit_is_refused(small_config, tmp_path):
+    small_config.mesh.data = 3
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        train(small_config, tmp_path / "run")
+    small_config.mesh.data, small_config.batch_size, small_config.microbatch_size = 8, 12, 12
+    with pytest.raises(UserError, match="must be a multiple of data x fsdp = 8"):
+        train(small_config, tmp_path / "run")

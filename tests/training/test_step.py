@@ -1,0 +1,89 @@
+"""The step: any mesh and any microbatch give the same numbers."""
+
+import jax
+import numpy as np
+import pytest
+
+from metaembed_jax.config import model_config
+from metaembed_jax.data import sources
+from metaembed_jax.data.pipeline import training_batches
+from metaembed_jax.network import abstract_network
+from metaembed_jax.sharding import make_mesh
+from metaembed_jax.training.loop import make_processor, tokenizer_file
+from metaembed_jax.training.step import make_loss, make_trainer, put_batch
+
+
+@pytest.fixture
+def dataset(small_config):
+    return make_dataset(small_config)
+
+
+def make_dataset(config):
+    return training_batches(config, make_processor(config, tokenizer_file(config)), sources.training_records(config))
+
+
+def relative_norm(a, b):
+    difference = jax.tree.map(lambda x, y: np.sum((np.asarray(x, np.float64) - np.asarray(y, np.float64)) ** 2), a, b)
+    size = jax.tree.map(lambda x: np.sum(np.asarray(x, np.float64) ** 2), a)
+    return (sum(jax.tree.leaves(difference)) / sum(jax.tree.leaves(size))) ** 0.5
+
+
+def gradients(config, mesh, batch):
+    trainer = make_trainer(config, mesh)
+    parameters = trainer.init().parameters
+    with jax.set_mesh(mesh):
+        return jax.device_get(jax.jit(jax.grad(trainer.loss, has_aux=True))(parameters, put_batch(batch, mesh))[0])
+
+
+def test_sharded_training_equals_one_device(small_config, dataset):
+    losses = {}
+    for name, mesh in (("one", make_mesh(devices=jax.devices()[:1])), ("eight", make_mesh(2, 2, 2, devices=jax.devices()[:8]))):
+        trainer = make_trainer(small_config, mesh)
+        state, losses[name] = trainer.init(), []
+        for step in range(5):
+            state, figures = trainer.step(state, put_batch(dataset[step], mesh))
+            losses[name].append(float(figures["loss"]))
+    assert len(set(losses["one"])) == 5
+    np.testing.assert_allclose(losses["eight"], losses["one"], rtol=1e-4)
+
+
+def test_sharded_gradients_equal_one_device(small_config, dataset):
+    one = gradients(small_config, make_mesh(devices=jax.devices()[:1]), dataset[0])
+    eight = gradients(small_config, make_mesh(2, 2, 2, devices=jax.devices()[:8]), dataset[0])
+    assert relative_norm(one, eight) < 1e-5
+
+
+def test_parameters_are_split_over_the_mesh(small_config):
+    state = make_trainer(small_config, make_mesh(2, 2, 2, devices=jax.devices()[:8])).init()
+    kernel = state.parameters["backbone"]["layers"]["mlp"]["gate"]["kernel"]
+    layers, width, hidden = kernel.shape
+    assert kernel.addressable_shards[0].data.shape == (layers, width // 2, hidden // 2)
+    moment = state.optimizer[1][0].mu["backbone"]["layers"]["mlp"]["gate"]["kernel"]
+    assert moment.sharding == kernel.sharding
+
+
+@pytest.mark.parametrize("microbatch", [4, 8])
+def test_microbatches_equal_the_whole_batch(small_config, dataset, microbatch):
+    whole_batch, mesh = dataset[0], make_mesh(devices=jax.devices()[:1])
+    whole = gradients(small_config, mesh, whole_batch)
+    small_config.microbatch_size = microbatch
+
+    def cut(group):
+        return {key: x.reshape(-1, microbatch, *x.shape[2:]) for key, x in group.items()}
+
+    batch = {side: {"groups": tuple(map(cut, part["groups"])), "order": part["order"]} for side, part in whole_batch.items()}
+    assert relative_norm(whole, gradients(small_config, mesh, batch)) < 1e-5
+
+
+def test_order_puts_pairs_together(small_config, dataset):
+    """Rows of a side in any order, with the matching `order`, are the same batch."""
+    mesh, batch = make_mesh(devices=jax.devices()[:1]), dataset[0]
+    graph, _ = abstract_network(model_config(small_config))
+    loss = jax.jit(make_loss(small_config, graph, mesh))
+    parameters = make_trainer(small_config, mesh).init().parameters
+    shuffle = np.random.default_rng(0).permutation(small_config.batch_size)
+    (group,) = batch["candidate"]["groups"]
+    shuffled = {"groups": ({key: x[:, shuffle] for key, x in group.items()},), "order": np.argsort(shuffle).astype(np.int32)}
+    expected, _ = loss(parameters, batch)
+    found, _ = loss(parameters, batch | {"candidate": shuffled})
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
