@@ -10,6 +10,7 @@ The source stands on the icons source and prepares it first.
 
 import hashlib
 import io
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -88,7 +89,11 @@ class Pages(Sequence):
     two pages of an epoch never share an icon, and a page that does not answer a query rarely shows what it names.
 
     Args:
-      curriculum: ((until step, fewest icons, most icons), ...), by rising step; the last entry holds for ever. Empty: 4 to 9.
+      curriculum: ((until step, fewest icons, most icons), ...), by rising step; the last entry holds for ever, whatever its step.
+        Empty: 4 to 9.
+
+    Raises:
+      UserError: a curriculum that cannot be followed, or too few drawings for a page.
     """
 
     def __init__(self, drawings: Sequence[tuple[str, Image.Image]], seed: int, curriculum: Sequence[tuple[int, int, int]] = ()):
@@ -97,9 +102,9 @@ class Pages(Sequence):
         for _, fewest, most in self.curriculum:
             if not 1 <= fewest <= most <= MOST:
                 raise UserError(f"config.data.curriculum={self.curriculum}: icons of a page must be 1 <= fewest <= most <= {MOST}")
-        steps = [until for until, _, _ in self.curriculum]
+        steps = [until for until, _, _ in self.curriculum[:-1]]
         if steps != sorted(steps):
-            raise UserError(f"config.data.curriculum={self.curriculum}: its steps must rise")
+            raise UserError(f"config.data.curriculum={self.curriculum}: its steps (but the last, which does not count) must rise")
         if len(drawings) < MOST:
             raise UserError(f"boards: {len(drawings)} training icons are too few for a page of {MOST}")
         self._dealt = (-1, None)
@@ -113,7 +118,7 @@ class Pages(Sequence):
 
     def icons_at(self, step: int) -> tuple[int, int]:
         """Fewest and most icons of a page at a step."""
-        return next((bounds for until, *bounds in self.curriculum if step < until), self.curriculum[-1][1:])
+        return next((bounds for until, *bounds in self.curriculum[:-1] if step < until), self.curriculum[-1][1:])
 
     def compose(self, row: int, epoch: int, step: int) -> dict:
         random = np.random.default_rng([self.seed, epoch, row])
@@ -135,24 +140,35 @@ class Pages(Sequence):
 
 
 def deal_fixed(names: Sequence[str], random: np.random.Generator) -> list[list[int]]:
-    """Which icons lie on which fixed page: `FEWEST` to `MOST` on each, every icon on `ROUNDS` pages, no name twice on a page."""
+    """Which icons lie on which fixed page: `FEWEST` to `MOST` on each, every icon on `ROUNDS` pages, no name twice on a page.
+
+    Raises:
+      UserError: too few icons, or too few names among them, for such pages.
+    """
     pages = []
     for _ in range(ROUNDS):
-        left = random.permutation(len(names)).tolist()
-        while left:
-            # A page may take any number that leaves none or enough for another page.
-            sizes = [size for size in range(FEWEST, MOST + 1) if len(left) == size or len(left) - size >= FEWEST]
-            if not sizes:
-                raise UserError(f"boards: {len(left)} icons of a split do not fill pages of {FEWEST} to {MOST}")
-            size, page = int(random.choice(sizes)), []
-            for number in left:
-                if len(page) < size and all(names[number] != names[other] for other in page):
-                    page.append(number)
-            if len(page) < size:
-                raise UserError(f"boards: {len(left)} icons of a split have too few different names for a page of {size}")
-            pages.append(page)
-            chosen = set(page)
-            left = [number for number in left if number not in chosen]
+        dealt = next(filter(None, (_deal_round(names, random) for _ in range(100))), None)
+        if dealt is None:
+            raise UserError(f"boards: {len(names)} icons of {len(set(names))} names do not fill pages of {FEWEST} to {MOST}")
+        pages += dealt
+    return pages
+
+
+def _deal_round(names: Sequence[str], random: np.random.Generator) -> list[list[int]] | None:
+    """Deals every icon to one page; None where the last ones share a name and so find no page together."""
+    pages, left = [], random.permutation(len(names)).tolist()
+    while left:
+        # A page may take any number that leaves none, or enough for another page.
+        sizes = [size for size in range(FEWEST, MOST + 1) if len(left) == size or len(left) - size >= FEWEST]
+        size, page = int(random.choice(sizes)) if sizes else 0, []
+        for number in left:
+            if len(page) < size and all(names[number] != names[other] for other in page):
+                page.append(number)
+        if not page or len(page) < size:
+            return None
+        pages.append(page)
+        chosen = set(page)
+        left = [number for number in left if number not in chosen]
     return pages
 
 
@@ -209,6 +225,7 @@ def prepare(data_dir: str | Path) -> dict:
         "icons": base["fingerprint"],
         "pages": {split: len(found) for split, found in pages.items()},
     }
+    shutil.copyfile(Path(data_dir) / icons.NAME / "tokenizer.json", directory / "tokenizer.json")  # the same words
     records.write_marker(directory, marker)
     print(f"boards: pages {marker['pages']}, fingerprint {marker['fingerprint']}")
     return marker

@@ -84,7 +84,7 @@ def write(builder: tfds.core.DatasetBuilder) -> None:
 def read_marker(source_dir: str | Path, version: str) -> dict | None:
     """What `write_marker` left, or None where the source is not (completely) prepared in this version."""
     path = Path(source_dir) / MARKER
-    if not path.is_file():
+    if not path.is_file() or not (path.parent / version).is_dir():
         return None
     marker = json.loads(path.read_text())
     return marker if marker["version"] == version else None

@@ -1,0 +1,56 @@
+"""The public API on directories saved by transformers, against transformers' own forward pass, to 1e-4 on unit vectors."""
+
+import jax
+import numpy as np
+import pytest
+from tests.backbones.qwen2_5_vl_reference import CANDIDATES, CONFIGURATIONS, QUERIES, TALL, TEXTS, WIDE, reference
+
+import metaembed_jax as me
+from metaembed_jax.data.prompts import ShapeClass, collate
+from metaembed_jax.model import as_item
+from metaembed_jax.sharding import make_mesh
+
+TOLERANCE = dict(rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
+def case(request, tmp_path_factory):
+    """A checkpoint's model, with the reference's Meta Tokens, and the reference."""
+    expected = reference(request.param, tmp_path_factory.mktemp("references"))
+    model = me.MetaEmbed.from_pretrained(expected.directory, dtype="float32", mesh=make_mesh(devices=jax.devices()[:1]))
+    model.parameters["meta_tokens"] = jax.device_put(expected.meta_tokens, model.parameters["meta_tokens"].sharding)
+    return model, expected
+
+
+def test_vectors_equal_transformers(case):
+    model, expected = case
+    np.testing.assert_allclose(model.encode_query(QUERIES, batch_size=4), expected.query, **TOLERANCE)
+    np.testing.assert_allclose(model.encode_document(CANDIDATES, batch_size=4), expected.candidate, **TOLERANCE)
+
+
+def test_one_batch_of_two_images_and_texts_equals_transformers(case):
+    """The API encodes texts without the vision tower; here one batch holds both, as a training batch may."""
+    model, expected = case
+    for side, items, process in (("query", QUERIES, model.processor.query), ("candidate", CANDIDATES, model.processor.candidate)):
+        examples = [process(as_item(item)) for item in items]
+        vectors = model._encode(model.parameters, collate(examples, ShapeClass(160, 512)), side=side, budget=model.config.vectors(side))
+        np.testing.assert_allclose(vectors, getattr(expected, side), **TOLERANCE)
+
+
+def test_the_reference_tells_its_vectors_apart(case):
+    """Agreement says little about vectors that are all alike."""
+    _, expected = case
+    for vectors in (expected.query, expected.candidate):
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        assert np.abs(np.linalg.norm(flat, axis=-1) - 1).max() < 1e-5
+        assert np.median(np.abs(vectors[1:] - vectors[:-1]).max(axis=-1)) > 1e-2  # between items
+        assert np.median(np.abs(vectors[:, 1:] - vectors[:, :-1]).max(axis=-1)) > 1e-2  # between rows of an item
+
+
+def test_a_budget_is_a_prefix(case):
+    """Of vectors that the reference computed with all 80 rows appended."""
+    model, expected = case
+    queries, candidates = [TEXTS[0], {"text": "where", "image": TALL}], [TEXTS[2], {"image": WIDE}]
+    rows = [QUERIES.index(queries[0]), 5], [CANDIDATES.index(candidates[0]), 6]
+    np.testing.assert_allclose(model.encode_query(queries, budget=3, batch_size=2), expected.query[rows[0], :3], **TOLERANCE)
+    np.testing.assert_allclose(model.encode_document(candidates, budget=5, batch_size=2), expected.candidate[rows[1], :5], **TOLERANCE)

@@ -1,0 +1,25 @@
+"""The quickstart notebook runs top to bottom."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+nbclient = pytest.importorskip("nbclient")
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
+SHRUNKEN = "--config.steps=12 --config.optimizer.warmup_steps=2 --config.validate_every=12 --config.save_every=12"
+
+
+def test_quickstart(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUICKSTART_TRAIN_FLAGS", f"{SHRUNKEN} --config.data.dir={tmp_path / 'data'}")
+    monkeypatch.setenv("QUICKSTART_RUN", str(tmp_path / "run"))
+    monkeypatch.setenv("QUICKSTART_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.update(outputs=[], execution_count=None)
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parents[1])}})
+    client.execute()
+    pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3, "the plot and two searches"
