@@ -1,11 +1,12 @@
 """Prepared sources to training batches: batch n is a pure function of (config, n).
 
-The order of everything is decided on references (source, epoch, row) by grain, which makes it random access: each source is shuffled
-anew every epoch and repeated without a gap, cut into sub-batches of one microbatch, and the sub-batches of all sources are mixed by weight.
-So a sub-batch is of one source, and nothing of a source is left out. Only then are records read and images decoded.
+The order of everything is decided on references (source, epoch, row) by grain, which makes it random access: each source is
+shuffled anew every epoch and repeated without a gap, cut into sub-batches of one microbatch, and the sub-batches of all sources
+are mixed by weight. So a sub-batch is of one source, and nothing of a source is left out. Only then are records read and images
+decoded.
 
-A source is a sequence of records (see `sources.records`). Where it has a method `compose(row, epoch, step)`, that makes the record instead
-of `source[row]`, so that a source can draw or vary its records, still as a pure function.
+A source is a sequence of records (see `sources.records`). Where it has a method `compose(row, epoch, step)`, that makes the record
+instead of `source[row]`, so that a source can draw or vary its records, still as a pure function.
 
 B pairs, K negatives a pair, N items of a side, M microbatches, b items of a microbatch.
 """
@@ -34,13 +35,18 @@ class Reference(NamedTuple):
 
 
 class Host(NamedTuple):
-    """Which part of each microbatch to make: rows `index * b / count` up to the next host's."""
+    """Which part of each microbatch to make: the `index`-th of `count` equal ones."""
 
-    index: int = 0
-    count: int = 1
+    index: int
+    count: int
 
 
-def training_batches(config: ConfigDict, processor: Processor, sources: Sequence[Sequence], host: Host = Host()) -> grain.MapDataset:
+ONLY_HOST = Host(0, 1)
+
+
+def training_batches(
+    config: ConfigDict, processor: Processor, sources: Sequence[Sequence], host: Host = ONLY_HOST
+) -> grain.MapDataset:
     """The dataset whose element n is the global batch of step n, or this host's part of it.
 
     Args:
@@ -53,25 +59,26 @@ def training_batches(config: ConfigDict, processor: Processor, sources: Sequence
       this host's part and `order` is the global one.
 
     Raises:
-      UserError: a source is empty, or sizes in the config do not divide.
+      UserError: a source is empty, a weight is not positive, or sizes in the config do not divide.
     """
-    sub_batch = config.microbatch_size
-    names = [name for name, _ in config.data.sources]
-    for name, source in zip(names, sources, strict=True):
+    items, sub_batch = config.batch_size, config.microbatch_size
+    names, weights = zip(*config.data.sources, strict=True)
+    for name, weight, source in zip(names, weights, sources, strict=True):
+        if not weight > 0:
+            raise UserError(f"config.data.sources: the weight of {name!r} is {weight}; it must be positive")
         if not len(source):
             raise UserError(f"source {name!r} has no training records")
-    references = [_references(number, len(source), config.seed).batch(sub_batch, batch_fn=list) for number, source in enumerate(sources)]
-    mixed = grain.MapDataset.mix(references, [float(weight) for _, weight in config.data.sources])
+    references = [_references(number, len(source), config.seed) for number, source in enumerate(sources)]
+    sub_batches = [rows.batch(sub_batch, batch_fn=list) for rows in references]
+    mixed = grain.MapDataset.mix(sub_batches, [float(weight) for weight in weights])
     steps = mixed.batch(config.batch_size // sub_batch, batch_fn=lambda sub_batches: sum(sub_batches, []))
     make = _BatchMaker(
         processor=processor,
         sources=tuple(sources),
-        names=tuple(names),
+        names=names,
         negatives=config.data.negatives,
-        queries=_slots("query_shapes", config.data.query_shapes, config.batch_size, config.microbatch_size, host),
-        candidates=_slots(
-            "candidate_shapes", config.data.candidate_shapes, config.batch_size * (1 + config.data.negatives), config.microbatch_size, host
-        ),
+        queries=_slots(config, "query_shapes", items, host),
+        candidates=_slots(config, "candidate_shapes", items * (1 + config.data.negatives), host),
     )
     return steps.map_with_index(make)
 
@@ -93,34 +100,34 @@ class Slots(NamedTuple):
     """The rows that one side of every batch has.
 
     Attributes:
-      items: the number of items N to be placed.
       shapes: the shape classes, in the config's order (smallest first).
       microbatches: M of each class.
       size: items of a microbatch, over all hosts.
       host: whose part to make.
     """
 
-    items: int
     shapes: tuple[ShapeClass, ...]
     microbatches: tuple[int, ...]
     size: int
     host: Host
 
 
-def _slots(key: str, shapes: Sequence[Sequence[int]], items: int, size: int, host: Host) -> Slots:
+def _slots(config: ConfigDict, key: str, items: int, host: Host) -> Slots:
     """Reads shape classes (tokens, patches) or (tokens, patches, rows).
 
-    Without the third number a class has room for all items, so that any mixture fits, at the price of empty rows where there are several
-    classes; with it, a step has exactly that many rows of the class.
+    Without the third number a class has room for all items, so that any mixture fits, at the price of empty rows where there are
+    several classes; with it, a step has exactly that many rows of the class.
     """
+    shapes, size = config.data[key], config.microbatch_size
     rows = [shape[2] if len(shape) == 3 else items for shape in shapes]
     if any(count % size for count in rows) or size % host.count:
         raise UserError(
-            f"config.data.{key}: rows {rows} must be multiples of microbatch_size={size}, and that of the number of hosts, {host.count}"
+            f"config.data.{key}: rows {rows} must be multiples of microbatch_size={size}, "
+            f"and that of the number of hosts, {host.count}"
         )
     if sum(rows) < items:
         raise UserError(f"config.data.{key}: {sum(rows)} rows in all do not hold the {items} items of a batch")
-    return Slots(items, tuple(ShapeClass(*shape[:2]) for shape in shapes), tuple(count // size for count in rows), size, host)
+    return Slots(tuple(ShapeClass(*shape[:2]) for shape in shapes), tuple(count // size for count in rows), size, host)
 
 
 def place(fits_NC: Bool[np.ndarray, "N C"], room: Sequence[int]) -> Int[np.ndarray, "N 2"]:
@@ -215,5 +222,9 @@ def _size(example: Example) -> tuple[int, int]:
 
 def _no_place(name: str, example: Example, slots: Slots, room: list[int]) -> str:
     tokens, patches = _size(example)
-    classes = ", ".join(f"{shape.tokens} tokens and {shape.patches} patches x {rows} rows" for shape, rows in zip(slots.shapes, room))
-    return f"{name}: {tokens} tokens and {patches} patches find no place in the batch's shape classes ({classes}): enlarge one or lower max_pixels"
+    classes = zip(slots.shapes, room, strict=True)
+    held = ", ".join(f"{shape.tokens} tokens and {shape.patches} patches x {rows} rows" for shape, rows in classes)
+    return (
+        f"{name}: {tokens} tokens and {patches} patches find no place in the batch's shape classes ({held}): "
+        "enlarge one or lower max_pixels"
+    )

@@ -1,4 +1,5 @@
 """A byte-level BPE vocabulary for models trained from scratch, with Qwen2.5-VL's special tokens."""
+
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,19 +7,24 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-PROMPT_WORDS = ("user\n", "Query: ", "Describe the image.")    # what the prompts say around every text
+PROMPT_WORDS = ("user\n", "Query: ", "Describe the image.")  # what the prompts say around every text
 
 
 def train(texts: Iterable[str], path: str | Path, vocabulary: int = 2048) -> Tokenizer:
-    """Learns at most `vocabulary` tokens (256 bytes and the special tokens among them) from `texts` and writes `path` (tokenizer.json), atomically.
+    """Learns at most `vocabulary` tokens from `texts` and writes them to `path` (a tokenizer.json), atomically.
 
-    Each text is seen as it stands in the query prompt, after "Query: ", so its first word carries a space as its others do. Any string can be encoded, since all bytes are tokens.
+    Each text is seen as it stands in the query prompt, after "Query: ", so its first word carries a space as its others do. The
+    256 bytes and the special tokens are among the tokens, so any string can be encoded.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     corpus = [f"Query: {text}" for text in texts]
     # The words of the prompts are in every input, so they count as often as the texts.
     tokenizer.train_from_iterator(corpus + list(PROMPT_WORDS) * len(corpus), trainer)

@@ -49,9 +49,9 @@ def noise(height, width, seed):
 
 # 5x7 and 3x9 units: several windows, ragged at the right and the bottom, in one batch; 3x2 units: less than a window.
 TALL, WIDE, SMALL = noise(140, 199, 1), noise(80, 250, 2), noise(84, 56, 3)
-TEXTS = ["a red car", "", "what stands left of the été cloud? " * 3, "airplane lock", "cloud snow 漢字"]
-QUERIES = [*TEXTS, {"text": "where", "image": TALL}, {"text": "a much longer question about it, in words", "image": WIDE}, {"image": SMALL}]
-CANDIDATES = [*TEXTS, {"image": TALL}, {"image": WIDE}, {"text": "with a caption of its own", "image": WIDE}, {"image": SMALL}]
+TEXTS = ["a red car", "", "what stands left of the hut", "airplane lock", "cloud snow 漢字"]
+QUERIES = [*TEXTS, {"text": "where", "image": TALL}, {"text": "a longer question", "image": WIDE}, {"image": SMALL}]
+CANDIDATES = [*TEXTS[1:], {"image": TALL}, {"image": WIDE}, {"text": "with a caption of its own", "image": WIDE}, {"image": SMALL}]
 
 
 def write_tokenizer(directory: Path) -> None:

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from tests.backbones.qwen2_5_vl_reference import CANDIDATES, CONFIGURATIONS, QUERIES, TALL, TEXTS, WIDE, reference
+from tests.backbones.qwen2_5_vl_reference import CANDIDATES, CONFIGURATIONS, QUERIES, TALL, reference
 
 import metaembed_jax as me
 from metaembed_jax.data.prompts import ShapeClass, collate
@@ -11,6 +11,7 @@ from metaembed_jax.model import as_item
 from metaembed_jax.sharding import make_mesh
 
 TOLERANCE = dict(rtol=0, atol=1e-4)
+ROWS = 8  # of a batch
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
@@ -24,16 +25,16 @@ def case(request, tmp_path_factory):
 
 def test_vectors_equal_transformers(case):
     model, expected = case
-    np.testing.assert_allclose(model.encode_query(QUERIES, batch_size=4), expected.query, **TOLERANCE)
-    np.testing.assert_allclose(model.encode_document(CANDIDATES, batch_size=4), expected.candidate, **TOLERANCE)
+    np.testing.assert_allclose(model.encode_query(QUERIES, batch_size=ROWS), expected.query, **TOLERANCE)
+    np.testing.assert_allclose(model.encode_document(CANDIDATES, batch_size=ROWS), expected.candidate, **TOLERANCE)
 
 
-def test_one_batch_of_two_images_and_texts_equals_transformers(case):
+def test_one_batch_of_images_and_texts_equals_transformers(case):
     """The API encodes texts without the vision tower; here one batch holds both, as a training batch may."""
     model, expected = case
     for side, items, process in (("query", QUERIES, model.processor.query), ("candidate", CANDIDATES, model.processor.candidate)):
         examples = [process(as_item(item)) for item in items]
-        vectors = model._encode(model.parameters, collate(examples, ShapeClass(160, 512)), side=side, budget=model.config.vectors(side))
+        vectors = model._encode_batch(examples, ShapeClass(64, 256), side, model.config.vectors(side), ROWS)
         np.testing.assert_allclose(vectors, getattr(expected, side), **TOLERANCE)
 
 
@@ -47,10 +48,10 @@ def test_the_reference_tells_its_vectors_apart(case):
         assert np.median(np.abs(vectors[:, 1:] - vectors[:, :-1]).max(axis=-1)) > 1e-2  # between rows of an item
 
 
+@pytest.mark.parametrize("case", ["grouped"], indirect=True)
 def test_a_budget_is_a_prefix(case):
     """Of vectors that the reference computed with all 80 rows appended."""
     model, expected = case
-    queries, candidates = [TEXTS[0], {"text": "where", "image": TALL}], [TEXTS[2], {"image": WIDE}]
-    rows = [QUERIES.index(queries[0]), 5], [CANDIDATES.index(candidates[0]), 6]
-    np.testing.assert_allclose(model.encode_query(queries, budget=3, batch_size=2), expected.query[rows[0], :3], **TOLERANCE)
-    np.testing.assert_allclose(model.encode_document(candidates, budget=5, batch_size=2), expected.candidate[rows[1], :5], **TOLERANCE)
+    for items, encode, side, budget in ((QUERIES, model.encode_query, "query", 3), (CANDIDATES, model.encode_document, "candidate", 5)):
+        row = next(row for row, item in enumerate(items) if isinstance(item, dict) and item["image"] is TALL)
+        np.testing.assert_allclose(encode([items[row]], budget=budget, batch_size=ROWS)[0], getattr(expected, side)[row, :budget], **TOLERANCE)

@@ -64,7 +64,7 @@ def test_relevant_is_every_page_that_shows_all_that_is_named(data_dir):
         assert relevant == {number for number, page in enumerate(pages) if set(names) <= set(page)} != set()
 
 
-def test_fixed_pages_never_move(data_dir, tmp_path):
+def test_fixed_pages_never_move(data_dir, tmp_path, small_fonts):
     again = boards.prepare(tmp_path)
     assert again == boards.prepare(data_dir)
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def test_fixed_pages_never_move(data_dir, tmp_path):
     assert (tmp_path / "boards" / "tokenizer.json").read_bytes() == (tmp_path / "icons" / "tokenizer.json").read_bytes()
 
 
-def test_a_preparation_that_fails_leaves_nothing_that_looks_finished(data_dir, tmp_path, monkeypatch):
+def test_a_preparation_that_fails_leaves_nothing_that_looks_finished(tmp_path, monkeypatch, small_fonts):
     monkeypatch.setattr(boards.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         boards.prepare(tmp_path)
@@ -111,14 +111,23 @@ def test_training_pages_hold_training_icons_and_deal_each_once_an_epoch(data_dir
 def test_the_curriculum_sets_how_many_icons_a_page_shows(data_dir, monkeypatch):
     monkeypatch.setattr(boards, "compose", lambda images, random: len(images))
     pages = boards.training(data_dir, config(data_dir, ((10, 1, 1), (20, 2, 4), (0, 5, 9))))
-    for step, expected in ((0, {1}), (9, {1}), (10, {2, 3, 4}), (19, {2, 3, 4}), (20, set(range(5, 10))), (10**6, set(range(5, 10)))):
+    for step, expected in (
+        (0, {1}),
+        (9, {1}),
+        (10, {2, 3, 4}),
+        (19, {2, 3, 4}),
+        (20, set(range(5, 10))),
+        (10**6, set(range(5, 10))),
+    ):
         records_of_step = [pages.compose(row % len(pages), row // len(pages), step) for row in range(100)]
         assert {record["positive"]["image"] for record in records_of_step} == expected
         named = {record["query"]["text"].count(", ") + 1 for record in records_of_step}
         assert named == ({1} if step < 10 else {1, 2})
 
 
-@pytest.mark.parametrize("curriculum, clue", [(((5, 0, 3),), "fewest"), (((5, 4, 10),), "most"), (((9, 1, 1), (5, 1, 1), (0, 4, 9)), "rise")])
+@pytest.mark.parametrize(
+    "curriculum, clue", [(((5, 0, 3),), "fewest"), (((5, 4, 10),), "most"), (((9, 1, 1), (5, 1, 1), (0, 4, 9)), "rise")]
+)
 def test_a_curriculum_that_cannot_be_followed_is_an_error(data_dir, curriculum, clue):
     with pytest.raises(UserError, match=f"config.data.curriculum.*{clue}"):
         boards.training(data_dir, config(data_dir, curriculum))

@@ -52,17 +52,20 @@ def test_aliases_of_one_character_are_one_name():
 
 def test_drawings_are_centred_legible_and_all_different(data_dir):
     found = list(itertools.chain(*(icons_of(data_dir, split) for split in records.SPLITS)))
-    seen = set()
+    seen, extents = set(), []
     for record in found:
         image = Image.open(io.BytesIO(record["positive"]["image"]))
         assert image.size == (icons.SIDE, icons.SIDE) and image.mode == "L"
         ink = np.asarray(image) < 128
         assert ink.any(), record["query"]["text"]
         rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
-        assert abs(rows[0] + rows[-1] - icons.SIDE + 1) <= 4 and abs(columns[0] + columns[-1] - icons.SIDE + 1) <= 4
-        assert min(rows[0], columns[0]) >= icons.MARGIN - 2
+        assert abs(rows[0] + rows[-1] - icons.SIDE + 1) <= 3 and abs(columns[0] + columns[-1] - icons.SIDE + 1) <= 3
+        extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
+        assert extent <= icons.SIDE - 2 * icons.MARGIN + 3
+        extents.append(extent)
         seen.add(image.tobytes())
     assert len(seen) == len(found) > 500
+    assert np.mean(np.array(extents) > icons.SIDE - 2 * icons.MARGIN - 6) > 0.8  # the rest is meant to be small
 
 
 def icons_of(data_dir, split):
@@ -83,7 +86,7 @@ def test_preparing_again_does_nothing(data_dir, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_killed_preparation_leaves_nothing_that_looks_finished(data_dir, tmp_path):
+def test_a_killed_preparation_leaves_nothing_that_looks_finished(data_dir, tmp_path, small_fonts):
     whole = icons.prepare(data_dir)
     program = (
         "import os, signal\n"
@@ -109,7 +112,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_finished(data_dir, tmp_p
         icons_of(tmp_path, "test")
 
     assert icons.prepare(tmp_path) == whole
-    assert sorted(path.name for path in (tmp_path / "icons").iterdir()) == [icons.VERSION, "prepared.json", "tokenizer.json"]
+    assert sorted(path.name for path in (tmp_path / "icons").iterdir()) == [icons.VERSION, "tokenizer.json"]
     assert list(icons_of(tmp_path, "test")) == list(icons_of(data_dir, "test"))
 
 
@@ -118,7 +121,12 @@ def raise_(error):
 
 
 def test_tensorflow_is_not_imported(data_dir):
-    program = f"from metaembed_jax.data import sources; import sys; sources.retrieval('icons', {str(data_dir)!r}, 'test'); sys.exit('tensorflow' in sys.modules)"
+    program = (
+        "import sys\n"
+        "from metaembed_jax.data import sources\n"
+        f"sources.retrieval('icons', {str(data_dir)!r}, 'test')\n"
+        "sys.exit('tensorflow' in sys.modules)\n"
+    )
     assert subprocess.run([sys.executable, "-c", program], env=os.environ).returncode == 0
 
 

@@ -28,17 +28,28 @@ def make_batch(batch, negatives, query_vectors=16, candidate_vectors=64, width=3
     """Vectors whose loss is of order 1 while logits reach hundreds.
 
     Every item is a small variation of one set of directions, so all scores are high and within a few temperatures of each
-    other; a positive shares some of its query's variation.
+    other; a positive shares some of its query's variation. No two vectors compete for a maximum more closely than float32
+    can tell: there the gradient jumps, and float64 may see another winner.
     """
     rng = np.random.default_rng(seed)
-    directions = rng.normal(size=(query_vectors, width))
-    query = unit(directions + 0.1 * rng.normal(size=(batch, query_vectors, width)))
-    repeated = query[:, np.arange(candidate_vectors) % query_vectors]
-    near = np.broadcast_to(unit(directions)[np.arange(candidate_vectors) % query_vectors], repeated.shape)
-    noise = partial(rng.normal, scale=0.04)
-    positive = unit(near + 0.03 * (repeated - near) + noise(size=repeated.shape))
-    hard = unit(near[:, None] + noise(size=(batch, negatives, candidate_vectors, width)))
-    return query, positive, hard
+    nearest = np.arange(candidate_vectors) % query_vectors
+    while True:
+        directions = rng.normal(size=(query_vectors, width))
+        query = unit(directions + 0.1 * rng.normal(size=(batch, query_vectors, width)))
+        near = unit(directions)[nearest]
+        noise = partial(rng.normal, scale=0.04)
+        positive = unit(near + 0.03 * (query[:, nearest] - near) + noise(size=(batch, *near.shape)))
+        hard = unit(near + noise(size=(batch, negatives, *near.shape)))
+        own = np.einsum("bid,bkjd->bikj", query, hard, dtype=np.float64)
+        shared = np.einsum("bid,njd->binj", query, positive, dtype=np.float64)
+        if closest_contest(np.concatenate([shared, own], axis=2)) > 1e-6:
+            return query, positive, hard
+
+
+def closest_contest(similarities):
+    """The smallest gap between a similarity and the maximum of those before it."""
+    before = np.maximum.accumulate(similarities, axis=-1)[..., :-1]
+    return np.abs(similarities[..., 1:] - before).min(initial=np.inf)
 
 
 def value_and_gradients(*vectors, **options):

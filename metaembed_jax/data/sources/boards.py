@@ -1,9 +1,9 @@
-"""Boards: page retrieval in miniature. A candidate is a page of icons at random places and sizes; the query names one or two of them.
+"""Boards: page retrieval in miniature. A candidate is a page of icons at random places and sizes; the query names one or two.
 
-Pages of the validation and test splits are fixed and lie on disk; they hold icons of that split only, each of them on three pages. On disk a
-page's query text names all its icons in order, separated by ", "; `retrieval` makes the queries of one and of two names from it.
-Training pages are never stored: page n of epoch e is composed when it is asked for, a pure function of (seed, e, n), from icons of the
-training split only.
+Pages of the validation and test splits are fixed and lie on disk; they hold icons of that split only, each of them on three
+pages. On disk a page's query text names all its icons in order, separated by ", "; `retrieval` makes the queries of one and of
+two names from it. Training pages are never stored: page n of epoch e is composed when it is asked for, a pure function of
+(seed, e, n) and the step's place in the curriculum, from icons of the training split only.
 
 The source stands on the icons source and prepares it first.
 """
@@ -24,7 +24,7 @@ from metaembed_jax.data.sources import icons, records
 from metaembed_jax.errors import UserError
 
 NAME = "boards"
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 SIDE = 224  # pixels of a page
 LARGEST = 84  # pixels of an icon's canvas on a page
 FEWEST, MOST = 4, 9  # icons of a fixed page
@@ -85,8 +85,8 @@ class Drawings(Sequence):
 class Pages(Sequence):
     """Training pages, composed when asked for.
 
-    Every epoch deals out all icons anew, `MOST` to a page; how many of them the page shows depends on the step, by the curriculum. So
-    two pages of an epoch never share an icon, and a page that does not answer a query rarely shows what it names.
+    Every epoch deals out all icons anew, `MOST` to a page; how many of them the page shows depends on the step, by the curriculum.
+    So two pages of an epoch never share an icon, and a page that does not answer a query rarely shows what it names.
 
     Args:
       curriculum: ((until step, fewest icons, most icons), ...), by rising step; the last entry holds for ever, whatever its step.
@@ -124,7 +124,8 @@ class Pages(Sequence):
         random = np.random.default_rng([self.seed, epoch, row])
         fewest, most = self.icons_at(step)
         count = int(random.integers(fewest, most, endpoint=True))
-        names, images = zip(*(self.drawings[number] for number in self._deal(epoch)[row * MOST : row * MOST + count].tolist()), strict=True)
+        dealt = self._deal(epoch)[row * MOST : row * MOST + count].tolist()
+        names, images = zip(*(self.drawings[number] for number in dealt), strict=True)
         return {
             "query": {"text": name_some(names, random)},
             "positive": {"image": compose(images, random)},
@@ -237,8 +238,10 @@ def training(data_dir: str | Path, config: ConfigDict) -> Pages:
 
 
 def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:
-    """A split as a search task: a query for every name of the split, and one for two names of each page; relevant is every page that
-    shows all the names of the query."""
+    """A split as a search task: a query for every name of the split, and one for two names of each page.
+
+    Relevant is every page that shows all the names of the query.
+    """
     found = records.open_split(Path(data_dir) / NAME, VERSION, split)
     pages = [(record["query"]["text"].split(SEPARATOR), record["positive"]["image"]) for record in found]
     holders: dict[str, set[int]] = {}

@@ -1,8 +1,10 @@
 """Icon search: about 16,000 hand-drawn icons and their names, from the fonts inside the package `qtawesome`.
 
-The fonts are found through `importlib.metadata`; the package itself (which wants Qt) is never imported. A record's query is the name as words
-("cloud snow"), its positive the drawing, black on white. Splits are by NAME, by a hash: a name is in one split, for ever.
+The fonts are found through `importlib.metadata`; the package itself (which wants Qt) is never imported. A record's query is the
+name as words ("cloud snow"), its positive the drawing, black on white. Splits are by name, by a hash: a name is in one split, for
+ever.
 """
+
 import hashlib
 import importlib.metadata
 import io
@@ -23,15 +25,17 @@ from metaembed_jax.data.sources import records
 from metaembed_jax.errors import UserError
 
 NAME = "icons"
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 FONTS = ("materialdesignicons6", "phosphor", "remixicon", "fontawesome6-solid", "fontawesome6-regular", "codicon")
-SIDE = 112          # pixels of a drawing's canvas
-MARGIN = 6          # white pixels around the largest drawing
-SMALLEST = 0.5      # of the em: a smaller drawing (a dot) is not blown up to the whole canvas, so that "circle small" stays small
+SIDE = 112  # pixels of a drawing's canvas
+MARGIN = 6  # white pixels around the largest drawing
+SKETCH = 64  # font size at which a glyph is measured
+SMALLEST = 0.5  # of the em: a smaller drawing (a dot) is not blown up to the whole canvas, so that "circle small" stays small
 
 
 class Icon(NamedTuple):
     """One drawing: its name as words, the font it is from, and its PNG."""
+
     name: str
     font: str
     png: bytes
@@ -49,11 +53,15 @@ def words(name: str) -> str:
 
 
 def font_files() -> list[tuple[str, Path, Path]]:
-    """(font, font file, charmap file) of `FONTS`, in that order. Raises UserError where qtawesome or one of its fonts is missing."""
+    """(font, font file, charmap file) of `FONTS`, in that order.
+
+    Raises:
+      UserError: qtawesome or one of its fonts is missing.
+    """
     try:
         files = [file.locate() for file in importlib.metadata.files("qtawesome") or ()]
     except importlib.metadata.PackageNotFoundError:
-        raise UserError("the icons source reads the fonts of the package qtawesome: pip install qtawesome") from None
+        raise UserError("the icons source reads the fonts of the package qtawesome: pip install qtawesome==1.4.2") from None
     found = []
     for font in FONTS:
         ours = [Path(file) for file in files if Path(file).name.startswith(font)]
@@ -66,7 +74,7 @@ def font_files() -> list[tuple[str, Path, Path]]:
 
 
 def glyphs(charmap: Path) -> list[tuple[str, str]]:
-    """(name as words, character) of a charmap. Of the aliases of one character the shortest name stays, then the first in the alphabet."""
+    """(name as words, character) of a charmap. Of a character's aliases the shortest name stays, then the first by letters."""
     names = {}
     for name, code in json.loads(charmap.read_text()).items():
         names.setdefault(int(code, 16), []).append(words(name))
@@ -88,20 +96,34 @@ class Renderer:
 
     def draw(self, character: str) -> Image.Image | None:
         """The drawing, mode L, `SIDE` x `SIDE`; None where the glyph is empty."""
-        left, top, right, bottom = self.at(SIDE).getbbox(character)
-        if right <= left or bottom <= top:
+        # Pillow's own bounding boxes count the advance width as ink, so the ink is looked for in a small picture first.
+        left, top, right, bottom = self.ink(character, SKETCH, (SKETCH, SKETCH), 3 * SKETCH)[0]
+        if right == left:
             return None
-        extent = max(right - left, bottom - top, SMALLEST * SIDE)
-        font = self.at(int(SIDE * (SIDE - 2 * MARGIN) / extent))
-        left, top, right, bottom = font.getbbox(character)
+        scale = (SIDE - 2 * MARGIN) / max(right - left, bottom - top, SMALLEST * SKETCH)
+        origin = (SIDE - (left - SKETCH) * scale, SIDE - (top - SKETCH) * scale)
+        _, glyph = self.ink(character, int(SKETCH * scale), origin, 3 * SIDE)
+        if glyph.getextrema()[1] < 128:
+            return None
         canvas = Image.new("L", (SIDE, SIDE), 255)
-        ImageDraw.Draw(canvas).text(((SIDE - right - left) // 2, (SIDE - bottom - top) // 2), character, fill=0, font=font)
-        return canvas if canvas.getextrema()[0] < 128 else None
+        x, y = (SIDE - glyph.width) // 2, (SIDE - glyph.height) // 2
+        canvas.paste(0, (x, y, x + glyph.width, y + glyph.height), mask=glyph)
+        return canvas
+
+    def ink(self, character: str, size: int, origin: tuple[float, float], side: int) -> tuple[tuple[int, ...], Image.Image]:
+        """The box of the ink of a glyph drawn at `origin` of a canvas of `side` pixels, and the ink itself (mode L, white)."""
+        canvas = Image.new("L", (side, side), 0)
+        ImageDraw.Draw(canvas).text((int(origin[0]), int(origin[1])), character, fill=255, font=self.at(size))
+        box = canvas.getbbox() or (0, 0, 0, 0)
+        return box, canvas.crop(box)
 
 
 def render_all() -> Iterator[Icon]:
-    """Every icon once. A drawing that came before, pixel for pixel, under whatever name, is an alias and is dropped: a picture has one
-    name, so no picture of the test split can be a training picture under another name."""
+    """Every icon once.
+
+    A drawing that came before, pixel for pixel, under whatever name, is an alias and is dropped: a picture has one name, so no
+    picture of the test split can be a training picture under another name.
+    """
     seen = set()
     todo = [(font, path, name, character) for font, path, charmap in font_files() for name, character in glyphs(charmap)]
     renderers = {}
@@ -111,12 +133,13 @@ def render_all() -> Iterator[Icon]:
             continue
         seen.add(pixels)
         png = io.BytesIO()
-        drawing.save(png, "png", compress_level=6)
+        drawing.save(png, "png", compress_level=3)
         yield Icon(name, font, png.getvalue())
 
 
 class Icons(tfds.core.GeneratorBasedBuilder):
     """Writes the icons as ArrayRecord."""
+
     VERSION = tfds.core.Version(VERSION)
     name = NAME
 
@@ -146,8 +169,12 @@ def fingerprint(icons: list[Icon]) -> str:
 
 
 def prepare(data_dir: str | Path) -> dict:
-    """Draws and writes the icons and their tokenizer to `data_dir`/icons; already done, does nothing. Returns the marker: version, counts,
-    fingerprint. The marker is written last: killed before that, the next call starts anew."""
+    """Draws and writes the icons and their tokenizer to `data_dir`/icons; already done, does nothing.
+
+    Returns:
+      The marker: {"version", "fingerprint", "drawings" and "names" of each split}. It is written last: killed before that, the
+      next call starts anew.
+    """
     directory = Path(data_dir) / NAME
     if marker := records.read_marker(directory, VERSION):
         return marker
@@ -156,12 +183,17 @@ def prepare(data_dir: str | Path) -> dict:
     train_names = sorted({icon.name for icon in icons if split_of(icon.name) == "train"})
     tokenizer.train(train_names, directory / "tokenizer.json")
     in_split = {split: [icon for icon in icons if split_of(icon.name) == split] for split in records.SPLITS}
-    marker = {"version": VERSION, "fingerprint": fingerprint(icons),
-              "drawings": {split: len(chosen) for split, chosen in in_split.items()},
-              "names": {split: len({icon.name for icon in chosen}) for split, chosen in in_split.items()}}
+    marker = {
+        "version": VERSION,
+        "fingerprint": fingerprint(icons),
+        "drawings": {split: len(chosen) for split, chosen in in_split.items()},
+        "names": {split: len({icon.name for icon in chosen}) for split, chosen in in_split.items()},
+    }
     records.write_marker(directory, marker)
-    print(f"icons: {sum(marker['drawings'].values())} drawings ({marker['drawings']}) of {sum(marker['names'].values())} names "
-          f"({marker['names']}), fingerprint {marker['fingerprint']}")
+    print(
+        f"icons: {sum(marker['drawings'].values())} drawings ({marker['drawings']}) of {sum(marker['names'].values())} names "
+        f"({marker['names']}), fingerprint {marker['fingerprint']}"
+    )
     return marker
 
 

@@ -3,9 +3,10 @@
     item   = {"text": str (optional), "image": encoded bytes (optional)}
     record = {"query": item, "positive": item, "negatives": [item, ...], "source": str}
 
-On disk a record is a `tf.Example` in ArrayRecord, written by TensorFlow Datasets (TensorFlow itself is never imported); a text or image that
-an item lacks is the empty string. Images stay encoded: nothing is decoded before a batch needs it.
+On disk a record is a `tf.Example` in ArrayRecord, written by TensorFlow Datasets (TensorFlow itself is never imported); a text or
+image that an item lacks is the empty string. Images stay encoded: nothing is decoded before a batch needs it.
 """
+
 import contextlib
 import io
 import json
@@ -23,22 +24,31 @@ from tensorflow_datasets.proto import tf_example_pb2
 from metaembed_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
-MARKER = "prepared.json"    # written last, so a source that has it is complete
+MARKER = "prepared.json"  # written last, so a source that has it is complete
 
 
 def features() -> tfds.features.FeaturesDict:
-    """The record schema as TFDS features. `Tensor` and not `Image` holds the picture, because TFDS would decode an `Image` on reading."""
+    """The record schema as TFDS features. A picture is a `Tensor` of bytes, because TFDS would decode an `Image` on reading."""
+
     def item():
         return {"text": tfds.features.Text(), "image": tfds.features.Tensor(shape=(), dtype=np.object_)}
-    return tfds.features.FeaturesDict({"query": item(), "positive": item(), "negatives": tfds.features.Sequence(item()), "source": tfds.features.Text()})
+
+    negatives = tfds.features.Sequence(item())
+    return tfds.features.FeaturesDict({"query": item(), "positive": item(), "negatives": negatives, "source": tfds.features.Text()})
 
 
 def to_example(record: dict) -> dict:
     """A record with every field present, as `features()` wants it."""
+
     def full(item):
         return {"text": item.get("text", ""), "image": item.get("image", b"")}
-    return {"query": full(record["query"]), "positive": full(record["positive"]),
-            "negatives": [full(item) for item in record.get("negatives", ())], "source": record["source"]}
+
+    return {
+        "query": full(record["query"]),
+        "positive": full(record["positive"]),
+        "negatives": [full(item) for item in record.get("negatives", ())],
+        "source": record["source"],
+    }
 
 
 def from_bytes(raw: bytes) -> dict:
@@ -47,9 +57,15 @@ def from_bytes(raw: bytes) -> dict:
 
     def items(name):
         texts, images = feature[f"{name}/text"].bytes_list.value, feature[f"{name}/image"].bytes_list.value
-        return [({"text": text.decode()} if text else {}) | ({"image": image} if image else {}) for text, image in zip(texts, images, strict=True)]
-    return {"query": items("query")[0], "positive": items("positive")[0], "negatives": items("negatives"),
-            "source": feature["source"].bytes_list.value[0].decode()}
+        pairs = zip(texts, images, strict=True)
+        return [({"text": text.decode()} if text else {}) | ({"image": image} if image else {}) for text, image in pairs]
+
+    return {
+        "query": items("query")[0],
+        "positive": items("positive")[0],
+        "negatives": items("negatives"),
+        "source": feature["source"].bytes_list.value[0].decode(),
+    }
 
 
 class Records(Sequence):
@@ -75,39 +91,44 @@ def write(builder: tfds.core.DatasetBuilder) -> None:
     for rest in (directory, *directory.parent.glob(f"incomplete.*_{directory.name}")):
         shutil.rmtree(rest, ignore_errors=True)
     tfds.disable_progress_bar()
-    downloads = directory.parent / f"incomplete.downloads_{directory.name}"    # TFDS makes this folder although nothing is downloaded
-    with contextlib.redirect_stdout(io.StringIO()):     # its announcements; ours say what was prepared
+    downloads = directory.parent / f"incomplete.downloads_{directory.name}"  # made by TFDS although nothing is downloaded
+    with contextlib.redirect_stdout(io.StringIO()):  # its announcements; ours say what was prepared
         builder.download_and_prepare(download_dir=str(downloads))
     shutil.rmtree(downloads, ignore_errors=True)
 
 
 def read_marker(source_dir: str | Path, version: str) -> dict | None:
-    """What `write_marker` left, or None where the source is not (completely) prepared in this version."""
-    path = Path(source_dir) / MARKER
-    if not path.is_file() or not (path.parent / version).is_dir():
-        return None
-    marker = json.loads(path.read_text())
-    return marker if marker["version"] == version else None
+    """What `write_marker` left, or None where this version of the source is not (completely) prepared."""
+    path = Path(source_dir) / version / MARKER
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def write_marker(source_dir: str | Path, marker: dict) -> None:
-    """Declares a source complete, atomically."""
-    temporary = Path(source_dir) / (MARKER + ".tmp")
+    """Declares a version of a source complete, atomically. marker: what is to be known of it, "version" among it."""
+    path = Path(source_dir) / marker["version"] / MARKER
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(marker, indent=2) + "\n")
-    os.replace(temporary, Path(source_dir) / MARKER)
+    os.replace(temporary, path)
 
 
 def open_split(source_dir: str | Path, version: str, split: str) -> Records:
-    """The records of a prepared split. Raises UserError, saying how to prepare, where the source is not complete."""
+    """The records of a prepared split.
+
+    Raises:
+      UserError: the source is not (completely) prepared; says how to.
+    """
     source_dir = Path(source_dir)
     if read_marker(source_dir, version) is None:
-        raise UserError(f"{source_dir} holds no complete preparation (version {version}): "
-                        f"run `python -m metaembed_jax prepare --source={source_dir.name} --out={source_dir.parent}`")
+        raise UserError(
+            f"{source_dir} holds no complete preparation (version {version}): "
+            f"run `python -m metaembed_jax prepare --source={source_dir.name} --out={source_dir.parent}`"
+        )
     return Records(source_dir / version, split)
 
 
 class Retrieval(NamedTuple):
     """A search task: every query's relevant candidates, as sets of their indices."""
+
     queries: list[dict]
     candidates: list[dict]
     relevance: list[set[int]]

@@ -1,0 +1,266 @@
+"""Training batches: which items are in them, where, and that batch n depends on nothing but (config, n)."""
+
+import io
+import threading
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+from PIL import Image
+
+from metaembed_jax.data import sources, tokenizer
+from metaembed_jax.data.images import ImageConfig
+from metaembed_jax.data.pipeline import ONLY_HOST, Host, iterate, place, training_batches
+from metaembed_jax.data.prompts import Processor
+from metaembed_jax.errors import UserError
+
+WORDS = [f"word{number}" for number in range(200)]
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    learned = tokenizer.train(WORDS, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json", vocabulary=700)
+    return Processor(learned, ImageConfig(28 * 28, 224 * 224))
+
+
+def config(batch=8, microbatch=None, shapes=((64, 64),), names=(("a", 1.0),), negatives=0, seed=0, **data):
+    data = {
+        "sources": names,
+        "negatives": negatives,
+        "query_shapes": ((48, 0),),
+        "candidate_shapes": shapes,
+        "curriculum": (),
+        "augment": False,
+        **data,
+    }
+    return ConfigDict({"seed": seed, "batch_size": batch, "microbatch_size": microbatch or batch, "data": data})
+
+
+def png(number, height=56, width=84):
+    pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def record(number, source="a", positive=None, negatives=()):
+    positive = {"image": png(number)} if positive is None else positive
+    return {"query": {"text": WORDS[number]}, "positive": positive, "negatives": list(negatives), "source": source}
+
+
+class Watched:
+    """A source that notes what it is asked for."""
+
+    def __init__(self, records):
+        self.records, self.asked, self.lock = records, [], threading.Lock()
+
+    def __len__(self):
+        return len(self.records)
+
+    def compose(self, row, epoch, step):
+        with self.lock:
+            self.asked.append((step, epoch, row))
+        return self.records[row]
+
+
+def rows_in_order(side):
+    """Every item's arrays in pair order, unpadded tokens and the sum of its patches."""
+    rows = []
+    for group in side["groups"]:
+        flat = {key: value.reshape(-1, *value.shape[2:]) for key, value in group.items()}
+        for row in range(len(flat["tokens"])):
+            pixels = int(flat["patches"][row].astype(int).sum()) if "patches" in flat else 0
+            rows.append((tuple(flat["tokens"][row][flat["mask"][row]].tolist()), pixels))
+    return [rows[row] for row in side["order"].tolist()]
+
+
+def expected(items, encode):
+    """What `rows_in_order` must give for these items."""
+    found = []
+    for item in items:
+        example = encode(item)
+        found.append(
+            (tuple(example.tokens.tolist()), 0 if example.patches is None else int(example.patches.patches.astype(int).sum()))
+        )
+    return found
+
+
+def equal(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def test_batch_n_is_a_pure_function_of_config_and_n(processor):
+    records = [record(number) for number in range(30)]
+    one, two = (training_batches(config(), processor, [records]) for _ in range(2))
+    one[17]  # whatever was asked before
+    for step in (0, 3, 4, 11):
+        assert equal(one[step], two[step])
+    assert not equal(one[3], one[4])
+    assert not equal(one[3], training_batches(config(seed=1), processor, [records])[3])
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_iterating_from_any_step_gives_the_same_batches(processor, threads):
+    dataset = training_batches(config(), processor, [[record(number) for number in range(30)]])
+    found = list(iterate(dataset, 5, 12, threads))
+    assert len(found) == 7
+    assert all(equal(batch, dataset[5 + number]) for number, batch in enumerate(found))
+
+
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own(processor):
+    source = Watched([record(number) for number in range(10)])
+    dataset = training_batches(config(batch=4), processor, [source])
+    for step in range(10):  # 40 draws: 4 epochs
+        dataset[step]
+    epochs = [[row for _, epoch, row in source.asked if epoch == wanted] for wanted in range(4)]
+    assert all(sorted(rows) == list(range(10)) for rows in epochs)
+    assert len({tuple(rows) for rows in epochs}) == 4
+    assert [step for step, _, _ in source.asked] == list(np.repeat(range(10), 4))
+
+
+def test_sources_are_mixed_by_weight_in_sub_batches_of_one_source(processor):
+    three, one = Watched([record(number) for number in range(7)]), Watched([record(100 + number, "b") for number in range(5)])
+    dataset = training_batches(config(batch=8, microbatch=2, names=(("a", 3.0), ("b", 1.0))), processor, [three, one])
+    names = {tuple(processor.query({"text": word}).tokens.tolist()): int(word[4:]) >= 100 for word in WORDS}
+    for step in range(5):
+        of_b = np.array([names[tokens] for tokens, _ in rows_in_order(dataset[step]["query"])]).reshape(4, 2)
+        assert (of_b[:, 0] == of_b[:, 1]).all() and of_b.sum() == 2
+    assert len(three.asked) == 30 and len(one.asked) == 10
+
+
+def test_queries_and_positives_are_in_pair_order_then_negatives_pair_by_pair(processor):
+    records = [
+        record(number, negatives=[{"text": WORDS[number + 50]}, {"image": png(number + 50)}, {"text": "unused"}])
+        for number in range(12)
+    ]
+    source = Watched(records)
+    batch = training_batches(config(batch=8, microbatch=4, negatives=2), processor, [source])[0]
+    drawn = [records[row] for _, _, row in source.asked]
+    assert batch["query"]["groups"][0]["tokens"].shape == (2, 4, 48)
+    assert batch["candidate"]["groups"][0]["patches"].shape == (6, 4, 64, 588)
+    assert rows_in_order(batch["query"]) == expected([one["query"] for one in drawn], processor.query)
+    items = [one["positive"] for one in drawn] + [item for one in drawn for item in one["negatives"][:2]]
+    assert rows_in_order(batch["candidate"]) == expected(items, processor.candidate)
+
+
+def test_items_go_to_the_smallest_shape_class_that_fits(processor):
+    sizes = [(56, 56), (140, 84), (28, 56), (112, 168)]
+    records = [
+        record(number, positive={"image": png(number, *sizes[number % 4])} if number % 5 else {"text": WORDS[number]})
+        for number in range(16)
+    ]
+    shapes = ((24, 0), (28, 64), (64, 128))
+    source = Watched(records)
+    dataset = training_batches(config(batch=8, microbatch=4, shapes=shapes), processor, [source])
+    for step in range(4):
+        side = dataset[step]["candidate"]
+        drawn = [records[row]["positive"] for at, _, row in source.asked if at == step]
+        assert rows_in_order(side) == expected(drawn, processor.candidate)
+        assert [group["tokens"].shape for group in side["groups"]] == [(2, 4, 24), (2, 4, 28), (2, 4, 64)]
+        wanted = [0 if "text" in item else 1 if max(Image.open(io.BytesIO(item["image"])).size) <= 112 else 2 for item in drawn]
+        assert (side["order"] // 8).tolist() == wanted
+        for group in side["groups"]:  # rows that no item takes have a token to attend to, and no patch
+            assert group["mask"].any(-1).all()
+
+
+def test_a_full_class_passes_items_on_to_a_larger_one_and_no_place_at_all_is_named(processor):
+    records = [record(number, positive={"text": WORDS[number]}) for number in range(8)]
+    side = training_batches(config(shapes=((24, 0, 4), (64, 64, 4)), microbatch=4), processor, [records])[0]["candidate"]
+    assert np.bincount(side["order"] // 4).tolist() == [4, 4]
+    pictures = [record(number) for number in range(8)]
+    with pytest.raises(UserError, match=r"source 'a', row \d, positive: \d+ tokens and 64 patches find no place"):
+        training_batches(config(shapes=((24, 0, 4), (64, 64, 4)), microbatch=4), processor, [pictures])[0]
+    with pytest.raises(UserError, match=r"source 'a', row \d, positive: .* and 64 patches find no place"):
+        training_batches(config(shapes=((64, 16),)), processor, [pictures])[0]
+    with pytest.raises(UserError, match="candidate_shapes: 4 rows in all do not hold the 8 items"):
+        training_batches(config(shapes=((64, 64, 4),), microbatch=4), processor, [pictures])
+    with pytest.raises(UserError, match="candidate_shapes: rows .6, 8. must be multiples of microbatch_size=8"):
+        training_batches(config(shapes=((24, 0, 6), (64, 64))), processor, [pictures])
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 12), min_size=3, max_size=3))
+def test_nested_classes_place_all_items_whenever_it_is_possible(smallest, room):
+    """Item i fits class smallest[i] and all larger ones; all find a place if the larger classes hold the larger items (Hall)."""
+    room = [*room, 6]
+    fits = np.array([[number >= first for number in range(4)] for first in smallest], bool).reshape(-1, 4)
+    places = place(fits, room)
+    possible = all(sum(first >= number for first in smallest) <= sum(room[number:]) for number in range(4))
+    assert (places >= 0).all() == possible
+    placed = [tuple(pair) for pair in places.tolist() if pair[0] >= 0]
+    assert len(set(placed)) == len(placed)
+    for item, (shape, row) in enumerate(places.tolist()):
+        assert shape < 0 or (fits[item, shape] and row < room[shape])
+
+
+@pytest.mark.parametrize("shapes", [((64, 64),), ((24, 0), (64, 64))])
+def test_the_parts_of_two_hosts_make_the_whole_batch(processor, shapes):
+    records = [record(number, positive={"text": WORDS[number]} if number % 3 else None) for number in range(20)]
+    settings = config(batch=8, microbatch=4, shapes=shapes)
+    whole, *parts = (training_batches(settings, processor, [records], host)[2] for host in (ONLY_HOST, Host(0, 2), Host(1, 2)))
+    for side in ("query", "candidate"):
+        assert all(np.array_equal(whole[side]["order"], part[side]["order"]) for part in parts)
+        joined = jax.tree.map(lambda x, y: np.concatenate([x, y], axis=1), parts[0][side]["groups"], parts[1][side]["groups"])
+        assert equal(joined, whole[side]["groups"])
+
+
+def test_too_long_a_text_is_cut_but_never_image_or_prompt(processor):
+    records = [
+        {
+            "query": {"text": " ".join(WORDS)},
+            "positive": {"text": " ".join(WORDS), "image": png(number)},
+            "negatives": [],
+            "source": "a",
+        }
+        for number in range(8)
+    ]
+    batch = training_batches(config(shapes=((30, 64),)), processor, [records])[0]
+    queries, candidates = batch["query"]["groups"][0], batch["candidate"]["groups"][0]
+    assert (queries["mask"].sum(-1) > 40).all()
+    assert ((candidates["visual_index"] >= 0).sum(-1) == 6).all()
+    assert (candidates["tokens"][..., -1] == 0).all()  # <|endoftext|>
+
+
+@pytest.mark.parametrize("broken", [b"not an image", png(3)[:200]])
+def test_an_unreadable_image_is_named_by_source_and_row(processor, broken):
+    records = [record(number) for number in range(8)]
+    records[3] = record(3, positive={"image": broken})
+    dataset = training_batches(config(names=(("pages", 1.0),)), processor, [records])
+    with pytest.raises(UserError, match="source 'pages', row 3, positive: the image cannot be read"):
+        dataset[0]
+    with pytest.raises(UserError, match="source 'pages', row 3, positive: the image cannot be read"):
+        next(iterate(dataset, 0, 1))
+
+
+def test_a_missing_hard_negative_and_an_empty_source_are_named(processor):
+    records = [record(number, negatives=[{"text": "n"}] * (number != 6)) for number in range(8)]
+    with pytest.raises(UserError, match="source 'a', row 6: has 0 hard negatives, but config.data.negatives=1"):
+        training_batches(config(negatives=1), processor, [records])[0]
+    with pytest.raises(UserError, match="source 'a' has no training records"):
+        training_batches(config(), processor, [[]])
+    with pytest.raises(UserError, match="config.data.sources: the weight of 'a' is 0"):
+        training_batches(config(names=(("a", 0),)), processor, [records])
+
+
+def test_the_curriculum_follows_the_step(processor, data_dir):
+    settings = config(batch=4, shapes=((96, 256),), names=(("boards", 1.0),), dir=str(data_dir), curriculum=((2, 1, 1), (0, 2, 9)))
+    dataset = training_batches(settings, processor, sources.training_records(settings))
+
+    def asked(step):
+        return [processor._tokenizer.decode(list(tokens)).count(", ") for tokens, _ in rows_in_order(dataset[step]["query"])]
+
+    assert sum(asked(0) + asked(1)) == 0 < sum(asked(2) + asked(3) + asked(4))
+    assert equal(dataset[7], training_batches(settings, processor, sources.training_records(settings))[7])
+
+
+def test_icons_train_with_and_without_augmentation(processor, data_dir):
+    plain, varied = (
+        training_batches(settings, processor, sources.training_records(settings))
+        for settings in (config(names=(("icons", 1.0),), dir=str(data_dir), augment=augment) for augment in (False, True))
+    )
+    assert equal(plain[1]["query"], varied[1]["query"]) and not equal(plain[1]["candidate"], varied[1]["candidate"])
+    assert equal(varied[1], varied[1])
