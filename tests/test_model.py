@@ -1,0 +1,202 @@
+"""MetaEmbed as people use it: loading, encoding, and what it refuses."""
+
+import dataclasses
+import io
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+
+import metaembed_jax as me
+from metaembed_jax.checkpoints import loading
+from metaembed_jax.checkpoints.runs import RunCheckpoints
+from metaembed_jax.config import default_config, model_config
+from metaembed_jax.network import init_parameters
+from metaembed_jax.sharding import make_mesh
+from tests.backbones.qwen2_5_vl_reference import noise, write_tokenizer
+from tests.checkpoints.huggingface_files import SMALL, random_tensors, write
+
+ITEMS = ["a red car", noise(60, 90, 1), {"text": "where", "image": noise(150, 60, 2)}, "another " * 12, {"text": "b"}]
+
+
+def one_device():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("huggingface"), random_tensors())
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return me.MetaEmbed.from_pretrained(directory, dtype="float32", mesh=one_device())
+
+
+def edit(directory, file, **changes):
+    path = directory / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def copy(directory, tmp_path):
+    return shutil.copytree(directory, tmp_path / "copy")
+
+
+def test_items_keep_their_order_and_do_not_see_each_other(model):
+    together = model.encode_document(ITEMS, batch_size=4)
+    assert (together.shape, together.dtype) == ((5, 64, 32), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=-1), 1, atol=1e-5)
+    alone = np.concatenate([model.encode_document([item], batch_size=4) for item in ITEMS])
+    np.testing.assert_array_equal(alone, together)
+    backwards = model.encode_document(ITEMS[::-1], batch_size=4)[::-1]
+    np.testing.assert_array_equal(backwards, together)
+
+
+def test_eight_devices_give_what_one_gives(directory, model):
+    spread = me.MetaEmbed.from_pretrained(directory, dtype="float32", mesh=make_mesh(2, 2, 2))
+    np.testing.assert_allclose(spread.encode_query(ITEMS[:2], batch_size=1), model.encode_query(ITEMS[:2], batch_size=4), atol=1e-5)
+
+
+def test_images_may_be_encoded_bytes(model):
+    buffer = io.BytesIO()
+    ITEMS[1].save(buffer, "PNG")
+    encoded = model.encode_document([{"image": buffer.getvalue()}], batch_size=4)
+    np.testing.assert_array_equal(encoded, model.encode_document([ITEMS[1]], batch_size=4))
+
+
+def test_similarity_is_maxsim(model):
+    q, c = model.encode_query(ITEMS[:1], batch_size=4), model.encode_document(ITEMS, batch_size=4)
+    expected = np.einsum("qid,njd->qnij", q[:, :4], c[:, :8]).max(-1).sum(-1)
+    np.testing.assert_allclose(model.similarity(q, c, budget=(4, 8)), expected, rtol=1e-5)
+    np.testing.assert_allclose(me.maxsim(q, c, budget=(4, 8)), expected, rtol=1e-5)
+
+
+def test_nothing_to_encode(model):
+    assert model.encode_query([], budget=2).shape == (0, 2, 32)
+
+
+@pytest.mark.parametrize("items", ["a text", {"text": "one item"}, Image.new("RGB", (30, 30))])
+def test_one_item_instead_of_a_list(model, items):
+    with pytest.raises(me.UserError, match="put it in a list"):
+        model.encode_query(items)
+
+
+@pytest.mark.parametrize("item, message", [(3, "not int"), ({}, "item 1: has neither"), ({"image": b"x"}, "item 1: .*cannot be read")])
+def test_bad_items_are_named(model, item, message):
+    with pytest.raises(me.UserError, match=message):
+        model.encode_query(["fine", item])
+
+
+@pytest.mark.parametrize("budget", [0, -1, 17])
+def test_budgets_beyond_the_model(model, budget):
+    with pytest.raises(me.UserError, match=f"budget={budget}: .* 1 to 16 query"):
+        model.encode_query(["a"], budget=budget)
+
+
+def test_fresh_meta_tokens(directory, model):
+    """Of the config's initializer_range, the same for the same seed on any mesh."""
+    assert (model.meta_tokens.shape, model.meta_tokens.dtype) == ((80, 32), np.float32)
+    assert abs(model.meta_tokens.std() - SMALL["text_config"]["initializer_range"]) < 0.01
+    again = me.MetaEmbed.from_pretrained(directory, mesh=make_mesh(2, 2, 2))
+    np.testing.assert_array_equal(again.meta_tokens, model.meta_tokens)
+    other = me.MetaEmbed.from_pretrained(directory, mesh=one_device(), seed=1)
+    assert np.abs(other.meta_tokens - model.meta_tokens).min(axis=1).max() > 0
+
+
+def test_bfloat16_is_close(directory, model):
+    narrow = me.MetaEmbed.from_pretrained(directory, mesh=one_device())
+    assert narrow.config.dtype == "bfloat16"
+    cosines = np.sum(narrow.encode_query(ITEMS[:2], batch_size=4) * model.encode_query(ITEMS[:2], batch_size=4), axis=-1)
+    assert cosines.min() > 0.99
+
+
+def test_the_preprocessor_sets_mean_and_size(directory, tmp_path):
+    changed = copy(directory, tmp_path)
+    edit(changed, "preprocessor_config.json", image_mean=[0.5, 0.25, 0.75], image_std=[1, 2, 3], min_pixels=None, size={"shortest_edge": 784})
+    model = me.MetaEmbed.from_pretrained(changed, max_visual_tokens=9)
+    vision = model.config.architecture.vision_config
+    assert (vision.image_mean, vision.image_std) == ((0.5, 0.25, 0.75), (1.0, 2.0, 3.0))
+    assert (model.processor.image_config.min_pixels, model.processor.image_config.max_pixels) == (784, 9 * 784)
+
+
+def make_run(directory):
+    """A folder as train.py leaves it, with a best step that is not the last."""
+    config = default_config()
+    config.unlock()
+    config.architecture = {key: SMALL[key] for key in ("text_config", "vision_config")}
+    config.update(dict(embedding_dim=24, query_tokens=4, candidate_tokens=8, dtype="float32", groups=((1, 1), (4, 8))))
+    directory.mkdir()
+    write_tokenizer(directory)
+    (directory / "run.json").write_text(json.dumps({"config": json.loads(config.to_json())}))
+    checkpoints = RunCheckpoints(directory)
+    parameters = [init_parameters(model_config(config), seed) for seed in (1, 2)]
+    for step, (saved, metric) in enumerate(zip(parameters, (0.9, 0.1), strict=True)):
+        checkpoints.save(step, saved, {"count": np.zeros(())}, metric)
+    checkpoints.close()
+    return config, parameters[0]
+
+
+def test_a_run(tmp_path):
+    config, parameters = make_run(tmp_path / "run")
+    model = me.MetaEmbed.from_pretrained(tmp_path / "run", dtype="float32", mesh=one_device())
+    jax.tree.map(np.testing.assert_array_equal, model.parameters, parameters)
+    assert model.config == model_config(config)
+    assert model.encode_query(["a"]).shape == (1, 4, 24)
+    narrow = me.MetaEmbed.from_pretrained(tmp_path / "run", max_visual_tokens=16)
+    assert narrow.config == dataclasses.replace(model_config(config), dtype="bfloat16")
+    assert (narrow.parameters["head"]["kernel"].dtype, narrow.parameters["meta_tokens"].dtype) == ("bfloat16", "float32")
+    assert narrow.processor.image_config.max_pixels == 16 * 784
+
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(me.UserError, match="has no checkpoints"):
+        me.MetaEmbed.from_pretrained(tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_hub_id(directory, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loading, "snapshot_download", lambda name, **patterns: asked.append((name, patterns["allow_patterns"])) or str(directory))
+    assert me.MetaEmbed.from_pretrained("someone/some-model").meta_tokens.shape == (80, 32)
+    assert asked == [("someone/some-model", ["*.safetensors", "*.json"])]
+
+    def offline(name, **patterns):
+        raise LocalEntryNotFoundError("cannot be reached\nand more")
+
+    monkeypatch.setattr(loading, "snapshot_download", offline)
+    with pytest.raises(me.UserError, match=r"^runs/tniy: .*no such directory.*\(cannot be reached\)$"):
+        me.MetaEmbed.from_pretrained("runs/tniy")
+
+
+@pytest.mark.parametrize("name", ["/no/such/directory", "a b", "../gone"])
+def test_a_path_that_does_not_exist(name):
+    with pytest.raises(me.UserError, match="no such directory"):
+        me.MetaEmbed.from_pretrained(name)
+
+
+def test_what_does_not_fit_together_is_refused(directory, tmp_path):
+    def refused(message, file, **changes):
+        changed = copy(directory, tmp_path)
+        edit(changed, file, **changes)
+        with pytest.raises(me.UserError, match=message) as caught:
+            me.MetaEmbed.from_pretrained(changed)
+        assert "\n" not in str(caught.value)
+        shutil.rmtree(changed)
+
+    text, vision = SMALL["text_config"], SMALL["vision_config"]
+    refused("unknown backbone 'llama'", "config.json", model_type="llama")
+    refused("token 301, .* 100 rows", "config.json", text_config=text | {"vocab_size": 100})
+    refused("lacks num_hidden_layers", "config.json", text_config=text | {"num_hidden_layers": None})
+    refused("mrope_section", "config.json", text_config=text | {"rope_parameters": {"mrope_section": [1, 1, 1]}})
+    refused("rope_type is 'yarn'", "config.json", text_config=text | {"rope_parameters": text["rope_parameters"] | {"rope_type": "yarn"}})
+    refused("use_sliding_window", "config.json", text_config=text | {"use_sliding_window": True})
+    refused("out_hidden_size 31", "config.json", vision_config=vision | {"out_hidden_size": 31})
+    refused("patch and merge sizes", "preprocessor_config.json", patch_size=16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(me.UserError, match="neither a run .* nor a Hugging Face model"):
+        me.MetaEmbed.from_pretrained(tmp_path / "empty")
+    with pytest.raises(me.UserError, match="dtype='float16'"):
+        me.MetaEmbed.from_pretrained(directory, dtype="float16")
