@@ -85,7 +85,9 @@ def test_one_item_instead_of_a_list(model, items):
         model.encode_query(items)
 
 
-@pytest.mark.parametrize("item, message", [(3, "not int"), ({}, "item 1: has neither"), ({"image": b"x"}, "item 1: .*cannot be read")])
+@pytest.mark.parametrize(
+    "item, message", [(3, "not int"), ({}, "item 1: has neither"), ({"image": b"x"}, "item 1: .*cannot be read")]
+)
 def test_bad_items_are_named(model, item, message):
     with pytest.raises(me.UserError, match=message):
         model.encode_query(["fine", item])
@@ -116,7 +118,14 @@ def test_bfloat16_is_close(directory, model):
 
 def test_the_preprocessor_sets_mean_and_size(directory, tmp_path):
     changed = copy(directory, tmp_path)
-    edit(changed, "preprocessor_config.json", image_mean=[0.5, 0.25, 0.75], image_std=[1, 2, 3], min_pixels=None, size={"shortest_edge": 784})
+    edit(
+        changed,
+        "preprocessor_config.json",
+        image_mean=[0.5, 0.25, 0.75],
+        image_std=[1, 2, 3],
+        min_pixels=None,
+        size={"shortest_edge": 784},
+    )
     model = me.MetaEmbed.from_pretrained(changed, max_visual_tokens=9)
     vision = model.config.architecture.vision_config
     assert (vision.image_mean, vision.image_std) == ((0.5, 0.25, 0.75), (1.0, 2.0, 3.0))
@@ -159,7 +168,9 @@ def test_a_run(tmp_path):
 
 def test_a_hub_id(directory, monkeypatch):
     asked = []
-    monkeypatch.setattr(loading, "snapshot_download", lambda name, **patterns: asked.append((name, patterns["allow_patterns"])) or str(directory))
+    monkeypatch.setattr(
+        loading, "snapshot_download", lambda name, **patterns: asked.append((name, patterns["allow_patterns"])) or str(directory)
+    )
     assert me.MetaEmbed.from_pretrained("someone/some-model").meta_tokens.shape == (80, 32)
     assert asked == [("someone/some-model", ["*.safetensors", "*.json"])]
 
@@ -191,10 +202,16 @@ def test_what_does_not_fit_together_is_refused(directory, tmp_path):
     refused("token 301, .* 100 rows", "config.json", text_config=text | {"vocab_size": 100})
     refused("lacks num_hidden_layers", "config.json", text_config=text | {"num_hidden_layers": None})
     refused("mrope_section", "config.json", text_config=text | {"rope_parameters": {"mrope_section": [1, 1, 1]}})
-    refused("rope_type is 'yarn'", "config.json", text_config=text | {"rope_parameters": text["rope_parameters"] | {"rope_type": "yarn"}})
+    refused(
+        "rope_type is 'yarn'",
+        "config.json",
+        text_config=text | {"rope_parameters": text["rope_parameters"] | {"rope_type": "yarn"}},
+    )
     refused("use_sliding_window", "config.json", text_config=text | {"use_sliding_window": True})
     refused("out_hidden_size 31", "config.json", vision_config=vision | {"out_hidden_size": 31})
     refused("patch and merge sizes", "preprocessor_config.json", patch_size=16)
+    refused("image_std is .*not three numbers", "preprocessor_config.json", image_std=[1, 0, 1])
+    refused("rescale_factor is 1", "preprocessor_config.json", rescale_factor=1.0)
     (tmp_path / "empty").mkdir()
     with pytest.raises(me.UserError, match="neither a run .* nor a Hugging Face model"):
         me.MetaEmbed.from_pretrained(tmp_path / "empty")

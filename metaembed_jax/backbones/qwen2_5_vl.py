@@ -16,7 +16,17 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from metaembed_jax.backbones.conversion import fused_linears, linear, same, still_patches
-from metaembed_jax.backbones.layers import GatedMLP, Linear, RMSNorm, attention, inverse_frequencies, param, rotate, scan_layers, split_last
+from metaembed_jax.backbones.layers import (
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    attention,
+    inverse_frequencies,
+    param,
+    rotate,
+    scan_layers,
+    split_last,
+)
 from metaembed_jax.errors import UserError
 from metaembed_jax.sharding import constrain
 
@@ -106,11 +116,13 @@ class Config:
             heads = f"{text.num_attention_heads} attention heads and {text.num_key_value_heads} key-value heads"
             raise UserError(f"text_config: a hidden_size of {text.hidden_size} cannot be split over {heads}")
         if len(text.mrope_section) != 3 or sum(text.mrope_section) != half_head:
-            raise UserError(f"text_config: mrope_section {text.mrope_section} must be three numbers that add up to half a head's width, {half_head}")
+            wanted = f"three numbers that add up to half a head's width, {half_head}"
+            raise UserError(f"text_config: mrope_section {text.mrope_section} must be {wanted}")
         if vision.hidden_size % (4 * vision.num_heads):
-            raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {vision.num_heads} heads of a multiple of 4")
+            heads = f"{vision.num_heads} heads, each a multiple of 4 wide"
+            raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {heads}")
         if vision.out_hidden_size != text.hidden_size:
-            raise UserError(f"vision_config: out_hidden_size {vision.out_hidden_size} is not the language model's hidden_size, {text.hidden_size}")
+            raise UserError(f"vision_config: out_hidden_size {vision.out_hidden_size} is not the text's hidden_size, {text.hidden_size}")
 
 
 def _pick(kind: type, values: dict, name: str):

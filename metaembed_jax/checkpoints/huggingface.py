@@ -52,7 +52,8 @@ def read_backbone(directory: Path, family: ModuleType, abstract: dict) -> dict:
             used |= _check(directory, stored, path, parameter, family.KEYS[path])
         for key, tensor in stored.items():
             if key not in used:
-                raise UserError(f"{tensor.file}: {tensor.key} of shape {tensor.shape} is no tensor of this model; is config.json of this checkpoint?")
+                name = f"{tensor.file}: {tensor.key} of shape {tensor.shape}"
+                raise UserError(f"{name} is no tensor of this model; is config.json of this checkpoint?")
         return structure.unflatten(_read(stored, parameter, family.KEYS[path]) for path, parameter in parameters.items())
 
 
@@ -82,9 +83,11 @@ def _check(directory: Path, stored: dict[str, Stored], path: str, parameter: jax
     names, shape = _names(source, parameter.shape)
     for name in names:
         if name not in stored:
-            raise UserError(f"{directory}: {name} of shape {shape} is in none of its safetensors files; the model needs it for {path} {parameter.shape}")
-        if stored[name].shape != shape:
-            raise UserError(f"{stored[name].file}: {stored[name].key} has shape {stored[name].shape}, and config.json asks for {shape}")
+            needed = f"the model needs it for {path} {parameter.shape}"
+            raise UserError(f"{directory}: {name} of shape {shape} is in none of its safetensors files; {needed}")
+        tensor = stored[name]
+        if tensor.shape != shape:
+            raise UserError(f"{tensor.file}: {tensor.key} has shape {tensor.shape}, and config.json asks for {shape}")
     return set(names)
 
 
@@ -103,11 +106,15 @@ def _open_tensors(directory: Path, canonical_key: Callable[[str], str], stack: c
     for file in files:
         for tensor in _open(file, stack):
             if index is not None and index.pop(tensor.key, None) != file.name:
-                raise UserError(f"{file}: {tensor.key} of shape {tensor.shape} is not there by {INDEX}; download the directory again")
+                raise UserError(
+                    f"{file}: {tensor.key} of shape {tensor.shape} is not there by {INDEX}; download the directory again"
+                )
             other = stored.setdefault(canonical_key(tensor.key), tensor)
             if other is not tensor:
                 shapes = f"shapes {other.shape} and {tensor.shape}"
-                raise UserError(f"{tensor.file}: {tensor.key} is there twice, {shapes}: also as {other.key} in {other.file}; remove one")
+                raise UserError(
+                    f"{tensor.file}: {tensor.key} is there twice, {shapes}: also as {other.key} in {other.file}; remove one"
+                )
     for key, name in (index or {}).items():
         raise UserError(f"{directory / name}: lacks {key}, which {INDEX} says is there; download the directory again")
     return stored
@@ -125,11 +132,15 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         for key, name in index.items():
             # A name and nothing more, whatever the separators of the system are, so that no path leads out of the directory.
             if not name.endswith(".safetensors") or any(mark in name for mark in "/\\:\0"):
-                raise UserError(f"{directory / INDEX}: {key} is said to be in {name!r}, which is no safetensors file of this directory")
+                raise UserError(
+                    f"{directory / INDEX}: {key} is said to be in {name!r}, which is no safetensors file of this directory"
+                )
         return [directory / name for name in sorted(set(index.values()))], dict(index)
     if not found:
         pickled = sorted(path.name for ending in ("*.bin", "*.pt", "*.pth") for path in directory.glob(ending))
-        reason = f"{pickled[0]} is a pickle, which can run code; convert it to safetensors" if pickled else "there are no *.safetensors"
+        reason = (
+            f"{pickled[0]} is a pickle, which can run code; convert it to safetensors" if pickled else "there are no *.safetensors"
+        )
         raise UserError(f"{directory}: {reason}")
     return found, None
 
@@ -143,6 +154,6 @@ def _open(file: Path, stack: contextlib.ExitStack) -> list[Stored]:
     for key in handle.keys():  # noqa: SIM118 (not a dict)
         header = handle.get_slice(key)
         if header.get_dtype() not in FLOATS:
-            raise UserError(f"{file}: {key} is {header.get_dtype()}; only floating-point weights ({', '.join(FLOATS)}) are read, not quantised ones")
+            raise UserError(f"{file}: {key} is {header.get_dtype()}; only {', '.join(FLOATS)} are read, not quantised weights")
         tensors.append(Stored(key, file, tuple(header.get_shape()), lambda key=key: handle.get_tensor(key)))
     return tensors

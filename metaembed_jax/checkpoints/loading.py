@@ -1,6 +1,7 @@
 """From a path to a network that can encode: runs of `train.py`, and Hugging Face directories of vision-language models."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -72,7 +73,9 @@ def _load_run(directory: Path, dtype: str, mesh: Mesh, max_visual_tokens: int) -
     config = dataclasses.replace(model_config(run), dtype=dtype)
     vision = config.architecture.vision_config
     cap = max_visual_tokens * (vision.patch_size * vision.spatial_merge_size) ** 2
-    images = ImageConfig(run.data.min_pixels, min(run.data.max_pixels, cap), vision.patch_size, vision.spatial_merge_size, vision.window_size)
+    images = ImageConfig(
+        run.data.min_pixels, min(run.data.max_pixels, cap), vision.patch_size, vision.spatial_merge_size, vision.window_size
+    )
     processor = _processor(directory, images, config)
     if not (directory / "checkpoints").is_dir():
         raise UserError(f"{directory}: has no checkpoints yet; train on")
@@ -86,16 +89,15 @@ def _load_run(directory: Path, dtype: str, mesh: Mesh, max_visual_tokens: int) -
         checkpoints.close()
 
 
-def _load_huggingface(directory: Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int) -> tuple[ModelConfig, dict, Processor]:
+def _load_huggingface(
+    directory: Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int
+) -> tuple[ModelConfig, dict, Processor]:
     stored = read_json(directory / "config.json")
     backbone = stored.get("model_type", "")
     module = family(backbone)
     architecture = module.Config.from_huggingface(stored)
     preprocessor = _read_preprocessor(directory)
-    vision = dataclasses.replace(
-        architecture.vision_config,
-        **{key: tuple(map(float, preprocessor[key])) for key in ("image_mean", "image_std") if preprocessor.get(key)},
-    )
+    vision = dataclasses.replace(architecture.vision_config, **_normalisation(directory, preprocessor))
     config = ModelConfig(backbone, dataclasses.replace(architecture, vision_config=vision), dtype=dtype)
     images = ImageConfig.from_preprocessor(preprocessor, max_visual_tokens, vision.window_size)
     if (images.patch_size, images.merge_size) != (vision.patch_size, vision.spatial_merge_size):
@@ -122,6 +124,18 @@ def _read_preprocessor(directory: Path) -> dict:
     return read_json(directory / "processor_config.json").get("image_processor", {})
 
 
+def _normalisation(directory: Path, preprocessor: dict) -> dict[str, tuple[float, ...]]:
+    """`image_mean` and `image_std`, as far as the preprocessor sets them."""
+    chosen = {key: preprocessor[key] for key in ("image_mean", "image_std") if preprocessor.get(key) is not None}
+    for key, values in chosen.items():
+        numbers = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+        if not numbers or len(values) != 3 or (key == "image_std" and min(values) <= 0):
+            raise UserError(f"{directory}: the preprocessor's {key} is {values!r}, not three numbers (above zero for image_std)")
+    if not math.isclose(factor := preprocessor.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        raise UserError(f"{directory}: the preprocessor's rescale_factor is {factor!r}; Qwen2.5-VL has 1/255")
+    return {key: tuple(map(float, values)) for key, values in chosen.items()}
+
+
 def _processor(directory: Path, images: ImageConfig, config: ModelConfig) -> Processor:
     path = directory / "tokenizer.json"
     try:
@@ -130,5 +144,7 @@ def _processor(directory: Path, images: ImageConfig, config: ModelConfig) -> Pro
         raise UserError(f"{path}: cannot be read ({error})") from error
     highest, rows = max(tokenizer.get_vocab().values(), default=-1), config.architecture.text_config.vocab_size
     if highest >= rows:
-        raise UserError(f"{path}: has token {highest}, and the model's vocabulary has {rows} rows; the two are not of one checkpoint")
+        raise UserError(
+            f"{path}: has token {highest}, and the model's vocabulary has {rows} rows; the two are not of one checkpoint"
+        )
     return Processor(tokenizer, images)

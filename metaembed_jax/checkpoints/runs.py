@@ -33,7 +33,8 @@ class RunCheckpoints:
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=lambda metrics: metrics["metric"])
         self.directory = (workdir / "checkpoints").absolute()
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ("parameters", "optimizer")}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Saved steps, latest first."""
@@ -111,7 +112,10 @@ class RunCheckpoints:
         self._manager.close()
 
     def _check_shapes(self, step: int, parameters: dict) -> None:
-        found = jax.tree.map(lambda leaf: tuple(leaf.shape), self._manager.item_metadata(step)["parameters"].tree)
+        metadata = self._manager.item_metadata(step)["parameters"]
+        if metadata is None:
+            raise ValueError("its metadata is missing")
+        found = jax.tree.map(lambda leaf: tuple(leaf.shape), metadata.tree)
         found, wanted = dict(_leaves(found)), dict(_leaves(jax.tree.map(lambda leaf: tuple(leaf.shape), parameters)))
         for path in sorted(found.keys() | wanted.keys()):
             if found.get(path) != wanted.get(path):

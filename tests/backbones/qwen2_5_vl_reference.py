@@ -15,7 +15,15 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 VOCABULARY = 320
 HAS_TORCH = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
 
@@ -38,7 +46,16 @@ CONFIGURATIONS = {
     "grouped": configuration(heads=(4, 2), sections=(2, 3, 3), width=64, layers=3, depth=5, full=(1, 4), tied=False),
     "one_key_head": configuration(heads=(6, 1), sections=(3, 2, 3), width=96, layers=5, depth=3, full=(0, 2), tied=True, eps=1e-5),
     "small_windows": configuration(
-        heads=(4, 2), sections=(1, 2, 1), width=32, layers=1, depth=5, full=(2, 3), tied=True, window=56, vision_width=48, vision_heads=3
+        heads=(4, 2),
+        sections=(1, 2, 1),
+        width=32,
+        layers=1,
+        depth=5,
+        full=(2, 3),
+        tied=True,
+        window=56,
+        vision_width=48,
+        vision_heads=3,
     ),
 }
 
@@ -59,13 +76,15 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(["user\nQuery: a red car", "Describe the image.", "the cloud question"] * 5, trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def write_checkpoint(directory: Path, configuration: dict) -> None:
-    """A directory as `save_pretrained` leaves it. Norms and biases are random too: at their usual ones and zeros they hide faults."""
+    """A directory as `save_pretrained` leaves it. Norms and biases are random too: at ones and zeros they hide faults."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -93,7 +112,9 @@ def write_checkpoint(directory: Path, configuration: dict) -> None:
             parameter.copy_(values)
     model.save_pretrained(directory)
     mean, std = [0.4, 0.5, 0.55], [0.2, 0.3, 0.25]
-    Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * 784, "longest_edge": 64 * 784}, image_mean=mean, image_std=std).save_pretrained(directory)
+    Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 4 * 784, "longest_edge": 64 * 784}, image_mean=mean, image_std=std
+    ).save_pretrained(directory)
 
 
 class Transformers:

@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from tests.backbones.qwen2_5_vl_reference import CANDIDATES, CONFIGURATIONS, QUERIES, TALL, reference
 
 import metaembed_jax as me
-from metaembed_jax.data.prompts import ShapeClass, collate
+from metaembed_jax.data.prompts import ShapeClass
 from metaembed_jax.model import as_item
 from metaembed_jax.sharding import make_mesh
+from tests.backbones.qwen2_5_vl_reference import CANDIDATES, CONFIGURATIONS, QUERIES, TALL, reference
 
 TOLERANCE = dict(rtol=0, atol=1e-4)
 ROWS = 8  # of a batch
@@ -52,6 +52,11 @@ def test_the_reference_tells_its_vectors_apart(case):
 def test_a_budget_is_a_prefix(case):
     """Of vectors that the reference computed with all 80 rows appended."""
     model, expected = case
-    for items, encode, side, budget in ((QUERIES, model.encode_query, "query", 3), (CANDIDATES, model.encode_document, "candidate", 5)):
+    for items, encode, side, budget in (
+        (QUERIES, model.encode_query, "query", 3),
+        (CANDIDATES, model.encode_document, "candidate", 5),
+    ):
         row = next(row for row, item in enumerate(items) if isinstance(item, dict) and item["image"] is TALL)
-        np.testing.assert_allclose(encode([items[row]], budget=budget, batch_size=ROWS)[0], getattr(expected, side)[row, :budget], **TOLERANCE)
+        np.testing.assert_allclose(
+            encode([items[row]], budget=budget, batch_size=ROWS)[0], getattr(expected, side)[row, :budget], **TOLERANCE
+        )

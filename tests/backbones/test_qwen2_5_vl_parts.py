@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests.backbones.qwen2_5_vl_reference import SMALL, TALL, WIDE, Transformers, reference
 
 from metaembed_jax.backbones.qwen2_5_vl import extend_positions
 from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.data.prompts import ShapeClass, collate
 from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
+from tests.backbones.qwen2_5_vl_reference import SMALL, TALL, WIDE, Transformers, reference
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -38,7 +38,9 @@ class Case:
         """Rows of our patches in the order in which transformers' processor gives them."""
         return np.concatenate(
             [
-                np.asarray(values)[: len(example.patches.mask)].reshape(-1, 4, values.shape[-1])[example.patches.raster].reshape(-1, values.shape[-1])
+                np.asarray(values)[: len(example.patches.mask)]
+                .reshape(-1, 4, values.shape[-1])[example.patches.raster]
+                .reshape(-1, values.shape[-1])
                 for values, example in zip(values_BPD, self.examples, strict=True)
             ]
         )

@@ -15,7 +15,11 @@ def shapes(configuration: dict = SMALL) -> dict[str, tuple[int, ...]]:
     text, vision = configuration["text_config"], configuration["vision_config"]
     D, F, V = text["hidden_size"], text["intermediate_size"], vision["hidden_size"]
     G = D // text["num_attention_heads"] * text["num_key_value_heads"]
-    found = {"model.embed_tokens.weight": (text["vocab_size"], D), "model.norm.weight": (D,), "lm_head.weight": (text["vocab_size"], D)}
+    found = {
+        "model.embed_tokens.weight": (text["vocab_size"], D),
+        "model.norm.weight": (D,),
+        "lm_head.weight": (text["vocab_size"], D),
+    }
     for layer in range(text["num_hidden_layers"]):
         for name, shape in (
             ("input_layernorm.weight", (D,)),

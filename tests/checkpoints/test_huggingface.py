@@ -33,10 +33,21 @@ def assert_equal_trees(ours, expected):
 def test_every_tensor_goes_where_it_belongs(tmp_path):
     backbone = read(write(tmp_path, TENSORS))
     for layer in range(2):
-        for ours, theirs in (("query", "self_attn.q_proj"), ("key", "self_attn.k_proj"), ("value", "self_attn.v_proj"), ("output", "self_attn.o_proj")):
-            np.testing.assert_array_equal(backbone["layers"][ours]["kernel"][layer], TENSORS[f"model.layers.{layer}.{theirs}.weight"].T)
-        np.testing.assert_array_equal(backbone["layers"]["key"]["bias"][layer], TENSORS[f"model.layers.{layer}.self_attn.k_proj.bias"])
-        np.testing.assert_array_equal(backbone["layers"]["mlp_norm"]["scale"][layer], TENSORS[f"model.layers.{layer}.post_attention_layernorm.weight"])
+        for ours, theirs in (
+            ("query", "self_attn.q_proj"),
+            ("key", "self_attn.k_proj"),
+            ("value", "self_attn.v_proj"),
+            ("output", "self_attn.o_proj"),
+        ):
+            np.testing.assert_array_equal(
+                backbone["layers"][ours]["kernel"][layer], TENSORS[f"model.layers.{layer}.{theirs}.weight"].T
+            )
+        np.testing.assert_array_equal(
+            backbone["layers"]["key"]["bias"][layer], TENSORS[f"model.layers.{layer}.self_attn.k_proj.bias"]
+        )
+        np.testing.assert_array_equal(
+            backbone["layers"]["mlp_norm"]["scale"][layer], TENSORS[f"model.layers.{layer}.post_attention_layernorm.weight"]
+        )
     for block in range(3):
         fused = TENSORS[f"visual.blocks.{block}.attn.qkv.weight"].reshape(3, 32, 32)
         biases = TENSORS[f"visual.blocks.{block}.attn.qkv.bias"].reshape(3, 32)
@@ -61,7 +72,9 @@ def test_parameters_lie_on_the_mesh_by_the_rules(tmp_path):
     directory, mesh = write(tmp_path, TENSORS), make_mesh(2, 2, 2)
     config, parameters, _ = load(directory, "float32", mesh, 0, 1024)
     shardings = parameter_shardings(mesh, abstract_network(config)[1])
-    assert jax.tree.map(lambda x, sharding: x.sharding == sharding, parameters, shardings) == jax.tree.map(lambda _: True, shardings)
+    assert jax.tree.map(lambda x, sharding: x.sharding == sharding, parameters, shardings) == jax.tree.map(
+        lambda _: True, shardings
+    )
     assert not parameters["backbone"]["layers"]["query"]["kernel"].sharding.is_fully_replicated
     assert_equal_trees(parameters, load(directory, "float32", make_mesh(devices=jax.devices()[:1]), 0, 1024)[1])
 
@@ -107,7 +120,14 @@ def test_a_tensor_twice(tmp_path):
     one, two = without(key), {key: TENSORS[key], "model.embed_tokens.weight": TENSORS["model.embed_tokens.weight"]}
     directory = write(tmp_path / "files", one, two)
     (directory / "model.safetensors.index.json").unlink()
-    refused(directory, "model-00002-of-00002.safetensors", "model.embed_tokens.weight", "is there twice", "(320, 32)", "model-00001-of-00002.safetensors")
+    refused(
+        directory,
+        "model-00002-of-00002.safetensors",
+        "model.embed_tokens.weight",
+        "is there twice",
+        "(320, 32)",
+        "model-00001-of-00002.safetensors",
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +148,9 @@ def test_quantised_weights(tmp_path):
     refused(write(tmp_path, TENSORS | {key: np.zeros((72, 32), np.int8)}), "model.safetensors", key, "I8")
 
 
-@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/other.safetensors", "..\\other.safetensors", "..", "sub/x.safetensors", "weights.bin"])
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/etc/other.safetensors", "..\\other.safetensors", "..", "sub/x.safetensors", "weights.bin"]
+)
 def test_an_index_never_leads_out_of_the_directory(tmp_path, name):
     write(tmp_path / "other", TENSORS)
     directory = write(tmp_path / "model", TENSORS, index=dict.fromkeys(TENSORS, name))
