@@ -1,4 +1,4 @@
-"""The public API on directories saved by transformers, against transformers' own forward pass, to 1e-4 on unit vectors."""
+"""The public API on directories saved by transformers, against transformers' own forward pass, on unit vectors."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from metaembed_jax.model import as_item
 from metaembed_jax.sharding import make_mesh
 from tests.backbones.qwen2_5_vl_reference import CANDIDATES, CONFIGURATIONS, QUERIES, TALL, reference
 
-TOLERANCE = dict(rtol=0, atol=1e-4)
+TOLERANCE = dict(rtol=0, atol=1e-5)  # float32 leaves 4e-7
 ROWS = 8  # of a batch
 
 
