@@ -5,6 +5,7 @@
 
 import ast
 import importlib.util
+import operator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -50,9 +51,16 @@ def default_config() -> ConfigDict:
     config.batch_size = 32  # pairs a step, over all devices
     config.microbatch_size = 32  # pairs encoded at once
     config.steps = 1000
-    config.optimizer = ConfigDict(
-        dict(learning_rate=1e-4, warmup_steps=500, decay="linear", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
-    )
+    config.optimizer = ConfigDict()
+    config.optimizer.algorithm = "adamw"  # or muon
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.warmup_steps = 500
+    config.optimizer.decay = "linear"  # or cosine
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0
 
     config.log_every = 10  # steps
     config.validate_every = 250
@@ -135,15 +143,16 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"config.microbatch_size={config.microbatch_size} does not divide config.batch_size={config.batch_size}")
     _choice(config, "dtype", ("float32", "bfloat16"))
     _choice(config, "normalization", ("code", "paper"))
+    _choice(config, "optimizer.algorithm", ("adamw", "muon"))
+    _choice(config, "optimizer.decay", ("linear", "cosine"))
     for key in ("batch_size", "microbatch_size", "steps", "log_every", "validate_every", "save_every", "keep_checkpoints", "temperature"):
         if config[key] <= 0:
             raise UserError(f"config.{key}={config[key]} must be positive")
-    if config.optimizer.decay not in ("linear", "cosine"):
-        raise UserError(f"config.optimizer.decay={config.optimizer.decay!r}: expected linear or cosine")
     if config.optimizer.warmup_steps >= config.steps:
         raise UserError(f"config.optimizer.warmup_steps={config.optimizer.warmup_steps} must be below config.steps={config.steps}")
 
 
 def _choice(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:
-    if config[key] not in known:
-        raise UserError(f"config.{key}={config[key]!r}: expected {' or '.join(known)}")
+    value = operator.attrgetter(key)(config)
+    if value not in known:
+        raise UserError(f"config.{key}={value!r}: expected {' or '.join(known)}")

@@ -18,7 +18,7 @@ from metaembed_jax.config import model_config
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network, init_parameters
 from metaembed_jax.sharding import named_sharding, replicated, parameter_shardings
-from metaembed_jax.training.optimizer import learning_rate, make_optimizer
+from metaembed_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -124,10 +124,7 @@ def make_trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
 
     abstract = jax.eval_shape(init)
     by_parameter = parameter_shardings(mesh, abstract_parameters)
-    by_moment = optax.tree.map_params(
-        optimizer, lambda _, sharding: sharding, abstract.optimizer, by_parameter, transform_non_params=lambda _: replicated(mesh)
-    )
-    shardings = TrainState(replicated(mesh), by_parameter, by_moment)
+    shardings = TrainState(replicated(mesh), by_parameter, optimizer_shardings(mesh, abstract.optimizer, by_parameter))
     place = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
     return Trainer(
         mesh=mesh,
