@@ -1,4 +1,4 @@
-"""Page retrieval in miniature: a page of 4 to 9 icons, and queries that name one or two of them. Starts from the `tiny` run and grows."""
+"""Page retrieval in miniature: pages of 4 to 9 icons, and queries that name one or two. Starts from the `tiny` run and grows."""
 
 from ml_collections import ConfigDict
 

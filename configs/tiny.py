@@ -30,22 +30,26 @@ def get_config(arg=None):
                 intermediate_size=384,
                 out_hidden_size=128,
                 fullatt_block_indexes=(1,),
+                window_size=84,
             ),
         )
-    config.embedding_dim = 32
-    config.temperature = 0.1  # from scratch, 0.03 stays on a plateau for hundreds of steps
+    config.embedding_dim = 16  # narrow enough that one vector cannot say it all
+    config.temperature = (
+        0.15  # a sum of 16 similarities over 0.03 is too steep to start from scratch: all vectors collapse into one
+    )
 
     config.data.sources = (("icons", 1.0),)
     config.data.query_shapes = ((32, 0),)
-    config.data.candidate_shapes = ((28, 64),)
-    config.data.min_pixels = config.data.max_pixels = 112 * 112
+    config.data.candidate_shapes = ((21, 36),)
+    config.data.min_pixels = config.data.max_pixels = 84 * 84
 
-    config.batch_size = config.microbatch_size = 128
-    config.steps = 540
+    config.batch_size = config.microbatch_size = 64
+    config.steps = 1500
+    config.optimizer.algorithm = "muon"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 60
     config.optimizer.decay = "cosine"
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.1
-    config.validate_every = config.save_every = 180
+    config.validate_every = config.save_every = 300
     return config

@@ -1,8 +1,8 @@
 """MetaEmbed in JAX: multimodal retrieval with nested sets of vectors (arXiv 2509.18095).
 
-    import metaembed_jax as me
-    model = me.MetaEmbed.from_pretrained("runs/tiny")
-    scores = me.maxsim(model.encode_query(["cloud snow"]), model.encode_document([image]), budget=(4, 8))
+import metaembed_jax as me
+model = me.MetaEmbed.from_pretrained("runs/tiny")
+scores = me.maxsim(model.encode_query(["cloud snow"]), model.encode_document([image]), budget=(4, 8))
 """
 
 from metaembed_jax.errors import UserError

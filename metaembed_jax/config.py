@@ -145,7 +145,16 @@ def check_config(config: ConfigDict) -> None:
     _choice(config, "normalization", ("code", "paper"))
     _choice(config, "optimizer.algorithm", ("adamw", "muon"))
     _choice(config, "optimizer.decay", ("linear", "cosine"))
-    for key in ("batch_size", "microbatch_size", "steps", "log_every", "validate_every", "save_every", "keep_checkpoints", "temperature"):
+    for key in (
+        "batch_size",
+        "microbatch_size",
+        "steps",
+        "log_every",
+        "validate_every",
+        "save_every",
+        "keep_checkpoints",
+        "temperature",
+    ):
         if config[key] <= 0:
             raise UserError(f"config.{key}={config[key]} must be positive")
     if config.optimizer.warmup_steps >= config.steps:

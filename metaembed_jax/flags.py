@@ -17,8 +17,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     Raises:
       UserError: a flag, key or value that does not exist.
     """
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file with get_config(arg), such as configs/tiny.py")
-    parser.epilog = (parser.epilog or "") + " Any key of the config can be set: --config.steps=100 --config.optimizer.learning_rate=1e-3"
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="a file with get_config(arg), such as configs/tiny.py"
+    )
+    parser.epilog = (
+        parser.epilog or ""
+    ) + " Any key of the config can be set: --config.steps=100 --config.optimizer.learning_rate=1e-3"
     parser.error = _raise
     overrides, rest = {}, []
     for argument in argv:

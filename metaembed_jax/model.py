@@ -23,6 +23,7 @@ from metaembed_jax.network import ModelConfig, abstract_network
 from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding
 
 TOKEN_BUCKET = 32
+BATCHES_AHEAD = 16  # how many batches of items are processed, and sorted by shape, before they are encoded
 
 
 class MetaEmbed:
@@ -42,7 +43,9 @@ class MetaEmbed:
         def encode(parameters, batch, side, budget):
             return nnx.merge(graph, parameters)(batch, side, budget)
 
-        self._encode = jax.jit(encode, static_argnames=("side", "budget"), out_shardings=named_sharding(mesh, ("batch", None, None)))
+        self._encode = jax.jit(
+            encode, static_argnames=("side", "budget"), out_shardings=named_sharding(mesh, ("batch", None, None))
+        )
 
     @classmethod
     def from_pretrained(
@@ -72,7 +75,9 @@ class MetaEmbed:
         """The learned rows, query rows first, float32 [query_tokens + candidate_tokens, backbone width]."""
         return np.asarray(self.parameters["meta_tokens"], np.float32)
 
-    def encode_query(self, items: Sequence, *, budget: int | None = None, batch_size: int = 32, progress: bool = False) -> Float[np.ndarray, "N R D"]:
+    def encode_query(
+        self, items: Sequence, *, budget: int | None = None, batch_size: int = 32, progress: bool = False
+    ) -> Float[np.ndarray, "N R D"]:
         """Query vectors, each of length one, float32.
 
         Args:
@@ -86,7 +91,9 @@ class MetaEmbed:
         """
         return self._encode_items(items, "query", self.processor.query, budget, batch_size, progress)
 
-    def encode_document(self, items: Sequence, *, budget: int | None = None, batch_size: int = 32, progress: bool = False) -> Float[np.ndarray, "N R D"]:
+    def encode_document(
+        self, items: Sequence, *, budget: int | None = None, batch_size: int = 32, progress: bool = False
+    ) -> Float[np.ndarray, "N R D"]:
         """Candidate vectors; otherwise as `encode_query`."""
         return self._encode_items(items, "candidate", self.processor.candidate, budget, batch_size, progress)
 
@@ -101,16 +108,20 @@ class MetaEmbed:
         budget = limit if budget is None else budget
         if not 1 <= budget <= limit:
             raise UserError(f"budget={budget}: this model has 1 to {limit} {side} vectors")
-        examples = [process(as_item(item), name=f"item {row}") for row, item in enumerate(items)]
         width = self.config.embedding_dim or self.parameters["meta_tokens"].shape[1]
-        vectors_NRD = np.zeros((len(examples), budget, width), np.float32)
+        vectors_NRD = np.zeros((len(items), budget, width), np.float32)
         rows_at_once = batch_size * batch_shards(self.mesh)
-        with tqdm(total=len(examples), desc=f"encoding {side}", unit="item", disable=not progress) as bar:
-            for shape, rows in _by_shape(examples, self.processor.image_config).items():
-                for start in range(0, len(rows), rows_at_once):
-                    chosen = rows[start : start + rows_at_once]
-                    vectors_NRD[chosen] = self._encode_batch([examples[row] for row in chosen], shape, side, budget, rows_at_once)
-                    bar.update(len(chosen))
+        stretch = BATCHES_AHEAD * rows_at_once
+        with tqdm(total=len(items), desc=f"encoding {side}", unit="item", disable=not progress) as bar:
+            for first in range(0, len(items), stretch):
+                rows = range(first, min(first + stretch, len(items)))
+                examples = {row: process(as_item(items[row]), name=f"item {row}") for row in rows}
+                for shape, alike in _by_shape(examples, self.processor.image_config).items():
+                    for start in range(0, len(alike), rows_at_once):
+                        chosen = alike[start : start + rows_at_once]
+                        batch = [examples[row] for row in chosen]
+                        vectors_NRD[chosen] = self._encode_batch(batch, shape, side, budget, rows_at_once)
+                        bar.update(len(chosen))
         return vectors_NRD
 
     def _encode_batch(self, examples: list[Example], shape: ShapeClass, side: str, budget: int, rows: int):
@@ -138,11 +149,11 @@ def as_item(item) -> dict:
     raise UserError(f"an item is a text, a PIL image or a dict of both, not {type(item).__name__}")
 
 
-def _by_shape(examples: Sequence[Example], image_config) -> dict[ShapeClass, list[int]]:
+def _by_shape(examples: dict[int, Example], image_config) -> dict[ShapeClass, list[int]]:
     """Rows by padded size. Sizes are few, so that few programs are compiled: tokens in steps, windows in powers of two."""
     window = (image_config.window_units * image_config.merge_size) ** 2
     groups: dict[ShapeClass, list[int]] = {}
-    for row, example in enumerate(examples):
+    for row, example in examples.items():
         patches = 0
         if example.patches is not None:
             patches = window * 2 ** math.ceil(math.log2(len(example.patches.mask) / window))

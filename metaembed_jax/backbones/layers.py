@@ -16,7 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 from metaembed_jax.sharding import constrain
 
 
-def param(rngs: nnx.Rngs, initializer: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...], layers: int | None = None) -> nnx.Param:
+def param(
+    rngs: nnx.Rngs, initializer: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...], layers: int | None = None
+) -> nnx.Param:
     """A float32 parameter that knows the meaning of its axes; `layers` puts a stack axis in front."""
     if layers is None:
         return nnx.Param(initializer(rngs.params(), shape), logical_axes=axes)
@@ -27,7 +29,16 @@ def param(rngs: nnx.Rngs, initializer: Callable, shape: tuple[int, ...], axes: t
 class Linear(nnx.Module):
     """`x @ kernel + bias` in the dtype of x."""
 
-    def __init__(self, inputs: int, outputs: int, *, axes: tuple[str | None, str | None], bias: bool, rngs: nnx.Rngs, layers: int | None = None):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        axes: tuple[str | None, str | None],
+        bias: bool,
+        rngs: nnx.Rngs,
+        layers: int | None = None,
+    ):
         self.kernel = param(rngs, jax.nn.initializers.lecun_normal(), (inputs, outputs), axes, layers)
         self.bias = param(rngs, jax.nn.initializers.zeros, (outputs,), axes[1:], layers) if bias else None
 
@@ -62,7 +73,9 @@ class GatedMLP(nnx.Module):
         return self.down(constrain(hidden_BSF, "batch", None, "mlp"))
 
 
-def rotate(x_BSHK: Float[Array, "B S H K"], cos_BSK: Float[Array, "B S K"], sin_BSK: Float[Array, "B S K"]) -> Float[Array, "B S H K"]:
+def rotate(
+    x_BSHK: Float[Array, "B S H K"], cos_BSK: Float[Array, "B S K"], sin_BSK: Float[Array, "B S K"]
+) -> Float[Array, "B S H K"]:
     """Rotary embedding in the two-halves convention (arXiv 2104.09864, as `apply_rotary_pos_emb` of transformers), in float32."""
     x32 = x_BSHK.astype(jnp.float32)
     first, second = jnp.split(x32, 2, axis=-1)

@@ -122,7 +122,9 @@ class Config:
             heads = f"{vision.num_heads} heads, each a multiple of 4 wide"
             raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {heads}")
         if vision.out_hidden_size != text.hidden_size:
-            raise UserError(f"vision_config: out_hidden_size {vision.out_hidden_size} is not the text's hidden_size, {text.hidden_size}")
+            raise UserError(
+                f"vision_config: out_hidden_size {vision.out_hidden_size} is not the text's hidden_size, {text.hidden_size}"
+            )
 
 
 def _pick(kind: type, values: dict, name: str):
@@ -202,7 +204,9 @@ class VisionTower(nnx.Module):
         """uint8 pixels to normalised floats, then the patch kernel (the temporal kernel, summed over two equal frames)."""
         pixels = patches_BPX.astype(jnp.float32).reshape(*patches_BPX.shape[:2], 3, -1) / 255.0
         mean, std = (jnp.asarray(values, jnp.float32)[:, None] for values in (self.config.image_mean, self.config.image_std))
-        return constrain(self.patch_embedding(((pixels - mean) / std).reshape(patches_BPX.shape).astype(dtype)), "batch", None, None)
+        return constrain(
+            self.patch_embedding(((pixels - mean) / std).reshape(patches_BPX.shape).astype(dtype)), "batch", None, None
+        )
 
     def rotary(self, positions_BP2: Int[Array, "B P 2"]) -> tuple[Float[Array, "B P K"], Float[Array, "B P K"]]:
         """Half of the angles turn with the row of a patch, half with its column."""
@@ -264,7 +268,9 @@ class Backbone(nnx.Module):
         """The hidden size D."""
         return self.config.text_config.hidden_size
 
-    def __call__(self, batch: dict[str, Array], suffix_RD: Float[Array, "R D"], *, keep: int, dtype, checkpoint: bool, unroll: int) -> Float[Array, "B keep D"]:
+    def __call__(
+        self, batch: dict[str, Array], suffix_RD: Float[Array, "R D"], *, keep: int, dtype, checkpoint: bool, unroll: int
+    ) -> Float[Array, "B keep D"]:
         """Last-layer states, after the final norm, of the last `keep` of the rows `suffix_RD` appended to every prompt.
 
         Args:

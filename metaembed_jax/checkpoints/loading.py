@@ -10,18 +10,19 @@ import numpy as np
 from flax import nnx
 from huggingface_hub import snapshot_download
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from metaembed_jax.backbones import family
 from metaembed_jax.checkpoints.huggingface import read_backbone, read_json
 from metaembed_jax.checkpoints.runs import RunCheckpoints
+from metaembed_jax.checkpoints.workdir import read_config
 from metaembed_jax.config import model_config
 from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.data.prompts import Processor
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig, abstract_network
 from metaembed_jax.sharding import parameter_shardings
-from metaembed_jax.training.workdir import read_config
 
 
 def load(path: str | Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int) -> tuple[ModelConfig, dict, Processor]:
@@ -60,6 +61,42 @@ def abstract_parameters(config: ModelConfig, mesh: Mesh) -> dict:
     return jax.tree_util.tree_map_with_path(of, nnx.to_pure_dict(state), parameter_shardings(mesh, state))
 
 
+def run_processor(run: ConfigDict, tokenizer: Path, max_visual_tokens: int | None = None) -> Processor:
+    """Prompts and images as the config of a run has them.
+
+    Args:
+      tokenizer: the file of the vocabulary.
+      max_visual_tokens: a lower cap on the visual tokens of an image.
+
+    Raises:
+      UserError: the vocabulary cannot be read, or is larger than the model's.
+    """
+    config = model_config(run)
+    vision, largest = config.architecture.vision_config, run.data.max_pixels
+    if max_visual_tokens is not None:
+        largest = min(largest, max_visual_tokens * (vision.patch_size * vision.spatial_merge_size) ** 2)
+    images = ImageConfig(run.data.min_pixels, largest, vision.patch_size, vision.spatial_merge_size, vision.window_size)
+    return _processor(tokenizer, images, config)
+
+
+def best_parameters(run: Path, abstract: dict) -> tuple[int, dict]:
+    """(step, parameters) of a run's best checkpoint, with the dtypes and shardings of `abstract`.
+
+    Raises:
+      UserError: the run has no checkpoint, or none of this model.
+    """
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run}: has no checkpoints yet; train it first")
+    checkpoints = RunCheckpoints(run)
+    try:
+        step = checkpoints.best_step()
+        if step is None:
+            raise UserError(f"{run}: has no checkpoints yet; train it first")
+        return step, checkpoints.restore_parameters(step, abstract)
+    finally:
+        checkpoints.close()
+
+
 def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*"]))
@@ -71,22 +108,8 @@ def _download(name: str) -> Path:
 def _load_run(directory: Path, dtype: str, mesh: Mesh, max_visual_tokens: int) -> tuple[ModelConfig, dict, Processor]:
     run = read_config(directory)
     config = dataclasses.replace(model_config(run), dtype=dtype)
-    vision = config.architecture.vision_config
-    cap = max_visual_tokens * (vision.patch_size * vision.spatial_merge_size) ** 2
-    images = ImageConfig(
-        run.data.min_pixels, min(run.data.max_pixels, cap), vision.patch_size, vision.spatial_merge_size, vision.window_size
-    )
-    processor = _processor(directory, images, config)
-    if not (directory / "checkpoints").is_dir():
-        raise UserError(f"{directory}: has no checkpoints yet; train on")
-    checkpoints = RunCheckpoints(directory)
-    try:
-        step = checkpoints.best_step()
-        if step is None:
-            raise UserError(f"{directory}: has no checkpoints yet; train on")
-        return config, checkpoints.restore_parameters(step, abstract_parameters(config, mesh)), processor
-    finally:
-        checkpoints.close()
+    processor = run_processor(run, directory / "tokenizer.json", max_visual_tokens)
+    return config, best_parameters(directory, abstract_parameters(config, mesh))[1], processor
 
 
 def _load_huggingface(
@@ -103,7 +126,7 @@ def _load_huggingface(
     if (images.patch_size, images.merge_size) != (vision.patch_size, vision.spatial_merge_size):
         ours, theirs = (images.patch_size, images.merge_size), (vision.patch_size, vision.spatial_merge_size)
         raise UserError(f"{directory}: patch and merge sizes are {ours} in preprocessor_config.json and {theirs} in config.json")
-    processor = _processor(directory, images, config)
+    processor = _processor(directory / "tokenizer.json", images, config)
 
     abstract = abstract_parameters(config, mesh)
     tokens = abstract["meta_tokens"]
@@ -136,8 +159,7 @@ def _normalisation(directory: Path, preprocessor: dict) -> dict[str, tuple[float
     return {key: tuple(map(float, values)) for key, values in chosen.items()}
 
 
-def _processor(directory: Path, images: ImageConfig, config: ModelConfig) -> Processor:
-    path = directory / "tokenizer.json"
+def _processor(path: Path, images: ImageConfig, config: ModelConfig) -> Processor:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

@@ -28,7 +28,9 @@ class RunCheckpoints:
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep),
-                preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["metric"], n=1, keep_checkpoints_without_metrics=False),
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics["metric"], n=1, keep_checkpoints_without_metrics=False
+                ),
             ]
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=lambda metrics: metrics["metric"])
@@ -54,7 +56,9 @@ class RunCheckpoints:
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(parameters=ocp.args.StandardSave(parameters), optimizer=ocp.args.StandardSave(optimizer))
-        self._writing(lambda: self._manager.save(step, args=items, metrics=None if metric is None else {"metric": metric}, force=True))
+        self._writing(
+            lambda: self._manager.save(step, args=items, metrics=None if metric is None else {"metric": metric}, force=True)
+        )
 
     def wait(self) -> None:
         """Returns when everything saved is on disk. Raises UserError as `save`."""
@@ -94,7 +98,9 @@ class RunCheckpoints:
         """
         try:
             self._check_shapes(step, parameters)
-            return self._manager.restore(step, args=ocp.args.Composite(parameters=ocp.args.StandardRestore(parameters)))["parameters"]
+            return self._manager.restore(step, args=ocp.args.Composite(parameters=ocp.args.StandardRestore(parameters)))[
+                "parameters"
+            ]
         except UserError:
             raise
         except UNREADABLE as error:
@@ -120,7 +126,9 @@ class RunCheckpoints:
         for path in sorted(found.keys() | wanted.keys()):
             if found.get(path) != wanted.get(path):
                 has, wants = found.get(path, "nothing"), wanted.get(path, "nothing")
-                raise UserError(f"{self.directory / str(step)} is of another model: {path} has {has} there, and the config asks for {wants}")
+                raise UserError(
+                    f"{self.directory / str(step)} is of another model: {path} has {has} there, and the config asks for {wants}"
+                )
 
     def _writing(self, action: Callable[[], None]) -> None:
         try:

@@ -10,9 +10,7 @@ part of it: the network appends them.
 B batch, S tokens, P patches, X numbers in a patch.
 """
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -66,25 +64,6 @@ class Processor:
         if loose:
             raise UserError(f"the tokenizer does not mark {', '.join(loose)} as special; use a Qwen2.5-VL tokenizer.json")
         self._newline = self._encode("\n").ids
-
-    @classmethod
-    def from_directory(cls, path: str | Path, max_visual_tokens: int = 1024) -> "Processor":
-        """From a checkpoint's tokenizer.json, preprocessor_config.json (or processor_config.json) and config.json.
-
-        Raises:
-          UserError: a file is missing or malformed; names it.
-        """
-        path = Path(path)
-        try:
-            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path / 'tokenizer.json'}: cannot be read ({error})") from error
-        if (path / "preprocessor_config.json").is_file():
-            preprocessor = _read_json(path / "preprocessor_config.json")
-        else:  # transformers 5 saves one file for all parts of a processor
-            preprocessor = _read_json(path / "processor_config.json").get("image_processor", {})
-        vision = _read_json(path / "config.json").get("vision_config", {})
-        return cls(tokenizer, ImageConfig.from_preprocessor(preprocessor, max_visual_tokens, vision.get("window_size", 112)))
 
     def query(self, item: dict, *, max_tokens: int | None = None, name: str = "query") -> Example:
         """An item of the query side: {"text": str, "image": PIL image or encoded bytes}, either or both.
@@ -205,10 +184,3 @@ def _read_item(item: dict, name: str) -> tuple[str, object]:
     if text is not None and not isinstance(text, str):
         raise UserError(f"{name}: the text is a {type(text).__name__}, not a string")
     return text or "", image
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error

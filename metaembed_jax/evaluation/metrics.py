@@ -3,6 +3,7 @@
 Ties never favour the gold: a relevant candidate is ranked after every other candidate of equal score, so a model that
 gives everything one score gets what it deserves. Without ties the values equal pytrec_eval's `success_k` and `ndcg_cut_k`.
 """
+
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -28,7 +29,9 @@ def relevance_matrix(relevance: np.ndarray | Sequence[Iterable[int]], shape: tup
     for query, relevant in enumerate(relevance):
         for candidate in relevant:
             if not 0 <= candidate < candidates:
-                raise UserError(f"relevance of query {query} names candidate {candidate}, but there are {candidates} (0 to {candidates - 1})")
+                raise UserError(
+                    f"relevance of query {query} names candidate {candidate}, but there are {candidates} (0 to {candidates - 1})"
+                )
             matrix[query, candidate] = True
     return matrix
 
@@ -44,9 +47,13 @@ def gold_ranks(scores: np.ndarray, relevance: np.ndarray | Sequence[Iterable[int
         raise UserError(f"scores have shape {scores.shape}; they must be [queries, candidates] with at least one query")
     relevance = relevance_matrix(relevance, scores.shape)
     if len(bad := np.flatnonzero(np.isnan(scores).any(axis=1))):
-        raise UserError(f"scores of query {bad[0]} hold NaN ({len(bad)} such queries); look for NaN in the vectors or the checkpoint")
+        raise UserError(
+            f"scores of query {bad[0]} hold NaN ({len(bad)} such queries); look for NaN in the vectors or the checkpoint"
+        )
     if len(bad := np.flatnonzero(~relevance.any(axis=1))):
-        raise UserError(f"query {bad[0]} has no relevant candidate ({len(bad)} such queries); leave them out or complete the gallery")
+        raise UserError(
+            f"query {bad[0]} has no relevant candidate ({len(bad)} such queries); leave them out or complete the gallery"
+        )
     return [_ranks(row[relevant], row[~relevant]) for row, relevant in zip(scores, relevance, strict=True)]
 
 
@@ -56,8 +63,8 @@ def _ranks(gold: np.ndarray, others: np.ndarray) -> np.ndarray:
     Sorting only the gold makes this O(N log G), where ranking the whole gallery would be O(N log N).
     """
     gold = np.sort(gold)
-    not_above = np.searchsorted(gold, others, side="right")            # for each other: how many gold it is ranked before
-    others_before = np.bincount(not_above, minlength=len(gold) + 1)[::-1].cumsum()[:-1]   # best gold first
+    not_above = np.searchsorted(gold, others, side="right")  # for each other: how many gold it is ranked before
+    others_before = np.bincount(not_above, minlength=len(gold) + 1)[::-1].cumsum()[:-1]  # best gold first
     return others_before + np.arange(len(gold))
 
 
@@ -72,7 +79,7 @@ def hit_at(ranks: Sequence[np.ndarray], k: int) -> np.ndarray:
 def ndcg_at(ranks: Sequence[np.ndarray], k: int) -> np.ndarray:
     """float64 [Q]: discounted gain of the first k over that of the best possible order (pytrec_eval's ndcg_cut_k)."""
     discount = 1 / np.log2(np.arange(k) + 2)
-    return np.array([discount[gold[gold < k]].sum() / discount[:len(gold)].sum() for gold in ranks])
+    return np.array([discount[gold[gold < k]].sum() / discount[: len(gold)].sum() for gold in ranks])
 
 
 def evaluate(scores: np.ndarray, relevance: np.ndarray | Sequence[Iterable[int]]) -> dict[str, np.ndarray]:
@@ -89,12 +96,12 @@ def bootstrap_mean(values: np.ndarray, seed: int, samples: int = 10_000) -> tupl
     values = np.asarray(values, np.float64)
     rows_KQ = values.reshape(-1, values.shape[-1])
     queries, random, means = values.shape[-1], np.random.default_rng(seed), []
-    block = max(1, 4_000_000 // queries)                                # bounds the memory of the draws
+    block = max(1, 4_000_000 // queries)  # bounds the memory of the draws
     for start in range(0, samples, block):
         size = min(block, samples - start)
         draws = random.integers(queries, size=(size, queries)) + queries * np.arange(size)[:, None]
         counts = np.bincount(draws.ravel(), minlength=size * queries).reshape(size, queries)
-        means.append(counts.astype(np.float64) @ rows_KQ.T / queries)   # drawing again is weighting by how often drawn
+        means.append(counts.astype(np.float64) @ rows_KQ.T / queries)  # drawing again is weighting by how often drawn
     low, high = np.percentile(np.concatenate(means), (2.5, 97.5), axis=0).reshape(2, *values.shape[:-1])
     return values.mean(axis=-1), low, high
 

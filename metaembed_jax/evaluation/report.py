@@ -1,4 +1,5 @@
 """What people see of a sweep: a table in the terminal, results.json, and a picture of quality against cost."""
+
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import numpy as np
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.metrics import METRICS
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")    # Okabe & Ito: told apart by colour-blind readers
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito: told apart by colour-blind readers
 
 
 def format_table(results: dict) -> str:
@@ -28,9 +29,12 @@ def _format_direction(direction: dict) -> str:
         lines.append(("gain", "", "", *(m["mean"] for m in metrics)))
         lines.append(("95 % interval", "", "", *(f"{m['low']} to {m['high']}" for m in metrics)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))])
-             for line in lines)
-    head = f"{direction['name']}: {direction['queries']:,} queries, {direction['candidates']:,} candidates, FLOPs and bytes per candidate"
+    table = (
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )
+    sizes = f"{direction['queries']:,} queries, {direction['candidates']:,} candidates"
+    head = f"{direction['name']}: {sizes}, FLOPs and bytes per candidate"
     return "\n".join([head, *table])
 
 
@@ -47,7 +51,9 @@ def write_results(path: str | os.PathLike, results: dict, config: dict, data_fin
     try:
         text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
-        raise UserError(f"{path} not written: the results hold NaN or an infinity; look for it in the metrics and the config") from error
+        raise UserError(
+            f"{path} not written: the results hold NaN or an infinity; look for it in the metrics and the config"
+        ) from error
     _write(Path(path), (text + "\n").encode())
 
 
@@ -70,7 +76,7 @@ def _write(path: Path, content: bytes) -> None:
 def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
-    except OSError:                                                     # the write's own error is the one to tell
+    except OSError:  # the write's own error is the one to tell
         pass
 
 
@@ -80,7 +86,7 @@ def plot(path: str | os.PathLike, labelled: Sequence[tuple[str, dict]]) -> None:
     labelled: (label, results of `sweep`) pairs. The directions are rows of panels: backward, the same budget costs other
     bytes. Bars are 95 % bootstrap intervals; the numbers at the points are the budgets. Raises UserError as `write_results`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg         # Figure objects only: pyplot keeps global state
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # Figure objects only: pyplot keeps global state
     from matplotlib.figure import Figure
 
     count = max(len(results["directions"]) for _, results in labelled)
@@ -108,13 +114,27 @@ def _draw_panel(panel, shown: Sequence[tuple[str, dict]], cost: str) -> None:
     highest = {}
     for number, (label, direction) in enumerate(shown):
         for metric, style, face in (("R@10", "-", None), ("R@1", "--", "white")):
-            points = [(row[cost], *(100 * row["metrics"][metric][key] for key in ("mean", "low", "high"))) for row in direction["rows"]]
+            points = [
+                (row[cost], *(100 * row["metrics"][metric][key] for key in ("mean", "low", "high"))) for row in direction["rows"]
+            ]
             points_by_cost = sorted(zip(points, direction["rows"], strict=True), key=lambda pair: pair[0][0])
             x, mean, low, high = zip(*(point for point, _ in points_by_cost), strict=True)
             colour = COLOURS[number % len(COLOURS)]
-            bars = np.maximum([np.subtract(mean, low), np.subtract(high, mean)], 0)     # rounding must not make a bar negative
-            panel.errorbar(x, mean, yerr=bars, color=colour, linestyle=style, linewidth=1.8, marker="o", markersize=6,
-                           markerfacecolor=face or colour, capsize=3, elinewidth=1, label=f"{label} {metric}".strip())
+            bars = np.maximum([np.subtract(mean, low), np.subtract(high, mean)], 0)  # rounding must not make a bar negative
+            panel.errorbar(
+                x,
+                mean,
+                yerr=bars,
+                color=colour,
+                linestyle=style,
+                linewidth=1.8,
+                marker="o",
+                markersize=6,
+                markerfacecolor=face or colour,
+                capsize=3,
+                elinewidth=1,
+                label=f"{label} {metric}".strip(),
+            )
             for point, row in points_by_cost:
                 spot = (point[0], _name(row["budget"]))
                 highest[spot] = max(highest.get(spot, 0), point[3])
@@ -126,7 +146,7 @@ def _style_panel(panel, unit: str) -> None:
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     panel.set_xscale("log")
-    panel.xaxis.set_major_locator(LogLocator(base=4))                   # budgets grow by powers of two, about a factor of four a step
+    panel.xaxis.set_major_locator(LogLocator(base=4))  # budgets grow by powers of two, about a factor of four a step
     panel.xaxis.set_major_formatter(EngFormatter(unit=unit, places=0, sep=" " if unit else ""))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.margins(x=0.08, y=0.12)

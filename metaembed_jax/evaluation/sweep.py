@@ -1,4 +1,5 @@
 """Every budget of one encoding, both directions: encode once at the largest budget, then slice."""
+
 import re
 from collections.abc import Iterable, Sequence
 
@@ -37,11 +38,19 @@ def check_budgets(budgets: Sequence[Budget], largest: Budget | None = None) -> N
         if r_q < 1 or r_c < 1:
             raise UserError(f"budget {r_q}:{r_c} holds no vector on one side; both numbers must be at least 1")
         if largest and (r_q > largest[0] or r_c > largest[1]):
-            raise UserError(f"budget {r_q}:{r_c} is beyond the model's {largest[0]} query and {largest[1]} candidate vectors; ask for fewer")
+            raise UserError(
+                f"budget {r_q}:{r_c} is beyond the model's {largest[0]} query and {largest[1]} candidate vectors; ask for fewer"
+            )
 
 
-def sweep(query_QRD: np.ndarray, candidate_NRD: np.ndarray, relevance: np.ndarray | Sequence[Iterable[int]],
-          budgets: Sequence[Budget], directions: tuple[str, str] = ("query→candidate", "candidate→query"), seed: int = 0) -> dict:
+def sweep(
+    query_QRD: np.ndarray,
+    candidate_NRD: np.ndarray,
+    relevance: np.ndarray | Sequence[Iterable[int]],
+    budgets: Sequence[Budget],
+    directions: tuple[str, str] = ("query→candidate", "candidate→query"),
+    seed: int = 0,
+) -> dict:
     """All metrics at all budgets in both directions, with 95 % bootstrap intervals, ready for JSON.
 
     query_QRD, candidate_NRD: the nested vectors at the largest budget, real [Q, R_q, D] and [N, R_c, D].
@@ -71,19 +80,36 @@ def sweep(query_QRD: np.ndarray, candidate_NRD: np.ndarray, relevance: np.ndarra
         scores = np.asarray(maxsim(query_QRD, candidate_NRD, budget))
         forward.append(evaluate(scores, relevant))
         backward.append(evaluate(scores.T[named], relevant.T[named]))
-    return {"dimension": dimension, "directions": [
-        _direction(directions[0], candidates, budgets, [r_c for _, r_c in budgets], forward, dimension, seed),
-        _direction(directions[1], queries, budgets, [r_q for r_q, _ in budgets], backward, dimension, seed)]}
+    return {
+        "dimension": dimension,
+        "directions": [
+            _direction(directions[0], candidates, budgets, [r_c for _, r_c in budgets], forward, dimension, seed),
+            _direction(directions[1], queries, budgets, [r_q for r_q, _ in budgets], backward, dimension, seed),
+        ],
+    }
 
 
-def _direction(name: str, candidates: int, budgets: Sequence[Budget], vectors: Sequence[int],
-               per_query: Sequence[dict[str, np.ndarray]], dimension: int, seed: int) -> dict:
+def _direction(
+    name: str,
+    candidates: int,
+    budgets: Sequence[Budget],
+    vectors: Sequence[int],
+    per_query: Sequence[dict[str, np.ndarray]],
+    dimension: int,
+    seed: int,
+) -> dict:
     """One direction's part of the results; vectors: how many each searched item holds at each budget."""
     values_BMQ = np.array([[values[metric] for metric in METRICS] for values in per_query])
     intervals = _intervals(values_BMQ, seed)
-    rows = [{"budget": list(budget), "flops_per_candidate": maxsim_flops(budget, dimension),
-             "bytes_per_candidate": index_bytes(held, dimension), "metrics": interval}
-            for budget, held, interval in zip(budgets, vectors, intervals, strict=True)]
+    rows = [
+        {
+            "budget": list(budget),
+            "flops_per_candidate": maxsim_flops(budget, dimension),
+            "bytes_per_candidate": index_bytes(held, dimension),
+            "metrics": interval,
+        }
+        for budget, held, interval in zip(budgets, vectors, intervals, strict=True)
+    ]
     gain = None
     if len(budgets) > 1:
         difference = _intervals(values_BMQ[-1:] - values_BMQ[:1], seed)[0]
@@ -94,5 +120,7 @@ def _direction(name: str, candidates: int, budgets: Sequence[Budget], vectors: S
 def _intervals(values_BMQ: np.ndarray, seed: int) -> list[dict[str, dict[str, float]]]:
     """For each budget {metric: {"mean", "low", "high"}} of the per-query values."""
     mean_low_high = np.stack(bootstrap_mean(values_BMQ, seed), axis=-1).tolist()
-    return [{metric: dict(zip(("mean", "low", "high"), three, strict=True)) for metric, three in zip(METRICS, row, strict=True)}
-            for row in mean_low_high]
+    return [
+        {metric: dict(zip(("mean", "low", "high"), three, strict=True)) for metric, three in zip(METRICS, row, strict=True)}
+        for row in mean_low_high
+    ]

@@ -1,5 +1,6 @@
 """Budgets: pairs (r_q, r_c) of how many query and candidate vectors a score uses."""
 
+import itertools
 from collections.abc import Sequence
 
 from metaembed_jax.errors import UserError
@@ -20,7 +21,7 @@ def validate_groups(groups: Sequence[Sequence[int]], query_vectors: int, candida
     if not isinstance(groups, Sequence) or isinstance(groups, str) or not groups:
         raise UserError(f"groups={groups!r}: expected at least one pair (r_q, r_c), such as ((1, 1), (16, 64))")
     pairs = tuple(validate_budget(group, query_vectors, candidate_vectors) for group in groups)
-    for smaller, larger in zip(pairs, pairs[1:]):
+    for smaller, larger in itertools.pairwise(pairs):
         if smaller == larger or smaller[0] > larger[0] or smaller[1] > larger[1]:
             raise UserError(f"groups not nested: {smaller} comes before {larger}; list them so that each holds the one before it")
     return pairs

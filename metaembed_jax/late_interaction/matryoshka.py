@@ -122,7 +122,7 @@ def _group_losses(query_BRD, candidate_BRD, negatives_BKRD, temperature, *, grou
 
 
 def _sums(query_BRD, candidate_NRD, negatives_BKRD, temperature, first, groups, chunk):
-    """(losses [G], hits [G]) summed over this device's queries, whose positives are rows first, first + 1, ... of the candidates."""
+    """(losses [G], hits [G]) summed over this device's queries; their positives are candidates first, first + 1, ..."""
     queries = query_BRD.shape[0]
     positive_B = first + jnp.arange(queries)
     margins_GBM = _margins(query_BRD, candidate_NRD, negatives_BKRD, positive_B, groups, chunk)
@@ -192,7 +192,9 @@ def _backward(groups, chunk, residuals, gradient_GBM):
         coefficients = _block_coefficients(gradient_GbM, winners)
         pieces = zip(_column_ranges(groups), coefficients, candidate_blocks, _column_blocks(negatives_JbKD, groups), strict=True)
         query_gradient, block_gradients, negative_gradients = jnp.zeros(query_RbD.shape, jnp.float32), [], []
-        for (columns, (winner_RbM, coefficient_RbM), candidate_JND, negative_JbKD), so_far in zip(pieces, candidate_gradients, strict=True):
+        for (columns, (winner_RbM, coefficient_RbM), candidate_JND, negative_JbKD), so_far in zip(
+            pieces, candidate_gradients, strict=True
+        ):
             dq, dc, dn = _block_gradients(columns, winner_RbM, coefficient_RbM, query_RbD, candidate_JND, negative_JbKD)
             query_gradient += dq
             block_gradients.append(so_far + dc)

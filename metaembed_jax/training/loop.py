@@ -1,7 +1,6 @@
 """A run from its config to its results: one loop around the pure step of `training.step`."""
 
 import dataclasses
-import json
 import math
 import signal
 import time
@@ -9,14 +8,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tokenizers import Tokenizer
 
+from metaembed_jax.checkpoints.loading import best_parameters, run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
+from metaembed_jax.checkpoints.workdir import claim
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
-from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.data.pipeline import iterate, training_batches
 from metaembed_jax.data.prompts import Processor
 from metaembed_jax.errors import UserError
@@ -25,7 +23,6 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.sharding import batch_shards, make_mesh
 from metaembed_jax.training.metrics import MetricsWriter
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, put_batch
-from metaembed_jax.training.workdir import claim
 
 
 def train(config: ConfigDict, workdir: Path) -> bool:
@@ -46,7 +43,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
         )
     records = sources.training_records(config)
     vocabulary = tokenizer_file(config)
-    processor = make_processor(config, vocabulary)
+    processor = run_processor(config, vocabulary)
     claim(workdir, config, vocabulary)
 
     trainer = make_trainer(config, mesh)
@@ -71,15 +68,6 @@ def tokenizer_file(config: ConfigDict) -> Path:
     return start / "tokenizer.json"
 
 
-def make_processor(config: ConfigDict, tokenizer: Path) -> Processor:
-    """Prompts and images as the config has them."""
-    vision = model_config(config).architecture.vision_config
-    images = ImageConfig(
-        config.data.min_pixels, config.data.max_pixels, vision.patch_size, vision.spatial_merge_size, vision.window_size
-    )
-    return Processor(Tokenizer.from_file(str(tokenizer)), images)
-
-
 def initial_state(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, processor: Processor) -> TrainState:
     """The latest checkpoint; else fresh parameters, or those of the run that the config starts from."""
     abstract = trainer.abstract
@@ -92,12 +80,9 @@ def initial_state(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoi
     state = trainer.init()
     if not config.init_from:
         return state
-    start = RunCheckpoints(Path(config.init_from))
-    step = start.best_step()
-    if step is None:
-        raise UserError(f"config.init_from={config.init_from} has no checkpoint; train it first")
+    step, parameters = best_parameters(Path(config.init_from), abstract.parameters)
     print(f"starting from step {step} of {config.init_from}", flush=True)
-    return dataclasses.replace(state, parameters=start.restore_parameters(step, abstract.parameters))
+    return dataclasses.replace(state, parameters=parameters)
 
 
 class _Pending:
@@ -120,7 +105,8 @@ class _Pending:
             good = (self._checkpoints.steps() or ["none"])[0]
             raise UserError(
                 f"step {self._step}: loss {figures['loss']}, gradient norm {figures['gradient_norm']}; "
-                f"the last good checkpoint is step {good} in {self._checkpoints.directory}; lower the learning rate or check the data"
+                f"the last good checkpoint is step {good} in {self._checkpoints.directory}; "
+                "lower the learning rate or check the data"
             )
         return figures
 
@@ -166,7 +152,11 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
 def _validate(config: ConfigDict, model: MetaEmbed, state: TrainState, step: int, writer: MetricsWriter) -> float:
     model.parameters = state.parameters
     results = evaluation.evaluate(model, config, "validation", config.groups, progress=False)
-    recalls = {f"validation/R@10/{r[0]}:{r[1]}": row["metrics"]["R@10"]["mean"] for row in results["directions"][0]["rows"] for r in [row["budget"]]}
+    recalls = {
+        f"validation/R@10/{r[0]}:{r[1]}": row["metrics"]["R@10"]["mean"]
+        for row in results["directions"][0]["rows"]
+        for r in [row["budget"]]
+    }
     writer.write(step, recalls)
     listed = ", ".join(f"{name.rsplit('/')[-1]} {100 * value:.1f}" for name, value in recalls.items())
     writer.say(f"step {step}: validation R@10 of text→image at {listed}")
@@ -177,7 +167,9 @@ def _finish(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, m
     step = checkpoints.best_step()
     model.parameters = checkpoints.restore_parameters(step, trainer.abstract.parameters)
     results = evaluation.evaluate(model, config, "test", config.groups, progress=True)
-    print(f"\n{workdir}: test split, best checkpoint (step {step})\n{evaluation.report(results, config, workdir, step)}", flush=True)
+    print(
+        f"\n{workdir}: test split, best checkpoint (step {step})\n{evaluation.report(results, config, workdir, step)}", flush=True
+    )
     print(f"\nwritten: {workdir / 'results.json'}, {workdir / 'quality.png'}", flush=True)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,7 +22,8 @@ class MetricsWriter:
         path = workdir / "metrics.jsonl"
         _truncate(path, first_step)
         self._file = path.open("a", encoding="utf-8")
-        self._bar = tqdm(total=steps, initial=first_step, desc=workdir.name, unit="step", dynamic_ncols=True)
+        every = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file wants few lines
+        self._bar = tqdm(total=steps, initial=first_step, desc=workdir.name, unit="step", dynamic_ncols=True, mininterval=every)
         self._board = None
         if importlib.util.find_spec("tensorboardX"):
             import tensorboardX

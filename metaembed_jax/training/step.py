@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from metaembed_jax.config import model_config
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network, init_parameters
-from metaembed_jax.sharding import named_sharding, replicated, parameter_shardings
+from metaembed_jax.sharding import named_sharding, parameter_shardings, replicated
 from metaembed_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 
 
@@ -125,7 +125,9 @@ def make_trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     abstract = jax.eval_shape(init)
     by_parameter = parameter_shardings(mesh, abstract_parameters)
     shardings = TrainState(replicated(mesh), by_parameter, optimizer_shardings(mesh, abstract.optimizer, by_parameter))
-    place = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
+    place = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
     return Trainer(
         mesh=mesh,
         abstract=place,

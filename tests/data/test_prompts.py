@@ -1,6 +1,5 @@
 """Prompts against the strings of the recipe tokenized whole, positions against transformers, and batches."""
 
-import json
 import pickle
 from types import SimpleNamespace
 
@@ -17,7 +16,17 @@ from metaembed_jax.errors import UserError
 
 CONFIG = ImageConfig(min_pixels=56 * 56, max_pixels=60 * 28 * 28)
 CORPUS = ["user\nQuery: a red car", "Describe the image.", "user\nQuery: été 漢字 naïve", "Query: Query: airplane lock\n\n  snow"]
-TEXTS = ["a red car", "  two  spaces ", "\n\nlines\n", "été 漢字 👩‍👩‍👧 Ωμέγα", "e\u0301 decomposed", "Query: again", "", "\x00\u200b", "مرحبا"]
+TEXTS = [
+    "a red car",
+    "  two  spaces ",
+    "\n\nlines\n",
+    "été 漢字 👩‍👩‍👧 Ωμέγα",
+    "e\u0301 decomposed",
+    "Query: again",
+    "",
+    "\x00\u200b",
+    "مرحبا",
+]
 END = "<|im_end|><|endoftext|>"
 QUERY_END = END + "<|endoftext|>" * 10 + "\n"
 
@@ -217,18 +226,18 @@ def test_collate_pads_tokens_on_the_left_and_patches_at_the_end():
         "patch_positions": ((3, 256, 2), "int32"),
         "patch_mask": ((3, 256), "bool"),
     }
-    for row, example in enumerate(examples):
-        n = len(example.tokens)
-        np.testing.assert_array_equal(batch["tokens"][row, -n:], example.tokens)
-        np.testing.assert_array_equal(batch["positions"][row, :, -n:], example.positions)
-        np.testing.assert_array_equal(batch["visual_index"][row, -n:], example.visual_index)
+    for row, one in enumerate(examples):
+        n = len(one.tokens)
+        np.testing.assert_array_equal(batch["tokens"][row, -n:], one.tokens)
+        np.testing.assert_array_equal(batch["positions"][row, :, -n:], one.positions)
+        np.testing.assert_array_equal(batch["visual_index"][row, -n:], one.visual_index)
         assert batch["mask"][row].tolist() == [False] * (80 - n) + [True] * n
         assert (batch["visual_index"][row, :-n] == -1).all()
-        p = len(example.patches.mask) if example.patches else 0
+        p = len(one.patches.mask) if one.patches else 0
         if p:
-            np.testing.assert_array_equal(batch["patches"][row, :p], example.patches.patches)
-            np.testing.assert_array_equal(batch["patch_positions"][row, :p], example.patches.positions)
-            np.testing.assert_array_equal(batch["patch_mask"][row, :p], example.patches.mask)
+            np.testing.assert_array_equal(batch["patches"][row, :p], one.patches.patches)
+            np.testing.assert_array_equal(batch["patch_positions"][row, :p], one.patches.positions)
+            np.testing.assert_array_equal(batch["patch_mask"][row, :p], one.patches.mask)
         assert not batch["patch_mask"][row, p:].any() and not batch["patches"][row, p:].any()
     assert set(collate(examples[:1], ShapeClass(80, 0))) == {"tokens", "positions", "mask", "visual_index"}
 
@@ -238,28 +247,6 @@ def test_collate_refuses_what_does_not_fit(shape):
     examples = [PROCESSOR.candidate({"text": "a"}), PROCESSOR.candidate({"image": noise(130, 90)})]
     with pytest.raises(UserError, match=f"^row 1 .* holds {shape.tokens} and {shape.patches}"):
         collate(examples, shape)
-
-
-@pytest.mark.parametrize("layout", ["preprocessor_config.json", "processor_config.json"])
-def test_from_directory(tmp_path, layout):
-    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
-    preprocessor = {"size": {"shortest_edge": 3136, "longest_edge": 10**7}, "patch_size": 14, "merge_size": 2}
-    nested = preprocessor if layout == "preprocessor_config.json" else {"image_processor": preprocessor}
-    (tmp_path / layout).write_text(json.dumps(nested))
-    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"window_size": 56}}))
-    processor = Processor.from_directory(tmp_path, max_visual_tokens=9)
-    assert processor.image_config == ImageConfig(3136, 9 * 784, window_size=56)
-    np.testing.assert_array_equal(processor.query({"text": "a"}).tokens, PROCESSOR.query({"text": "a"}).tokens)
-
-
-@pytest.mark.parametrize("broken", ["tokenizer.json", "preprocessor_config.json", "config.json"])
-def test_from_directory_names_what_is_broken(tmp_path, broken):
-    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "preprocessor_config.json").write_text("{}")
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / broken).write_text("{")
-    with pytest.raises(UserError, match=broken):
-        Processor.from_directory(tmp_path)
 
 
 def test_a_tokenizer_of_another_family_is_refused():

@@ -1,4 +1,5 @@
 """The costs against the figures published for the 7B: 100,000 candidates, 3,584 numbers a vector, bf16."""
+
 import pytest
 
 from metaembed_jax.evaluation.cost import index_bytes, maxsim_flops

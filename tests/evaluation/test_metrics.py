@@ -1,4 +1,5 @@
 """The metrics against pytrec_eval (no ties), against brute force (ties), and the bootstrap against its definition."""
+
 import itertools
 
 import numpy as np
@@ -42,9 +43,12 @@ def test_equal_to_pytrec_eval_without_ties(ranking):
 def test_ties_are_the_worst_of_all_admissible_orders(ranking, k):
     scores, relevant = ranking
     ranks = metrics.gold_ranks(scores, relevant)
-    for q, (row, gold) in enumerate(zip(scores, relevant)):
-        orders = [order for order in itertools.permutations(range(len(row)))
-                  if all(row[a] >= row[b] for a, b in itertools.pairwise(order))]
+    for q, (row, gold) in enumerate(zip(scores, relevant, strict=True)):
+        orders = [
+            order
+            for order in itertools.permutations(range(len(row)))
+            if all(row[a] >= row[b] for a, b in itertools.pairwise(order))
+        ]
         hits = [float(any(gold[n] for n in order[:k])) for order in orders]
         ideal = sum(1 / np.log2(i + 2) for i in range(min(k, gold.sum())))
         ndcg = [sum(1 / np.log2(i + 2) for i, n in enumerate(order[:k]) if gold[n]) / ideal for order in orders]
@@ -58,7 +62,9 @@ def test_one_score_for_all_finds_nothing():
 
 
 def test_one_query_one_candidate():
-    assert {name: values.tolist() for name, values in metrics.evaluate(np.array([[-1.0]]), [{0}]).items()} == dict.fromkeys(metrics.METRICS, [1.0])
+    assert {name: values.tolist() for name, values in metrics.evaluate(np.array([[-1.0]]), [{0}]).items()} == dict.fromkeys(
+        metrics.METRICS, [1.0]
+    )
 
 
 def test_infinities_rank_and_order_of_candidates_does_not_matter():
@@ -76,18 +82,21 @@ def test_sets_and_matrix_are_the_same(ranking):
         np.testing.assert_array_equal(values, by_set[name])
 
 
-@pytest.mark.parametrize("scores, relevance, message", [
-    (np.array([[0.0, np.nan]]), [{0}], "query 0 hold NaN"),
-    (np.zeros((2, 3)), [{0}, set()], "query 1 has no relevant candidate"),
-    (np.zeros((2, 0)), [set(), set()], "query 0 has no relevant candidate"),
-    (np.zeros((0, 3)), [], "at least one query"),
-    (np.zeros(3), [{0}], "at least one query"),
-    (np.zeros((2, 3)), [{0}], "1 sets for 2 queries"),
-    (np.zeros((1, 3)), [{3}], "names candidate 3"),
-    (np.zeros((1, 3)), [{-1}], "names candidate -1"),
-    (np.zeros((1, 3)), np.ones((3, 1), bool), r"bool \(3, 1\)"),
-    (np.zeros((1, 3)), np.ones((1, 3)), "float64"),
-])
+@pytest.mark.parametrize(
+    "scores, relevance, message",
+    [
+        (np.array([[0.0, np.nan]]), [{0}], "query 0 hold NaN"),
+        (np.zeros((2, 3)), [{0}, set()], "query 1 has no relevant candidate"),
+        (np.zeros((2, 0)), [set(), set()], "query 0 has no relevant candidate"),
+        (np.zeros((0, 3)), [], "at least one query"),
+        (np.zeros(3), [{0}], "at least one query"),
+        (np.zeros((2, 3)), [{0}], "1 sets for 2 queries"),
+        (np.zeros((1, 3)), [{3}], "names candidate 3"),
+        (np.zeros((1, 3)), [{-1}], "names candidate -1"),
+        (np.zeros((1, 3)), np.ones((3, 1), bool), r"bool \(3, 1\)"),
+        (np.zeros((1, 3)), np.ones((1, 3)), "float64"),
+    ],
+)
 def test_refuses(scores, relevance, message):
     with pytest.raises(UserError, match=message) as caught:
         metrics.evaluate(scores, relevance)
@@ -104,7 +113,7 @@ def test_bootstrap_is_percentiles_of_resampled_means():
 
 
 def test_bootstrap_in_blocks_agrees_with_the_normal_interval():
-    values = (np.random.default_rng(1).random(3000) < 0.4).astype(float)      # 10,000 x 3,000 draws: several blocks
+    values = (np.random.default_rng(1).random(3000) < 0.4).astype(float)  # 10,000 x 3,000 draws: several blocks
     mean, low, high = metrics.bootstrap_mean(values, seed=0)
     half = 1.96 * values.std() / np.sqrt(3000)
     assert (mean - low, high - mean) == pytest.approx((half, half), rel=0.05)

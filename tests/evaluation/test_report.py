@@ -1,4 +1,5 @@
 """The sweep over budgets and what is made of it: table, JSON, picture."""
+
 import errno
 import json
 from pathlib import Path
@@ -24,7 +25,9 @@ def encoded():
     random = np.random.default_rng(0)
     things = random.normal(size=(40, 1, 8))
     query = unit(things + 1.5 * random.normal(size=(40, 4, 8)))
-    candidate = unit(np.concatenate([np.repeat(things, 2, axis=0), random.normal(size=(1, 1, 8))]) + 1.5 * random.normal(size=(81, 6, 8)))
+    candidate = unit(
+        np.concatenate([np.repeat(things, 2, axis=0), random.normal(size=(1, 1, 8))]) + 1.5 * random.normal(size=(81, 6, 8))
+    )
     return query, candidate, [{2 * n, 2 * n + 1} for n in range(40)]
 
 
@@ -36,12 +39,16 @@ def results(encoded):
 def test_sweep_equals_the_definition(encoded, results):
     query, candidate, relevance = encoded
     forward, backward = results["directions"]
-    assert [row["budget"] for row in forward["rows"]] == [[1, 1], [2, 3], [4, 6]]                   # cheapest first
+    assert [row["budget"] for row in forward["rows"]] == [[1, 1], [2, 3], [4, 6]]  # cheapest first
     assert (forward["name"], forward["queries"], forward["candidates"]) == ("text→image", 40, 81)
-    assert (backward["name"], backward["queries"], backward["candidates"]) == ("image→text", 80, 40)   # the unnamed candidate asks nothing
+    assert (backward["name"], backward["queries"], backward["candidates"]) == (
+        "image→text",
+        80,
+        40,
+    )  # the unnamed candidate asks nothing
     assert [row["flops_per_candidate"] for row in backward["rows"]] == [16, 96, 384]
     assert [row["bytes_per_candidate"] for row in forward["rows"]] == [16, 48, 96]
-    assert [row["bytes_per_candidate"] for row in backward["rows"]] == [16, 32, 64]                 # the texts are what is searched
+    assert [row["bytes_per_candidate"] for row in backward["rows"]] == [16, 32, 64]  # the texts are what is searched
     per_query = {}
     for n, (r_q, r_c) in enumerate([(1, 1), (2, 3), (4, 6)]):
         scores = np.einsum("qid,njd->qnij", query[:, :r_q], candidate[:, :r_c]).max(-1).sum(-1)
@@ -52,7 +59,9 @@ def test_sweep_equals_the_definition(encoded, results):
             assert backward["rows"][n]["metrics"][name]["mean"] == pytest.approx(back[name].mean(), abs=1e-9)
     assert (forward["gain"]["from"], forward["gain"]["to"]) == ([1, 1], [4, 6])
     for name, gain in forward["gain"]["metrics"].items():
-        assert tuple(gain.values()) == pytest.approx(metrics.paired_bootstrap(per_query[2][name], per_query[0][name], seed=0), abs=1e-9)
+        assert tuple(gain.values()) == pytest.approx(
+            metrics.paired_bootstrap(per_query[2][name], per_query[0][name], seed=0), abs=1e-9
+        )
 
 
 def test_one_query_one_candidate_one_budget():
@@ -62,13 +71,16 @@ def test_one_query_one_candidate_one_budget():
     assert "gain" not in report.format_table(results)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(budgets=[(1, 7)]), "budget 1:7 is beyond the model's 4 query and 6 candidate vectors"),
-    (dict(budgets=[]), "no budget"),
-    (dict(candidate=np.zeros((81, 6, 9))), r"\(40, 4, 8\) and candidate vectors \(81, 6, 9\)"),
-    (dict(candidate=np.full((81, 6, 8), np.nan, np.float32)), "NaN"),
-    (dict(relevance=[set()] * 40), "no relevant candidate"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(budgets=[(1, 7)]), "budget 1:7 is beyond the model's 4 query and 6 candidate vectors"),
+        (dict(budgets=[]), "no budget"),
+        (dict(candidate=np.zeros((81, 6, 9))), r"\(40, 4, 8\) and candidate vectors \(81, 6, 9\)"),
+        (dict(candidate=np.full((81, 6, 8), np.nan, np.float32)), "NaN"),
+        (dict(relevance=[set()] * 40), "no relevant candidate"),
+    ],
+)
 def test_sweep_refuses(encoded, change, message):
     query, candidate, relevance = encoded
     arguments = dict(candidate=candidate, relevance=relevance, budgets=[(1, 1)]) | change
@@ -81,7 +93,9 @@ def test_parse_budgets():
     assert parse_budgets("3:2") == ((3, 2),)
 
 
-@pytest.mark.parametrize("text", ["", "1", "1:", "1:1,", "1:1:1", "-1:2", "a:b", "1.5:2", "٣:٣", "9999999:1", "0:1", "1:0", "1:1,1:1", "17:1", "1:65"])
+@pytest.mark.parametrize(
+    "text", ["", "1", "1:", "1:1,", "1:1:1", "-1:2", "a:b", "1.5:2", "٣:٣", "9999999:1", "0:1", "1:0", "1:1,1:1", "17:1", "1:65"]
+)
 def test_parse_budgets_refuses(text):
     with pytest.raises(UserError) as caught:
         parse_budgets(text, (16, 64))
@@ -94,13 +108,15 @@ def test_table(results):
     assert head.startswith("text→image: 40 queries, 81 candidates") and backward.startswith("image→text: 80 queries")
     assert titles.split() == ["budget", "FLOPs", "bytes", *metrics.METRICS]
     assert [row.split()[0] for row in rows] == ["1:1", "2:3", "4:6", "gain", "95"]
-    assert len({len(line) for line in [titles, *rows]}) == 1                                         # aligned
+    assert len({len(line) for line in [titles, *rows]}) == 1  # aligned
     r1 = results["directions"][0]["gain"]["metrics"]["R@1"]
     assert f"{100 * r1['mean']:+.1f}" in rows[3] and f"{100 * r1['low']:+.1f} to {100 * r1['high']:+.1f}" in rows[4]
 
 
 def write(path, results, **changed):
-    report.write_results(path, results, **(dict(config={"steps": 3}, data_fingerprint="sha256:12", versions={"jax": "0.10"}) | changed))
+    report.write_results(
+        path, results, **(dict(config={"steps": 3}, data_fingerprint="sha256:12", versions={"jax": "0.10"}) | changed)
+    )
 
 
 def test_results_survive_json_and_are_stable(tmp_path, results):
@@ -123,6 +139,7 @@ def test_failed_writes_keep_the_old_file(tmp_path, results, monkeypatch):
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(report.os, "fsync", full)
     with pytest.raises(UserError, match="cannot write .*results.json: No space left on device"):
         write(path, results, config={})
@@ -140,5 +157,5 @@ def test_plot(tmp_path, results):
     report.plot(path, [("icons", results), ("boards", results)])
     with Image.open(path) as image:
         assert image.format == "PNG" and min(image.size) > 600
-        assert len(image.convert("RGB").getcolors(1 << 24)) > 50                                    # something is drawn
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # something is drawn
     assert list(tmp_path.iterdir()) == [path]

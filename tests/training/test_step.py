@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from metaembed_jax.checkpoints.loading import run_processor
 from metaembed_jax.config import model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
-from metaembed_jax.training.loop import make_processor, tokenizer_file
+from metaembed_jax.training.loop import tokenizer_file
 from metaembed_jax.training.step import make_loss, make_trainer, put_batch
 
 
@@ -19,7 +20,7 @@ def dataset(small_config):
 
 
 def make_dataset(config):
-    return training_batches(config, make_processor(config, tokenizer_file(config)), sources.training_records(config))
+    return training_batches(config, run_processor(config, tokenizer_file(config)), sources.training_records(config))
 
 
 def relative_norm(a, b):

@@ -1,10 +1,10 @@
 """The folder of a run: what it is a run of, so that no other config ever writes into it.
 
-    run.json          the config
-    tokenizer.json    the vocabulary it was trained with
-    checkpoints/      see metaembed_jax.checkpoints.runs
-    metrics.jsonl     a line every few steps
-    results.json, quality.png    the evaluation on the test split
+run.json          the config
+tokenizer.json    the vocabulary it was trained with
+checkpoints/      see metaembed_jax.checkpoints.runs
+metrics.jsonl     a line every few steps
+results.json, quality.png    the evaluation on the test split
 """
 
 import json
@@ -70,7 +70,9 @@ def _tuples(value):
 
 def _compare(workdir: Path, ours: dict, theirs: dict) -> None:
     ours, theirs = _flat(ours), _flat(theirs)
-    different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key) and not key.startswith(FREE_KEYS)]
+    different = [
+        key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key) and not key.startswith(FREE_KEYS)
+    ]
     if different:
         key = different[0]
         raise UserError(

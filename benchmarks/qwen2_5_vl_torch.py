@@ -1,0 +1,109 @@
+"""The peer: Qwen2.5-VL of transformers, trained by torch as the published release of MetaEmbed does it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from metaembed_jax.backbones.qwen2_5_vl import IMAGE_MEAN, IMAGE_STD
+
+QUERY_ROWS = 16
+
+
+def write_checkpoint(directory: Path, architecture: dict, image_token: int) -> None:
+    """A random model as `save_pretrained` leaves it."""
+    torch.manual_seed(0)
+    text = dict(architecture["text_config"])
+    text["rope_parameters"] = dict(
+        rope_type="default", rope_theta=text.pop("rope_theta"), mrope_section=list(text.pop("mrope_section"))
+    )
+    vision = dict(architecture["vision_config"], fullatt_block_indexes=list(architecture["vision_config"]["fullatt_block_indexes"]))
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=image_token, tie_word_embeddings=True)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(directory)
+
+
+class TorchTrainer:
+    """Model, AdamW and one batch.
+
+    Args:
+      directory: of `write_checkpoint`.
+      meta_tokens: float32 [80, width].
+      batch: of one shape class and one microbatch a side.
+      config: temperature, groups and optimizer are read.
+    """
+
+    def __init__(self, directory: Path, meta_tokens: np.ndarray, batch: dict, config):
+        self.core = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype="float32").model
+        self.meta_tokens = torch.nn.Parameter(torch.tensor(meta_tokens))
+        self.config = config
+        optimizer = config.optimizer
+        self.parameters = [*self.core.parameters(), self.meta_tokens]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=optimizer.learning_rate,
+            betas=(optimizer.b1, optimizer.b2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        self.query, self.candidate = (self._inputs(batch[side]["groups"][0]) for side in ("query", "candidate"))
+        self.core.get_input_embeddings().register_forward_hook(self._append_meta_tokens)
+
+    def step(self) -> float:
+        """Forward, backward, clipping, AdamW; returns the loss."""
+        loss = self.loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def flops(self) -> int:
+        """FLOPs of the matrix products of forward and backward, as torch counts them."""
+        with FlopCounterMode(display=False) as counter:
+            self.loss().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+    def loss(self) -> torch.Tensor:
+        """The mean over the groups of the cross-entropies, from one set of similarities."""
+        query_BRD = self._vectors(self.query)[:, :QUERY_ROWS]
+        candidate_NRD = self._vectors(self.candidate)[:, QUERY_ROWS:]
+        similarity_BNij = torch.einsum("bid,njd->bnij", query_BRD, candidate_NRD)
+        target = torch.arange(len(query_BRD))
+        losses = []
+        for r_q, r_c in self.config.groups:
+            scores = similarity_BNij[:, :, :r_q, :r_c].amax(3).sum(2)
+            losses.append(torch.nn.functional.cross_entropy(scores / self.config.temperature, target))
+        return torch.stack(losses).mean()
+
+    def _vectors(self, inputs: dict) -> torch.Tensor:
+        states = self.core(**inputs, use_cache=False).last_hidden_state[:, -len(self.meta_tokens) :]
+        return torch.nn.functional.normalize(states, dim=-1)
+
+    def _append_meta_tokens(self, module, arguments, output):
+        prompt = output[:, : -len(self.meta_tokens)]
+        return torch.cat([prompt, self.meta_tokens.expand(len(prompt), -1, -1)], dim=1)
+
+    def _inputs(self, group: dict) -> dict:
+        group = {key: x[0] for key, x in group.items()}
+        rows = len(self.meta_tokens)
+        start = group["positions"].max(axis=(1, 2), keepdims=True) + 1
+        suffix = np.broadcast_to(start + np.arange(rows), (len(start), 3, rows))
+        positions = np.concatenate([group["positions"], suffix], axis=2)
+        inputs = {
+            "input_ids": torch.tensor(np.pad(group["tokens"], ((0, 0), (0, rows)))).long(),
+            "attention_mask": torch.tensor(np.pad(group["mask"], ((0, 0), (0, rows)), constant_values=True)).long(),
+            "position_ids": torch.tensor(positions.transpose(1, 0, 2).copy()).long(),
+        }
+        if "patches" in group:
+            items, patches, _ = group["patches"].shape
+            side = int(patches**0.5)
+            pixels = group["patches"].astype(np.float32).reshape(items * patches, 3, 1, -1) / 255
+            mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+            two_frames = np.repeat((pixels - mean) / std, 2, axis=2)
+            inputs["pixel_values"] = torch.tensor(two_frames.reshape(items * patches, -1))
+            inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * items)
+        return inputs
