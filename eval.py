@@ -1,16 +1,15 @@
 """Evaluates a run on its test split: `python eval.py --config=configs/tiny.py --checkpoint=runs/tiny`."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from metaembed_jax.evaluation.command import evaluate_checkpoint
-from metaembed_jax.flags import parse, run_main
+from metaembed_jax.flags import Parser, parse, run_main
 
 
 def main(argv: Sequence[str]) -> None:
     """Flags in, one call out."""
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__)
+    parser = Parser(prog="eval.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run of train.py; its best checkpoint is read")
     parser.add_argument("--out", type=Path, help="where results.json and quality.png go; <checkpoint>/eval by default")
     parser.add_argument("--budgets", help="pairs r_q:r_c, such as 1:1,4:8,16:64; the config's groups by default")

@@ -1,16 +1,15 @@
 """Trains a MetaEmbed: `python train.py --config=configs/tiny.py`. Run again, it goes on where it stopped."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from metaembed_jax.flags import default_workdir, parse, run_main
+from metaembed_jax.flags import Parser, default_workdir, parse, run_main
 from metaembed_jax.training.loop import train
 
 
 def main(argv: Sequence[str]) -> None:
     """Flags in, one call out."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
+    parser = Parser(prog="train.py", description=__doc__)
     parser.add_argument("--workdir", type=Path, help="the folder of the run; runs/<config name> by default")
     arguments, config = parse(parser, argv)
     train(config, arguments.workdir or default_workdir(config))

@@ -26,7 +26,7 @@ from metaembed_jax.backbones import qwen2_5_vl
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.config import default_config
 from metaembed_jax.data.images import ImageConfig, patchify
-from metaembed_jax.data.prompts import Example, ShapeClass, _rope_positions, collate
+from metaembed_jax.data.prompts import Example, ShapeClass, collate, rope_positions
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.step import Trainer, make_trainer, put_batch
@@ -100,7 +100,7 @@ def make_batch() -> dict:
 
     def query() -> Example:
         tokens = random.integers(IMAGE_TOKEN + 1, VOCABULARY, QUERY_TOKENS).astype(np.int32)
-        return Example(tokens, _rope_positions(QUERY_TOKENS, 0, None), np.full(QUERY_TOKENS, -1, np.int32), None)
+        return Example(tokens, rope_positions(QUERY_TOKENS, 0, None), np.full(QUERY_TOKENS, -1, np.int32), None)
 
     def candidate(image: Image.Image) -> Example:
         patches = patchify(image, image_config)
@@ -108,7 +108,7 @@ def make_batch() -> dict:
         visual = np.full(CANDIDATE_TOKENS, -1, np.int32)
         units = slice(4, 4 + len(patches.raster))
         tokens[units], visual[units] = IMAGE_TOKEN, patches.raster
-        return Example(tokens, _rope_positions(CANDIDATE_TOKENS, units.start, patches), visual, patches)
+        return Example(tokens, rope_positions(CANDIDATE_TOKENS, units.start, patches), visual, patches)
 
     def side(examples: list[Example], shape: ShapeClass) -> dict:
         group = {key: x[None] for key, x in collate(examples, shape).items()}

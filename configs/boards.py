@@ -14,7 +14,8 @@ def get_config(arg=None):
     config.init_from = "runs/tiny"
     with config.unlocked():
         config.architecture = ConfigDict(tiny.architecture.to_dict())
-    for key in ("dtype", "checkpoint_layers", "unroll_layers", "embedding_dim"):
+    config.architecture.vision_config.window_size = 112  # a page is 2x2 windows
+    for key in ("dtype", "checkpoint_layers", "unroll_layers", "embedding_dim", "temperature"):
         config[key] = tiny[key]
 
     config.data.sources = (("boards", 1.0),)
@@ -24,6 +25,7 @@ def get_config(arg=None):
     config.data.curriculum = ((150, 1, 1), (350, 1, 2), (700, 2, 4), (1000, 3, 6), (0, 4, 9))
     config.batch_size = config.microbatch_size = 64
     config.steps = 1600
+    config.optimizer.algorithm = "muon"
     config.optimizer.learning_rate = 1.5e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.decay = "cosine"

@@ -27,6 +27,7 @@ def default_config() -> ConfigDict:
     config.architecture = ConfigDict()  # the keys of Hugging Face's config.json
     config.query_tokens = 16
     config.candidate_tokens = 64
+    config.meta_token_scale = 0.02  # standard deviation of fresh Meta Tokens
     config.embedding_dim = 0  # width of the head; 0: none
     config.dtype = "bfloat16"  # of activations and matmuls; float32 for parity
     config.checkpoint_layers = True  # recompute layers in the backward pass
@@ -125,6 +126,7 @@ def model_config(config: ConfigDict) -> ModelConfig:
         architecture=family(config.backbone).Config.from_huggingface(config.architecture.to_dict()),
         query_tokens=config.query_tokens,
         candidate_tokens=config.candidate_tokens,
+        meta_token_scale=config.meta_token_scale,
         embedding_dim=config.embedding_dim,
         dtype=config.dtype,
         checkpoint=config.checkpoint_layers,

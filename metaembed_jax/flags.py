@@ -1,4 +1,4 @@
-"""The flags of train.py and eval.py, and how an error reaches the user: one line, exit code 2."""
+"""Flags, and how an error reaches the user: one line, exit code 2."""
 
 import argparse
 import sys
@@ -9,6 +9,13 @@ from ml_collections import ConfigDict
 
 from metaembed_jax.config import load_config
 from metaembed_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are a `UserError`, so that they reach the user as every other error does."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
@@ -23,7 +30,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     parser.epilog = (
         parser.epilog or ""
     ) + " Any key of the config can be set: --config.steps=100 --config.optimizer.learning_rate=1e-3"
-    parser.error = _raise
     overrides, rest = {}, []
     for argument in argv:
         if argument.startswith("--config."):
@@ -52,7 +58,3 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-
-
-def _raise(message: str):
-    raise UserError(f"{message}; see --help")

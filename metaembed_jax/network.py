@@ -30,6 +30,7 @@ class ModelConfig:
       backbone: name of the family.
       architecture: the family's `Config`.
       query_tokens, candidate_tokens: numbers of Meta Tokens, and so of vectors, of each side.
+      meta_token_scale: standard deviation of fresh Meta Tokens.
       embedding_dim: width of the linear head; 0 for none (vectors have the backbone's width).
       dtype: of activations and matmuls, "float32" or "bfloat16".
       checkpoint: recompute each layer in the backward pass, to keep only its input.
@@ -40,6 +41,7 @@ class ModelConfig:
     architecture: object
     query_tokens: int = 16
     candidate_tokens: int = 64
+    meta_token_scale: float = 0.02
     embedding_dim: int = 0
     dtype: str = "bfloat16"
     checkpoint: bool = True
@@ -57,7 +59,7 @@ class Network(nnx.Module):
         self.config = config
         self.backbone = family(config.backbone).Backbone(config.architecture, rngs=rngs)
         rows, width = config.query_tokens + config.candidate_tokens, self.backbone.width
-        self.meta_tokens = param(rngs, jax.nn.initializers.normal(0.02), (rows, width), (None, "embed"))
+        self.meta_tokens = param(rngs, jax.nn.initializers.normal(config.meta_token_scale), (rows, width), (None, "embed"))
         dim = config.embedding_dim
         self.head = Linear(width, dim, axes=("embed", "output"), bias=False, rngs=rngs) if dim else None
 

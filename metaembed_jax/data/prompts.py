@@ -101,7 +101,7 @@ class Processor:
         visual_index = np.full(len(tokens), -1, np.int32)
         if patches is not None:
             visual_index[visual] = patches.raster
-        return Example(tokens, _rope_positions(len(tokens), visual.start, patches), visual_index, patches)
+        return Example(tokens, rope_positions(len(tokens), visual.start, patches), visual_index, patches)
 
     def _encode(self, text: str):
         # Set at every call, because pickling drops it. With it, what looks like a special token is plain text.
@@ -164,7 +164,7 @@ def collate(examples: Sequence[Example], shape: ShapeClass, patch_dim: int = PAT
     return batch
 
 
-def _rope_positions(length: int, start: int, patches: Patches | None) -> Int[np.ndarray, "3 S"]:
+def rope_positions(length: int, start: int, patches: Patches | None) -> Int[np.ndarray, "3 S"]:
     """M-RoPE: text counts on alike on three axes; an image from `start` holds time, and spans its rows and columns.
 
     After the image, text goes on past its larger side. The values of transformers' `Qwen2_5_VLModel.get_rope_index`.

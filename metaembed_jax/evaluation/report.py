@@ -57,6 +57,17 @@ def write_results(path: str | os.PathLike, results: dict, config: dict, data_fin
     _write(Path(path), (text + "\n").encode())
 
 
+def read_results(path: str | os.PathLike) -> dict:
+    """What `write_results` wrote. Raises UserError when the file is missing or is something else; names it."""
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); train.py and eval.py write such files") from error
+    if not isinstance(results, dict) or not {"directions", "config"} <= results.keys():
+        raise UserError(f"{path} is no results.json of train.py or eval.py")
+    return results
+
+
 def _write(path: Path, content: bytes) -> None:
     """Writes beside the path, then renames: a reader or a crash never meets half a file."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -2,8 +2,12 @@
 
 import json
 import os
+import resource
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.report import format_table
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
@@ -148,3 +153,36 @@ def test_a_mesh_that_does_not_fit_is_refused(small_config, tmp_path):
     small_config.mesh.data, small_config.batch_size, small_config.microbatch_size = 8, 12, 12
     with pytest.raises(UserError, match="must be a multiple of data x fsdp = 8"):
         train(small_config, tmp_path / "run")
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(small_config, whole, tmp_path, monkeypatch):
+    """No file may grow over 50 kB any more: to the one who writes it is a full disk, and no other process notices."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(self, step, *arguments, original=RunCheckpoints.save):
+        if step == 6:
+            self.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        return original(self, step, *arguments)
+
+    monkeypatch.setattr(RunCheckpoints, "save", save)
+    try:
+        with pytest.raises(UserError, match=r"saving failed .*; checkpoints kept: 4, 2$"):
+            train(small_config, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    monkeypatch.undo()
+    assert train(small_config, tmp_path / "run")
+    assert_identical(parameters_of(small_config, whole, 8), parameters_of(small_config, tmp_path / "run", 8))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_eval_reproduces_the_table(whole, data_dir, tmp_path, devices):
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = ["--config=tests/training/small.py", f"--config.data.dir={data_dir}", f"--checkpoint={whole}", f"--out={tmp_path}"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "eval.py", *flags], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    trained, evaluated = (json.loads((folder / "results.json").read_text()) for folder in (whole, tmp_path))
+    assert evaluated["directions"] == trained["directions"]
+    assert format_table(trained) in done.stdout

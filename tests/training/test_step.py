@@ -54,13 +54,16 @@ def test_sharded_gradients_equal_one_device(small_config, dataset):
     assert relative_norm(one, eight) < 1e-5
 
 
-def test_parameters_are_split_over_the_mesh(small_config):
+@pytest.mark.parametrize("algorithm, moments", [("adamw", 2), ("muon", 1)])
+def test_parameters_and_their_moments_are_split_over_the_mesh(small_config, algorithm, moments):
+    small_config.optimizer.algorithm = algorithm
     state = make_trainer(small_config, make_mesh(2, 2, 2, devices=jax.devices()[:8])).init()
     kernel = state.parameters["backbone"]["layers"]["mlp"]["gate"]["kernel"]
     layers, width, hidden = kernel.shape
     assert kernel.addressable_shards[0].data.shape == (layers, width // 2, hidden // 2)
-    moment = state.optimizer[1][0].mu["backbone"]["layers"]["mlp"]["gate"]["kernel"]
-    assert moment.sharding == kernel.sharding
+    ending = "['backbone']['layers']['mlp']['gate']['kernel']"
+    found = [x for path, x in jax.tree_util.tree_leaves_with_path(state.optimizer) if jax.tree_util.keystr(path).endswith(ending)]
+    assert [x.sharding for x in found] == [kernel.sharding] * moments
 
 
 @pytest.mark.parametrize("microbatch", [4, 8])

@@ -1,0 +1,43 @@
+"""Wrong flags of the commands: one line on stderr, exit code 2, nothing written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = "--config=configs/tiny.py"
+WRONG = [
+    (["train.py"], "the following arguments are required: --config"),
+    (["train.py", "--config=configs/none.py"], "configs/none.py: no such file"),
+    (["train.py", TINY, "--stesp=3"], "unrecognized arguments: --stesp=3"),
+    (["train.py", TINY, "--config.stesp=3"], "--config.stesp: no such key; there are"),
+    (["train.py", TINY, "--config.steps=many"], "--config.steps=many: expected int"),
+    (["train.py", TINY, "--config.steps"], "write --config.steps=VALUE"),
+    (["train.py", TINY, "--config.optimizer.algorithm=sgd"], "config.optimizer.algorithm='sgd': expected adamw or muon"),
+    (["train.py", TINY, "--config.groups=((1,1),(32,64))"], "goes beyond the vectors"),
+    (["train.py", TINY, "--config.groups=((2,4),(1,8))"], "groups not nested"),
+    (["train.py", TINY, "--config.mesh.data=3"], "config.mesh (data=3, fsdp=1, tensor=1) does not fit"),
+    (["eval.py", TINY, "--checkpoint=nowhere"], "nowhere is no run of train.py"),
+    (["-m", "metaembed_jax"], "the following arguments are required: command"),
+    (["-m", "metaembed_jax", "plot", "none.json"], "none.json cannot be read"),
+    (["-m", "metaembed_jax", "prepare", "--source=cats"], "no source 'cats'; there are icons, boards"),
+]
+
+
+@pytest.mark.parametrize("command, message", WRONG, ids=[" ".join(command) for command, _ in WRONG])
+def test_wrong_flags(tmp_path, command, message):
+    script = [str(ROOT / command[0]) if command[0].endswith(".py") else command[0], *command[1:]]
+    script = [part.replace("configs/", f"{ROOT}/configs/") for part in script]
+    done = subprocess.run([sys.executable, *script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and message.replace("configs/", f"{ROOT}/configs/") in line
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["eval.py"], ["-m", "metaembed_jax"], ["-m", "metaembed_jax", "prepare"]])
+def test_help(command):
+    done = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "usage:" in done.stdout
