@@ -22,14 +22,14 @@ def get_config(arg=None):
     config.data.query_shapes = ((64, 0),)
     config.data.candidate_shapes = ((76, 256),)
     config.data.min_pixels = config.data.max_pixels = 224 * 224
-    config.data.curriculum = ((150, 1, 1), (350, 1, 2), (700, 2, 4), (1000, 3, 6), (0, 4, 9))
+    config.data.curriculum = ((150, 1, 1), (300, 1, 2), (550, 2, 4), (850, 3, 6), (0, 4, 9))
     config.batch_size = config.microbatch_size = 64
-    config.steps = 1600
+    config.steps = 1900
     config.optimizer.algorithm = "muon"
-    config.optimizer.learning_rate = 1.5e-3
-    config.optimizer.warmup_steps = 100
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 50
     config.optimizer.decay = "cosine"
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.1
-    config.validate_every = config.save_every = 200
+    config.validate_every = config.save_every = 380
     return config

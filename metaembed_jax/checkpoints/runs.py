@@ -85,7 +85,7 @@ class RunCheckpoints:
             except UserError:
                 raise
             except UNREADABLE as error:
-                report(f"{self.directory / str(step)} cannot be read ({_first_line(error)}); falling back to the checkpoint before")
+                report(f"{self.directory / str(step)} cannot be read ({_reason(error)}); falling back to the checkpoint before")
         if self.steps():
             raise UserError(f"{self.directory}: none of its checkpoints can be read; move the folder away to start anew")
         return None
@@ -104,7 +104,7 @@ class RunCheckpoints:
         except UserError:
             raise
         except UNREADABLE as error:
-            raise UserError(f"{self.directory / str(step)} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"{self.directory / str(step)} cannot be read: {_reason(error)}") from error
 
     def discard_after(self, step: int) -> None:
         """Deletes checkpoints later than `step`: those that could not be read, which training writes anew."""
@@ -134,8 +134,9 @@ class RunCheckpoints:
         try:
             action()
         except (OSError, ValueError, RuntimeError) as error:
-            kept = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"{self.directory}: saving failed ({_first_line(error)}); checkpoints kept: {kept}") from error
+            # Read from the disk: the manager already counts the one that failed, and no longer what it would have replaced.
+            kept = ", ".join(map(str, sorted(self._manager.all_steps(read=True), reverse=True))) or "none"
+            raise UserError(f"{self.directory}: saving failed ({_reason(error)}); checkpoints kept: {kept}") from error
 
 
 def _leaves(tree: dict) -> list[tuple[str, tuple[int, ...]]]:
@@ -143,5 +144,7 @@ def _leaves(tree: dict) -> list[tuple[str, tuple[int, ...]]]:
     return [(".".join(str(key.key) for key in path), leaf) for path, leaf in flat]
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _reason(error: BaseException) -> str:
+    """One line of an error; of a long chain the last link, where the system's own words stand."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) < 200 else line.rsplit(": ", 1)[-1][:200]

@@ -59,4 +59,4 @@ def test_muon_orthogonalises_each_matrix_of_a_stack_and_leaves_the_rest_to_adam(
         (updates["meta_tokens"], gradients["meta_tokens"]),
     ):
         np.testing.assert_array_equal(np.sign(update), -np.sign(gradient))
-        np.testing.assert_allclose(np.abs(update), np.abs(update).max(), rtol=1e-4)  # Adam's step after equal gradients
+        np.testing.assert_allclose(np.abs(update), np.abs(update).max(), rtol=1e-3)  # Adam's step after equal gradients

@@ -167,7 +167,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_config, whole, tmp_path, 
 
     monkeypatch.setattr(RunCheckpoints, "save", save)
     try:
-        with pytest.raises(UserError, match=r"saving failed .*; checkpoints kept: 4, 2$"):
+        with pytest.raises(UserError, match=r"saving failed \(File too large.*\); checkpoints kept: 4, 2$"):
             train(small_config, tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
