@@ -3,15 +3,12 @@
 import math
 from collections.abc import Callable
 
-import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def traced_flops(function: Callable, *arguments) -> int:
-    """FLOPs of all matrix products of one call: two for each multiplication and addition."""
-    trace = getattr(function, "lower", None) and getattr(function, "trace", None)
-    closed = trace(*arguments).jaxpr if trace else jax.make_jaxpr(function)(*arguments)
-    return _count(closed.jaxpr if isinstance(closed, ClosedJaxpr) else closed)
+    """FLOPs of all matrix products of one call of a jitted function: two for each multiplication and addition."""
+    return _count(function.trace(*arguments).jaxpr.jaxpr)
 
 
 def _count(jaxpr: Jaxpr) -> int:

@@ -20,8 +20,14 @@ def write_checkpoint(directory: Path, architecture: dict, image_token: int) -> N
         rope_type="default", rope_theta=text.pop("rope_theta"), mrope_section=list(text.pop("mrope_section"))
     )
     vision = dict(architecture["vision_config"], fullatt_block_indexes=list(architecture["vision_config"]["fullatt_block_indexes"]))
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=image_token, tie_word_embeddings=True)
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(directory)
+    tokens = dict(image_token_id=image_token, bos_token_id=None, eos_token_id=None)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # at their usual small scale the vectors of all items are alike, and the losses say little
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    model.save_pretrained(directory)
 
 
 class TorchTrainer:

@@ -58,7 +58,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The fields of Hugging Face's `text_config`, under their names there."""
+    """The fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers."""
 
     vocab_size: int
     hidden_size: int
@@ -67,7 +67,7 @@ class TextConfig:
     num_key_value_heads: int
     intermediate_size: int
     mrope_section: tuple[int, int, int]
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
 
 

@@ -138,17 +138,17 @@ def make_trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
 
 
 def _on(mesh: Mesh, function: Callable) -> Callable:
-    """Calls (and lowers) a jitted function under `jax.set_mesh`, which `sharding.constrain` reads."""
+    """Calls (and traces, and lowers) a jitted function under `jax.set_mesh`, which `sharding.constrain` reads."""
 
-    def call(*arguments):
-        with jax.set_mesh(mesh):
-            return function(*arguments)
+    def under_mesh(method: Callable) -> Callable:
+        def call(*arguments):
+            with jax.set_mesh(mesh):
+                return method(*arguments)
 
-    def lower(*arguments):
-        with jax.set_mesh(mesh):
-            return function.lower(*arguments)
+        return call
 
-    call.lower = lower
+    call = under_mesh(function)
+    call.trace, call.lower = under_mesh(function.trace), under_mesh(function.lower)
     return call
 
 
