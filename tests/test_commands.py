@@ -1,10 +1,14 @@
 """Wrong flags of the commands: one line on stderr, exit code 2, nothing written."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from metaembed_jax import cli
+from metaembed_jax.flags import run_main
 
 ROOT = Path(__file__).parents[1]
 TINY = "--config=configs/tiny.py"
@@ -20,24 +24,36 @@ WRONG = [
     (["train.py", TINY, "--config.groups=((2,4),(1,8))"], "groups not nested"),
     (["train.py", TINY, "--config.mesh.data=3"], "config.mesh (data=3, fsdp=1, tensor=1) does not fit"),
     (["eval.py", TINY, "--checkpoint=nowhere"], "nowhere is no run of train.py"),
-    (["-m", "metaembed_jax"], "the following arguments are required: command"),
-    (["-m", "metaembed_jax", "plot", "none.json"], "none.json cannot be read"),
-    (["-m", "metaembed_jax", "prepare", "--source=cats"], "no source 'cats'; there are icons, boards"),
+    (["metaembed_jax"], "the following arguments are required: command"),
+    (["metaembed_jax", "plot", "none.json"], "none.json cannot be read"),
+    (["metaembed_jax", "prepare", "--source=cats"], "no source 'cats'; there are icons, boards"),
 ]
 
 
 @pytest.mark.parametrize("command, message", WRONG, ids=[" ".join(command) for command, _ in WRONG])
-def test_wrong_flags(tmp_path, command, message):
-    script = [str(ROOT / command[0]) if command[0].endswith(".py") else command[0], *command[1:]]
-    script = [part.replace("configs/", f"{ROOT}/configs/") for part in script]
-    done = subprocess.run([sys.executable, *script], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
+def test_wrong_flags(tmp_path, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(tmp_path)
+    program, *flags = [part.replace("configs/", f"{ROOT}/configs/") for part in command]
+    monkeypatch.setattr(sys, "argv", [program, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main_of(program))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and message.replace("configs/", f"{ROOT}/configs/") in line
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["eval.py"], ["-m", "metaembed_jax"], ["-m", "metaembed_jax", "prepare"]])
+def main_of(program: str):
+    """The main function of a script in the root, or of the package."""
+    if program == "metaembed_jax":
+        return cli.main
+    spec = importlib.util.spec_from_file_location(program.removesuffix(".py"), ROOT / program)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "metaembed_jax", "prepare"]])
 def test_help(command):
     done = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "usage:" in done.stdout

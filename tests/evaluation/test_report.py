@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from metaembed_jax import cli
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import metrics, report
 from metaembed_jax.evaluation.sweep import parse_budgets, sweep
@@ -159,3 +160,15 @@ def test_plot(tmp_path, results):
         assert image.format == "PNG" and min(image.size) > 600
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # something is drawn
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_plot_command_draws_several_runs(tmp_path, results, capsys):
+    for name in ("icons", "boards"):
+        write(tmp_path / f"{name}.json", results, config={"name": name})
+    cli.main(["plot", str(tmp_path / "icons.json"), str(tmp_path / "boards.json"), f"--out={tmp_path / 'both.png'}"])
+    assert "both.png" in capsys.readouterr().out
+    with Image.open(tmp_path / "both.png") as picture:
+        assert picture.size[0] > 1000
+    (tmp_path / "icons.json").write_text("[]")
+    with pytest.raises(UserError, match="icons.json is no results.json"):
+        cli.main(["plot", str(tmp_path / "icons.json")])
