@@ -1,35 +1,41 @@
-"""Page retrieval in miniature: pages of 4 to 9 icons, and queries that name one or two. Starts from the `tiny` run and grows."""
+"""Page retrieval in miniature: pages of 4 to 9 icons, and queries that name one or two. It starts from the `tiny` run and grows.
+
+python train.py --config=configs/tiny.py          icons in the middle of the picture
+python train.py --config=configs/boards.py:one    one icon, at any place of a small page
+python train.py --config=configs/boards.py        more and more icons, up to 4 to 9 on a page
+"""
 
 from ml_collections import ConfigDict
 
 from metaembed_jax.config import default_config, load_config
+from metaembed_jax.errors import UserError
 
 
 def get_config(arg=None):
-    """No arguments."""
-    del arg
+    """`one` is the first stage; without it, the second."""
+    if arg not in (None, "one"):
+        raise UserError(f"no stage {arg!r}: write configs/boards.py:one or configs/boards.py")
     config = default_config()
     tiny = load_config("configs/tiny.py", {})
-    config.name = "boards"
-    config.init_from = "runs/tiny"
     with config.unlocked():
         config.architecture = ConfigDict(tiny.architecture.to_dict())
-    config.architecture.vision_config.window_size = 112  # a page is 2x2 windows
-    for key in ("dtype", "checkpoint_layers", "unroll_layers", "embedding_dim", "temperature"):
+    config.architecture.vision_config.window_size = 112
+    for key in ("dtype", "checkpoint_layers", "unroll_layers", "embedding_dim", "temperature", "optimizer"):
         config[key] = tiny[key]
 
     config.data.sources = (("boards", 1.0),)
-    config.data.query_shapes = ((64, 0),)
-    config.data.candidate_shapes = ((76, 256),)
-    config.data.min_pixels = config.data.max_pixels = 224 * 224
-    config.data.curriculum = ((150, 1, 1), (300, 1, 2), (550, 2, 4), (850, 3, 6), (0, 4, 9))
     config.batch_size = config.microbatch_size = 64
-    config.steps = 1900
-    config.optimizer.algorithm = "muon"
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 50
-    config.optimizer.decay = "cosine"
-    config.optimizer.b2 = 0.98
-    config.optimizer.weight_decay = 0.1
-    config.validate_every = config.save_every = 380
+    config.data.query_shapes = ((64, 0),)
+    if arg == "one":
+        config.name, config.init_from = "boards_one", "runs/tiny"
+        config.data.page_side, config.data.curriculum = 112, ((0, 1, 1),)
+        config.data.candidate_shapes = ((28, 64),)
+        config.steps = 900
+    else:
+        config.name, config.init_from = "boards", "runs/boards_one"
+        config.data.page_side, config.data.curriculum = 224, ((150, 1, 2), (400, 2, 4), (700, 3, 6), (0, 4, 9))
+        config.data.candidate_shapes = ((76, 256),)
+        config.steps = 1600
+    config.data.min_pixels = config.data.max_pixels = config.data.page_side**2
+    config.validate_every = config.save_every = config.steps // 4
     return config

@@ -46,6 +46,7 @@ def default_config() -> ConfigDict:
     config.data.min_pixels = 28 * 28
     config.data.max_pixels = 1024 * 28 * 28
     config.data.augment = False  # random size and place of training drawings
+    config.data.page_side = 224  # boards: pixels of a training page
     config.data.curriculum = ()  # boards: ((until step, fewest icons, most icons), ...)
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: all devices that the others leave

@@ -7,12 +7,13 @@ Batch n is a pure function of (config, n), so the step is also the position in t
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import absl.logging
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from metaembed_jax.errors import UserError
@@ -24,7 +25,8 @@ class RunCheckpoints:
     """Saves and restores what a run has trained. The best by its metric stays beside the latest `keep`."""
 
     def __init__(self, workdir: Path, keep: int = 1):
-        logging.set_verbosity(logging.ERROR)  # Orbax narrates every step of its work
+        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax narrates every step of its work
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and leaves errors of its tasks lying, which would be told twice
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep),

@@ -14,7 +14,9 @@ from metaembed_jax.errors import UserError
 
 
 def config(data_dir, curriculum=(), seed=0):
-    return ConfigDict({"seed": seed, "data": {"dir": str(data_dir), "curriculum": curriculum, "sources": (("boards", 1.0),)}})
+    return ConfigDict(
+        {"seed": seed, "data": {"dir": str(data_dir), "curriculum": curriculum, "page_side": 224, "sources": (("boards", 1.0),)}}
+    )
 
 
 def fixed(data_dir, split):
@@ -94,9 +96,18 @@ def test_training_pages_are_a_pure_function_of_seed_epoch_and_row(data_dir):
     assert not any(same(page, other) for other in (two.compose(7, 3, 0), two.compose(8, 2, 0), three.compose(7, 2, 0)))
 
 
+def test_a_smaller_page_holds_the_same_icons(data_dir):
+    small = config(data_dir, ((0, 1, 1),))
+    small.data.page_side = 112
+    page = boards.training(data_dir, small).compose(7, 2, 0)["positive"]["image"]
+    ink = (np.asarray(page) < 128).nonzero()
+    assert page.size == (112, 112)
+    assert max(np.ptp(ink[0]), np.ptp(ink[1])) > 0.5 * 0.75 * boards.LARGEST
+
+
 def test_training_pages_hold_training_icons_and_deal_each_once_an_epoch(data_dir, monkeypatch):
     shown = []
-    monkeypatch.setattr(boards, "compose", lambda images, random: shown.append([id(image) for image in images]))
+    monkeypatch.setattr(boards, "compose", lambda images, random, side: shown.append([id(image) for image in images]))
     pages = boards.training(data_dir, config(data_dir))
     names = {id(pages.drawings[row][1]): pages.drawings[row][0] for row in range(len(pages.drawings))}
     for row in range(len(pages)):
@@ -109,7 +120,7 @@ def test_training_pages_hold_training_icons_and_deal_each_once_an_epoch(data_dir
 
 
 def test_the_curriculum_sets_how_many_icons_a_page_shows(data_dir, monkeypatch):
-    monkeypatch.setattr(boards, "compose", lambda images, random: len(images))
+    monkeypatch.setattr(boards, "compose", lambda images, random, side: len(images))
     pages = boards.training(data_dir, config(data_dir, ((10, 1, 1), (20, 2, 4), (0, 5, 9))))
     for step, expected in (
         (0, {1}),

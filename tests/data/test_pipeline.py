@@ -33,6 +33,7 @@ def config(batch=8, microbatch=None, shapes=((64, 64),), names=(("a", 1.0),), ne
         "query_shapes": ((48, 0),),
         "candidate_shapes": shapes,
         "curriculum": (),
+        "page_side": 224,
         "augment": False,
         **data,
     }

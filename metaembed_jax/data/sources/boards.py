@@ -25,7 +25,7 @@ from metaembed_jax.errors import UserError
 
 NAME = "boards"
 VERSION = "1.1.0"
-SIDE = 224  # pixels of a page
+SIDE = 224  # pixels of a fixed page
 LARGEST = 84  # pixels of an icon's canvas on a page
 FEWEST, MOST = 4, 9  # icons of a fixed page
 ROUNDS = 3  # how many fixed pages an icon is on
@@ -33,13 +33,13 @@ PAGE_SEED = 0  # of the fixed pages, part of what the version names
 SEPARATOR = ", "
 
 
-def cells(count: int, random: np.random.Generator) -> list[tuple[int, int, int, int]]:
-    """Cuts the page at random into `count` disjoint cells (left, top, width, height): strips across or down, each into pieces."""
+def cells(count: int, random: np.random.Generator, page_side: int = SIDE) -> list[tuple[int, int, int, int]]:
+    """Cuts a page at random into `count` disjoint cells (left, top, width, height): strips across or down, each into pieces."""
 
     def cut(parts):
         """(start, length) of pieces of the page's side."""
         edges = np.cumsum([0, *random.uniform(0.85, 1.15, parts)])
-        edges = np.rint(edges / edges[-1] * SIDE).astype(int)
+        edges = np.rint(edges / edges[-1] * page_side).astype(int)
         return zip(edges[:-1].tolist(), np.diff(edges).tolist(), strict=True)
 
     strips = round(count**0.5)
@@ -48,10 +48,10 @@ def cells(count: int, random: np.random.Generator) -> list[tuple[int, int, int, 
     return found if random.integers(2) else [(y, x, height, width) for x, y, width, height in found]
 
 
-def compose(drawings: Sequence[Image.Image], random: np.random.Generator) -> Image.Image:
+def compose(drawings: Sequence[Image.Image], random: np.random.Generator, page_side: int = SIDE) -> Image.Image:
     """A page, mode L, of the drawings (mode L), each in a cell of its own at a random place and size."""
-    page = Image.new("L", (SIDE, SIDE), 255)
-    for drawing, (left, top, width, height) in zip(drawings, cells(len(drawings), random), strict=True):
+    page = Image.new("L", (page_side, page_side), 255)
+    for drawing, (left, top, width, height) in zip(drawings, cells(len(drawings), random, page_side), strict=True):
         room = min(width, height, LARGEST)
         side = int(random.integers(round(0.75 * room), room, endpoint=True))
         x, y = random.integers(0, (width - side, height - side), endpoint=True)
@@ -89,6 +89,7 @@ class Pages(Sequence):
     So two pages of an epoch never share an icon, and a page that does not answer a query rarely shows what it names.
 
     Args:
+      page_side: pixels; a smaller page than the fixed ones' is cheaper to learn from while it shows few icons.
       curriculum: ((until step, fewest icons, most icons), ...), by rising step; the last entry holds for ever, whatever its step.
         Empty: 4 to 9.
 
@@ -96,8 +97,14 @@ class Pages(Sequence):
       UserError: a curriculum that cannot be followed, or too few drawings for a page.
     """
 
-    def __init__(self, drawings: Sequence[tuple[str, Image.Image]], seed: int, curriculum: Sequence[tuple[int, int, int]] = ()):
-        self.drawings, self.seed = drawings, seed
+    def __init__(
+        self,
+        drawings: Sequence[tuple[str, Image.Image]],
+        seed: int,
+        curriculum: Sequence[tuple[int, int, int]] = (),
+        page_side: int = SIDE,
+    ):
+        self.drawings, self.seed, self.page_side = drawings, seed, page_side
         self.curriculum = tuple(curriculum) or ((0, FEWEST, MOST),)
         for _, fewest, most in self.curriculum:
             if not 1 <= fewest <= most <= MOST:
@@ -128,7 +135,7 @@ class Pages(Sequence):
         names, images = zip(*(self.drawings[number] for number in dealt), strict=True)
         return {
             "query": {"text": name_some(names, random)},
-            "positive": {"image": compose(images, random)},
+            "positive": {"image": compose(images, random, self.page_side)},
             "negatives": [],
             "source": NAME,
         }
@@ -233,8 +240,8 @@ def prepare(data_dir: str | Path) -> dict:
 
 
 def training(data_dir: str | Path, config: ConfigDict) -> Pages:
-    """Training pages, by `config.data.curriculum`."""
-    return Pages(Drawings(data_dir, "train"), config.seed, config.data.curriculum)
+    """Training pages, by `config.data.curriculum` and `config.data.page_side`."""
+    return Pages(Drawings(data_dir, "train"), config.seed, config.data.curriculum, config.data.page_side)
 
 
 def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:
