@@ -45,7 +45,7 @@ def default_config() -> ConfigDict:
     config.data.candidate_shapes = ((64, 64),)
     config.data.min_pixels = 28 * 28
     config.data.max_pixels = 1024 * 28 * 28
-    config.data.augment = False  # random size and place of training drawings
+    config.data.augment = False  # icons: random size and place of drawings after the first epochs
     config.data.page_side = 224  # boards: pixels of a training page
     config.data.curriculum = ()  # boards: ((until step, fewest icons, most icons), ...)
 

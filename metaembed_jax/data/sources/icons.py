@@ -29,6 +29,7 @@ VERSION = "1.1.0"
 FONTS = ("materialdesignicons6", "phosphor", "remixicon", "fontawesome6-solid", "fontawesome6-regular", "codicon")
 SIDE = 112  # pixels of a drawing's canvas
 MARGIN = 6  # white pixels around the largest drawing
+PLAIN_EPOCHS = 2  # before augmentation starts
 SKETCH = 64  # font size at which a glyph is measured
 SMALLEST = 0.5  # of the em: a smaller drawing (a dot) is not blown up to the whole canvas, so that "circle small" stays small
 
@@ -210,13 +211,17 @@ def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:
 
 
 def training(data_dir: str | Path, config: ConfigDict) -> Sequence:
-    """The training split, with `config.data.augment` each drawing in another size and place every epoch."""
+    """The training split, with `config.data.augment` each drawing in another size and place in every epoch after the first two."""
     found = records.open_split(Path(data_dir) / NAME, VERSION, "train")
     return Varied(found, config.seed) if config.data.augment else found
 
 
 class Varied(Sequence):
-    """The records with their drawings at a random size and place on the canvas, a pure function of (seed, epoch, row)."""
+    """The records with their drawings at a random size and place on the canvas, a pure function of (seed, epoch, row).
+
+    The first `PLAIN_EPOCHS` show them as they are: a model learns much faster from what stays in its place, and begins to learn
+    drawings by heart only later.
+    """
 
     def __init__(self, found: Sequence, seed: int):
         self.found, self.seed = found, seed
@@ -229,13 +234,15 @@ class Varied(Sequence):
 
     def compose(self, row: int, epoch: int, step: int) -> dict:
         record = self.found[row]
+        if epoch < PLAIN_EPOCHS:
+            return record
         random = np.random.default_rng([self.seed, epoch, row])
         return record | {"positive": {"image": moved(Image.open(io.BytesIO(record["positive"]["image"])), random)}}
 
 
 def moved(drawing: Image.Image, random: np.random.Generator) -> Image.Image:
-    """The drawing at 60 to 100 % of its size, anywhere on a white canvas that holds it."""
-    side = int(random.integers(int(0.6 * SIDE), SIDE, endpoint=True))
+    """The drawing at 80 to 100 % of its size, anywhere on a white canvas that holds it."""
+    side = int(random.integers(int(0.8 * SIDE), SIDE, endpoint=True))
     left, top = (int(place) for place in random.integers(0, SIDE - side, size=2, endpoint=True))
     canvas = Image.new("L", (SIDE, SIDE), 255)
     canvas.paste(drawing.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=None), (left, top))
