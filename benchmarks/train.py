@@ -178,11 +178,12 @@ def profile(config, ours: Ours) -> None:
         return jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True))
 
     def side(name, budget):
-        return jax.jit(jax.grad(lambda p: encode(graph, p, batch[name], name, budget).sum()))
+        function = jax.jit(jax.grad(lambda p, weights: (encode(graph, p, batch[name], name, budget) * weights).sum()))
+        return function, parameters, unit(PAIRS, budget, 256)
 
     parts = {
-        "queries (24 + 16 rows)": (side("query", 16), parameters),
-        "candidates (image, 28 + 80 rows)": (side("candidate", 64), parameters),
+        "queries (24 + 16 rows)": side("query", 16),
+        "candidates (image, 28 + 80 rows)": side("candidate", 64),
         "loss": (jax.jit(jax.grad(lambda q, c: matryoshka_loss(q, c)[0], (0, 1))), unit(PAIRS, 16, 256), unit(PAIRS, 64, 256)),
     }
     print("our step by part, forward and backward, ms:")
