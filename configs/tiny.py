@@ -33,7 +33,7 @@ def get_config(arg=None):
                 window_size=84,
             ),
         )
-    config.embedding_dim = 8  # narrow enough that one vector cannot say it all
+    config.embedding_dim = 12  # 8 is worse on validation
     # From scratch, Meta Tokens that start far apart become different vectors, and a temperature of 0.03 is too steep: over it, a
     # sum of 16 similarities falls at once to the one loss that needs no learning, all vectors equal.
     config.meta_token_scale = 1.0
