@@ -43,6 +43,7 @@ def get_config(arg=None):
     config.data.query_shapes = ((32, 0),)
     config.data.candidate_shapes = ((21, 36),)
     config.data.min_pixels = config.data.max_pixels = 84 * 84
+    config.data.augment = True  # or drawings are learned by heart, and more vectors gain nothing on new ones
 
     config.batch_size = config.microbatch_size = 64
     config.steps = 1500
