@@ -30,12 +30,12 @@ def get_config(arg=None):
         config.name, config.init_from = "boards_one", "runs/tiny"
         config.data.page_side, config.data.curriculum = 112, ((0, 1, 1),)
         config.data.candidate_shapes = ((28, 64),)
-        config.steps = 900
+        config.steps = 600
     else:
         config.name, config.init_from = "boards", "runs/boards_one"
-        config.data.page_side, config.data.curriculum = 224, ((150, 1, 2), (400, 2, 4), (700, 3, 6), (0, 4, 9))
+        config.data.page_side, config.data.curriculum = 224, ((100, 1, 2), (300, 2, 4), (500, 3, 6), (0, 4, 9))
         config.data.candidate_shapes = ((76, 256),)
-        config.steps = 1400
+        config.steps = 1000
     config.data.min_pixels = config.data.max_pixels = config.data.page_side**2
     config.validate_every = config.save_every = config.steps // 4
     return config
