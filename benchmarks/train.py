@@ -64,7 +64,9 @@ def main() -> None:
         write_checkpoint(Path(scratch), ARCHITECTURE, IMAGE_TOKEN)
         theirs = TorchTrainer(Path(scratch), meta_tokens, batch, config)
         trainer = make_trainer(config, make_mesh(devices=jax.devices()[:1]))
-        backbone = read_backbone(Path(scratch), qwen2_5_vl, trainer.abstract.parameters["backbone"])
+        backbone = read_backbone(
+            Path(scratch), qwen2_5_vl, model_config(config).architecture, trainer.abstract.parameters["backbone"]
+        )
         place = trainer.abstract.parameters["meta_tokens"].sharding
     ours = Ours(trainer, {"backbone": backbone, "meta_tokens": jax.device_put(meta_tokens, place)}, batch)
 
@@ -124,9 +126,8 @@ class Ours:
     """The state of our side."""
 
     def __init__(self, trainer: Trainer, parameters: dict, batch: dict):
-        fresh = trainer.init()
         self.trainer, self.batch = trainer, put_batch(batch, trainer.mesh)
-        self.state = type(fresh)(fresh.step, parameters, fresh.optimizer)
+        self.state = trainer.init(parameters)
 
     def step(self) -> float:
         """One step; waits for its loss."""
@@ -165,11 +166,10 @@ def matmul_rate(size: int = 2048) -> float:
 
 def profile(config, ours: Ours) -> None:
     """Where our step's time goes: forward and backward of its parts, each jitted alone."""
-    from metaembed_jax.config import model_config
     from metaembed_jax.network import abstract_network
     from metaembed_jax.training.step import encode
 
-    graph, _ = abstract_network(model_config(config))
+    graph, _, _ = abstract_network(model_config(config))
     parameters, batch = ours.state.parameters, ours.batch
     random = np.random.default_rng(0)
 
@@ -178,7 +178,11 @@ def profile(config, ours: Ours) -> None:
         return jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True))
 
     def side(name, budget):
-        function = jax.jit(jax.grad(lambda p, weights: (encode(graph, p, batch[name], name, budget) * weights).sum()))
+        def weighted_sum(parameters, weights):
+            vectors = encode(lambda key: nnx.merge(graph, parameters), batch[name], name, budget, jax.random.key(0))
+            return (vectors * weights).sum()
+
+        function = jax.jit(jax.grad(weighted_sum))
         return function, parameters, unit(PAIRS, budget, 256)
 
     parts = {

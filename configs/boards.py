@@ -23,7 +23,7 @@ def get_config(arg=None):
     for key in ("dtype", "checkpoint_layers", "unroll_layers", "embedding_dim", "temperature", "optimizer"):
         config[key] = tiny[key]
 
-    config.data.sources = (("boards", 1.0),)
+    config.data.sources = (("boards", 1.0, 0),)
     config.batch_size = config.microbatch_size = 64
     config.data.query_shapes = ((64, 0),)
     if arg == "one":

@@ -39,7 +39,7 @@ def get_config(arg=None):
     config.meta_token_scale = 1.0
     config.temperature = 0.15
 
-    config.data.sources = (("icons", 1.0),)
+    config.data.sources = (("icons", 1.0, 0),)
     config.data.query_shapes = ((32, 0),)
     config.data.candidate_shapes = ((21, 36),)
     config.data.min_pixels = config.data.max_pixels = 84 * 84

@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from metaembed_jax.checkpoints.export import FORMATS, export
 from metaembed_jax.data import sources
 from metaembed_jax.evaluation import report
 from metaembed_jax.flags import Parser, run_main
@@ -21,6 +22,12 @@ def main(argv: Sequence[str]) -> None:
     plot.add_argument("results", type=Path, nargs="+", help="results.json of train.py or eval.py, one for each line")
     plot.add_argument("--out", type=Path, default=Path("quality.png"), help="the picture (default: quality.png)")
     plot.set_defaults(run=_plot)
+    out = commands.add_parser("export", help="write a trained model for transformers, sentence-transformers or peft")
+    out.add_argument("--checkpoint", required=True, help="a run of train.py, or a Hugging Face directory")
+    out.add_argument("--out", type=Path, required=True, help="a folder that is empty or not there yet")
+    out.add_argument("--format", required=True, choices=tuple(FORMATS), help="whose format")
+    out.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the tensors (default: the one it was trained in)")
+    out.set_defaults(run=_export)
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
 
@@ -33,6 +40,11 @@ def _prepare(arguments: Namespace) -> None:
 def _plot(arguments: Namespace) -> None:
     found = [report.read_results(path) for path in arguments.results]
     report.plot(arguments.out, [(results["config"]["name"], results) for results in found])
+    print(f"written: {arguments.out}")
+
+
+def _export(arguments: Namespace) -> None:
+    export(arguments.checkpoint, arguments.out, arguments.format, arguments.dtype)
     print(f"written: {arguments.out}")
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from metaembed_jax.backbones import family
+from metaembed_jax.backbones.lora import LoraConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS, validate_groups
 from metaembed_jax.network import ModelConfig
+from metaembed_jax.trained import lora_patterns
 
 
 def default_config() -> ConfigDict:
@@ -21,10 +23,10 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.name = ""  # names the folder runs/<name>
     config.seed = 0
-    config.init_from = ""  # a run to start the weights from
+    config.init_from = ""  # what the weights start from: a run, or a Hugging Face directory or hub id
 
     config.backbone = "qwen2_5_vl"
-    config.architecture = ConfigDict()  # the keys of Hugging Face's config.json
+    config.architecture = ConfigDict()  # the keys of Hugging Face's config.json; empty: those of init_from
     config.query_tokens = 16
     config.candidate_tokens = 64
     config.meta_token_scale = 0.02  # standard deviation of fresh Meta Tokens
@@ -33,13 +35,17 @@ def default_config() -> ConfigDict:
     config.checkpoint_layers = True  # recompute layers in the backward pass
     config.unroll_layers = 1  # layers to a turn of the loop over a stack
 
+    config.trained = (("*", "full"),)  # (pattern of parameters, full or lora); all others are frozen: metaembed_jax.trained
+    config.frozen_dtype = ""  # of frozen kernels: bfloat16, float32 or int8; empty: as dtype
+    config.lora = ConfigDict(dict(rank=32, alpha=32.0, dropout=0.1))
+
     config.groups = GROUPS  # budgets trained together, nested
     config.temperature = 0.03
     config.normalization = "code"  # code: mean over groups; paper: sum
 
     config.data = ConfigDict()
     config.data.dir = "data"  # prepared sources; what is missing is prepared
-    config.data.sources = (("icons", 1.0),)  # (name in metaembed_jax.data.sources, weight)
+    config.data.sources = (("icons", 1.0, 0),)  # (name in metaembed_jax.data.sources, weight, at most so many pairs; 0: all)
     config.data.negatives = 0  # hard negatives a pair
     config.data.query_shapes = ((64, 0),)  # (tokens, patches), smallest first
     config.data.candidate_shapes = ((64, 64),)
@@ -68,6 +74,7 @@ def default_config() -> ConfigDict:
     config.validate_every = 250
     config.save_every = 250
     config.keep_checkpoints = 2  # besides the best
+    config.exports = ()  # formats that the best checkpoint is written in at the end, to <workdir>/export
     return config.lock()
 
 
@@ -120,8 +127,9 @@ def _parse(key: str, text: str, old):
     return value
 
 
-def model_config(config: ConfigDict) -> ModelConfig:
-    """The network that a run's configuration asks for."""
+def model_config(config: ConfigDict, training: bool = False) -> ModelConfig:
+    """The network that a run's configuration asks for; with dropout in training only."""
+    dropout = config.lora.dropout if training else 0.0
     return ModelConfig(
         backbone=config.backbone,
         architecture=family(config.backbone).Config.from_huggingface(config.architecture.to_dict()),
@@ -132,6 +140,8 @@ def model_config(config: ConfigDict) -> ModelConfig:
         dtype=config.dtype,
         checkpoint=config.checkpoint_layers,
         unroll=config.unroll_layers,
+        lora=LoraConfig(lora_patterns(config.trained), config.lora.rank, config.lora.alpha, dropout),
+        int8=config.frozen_dtype == "int8",
     )
 
 
@@ -145,6 +155,12 @@ def check_config(config: ConfigDict) -> None:
     if config.batch_size % config.microbatch_size:
         raise UserError(f"config.microbatch_size={config.microbatch_size} does not divide config.batch_size={config.batch_size}")
     _choice(config, "dtype", ("float32", "bfloat16"))
+    _choice(config, "frozen_dtype", ("", "bfloat16", "float32", "int8"))
+    for entry in config.trained:
+        if len(entry) != 2 or entry[1] not in ("full", "lora"):
+            raise UserError(f"config.trained: {entry!r} is not (pattern, 'full') or (pattern, 'lora')")
+    if not 0 <= config.lora.dropout < 1 or config.lora.rank < 1:
+        raise UserError(f"config.lora: rank={config.lora.rank} must be positive, and dropout={config.lora.dropout} in [0, 1)")
     _choice(config, "normalization", ("code", "paper"))
     _choice(config, "optimizer.algorithm", ("adamw", "muon"))
     _choice(config, "optimizer.decay", ("linear", "cosine"))

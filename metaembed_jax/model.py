@@ -38,7 +38,7 @@ class MetaEmbed:
 
     def __init__(self, config: ModelConfig, parameters: dict, processor: Processor, mesh: Mesh):
         self.config, self.parameters, self.processor, self.mesh = config, parameters, processor, mesh
-        graph, _ = abstract_network(config)
+        graph, _, _ = abstract_network(config)
 
         def encode(parameters, batch, side, budget):
             return nnx.merge(graph, parameters)(batch, side, budget)

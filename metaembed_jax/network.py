@@ -14,10 +14,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from metaembed_jax.backbones import family
-from metaembed_jax.backbones.layers import Linear, param
+from metaembed_jax.backbones.layers import Linear, param, store_int8
+from metaembed_jax.backbones.lora import DropoutKey, LoraConfig, add_lora
+from metaembed_jax.sharding import parameter_shardings
 
 SIDES = ("query", "candidate")
 
@@ -35,6 +38,8 @@ class ModelConfig:
       dtype: of activations and matmuls, "float32" or "bfloat16".
       checkpoint: recompute each layer in the backward pass, to keep only its input.
       unroll: layers to a turn of the loop over a stack; more than 1 compiles longer and can run faster on CPU.
+      lora: the adapters.
+      int8: the kernels in the backbone's stacks are int8, with a scale for each output.
     """
 
     backbone: str
@@ -46,6 +51,8 @@ class ModelConfig:
     dtype: str = "bfloat16"
     checkpoint: bool = True
     unroll: int = 1
+    lora: LoraConfig = LoraConfig()
+    int8: bool = False
 
     def vectors(self, side: str) -> int:
         """The largest budget of a side."""
@@ -53,7 +60,7 @@ class ModelConfig:
 
 
 class Network(nnx.Module):
-    """Backbone, Meta Tokens (query rows first) and head; parameters are float32."""
+    """Backbone, Meta Tokens (query rows first) and head; parameters are float32, but for int8 kernels."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -62,6 +69,9 @@ class Network(nnx.Module):
         self.meta_tokens = param(rngs, jax.nn.initializers.normal(config.meta_token_scale), (rows, width), (None, "embed"))
         dim = config.embedding_dim
         self.head = Linear(width, dim, axes=("embed", "output"), bias=False, rngs=rngs) if dim else None
+        add_lora(self, config.lora, rngs=rngs)
+        if config.int8:
+            store_int8(self.backbone)
 
     def __call__(self, batch: dict[str, Array], side: str, budget: int | None = None) -> Float[Array, "B R D"]:
         """The first `budget` vectors of each item of a side (all by default), float32, each of length one."""
@@ -79,14 +89,31 @@ class Network(nnx.Module):
         return vectors_BRD * jax.lax.rsqrt(jnp.sum(vectors_BRD**2, axis=-1, keepdims=True) + 1e-24)
 
 
-def abstract_network(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The structure of a network, and its parameters as shapes with logical axes, for no memory.
+def abstract_network(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The structure of a network, its parameters as shapes with logical axes, and its dropout keys as shapes, for no memory.
 
-    `nnx.merge(structure, parameters)` with nested dicts of arrays is a network that can be called.
+    `nnx.merge(structure, parameters, keys)` with nested dicts of arrays is a network that can be called; `keys` are empty, and
+    may be left out, unless `config.lora.dropout` is above 0.
     """
-    return nnx.split(nnx.eval_shape(lambda: Network(config, rngs=nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Network(config, rngs=nnx.Rngs(0))), nnx.Param, DropoutKey)
+
+
+def abstract_parameters(config: ModelConfig, mesh: Mesh, large: str = "") -> dict:
+    """The parameters as nested dicts of shapes, with their shardings and the dtypes that inference needs.
+
+    Kernels and the vocabulary have the dtype `large` (empty: the config's, in which they are used anyway), but int8 kernels stay
+    int8; all else is float32.
+    """
+    _, state, _ = abstract_network(config)
+    large = large if large in ("float32", "bfloat16") else config.dtype
+
+    def of(path, leaf, sharding):
+        is_large = path[-1].key in ("kernel", "embedding") and leaf.dtype != jnp.int8
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(large) if is_large else leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(of, nnx.to_pure_dict(state), parameter_shardings(mesh, state))
 
 
 def init_parameters(config: ModelConfig, seed: int) -> dict:
     """Fresh parameters as nested dicts; under `jax.jit` with `out_shardings` made in their shards, the same on every mesh."""
-    return nnx.to_pure_dict(nnx.state(Network(config, rngs=nnx.Rngs(seed))))
+    return nnx.to_pure_dict(nnx.state(Network(config, rngs=nnx.Rngs(seed)), nnx.Param))

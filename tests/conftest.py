@@ -1,7 +1,10 @@
-"""Eight fake CPU devices and one compilation cache for the whole suite; both must be set before JAX starts."""
+"""Eight fake CPU devices and one compilation cache for the whole suite, both set before JAX starts; and a small preparation
+of the embedded sources."""
 
 import os
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
@@ -9,3 +12,26 @@ if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+SMALL_FONTS = ("fontawesome6-regular", "codicon")
+
+
+@pytest.fixture
+def small_fonts(monkeypatch):
+    """Prepare about 600 icons in place of 16,000."""
+    from metaembed_jax.data.sources import icons
+
+    monkeypatch.setattr(icons, "FONTS", SMALL_FONTS)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Small icons and their boards, prepared."""
+    from metaembed_jax.data.sources import boards, icons
+
+    directory = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(icons, "FONTS", SMALL_FONTS)
+        boards.prepare(directory)  # prepares the icons too
+    return directory

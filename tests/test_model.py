@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 import metaembed_jax as me
-from metaembed_jax.checkpoints import loading
+from metaembed_jax.checkpoints import base
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.config import default_config, model_config
 from metaembed_jax.network import init_parameters
@@ -169,7 +169,7 @@ def test_a_run(tmp_path):
 def test_a_hub_id(directory, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        loading, "snapshot_download", lambda name, **patterns: asked.append((name, patterns["allow_patterns"])) or str(directory)
+        base, "snapshot_download", lambda name, **patterns: asked.append((name, patterns["allow_patterns"])) or str(directory)
     )
     assert me.MetaEmbed.from_pretrained("someone/some-model").meta_tokens.shape == (80, 32)
     assert asked == [("someone/some-model", ["*.safetensors", "*.json"])]
@@ -177,7 +177,7 @@ def test_a_hub_id(directory, monkeypatch):
     def offline(name, **patterns):
         raise LocalEntryNotFoundError("cannot be reached\nand more")
 
-    monkeypatch.setattr(loading, "snapshot_download", offline)
+    monkeypatch.setattr(base, "snapshot_download", offline)
     with pytest.raises(me.UserError, match=r"^runs/tniy: .*no such directory.*\(cannot be reached\)$"):
         me.MetaEmbed.from_pretrained("runs/tniy")
 

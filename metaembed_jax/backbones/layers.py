@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from metaembed_jax.sharding import constrain
 
@@ -27,7 +28,10 @@ def param(
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias` in the dtype of x."""
+    """`x @ kernel + bias` in the dtype of x, and what its adapter adds (see `lora.add_lora`).
+
+    An int8 kernel (see `quantize`) is read as `kernel * kernel_scale`, with one scale for each output.
+    """
 
     def __init__(
         self,
@@ -40,11 +44,35 @@ class Linear(nnx.Module):
         layers: int | None = None,
     ):
         self.kernel = param(rngs, jax.nn.initializers.lecun_normal(), (inputs, outputs), axes, layers)
+        self.kernel_scale = nnx.data(None)
         self.bias = param(rngs, jax.nn.initializers.zeros, (outputs,), axes[1:], layers) if bias else None
+        self.lora = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
         y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        if self.kernel_scale is not None:
+            y = (y.astype(jnp.float32) * self.kernel_scale[...]).astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return y if self.lora is None else y + self.lora(x)
+
+
+def store_int8(network: nnx.Module) -> None:
+    """Makes the kernels of all stacked `Linear`s of a network int8, with float32 scales beside them (for values: `quantize`)."""
+    for _, linear in nnx.iter_modules(network):
+        if isinstance(linear, Linear) and linear.kernel.ndim == 3:
+            layers, inputs, outputs = linear.kernel.shape
+            axes = linear.kernel.get_metadata()["logical_axes"]
+            linear.kernel = nnx.Param(jnp.zeros((layers, inputs, outputs), jnp.int8), logical_axes=axes)
+            linear.kernel_scale = nnx.data(nnx.Param(jnp.ones((layers, outputs)), logical_axes=(axes[0], axes[2])))
+
+
+def quantize(kernel: Float[np.ndarray, "i o"]) -> tuple[Int8[np.ndarray, "i o"], Float[np.ndarray, "o"]]:
+    """A kernel as int8 and its float32 scales: kernel = int8 * scale, to half a scale. The largest of an output becomes 127."""
+    kernel = kernel.astype(np.float32)
+    scale = np.abs(kernel).max(axis=0) / 127
+    safe = np.where(scale > 0, scale, 1)
+    return np.rint(kernel / safe).astype(np.int8), scale
 
 
 class RMSNorm(nnx.Module):

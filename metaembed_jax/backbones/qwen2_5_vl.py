@@ -104,6 +104,30 @@ class Config:
         chosen.check()
         return chosen
 
+    def to_huggingface(self, vocabulary: int, token_ids: dict[str, int]) -> dict:
+        """The content of config.json; the way back from `from_huggingface`.
+
+        Args:
+          vocabulary: rows of the embedding table, which may have grown.
+          token_ids: of the special tokens.
+        """
+        text = dataclasses.asdict(self.text_config) | {"vocab_size": vocabulary, "model_type": "qwen2_5_vl_text"}
+        sections, theta = text.pop("mrope_section"), text.pop("rope_theta")
+        rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": list(sections)}
+        vision = dataclasses.asdict(self.vision_config) | {"model_type": "qwen2_5_vl"}
+        for key in ("image_mean", "image_std"):
+            vision.pop(key)
+        return {
+            "model_type": "qwen2_5_vl",
+            "architectures": ["Qwen2_5_VLModel"],
+            "text_config": text | {"rope_parameters": rope},
+            "vision_config": vision,
+            "image_token_id": token_ids["<|image_pad|>"],
+            "video_token_id": token_ids.get("<|video_pad|>", vocabulary),  # none: a number that no token has
+            "vision_start_token_id": token_ids["<|vision_start|>"],
+            "vision_end_token_id": token_ids["<|vision_end|>"],
+        }
+
     def check(self) -> None:
         """Refuses sizes that do not fit each other.
 
@@ -345,12 +369,22 @@ KEYS = {
     **linear("vision.merger_down", "visual.merger.mlp.2", bias=True),
 }
 
+EMBEDDING_KEY = KEYS["embedding"].key
 UNUSED_KEYS = ("lm_head.weight",)  # predicts tokens; stored where it is not tied to the embedding
 
 
 def canonical_key(key: str) -> str:
-    """The name in `KEYS` of a tensor of either layout in circulation (`model.layers`, or `model.language_model.layers`)."""
-    for new, old in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+    """The name in `KEYS` of a tensor of any layout in circulation.
+
+    They are `model.layers` and `visual` (as released), `model.language_model.layers` and `model.visual`, and, of a model without
+    its output layer, `language_model.layers` and `visual`.
+    """
+    for new, old in (("model.language_model.", "model."), ("model.visual.", "visual."), ("language_model.", "model.")):
         if key.startswith(new):
             return old + key.removeprefix(new)
     return key
+
+
+def stored_key(key: str) -> str:
+    """The name of a tensor of `KEYS` in transformers' `Qwen2_5_VLModel`; the way back from `canonical_key`."""
+    return key if key.startswith("visual.") else key.replace("model.", "language_model.", 1)

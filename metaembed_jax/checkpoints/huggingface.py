@@ -4,7 +4,7 @@ Every tensor of the files becomes a parameter or is on its family's list of unus
 shape is checked, all before the first number is read. Only safetensors: other formats can run code when they are opened.
 """
 
-import contextlib
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,49 +12,86 @@ from types import ModuleType
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from metaembed_jax.backbones.conversion import Source
+from metaembed_jax.backbones.layers import quantize
 from metaembed_jax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEAD = "head.safetensors"  # of our own exports: "weight" [D, hidden]
+ABOUT = "metaembed"  # in the config.json of our own exports: numbers and place of the Meta Tokens, and more
+SCALE = "_scale"  # what the name of an int8 kernel's scales adds to the kernel's
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Stored(NamedTuple):
-    """A tensor of an open file; `key` is its name there."""
+    """A tensor of a file; `key` is its name there."""
 
     key: str
     file: Path
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+
+    def read(self) -> np.ndarray:
+        """The tensor. The file is opened for it alone, so that its pages do not add up to the whole checkpoint in memory."""
+        with safe_open(self.file, "np") as handle:
+            return handle.get_tensor(self.key)
 
 
-def read_backbone(directory: Path, family: ModuleType, abstract: dict) -> dict:
-    """The parameters of a backbone.
+def read_backbone(directory: Path, family: ModuleType, architecture: object, wanted: dict) -> dict:
+    """Parameters of a backbone, read tensor by tensor: beside them, memory holds one tensor at a time.
 
     Args:
       directory: with `model.safetensors.index.json` and the files that it names, or with *.safetensors alone.
-      family: module of the family, with `KEYS`, `UNUSED_KEYS` and `canonical_key`.
-      abstract: the parameters as nested dicts of shapes, with the dtype and sharding that each is to have.
+      family: module of the family, with `Backbone`, `KEYS`, `UNUSED_KEYS` and `canonical_key`.
+      architecture: the family's `Config`; all of its tensors must be there, whatever is wanted of them.
+      wanted: nested dicts of shapes, each with the dtype and sharding that the parameter is to have. Beside an int8 kernel stands
+        its `kernel_scale`.
 
     Raises:
       UserError: a tensor is missing, left over, there twice, or of another shape or type; names key, file and shapes.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
-    parameters = {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-    with contextlib.ExitStack() as stack:
-        stored = _open_tensors(directory, family.canonical_key, stack)
-        used = set(family.UNUSED_KEYS)
-        for path, parameter in parameters.items():
-            used |= _check(directory, stored, path, parameter, family.KEYS[path])
-        for key, tensor in stored.items():
-            if key not in used:
-                name = f"{tensor.file}: {tensor.key} of shape {tensor.shape}"
-                raise UserError(f"{name} is no tensor of this model; is config.json of this checkpoint?")
-        return structure.unflatten(_read(stored, parameter, family.KEYS[path]) for path, parameter in parameters.items())
+    backbone = nnx.eval_shape(lambda: family.Backbone(architecture, rngs=nnx.Rngs(0)))
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(nnx.to_pure_dict(nnx.state(backbone)), sep=".").items()}
+    stored = _open_tensors(directory, family.canonical_key)
+    used = set(family.UNUSED_KEYS)
+    for path, shape in shapes.items():
+        used |= _check(directory, stored, path, shape, family.KEYS[path])
+    for key, tensor in stored.items():
+        if key not in used:
+            name = f"{tensor.file}: {tensor.key} of shape {tensor.shape}"
+            raise UserError(f"{name} is no tensor of this model; is config.json of this checkpoint?")
+    wanted, parameters = flatten_dict(wanted, sep="."), {}
+    for path in tqdm(sorted(wanted), desc=f"reading {directory.name}", unit="parameter", delay=2):
+        if path.endswith(SCALE):
+            continue
+        if wanted[path].dtype == jnp.int8:
+            pair = (path, path + SCALE)
+            parameters |= zip(pair, _read(stored, family.KEYS[path], [wanted[name] for name in pair], quantize), strict=True)
+        else:
+            cast = wanted[path].dtype
+            [parameters[path]] = _read(stored, family.KEYS[path], [wanted[path]], lambda x, cast=cast: [x.astype(cast)])
+    return unflatten_dict(parameters, sep=".")
+
+
+def read_head(directory: Path, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """The kernel of the head [hidden, D] of one of our exports.
+
+    Raises:
+      UserError: it is missing, or of another shape.
+    """
+    stored = {tensor.key: tensor for tensor in _list(directory / HEAD)}
+    if set(stored) != {"weight"} or stored["weight"].shape != wanted.shape[::-1]:
+        found = {key: tensor.shape for key, tensor in stored.items()}
+        raise UserError(f"{directory / HEAD}: holds {found}, and config.json asks for weight of shape {wanted.shape[::-1]}")
+    return _put(stored["weight"].read().T.astype(wanted.dtype), wanted.sharding)
 
 
 def read_json(path: Path) -> dict:
@@ -79,11 +116,11 @@ def _names(source: Source, shape: tuple[int, ...]) -> tuple[list[str], tuple[int
     return [source.key.format(layer) for layer in range(shape[0])], source.shape(shape[1:])
 
 
-def _check(directory: Path, stored: dict[str, Stored], path: str, parameter: jax.ShapeDtypeStruct, source: Source) -> set[str]:
-    names, shape = _names(source, parameter.shape)
+def _check(directory: Path, stored: dict[str, Stored], path: str, wanted: tuple[int, ...], source: Source) -> set[str]:
+    names, shape = _names(source, wanted)
     for name in names:
         if name not in stored:
-            needed = f"the model needs it for {path} {parameter.shape}"
+            needed = f"the model needs it for {path} {wanted}"
             raise UserError(f"{directory}: {name} of shape {shape} is in none of its safetensors files; {needed}")
         tensor = stored[name]
         if tensor.shape != shape:
@@ -91,20 +128,34 @@ def _check(directory: Path, stored: dict[str, Stored], path: str, parameter: jax
     return set(names)
 
 
-def _read(stored: dict[str, Stored], parameter: jax.ShapeDtypeStruct, source: Source) -> jax.Array:
-    names, _ = _names(source, parameter.shape)
-    values = np.empty(parameter.shape, parameter.dtype)
-    layers = values if "{}" in source.key else values[None]
-    for layer, name in zip(layers, names, strict=True):
-        layer[...] = source.read(stored[name].read())
-    return jax.device_put(values, parameter.sharding)
+def _read(stored: dict[str, Stored], source: Source, wanted: list[jax.ShapeDtypeStruct], turn: Callable) -> list[jax.Array]:
+    """Fills parameters from one source; `turn` makes their values (of one layer) from the tensor as the family reads it."""
+    names, _ = _names(source, wanted[0].shape)
+    if "{}" not in source.key:
+        values = turn(source.read(stored[names[0]].read()))
+        return [_put(value, leaf.sharding) for value, leaf in zip(values, wanted, strict=True)]
+    stacks = [jax.jit(functools.partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=leaf.sharding)() for leaf in wanted]
+    of_layer = [NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:])) for leaf in wanted]
+    for layer, name in enumerate(names):
+        values = [_put(value, place) for value, place in zip(turn(source.read(stored[name].read())), of_layer, strict=True)]
+        stacks = [_put_layer(stack, value, layer) for stack, value in zip(stacks, values, strict=True)]
+    return stacks
 
 
-def _open_tensors(directory: Path, canonical_key: Callable[[str], str], stack: contextlib.ExitStack) -> dict[str, Stored]:
+def _put(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_layer(stack: jax.Array, value: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+
+
+def _open_tensors(directory: Path, canonical_key: Callable[[str], str]) -> dict[str, Stored]:
     files, index = _files(directory)
     stored: dict[str, Stored] = {}
     for file in files:
-        for tensor in _open(file, stack):
+        for tensor in _list(file):
             if index is not None and index.pop(tensor.key, None) != file.name:
                 raise UserError(
                     f"{file}: {tensor.key} of shape {tensor.shape} is not there by {INDEX}; download the directory again"
@@ -122,7 +173,7 @@ def _open_tensors(directory: Path, canonical_key: Callable[[str], str], stack: c
 
 def _files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The files to read, and the index where there is one: from tensor to the name of its file."""
-    found = sorted(directory.glob("*.safetensors"))
+    found = sorted(path for path in directory.glob("*.safetensors") if path.name != HEAD)
     if (directory / INDEX).is_file():
         if (directory / SINGLE).is_file():
             raise UserError(f"{directory}: has both {SINGLE} and {INDEX}; remove one")
@@ -145,15 +196,14 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     return found, None
 
 
-def _open(file: Path, stack: contextlib.ExitStack) -> list[Stored]:
+def _list(file: Path) -> list[Stored]:
     try:
-        handle = stack.enter_context(safe_open(file, "np"))
+        with safe_open(file, "np") as handle:
+            headers = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+            kinds = {key: (header.get_dtype(), tuple(header.get_shape())) for key, header in headers.items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read ({error}); download it again") from error
-    tensors = []
-    for key in handle.keys():  # noqa: SIM118 (not a dict)
-        header = handle.get_slice(key)
-        if header.get_dtype() not in FLOATS:
-            raise UserError(f"{file}: {key} is {header.get_dtype()}; only {', '.join(FLOATS)} are read, not quantised weights")
-        tensors.append(Stored(key, file, tuple(header.get_shape()), lambda key=key: handle.get_tensor(key)))
-    return tensors
+    for key, (dtype, _) in kinds.items():
+        if dtype not in FLOATS:
+            raise UserError(f"{file}: {key} is {dtype}; only {', '.join(FLOATS)} are read, not quantised weights")
+    return [Stored(key, file, shape) for key, (_, shape) in kinds.items()]

@@ -5,24 +5,22 @@ import math
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from huggingface_hub import snapshot_download
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from metaembed_jax.backbones import family
-from metaembed_jax.checkpoints.huggingface import read_backbone, read_json
+from metaembed_jax.checkpoints.base import find, open_recorded
+from metaembed_jax.checkpoints.huggingface import ABOUT, read_backbone, read_head, read_json
 from metaembed_jax.checkpoints.runs import RunCheckpoints
-from metaembed_jax.checkpoints.workdir import read_config
+from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config import model_config
 from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.data.prompts import Processor
 from metaembed_jax.errors import UserError
-from metaembed_jax.network import ModelConfig, abstract_network
-from metaembed_jax.sharding import parameter_shardings
+from metaembed_jax.network import ModelConfig, abstract_parameters
+from metaembed_jax.trained import join, paths, split, trained_paths
 
 
 def load(path: str | Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int) -> tuple[ModelConfig, dict, Processor]:
@@ -37,28 +35,12 @@ def load(path: str | Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens:
     Raises:
       UserError: names the file, key or shape that is wrong.
     """
-    directory = Path(path).expanduser()
-    if not directory.exists():
-        directory = _download(str(path))
+    directory = find(path)
     if (directory / "run.json").is_file():
         return _load_run(directory, dtype, mesh, max_visual_tokens)
     if (directory / "config.json").is_file():
         return _load_huggingface(directory, dtype, mesh, seed, max_visual_tokens)
     raise UserError(f"{directory}: is neither a run (it has no run.json) nor a Hugging Face model (it has no config.json)")
-
-
-def abstract_parameters(config: ModelConfig, mesh: Mesh) -> dict:
-    """The parameters as nested dicts of shapes, with their shardings and the dtypes that inference needs.
-
-    Kernels and the vocabulary have the config's dtype, in which they are used anyway; all else stays float32.
-    """
-    _, state = abstract_network(config)
-
-    def of(path, leaf, sharding):
-        large = path[-1].key in ("kernel", "embedding")
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype if large else "float32"), sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(of, nnx.to_pure_dict(state), parameter_shardings(mesh, state))
 
 
 def run_processor(run: ConfigDict, tokenizer: Path, max_visual_tokens: int | None = None) -> Processor:
@@ -79,8 +61,23 @@ def run_processor(run: ConfigDict, tokenizer: Path, max_visual_tokens: int | Non
     return _processor(tokenizer, images, config)
 
 
+def run_parameters(run: Path, config: ConfigDict, abstract: dict) -> tuple[int, dict]:
+    """(step, all parameters) of a run: what it trained from its best checkpoint, all else from its base.
+
+    Args:
+      config: the run's.
+      abstract: all parameters as nested dicts of shapes, with the dtypes and shardings that they are to have.
+
+    Raises:
+      UserError: the run has no checkpoint, or none of this model; its base is missing, or another than it was.
+    """
+    trained, frozen = split(abstract, trained_paths(config.trained, paths(abstract)))
+    step, parameters = best_parameters(run, trained)
+    return step, join(parameters, frozen_parameters(run, config, frozen))
+
+
 def best_parameters(run: Path, abstract: dict) -> tuple[int, dict]:
-    """(step, parameters) of a run's best checkpoint, with the dtypes and shardings of `abstract`.
+    """(step, trained parameters) of a run's best checkpoint, with the dtypes and shardings of `abstract`.
 
     Raises:
       UserError: the run has no checkpoint, or none of this model.
@@ -97,31 +94,51 @@ def best_parameters(run: Path, abstract: dict) -> tuple[int, dict]:
         checkpoints.close()
 
 
-def _download(name: str) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*"]))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: there is no such directory, and the hub gives no model of this id ({reason})") from error
+def frozen_parameters(run: Path, config: ConfigDict, abstract: dict) -> dict:
+    """What a run did not train, read from its base; {} where it trained everything.
+
+    Raises:
+      UserError: the base is missing, or another than it was.
+    """
+    if not abstract:
+        return {}
+    record = read_base(run)
+    if record is None:
+        raise UserError(f"{run}: a part of this model was frozen, and run.json records no base to read it from")
+    base = open_recorded(run, record)
+    module, architecture = family(config.backbone), model_config(config).architecture
+    return {"backbone": read_backbone(base.directory, module, architecture, abstract["backbone"])}
+
+
+def base_architecture(directory: Path) -> tuple[str, object, dict]:
+    """(family, the family's `Config`, preprocessor) of a Hugging Face directory.
+
+    Raises:
+      UserError: no such family, or a config that it cannot have.
+    """
+    stored = read_json(directory / "config.json")
+    backbone = stored.get("model_type", "")
+    architecture = family(backbone).Config.from_huggingface(stored)
+    preprocessor = _read_preprocessor(directory)
+    vision = dataclasses.replace(architecture.vision_config, **_normalisation(directory, preprocessor))
+    return backbone, dataclasses.replace(architecture, vision_config=vision), preprocessor
 
 
 def _load_run(directory: Path, dtype: str, mesh: Mesh, max_visual_tokens: int) -> tuple[ModelConfig, dict, Processor]:
     run = read_config(directory)
     config = dataclasses.replace(model_config(run), dtype=dtype)
     processor = run_processor(run, directory / "tokenizer.json", max_visual_tokens)
-    return config, best_parameters(directory, abstract_parameters(config, mesh))[1], processor
+    return config, run_parameters(directory, run, abstract_parameters(config, mesh))[1], processor
 
 
 def _load_huggingface(
     directory: Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int
 ) -> tuple[ModelConfig, dict, Processor]:
-    stored = read_json(directory / "config.json")
-    backbone = stored.get("model_type", "")
-    module = family(backbone)
-    architecture = module.Config.from_huggingface(stored)
-    preprocessor = _read_preprocessor(directory)
-    vision = dataclasses.replace(architecture.vision_config, **_normalisation(directory, preprocessor))
-    config = ModelConfig(backbone, dataclasses.replace(architecture, vision_config=vision), dtype=dtype)
+    backbone, architecture, preprocessor = base_architecture(directory)
+    stored, vision = read_json(directory / "config.json"), architecture.vision_config
+    about = stored.get(ABOUT, {})
+    known = {key: about[key] for key in ("query_tokens", "candidate_tokens", "embedding_dim") if key in about}
+    config = ModelConfig(backbone, architecture, dtype=dtype, **known)
     images = ImageConfig.from_preprocessor(preprocessor, max_visual_tokens, vision.window_size)
     if (images.patch_size, images.merge_size) != (vision.patch_size, vision.spatial_merge_size):
         ours, theirs = (images.patch_size, images.merge_size), (vision.patch_size, vision.spatial_merge_size)
@@ -129,14 +146,18 @@ def _load_huggingface(
     processor = _processor(directory / "tokenizer.json", images, config)
 
     abstract = abstract_parameters(config, mesh)
+    parameters = {"backbone": read_backbone(directory, family(backbone), architecture, abstract["backbone"])}
     tokens = abstract["meta_tokens"]
-    scale = (stored.get("text_config") or {}).get("initializer_range", stored.get("initializer_range", 0.02))
-    # NumPy's generator gives the same rows on any mesh and with any version of JAX.
-    fresh = scale * np.random.default_rng(seed).standard_normal(tokens.shape, np.float32)
-    parameters = {
-        "backbone": read_backbone(directory, module, abstract["backbone"]),
-        "meta_tokens": jax.device_put(fresh.astype(np.float32), tokens.sharding),
-    }
+    if about:
+        rows = parameters["backbone"]["embedding"][about["first_token"] : about["first_token"] + tokens.shape[0]]
+        parameters["meta_tokens"] = jax.device_put(rows.astype(tokens.dtype), tokens.sharding)
+    else:
+        scale = (stored.get("text_config") or {}).get("initializer_range", stored.get("initializer_range", 0.02))
+        # NumPy's generator gives the same rows on any mesh and with any version of JAX.
+        fresh = scale * np.random.default_rng(seed).standard_normal(tokens.shape, np.float32)
+        parameters["meta_tokens"] = jax.device_put(fresh.astype(np.float32), tokens.sharding)
+    if config.embedding_dim:
+        parameters["head"] = {"kernel": read_head(directory, abstract["head"]["kernel"])}
     return config, parameters, processor
 
 

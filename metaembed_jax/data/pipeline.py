@@ -59,26 +59,28 @@ def training_batches(
       this host's part and `order` is the global one.
 
     Raises:
-      UserError: a source is empty, a weight is not positive, or sizes in the config do not divide.
+      UserError: a source is empty, a weight is not positive, or sizes in the config do not divide or are no whole windows.
     """
     items, sub_batch = config.batch_size, config.microbatch_size
-    names, weights = zip(*config.data.sources, strict=True)
+    names, weights, caps = zip(*config.data.sources, strict=True)
     for name, weight, source in zip(names, weights, sources, strict=True):
         if not weight > 0:
             raise UserError(f"config.data.sources: the weight of {name!r} is {weight}; it must be positive")
         if not len(source):
             raise UserError(f"source {name!r} has no training records")
-    references = [_references(number, len(source), config.seed) for number, source in enumerate(sources)]
+    rows = [min(cap or len(source), len(source)) for cap, source in zip(caps, sources, strict=True)]
+    references = [_references(number, len(source), rows[number], config.seed) for number, source in enumerate(sources)]
     sub_batches = [rows.batch(sub_batch, batch_fn=list) for rows in references]
     mixed = grain.MapDataset.mix(sub_batches, [float(weight) for weight in weights])
+    window = (processor.image_config.window_units * processor.image_config.merge_size) ** 2
     steps = mixed.batch(config.batch_size // sub_batch, batch_fn=lambda sub_batches: sum(sub_batches, []))
     make = _BatchMaker(
         processor=processor,
         sources=tuple(sources),
         names=names,
         negatives=config.data.negatives,
-        queries=_slots(config, "query_shapes", items, host),
-        candidates=_slots(config, "candidate_shapes", items * (1 + config.data.negatives), host),
+        queries=_slots(config, "query_shapes", items, window, host),
+        candidates=_slots(config, "candidate_shapes", items * (1 + config.data.negatives), window, host),
     )
     return steps.map_with_index(make)
 
@@ -89,11 +91,12 @@ def iterate(dataset: grain.MapDataset, start: int, stop: int, threads: int = 1, 
     return iter(dataset.slice(slice(start, stop)).to_iter_dataset(options))
 
 
-def _references(source: int, rows: int, seed: int) -> grain.MapDataset:
-    """All rows of a source, in an order of their own in every epoch, for ever."""
-    order_seed = int(np.random.SeedSequence([seed, source]).generate_state(1)[0])
-    shuffled = grain.MapDataset.range(rows).shuffle(seed=order_seed).repeat()
-    return shuffled.map_with_index(lambda position, row: Reference(source, position // rows, row))
+def _references(source: int, rows: int, cap: int, seed: int) -> grain.MapDataset:
+    """`cap` rows of a source, the same in every epoch (all, if it has no more), in an order of their own, for ever."""
+    order_seed, choice_seed = np.random.SeedSequence([seed, source]).generate_state(2).tolist()
+    chosen = np.random.default_rng(choice_seed).permutation(rows)[:cap] if cap < rows else np.arange(rows)
+    shuffled = grain.MapDataset.range(cap).shuffle(seed=order_seed).repeat()
+    return shuffled.map_with_index(lambda position, row: Reference(source, position // cap, int(chosen[row])))
 
 
 class Slots(NamedTuple):
@@ -112,7 +115,7 @@ class Slots(NamedTuple):
     host: Host
 
 
-def _slots(config: ConfigDict, key: str, items: int, host: Host) -> Slots:
+def _slots(config: ConfigDict, key: str, items: int, window: int, host: Host) -> Slots:
     """Reads shape classes (tokens, patches) or (tokens, patches, rows).
 
     Without the third number a class has room for all items, so that any mixture fits, at the price of empty rows where there are
@@ -125,6 +128,9 @@ def _slots(config: ConfigDict, key: str, items: int, host: Host) -> Slots:
             f"config.data.{key}: rows {rows} must be multiples of microbatch_size={size}, "
             f"and that of the number of hosts, {host.count}"
         )
+    for _, patches, *_ in shapes:
+        if patches % window:
+            raise UserError(f"config.data.{key}: {patches} patches are not whole windows of {window}, as this model has them")
     if sum(rows) < items:
         raise UserError(f"config.data.{key}: {sum(rows)} rows in all do not hold the {items} items of a batch")
     return Slots(tuple(ShapeClass(*shape[:2]) for shape in shapes), tuple(count // size for count in rows), size, host)

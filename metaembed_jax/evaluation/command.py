@@ -4,13 +4,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from metaembed_jax.checkpoints.loading import abstract_parameters, best_parameters, run_processor
+from metaembed_jax.checkpoints.loading import run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import read_config
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.evaluation import run
 from metaembed_jax.evaluation.sweep import parse_budgets
 from metaembed_jax.model import MetaEmbed
+from metaembed_jax.network import abstract_parameters
 from metaembed_jax.sharding import make_mesh
 
 
@@ -21,14 +22,17 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, out: Path, budgets
       UserError: no such run, one of another model, or budgets beyond it.
     """
     check_config(config)
-    read_config(checkpoint)
+    run_config = read_config(checkpoint)
+    if not config.architecture:  # the run has it from what it started from
+        with config.unlocked():
+            config.backbone, config.architecture = run_config.backbone, run_config.architecture
     chosen = config.groups
     if budgets is not None:
         chosen = parse_budgets(budgets, (config.query_tokens, config.candidate_tokens))
     mesh, network = make_mesh(**config.mesh), model_config(config)
-    for name, _ in config.data.sources:
+    for name, *_ in config.data.sources:
         sources.prepare(name, config.data.dir)
-    step, parameters = best_parameters(checkpoint, abstract_parameters(network, mesh))
+    step, parameters = run_parameters(checkpoint, config, abstract_parameters(network, mesh))
     model = MetaEmbed(network, parameters, run_processor(config, checkpoint / "tokenizer.json"), mesh)
     results = run.evaluate(model, config, "test", chosen, progress=True)
     print(f"\n{checkpoint}: test split, best checkpoint (step {step})\n{run.report(results, config, out, step)}")

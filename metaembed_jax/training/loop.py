@@ -1,27 +1,27 @@
 """A run from its config to its results: one loop around the pure step of `training.step`."""
 
-import dataclasses
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from metaembed_jax.checkpoints.loading import best_parameters, run_processor
+from metaembed_jax.checkpoints.export import export
+from metaembed_jax.checkpoints.loading import run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import claim
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import iterate, training_batches
-from metaembed_jax.data.prompts import Processor
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import run as evaluation
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.sharding import batch_shards, make_mesh
+from metaembed_jax.trained import join, paths, split
 from metaembed_jax.training.metrics import MetricsWriter
+from metaembed_jax.training.start import describe, find_start, initial_state
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, put_batch
 
 
@@ -42,15 +42,15 @@ def train(config: ConfigDict, workdir: Path) -> bool:
             f"it must be a multiple of data x fsdp = {batch_shards(mesh)}"
         )
     records = sources.training_records(config)
-    vocabulary = tokenizer_file(config)
-    processor = run_processor(config, vocabulary)
-    claim(workdir, config, vocabulary)
-
+    start = find_start(config)
+    processor = run_processor(config, start.tokenizer)
     trainer = make_trainer(config, mesh)
+    claim(workdir, config, start.tokenizer, start.base if trainer.abstract.frozen else None)
     checkpoints = RunCheckpoints(workdir, config.keep_checkpoints)
     try:
-        state = initial_state(config, trainer, checkpoints, processor)
-        model = MetaEmbed(model_config(config), state.parameters, processor, mesh)
+        state = initial_state(config, trainer, checkpoints, start)
+        print(describe(state), flush=True)
+        model = MetaEmbed(model_config(config), state.network_parameters(), processor, mesh)
         dataset = training_batches(config, processor, records)
         finished = _train(config, trainer, state, dataset, model, checkpoints, workdir)
         if finished:
@@ -58,31 +58,6 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     finally:
         checkpoints.close()
     return finished
-
-
-def tokenizer_file(config: ConfigDict) -> Path:
-    """The vocabulary of a run: that of the run it starts from, else that of its first source."""
-    start = Path(config.init_from or Path(config.data.dir) / config.data.sources[0][0])
-    if not (start / "tokenizer.json").is_file():
-        raise UserError(f"{start}/tokenizer.json is missing: config.init_from must be a run (train it first), or empty")
-    return start / "tokenizer.json"
-
-
-def initial_state(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, processor: Processor) -> TrainState:
-    """The latest checkpoint; else fresh parameters, or those of the run that the config starts from."""
-    abstract = trainer.abstract
-    restored = checkpoints.restore_latest(abstract.parameters, abstract.optimizer, lambda line: print(line, flush=True))
-    if restored is not None:
-        step, parameters, optimizer = restored
-        checkpoints.discard_after(step)
-        print(f"resuming at step {step} of {config.steps}", flush=True)
-        return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), parameters, optimizer)
-    state = trainer.init()
-    if not config.init_from:
-        return state
-    step, parameters = best_parameters(Path(config.init_from), abstract.parameters)
-    print(f"starting from step {step} of {config.init_from}", flush=True)
-    return dataclasses.replace(state, parameters=parameters)
 
 
 class _Pending:
@@ -150,7 +125,7 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
 
 
 def _validate(config: ConfigDict, model: MetaEmbed, state: TrainState, step: int, writer: MetricsWriter) -> float:
-    model.parameters = state.parameters
+    model.parameters = state.network_parameters()
     results = evaluation.evaluate(model, config, "validation", config.groups, progress=False)
     recalls = {
         f"validation/R@10/{r[0]}:{r[1]}": row["metrics"]["R@10"]["mean"]
@@ -165,12 +140,19 @@ def _validate(config: ConfigDict, model: MetaEmbed, state: TrainState, step: int
 
 def _finish(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, model: MetaEmbed, workdir: Path) -> None:
     step = checkpoints.best_step()
-    model.parameters = checkpoints.restore_parameters(step, trainer.abstract.parameters)
+    trained = checkpoints.restore_parameters(step, trainer.abstract.parameters)
+    _, frozen = split(model.parameters, paths(trained))
+    model.parameters = join(trained, frozen)
     results = evaluation.evaluate(model, config, "test", config.groups, progress=True)
     print(
         f"\n{workdir}: test split, best checkpoint (step {step})\n{evaluation.report(results, config, workdir, step)}", flush=True
     )
     print(f"\nwritten: {workdir / 'results.json'}, {workdir / 'quality.png'}", flush=True)
+    for kind in config.exports:
+        out = workdir / "export" / kind
+        shutil.rmtree(out, ignore_errors=True)
+        export(workdir, out, kind)
+        print(f"written: {out}", flush=True)
 
 
 def padding(batch: dict) -> float:

@@ -8,66 +8,90 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from metaembed_jax.backbones.lora import dropout_keys
 from metaembed_jax.config import model_config
+from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
-from metaembed_jax.network import abstract_network, init_parameters
-from metaembed_jax.sharding import named_sharding, parameter_shardings, replicated
+from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
+from metaembed_jax.sharding import named_sharding, replicated
+from metaembed_jax.trained import join, paths, split, trained_paths
 from metaembed_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step turns into the next: everything that a checkpoint must hold.
+    """What a step turns into the next.
 
     Attributes:
       step: int32 scalar, the steps done; batch `step` comes next.
-      parameters: float32.
+      parameters: those that train, float32.
+      frozen: all others, which no step changes and no checkpoint holds: they are read from the run's base.
       optimizer: the state of optax.
     """
 
     step: Array
     parameters: dict
+    frozen: dict
     optimizer: optax.OptState
 
+    def network_parameters(self) -> dict:
+        """All of them, as the network takes them."""
+        return join(self.parameters, self.frozen)
 
-def encode(graph: nnx.GraphDef, parameters: dict, side_batch: dict, side: str, budget: int) -> Float[Array, "N R D"]:
+
+def encode(apply: Callable, side_batch: dict, side: str, budget: int, key: Array) -> Float[Array, "N R D"]:
     """Vectors of one side, in pair order.
 
     Microbatches are mapped over with a checkpointed encoder: the backward pass recomputes one microbatch at a time, so memory
     follows the microbatch while the gradient is the whole batch's (GradCache, arXiv 2101.06983).
 
     Args:
+      apply: `(key) -> network`, whose dropout (if any) comes from the key.
       side_batch: `groups`, one dict of `[M, b, ...]` arrays for each shape class, and `order` [N].
+      key: of this side's dropout at this step.
     """
 
-    def encoder(microbatch):
-        return nnx.merge(graph, parameters)(microbatch, side, budget)
+    def encoder(microbatch_and_key):
+        microbatch, key = microbatch_and_key
+        return apply(key)(microbatch, side, budget)
 
-    def encode_group(group):
+    def encode_group(group, key):
         microbatches, size = group["tokens"].shape[:2]
         if microbatches == 1:
-            return encoder(jax.tree.map(lambda x: x[0], group))
-        vectors_MbRD = jax.lax.map(jax.checkpoint(encoder), group)
+            return encoder((jax.tree.map(lambda x: x[0], group), key))
+        vectors_MbRD = jax.lax.map(jax.checkpoint(encoder), (group, jax.random.split(key, microbatches)))
         return vectors_MbRD.reshape(microbatches * size, *vectors_MbRD.shape[2:])
 
-    vectors = jnp.concatenate([encode_group(group) for group in side_batch["groups"]])
+    groups = side_batch["groups"]
+    keys = jax.random.split(key, len(groups))
+    vectors = jnp.concatenate([encode_group(group, key) for group, key in zip(groups, keys, strict=True)])
     return vectors[side_batch["order"]]
 
 
-def make_loss(config: ConfigDict, graph: nnx.GraphDef, mesh: Mesh) -> Callable:
-    """`loss(parameters, batch) -> (scalar, metrics)` of a run's configuration."""
+def make_loss(config: ConfigDict, mesh: Mesh) -> Callable:
+    """`loss(parameters, frozen, batch, step) -> (scalar, metrics)` of a run's configuration; `step` seeds the dropout."""
+    graph, _, abstract_keys = abstract_network(model_config(config, training=True))
+    abstract_keys = nnx.to_pure_dict(abstract_keys)
     query_budget, candidate_budget = (max(group[side] for group in config.groups) for side in (0, 1))
 
-    def loss(parameters: dict, batch: dict) -> tuple[Array, dict[str, Array]]:
-        query_BRD = encode(graph, parameters, batch["query"], "query", query_budget)
-        candidate_NRD = encode(graph, parameters, batch["candidate"], "candidate", candidate_budget)
+    def loss(parameters: dict, frozen: dict, batch: dict, step: Array) -> tuple[Array, dict[str, Array]]:
+        everything = join(parameters, frozen)
+
+        def apply(key):
+            return nnx.merge(graph, everything, dropout_keys(abstract_keys, key))
+
+        query_key, candidate_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
+        query_BRD = encode(apply, batch["query"], "query", query_budget, query_key)
+        candidate_NRD = encode(apply, batch["candidate"], "candidate", candidate_budget, candidate_key)
         pairs = query_BRD.shape[0]
         positive_BRD, negatives = candidate_NRD[:pairs], None
         if candidate_NRD.shape[0] > pairs:
@@ -92,9 +116,9 @@ class Trainer:
     Attributes:
       mesh: all of it runs on.
       abstract: TrainState of shapes, dtypes and shardings: what restoring and compiling ahead of time start from.
-      init: `() -> TrainState`, created in its shards.
+      init: `(given={}) -> TrainState`, created in its shards; `given` holds the parameters that are not to be fresh.
       step: `(TrainState, batch) -> (TrainState, metrics)`; donates the state.
-      loss: `(parameters, batch) -> (scalar, metrics)`, not jitted.
+      loss: `(parameters, frozen, batch, step) -> (scalar, metrics)`, not jitted.
     """
 
     mesh: Mesh
@@ -104,37 +128,67 @@ class Trainer:
     loss: Callable
 
 
+def abstract_state(config: ConfigDict, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+    """A run's state as shapes, dtypes and shardings. What trains is float32; frozen kernels have `config.frozen_dtype`.
+
+    Raises:
+      UserError: `config.trained` does not fit the network.
+    """
+    everything = abstract_parameters(model_config(config), mesh, config.frozen_dtype)
+    parameters, frozen = split(everything, trained_paths(config.trained, paths(everything)))
+    for path, leaf in flatten_dict(parameters, sep=".").items():
+        if leaf.dtype == jnp.int8:
+            raise UserError(f"config.frozen_dtype=int8, but config.trained has {path} train in full; freeze it or choose bfloat16")
+    parameters = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), parameters)
+    moments = jax.eval_shape(optimizer.init, parameters)
+    lies = optimizer_shardings(mesh, moments, jax.tree.map(lambda leaf: leaf.sharding, parameters))
+    moments = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), moments, lies)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), parameters, frozen, moments)
+
+
+def make_init(config: ConfigDict, abstract: TrainState, optimizer: optax.GradientTransformation) -> Callable:
+    """`init(given)` of a Trainer."""
+    wanted = join(abstract.parameters, abstract.frozen)
+
+    def init(given: dict | None = None) -> TrainState:
+        given = given or {}
+        _, lacking = split(wanted, paths(given))
+
+        def fresh() -> dict:
+            _, made = split(init_parameters(model_config(config), config.seed), paths(given))
+            return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), made, lacking)
+
+        made = jax.jit(fresh, out_shardings=_shardings(lacking))()
+        parameters, frozen = split(join(given, made), paths(abstract.parameters))
+        moments = jax.jit(optimizer.init, out_shardings=_shardings(abstract.optimizer))(parameters)
+        return TrainState(jax.device_put(np.int32(0), abstract.step.sharding), parameters, frozen, moments)
+
+    return init
+
+
 def make_trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     """Builds the functions of a run for a mesh, without touching a device."""
-    network = model_config(config)
-    graph, abstract_parameters = abstract_network(network)
     optimizer = make_optimizer(config.optimizer, config.steps)
     schedule = learning_rate(config.optimizer, config.steps)
-    loss = make_loss(config, graph, mesh)
-
-    def init() -> TrainState:
-        parameters = init_parameters(network, config.seed)
-        return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
+    abstract, loss = abstract_state(config, mesh, optimizer), make_loss(config, mesh)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
-        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters, batch)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters, state.frozen, batch, state.step)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.parameters)
         metrics = {"loss": value, **metrics, "gradient_norm": optax.global_norm(gradients), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, optax.apply_updates(state.parameters, updates), optimizer_state), metrics
+        return TrainState(state.step + 1, optax.apply_updates(state.parameters, updates), state.frozen, moments), metrics
 
-    abstract = jax.eval_shape(init)
-    by_parameter = parameter_shardings(mesh, abstract_parameters)
-    shardings = TrainState(replicated(mesh), by_parameter, optimizer_shardings(mesh, abstract.optimizer, by_parameter))
-    place = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-    )
     return Trainer(
         mesh=mesh,
-        abstract=place,
-        init=_on(mesh, jax.jit(init, out_shardings=shardings)),
-        step=_on(mesh, jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)),
+        abstract=abstract,
+        init=make_init(config, abstract, optimizer),
+        step=_on(mesh, jax.jit(step, out_shardings=(_shardings(abstract), replicated(mesh)), donate_argnums=0)),
         loss=loss,
     )
+
+
+def _shardings(abstract):
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def _on(mesh: Mesh, function: Callable) -> Callable:

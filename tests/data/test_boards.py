@@ -15,7 +15,7 @@ from metaembed_jax.errors import UserError
 
 def config(data_dir, curriculum=(), seed=0):
     return ConfigDict(
-        {"seed": seed, "data": {"dir": str(data_dir), "curriculum": curriculum, "page_side": 224, "sources": (("boards", 1.0),)}}
+        {"seed": seed, "data": {"dir": str(data_dir), "curriculum": curriculum, "page_side": 224, "sources": (("boards", 1.0, 0),)}}
     )
 
 

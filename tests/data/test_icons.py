@@ -19,7 +19,7 @@ from metaembed_jax.errors import UserError
 
 
 def settings(augment: bool, data_dir="") -> ConfigDict:
-    return ConfigDict({"seed": 3, "data": {"augment": augment, "dir": str(data_dir), "sources": (("icons", 1.0),)}})
+    return ConfigDict({"seed": 3, "data": {"augment": augment, "dir": str(data_dir), "sources": (("icons", 1.0, 0),)}})
 
 
 @pytest.mark.parametrize("name, split", [

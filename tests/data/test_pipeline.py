@@ -27,7 +27,7 @@ def processor(tmp_path_factory):
     return Processor(learned, ImageConfig(28 * 28, 224 * 224))
 
 
-def config(batch=8, microbatch=None, shapes=((64, 64),), names=(("a", 1.0),), negatives=0, seed=0, **data):
+def config(batch=8, microbatch=None, shapes=((64, 64),), names=(("a", 1.0, 0),), negatives=0, seed=0, **data):
     data = {
         "sources": names,
         "negatives": negatives,
@@ -127,12 +127,26 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(processor):
 
 def test_sources_are_mixed_by_weight_in_sub_batches_of_one_source(processor):
     three, one = Watched([record(number) for number in range(7)]), Watched([record(100 + number, "b") for number in range(5)])
-    dataset = training_batches(config(batch=8, microbatch=2, names=(("a", 3.0), ("b", 1.0))), processor, [three, one])
+    dataset = training_batches(config(batch=8, microbatch=2, names=(("a", 3.0, 0), ("b", 1.0, 0))), processor, [three, one])
     names = {tuple(processor.query({"text": word}).tokens.tolist()): int(word[4:]) >= 100 for word in WORDS}
     for step in range(5):
         of_b = np.array([names[tokens] for tokens, _ in rows_in_order(dataset[step]["query"])]).reshape(4, 2)
         assert (of_b[:, 0] == of_b[:, 1]).all() and of_b.sum() == 2
     assert len(three.asked) == 30 and len(one.asked) == 10
+
+
+def test_patches_that_are_no_whole_windows_are_refused(processor):
+    with pytest.raises(UserError, match="candidate_shapes: 96 patches are not whole windows of 64"):
+        training_batches(config(shapes=((64, 96),)), processor, [[record(0)]])
+
+
+def test_a_cap_leaves_the_same_rows_in_every_epoch(processor):
+    source = Watched([record(number) for number in range(20)])
+    dataset = training_batches(config(batch=4, names=(("a", 1.0, 12),)), processor, [source])
+    for step in range(6):
+        dataset[step]
+    first, second = ([row for _, epoch, row in source.asked if epoch == wanted] for wanted in range(2))
+    assert len(set(first)) == 12 and sorted(first) == sorted(second) and first != second
 
 
 def test_queries_and_positives_are_in_pair_order_then_negatives_pair_by_pair(processor):
@@ -178,7 +192,7 @@ def test_a_full_class_passes_items_on_to_a_larger_one_and_no_place_at_all_is_nam
     with pytest.raises(UserError, match=r"source 'a', row \d, positive: \d+ tokens and 64 patches find no place"):
         training_batches(config(shapes=((24, 0, 4), (64, 64, 4)), microbatch=4), processor, [pictures])[0]
     with pytest.raises(UserError, match=r"source 'a', row \d, positive: .* and 64 patches find no place"):
-        training_batches(config(shapes=((64, 16),)), processor, [pictures])[0]
+        training_batches(config(shapes=((64, 0),)), processor, [pictures])[0]
     with pytest.raises(UserError, match="candidate_shapes: 4 rows in all do not hold the 8 items"):
         training_batches(config(shapes=((64, 64, 4),), microbatch=4), processor, [pictures])
     with pytest.raises(UserError, match="candidate_shapes: rows .6, 8. must be multiples of microbatch_size=8"):
@@ -231,7 +245,7 @@ def test_too_long_a_text_is_cut_but_never_image_or_prompt(processor):
 def test_an_unreadable_image_is_named_by_source_and_row(processor, broken):
     records = [record(number) for number in range(8)]
     records[3] = record(3, positive={"image": broken})
-    dataset = training_batches(config(names=(("pages", 1.0),)), processor, [records])
+    dataset = training_batches(config(names=(("pages", 1.0, 0),)), processor, [records])
     with pytest.raises(UserError, match="source 'pages', row 3, positive: the image cannot be read"):
         dataset[0]
     with pytest.raises(UserError, match="source 'pages', row 3, positive: the image cannot be read"):
@@ -245,11 +259,12 @@ def test_a_missing_hard_negative_and_an_empty_source_are_named(processor):
     with pytest.raises(UserError, match="source 'a' has no training records"):
         training_batches(config(), processor, [[]])
     with pytest.raises(UserError, match="config.data.sources: the weight of 'a' is 0"):
-        training_batches(config(names=(("a", 0),)), processor, [records])
+        training_batches(config(names=(("a", 0, 0),)), processor, [records])
 
 
 def test_the_curriculum_follows_the_step(processor, data_dir):
-    settings = config(batch=4, shapes=((96, 256),), names=(("boards", 1.0),), dir=str(data_dir), curriculum=((2, 1, 1), (0, 2, 9)))
+    curriculum = ((2, 1, 1), (0, 2, 9))
+    settings = config(batch=4, shapes=((96, 256),), names=(("boards", 1.0, 0),), dir=str(data_dir), curriculum=curriculum)
     dataset = training_batches(settings, processor, sources.training_records(settings))
 
     def asked(step):
@@ -262,9 +277,9 @@ def test_the_curriculum_follows_the_step(processor, data_dir):
 def test_icons_train_with_and_without_augmentation(processor, data_dir):
     plain, varied = (
         training_batches(settings, processor, sources.training_records(settings))
-        for settings in (config(names=(("icons", 1.0),), dir=str(data_dir), augment=augment) for augment in (False, True))
+        for settings in (config(names=(("icons", 1.0, 0),), dir=str(data_dir), augment=augment) for augment in (False, True))
     )
-    later = -(-icons.PLAIN_EPOCHS * len(sources.training_records(config(names=(("icons", 1.0),), dir=str(data_dir)))[0]) // 8)
+    later = -(-icons.PLAIN_EPOCHS * len(sources.training_records(config(names=(("icons", 1.0, 0),), dir=str(data_dir)))[0]) // 8)
     assert equal(plain[1], varied[1])
     assert equal(plain[later]["query"], varied[later]["query"])
     assert not equal(plain[later]["candidate"], varied[later]["candidate"])

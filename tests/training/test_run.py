@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from metaembed_jax.checkpoints.runs import RunCheckpoints
+from metaembed_jax.data import sources
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.report import format_table
 from metaembed_jax.sharding import make_mesh
@@ -62,7 +63,8 @@ def stop_at(monkeypatch, step, action):
 def test_a_run_leaves_its_results(small_config, whole):
     results = json.loads((whole / "results.json").read_text())
     assert [row["budget"] for row in results["directions"][0]["rows"]] == [list(group) for group in small_config.groups]
-    assert results["directions"][0]["queries"] == 1457
+    names = len(sources.retrieval("icons", small_config.data.dir, "test").queries)
+    assert results["directions"][0]["queries"] == names
     assert (whole / "quality.png").stat().st_size > 10_000
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]

@@ -5,12 +5,10 @@ import numpy as np
 import pytest
 
 from metaembed_jax.checkpoints.loading import run_processor
-from metaembed_jax.config import model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import training_batches
-from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
-from metaembed_jax.training.loop import tokenizer_file
+from metaembed_jax.training.start import find_start
 from metaembed_jax.training.step import make_loss, make_trainer, put_batch
 
 
@@ -20,7 +18,7 @@ def dataset(small_config):
 
 
 def make_dataset(config):
-    return training_batches(config, run_processor(config, tokenizer_file(config)), sources.training_records(config))
+    return training_batches(config, run_processor(config, find_start(config).tokenizer), sources.training_records(config))
 
 
 def relative_norm(a, b):
@@ -33,7 +31,7 @@ def gradients(config, mesh, batch):
     trainer = make_trainer(config, mesh)
     parameters = trainer.init().parameters
     with jax.set_mesh(mesh):
-        return jax.device_get(jax.jit(jax.grad(trainer.loss, has_aux=True))(parameters, put_batch(batch, mesh))[0])
+        return jax.device_get(jax.jit(jax.grad(trainer.loss, has_aux=True))(parameters, {}, put_batch(batch, mesh), 0)[0])
 
 
 def test_sharded_training_equals_one_device(small_config, dataset):
@@ -82,12 +80,11 @@ def test_microbatches_equal_the_whole_batch(small_config, dataset, microbatch):
 def test_order_puts_pairs_together(small_config, dataset):
     """Rows of a side in any order, with the matching `order`, are the same batch."""
     mesh, batch = make_mesh(devices=jax.devices()[:1]), dataset[0]
-    graph, _ = abstract_network(model_config(small_config))
-    loss = jax.jit(make_loss(small_config, graph, mesh))
+    loss = jax.jit(make_loss(small_config, mesh))
     parameters = make_trainer(small_config, mesh).init().parameters
     shuffle = np.random.default_rng(0).permutation(small_config.batch_size)
     (group,) = batch["candidate"]["groups"]
     shuffled = {"groups": ({key: x[:, shuffle] for key, x in group.items()},), "order": np.argsort(shuffle).astype(np.int32)}
-    expected, _ = loss(parameters, batch)
-    found, _ = loss(parameters, batch | {"candidate": shuffled})
+    expected, _ = loss(parameters, {}, batch, 0)
+    found, _ = loss(parameters, {}, batch | {"candidate": shuffled}, 0)
     np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -16,13 +16,13 @@ from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.sharding import make_mesh, named_sharding, replicated
 from metaembed_jax.checkpoints.loading import run_processor
-from metaembed_jax.training.loop import tokenizer_file
+from metaembed_jax.training.start import find_start
 from metaembed_jax.training.step import make_trainer
 
 config = load_config("configs/tiny.py", {"data.dir": DATA_DIR})
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
 mesh = make_mesh(2, 2, 2, devices=devices)
-batch = training_batches(config, run_processor(config, tokenizer_file(config)), sources.training_records(config))[0]
+batch = training_batches(config, run_processor(config, find_start(config).tokenizer), sources.training_records(config))[0]
 
 def abstract(path, x):
     axes = () if path[-1].key == "order" else (None, "batch") + (None,) * (x.ndim - 2)

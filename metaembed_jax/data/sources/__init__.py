@@ -34,9 +34,9 @@ def prepare(name: str, data_dir: str | Path) -> dict:
 
 def training_records(config: ConfigDict) -> list[Sequence]:
     """The training split of each entry of `config.data.sources`, for `pipeline.training_batches`; prepares what is missing."""
-    for name, _ in config.data.sources:
+    for name, *_ in config.data.sources:
         prepare(name, config.data.dir)
-    return [source(name).training(config.data.dir, config) for name, _ in config.data.sources]
+    return [source(name).training(config.data.dir, config) for name, *_ in config.data.sources]
 
 
 def retrieval(name: str, data_dir: str | Path, split: str):

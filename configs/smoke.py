@@ -1,0 +1,56 @@
+"""The path of `configs/7b.py` in a minute: a released model (here of random weights, made once), adapters, evaluation, exports."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from metaembed_jax.config import default_config, load_config, model_config
+from metaembed_jax.data import tokenizer
+from metaembed_jax.data.images import ImageConfig
+
+BASE = "runs/smoke_base"
+
+
+def get_config(arg=None):
+    """The argument is where the random model is, or is made; runs/smoke_base by default."""
+    config = default_config()
+    config.name = "smoke"
+    config.init_from = arg or BASE
+    config.dtype = "float32"
+    config.trained = load_config("configs/7b.py", {}).trained
+    config.lora.rank = 8
+    config.embedding_dim = 16
+    config.temperature = 0.15  # as configs/tiny.py, for weights that know nothing
+
+    config.data.query_shapes = ((64, 0),)
+    config.data.candidate_shapes = ((48, 36),)
+    config.data.min_pixels = config.data.max_pixels = 84 * 84
+    config.batch_size = config.microbatch_size = 16
+    config.steps, config.optimizer.warmup_steps, config.optimizer.learning_rate = 40, 4, 1e-3
+    config.validate_every = config.save_every = 20
+    config.exports = ("transformers", "sentence-transformers", "peft")
+    make_base(Path(config.init_from))
+    return config
+
+
+def make_base(directory):
+    """A Qwen2.5-VL directory of random weights, unless it is there."""
+    from metaembed_jax.checkpoints.torch_export import write_model
+    from metaembed_jax.network import init_parameters
+
+    if (directory / "config.json").is_file():
+        return
+    config = load_config("configs/tiny.py", {})
+    text, vision = config.architecture.text_config, config.architecture.vision_config
+    text.vocab_size, text.hidden_size, text.intermediate_size, text.mrope_section = 512, 32, 64, (2, 3, 3)
+    vision.hidden_size = vision.out_hidden_size = 32
+    vision.intermediate_size = 64
+    network = model_config(config)
+    parameters = {"backbone": init_parameters(network, seed=0)["backbone"]}
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        words, made = Path(scratch) / "words.json", Path(scratch) / "model"
+        tokenizer.train(["cloud snow", "airplane lock"], words, vocabulary=500)
+        made.mkdir()
+        write_model(made, network, parameters, words, ImageConfig(28 * 28, 84 * 84, window_size=84), {}, "float32")
+        os.replace(made, directory)

@@ -1,0 +1,85 @@
+"""LoRA (arXiv 2106.09685): what a frozen linear map lacks for a new task, as a product of two narrow ones.
+
+    y = x @ kernel + dropout(x) @ a @ b * alpha / rank
+
+`b` starts at zero, so a fresh adapter changes nothing. Any `Linear` can carry one, in a stack or not: shapes, axes and stacking
+are those of its kernel.
+"""
+
+import dataclasses
+from fnmatch import fnmatchcase
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from metaembed_jax.backbones.layers import Linear, param
+from metaembed_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which linear maps carry an adapter, and of what kind.
+
+    Attributes:
+      kernels: patterns of the paths of their kernels, as in `fnmatch`; `*` matches dots too.
+      rank: width between `a` and `b`.
+      alpha: the product is scaled by alpha / rank.
+      dropout: the fraction of x that each adapter drops in training.
+    """
+
+    kernels: tuple[str, ...] = ()
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+
+
+class DropoutKey(nnx.Variable):
+    """The random key of an adapter's dropout, one for each layer of a stack: no parameter, every step brings new ones."""
+
+
+class Lora(nnx.Module):
+    """The adapter of one linear map, or of a stack of them."""
+
+    def __init__(self, linear: Linear, config: LoraConfig, *, rngs: nnx.Rngs):
+        *stack, inputs, outputs = linear.kernel.shape
+        layers = stack[0] if stack else None
+        in_axis, out_axis = linear.kernel.get_metadata()["logical_axes"][-2:]
+        gaussian = jax.nn.initializers.normal(1 / config.rank)  # as PEFT's init_lora_weights="gaussian"
+        self.a = param(rngs, gaussian, (inputs, config.rank), (in_axis, None), layers)
+        self.b = param(rngs, jax.nn.initializers.zeros, (config.rank, outputs), (None, out_axis), layers)
+        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        self.key = DropoutKey(jnp.zeros((*stack, 2), jnp.uint32)) if config.dropout else None
+
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        if self.key is not None:
+            kept = jax.random.bernoulli(jax.random.wrap_key_data(self.key[...]), 1 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+        return x @ self.a[...].astype(x.dtype) @ self.b[...].astype(x.dtype) * self.scale
+
+
+def add_lora(network: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
+    """Gives an adapter to every `Linear` of a network whose kernel matches.
+
+    Raises:
+      UserError: a pattern that matches no kernel.
+    """
+    linears = {".".join((*path, "kernel")): module for path, module in nnx.iter_modules(network) if isinstance(module, Linear)}
+    for pattern in config.kernels:
+        if not any(fnmatchcase(path, pattern) for path in linears):
+            raise UserError(f"the LoRA pattern {pattern!r} matches none of the kernels {', '.join(sorted(linears))}")
+    for path in sorted(linears):
+        if any(fnmatchcase(path, pattern) for pattern in config.kernels):
+            linears[path].lora = nnx.data(Lora(linears[path], config, rngs=rngs))
+
+
+def dropout_keys(abstract: dict, key: jax.Array) -> dict:
+    """Fresh keys for every adapter, as nested dicts like `abstract` (shapes [2], or [L, 2] for a stack)."""
+    leaves, structure = jax.tree.flatten(abstract)
+    keys = jax.random.split(key, max(len(leaves), 1))
+
+    def of(leaf, key):
+        return jax.random.key_data(jax.random.split(key, leaf.shape[0]) if len(leaf.shape) == 2 else key)
+
+    return structure.unflatten(map(of, leaves, keys))

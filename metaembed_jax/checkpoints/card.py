@@ -1,0 +1,87 @@
+"""The model card of an export: README.md, with what the hub reads on top."""
+
+from metaembed_jax.network import ModelConfig
+
+LOAD = {
+    "transformers": """\
+The Meta Tokens are in the vocabulary, so that a prompt with their strings behind it is all there is to it. (`AutoProcessor` works
+too, where torchvision is installed.)
+
+```python
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained(DIRECTORY), AutoModel.from_pretrained(DIRECTORY)
+prompt = "<|im_start|>user\\nQuery: a red car<|im_end|><|endoftext|>" + "<|endoftext|>" * 10 + "\\n"
+prompt += "".join(f"<|meta_query_{{i}}|>" for i in range({query}))
+states = model(**tokenizer([prompt], return_tensors="pt")).last_hidden_state[:, -{query}:]
+vectors = torch.nn.functional.normalize(states{head}, dim=-1)  # [1, {query}, {width}], nested
+```
+
+A candidate's prompt is `<|im_start|>user\\n{{text}}<|im_end|><|endoftext|>`, or with an image
+`<|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>Describe the image.<|im_end|><|endoftext|>`, with one
+`<|image_pad|>` for each visual token; behind it come the {query} query tokens and then `<|meta_candidate_0|>` to
+`<|meta_candidate_{last}|>`, whose states are its vectors.""",
+    "sentence-transformers": """\
+```python
+from sentence_transformers import MultiVectorEncoder
+
+model = MultiVectorEncoder(DIRECTORY, trust_remote_code=True)  # metaembed.py of this directory, a page of code
+queries = model.encode_query(["a red car"])  # a list of [{query}, {width}], unit vectors
+documents = model.encode_document([image, "a text", {{"text": "a caption", "image": image}}])
+model.similarity(queries, documents)
+```""",
+    "peft": """\
+```python
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), DIRECTORY)
+meta_tokens = load_file(DIRECTORY + "/metaembed.safetensors")["meta_tokens"]  # to be appended to the input embeddings of a prompt
+```""",
+}
+
+
+def model_card(kind: str, config: ModelConfig, about: dict, results: dict | None) -> str:
+    """The text of README.md.
+
+    Args:
+      kind: the format, a key of `LOAD`.
+      about: name, base, groups, sources and steps of the run, as far as they are known.
+      results: the content of the run's results.json.
+    """
+    width = config.embedding_dim or config.architecture.text_config.hidden_size
+    head = " @ load_file(DIRECTORY + '/head.safetensors')['weight'].T" if config.embedding_dim else ""
+    load = LOAD[kind].format(
+        query=config.query_tokens, last=config.candidate_tokens - 1, width=width, head=head, base=about.get("base", "")
+    )
+    lines = ["---", "tags: [metaembed, multi-vector, late-interaction, retrieval]"]
+    lines += [f"library_name: {kind}", *([f"base_model: {about['base']}"] if about.get("base") else []), "---", ""]
+    lines += [f"# {about.get('name', 'MetaEmbed')}", ""]
+    lines += [
+        f"A MetaEmbed retriever (arXiv 2509.18095): up to {config.query_tokens} vectors of {width} numbers for a query and "
+        f"{config.candidate_tokens} for a candidate. Every prefix of them is an embedding by itself, so quality is chosen against "
+        "cost when searching. The score is the sum over query vectors of the largest inner product with a candidate vector.",
+        "",
+    ]
+    lines += [f"- base: {about.get('base') or 'none, trained from scratch'}"]
+    if "groups" in about:
+        lines += [f"- budgets (query vectors, candidate vectors): {', '.join(f'({q}, {c})' for q, c in about['groups'])}"]
+        sources = ", ".join(str(source[0]) for source in about["sources"])
+        lines += [f"- trained for {about['steps']:,} steps at temperature {about['temperature']} on: {sources}"]
+    return "\n".join([*lines, "", "## Load", "", load, "", *_results(results)])
+
+
+def _results(results: dict | None) -> list[str]:
+    if results is None:
+        return []
+    lines = ["## Results", ""]
+    for direction in results["directions"]:
+        metrics = list(direction["rows"][0]["metrics"])
+        lines += [f"{direction['name']}, test split:", "", f"| budget | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+        for row in direction["rows"]:
+            figures = " | ".join(f"{100 * row['metrics'][metric]['mean']:.1f}" for metric in metrics)
+            lines.append(f"| ({row['budget'][0]}, {row['budget'][1]}) | {figures} |")
+        lines.append("")
+    return lines

@@ -1,0 +1,123 @@
+"""`python -m metaembed_jax export`: a trained model for people who use PyTorch.
+
+    transformers            `torch_export`: stock transformers computes the same vectors from prompt + Meta Token strings
+    sentence-transformers   the same files, with modules.json and one small module, for MultiVectorEncoder
+    peft                    the adapter, for PeftModel.from_pretrained on the base, with Meta Tokens and head beside it
+
+Each is written as `<out>.tmp` and moved, so that it is whole or not there.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from metaembed_jax.backbones.lora import LoraConfig
+from metaembed_jax.checkpoints import peft_export, torch_export
+from metaembed_jax.checkpoints.base import find
+from metaembed_jax.checkpoints.card import model_card
+from metaembed_jax.checkpoints.huggingface import ABOUT, read_json
+from metaembed_jax.checkpoints.loading import load, run_parameters, run_processor
+from metaembed_jax.checkpoints.workdir import read_base, read_config
+from metaembed_jax.config import model_config
+from metaembed_jax.data.images import ImageConfig
+from metaembed_jax.errors import UserError
+from metaembed_jax.network import ModelConfig, abstract_parameters
+from metaembed_jax.sharding import make_mesh
+
+MODULE = Path(__file__).with_name("sentence_transformers_module.py")
+
+
+class Trained(NamedTuple):
+    """A model to export.
+
+    Attributes:
+      config: of the network, whose dtype is that of the tensors to write.
+      parameters: of the network, on all devices.
+      tokenizer: the file of the vocabulary.
+      images: how images become patches.
+      about: what the exported config.json says of it: groups, temperature, base.
+      results: results.json of its run, if there is one.
+    """
+
+    config: ModelConfig
+    parameters: dict
+    tokenizer: Path
+    images: ImageConfig
+    about: dict
+    results: dict | None
+
+
+def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = None) -> None:
+    """Writes a run (its best checkpoint), or a Hugging Face directory, in another library's format.
+
+    Args:
+      kind: a key of `FORMATS`.
+      dtype: of the stored tensors, "float32" or "bfloat16"; by default the one that the model was trained in.
+
+    Raises:
+      UserError: `out` is not empty or cannot be written, or the model cannot be put into this format.
+    """
+    if kind not in FORMATS:
+        raise UserError(f"--format={kind}: expected {', '.join(FORMATS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty: choose another --out")
+    trained = read_trained(find(checkpoint), dtype)
+    scratch = out.with_name(out.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        FORMATS[kind](scratch, trained)
+        (scratch / "README.md").write_text(model_card(kind, trained.config, trained.about, trained.results), encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        os.replace(scratch, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def read_trained(directory: Path, dtype: str | None) -> Trained:
+    """Reads a run or a Hugging Face directory; what was frozen as int8 comes from its base in full."""
+    mesh = make_mesh(data=1, fsdp=-1)
+    if not (directory / "run.json").is_file():
+        dtype = dtype or read_json(directory / "config.json").get("dtype", "float32")
+        config, parameters, processor = load(directory, dtype, mesh, 0, 1024)
+        about = read_json(directory / "config.json").get(ABOUT, {})
+        return Trained(config, parameters, directory / "tokenizer.json", processor.image_config, about, None)
+    run = read_config(directory)
+    config = dataclasses.replace(model_config(run), dtype=dtype or run.dtype, int8=False)
+    _, parameters = run_parameters(directory, run, abstract_parameters(config, mesh))
+    images = run_processor(run, directory / "tokenizer.json").image_config
+    base = read_base(directory)
+    about = {"groups": [list(group) for group in run.groups], "temperature": run.temperature, "name": run.name, "steps": run.steps}
+    about |= {"base": base["name"] if base else run.init_from, "sources": [list(entry) for entry in run.data.sources]}
+    results = directory / "results.json"
+    found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
+    return Trained(config, parameters, directory / "tokenizer.json", images, about, found)
+
+
+def _transformers(out: Path, trained: Trained) -> None:
+    config = trained.config
+    torch_export.write_model(out, config, trained.parameters, trained.tokenizer, trained.images, trained.about, config.dtype)
+
+
+def _sentence_transformers(out: Path, trained: Trained) -> None:
+    _transformers(out, trained)
+    shutil.copyfile(MODULE, out / "metaembed.py")
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "metaembed.MetaEmbed"}]
+    settings = {"model_type": "MultiVectorEncoder", "similarity_fn_name": "maxsim", "prompts": {}}
+    (out / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")
+    (out / "config_sentence_transformers.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _peft(out: Path, trained: Trained) -> None:
+    if trained.config.lora == LoraConfig() or not trained.config.lora.kernels:
+        raise UserError("--format=peft: this model has no adapters (nothing in its config.trained says lora); use transformers")
+    peft_export.write_adapter(out, trained.config, trained.parameters, trained.about)
+
+
+FORMATS = {"transformers": _transformers, "sentence-transformers": _sentence_transformers, "peft": _peft}

@@ -1,0 +1,57 @@
+"""The adapters of a run as PEFT stores them, and its Meta Tokens and head beside them.
+
+adapter_config.json, adapter_model.safetensors    for PeftModel.from_pretrained(AutoModel of the base, DIRECTORY)
+metaembed.safetensors                             "meta_tokens" [16 + 64, hidden], and "head" [D, hidden] if there is one
+metaembed.json                                    their numbers, and the budgets they were trained for
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from metaembed_jax.backbones import family
+from metaembed_jax.errors import UserError
+from metaembed_jax.network import ModelConfig
+from metaembed_jax.trained import LORA
+
+
+def write_adapter(out: Path, config: ModelConfig, parameters: dict, about: dict) -> None:
+    """Writes everything but the README.md into a folder that exists; float32.
+
+    Raises:
+      UserError: an adapter of a map that is only a part of one in torch.
+    """
+    module, flat = family(config.backbone), flatten_dict(parameters["backbone"], sep=".")
+    tensors, targets = {}, []
+    for path in sorted(path for path in flat if path.endswith(LORA + "a")):
+        source = module.KEYS[path.removesuffix(LORA + "a") + ".kernel"]
+        if sum(other.key == source.key for other in module.KEYS.values()) > 1:
+            raise UserError(f"--format=peft: {path} adapts a part of {source.key}, which PEFT cannot; use --format=transformers")
+        a_LIr, b_LrO = (np.asarray(flat[path[:-1] + name], np.float32) for name in "ab")
+        for layer, (a, b) in enumerate(zip(a_LIr, b_LrO, strict=True)):
+            name = module.stored_key(source.key.format(layer)).removesuffix(".weight")
+            targets.append(name)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
+    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    adapter = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": about["base"],
+        "r": config.lora.rank,
+        "lora_alpha": config.lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+        "inference_mode": True,
+    }
+    (out / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
+    beside = {"meta_tokens": np.asarray(parameters["meta_tokens"], np.float32)}
+    if config.embedding_dim:
+        beside["head"] = np.ascontiguousarray(np.asarray(parameters["head"]["kernel"], np.float32).T)
+    save_file(beside, out / "metaembed.safetensors", {"format": "pt"})
+    counts = {"query_tokens": config.query_tokens, "candidate_tokens": config.candidate_tokens}
+    (out / "metaembed.json").write_text(json.dumps(about | counts | {"embedding_dim": config.embedding_dim}, indent=2) + "\n")

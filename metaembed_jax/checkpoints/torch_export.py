@@ -1,0 +1,171 @@
+"""Weights out: a trained model as a directory that stock transformers loads, and `MetaEmbed.from_pretrained` too.
+
+    config.json, model*.safetensors      the backbone, adapters merged; Meta Tokens are rows of the embedding table
+    tokenizer.json, tokenizer_config.json, preprocessor_config.json
+                                         the vocabulary with <|meta_query_0|> ..., and the image sizes
+    head.safetensors                     the head, if there is one: "weight" [D, hidden]
+    README.md                            what it is and how to use it
+
+`read_backbone` is the way back.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer
+from tqdm import tqdm
+
+from metaembed_jax.backbones import family
+from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, INDEX, SINGLE
+from metaembed_jax.data.images import ImageConfig
+from metaembed_jax.data.prompts import SPECIAL_TOKENS
+from metaembed_jax.errors import UserError
+from metaembed_jax.network import ModelConfig
+from metaembed_jax.trained import LORA
+
+SHARD_BYTES = 5 * 10**9
+
+
+def write_model(
+    out: Path,
+    config: ModelConfig,
+    parameters: dict,
+    tokenizer: Path,
+    images: ImageConfig,
+    about: dict,
+    dtype: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes everything but the README.md into a folder that exists.
+
+    Args:
+      parameters: of the network, without int8 kernels; of a backbone alone it writes what is released of one.
+      tokenizer: the file of the vocabulary.
+      about: what config.json is to say about the model, beside its Meta Tokens.
+      dtype: of the stored tensors, "float32" or "bfloat16".
+    """
+    names = meta_token_names(config) if "meta_tokens" in parameters else []
+    first, ids = _write_vocabulary(out, names, tokenizer)
+    rows = max(parameters["backbone"]["embedding"].shape[0], first + len(names))
+    stored = config.architecture.to_huggingface(rows, ids) | {"dtype": dtype}
+    if names:
+        counts = {"query_tokens": config.query_tokens, "candidate_tokens": config.candidate_tokens}
+        stored[ABOUT] = about | counts | {"first_token": first, "embedding_dim": config.embedding_dim}
+    _write_json(out / "config.json", stored)
+    _write_json(out / "preprocessor_config.json", _preprocessor(config, images))
+    tensors, kind = _tensors(config, parameters, first, rows), jnp.dtype(dtype)
+    _write_tensors(out, ((key, np.ascontiguousarray(tensor.astype(kind))) for key, tensor in tensors), shard_bytes)
+    if "head" in parameters:
+        weight = np.asarray(parameters["head"]["kernel"], np.float32).T.astype(kind)
+        save_file({"weight": np.ascontiguousarray(weight)}, out / HEAD, {"format": "pt"})
+
+
+def meta_token_names(config: ModelConfig) -> list[str]:
+    """The strings of the Meta Tokens, query rows first."""
+    sides = (("query", config.query_tokens), ("candidate", config.candidate_tokens))
+    return [f"<|meta_{side}_{number}|>" for side, count in sides for number in range(count)]
+
+
+def merged(parameters: dict, path: str, layer: int | None, scale: float) -> np.ndarray:
+    """A parameter (of one layer of a stack) in float32, with what its adapter adds.
+
+    Args:
+      parameters: flat, by path.
+      scale: of adapters, alpha / rank.
+    """
+
+    def value(path: str) -> np.ndarray:
+        return np.asarray(parameters[path] if layer is None else parameters[path][layer], np.float32)
+
+    adapter = path.removesuffix(".kernel") + LORA
+    if f"{adapter}a" not in parameters:
+        return value(path)
+    return value(path) + scale * (value(f"{adapter}a") @ value(f"{adapter}b"))
+
+
+def _tensors(config: ModelConfig, parameters: dict, first: int, rows: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(key, float32 tensor) of everything that the files hold."""
+    flat, module = flatten_dict(parameters["backbone"], sep="."), family(config.backbone)
+    meta_tokens = np.asarray(parameters.get("meta_tokens", ()), np.float32)
+    scale = config.lora.alpha / config.lora.rank
+    by_key: dict[str, list] = {}
+    for path, source in module.KEYS.items():
+        by_key.setdefault(source.key, []).append((source.part, path, source.write))
+    for key, parts in by_key.items():
+        parts = sorted(parts, key=lambda part: part[0])
+        for layer in range(flat[parts[0][1]].shape[0]) if "{}" in key else (None,):
+            tensor = np.concatenate([write(merged(flat, path, layer, scale)) for _, path, write in parts])
+            if key == module.EMBEDDING_KEY:
+                tensor = np.concatenate([tensor, np.zeros((rows - len(tensor), tensor.shape[1]), np.float32)])
+                if len(meta_tokens):
+                    tensor[first : first + len(meta_tokens)] = meta_tokens
+            yield module.stored_key(key.format(layer)), tensor
+
+
+def _write_vocabulary(out: Path, names: list[str], file: Path) -> tuple[int, dict[str, int]]:
+    """Writes the tokenizer with the Meta Tokens. Returns the first one's id (0 if there are none), and those of special tokens."""
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.save(str(out / "tokenizer.json"))
+    ids = [tokenizer.token_to_id(name) for name in names]
+    first = ids[0] if ids else 0
+    if ids != list(range(first, first + len(ids))):
+        raise UserError(f"{file}: has some of {names[0]} .. {names[-1]} already, in other places; export the model it came from")
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|endoftext|>", "padding_side": "left"}
+    _write_json(out / "tokenizer_config.json", kind)
+    special = {token: tokenizer.token_to_id(token) for token in (*SPECIAL_TOKENS, "<|video_pad|>")}
+    return first, {token: number for token, number in special.items() if number is not None}
+
+
+def _preprocessor(config: ModelConfig, images: ImageConfig) -> dict:
+    vision = config.architecture.vision_config
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+        "size": {"shortest_edge": images.min_pixels, "longest_edge": images.max_pixels},
+        "patch_size": images.patch_size,
+        "temporal_patch_size": 2,
+        "merge_size": images.merge_size,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+        "rescale_factor": 1 / 255,
+    }
+
+
+def _write_tensors(directory: Path, tensors: Iterator[tuple[str, np.ndarray]], limit: int) -> None:
+    """One file, or files of at most `limit` bytes (or one tensor) with an index."""
+    shards, shard, size, total = [], {}, 0, 0
+
+    def flush() -> None:
+        save_file(shard, directory / f"{len(shards)}.part", {"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for key, tensor in tqdm(tensors, desc="writing", unit="tensor", delay=2):
+        if shard and size + tensor.nbytes > limit:
+            flush()
+            size = 0
+        shard[key] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        os.replace(directory / "0.part", directory / SINGLE)
+        return
+    index = {}
+    for number, keys in enumerate(shards):
+        name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        os.replace(directory / f"{number}.part", directory / name)
+        index |= dict.fromkeys(keys, name)
+    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,126 @@
+"""Where the weights of a run come from: fresh ones, another run's, or a released model's; and after that, its own checkpoints."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from metaembed_jax.backbones import family
+from metaembed_jax.checkpoints.base import Base, find, open_base, open_recorded
+from metaembed_jax.checkpoints.huggingface import read_backbone
+from metaembed_jax.checkpoints.loading import base_architecture, best_parameters
+from metaembed_jax.checkpoints.runs import RunCheckpoints
+from metaembed_jax.checkpoints.workdir import read_base, read_config
+from metaembed_jax.config import model_config
+from metaembed_jax.errors import UserError
+from metaembed_jax.trained import LORA, join
+from metaembed_jax.training.step import Trainer, TrainState
+
+
+class Start(NamedTuple):
+    """What `config.init_from` names.
+
+    Attributes:
+      run: another run, for the parameters that train.
+      base: released weights, for the frozen ones, and without `run` for all.
+      tokenizer: the file of the vocabulary.
+    """
+
+    run: Path | None
+    base: Base | None
+    tokenizer: Path
+
+
+def find_start(config: ConfigDict) -> Start:
+    """Finds the start of a run, and fills an empty `config.architecture` from it.
+
+    Raises:
+      UserError: it is not there, is no model of ours, or has another architecture than the config.
+    """
+    if not config.init_from:
+        return Start(None, None, _tokenizer(Path(config.data.dir) / config.data.sources[0][0]))
+    directory = find(config.init_from)
+    if (directory / "run.json").is_file():
+        other = read_config(directory)
+        _fill_architecture(config, other.backbone, other.architecture.to_dict(), directory)
+        record = read_base(directory)
+        return Start(directory, open_recorded(directory, record) if record else None, _tokenizer(directory))
+    base = open_base(config.init_from)
+    backbone, architecture, _ = base_architecture(directory)
+    _fill_architecture(config, backbone, dataclasses.asdict(architecture), directory)
+    return Start(None, base, _tokenizer(directory))
+
+
+def initial_state(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, start: Start) -> TrainState:
+    """The latest checkpoint; else the start's parameters, and fresh ones where it has none.
+
+    Raises:
+      UserError: checkpoints or start are of another model, or nothing says what frozen parameters are.
+    """
+    abstract = trainer.abstract
+    if abstract.frozen and start.base is None:
+        lacking = sorted(flatten_dict(abstract.frozen, sep="."))[0]
+        raise UserError(
+            f"config.trained leaves {lacking} frozen, and config.init_from={config.init_from!r} is no Hugging Face directory to "
+            "read it from; set one (a run becomes one by `export --format=transformers`)"
+        )
+    restored = checkpoints.restore_latest(abstract.parameters, abstract.optimizer, lambda line: print(line, flush=True))
+    if restored is not None:
+        step, parameters, optimizer = restored
+        checkpoints.discard_after(step)
+        print(f"resuming at step {step} of {config.steps}", flush=True)
+        frozen = _read(config, start.base, abstract.frozen)
+        return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), parameters, frozen, optimizer)
+    if start.run is not None:
+        step, parameters = best_parameters(start.run, abstract.parameters)
+        print(f"starting from step {step} of {config.init_from}", flush=True)
+        return trainer.init(join(parameters, _read(config, start.base, abstract.frozen)))
+    if start.base is not None:
+        print(f"starting from {start.base.name}", flush=True)
+        return trainer.init(_read(config, start.base, join(abstract.parameters, abstract.frozen)))
+    return trainer.init()
+
+
+def describe(state: TrainState) -> str:
+    """How many parameters train and how many are frozen, and what each of them and the optimizer take."""
+
+    def of(tree) -> str:
+        leaves = jax.tree.leaves(tree)
+        return f"{sum(leaf.size for leaf in leaves):,} ({sum(leaf.nbytes for leaf in leaves) / 1e6:,.1f} MB)"
+
+    trained, frozen, optimizer = of(state.parameters), of(state.frozen), of(state.optimizer)
+    return f"parameters: {trained} trained, {frozen} frozen; numbers of the optimizer: {optimizer}"
+
+
+def _read(config: ConfigDict, base: Base | None, wanted: dict) -> dict:
+    """What of the wanted parameters a base has: its backbone, without adapters."""
+    flat = flatten_dict(wanted, sep=".")
+    found = {path: leaf for path, leaf in flat.items() if path.startswith("backbone.") and LORA not in path}
+    if not found:
+        return {}
+    backbone = unflatten_dict(found, sep=".")["backbone"]
+    return {"backbone": read_backbone(base.directory, family(config.backbone), model_config(config).architecture, backbone)}
+
+
+def _fill_architecture(config: ConfigDict, backbone: str, found: dict, directory: Path) -> None:
+    if not config.architecture:
+        with config.unlocked():
+            config.backbone, config.architecture = backbone, ConfigDict(found)
+        return
+    make = family(backbone).Config.from_huggingface
+    ours, theirs = (flatten_dict(dataclasses.asdict(make(x)), sep=".") for x in (config.architecture.to_dict(), found))
+    different = [key for key in ours if ours[key] != theirs[key]]
+    if config.backbone != backbone or different:
+        key = different[0] if different else "backbone"
+        mine, other = (ours[key], theirs[key]) if different else (config.backbone, backbone)
+        raise UserError(f"{directory}: has {key}={other!r}, and config.architecture has {mine!r}; leave the architecture empty")
+
+
+def _tokenizer(directory: Path) -> Path:
+    if not (directory / "tokenizer.json").is_file():
+        raise UserError(f"{directory}/tokenizer.json is missing")
+    return directory / "tokenizer.json"

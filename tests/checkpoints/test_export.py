@@ -1,0 +1,170 @@
+"""What other libraries compute from the exports of a trained LoRA run, with no code of ours but the small module in it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from metaembed_jax.checkpoints.export import export
+from metaembed_jax.checkpoints.torch_export import write_model
+from metaembed_jax.config import load_config
+from metaembed_jax.errors import UserError
+from metaembed_jax.model import MetaEmbed
+from metaembed_jax.training.loop import train
+from tests.backbones.qwen2_5_vl_reference import string
+
+
+def noise(height, width, seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+TALL, WIDE = noise(150, 90, 1), noise(60, 200, 2)
+ITEMS = ["cloud snow", TALL, {"text": "a lock", "image": WIDE}, "", "漢字 é", {"image": WIDE}]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_dir):
+    """A trained LoRA run, with a head and without."""
+    folder = tmp_path_factory.mktemp("export")
+
+    def trained(name, **overrides):
+        overrides = {"data.dir": str(data_dir), "steps": "4", "optimizer.warmup_steps": "1", **overrides}
+        config = load_config(f"configs/smoke.py:{folder / 'base'}", overrides)
+        config.exports = ()
+        train(config, folder / name)
+        return folder / name
+
+    return {name: trained(name, embedding_dim=width) for name, width in (("head", "16"), ("plain", "0"))}
+
+
+@pytest.fixture(scope="module")
+def ours(run):
+    """The vectors of ITEMS of both sides."""
+
+    def vectors(directory):
+        model = MetaEmbed.from_pretrained(directory, dtype="float32")
+        return {"query": model.encode_query(ITEMS), "candidate": model.encode_document(ITEMS)}
+
+    return {name: vectors(directory) for name, directory in run.items()}
+
+
+@pytest.mark.parametrize("name, dtype", [("head", "float32"), ("plain", "float32"), ("head", "bfloat16")])
+def test_our_own_loader_reads_the_transformers_export_and_writes_it_again(run, ours, tmp_path, name, dtype):
+    export(run[name], tmp_path / "one", "transformers", dtype)
+    model = MetaEmbed.from_pretrained(tmp_path / "one", dtype="float32")
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    np.testing.assert_allclose(model.encode_query(ITEMS), ours[name]["query"], atol=tolerance)
+    np.testing.assert_allclose(model.encode_document(ITEMS), ours[name]["candidate"], atol=tolerance)
+
+    export(tmp_path / "one", tmp_path / "two", "transformers")
+    files = {path.name for path in (tmp_path / "one").iterdir()}
+    assert files == {path.name for path in (tmp_path / "two").iterdir()} and ("head.safetensors" in files) == (name == "head")
+    for file in (file for file in files if file.endswith(".safetensors")):
+        first, second = (load_file(tmp_path / part / file) for part in ("one", "two"))
+        assert first.keys() == second.keys()
+        for key in first:
+            np.testing.assert_array_equal(second[key], first[key])
+    for file in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        assert json.loads((tmp_path / "one" / file).read_text()) == json.loads((tmp_path / "two" / file).read_text())
+
+
+@pytest.mark.parametrize("name", ["head", "plain"])
+def test_stock_transformers_computes_the_same_vectors(run, ours, tmp_path, name):
+    pytest.importorskip("torch")
+    export(run[name], tmp_path / "out", "transformers")
+    for side in ("query", "candidate"):
+        found = stock_vectors(tmp_path / "out", side)
+        np.testing.assert_allclose(found, ours[name][side], atol=1e-4)
+
+
+def stock_vectors(directory, side, model=None):
+    """One left-padded batch of prompts with the strings of the Meta Tokens."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    model = AutoModel.from_pretrained(directory).eval() if model is None else model
+    tokenizer, images = AutoTokenizer.from_pretrained(directory), Qwen2VLImageProcessorPil.from_pretrained(directory)
+    items = [item if isinstance(item, str | dict) else {"image": item} for item in ITEMS]
+    seen = images([item["image"] for item in items if isinstance(item, dict)], return_tensors="pt")
+    counts = iter((seen["image_grid_thw"].prod(-1) // 4).tolist())
+    suffix = "".join(f"<|meta_query_{number}|>" for number in range(16))
+    suffix += "".join(f"<|meta_candidate_{number}|>" for number in range(64)) if side == "candidate" else ""
+    prompts = [string(item, side, counts) + suffix for item in items]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    kinds = (batch["input_ids"] == model.config.image_token_id).int()
+    with torch.no_grad():
+        states = model(**batch, **seen, mm_token_type_ids=kinds).last_hidden_state
+    states = states[:, -(16 if side == "query" else 64) :]
+    if (directory / "head.safetensors").is_file():
+        states = states @ load_file(directory / "head.safetensors")["weight"].T
+    return torch.nn.functional.normalize(states, dim=-1).numpy()
+
+
+@pytest.mark.parametrize("name", ["head", "plain"])
+def test_sentence_transformers_computes_the_same_vectors_and_scores(run, ours, tmp_path, name):
+    module = pytest.importorskip("sentence_transformers")
+    export(run[name], tmp_path / "out", "sentence-transformers")
+    model = module.MultiVectorEncoder(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
+    queries, documents = model.encode_query(ITEMS, batch_size=4), model.encode_document(ITEMS, batch_size=4)
+    np.testing.assert_allclose(np.stack(queries), ours[name]["query"], atol=1e-4)
+    np.testing.assert_allclose(np.stack(documents), ours[name]["candidate"], atol=1e-4)
+    scores = MetaEmbed.from_pretrained(run[name]).similarity(ours[name]["query"], ours[name]["candidate"])
+    np.testing.assert_allclose(model.similarity(queries, documents), scores, atol=1e-3)
+    assert model.get_embedding_dimension() == ours[name]["query"].shape[-1]
+
+
+def test_peft_applies_the_adapter_to_the_base(run, ours, tmp_path):
+    peft = pytest.importorskip("peft")
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    export(run["plain"], tmp_path / "out", "peft")
+    export(run["plain"], tmp_path / "merged", "transformers")  # for its vocabulary and its image sizes
+    base = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "out").eval()
+    core = model.base_model.model
+    core.resize_token_embeddings(json.loads((tmp_path / "merged" / "config.json").read_text())["text_config"]["vocab_size"])
+    first = json.loads((tmp_path / "merged" / "config.json").read_text())["metaembed"]["first_token"]
+    meta_tokens = load_file(tmp_path / "out" / "metaembed.safetensors")["meta_tokens"]
+    with torch.no_grad():
+        core.get_input_embeddings().weight[first : first + 80] = meta_tokens
+    for side in ("query", "candidate"):
+        np.testing.assert_allclose(stock_vectors(tmp_path / "merged", side, core), ours["plain"][side], atol=1e-4)
+
+
+def test_large_models_are_written_in_shards(run, tmp_path):
+    model = MetaEmbed.from_pretrained(run["plain"], dtype="float32")
+    parameters = {key: value for key, value in model.parameters.items() if key != "head"}
+    images = model.processor.image_config
+    write_model(tmp_path, model.config, parameters, run["plain"] / "tokenizer.json", images, {}, "float32", shard_bytes=50_000)
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    found = MetaEmbed.from_pretrained(tmp_path, dtype="float32")
+    np.testing.assert_allclose(found.encode_query(ITEMS), model.encode_query(ITEMS), atol=1e-5)
+
+
+def test_every_export_has_a_card(run, tmp_path):
+    for kind in ("transformers", "sentence-transformers", "peft"):
+        export(run["head"], tmp_path / kind, kind)
+        card = (tmp_path / kind / "README.md").read_text()
+        assert "(1, 1), (2, 4), (4, 8), (8, 16), (16, 64)" in card and "## Load" in card and "| (16, 64) |" in card
+        assert not (tmp_path / f"{kind}.tmp").exists()
+
+
+def test_what_cannot_be_exported_is_refused(run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    with pytest.raises(UserError, match="full is not empty"):
+        export(run["head"], tmp_path / "full", "transformers")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    export(run["head"], tmp_path / "merged", "transformers")
+    with pytest.raises(UserError, match="has no adapters"):
+        export(tmp_path / "merged", tmp_path / "adapter", "peft")
+    assert not (tmp_path / "adapter").exists() and not (tmp_path / "adapter.tmp").exists()
+    with pytest.raises(UserError, match="--format=onnx"):
+        export(run["head"], tmp_path / "other", "onnx")

@@ -1,0 +1,287 @@
+"""Training from a released model: adapters train, the base stays, and a run says which base it stands on."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from metaembed_jax.backbones.layers import Linear, quantize
+from metaembed_jax.backbones.lora import Lora, LoraConfig, dropout_keys
+from metaembed_jax.checkpoints.loading import run_processor
+from metaembed_jax.checkpoints.runs import RunCheckpoints
+from metaembed_jax.checkpoints.torch_export import write_model
+from metaembed_jax.checkpoints.workdir import claim
+from metaembed_jax.config import load_config, model_config
+from metaembed_jax.data import sources
+from metaembed_jax.data.images import ImageConfig
+from metaembed_jax.data.pipeline import training_batches
+from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.command import evaluate_checkpoint
+from metaembed_jax.model import MetaEmbed
+from metaembed_jax.network import init_parameters
+from metaembed_jax.sharding import make_mesh
+from metaembed_jax.training import loop
+from metaembed_jax.training.loop import train
+from metaembed_jax.training.start import describe, find_start, initial_state
+from metaembed_jax.training.step import make_trainer, put_batch
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A Qwen2.5-VL directory of random weights."""
+    directory = tmp_path_factory.mktemp("base") / "model"
+    load_config(f"configs/smoke.py:{directory}", {})
+    return directory
+
+
+def small(base, data_dir, **overrides):
+    """Four steps of configs/smoke.py, without exports."""
+    config = load_config(f"configs/smoke.py:{base}", {"data.dir": str(data_dir), **overrides})
+    config.steps, config.optimizer.warmup_steps, config.log_every = 4, 1, 1
+    config.validate_every, config.save_every, config.exports = 4, 2, ()
+    return config
+
+
+@pytest.fixture
+def config(base, data_dir):
+    """Of a run that has not started."""
+    return small(base, data_dir)
+
+
+@pytest.fixture(scope="module")
+def finished(base, data_dir, tmp_path_factory):
+    """A run that went through, with dropout."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train(small(base, data_dir), workdir)
+    return workdir
+
+
+def started(config, workdir, mesh=None):
+    """(trainer, state, batches) of a run that starts."""
+    start = find_start(config)
+    trainer = make_trainer(config, mesh or make_mesh(devices=jax.devices()[:1]))
+    checkpoints = RunCheckpoints(workdir)
+    state = initial_state(config, trainer, checkpoints, start)
+    checkpoints.close()
+    dataset = training_batches(config, run_processor(config, start.tokenizer), sources.training_records(config))
+    return trainer, state, dataset
+
+
+def flat(tree):
+    return {path: np.asarray(leaf) for path, leaf in flatten_dict(jax.device_get(tree), sep=".").items()}
+
+
+def test_fresh_adapters_change_nothing(config, base, tmp_path):
+    _, state, _ = started(config, tmp_path)
+    config.embedding_dim = 0
+    config.trained = (("*", "full"),)
+    plain = MetaEmbed.from_pretrained(base, dtype="float32", mesh=make_mesh(devices=jax.devices()[:1]))
+    plain.parameters["meta_tokens"] = state.parameters["meta_tokens"]
+    config = load_config(f"configs/smoke.py:{base}", {"embedding_dim": "0"})
+    find_start(config)
+    adapted = {key: value for key, value in state.network_parameters().items() if key != "head"}
+    ours = MetaEmbed(model_config(config), adapted, plain.processor, plain.mesh)
+    image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    items = ["cloud snow", {"image": Image.fromarray(image)}, {"text": "lock", "image": Image.fromarray(image)}]
+    assert any(path.endswith(".lora.a") for path in flat(adapted))
+    np.testing.assert_array_equal(ours.encode_query(items), plain.encode_query(items))
+    np.testing.assert_array_equal(ours.encode_document(items), plain.encode_document(items))
+
+
+def test_a_step_changes_what_trains_and_nothing_else(config, tmp_path):
+    trainer, state, dataset = started(config, tmp_path)
+    trained, frozen = flat(state.parameters), flat(state.frozen)
+    kernels = {path for path in frozen if path.startswith("backbone.layers") and path.endswith("kernel")}
+    kernels |= {path for path in frozen if path.startswith("backbone.vision.blocks.mlp") and path.endswith("kernel")}
+    adapters = {path.removesuffix("kernel") + f"lora.{half}" for path in kernels for half in "ab"}
+    assert set(trained) == adapters | {"meta_tokens", "head.kernel"}
+    moments = [leaf.shape for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert sorted(moments) == sorted(2 * [leaf.shape for leaf in trained.values()])
+    for step in range(3):  # the first of warm-up moves nothing, the second moves b alone, since b is zero
+        state, _ = trainer.step(state, put_batch(dataset[step], trainer.mesh))
+    for path, leaf in flat(state.frozen).items():
+        np.testing.assert_array_equal(leaf, frozen[path])
+    unchanged = [path for path, leaf in flat(state.parameters).items() if np.array_equal(leaf, trained[path])]
+    assert not unchanged
+
+
+def test_start_says_what_trains(config, tmp_path):
+    _, state, _ = started(config, tmp_path)
+    trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (state.parameters, state.frozen))
+    assert describe(state).startswith(f"parameters: {trained:,} (") and f"{frozen:,} (" in describe(state)
+
+
+def trained(workdir, config):
+    find_start(config)
+    checkpoints = RunCheckpoints(workdir)
+    found = flat(checkpoints.restore_parameters(4, make_trainer(config, make_mesh()).abstract.parameters))
+    checkpoints.close()
+    return found
+
+
+def test_interrupted_run_ends_as_an_uninterrupted_one(config, finished, tmp_path):
+    """With dropout, whose keys are a function of the step."""
+    assert config.lora.dropout > 0
+    batches = iter(range(3))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(loop, "put_batch", lambda batch, mesh: (next(batches), put_batch(batch, mesh))[1])
+        train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
+    found, expected = trained(tmp_path / "run", config), trained(finished, config)
+    for path in expected:
+        np.testing.assert_array_equal(found[path], expected[path])
+
+
+def test_a_run_needs_its_own_base(config, base, finished, tmp_path):
+    run, moved = shutil.copytree(finished, tmp_path / "run"), shutil.copytree(base, tmp_path / "moved")
+    config.init_from = str(moved)  # the same weights in another place
+    start = find_start(config)
+    claim(run, config, start.tokenizer, start.base)
+
+    def record(name):
+        stored = json.loads((run / "run.json").read_text())
+        stored["base"]["name"] = str(name)
+        (run / "run.json").write_text(json.dumps(stored))
+
+    record(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="its base is missing"):
+        MetaEmbed.from_pretrained(run)
+    record(moved)
+    expected = MetaEmbed.from_pretrained(finished, dtype="float32").encode_query(["cloud snow"])
+    np.testing.assert_array_equal(MetaEmbed.from_pretrained(run, dtype="float32").encode_query(["cloud snow"]), expected)
+
+    tensors = load_file(moved / "model.safetensors")
+    tensors["language_model.norm.weight"][0] += 1
+    save_file(tensors, moved / "model.safetensors")
+    with pytest.raises(UserError, match="it is another model"):
+        MetaEmbed.from_pretrained(run)
+    with pytest.raises(UserError, match="is a run on other weights"):
+        train(config, run)
+
+
+def test_evaluation_finds_the_base(config, finished, tmp_path):
+    evaluate_checkpoint(config, finished, tmp_path, None)
+    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, finished))
+    assert found["directions"] == expected["directions"]
+
+
+def test_a_run_can_start_from_another_with_the_same_base(config, base, finished, tmp_path):
+    config.init_from = str(finished)
+    _, state, _ = started(config, tmp_path)
+    expected = trained(finished, config)
+    for path, leaf in flat(state.parameters).items():
+        np.testing.assert_array_equal(leaf, expected[path])
+    assert find_start(config).base.name == str(base)
+
+
+def test_everything_can_train_from_a_released_model(config, base, tmp_path):
+    config.trained = (("*", "full"),)
+    _, state, _ = started(config, tmp_path)
+    expected = flat(MetaEmbed.from_pretrained(base, dtype="float32").parameters["backbone"])
+    assert state.frozen == {}
+    for path, leaf in flat(state.parameters["backbone"]).items():
+        np.testing.assert_array_equal(leaf, expected[path])
+
+
+def test_checkpoints_hold_what_trained(config, finished):
+    assert set(trained(finished, config)) == set(flat(make_trainer(config, make_mesh()).abstract.parameters))
+    stored = json.loads((finished / "run.json").read_text())
+    assert set(stored["base"]) == {"name", "fingerprint"}
+    size = sum(path.stat().st_size for path in (finished / "checkpoints" / "4" / "parameters").rglob("*") if path.is_file())
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(make_trainer(config, make_mesh()).abstract.frozen))
+    assert size < 4 * frozen
+
+
+def test_int8_base_gives_nearly_the_same_losses(config, tmp_path):
+    """On a model as wide as `tiny`: the fewer numbers a sum has, the less its rounding averages out."""
+    network = model_config(load_config("configs/tiny.py", {}))
+    backbone, words = {"backbone": init_parameters(network, seed=0)["backbone"]}, find_start(config).tokenizer
+    config.init_from, config.architecture = str(tmp_path), {}
+    write_model(tmp_path, network, backbone, words, ImageConfig(28 * 28, 84 * 84, window_size=84), {}, "float32")
+    config.steps, losses = 20, {}
+    config.optimizer.learning_rate, config.lora.dropout = 1e-4, 0.0  # the recipe's rate, and nothing random
+    for dtype in ("bfloat16", "int8"):
+        config.frozen_dtype = dtype
+        trainer, state, dataset = started(config, tmp_path / f"run_{dtype}")
+        assert state.frozen["backbone"]["layers"]["query"]["kernel"].dtype == dtype
+        losses[dtype] = []
+        for step in range(20):
+            state, figures = trainer.step(state, put_batch(dataset[step], trainer.mesh))
+            losses[dtype].append(float(figures["loss"]))
+    relative = np.array(losses["int8"]) / np.array(losses["bfloat16"]) - 1
+    assert 0 < np.abs(relative).mean() < 0.01
+    assert np.abs(relative).max() < 0.02  # of random weights; the loss moves by tenths from step to step
+
+
+def test_quantize_keeps_a_kernel_to_half_a_scale():
+    kernel = np.random.default_rng(0).normal(size=(64, 7)).astype(np.float32) * np.logspace(-3, 3, 7, dtype=np.float32)
+    kernel[:, 3] = 0
+    small, scale = quantize(kernel)
+    assert small.dtype == np.int8 and scale.dtype == np.float32
+    assert (np.abs(small * scale - kernel) <= 0.5001 * scale).all()
+    assert np.abs(small).max(axis=0).tolist() == [127, 127, 127, 0, 127, 127, 127]
+
+
+def test_adapters_add_their_product_and_drop_their_input():
+    linear = Linear(6, 5, axes=(None, None), bias=True, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2000, 6))
+    plain = linear(x)
+    adapter = Lora(linear, LoraConfig(rank=3, alpha=6.0, dropout=0.25), rngs=nnx.Rngs(2))
+    adapter.b[...] = jax.random.normal(jax.random.key(3), (3, 5))
+    linear.lora = nnx.data(adapter)
+    product = np.asarray(adapter.a[...]) @ np.asarray(adapter.b[...]) * 2
+    kept = linear(jnp.eye(6)[None].repeat(4000, 0)) - linear.bias[...] - linear.kernel[...]
+    np.testing.assert_allclose(kept.mean(0), product, atol=0.1 * np.abs(product).max())
+    ratios = np.asarray(kept[:, 0, 0]) / product[0, 0]
+    np.testing.assert_allclose(np.unique(ratios.round(3)), [0, 1.333], atol=2e-3)
+    adapter.key = None
+    np.testing.assert_allclose(linear(x) - plain, x @ product, atol=1e-5)
+
+
+def test_every_adapter_and_layer_has_a_key_of_its_own():
+    abstract = {"a": jax.ShapeDtypeStruct((3, 2), jnp.uint32), "b": {"c": jax.ShapeDtypeStruct((2,), jnp.uint32)}}
+    keys = dropout_keys(abstract, jax.random.key(0))
+    rows = np.concatenate([np.asarray(keys["a"]), np.asarray(keys["b"]["c"])[None]])
+    assert len({tuple(row) for row in rows.tolist()}) == 4
+    assert dropout_keys({}, jax.random.key(0)) == {}
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("trained", "(('backbone.layers.q.kernel', 'lora'),)", "the LoRA pattern 'backbone.layers.q.kernel' matches none"),
+        ("trained", "(('meta', 'full'),)", "'meta' matches none of the parameters"),
+        ("trained", "(('*', 'ful'),)", r"\('\*', 'ful'\) is not"),
+        ("trained", "(('*', 'full'), ('backbone.layers.*.kernel', 'lora'))", "which carries an adapter by another pattern"),
+        ("frozen_dtype", "int4", "config.frozen_dtype='int4': expected"),
+        ("init_from", "", "is no Hugging Face directory to read it from"),
+        ("init_from", "no/such_model", "there is no such directory, and the hub gives no model of this id"),
+    ],
+)
+def test_what_cannot_train_is_refused(config, tmp_path, key, value, message):
+    from metaembed_jax.config import _override
+
+    _override(config, key, value)
+    if not value:
+        config.architecture = load_config("configs/tiny.py", {}).architecture
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+
+
+def test_int8_kernels_cannot_train(config, tmp_path):
+    config.frozen_dtype, config.trained = "int8", (("*", "full"),)
+    with pytest.raises(UserError, match="config.frozen_dtype=int8, but config.trained has backbone"):
+        train(config, tmp_path / "run")
+
+
+def test_another_architecture_than_the_base_is_refused(config, tmp_path):
+    config.architecture = load_config("configs/tiny.py", {}).architecture
+    with pytest.raises(UserError, match="has text_config.vocab_size=512, and config.architecture has 2048"):
+        train(config, tmp_path / "run")
