@@ -4,11 +4,11 @@ from metaembed_jax.network import ModelConfig
 
 LOAD = {
     "transformers": """\
-The Meta Tokens are in the vocabulary, so that a prompt with their strings behind it is all there is to it. (`AutoProcessor` works
-too, where torchvision is installed.)
+The Meta Tokens are in the vocabulary, so that a prompt with their strings behind it is all there is to it.
 
 ```python
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 tokenizer, model = AutoTokenizer.from_pretrained(DIRECTORY), AutoModel.from_pretrained(DIRECTORY)
@@ -52,7 +52,7 @@ def model_card(kind: str, config: ModelConfig, about: dict, results: dict | None
       results: the content of the run's results.json.
     """
     width = config.embedding_dim or config.architecture.text_config.hidden_size
-    head = " @ load_file(DIRECTORY + '/head.safetensors')['weight'].T" if config.embedding_dim else ""
+    head = ' @ load_file(f"{DIRECTORY}/head.safetensors")["weight"].T' if config.embedding_dim else ""
     load = LOAD[kind].format(
         query=config.query_tokens, last=config.candidate_tokens - 1, width=width, head=head, base=about.get("base", "")
     )
@@ -78,7 +78,7 @@ def _results(results: dict | None) -> list[str]:
         return []
     lines = ["## Results", ""]
     for direction in results["directions"]:
-        metrics = list(direction["rows"][0]["metrics"])
+        metrics = sorted(direction["rows"][0]["metrics"], key=lambda name: (name[0] != "R", len(name), name))
         lines += [f"{direction['name']}, test split:", "", f"| budget | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
         for row in direction["rows"]:
             figures = " | ".join(f"{100 * row['metrics'][metric]['mean']:.1f}" for metric in metrics)
