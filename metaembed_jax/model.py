@@ -150,13 +150,15 @@ def as_item(item) -> dict:
 
 
 def _by_shape(examples: dict[int, Example], image_config) -> dict[ShapeClass, list[int]]:
-    """Rows by padded size. Sizes are few, so that few programs are compiled: tokens in steps, windows in powers of two."""
+    """Rows by padded size. Sizes are few, so that few programs are compiled: tokens in steps, windows four to each doubling."""
     window = (image_config.window_units * image_config.merge_size) ** 2
     groups: dict[ShapeClass, list[int]] = {}
     for row, example in examples.items():
         patches = 0
         if example.patches is not None:
-            patches = window * 2 ** math.ceil(math.log2(len(example.patches.mask) / window))
+            windows = len(example.patches.mask) // window
+            step = 2 ** max(math.ceil(math.log2(windows)) - 3, 0)
+            patches = window * step * math.ceil(windows / step)
         tokens = TOKEN_BUCKET * math.ceil(len(example.tokens) / TOKEN_BUCKET)
         groups.setdefault(ShapeClass(tokens, patches), []).append(row)
     return groups

@@ -12,6 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 import metaembed_jax as me
+from metaembed_jax.backbones import qwen2_5_vl
 from metaembed_jax.checkpoints import base
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.config import default_config, model_config
@@ -217,3 +218,13 @@ def test_what_does_not_fit_together_is_refused(directory, tmp_path):
         me.MetaEmbed.from_pretrained(tmp_path / "empty")
     with pytest.raises(me.UserError, match="dtype='float16'"):
         me.MetaEmbed.from_pretrained(directory, dtype="float16")
+
+
+def test_deep_models_do_not_cut_their_last_layer_off(directory, monkeypatch):
+    """Which saves memory and changes no number."""
+    items = ["a red car", {"image": noise(60, 100, 1)}]
+    mesh = make_mesh(devices=jax.devices()[:1])
+    expected = me.MetaEmbed.from_pretrained(directory, dtype="float32", mesh=mesh).encode_document(items)
+    monkeypatch.setattr(qwen2_5_vl, "FEW_LAYERS", 0)
+    found = me.MetaEmbed.from_pretrained(directory, dtype="float32", mesh=mesh).encode_document(items)
+    np.testing.assert_allclose(found, expected, atol=1e-6)

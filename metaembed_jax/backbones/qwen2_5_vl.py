@@ -30,6 +30,7 @@ from metaembed_jax.backbones.layers import (
 from metaembed_jax.errors import UserError
 from metaembed_jax.sharding import constrain
 
+FEW_LAYERS = 8  # of more, cutting the last one off copies a stack of weights that is worth more than the rows it saves
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -310,9 +311,12 @@ class Backbone(nnx.Module):
         x_BSD = constrain(jnp.concatenate([x_BSD, suffix_BRD], axis=1), "batch", None, None)
         mask_BS = jnp.pad(batch["mask"], ((0, 0), (0, R)), constant_values=True)
         cos, sin = self.rotary(extend_positions(batch["positions"], R))
+        if self.config.text_config.num_hidden_layers > FEW_LAYERS:
+            x_BSD = scan_layers(self.layers, x_BSD, None, mask_BS, cos, sin, checkpoint=checkpoint, unroll=unroll)
+            return self.final_norm(x_BSD[:, -keep:])
+        # The last layer's states are read at a few rows only, so only those are computed.
         body, last = split_last(self.layers)
         x_BSD = scan_layers(body, x_BSD, None, mask_BS, cos, sin, checkpoint=checkpoint, unroll=unroll)
-        # The last layer's states are read at a few rows only, so only those are computed.
         return self.final_norm(last(x_BSD, None, mask_BS, cos, sin, keep=keep))
 
     def embed(self, batch: dict[str, Array], dtype, checkpoint: bool, unroll: int) -> Float[Array, "B S D"]:
