@@ -1,11 +1,11 @@
-"""Eight fake CPU devices and one compilation cache for the whole suite, both set before JAX starts; and a small preparation
-of the embedded sources."""
+"""Eight fake CPU devices and one compilation cache for the whole suite, both set before JAX starts; no hub; small data."""
 
 import os
 from pathlib import Path
 
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:

@@ -25,6 +25,8 @@ WRONG = [
     (["train.py", TINY, "--config.mesh.data=3"], "config.mesh (data=3, fsdp=1, tensor=1) does not fit"),
     (["eval.py", TINY, "--checkpoint=nowhere"], "nowhere is no run of train.py"),
     (["metaembed_jax"], "the following arguments are required: command"),
+    (["metaembed_jax", "export", "--checkpoint=no/where", "--out=out", "--format=peft"], "no/where: there is no such directory"),
+    (["metaembed_jax", "export", "--checkpoint=x", "--out=out", "--format=onnx"], "invalid choice: 'onnx'"),
     (["metaembed_jax", "plot", "none.json"], "none.json cannot be read"),
     (["metaembed_jax", "prepare", "--source=cats"], "no source 'cats'; there are icons, boards"),
 ]
