@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from metaembed_jax.checkpoints.huggingface import read_json
 from metaembed_jax.errors import UserError
 
 SAMPLE = 256  # numbers of each tensor that the fingerprint reads
@@ -83,9 +84,13 @@ def fingerprint(directory: Path) -> str:
 
     All of a large checkpoint would take minutes to read; weights that were trained further differ in their first numbers too.
     """
-    digest = hashlib.sha256(json.dumps(json.loads((directory / "config.json").read_text()), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(read_json(directory / "config.json"), sort_keys=True).encode())
     for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, "np") as handle:
+        try:
+            opened = safe_open(file, "np")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); download it again") from error
+        with opened as handle:
             for key in sorted(handle.keys()):
                 tensor = handle.get_slice(key)
                 shape = tensor.get_shape()

@@ -14,7 +14,6 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from metaembed_jax.backbones.lora import LoraConfig
 from metaembed_jax.checkpoints import peft_export, torch_export
 from metaembed_jax.checkpoints.base import find
 from metaembed_jax.checkpoints.card import model_card
@@ -115,7 +114,7 @@ def _sentence_transformers(out: Path, trained: Trained) -> None:
 
 
 def _peft(out: Path, trained: Trained) -> None:
-    if trained.config.lora == LoraConfig() or not trained.config.lora.kernels:
+    if not trained.config.lora.kernels:
         raise UserError("--format=peft: this model has no adapters (nothing in its config.trained says lora); use transformers")
     peft_export.write_adapter(out, trained.config, trained.parameters, trained.about)
 

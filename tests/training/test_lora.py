@@ -275,6 +275,15 @@ def test_what_cannot_train_is_refused(config, tmp_path, key, value, message):
         train(config, tmp_path / "run")
 
 
+def test_a_truncated_base_is_named(config, base, tmp_path):
+    moved = shutil.copytree(base, tmp_path / "moved")
+    content = (moved / "model.safetensors").read_bytes()
+    (moved / "model.safetensors").write_bytes(content[: len(content) // 2])
+    config.init_from = str(moved)
+    with pytest.raises(UserError, match="model.safetensors: cannot be read"):
+        train(config, tmp_path / "run")
+
+
 def test_int8_kernels_cannot_train(config, tmp_path):
     config.frozen_dtype, config.trained = "int8", (("*", "full"),)
     with pytest.raises(UserError, match="config.frozen_dtype=int8, but config.trained has backbone"):
