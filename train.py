@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from metaembed_jax.flags import Parser, default_workdir, parse, run_main
+from metaembed_jax.checkpoints.workdir import default_workdir
+from metaembed_jax.flags import Parser, parse, run_main
 from metaembed_jax.training.loop import train
 
 

@@ -23,7 +23,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.name = ""  # names the folder runs/<name>
     config.seed = 0
-    config.init_from = ""  # what the weights start from: a run, or a Hugging Face directory or hub id
+    # What the weights start from: a run, a Hugging Face directory or hub id, or a config FILE[:ARG], whose run is trained first.
+    config.init_from = ""
 
     config.backbone = "qwen2_5_vl"
     config.architecture = ConfigDict()  # the keys of Hugging Face's config.json; empty: those of init_from

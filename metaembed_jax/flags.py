@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -41,11 +40,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
             rest.append(argument)
     arguments = parser.parse_args(rest)
     return arguments, load_config(arguments.config, overrides)
-
-
-def default_workdir(config: ConfigDict) -> Path:
-    """runs/<config name>."""
-    return Path("runs") / config.name
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:

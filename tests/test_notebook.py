@@ -7,7 +7,7 @@ import pytest
 
 nbclient = pytest.importorskip("nbclient")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
-SHRUNKEN = "--config.steps=12 --config.optimizer.warmup_steps=2 --config.validate_every=12 --config.save_every=12"
+SHRUNKEN = "--config.init_from= --config.steps=12 --config.optimizer.warmup_steps=2 --config.validate_every=12 --config.save_every=12"
 
 
 def test_quickstart(tmp_path, monkeypatch):

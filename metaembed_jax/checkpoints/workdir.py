@@ -21,6 +21,11 @@ from metaembed_jax.errors import UserError
 FREE_KEYS = ("mesh", "log_every", "keep_checkpoints", "data.dir")
 
 
+def default_workdir(config: ConfigDict) -> Path:
+    """runs/<config name>."""
+    return Path("runs") / config.name
+
+
 def claim(workdir: Path, config: ConfigDict, tokenizer: Path, base: Base | None) -> None:
     """Makes the folder this config's, or finds that it is.
 
@@ -48,6 +53,19 @@ def claim(workdir: Path, config: ConfigDict, tokenizer: Path, base: Base | None)
     temporary = workdir / "run.json.tmp"
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, record)
+
+
+def is_finished(workdir: Path, config: ConfigDict) -> bool:
+    """Whether the folder holds a run of this config that was trained to its end.
+
+    Raises:
+      UserError: it is another config's run (names the keys).
+    """
+    if not (workdir / "results.json").is_file() or not (workdir / "run.json").is_file():
+        return False
+    filled = () if config.architecture else ("backbone", "architecture")  # by what the run started from
+    _compare(workdir, _plain(config), _read(workdir / "run.json")["config"], FREE_KEYS + filled)
+    return True
 
 
 def read_config(workdir: Path) -> ConfigDict:

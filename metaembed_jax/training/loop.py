@@ -4,6 +4,7 @@ import math
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 from metaembed_jax.checkpoints.export import export
 from metaembed_jax.checkpoints.loading import run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
-from metaembed_jax.checkpoints.workdir import claim
+from metaembed_jax.checkpoints.workdir import claim, default_workdir, is_finished
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import iterate, training_batches
@@ -21,7 +22,7 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.sharding import batch_shards, make_mesh
 from metaembed_jax.trained import join, paths, split
 from metaembed_jax.training.metrics import MetricsWriter
-from metaembed_jax.training.start import describe, find_start, initial_state
+from metaembed_jax.training.start import describe, find_start, initial_state, stage_before
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, put_batch
 
 
@@ -34,7 +35,21 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     Raises:
       UserError: anything that the user can put right; what was saved stands.
     """
+    return _train_all(config, workdir, _stop_on_sigterm())
+
+
+def _train_all(config: ConfigDict, workdir: Path, stop: Callable[[], bool]) -> bool:
+    """The run of a config, and before it the one it starts from, if that is a config's and is not finished."""
     check_config(config)
+    before = stage_before(config)
+    if before and not is_finished(default_workdir(before), before):
+        print(f"{config.name} starts from {config.init_from}, which is trained first", flush=True)
+        if not _train_all(before, default_workdir(before), stop) or stop():
+            return False
+    return _train_one(config, workdir, stop)
+
+
+def _train_one(config: ConfigDict, workdir: Path, stop: Callable[[], bool]) -> bool:
     mesh = make_mesh(**config.mesh)
     if config.microbatch_size % batch_shards(mesh):
         raise UserError(
@@ -52,7 +67,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
         print(describe(state), flush=True)
         model = MetaEmbed(model_config(config), state.network_parameters(), processor, mesh)
         dataset = training_batches(config, processor, records)
-        finished = _train(config, trainer, state, dataset, model, checkpoints, workdir)
+        finished = _train(config, trainer, state, dataset, model, checkpoints, workdir, stop)
         if finished:
             _finish(config, trainer, checkpoints, model, workdir)
     finally:
@@ -90,10 +105,10 @@ class _Pending:
         self._step, self._figures = step, figures
 
 
-def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbed, checkpoints, workdir: Path) -> bool:
+def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbed, checkpoints, workdir: Path, stop) -> bool:
     first = int(state.step)
     writer = MetricsWriter(workdir, first, config.steps)
-    stop, pending, since = _stop_on_sigterm(), _Pending(checkpoints), (first, time.monotonic())
+    pending, since = _Pending(checkpoints), (first, time.monotonic())
     batches = iterate(dataset, first, config.steps)
     try:
         for step in range(first + 1, config.steps + 1):
@@ -165,7 +180,7 @@ def _largest_accuracy(figures: dict[str, float]) -> float:
     return [value for name, value in figures.items() if name.startswith("accuracy/")][-1]
 
 
-def _stop_on_sigterm():
+def _stop_on_sigterm() -> Callable[[], bool]:
     """Makes SIGTERM a wish to stop, and returns a function that says whether it came."""
     came = []
     signal.signal(signal.SIGTERM, lambda *_: came.append(True))

@@ -14,9 +14,10 @@ from metaembed_jax.checkpoints.base import Base, find, open_base, open_recorded
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture, best_parameters
 from metaembed_jax.checkpoints.runs import RunCheckpoints
-from metaembed_jax.checkpoints.workdir import read_base, read_config
-from metaembed_jax.config import model_config
+from metaembed_jax.checkpoints.workdir import default_workdir, read_base, read_config
+from metaembed_jax.config import load_config, model_config
 from metaembed_jax.errors import UserError
+from metaembed_jax.network import abstract_parameters
 from metaembed_jax.trained import LORA, join
 from metaembed_jax.training.step import Trainer, TrainState
 
@@ -35,6 +36,15 @@ class Start(NamedTuple):
     tokenizer: Path
 
 
+def stage_before(config: ConfigDict) -> ConfigDict | None:
+    """The config whose run this one starts from, where `config.init_from` names a config; its folder is `default_workdir`'s."""
+    if not config.init_from.partition(":")[0].endswith(".py"):
+        return None
+    before = load_config(config.init_from, {})
+    before.data.dir, before.mesh = config.data.dir, config.mesh
+    return before
+
+
 def find_start(config: ConfigDict) -> Start:
     """Finds the start of a run, and fills an empty `config.architecture` from it.
 
@@ -43,7 +53,8 @@ def find_start(config: ConfigDict) -> Start:
     """
     if not config.init_from:
         return Start(None, None, _tokenizer(Path(config.data.dir) / config.data.sources[0][0]))
-    directory = find(config.init_from)
+    before = stage_before(config)
+    directory = default_workdir(before) if before else find(config.init_from)
     if (directory / "run.json").is_file():
         other = read_config(directory)
         _fill_architecture(config, other.backbone, other.architecture.to_dict(), directory)
@@ -76,8 +87,8 @@ def initial_state(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoi
         frozen = _read(config, start.base, abstract.frozen)
         return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), parameters, frozen, optimizer)
     if start.run is not None:
-        step, parameters = best_parameters(start.run, abstract.parameters)
-        print(f"starting from step {step} of {config.init_from}", flush=True)
+        step, parameters = _read_run(config, start.run, trainer)
+        print(f"starting from step {step} of {start.run}", flush=True)
         return trainer.init(join(parameters, _read(config, start.base, abstract.frozen)))
     if start.base is not None:
         print(f"starting from {start.base.name}", flush=True)
@@ -94,6 +105,17 @@ def describe(state: TrainState) -> str:
 
     trained, frozen, optimizer = of(state.parameters), of(state.frozen), of(state.optimizer)
     return f"parameters: {trained} trained, {frozen} frozen; numbers of the optimizer: {optimizer}"
+
+
+def _read_run(config: ConfigDict, run: Path, trainer: Trainer) -> tuple[int, dict]:
+    """(step, parameters) of another run's best checkpoint, of those that train here; without its head if that has another width."""
+    wanted, width = trainer.abstract.parameters, read_config(run).embedding_dim
+    if width == config.embedding_dim:
+        return best_parameters(run, wanted)
+    theirs = abstract_parameters(dataclasses.replace(model_config(config), embedding_dim=width), trainer.mesh, "float32")
+    heads = {"head": theirs["head"]} if width else {}
+    step, parameters = best_parameters(run, {name: leaf for name, leaf in wanted.items() if name != "head"} | heads)
+    return step, {name: leaf for name, leaf in parameters.items() if name != "head"}
 
 
 def _read(config: ConfigDict, base: Base | None, wanted: dict) -> dict:

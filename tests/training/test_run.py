@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from metaembed_jax.evaluation.report import format_table
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
+from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer
 
 
@@ -113,6 +115,42 @@ def test_corrupt_latest_checkpoint_falls_back(small_config, whole, tmp_path, mon
     said = capsys.readouterr().out
     assert "checkpoints/6 cannot be read" in said and "resuming at step 4 of 8" in said
     assert_identical(parameters_of(small_config, whole, 8), parameters_of(small_config, tmp_path / "run", 8))
+
+
+def test_the_config_that_a_run_starts_from_is_trained_first(small_config, tmp_path, monkeypatch, capsys):
+    first = Path(__file__).with_name("small.py").resolve()
+    monkeypatch.chdir(tmp_path)
+    small_config.init_from = f"{first}:first"
+    stop_at(monkeypatch, 8 + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(small_config, tmp_path / "run") is False
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert "starting from step 8 of runs/small_first" in capsys.readouterr().out
+    assert json.loads(Path("runs/small_first/results.json").read_text())["config"]["embedding_dim"] == 24
+
+    # Stopped after its own first step, the second stage goes on without the first.
+    assert train(small_config, tmp_path / "run")
+    assert "trained first" not in capsys.readouterr().out
+
+
+def test_a_head_of_another_width_is_fresh(small_config, whole, tmp_path):
+    small_config.init_from, small_config.embedding_dim = str(whole), 6
+    trainer, checkpoints = make_trainer(small_config, make_mesh()), RunCheckpoints(tmp_path)
+    state = initial_state(small_config, trainer, checkpoints, find_start(small_config))
+    checkpoints.close()
+    fresh = jax.device_get(trainer.init().parameters["head"])
+    small_config.embedding_dim = 16
+    trained = parameters_of(small_config, whole, RunCheckpoints(whole).best_step())
+    assert_identical(jax.device_get(state.parameters), trained | {"head": fresh})
+
+
+def test_a_first_stage_of_another_config_is_refused(small_config, whole, tmp_path, monkeypatch):
+    first = Path(__file__).with_name("small.py").resolve()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole, tmp_path / "runs/small_first")
+    small_config.init_from = f"{first}:first"
+    with pytest.raises(UserError, match="runs/small_first is a run of another config: embedding_dim is 16 there and 24 here"):
+        train(small_config, tmp_path / "run")
 
 
 def test_a_loss_that_is_no_number_stops(small_config, tmp_path):

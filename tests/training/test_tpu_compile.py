@@ -19,7 +19,7 @@ from metaembed_jax.checkpoints.loading import run_processor
 from metaembed_jax.training.start import find_start
 from metaembed_jax.training.step import make_trainer
 
-config = load_config("configs/tiny.py", {"data.dir": DATA_DIR})
+config = load_config("configs/tiny.py", {"data.dir": DATA_DIR, "init_from": ""})
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
 mesh = make_mesh(2, 2, 2, devices=devices)
 batch = training_batches(config, run_processor(config, find_start(config).tokenizer), sources.training_records(config))[0]
