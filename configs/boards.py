@@ -1,8 +1,10 @@
 """Page retrieval in miniature: pages of 4 to 9 icons, and queries that name one or two. It starts from the `tiny` run and grows.
 
-python train.py --config=configs/tiny.py          icons in the middle of the picture
-python train.py --config=configs/boards.py:one    one icon, at any place of a small page
-python train.py --config=configs/boards.py        more and more icons, up to 4 to 9 on a page
+configs/tiny.py          icons in the middle of the picture
+configs/boards.py:one    one icon, at any place of a small page
+configs/boards.py        more and more icons, up to 4 to 9 on a page
+
+Each starts from the one before, which is trained first.
 """
 
 from ml_collections import ConfigDict
@@ -20,22 +22,23 @@ def get_config(arg=None):
     with config.unlocked():
         config.architecture = ConfigDict(tiny.architecture.to_dict())
     config.architecture.vision_config.window_size = 112
-    for key in ("dtype", "checkpoint_layers", "unroll_layers", "embedding_dim", "temperature", "optimizer"):
+    for key in ("dtype", "checkpoint_layers", "unroll_layers", "meta_token_scale", "temperature", "optimizer"):
         config[key] = tiny[key]
+    config.embedding_dim = 32
 
     config.data.sources = (("boards", 1.0, 0),)
     config.batch_size = config.microbatch_size = 64
     config.data.query_shapes = ((64, 0),)
     if arg == "one":
-        config.name, config.init_from = "boards_one", "runs/tiny"
+        config.name, config.init_from = "boards_one", "configs/tiny.py"
         config.data.page_side, config.data.curriculum = 112, ((0, 1, 1),)
         config.data.candidate_shapes = ((28, 64),)
-        config.steps = 600
+        config.steps = 400
     else:
-        config.name, config.init_from = "boards", "runs/boards_one"
-        config.data.page_side, config.data.curriculum = 224, ((100, 1, 2), (300, 2, 4), (500, 3, 6), (0, 4, 9))
+        config.name, config.init_from = "boards", "configs/boards.py:one"
+        config.data.page_side, config.data.curriculum = 224, ((150, 1, 2), (400, 2, 4), (700, 3, 6), (0, 4, 9))
         config.data.candidate_shapes = ((76, 256),)
-        config.steps = 1000
+        config.steps = 2000
     config.data.min_pixels = config.data.max_pixels = config.data.page_side**2
     config.validate_every = config.save_every = config.steps // 4
     return config

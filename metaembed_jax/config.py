@@ -100,6 +100,11 @@ def load_config(flag: str, overrides: dict[str, str]) -> ConfigDict:
     return config
 
 
+def names_config(text: str) -> bool:
+    """Whether a text is FILE[:ARG] of a config, rather than a path or id of weights."""
+    return text.partition(":")[0].endswith(".py")
+
+
 def _override(config: ConfigDict, key: str, text: str) -> None:
     *parents, leaf = key.split(".")
     node = config

@@ -48,7 +48,7 @@ def model_card(kind: str, config: ModelConfig, about: dict, results: dict | None
 
     Args:
       kind: the format, a key of `LOAD`.
-      about: name, base, groups, sources and steps of the run, as far as they are known.
+      about: name, base or start, groups, sources and steps of the run, as far as they are known.
       results: the content of the run's results.json.
     """
     width = config.embedding_dim or config.architecture.text_config.hidden_size
@@ -65,7 +65,7 @@ def model_card(kind: str, config: ModelConfig, about: dict, results: dict | None
         "cost when searching. The score is the sum over query vectors of the largest inner product with a candidate vector.",
         "",
     ]
-    lines += [f"- base: {about.get('base') or 'none, trained from scratch'}"]
+    lines += [f"- base: {about.get('base') or about.get('start') or 'none, trained from scratch'}"]
     if "groups" in about:
         lines += [f"- budgets (query vectors, candidate vectors): {', '.join(f'({q}, {c})' for q, c in about['groups'])}"]
         sources = ", ".join(str(source[0]) for source in about["sources"])

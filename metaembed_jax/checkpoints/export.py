@@ -14,13 +14,15 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from ml_collections import ConfigDict
+
 from metaembed_jax.checkpoints import peft_export, torch_export
 from metaembed_jax.checkpoints.base import find
 from metaembed_jax.checkpoints.card import model_card
 from metaembed_jax.checkpoints.huggingface import ABOUT, read_json
 from metaembed_jax.checkpoints.loading import load, run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import read_base, read_config
-from metaembed_jax.config import model_config
+from metaembed_jax.config import model_config, names_config
 from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig, abstract_parameters
@@ -83,20 +85,31 @@ def read_trained(directory: Path, dtype: str | None) -> Trained:
     """Reads a run or a Hugging Face directory; what was frozen as int8 comes from its base in full."""
     mesh = make_mesh(data=1, fsdp=-1)
     if not (directory / "run.json").is_file():
-        dtype = dtype or read_json(directory / "config.json").get("dtype", "float32")
+        stored = read_json(directory / "config.json")
+        found = stored.get("dtype") or stored.get("torch_dtype")  # as transformers 5 names it, and as it did before
+        dtype = dtype or (found if found in ("float32", "bfloat16") else "float32")
         config, parameters, processor = load(directory, dtype, mesh, 0, 1024)
-        about = read_json(directory / "config.json").get(ABOUT, {})
+        about = stored.get(ABOUT, {})
         return Trained(config, parameters, directory / "tokenizer.json", processor.image_config, about, None)
     run = read_config(directory)
     config = dataclasses.replace(model_config(run), dtype=dtype or run.dtype, int8=False)
     _, parameters = run_parameters(directory, run, abstract_parameters(config, mesh))
     images = run_processor(run, directory / "tokenizer.json").image_config
-    base = read_base(directory)
     about = {"groups": [list(group) for group in run.groups], "temperature": run.temperature, "name": run.name, "steps": run.steps}
-    about |= {"base": base["name"] if base else run.init_from, "sources": [list(entry) for entry in run.data.sources]}
+    about |= {"sources": [list(entry) for entry in run.data.sources]} | _origin(directory, run)
     results = directory / "results.json"
     found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
     return Trained(config, parameters, directory / "tokenizer.json", images, about, found)
+
+
+def _origin(directory: Path, run: ConfigDict) -> dict[str, str]:
+    """{"base": released weights that a run started from} or {"start": another run, or the config of one} or nothing."""
+    if base := read_base(directory):
+        return {"base": base["name"]}
+    if not run.init_from:
+        return {}
+    is_run = names_config(run.init_from) or (Path(run.init_from) / "run.json").is_file()
+    return {"start" if is_run else "base": run.init_from}
 
 
 def _transformers(out: Path, trained: Trained) -> None:

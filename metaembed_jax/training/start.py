@@ -15,7 +15,7 @@ from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture, best_parameters
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import default_workdir, read_base, read_config
-from metaembed_jax.config import load_config, model_config
+from metaembed_jax.config import load_config, model_config, names_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import abstract_parameters
 from metaembed_jax.trained import LORA, join
@@ -38,7 +38,7 @@ class Start(NamedTuple):
 
 def stage_before(config: ConfigDict) -> ConfigDict | None:
     """The config whose run this one starts from, where `config.init_from` names a config; its folder is `default_workdir`'s."""
-    if not config.init_from.partition(":")[0].endswith(".py"):
+    if not names_config(config.init_from):
         return None
     before = load_config(config.init_from, {})
     before.data.dir, before.mesh = config.data.dir, config.mesh

@@ -70,6 +70,15 @@ def test_our_own_loader_reads_the_transformers_export_and_writes_it_again(run, o
         assert json.loads((tmp_path / "one" / file).read_text()) == json.loads((tmp_path / "two" / file).read_text())
 
 
+def test_a_directory_that_older_transformers_wrote_keeps_its_dtype(run, tmp_path):
+    export(run["head"], tmp_path / "one", "transformers", "bfloat16")
+    stored = json.loads((tmp_path / "one" / "config.json").read_text())
+    stored["torch_dtype"] = stored.pop("dtype")
+    (tmp_path / "one" / "config.json").write_text(json.dumps(stored))
+    export(tmp_path / "one", tmp_path / "two", "transformers")
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("name", ["head", "plain"])
 def test_stock_transformers_computes_the_same_vectors(run, ours, tmp_path, name):
     pytest.importorskip("torch")
