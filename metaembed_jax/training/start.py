@@ -57,7 +57,8 @@ def find_start(config: ConfigDict) -> Start:
     directory = default_workdir(before) if before else find(config.init_from)
     if (directory / "run.json").is_file():
         other = read_config(directory)
-        _fill_architecture(config, other.backbone, other.architecture.to_dict(), directory)
+        if not config.architecture:  # one of its own may differ in what is no parameter: boards has other windows than tiny
+            _fill_architecture(config, other.backbone, other.architecture.to_dict(), directory)
         record = read_base(directory)
         return Start(directory, open_recorded(directory, record) if record else None, _tokenizer(directory))
     base = open_base(config.init_from)
