@@ -161,6 +161,9 @@ def _style_panel(panel, unit: str) -> None:
     panel.xaxis.set_major_formatter(EngFormatter(unit=unit, places=0, sep=" " if unit else ""))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.margins(x=0.08, y=0.12)
+    low, high = panel.dataLim.intervalx
+    if low == high:  # one budget
+        panel.set_xlim(low / 2, high * 2)
     panel.set_ylim(bottom=0)
     panel.grid(color="#dddddd", linewidth=0.7)
     panel.set_axisbelow(True)

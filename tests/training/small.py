@@ -1,11 +1,13 @@
 """`tiny`, narrow and with small batches: eight steps in a few seconds."""
 
+from pathlib import Path
+
 from metaembed_jax.config import load_config
 
 
 def get_config(arg=None):
     """`first` has another head, and is what a second stage can start from."""
-    config = load_config("configs/tiny.py", {})
+    config = load_config(str(Path(__file__).parents[2] / "configs" / "tiny.py"), {})
     config.name, config.init_from = "small", ""
     text, vision = config.architecture.text_config, config.architecture.vision_config
     text.hidden_size, text.intermediate_size, text.mrope_section = 32, 64, (2, 3, 3)
