@@ -133,8 +133,9 @@ def test_the_config_that_a_run_starts_from_is_trained_first(small_config, tmp_pa
     assert "trained first" not in capsys.readouterr().out
 
 
-def test_a_head_of_another_width_is_fresh(small_config, whole, tmp_path):
+def test_a_head_of_another_width_is_fresh_and_windows_may_differ(small_config, whole, tmp_path):
     small_config.init_from, small_config.embedding_dim = str(whole), 6
+    small_config.architecture.vision_config.window_size = 112
     trainer, checkpoints = make_trainer(small_config, make_mesh()), RunCheckpoints(tmp_path)
     state = initial_state(small_config, trainer, checkpoints, find_start(small_config))
     checkpoints.close()
