@@ -61,11 +61,11 @@ def is_finished(workdir: Path, config: ConfigDict) -> bool:
     Raises:
       UserError: it is another config's run (names the keys).
     """
-    if not (workdir / "results.json").is_file() or not (workdir / "run.json").is_file():
+    if not (workdir / "run.json").is_file():
         return False
     filled = () if config.architecture else ("backbone", "architecture")  # by what the run started from
     _compare(workdir, _plain(config), _read(workdir / "run.json")["config"], FREE_KEYS + filled)
-    return True
+    return (workdir / "results.json").is_file()
 
 
 def read_config(workdir: Path) -> ConfigDict:

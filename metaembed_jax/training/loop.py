@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from metaembed_jax.checkpoints.export import export
@@ -38,24 +39,33 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     return _train_all(config, workdir, _stop_on_sigterm())
 
 
-def _train_all(config: ConfigDict, workdir: Path, stop: Callable[[], bool]) -> bool:
+def _train_all(config: ConfigDict, workdir: Path, stop: Callable[[], bool], later: tuple[str, ...] = ()) -> bool:
     """The run of a config, and before it the one it starts from, if that is a config's and is not finished."""
     check_config(config)
-    before = stage_before(config)
-    if before and not is_finished(default_workdir(before), before):
-        print(f"{config.name} starts from {config.init_from}, which is trained first", flush=True)
-        if not _train_all(before, default_workdir(before), stop) or stop():
-            return False
-    return _train_one(config, workdir, stop)
+    mesh = _mesh(config)
+    if before := stage_before(config):
+        stages = (*later, config.init_from)
+        if config.init_from in later:
+            raise UserError(f"config.init_from: {' starts from '.join(stages)}: a first stage must start from something else")
+        is_finished(workdir, config)  # that a folder is another config's is better said before than after
+        if not is_finished(default_workdir(before), before):
+            print(f"{config.name} starts from {config.init_from}, which is trained first", flush=True)
+            if not _train_all(before, default_workdir(before), stop, stages) or stop():
+                return False
+    return _train_one(config, workdir, mesh, stop)
 
 
-def _train_one(config: ConfigDict, workdir: Path, stop: Callable[[], bool]) -> bool:
+def _mesh(config: ConfigDict) -> Mesh:
     mesh = make_mesh(**config.mesh)
     if config.microbatch_size % batch_shards(mesh):
         raise UserError(
             f"config.microbatch_size={config.microbatch_size} does not divide over the mesh {dict(mesh.shape)}: "
             f"it must be a multiple of data x fsdp = {batch_shards(mesh)}"
         )
+    return mesh
+
+
+def _train_one(config: ConfigDict, workdir: Path, mesh: Mesh, stop: Callable[[], bool]) -> bool:
     records = sources.training_records(config)
     start = find_start(config)
     processor = run_processor(config, start.tokenizer)

@@ -145,6 +145,18 @@ def test_a_head_of_another_width_is_fresh_and_windows_may_differ(small_config, w
     assert_identical(jax.device_get(state.parameters), trained | {"head": fresh})
 
 
+def test_stages_without_a_first_one_are_refused(small_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("round.py").write_text(
+        "from metaembed_jax.config import load_config\n\n"
+        f"def get_config(arg=None):\n    config = load_config({str(Path(__file__).with_name('small.py').resolve())!r}, {{}})\n"
+        "    config.name, config.init_from = 'round', 'round.py'\n    return config\n"
+    )
+    small_config.init_from = "round.py"
+    with pytest.raises(UserError, match="round.py starts from round.py: a first stage must start from something else"):
+        train(small_config, tmp_path / "run")
+
+
 def test_a_first_stage_of_another_config_is_refused(small_config, whole, tmp_path, monkeypatch):
     first = Path(__file__).with_name("small.py").resolve()
     monkeypatch.chdir(tmp_path)
