@@ -17,6 +17,8 @@ from metaembed_jax.late_interaction.groups import GROUPS, validate_groups
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.trained import lora_patterns
 
+EXPORTS = ("transformers", "sentence-transformers", "peft")  # what `metaembed_jax.checkpoints.export` writes
+
 
 def default_config() -> ConfigDict:
     """Every key there is. Values here are the recipe's; what has no sensible default is empty."""
@@ -170,6 +172,11 @@ def check_config(config: ConfigDict) -> None:
     _choice(config, "normalization", ("code", "paper"))
     _choice(config, "optimizer.algorithm", ("adamw", "muon"))
     _choice(config, "optimizer.decay", ("linear", "cosine"))
+    for kind in config.exports:
+        if kind not in EXPORTS:
+            raise UserError(f"config.exports: {kind!r} is no format; expected {', '.join(EXPORTS)}")
+    if "peft" in config.exports and not lora_patterns(config.trained):
+        raise UserError("config.exports: peft is for adapters, and config.trained has nothing as lora; use transformers")
     for key in (
         "batch_size",
         "microbatch_size",

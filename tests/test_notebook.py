@@ -7,11 +7,12 @@ import pytest
 
 nbclient = pytest.importorskip("nbclient")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
-SHRUNKEN = "--config.init_from= --config.steps=12 --config.optimizer.warmup_steps=2 --config.validate_every=12"
+SHRUNKEN = "--config.init_from= --config.steps=12 --config.optimizer.warmup_steps=2 --config.validate_every=12 "
+SHRUNKEN += "--config.save_every=12"
 
 
 def test_quickstart(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUICKSTART_TRAIN_FLAGS", f"{SHRUNKEN} --config.save_every=12 --config.data.dir={tmp_path / 'data'}")
+    monkeypatch.setenv("QUICKSTART_TRAIN_FLAGS", f"{SHRUNKEN} --config.data.dir={tmp_path / 'data'}")
     monkeypatch.setenv("QUICKSTART_RUN", str(tmp_path / "run"))
     monkeypatch.setenv("QUICKSTART_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("XLA_FLAGS", "")

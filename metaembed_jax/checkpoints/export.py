@@ -22,7 +22,7 @@ from metaembed_jax.checkpoints.card import model_card
 from metaembed_jax.checkpoints.huggingface import ABOUT, read_json
 from metaembed_jax.checkpoints.loading import load, run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import read_base, read_config
-from metaembed_jax.config import model_config, names_config
+from metaembed_jax.config import EXPORTS, model_config, names_config
 from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig, abstract_parameters
@@ -132,4 +132,4 @@ def _peft(out: Path, trained: Trained) -> None:
     peft_export.write_adapter(out, trained.config, trained.parameters, trained.about)
 
 
-FORMATS = {"transformers": _transformers, "sentence-transformers": _sentence_transformers, "peft": _peft}
+FORMATS = dict(zip(EXPORTS, (_transformers, _sentence_transformers, _peft), strict=True))

@@ -37,6 +37,7 @@ class RunCheckpoints:
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=lambda metrics: metrics["metric"])
         self.directory = (workdir / "checkpoints").absolute()
+        _set_aside_torn(self.directory)
         handlers = {name: ocp.StandardCheckpointHandler() for name in ("parameters", "optimizer")}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
@@ -139,6 +140,23 @@ class RunCheckpoints:
             # Read from the disk: the manager already counts the one that failed, and no longer what it would have replaced.
             kept = ", ".join(map(str, sorted(self._manager.all_steps(read=True), reverse=True))) or "none"
             raise UserError(f"{self.directory}: saving failed ({_reason(error)}); checkpoints kept: {kept}") from error
+
+
+def _set_aside_torn(directory: Path) -> None:
+    """Renames checkpoints whose metric cannot be read to <step>.unreadable: Orbax reads all metrics first, and would give up."""
+    for file in sorted(directory.glob("*/metrics/metrics")):
+        step = file.parents[1]
+        if not step.name.isdigit():
+            continue
+        try:
+            json.loads(file.read_text(encoding="utf-8"))["metric"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            aside = step.with_name(f"{step.name}.unreadable")
+            try:
+                step.rename(aside)
+            except OSError as refused:
+                raise UserError(f"{file} cannot be read ({_reason(error)}), nor {step} renamed ({_reason(refused)})") from error
+            print(f"{file} cannot be read ({_reason(error)}); its checkpoint is set aside as {aside.name}", flush=True)
 
 
 def _leaves(tree: dict) -> list[tuple[str, tuple[int, ...]]]:

@@ -174,9 +174,11 @@ def _finish(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, m
     )
     print(f"\nwritten: {workdir / 'results.json'}, {workdir / 'quality.png'}", flush=True)
     for kind in config.exports:
-        out = workdir / "export" / kind
-        shutil.rmtree(out, ignore_errors=True)
-        export(workdir, out, kind)
+        out, made = workdir / "export" / kind, workdir / "export" / f"{kind}.new"
+        shutil.rmtree(made, ignore_errors=True)
+        export(workdir, made, kind)
+        shutil.rmtree(out, ignore_errors=True)  # of this run when it was evaluated before, and only now that there is another
+        made.rename(out)
         print(f"written: {out}", flush=True)
 
 

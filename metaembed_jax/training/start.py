@@ -21,6 +21,8 @@ from metaembed_jax.network import abstract_parameters
 from metaembed_jax.trained import LORA, join
 from metaembed_jax.training.step import Trainer, TrainState
 
+WINDOW = "vision_config.window_size"  # a run may start from another with other windows: boards has larger pages than tiny
+
 
 class Start(NamedTuple):
     """What `config.init_from` names.
@@ -57,8 +59,7 @@ def find_start(config: ConfigDict) -> Start:
     directory = default_workdir(before) if before else find(config.init_from)
     if (directory / "run.json").is_file():
         other = read_config(directory)
-        if not config.architecture:  # one of its own may differ in what is no parameter: boards has other windows than tiny
-            _fill_architecture(config, other.backbone, other.architecture.to_dict(), directory)
+        _fill_architecture(config, other.backbone, other.architecture.to_dict(), directory, free=WINDOW)
         record = read_base(directory)
         return Start(directory, open_recorded(directory, record) if record else None, _tokenizer(directory))
     base = open_base(config.init_from)
@@ -129,14 +130,14 @@ def _read(config: ConfigDict, base: Base | None, wanted: dict) -> dict:
     return {"backbone": read_backbone(base.directory, family(config.backbone), model_config(config).architecture, backbone)}
 
 
-def _fill_architecture(config: ConfigDict, backbone: str, found: dict, directory: Path) -> None:
+def _fill_architecture(config: ConfigDict, backbone: str, found: dict, directory: Path, free: str = "") -> None:
     if not config.architecture:
         with config.unlocked():
             config.backbone, config.architecture = backbone, ConfigDict(found)
         return
     make = family(backbone).Config.from_huggingface
     ours, theirs = (flatten_dict(dataclasses.asdict(make(x)), sep=".") for x in (config.architecture.to_dict(), found))
-    different = [key for key in ours if ours[key] != theirs[key]]
+    different = [key for key in ours if ours[key] != theirs[key] and key != free]
     if config.backbone != backbone or different:
         key = different[0] if different else "backbone"
         mine, other = (ours[key], theirs[key]) if different else (config.backbone, backbone)

@@ -136,7 +136,14 @@ def abstract_state(config: ConfigDict, mesh: Mesh, optimizer: optax.GradientTran
     """
     everything = abstract_parameters(model_config(config), mesh, config.frozen_dtype)
     parameters, frozen = split(everything, trained_paths(config.trained, paths(everything)))
+    for path in flatten_dict(frozen, sep="."):
+        if not path.startswith("backbone."):
+            raise UserError(
+                f"config.trained leaves {path} frozen, and no base holds it; add ({path.partition('.')[0] + '*'!r}, 'full')"
+            )
     for path, leaf in flatten_dict(parameters, sep=".").items():
+        if path.endswith("kernel_scale"):
+            raise UserError(f"config.trained has {path} train, the scale of an int8 kernel; narrow the pattern")
         if leaf.dtype == jnp.int8:
             raise UserError(f"config.frozen_dtype=int8, but config.trained has {path} train in full; freeze it or choose bfloat16")
     parameters = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), parameters)

@@ -260,6 +260,8 @@ def test_every_adapter_and_layer_has_a_key_of_its_own():
         ("trained", "(('meta', 'full'),)", "'meta' matches none of the parameters"),
         ("trained", "(('*', 'ful'),)", r"\('\*', 'ful'\) is not"),
         ("trained", "(('*', 'full'), ('backbone.layers.*.kernel', 'lora'))", "which carries an adapter by another pattern"),
+        ("trained", "(('meta_tokens', 'full'), ('backbone.layers.*.kernel', 'lora'))", "leaves head.kernel frozen, and no base"),
+        ("trained", "(('head.kernel', 'full'), ('backbone.layers.*.kernel', 'lora'))", "leaves meta_tokens frozen, and no base"),
         ("frozen_dtype", "int4", "config.frozen_dtype='int4': expected"),
         ("init_from", "", "is no Hugging Face directory to read it from"),
         ("init_from", "no/such_model", "there is no such directory, and the hub gives no model of this id"),

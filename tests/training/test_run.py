@@ -117,6 +117,24 @@ def test_corrupt_latest_checkpoint_falls_back(small_config, whole, tmp_path, mon
     assert_identical(parameters_of(small_config, whole, 8), parameters_of(small_config, tmp_path / "run", 8))
 
 
+@pytest.mark.parametrize("content", ["", '{"metr', "[]"])
+def test_a_checkpoint_with_a_torn_metric_is_set_aside(small_config, whole, tmp_path, capsys, content):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "checkpoints/8/metrics/metrics").write_text(content)
+    assert train(small_config, run)
+    out = capsys.readouterr().out
+    assert "checkpoints/8/metrics/metrics cannot be read" in out and "resuming at step 6" in out
+    assert (run / "checkpoints/8.unreadable/parameters").is_dir()
+    assert_identical(parameters_of(small_config, whole, 8), parameters_of(small_config, run, 8))
+
+
+def test_a_start_of_another_architecture_is_refused(small_config, whole, tmp_path):
+    small_config.init_from = str(whole)
+    small_config.architecture.text_config.rope_theta = 5000.0
+    with pytest.raises(UserError, match="has text_config.rope_theta=10000.0, and config.architecture has 5000.0"):
+        train(small_config, tmp_path / "run")
+
+
 def test_the_config_that_a_run_starts_from_is_trained_first(small_config, tmp_path, monkeypatch, capsys):
     first = Path(__file__).with_name("small.py").resolve()
     monkeypatch.chdir(tmp_path)
@@ -190,6 +208,8 @@ def test_a_checkpoint_of_another_shape_is_refused(small_config, whole):
         ("microbatch_size", 5, "does not divide config.batch_size=16"),
         ("dtype", "float16", "expected float32 or bfloat16"),
         ("steps", 2, "warmup_steps=2 must be below"),
+        ("exports", ("../checkpoints",), "'../checkpoints' is no format"),
+        ("exports", ("peft",), "peft is for adapters"),
     ],
 )
 def test_a_config_that_cannot_run_is_refused(small_config, tmp_path, key, value, message):
