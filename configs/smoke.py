@@ -7,6 +7,7 @@ from pathlib import Path
 from metaembed_jax.config import default_config, load_config, model_config
 from metaembed_jax.data import tokenizer
 from metaembed_jax.data.images import ImageConfig
+from metaembed_jax.errors import UserError
 
 BASE = "runs/smoke_base"
 
@@ -40,6 +41,8 @@ def make_base(directory):
 
     if (directory / "config.json").is_file():
         return
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: is neither a Hugging Face model nor an empty place to make one")
     config = load_config("configs/tiny.py", {})
     text, vision = config.architecture.text_config, config.architecture.vision_config
     text.vocab_size, text.hidden_size, text.intermediate_size, text.mrope_section = 512, 32, 64, (2, 3, 3)

@@ -85,18 +85,24 @@ def load_config(flag: str, overrides: dict[str, str]) -> ConfigDict:
     """Reads `--config=FILE[:ARG]` and applies `--config.key=value` flags.
 
     Raises:
-      UserError: no such file, no such key, or a value of another type.
+      UserError: no such file, none that gives a config, no such key, or a value of another type.
     """
     path, _, argument = flag.partition(":")
     if not Path(path).is_file():
-        raise UserError(f"--config={path}: no such file")
+        raise UserError(f"{path}: no such file; a config is FILE[:ARG], such as configs/tiny.py")
+    if not names_config(flag):
+        raise UserError(f"{path}: is no config; a config is FILE[:ARG], such as configs/tiny.py")
     spec = importlib.util.spec_from_file_location("metaembed_config", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config(argument or None)
-    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a config is a program, which can fail in any way
+        raise UserError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(config, ConfigDict) or not config.keys() >= default_config().keys():
+        raise UserError(f"{path}: get_config must return what metaembed_jax.config.default_config() gave, with changes")
     for key, text in overrides.items():
         _override(config, key, text)
     return config
@@ -160,13 +166,15 @@ def check_config(config: ConfigDict) -> None:
       UserError: names the key, its value, and what would do.
     """
     validate_groups(config.groups, config.query_tokens, config.candidate_tokens)
-    if config.batch_size % config.microbatch_size:
-        raise UserError(f"config.microbatch_size={config.microbatch_size} does not divide config.batch_size={config.batch_size}")
     _choice(config, "dtype", ("float32", "bfloat16"))
     _choice(config, "frozen_dtype", ("", "bfloat16", "float32", "int8"))
-    for entry in config.trained:
-        if len(entry) != 2 or entry[1] not in ("full", "lora"):
-            raise UserError(f"config.trained: {entry!r} is not (pattern, 'full') or (pattern, 'lora')")
+    _entries(config, "trained", (str, str), ("*", "full"))
+    for pattern, how in config.trained:
+        if how not in ("full", "lora"):
+            raise UserError(f"config.trained: {(pattern, how)!r} is not (pattern, 'full') or (pattern, 'lora')")
+    _entries(config, "data.sources", (str, int | float, int), ("icons", 1.0, 0))
+    for side in ("query", "candidate"):
+        _entries(config, f"data.{side}_shapes", (int, int), (64, 0))
     if not 0 <= config.lora.dropout < 1 or config.lora.rank < 1:
         raise UserError(f"config.lora: rank={config.lora.rank} must be positive, and dropout={config.lora.dropout} in [0, 1)")
     _choice(config, "normalization", ("code", "paper"))
@@ -186,11 +194,24 @@ def check_config(config: ConfigDict) -> None:
         "save_every",
         "keep_checkpoints",
         "temperature",
+        "unroll_layers",
     ):
-        if config[key] <= 0:
+        if not config[key] > 0:
             raise UserError(f"config.{key}={config[key]} must be positive")
+    for key in ("embedding_dim", "meta_token_scale", "data.negatives"):
+        if not operator.attrgetter(key)(config) >= 0:
+            raise UserError(f"config.{key}={operator.attrgetter(key)(config)} must not be negative")
+    if config.batch_size % config.microbatch_size:
+        raise UserError(f"config.microbatch_size={config.microbatch_size} does not divide config.batch_size={config.batch_size}")
     if config.optimizer.warmup_steps >= config.steps:
         raise UserError(f"config.optimizer.warmup_steps={config.optimizer.warmup_steps} must be below config.steps={config.steps}")
+
+
+def _entries(config: ConfigDict, key: str, kinds: tuple, example: tuple) -> None:
+    for entry in operator.attrgetter(key)(config) or [()]:
+        fits = isinstance(entry, tuple) and len(entry) == len(kinds) and all(map(isinstance, entry, kinds))
+        if not fits or any(isinstance(part, int) and part < 0 for part in entry):
+            raise UserError(f"config.{key}: {entry!r} is not of the form {example!r}")
 
 
 def _choice(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:

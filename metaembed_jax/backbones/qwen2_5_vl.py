@@ -9,6 +9,8 @@ Patches come from the host ordered by window, every window padded to its full si
 """
 
 import dataclasses
+import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.sharding import constrain
 
 FEW_LAYERS = 8  # of more, cutting the last one off copies a stack of weights that is worth more than the rows it saves
+MOST_LAYERS = 1000
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -86,11 +89,11 @@ class Config:
         Raises:
           UserError: a field is missing, or asks for what Qwen2.5-VL checkpoints never had.
         """
-        text = dict(config, **config.get("text_config", {}))
-        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+        text = {**config, **_part(config, "text_config")}
+        rope = {**_part(text, "rope_scaling"), **_part(text, "rope_parameters")}
         text.setdefault("mrope_section", rope.get("mrope_section"))
         text.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
-        vision = config.get("vision_config", {})
+        vision = _part(config, "vision_config")
         fixed = (
             ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
             ("hidden_act of text", text.get("hidden_act", "silu"), ("silu",)),
@@ -136,6 +139,8 @@ class Config:
           UserError: names the fields and their values.
         """
         text, vision = self.text_config, self.vision_config
+        if (deepest := max(text.num_hidden_layers, vision.depth)) > MOST_LAYERS:
+            raise UserError(f"config.json: {deepest} layers; at most {MOST_LAYERS} are read")
         half_head, rest = divmod(text.hidden_size, 2 * text.num_attention_heads)
         if rest or text.num_attention_heads % text.num_key_value_heads:
             heads = f"{text.num_attention_heads} attention heads and {text.num_key_value_heads} key-value heads"
@@ -152,12 +157,32 @@ class Config:
             )
 
 
+def _part(config: dict, key: str) -> dict:
+    part = config.get(key)
+    if part is not None and not isinstance(part, dict):
+        raise UserError(f"config.json: {key} is {part!r}, not an object of keys and values")
+    return part or {}
+
+
+def _fits(value, kind) -> bool:
+    """Whether a value of a config.json can be a field's: positive numbers, and in tuples numbers from 0."""
+    if kind is int:
+        return type(value) is int and 0 < value < 2**31
+    if kind is float:
+        return type(value) in (int, float) and 0 < value < math.inf
+    kinds = (int,) if typing.get_args(kind)[0] is int else (int, float)
+    return isinstance(value, list | tuple) and all(type(part) in kinds and 0 <= part < math.inf for part in value)
+
+
 def _pick(kind: type, values: dict, name: str):
     fields = {field.name: field for field in dataclasses.fields(kind)}
     missing = [field for field, spec in fields.items() if values.get(field) is None and spec.default is dataclasses.MISSING]
     if missing:
         raise UserError(f"{name} of a Qwen2.5-VL config lacks {', '.join(missing)}")
     chosen = {field: values[field] for field in fields if values.get(field) is not None}
+    for field, value in chosen.items():
+        if not _fits(value, fields[field].type):
+            raise UserError(f"{name} of a Qwen2.5-VL config: {field} is {value!r}, which cannot be")
     return kind(**{field: tuple(value) if isinstance(value, list) else value for field, value in chosen.items()})
 
 

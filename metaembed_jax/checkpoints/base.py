@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from metaembed_jax.checkpoints.huggingface import read_json
+from metaembed_jax.checkpoints.huggingface import list_tensors, read_json
 from metaembed_jax.errors import UserError
 
 SAMPLE = 256  # numbers of each tensor that the fingerprint reads
@@ -38,12 +38,12 @@ def find(name: str | Path) -> Path:
     Raises:
       UserError: there is no such directory, and the hub does not give one.
     """
-    directory = Path(name).expanduser()
-    if directory.exists():
-        return directory
     try:
+        directory = Path(name).expanduser()
+        if directory.exists():
+            return directory
         return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*"]))
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of a path the system has its own, and of the net every library below the hub's client
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name}: there is no such directory, and the hub gives no model of this id ({reason})") from error
 
@@ -86,15 +86,10 @@ def fingerprint(directory: Path) -> str:
     """
     digest = hashlib.sha256(json.dumps(read_json(directory / "config.json"), sort_keys=True).encode())
     for file in sorted(directory.glob("*.safetensors")):
-        try:
-            opened = safe_open(file, "np")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: cannot be read ({error}); download it again") from error
-        with opened as handle:
-            for key in sorted(handle.keys()):
-                tensor = handle.get_slice(key)
-                shape = tensor.get_shape()
+        tensors = sorted(list_tensors(file))
+        with safe_open(file, "np") as handle:
+            for key, _, shape, dtype in tensors:
                 row = (*(slice(0, 1) for _ in shape[1:]), *(slice(0, min(SAMPLE, size)) for size in shape[-1:]))
-                first = tensor[row] if shape else handle.get_tensor(key)
-                digest.update(f"{key} {tensor.get_dtype()} {shape}".encode() + first.tobytes())
+                first = handle.get_slice(key)[row] if shape else handle.get_tensor(key)
+                digest.update(f"{key} {dtype} {list(shape)}".encode() + first.tobytes())
     return digest.hexdigest()[:16]

@@ -4,7 +4,7 @@
     sentence-transformers   the same files, with modules.json and one small module, for MultiVectorEncoder
     peft                    the adapter, for PeftModel.from_pretrained on the base, with Meta Tokens and head beside it
 
-Each is written as `<out>.tmp` and moved, so that it is whole or not there.
+Each is written as `<out>.<process>.tmp` and moved, so that it is whole or not there.
 """
 
 import dataclasses
@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
 
 from metaembed_jax.checkpoints import peft_export, torch_export
 from metaembed_jax.checkpoints.base import find
 from metaembed_jax.checkpoints.card import model_card
-from metaembed_jax.checkpoints.huggingface import ABOUT, read_json
-from metaembed_jax.checkpoints.loading import load, run_parameters, run_processor
+from metaembed_jax.checkpoints.huggingface import read_json
+from metaembed_jax.checkpoints.loading import load, read_about, run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config import EXPORTS, model_config, names_config
 from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.report import read_results
 from metaembed_jax.network import ModelConfig, abstract_parameters
 from metaembed_jax.sharding import make_mesh
 
@@ -65,17 +67,19 @@ def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = Non
         raise UserError(f"--format={kind}: expected {', '.join(FORMATS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another --out")
-    trained = read_trained(find(checkpoint), dtype)
-    scratch = out.with_name(out.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
+    trained, out = read_trained(find(checkpoint), dtype), out.absolute()
+    scratch = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         scratch.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{scratch}: cannot be made ({error})") from error
+    try:
         FORMATS[kind](scratch, trained)
         (scratch / "README.md").write_text(model_card(kind, trained.config, trained.about, trained.results), encoding="utf-8")
         if out.exists():
             out.rmdir()
         os.replace(scratch, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -89,7 +93,7 @@ def read_trained(directory: Path, dtype: str | None) -> Trained:
         found = stored.get("dtype") or stored.get("torch_dtype")  # as transformers 5 names it, and as it did before
         dtype = dtype or (found if found in ("float32", "bfloat16") else "float32")
         config, parameters, processor = load(directory, dtype, mesh, 0, 1024)
-        about = stored.get(ABOUT, {})
+        about = read_about(directory)
         return Trained(config, parameters, directory / "tokenizer.json", processor.image_config, about, None)
     run = read_config(directory)
     config = dataclasses.replace(model_config(run), dtype=dtype or run.dtype, int8=False)
@@ -98,7 +102,7 @@ def read_trained(directory: Path, dtype: str | None) -> Trained:
     about = {"groups": [list(group) for group in run.groups], "temperature": run.temperature, "name": run.name, "steps": run.steps}
     about |= {"sources": [list(entry) for entry in run.data.sources]} | _origin(directory, run)
     results = directory / "results.json"
-    found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
+    found = read_results(results) if results.is_file() else None
     return Trained(config, parameters, directory / "tokenizer.json", images, about, found)
 
 

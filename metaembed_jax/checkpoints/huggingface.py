@@ -38,6 +38,7 @@ class Stored(NamedTuple):
     key: str
     file: Path
     shape: tuple[int, ...]
+    dtype: str
 
     def read(self) -> np.ndarray:
         """The tensor. The file is opened for it alone, so that its pages do not add up to the whole checkpoint in memory."""
@@ -87,11 +88,25 @@ def read_head(directory: Path, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     Raises:
       UserError: it is missing, or of another shape.
     """
-    stored = {tensor.key: tensor for tensor in _list(directory / HEAD)}
+    stored = {tensor.key: tensor for tensor in list_tensors(directory / HEAD)}
     if set(stored) != {"weight"} or stored["weight"].shape != wanted.shape[::-1]:
         found = {key: tensor.shape for key, tensor in stored.items()}
         raise UserError(f"{directory / HEAD}: holds {found}, and config.json asks for weight of shape {wanted.shape[::-1]}")
     return _put(stored["weight"].read().T.astype(wanted.dtype), wanted.sharding)
+
+
+def read_vocabulary_rows(directory: Path, family: ModuleType, first: int, count: int) -> np.ndarray:
+    """Rows of the embedding table [count, hidden], as they are stored.
+
+    Raises:
+      UserError: there are not as many.
+    """
+    tensor = _open_tensors(directory, family.canonical_key).get(family.EMBEDDING_KEY)
+    rows = tensor.shape[0] if tensor and len(tensor.shape) == 2 else 0
+    if first + count > rows:
+        raise UserError(f"{directory}: has {rows} rows of {family.EMBEDDING_KEY}, and {first} to {first + count} are wanted")
+    with safe_open(tensor.file, "np") as handle:
+        return handle.get_slice(tensor.key)[first : first + count]
 
 
 def read_json(path: Path) -> dict:
@@ -102,7 +117,7 @@ def read_json(path: Path) -> dict:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not an object of keys and values")
@@ -155,7 +170,7 @@ def _open_tensors(directory: Path, canonical_key: Callable[[str], str]) -> dict[
     files, index = _files(directory)
     stored: dict[str, Stored] = {}
     for file in files:
-        for tensor in _list(file):
+        for tensor in list_tensors(file):
             if index is not None and index.pop(tensor.key, None) != file.name:
                 raise UserError(
                     f"{file}: {tensor.key} of shape {tensor.shape} is not there by {INDEX}; download the directory again"
@@ -196,14 +211,21 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     return found, None
 
 
-def _list(file: Path) -> list[Stored]:
+def list_tensors(file: Path) -> list[Stored]:
+    """The tensors of a safetensors file, by their headers alone.
+
+    Raises:
+      UserError: it cannot be read, or holds what is no weight.
+    """
     try:
         with safe_open(file, "np") as handle:
             headers = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
             kinds = {key: (header.get_dtype(), tuple(header.get_shape())) for key, header in headers.items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read ({error}); download it again") from error
-    for key, (dtype, _) in kinds.items():
+    for key, (dtype, shape) in kinds.items():
         if dtype not in FLOATS:
             raise UserError(f"{file}: {key} is {dtype}; only {', '.join(FLOATS)} are read, not quantised weights")
-    return [Stored(key, file, shape) for key, (_, shape) in kinds.items()]
+        if 0 in shape:
+            raise UserError(f"{file}: {key} has shape {shape}, which holds nothing; download it again")
+    return [Stored(key, file, shape, dtype) for key, (dtype, shape) in kinds.items()]

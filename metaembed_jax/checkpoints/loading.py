@@ -12,12 +12,13 @@ from tokenizers import Tokenizer
 
 from metaembed_jax.backbones import family
 from metaembed_jax.checkpoints.base import find, open_recorded
-from metaembed_jax.checkpoints.huggingface import ABOUT, read_backbone, read_head, read_json
+from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, read_backbone, read_head, read_json, read_vocabulary_rows
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config import model_config
 from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.data.prompts import Processor
+from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig, abstract_parameters
 from metaembed_jax.trained import join, paths, split, trained_paths
@@ -61,17 +62,19 @@ def run_processor(run: ConfigDict, tokenizer: Path, max_visual_tokens: int | Non
     return _processor(tokenizer, images, config)
 
 
-def run_parameters(run: Path, config: ConfigDict, abstract: dict) -> tuple[int, dict]:
+def run_parameters(run: Path, config: ConfigDict, abstract: dict, frozen: dict | None = None) -> tuple[int, dict]:
     """(step, all parameters) of a run: what it trained from its best checkpoint, all else from its base.
 
     Args:
       config: the run's.
       abstract: all parameters as nested dicts of shapes, with the dtypes and shardings that they are to have.
+      frozen: the same for those that did not train, where they are to have other dtypes.
 
     Raises:
       UserError: the run has no checkpoint, or none of this model; its base is missing, or another than it was.
     """
-    trained, frozen = split(abstract, trained_paths(config.trained, paths(abstract)))
+    chosen = trained_paths(config.trained, paths(abstract))
+    trained, frozen = split(abstract, chosen)[0], split(frozen or abstract, chosen)[1]
     step, parameters = best_parameters(run, trained)
     return step, join(parameters, frozen_parameters(run, config, frozen))
 
@@ -124,6 +127,45 @@ def base_architecture(directory: Path) -> tuple[str, object, dict]:
     return backbone, dataclasses.replace(architecture, vision_config=vision), preprocessor
 
 
+def read_about(directory: Path) -> dict:
+    """What the config.json of one of our exports says of its Meta Tokens and head; {} for any other Hugging Face directory.
+
+    Raises:
+      UserError: it does not fit the directory's tokenizer or files, so that it would give wrong vectors.
+    """
+    about, head = read_json(directory / "config.json").get(ABOUT, {}), (directory / HEAD).is_file()
+    if about == {} and not head:
+        return {}
+    keys = ("query_tokens", "candidate_tokens", "first_token", "embedding_dim")
+    if not isinstance(about, dict) or not all(type(about.get(key)) is int and about[key] >= 0 for key in keys):
+        raise UserError(f"{directory / 'config.json'}: {ABOUT!r} is {about!r}, which does not say where Meta Tokens and head are")
+    if bool(about["embedding_dim"]) != head:
+        width, there = about["embedding_dim"], "is" if head else "is not"
+        raise UserError(f"{directory}: {ABOUT}.embedding_dim of config.json is {width}, and {HEAD} {there} there; export it again")
+    tokenizer, counts = _read_tokenizer(directory / "tokenizer.json"), (about["query_tokens"], about["candidate_tokens"])
+    if sum(counts) > tokenizer.get_vocab_size():
+        raise UserError(f"{directory}: {ABOUT} of config.json has {counts} Meta Tokens, more than tokenizer.json has tokens")
+    for number, name in enumerate(meta_token_names(*counts), about["first_token"]):
+        if (found := tokenizer.token_to_id(name)) != number:
+            raise UserError(f"{directory}: {ABOUT} of config.json has {name} as token {number}, and tokenizer.json as {found}")
+    return about
+
+
+def exported_parameters(directory: Path, backbone: str, about: dict, wanted: dict) -> dict:
+    """The Meta Tokens of one of our exports, and its head if it has one and `wanted` has.
+
+    Args:
+      about: of `read_about`.
+      wanted: parameters as nested dicts of shapes, with dtypes and shardings.
+    """
+    tokens = wanted["meta_tokens"]
+    rows = read_vocabulary_rows(directory, family(backbone), about["first_token"], tokens.shape[0])
+    found = {"meta_tokens": jax.device_put(rows.astype(tokens.dtype), tokens.sharding)}
+    if about["embedding_dim"] and "head" in wanted:
+        found["head"] = {"kernel": read_head(directory, wanted["head"]["kernel"])}
+    return found
+
+
 def _load_run(directory: Path, dtype: str, mesh: Mesh, max_visual_tokens: int) -> tuple[ModelConfig, dict, Processor]:
     run = read_config(directory)
     config = dataclasses.replace(model_config(run), dtype=dtype)
@@ -136,8 +178,8 @@ def _load_huggingface(
 ) -> tuple[ModelConfig, dict, Processor]:
     backbone, architecture, preprocessor = base_architecture(directory)
     stored, vision = read_json(directory / "config.json"), architecture.vision_config
-    about = stored.get(ABOUT, {})
-    known = {key: about[key] for key in ("query_tokens", "candidate_tokens", "embedding_dim") if key in about}
+    about = read_about(directory)
+    known = {key: about[key] for key in ("query_tokens", "candidate_tokens", "embedding_dim") if about}
     config = ModelConfig(backbone, architecture, dtype=dtype, **known)
     images = ImageConfig.from_preprocessor(preprocessor, max_visual_tokens, vision.window_size)
     if (images.patch_size, images.merge_size) != (vision.patch_size, vision.spatial_merge_size):
@@ -147,17 +189,13 @@ def _load_huggingface(
 
     abstract = abstract_parameters(config, mesh)
     parameters = {"backbone": read_backbone(directory, family(backbone), architecture, abstract["backbone"])}
-    tokens = abstract["meta_tokens"]
     if about:
-        rows = parameters["backbone"]["embedding"][about["first_token"] : about["first_token"] + tokens.shape[0]]
-        parameters["meta_tokens"] = jax.device_put(rows.astype(tokens.dtype), tokens.sharding)
-    else:
-        scale = (stored.get("text_config") or {}).get("initializer_range", stored.get("initializer_range", 0.02))
-        # NumPy's generator gives the same rows on any mesh and with any version of JAX.
-        fresh = scale * np.random.default_rng(seed).standard_normal(tokens.shape, np.float32)
-        parameters["meta_tokens"] = jax.device_put(fresh.astype(np.float32), tokens.sharding)
-    if config.embedding_dim:
-        parameters["head"] = {"kernel": read_head(directory, abstract["head"]["kernel"])}
+        return config, parameters | exported_parameters(directory, backbone, about, abstract), processor
+    tokens, text = abstract["meta_tokens"], stored.get("text_config") or {}
+    scale = text.get("initializer_range", stored.get("initializer_range", 0.02))
+    # NumPy's generator gives the same rows on any mesh and with any version of JAX.
+    fresh = scale * np.random.default_rng(seed).standard_normal(tokens.shape, np.float32)
+    parameters["meta_tokens"] = jax.device_put(fresh.astype(np.float32), tokens.sharding)
     return config, parameters, processor
 
 
@@ -165,29 +203,40 @@ def _read_preprocessor(directory: Path) -> dict:
     if (directory / "preprocessor_config.json").is_file():
         return read_json(directory / "preprocessor_config.json")
     # transformers 5 saves one file for all parts of a processor.
-    return read_json(directory / "processor_config.json").get("image_processor", {})
+    found = read_json(directory / "processor_config.json").get("image_processor")
+    if not isinstance(found, dict):
+        raise UserError(f"{directory / 'processor_config.json'}: image_processor is {found!r}, not an object of keys and values")
+    return found
 
 
 def _normalisation(directory: Path, preprocessor: dict) -> dict[str, tuple[float, ...]]:
     """`image_mean` and `image_std`, as far as the preprocessor sets them."""
     chosen = {key: preprocessor[key] for key in ("image_mean", "image_std") if preprocessor.get(key) is not None}
     for key, values in chosen.items():
-        numbers = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+        numbers = isinstance(values, list) and all(type(value) in (int, float) and math.isfinite(value) for value in values)
         if not numbers or len(values) != 3 or (key == "image_std" and min(values) <= 0):
             raise UserError(f"{directory}: the preprocessor's {key} is {values!r}, not three numbers (above zero for image_std)")
-    if not math.isclose(factor := preprocessor.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+    factor = preprocessor.get("rescale_factor", 1 / 255)
+    if type(factor) is not float or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         raise UserError(f"{directory}: the preprocessor's rescale_factor is {factor!r}; Qwen2.5-VL has 1/255")
     return {key: tuple(map(float, values)) for key, values in chosen.items()}
 
 
-def _processor(path: Path, images: ImageConfig, config: ModelConfig) -> Processor:
+def _read_tokenizer(path: Path) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def _processor(path: Path, images: ImageConfig, config: ModelConfig) -> Processor:
+    tokenizer = _read_tokenizer(path)
     highest, rows = max(tokenizer.get_vocab().values(), default=-1), config.architecture.text_config.vocab_size
     if highest >= rows:
         raise UserError(
             f"{path}: has token {highest}, and the model's vocabulary has {rows} rows; the two are not of one checkpoint"
         )
-    return Processor(tokenizer, images)
+    try:
+        return Processor(tokenizer, images)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

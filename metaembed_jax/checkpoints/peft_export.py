@@ -31,6 +31,8 @@ def write_adapter(out: Path, config: ModelConfig, parameters: dict, about: dict)
         if sum(other.key == source.key for other in module.KEYS.values()) > 1:
             raise UserError(f"--format=peft: {path} adapts a part of {source.key}, which PEFT cannot; use --format=transformers")
         a_LIr, b_LrO = (np.asarray(flat[path[:-1] + name], np.float32) for name in "ab")
+        if "{}" not in source.key:
+            a_LIr, b_LrO = a_LIr[None], b_LrO[None]
         for layer, (a, b) in enumerate(zip(a_LIr, b_LrO, strict=True)):
             name = module.stored_key(source.key.format(layer)).removesuffix(".weight")
             targets.append(name)

@@ -6,6 +6,7 @@
 Batch n is a pure function of (config, n), so the step is also the position in the data.
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -85,7 +86,7 @@ class RunCheckpoints:
                 )
                 restored = self._manager.restore(step, args=items)
                 return step, restored["parameters"], restored["optimizer"]
-            except UserError:
+            except (UserError, jax.errors.JaxRuntimeError):  # devices without memory say nothing about the files
                 raise
             except UNREADABLE as error:
                 report(f"{self.directory / str(step)} cannot be read ({_reason(error)}); falling back to the checkpoint before")
@@ -104,16 +105,17 @@ class RunCheckpoints:
             return self._manager.restore(step, args=ocp.args.Composite(parameters=ocp.args.StandardRestore(parameters)))[
                 "parameters"
             ]
-        except UserError:
+        except (UserError, jax.errors.JaxRuntimeError):
             raise
         except UNREADABLE as error:
             raise UserError(f"{self.directory / str(step)} cannot be read: {_reason(error)}") from error
 
-    def discard_after(self, step: int) -> None:
-        """Deletes checkpoints later than `step`: those that could not be read, which training writes anew."""
+    def set_aside_after(self, step: int) -> None:
+        """Renames checkpoints later than `step`: those that could not be read, which training writes anew."""
         for later in self.steps():
             if later > step:
-                self._manager.delete(later)
+                _set_aside(self.directory / str(later))
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits for what is being written, and frees the threads."""
@@ -143,7 +145,7 @@ class RunCheckpoints:
 
 
 def _set_aside_torn(directory: Path) -> None:
-    """Renames checkpoints whose metric cannot be read to <step>.unreadable: Orbax reads all metrics first, and would give up."""
+    """Renames checkpoints whose metric cannot be read: Orbax reads all metrics first, and would give up."""
     for file in sorted(directory.glob("*/metrics/metrics")):
         step = file.parents[1]
         if not step.name.isdigit():
@@ -151,12 +153,19 @@ def _set_aside_torn(directory: Path) -> None:
         try:
             json.loads(file.read_text(encoding="utf-8"))["metric"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            aside = step.with_name(f"{step.name}.unreadable")
-            try:
-                step.rename(aside)
-            except OSError as refused:
-                raise UserError(f"{file} cannot be read ({_reason(error)}), nor {step} renamed ({_reason(refused)})") from error
-            print(f"{file} cannot be read ({_reason(error)}); its checkpoint is set aside as {aside.name}", flush=True)
+            print(f"{file} cannot be read ({_reason(error)})", flush=True)
+            _set_aside(step)
+
+
+def _set_aside(step: Path) -> None:
+    """Renames a checkpoint to <step>.unreadable, or with a number behind it where that is taken."""
+    names = (f"{step.name}.unreadable{number or ''}" for number in itertools.count())
+    aside = next(path for path in map(step.with_name, names) if not path.exists())
+    try:
+        step.rename(aside)
+    except OSError as error:
+        raise UserError(f"{step} cannot be read, nor renamed to {aside.name} ({_reason(error)})") from error
+    print(f"{step} is set aside as {aside.name}", flush=True)
 
 
 def _leaves(tree: dict) -> list[tuple[str, tuple[int, ...]]]:

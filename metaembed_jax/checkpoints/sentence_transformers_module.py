@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers.base.modules import InputModule
 from tokenizers import Tokenizer
 from transformers import AutoModel
@@ -76,11 +76,14 @@ class MetaEmbed(InputModule):
         return features
 
     def save(self, output_path: str, *args, **kwargs) -> None:
-        """Copies the directory's files; weights that were trained here are written anew."""
+        """Writes the weights as they are now, and copies the other files."""
         for file in self.directory.iterdir():
-            if file.is_file() and Path(output_path).resolve() != self.directory.resolve():
+            weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
+            if file.is_file() and not weights and Path(output_path).resolve() != self.directory.resolve():
                 shutil.copy(file, output_path)
         self.core.save_pretrained(output_path)
+        if self.head is not None:
+            save_file({"weight": self.head.detach().contiguous()}, Path(output_path) / "head.safetensors", {"format": "pt"})
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", token=None, cache_folder=None, revision=None,

@@ -25,6 +25,7 @@ from metaembed_jax.backbones import family
 from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, INDEX, SINGLE
 from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.data.prompts import SPECIAL_TOKENS
+from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.trained import LORA
@@ -50,7 +51,7 @@ def write_model(
       about: what config.json is to say about the model, beside its Meta Tokens.
       dtype: of the stored tensors, "float32" or "bfloat16".
     """
-    names = meta_token_names(config) if "meta_tokens" in parameters else []
+    names = meta_token_names(config.query_tokens, config.candidate_tokens) if "meta_tokens" in parameters else []
     first, ids = _write_vocabulary(out, names, tokenizer)
     rows = max(parameters["backbone"]["embedding"].shape[0], first + len(names))
     stored = config.architecture.to_huggingface(rows, ids) | {"dtype": dtype}
@@ -64,12 +65,6 @@ def write_model(
     if "head" in parameters:
         weight = np.asarray(parameters["head"]["kernel"], np.float32).T.astype(kind)
         save_file({"weight": np.ascontiguousarray(weight)}, out / HEAD, {"format": "pt"})
-
-
-def meta_token_names(config: ModelConfig) -> list[str]:
-    """The strings of the Meta Tokens, query rows first."""
-    sides = (("query", config.query_tokens), ("candidate", config.candidate_tokens))
-    return [f"<|meta_{side}_{number}|>" for side, count in sides for number in range(count)]
 
 
 def merged(parameters: dict, path: str, layer: int | None, scale: float) -> np.ndarray:
@@ -114,7 +109,7 @@ def _write_vocabulary(out: Path, names: list[str], file: Path) -> tuple[int, dic
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.save(str(out / "tokenizer.json"))
+    (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     ids = [tokenizer.token_to_id(name) for name in names]
     first = ids[0] if ids else 0
     if ids != list(range(first, first + len(ids))):

@@ -15,10 +15,14 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from metaembed_jax.checkpoints.base import Base
+from metaembed_jax.checkpoints.huggingface import read_json
+from metaembed_jax.config import default_config
 from metaembed_jax.errors import UserError
 
 # What may change between the parts of one run, because it changes no number.
 FREE_KEYS = ("mesh", "log_every", "keep_checkpoints", "data.dir")
+# What the numbers of a checkpoint mean.
+MODEL_KEYS = ("backbone", "architecture", "query_tokens", "candidate_tokens", "embedding_dim", "trained", "lora.rank", "lora.alpha")
 
 
 def default_workdir(config: ConfigDict) -> Path:
@@ -35,18 +39,16 @@ def claim(workdir: Path, config: ConfigDict, tokenizer: Path, base: Base | None)
     Raises:
       UserError: it is another config's run (names the keys), one on another base, or something else.
     """
+    check_workdir(workdir, config)
     record = workdir / "run.json"
     if record.exists():
-        stored = _read(record)
-        _compare(workdir, _plain(config), stored["config"], FREE_KEYS + (("init_from",) if base else ()))
-        if base and base.fingerprint != (stored.get("base") or {}).get("fingerprint"):
+        fingerprint = (read_base(workdir) or {}).get("fingerprint")
+        if base and base.fingerprint != fingerprint:
             raise UserError(
-                f"{workdir} is a run on other weights: fingerprint {(stored.get('base') or {}).get('fingerprint')} there, and "
-                f"{base.fingerprint} in {base.directory}; choose another --workdir"
+                f"{workdir} is a run on other weights: fingerprint {fingerprint} there, and {base.fingerprint} in "
+                f"{base.directory}; choose another --workdir"
             )
         return
-    if workdir.exists() and any(path.name != "tokenizer.json" and not path.name.endswith(".tmp") for path in workdir.iterdir()):
-        raise UserError(f"{workdir} exists and is no run: choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(tokenizer, workdir / "tokenizer.json")
     content = {"config": _plain(config)} | ({"base": {"name": base.name, "fingerprint": base.fingerprint}} if base else {})
@@ -55,41 +57,80 @@ def claim(workdir: Path, config: ConfigDict, tokenizer: Path, base: Base | None)
     os.replace(temporary, record)
 
 
-def is_finished(workdir: Path, config: ConfigDict) -> bool:
-    """Whether the folder holds a run of this config that was trained to its end.
+def check_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Whether a folder is this config's, or could become it.
 
     Raises:
-      UserError: it is another config's run (names the keys).
+      UserError: it is another config's run (names the keys), or something else.
     """
-    if not (workdir / "run.json").is_file():
-        return False
-    filled = () if config.architecture else ("backbone", "architecture")  # by what the run started from
-    _compare(workdir, _plain(config), _read(workdir / "run.json")["config"], FREE_KEYS + filled)
-    return (workdir / "results.json").is_file()
+    if (workdir / "run.json").exists():
+        filled = () if config.architecture else ("backbone", "architecture")  # by what the run started from
+        moved = ("init_from",) if read_base(workdir) else ()  # the fingerprint says whether it is the same
+        if different := _different(_plain(config), _plain(read_config(workdir)), FREE_KEYS + filled + moved):
+            raise UserError(f"{workdir} is a run of another config: {different}; choose another --workdir, or move the folder away")
+    elif workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file: choose another --workdir")
+    elif workdir.exists() and any(path.name != "tokenizer.json" and path.suffix != ".tmp" for path in workdir.iterdir()):
+        raise UserError(f"{workdir} exists and is no run: choose another --workdir")
+
+
+def check_model(workdir: Path, config: ConfigDict, keys: tuple[str, ...] = MODEL_KEYS) -> None:
+    """Whether a run's parameters mean in this config what they meant in its own.
+
+    Raises:
+      UserError: names the first key of the model that differs.
+    """
+    if different := _different(_plain(config), _plain(read_config(workdir)), (), keys):
+        raise UserError(f"{workdir} is a run of another model: {different}")
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether the folder holds a run that saved something."""
+    return (workdir / "run.json").is_file() and any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
+def is_finished(workdir: Path, config: ConfigDict) -> bool:
+    """Whether the folder holds a run of this config that was trained to its end, evaluated and exported.
+
+    Raises:
+      UserError: it is another config's run (names the keys), or something else.
+    """
+    check_workdir(workdir, config)
+    made = [workdir / "results.json", *(workdir / "export" / kind for kind in config.exports)]
+    return all(path.exists() for path in made)
 
 
 def read_config(workdir: Path) -> ConfigDict:
     """The config of a run.
 
     Raises:
-      UserError: it is no run.
+      UserError: it is no run, or one with other keys than those of `default_config`.
     """
     record = Path(workdir) / "run.json"
-    if not record.is_file():
+    if not record.exists():
         raise UserError(f"{workdir} is no run of train.py: it has no run.json")
-    return ConfigDict(_tuples(_read(record)["config"]))
+    stored = read_json(record).get("config")
+    found, known = _flat(stored if isinstance(stored, dict) else {}), _flat(_plain(default_config()))
+    for key in sorted(known.keys() | found.keys()):
+        if key.startswith("architecture."):
+            continue
+        kind = (int, float) if isinstance(known.get(key), float) else type(known.get(key))
+        if key not in known or not isinstance(found.get(key), kind):
+            raise UserError(f"{record}: {key} is {found.get(key)!r}; this is no record of a run, or one of another version")
+    return ConfigDict(_tuples(stored))
 
 
 def read_base(workdir: Path) -> dict | None:
-    """{"name", "fingerprint"} of the weights that a run keeps, for `base.open_recorded`; None where everything trained."""
-    return _read(Path(workdir) / "run.json").get("base")
+    """{"name", "fingerprint"} of the weights that a run keeps, for `base.open_recorded`; None where everything trained.
 
-
-def _read(record: Path) -> dict:
-    try:
-        return json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{record} cannot be read: {error}") from error
+    Raises:
+      UserError: it is no run, or its record of a base is something else.
+    """
+    record = Path(workdir) / "run.json"
+    base = read_json(record).get("base")
+    if base is not None and not (isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("name", "fingerprint"))):
+        raise UserError(f"{record}: base is {base!r}, not a name and a fingerprint")
+    return base
 
 
 def _plain(config: ConfigDict) -> dict:
@@ -102,17 +143,15 @@ def _tuples(value):
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _compare(workdir: Path, ours: dict, theirs: dict, free: tuple[str, ...]) -> None:
+def _different(ours: dict, theirs: dict, free: tuple[str, ...], only: tuple[str, ...] = ("",)) -> str:
+    """What differs, in words; keys that start with one of `free` may, and only those count that start with one of `only`."""
     ours, theirs = _flat(ours), _flat(theirs)
-    different = [
-        key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key) and not key.startswith(free)
-    ]
-    if different:
-        key = different[0]
-        raise UserError(
-            f"{workdir} is a run of another config: {key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
-            f"{f', and {len(different) - 1} more keys differ' if different[1:] else ''}; choose another --workdir"
-        )
+    keys = [key for key in sorted(ours.keys() | theirs.keys()) if key.startswith(only) and not key.startswith(free)]
+    different = [key for key in keys if ours.get(key) != theirs.get(key)]
+    if not different:
+        return ""
+    key, more = different[0], f", and {len(different) - 1} more keys differ" if different[1:] else ""
+    return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here{more}"
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

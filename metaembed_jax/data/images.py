@@ -77,9 +77,13 @@ class ImageConfig:
             if preprocessor.get(key, value) != value:
                 raise UserError(f"preprocessor_config.json: {key}={preprocessor[key]!r} is not supported, only {value!r}")
         size = preprocessor.get("size") or {}
+        whole = {key: preprocessor[key] for key in ("min_pixels", "max_pixels", "patch_size", "merge_size") if key in preprocessor}
+        for key, value in (whole | size if isinstance(size, dict) else {"size": size}).items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"preprocessor_config.json: {key} is {value!r}, not a positive whole number")
         smallest = preprocessor.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge") or 56 * 56
         largest = preprocessor.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge") or 1280 * 28 * 28
-        patch_size, merge_size = preprocessor.get("patch_size", 14), preprocessor.get("merge_size", 2)
+        patch_size, merge_size = preprocessor.get("patch_size") or 14, preprocessor.get("merge_size") or 2
         largest = min(largest, max_visual_tokens * (patch_size * merge_size) ** 2)
         return cls(smallest, largest, patch_size, merge_size, window_size)
 

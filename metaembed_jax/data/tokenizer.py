@@ -1,4 +1,4 @@
-"""A byte-level BPE vocabulary for models trained from scratch, with Qwen2.5-VL's special tokens."""
+"""A byte-level BPE vocabulary for models trained from scratch, with Qwen2.5-VL's special tokens; the names of Meta Tokens."""
 
 import os
 from collections.abc import Iterable
@@ -8,6 +8,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 PROMPT_WORDS = ("user\n", "Query: ", "Describe the image.")  # what the prompts say around every text
+
+
+def meta_token_names(query_tokens: int, candidate_tokens: int) -> list[str]:
+    """The strings that Meta Tokens have in the vocabulary of an export, query rows first."""
+    sides = (("query", query_tokens), ("candidate", candidate_tokens))
+    return [f"<|meta_{side}_{number}|>" for side, count in sides for number in range(count)]
 
 
 def train(texts: Iterable[str], path: str | Path, vocabulary: int = 2048) -> Tokenizer:

@@ -5,7 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from metaembed_jax.checkpoints.loading import run_parameters, run_processor
-from metaembed_jax.checkpoints.workdir import read_config
+from metaembed_jax.checkpoints.workdir import check_model, read_config
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.evaluation import run
@@ -26,13 +26,15 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, out: Path, budgets
     if not config.architecture:  # the run has it from what it started from
         with config.unlocked():
             config.backbone, config.architecture = run_config.backbone, run_config.architecture
+    check_model(checkpoint, config)
     chosen = config.groups
     if budgets is not None:
         chosen = parse_budgets(budgets, (config.query_tokens, config.candidate_tokens))
     mesh, network = make_mesh(**config.mesh), model_config(config)
     for name, *_ in config.data.sources:
         sources.prepare(name, config.data.dir)
-    step, parameters = run_parameters(checkpoint, config, abstract_parameters(network, mesh))
+    abstract, frozen = abstract_parameters(network, mesh), abstract_parameters(network, mesh, config.frozen_dtype)
+    step, parameters = run_parameters(checkpoint, config, abstract, frozen)
     model = MetaEmbed(network, parameters, run_processor(config, checkpoint / "tokenizer.json"), mesh)
     results = run.evaluate(model, config, "test", chosen, progress=True)
     print(f"\n{checkpoint}: test split, best checkpoint (step {step})\n{run.report(results, config, out, step)}")

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from metaembed_jax.checkpoints.export import export
 from metaembed_jax.checkpoints.loading import run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
-from metaembed_jax.checkpoints.workdir import claim, default_workdir, is_finished
+from metaembed_jax.checkpoints.workdir import check_workdir, claim, default_workdir, has_checkpoints, is_finished
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import iterate, training_batches
@@ -23,7 +23,7 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.sharding import batch_shards, make_mesh
 from metaembed_jax.trained import join, paths, split
 from metaembed_jax.training.metrics import MetricsWriter
-from metaembed_jax.training.start import describe, find_start, initial_state, stage_before
+from metaembed_jax.training.start import describe, find_start, initial_state, stages
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, put_batch
 
 
@@ -36,23 +36,38 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     Raises:
       UserError: anything that the user can put right; what was saved stands.
     """
-    return _train_all(config, workdir, _stop_on_sigterm())
+    _check(config, workdir)
+    stop = _stop_on_sigterm()
+    runs = _needed([*((stage, default_workdir(stage)) for stage in stages(config)[:-1]), (config, workdir)])
+    for stage, folder in runs[:-1]:
+        _check(stage, folder)
+    for stage, folder in runs:
+        if stage is not config:
+            print(f"{config.name} starts from {stage.name}, which is trained first, by its own config", flush=True)
+        if stop() or not _train_one(stage, folder, stop):
+            return False
+    return True
 
 
-def _train_all(config: ConfigDict, workdir: Path, stop: Callable[[], bool], later: tuple[str, ...] = ()) -> bool:
-    """The run of a config, and before it the one it starts from, if that is a config's and is not finished."""
+def _needed(runs: list[tuple[ConfigDict, Path]]) -> list[tuple[ConfigDict, Path]]:
+    """The last run, and before it those that it still needs: none once it has checkpoints, or the one before is finished."""
+    folders = [folder.resolve() for _, folder in runs]
+    for (stage, folder), resolved in zip(runs[:-1], folders, strict=False):
+        if folders.count(resolved) > 1:
+            raise UserError(f"{folder} is the folder of {stage.name}, which this run starts from: choose another --workdir")
+    first = len(runs) - 1
+    while first > 0 and not has_checkpoints(runs[first][1]) and not is_finished(runs[first - 1][1], runs[first - 1][0]):
+        first -= 1
+    return runs[first:]
+
+
+def _check(config: ConfigDict, workdir: Path) -> None:
+    """Refuses what cannot be trained: better before hours of a first stage than after."""
     check_config(config)
     mesh = _mesh(config)
-    if before := stage_before(config):
-        stages = (*later, config.init_from)
-        if config.init_from in later:
-            raise UserError(f"config.init_from: {' starts from '.join(stages)}: a first stage must start from something else")
-        is_finished(workdir, config)  # that a folder is another config's is better said before than after
-        if not is_finished(default_workdir(before), before):
-            print(f"{config.name} starts from {config.init_from}, which is trained first", flush=True)
-            if not _train_all(before, default_workdir(before), stop, stages) or stop():
-                return False
-    return _train_one(config, workdir, mesh, stop)
+    check_workdir(workdir, config)
+    if config.architecture:
+        make_trainer(config, mesh)
 
 
 def _mesh(config: ConfigDict) -> Mesh:
@@ -65,9 +80,10 @@ def _mesh(config: ConfigDict) -> Mesh:
     return mesh
 
 
-def _train_one(config: ConfigDict, workdir: Path, mesh: Mesh, stop: Callable[[], bool]) -> bool:
+def _train_one(config: ConfigDict, workdir: Path, stop: Callable[[], bool]) -> bool:
+    mesh = _mesh(config)
     records = sources.training_records(config)
-    start = find_start(config)
+    start = find_start(config, workdir)
     processor = run_processor(config, start.tokenizer)
     trainer = make_trainer(config, mesh)
     claim(workdir, config, start.tokenizer, start.base if trainer.abstract.frozen else None)

@@ -1,12 +1,16 @@
 """Where the figures of a run go: the terminal, a JSONL file, and TensorBoard where tensorboardX is installed."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
+
+from metaembed_jax.errors import UserError
 
 
 class MetricsWriter:
@@ -16,12 +20,16 @@ class MetricsWriter:
       workdir: the folder of the run.
       first_step: steps after it are written anew, so what the file has of them is dropped.
       steps: of the whole run, for the bar.
+
+    Raises:
+      UserError: the file cannot be written, here and in `write`.
     """
 
     def __init__(self, workdir: Path, first_step: int, steps: int):
-        path = workdir / "metrics.jsonl"
-        _truncate(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = workdir / "metrics.jsonl"
+        with _writing(self._path):
+            _truncate(self._path, first_step)
+            self._file = self._path.open("ab", buffering=0)
         every = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file wants few lines
         self._bar = tqdm(total=steps, initial=first_step, desc=workdir.name, unit="step", dynamic_ncols=True, mininterval=every)
         self._board = None
@@ -32,8 +40,8 @@ class MetricsWriter:
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Adds a line for `step`."""
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
-        self._file.flush()
+        with _writing(self._path):
+            self._file.write(f"{json.dumps({'step': step, **figures})}\n".encode())
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(name, value, step)
@@ -58,16 +66,24 @@ class MetricsWriter:
             self._board.close()
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); put that right, and the same command goes on") from error
+
+
 def _truncate(path: Path, last_step: int) -> None:
     """Keeps the lines of steps up to `last_step`; a line cut short by a kill goes too."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] > last_step:
                 break
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError):
             break
         kept.append(line + "\n")
     temporary = path.with_name("metrics.jsonl.tmp")

@@ -12,15 +12,17 @@ from ml_collections import ConfigDict
 from metaembed_jax.backbones import family
 from metaembed_jax.checkpoints.base import Base, find, open_base, open_recorded
 from metaembed_jax.checkpoints.huggingface import read_backbone
-from metaembed_jax.checkpoints.loading import base_architecture, best_parameters
+from metaembed_jax.checkpoints.loading import base_architecture, best_parameters, exported_parameters, read_about
 from metaembed_jax.checkpoints.runs import RunCheckpoints
-from metaembed_jax.checkpoints.workdir import default_workdir, read_base, read_config
+from metaembed_jax.checkpoints.workdir import check_model, default_workdir, has_checkpoints, read_base, read_config
 from metaembed_jax.config import load_config, model_config, names_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import abstract_parameters
-from metaembed_jax.trained import LORA, join
+from metaembed_jax.trained import LORA, join, lora_patterns
 from metaembed_jax.training.step import Trainer, TrainState
 
+# What a run's Meta Tokens, and adapters, mean; the shape says it of all else.
+TOKEN_KEYS, LORA_KEYS = ("query_tokens", "candidate_tokens"), ("lora.rank", "lora.alpha")
 WINDOW = "vision_config.window_size"  # a run may start from another with other windows: boards has larger pages than tiny
 
 
@@ -42,13 +44,34 @@ def stage_before(config: ConfigDict) -> ConfigDict | None:
     """The config whose run this one starts from, where `config.init_from` names a config; its folder is `default_workdir`'s."""
     if not names_config(config.init_from):
         return None
-    before = load_config(config.init_from, {})
+    try:
+        before = load_config(config.init_from, {})
+    except UserError as error:
+        raise UserError(f"config.init_from: {error}") from error
     before.data.dir, before.mesh = config.data.dir, config.mesh
     return before
 
 
-def find_start(config: ConfigDict) -> Start:
+def stages(config: ConfigDict) -> list[ConfigDict]:
+    """The configs whose runs lead to this one's, which comes last: each starts from the one before it.
+
+    Raises:
+      UserError: there is no first one.
+    """
+    found, names = [config], []
+    while before := stage_before(found[0]):
+        names.append(found[0].init_from)
+        if names[-1] in names[:-1]:
+            raise UserError(f"config.init_from: {' starts from '.join(names)}: a first stage must start from something else")
+        found.insert(0, before)
+    return found
+
+
+def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
     """Finds the start of a run, and fills an empty `config.architecture` from it.
+
+    Args:
+      workdir: of the run. Once it has checkpoints, it needs no first stage any more: it has all that it took from there.
 
     Raises:
       UserError: it is not there, is no model of ours, or has another architecture than the config.
@@ -57,9 +80,13 @@ def find_start(config: ConfigDict) -> Start:
         return Start(None, None, _tokenizer(Path(config.data.dir) / config.data.sources[0][0]))
     before = stage_before(config)
     directory = default_workdir(before) if before else find(config.init_from)
+    if before and workdir and has_checkpoints(workdir):
+        directory = workdir
     if (directory / "run.json").is_file():
         other = read_config(directory)
         _fill_architecture(config, other.backbone, other.architecture.to_dict(), directory, free=WINDOW)
+        both_adapted = lora_patterns(config.trained) and lora_patterns(other.trained)
+        check_model(directory, config, TOKEN_KEYS + (LORA_KEYS if both_adapted else ()))
         record = read_base(directory)
         return Start(directory, open_recorded(directory, record) if record else None, _tokenizer(directory))
     base = open_base(config.init_from)
@@ -84,7 +111,7 @@ def initial_state(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoi
     restored = checkpoints.restore_latest(abstract.parameters, abstract.optimizer, lambda line: print(line, flush=True))
     if restored is not None:
         step, parameters, optimizer = restored
-        checkpoints.discard_after(step)
+        checkpoints.set_aside_after(step)
         print(f"resuming at step {step} of {config.steps}", flush=True)
         frozen = _read(config, start.base, abstract.frozen)
         return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), parameters, frozen, optimizer)
@@ -94,7 +121,8 @@ def initial_state(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoi
         return trainer.init(join(parameters, _read(config, start.base, abstract.frozen)))
     if start.base is not None:
         print(f"starting from {start.base.name}", flush=True)
-        return trainer.init(_read(config, start.base, join(abstract.parameters, abstract.frozen)))
+        wanted = join(abstract.parameters, abstract.frozen)
+        return trainer.init(_read(config, start.base, wanted) | _read_exported(config, start.base, wanted))
     return trainer.init()
 
 
@@ -128,6 +156,19 @@ def _read(config: ConfigDict, base: Base | None, wanted: dict) -> dict:
         return {}
     backbone = unflatten_dict(found, sep=".")["backbone"]
     return {"backbone": read_backbone(base.directory, family(config.backbone), model_config(config).architecture, backbone)}
+
+
+def _read_exported(config: ConfigDict, base: Base, wanted: dict) -> dict:
+    """The Meta Tokens of a base that is one of our exports, and its head unless that has another width."""
+    about = read_about(base.directory)
+    if not about:
+        return {}
+    for key in TOKEN_KEYS:
+        if about[key] != config[key]:
+            raise UserError(f"{base.name}: has {key}={about[key]}, and the config has {config[key]}")
+    if about["embedding_dim"] != config.embedding_dim:
+        wanted = {name: leaf for name, leaf in wanted.items() if name != "head"}
+    return exported_parameters(base.directory, config.backbone, about, wanted)
 
 
 def _fill_architecture(config: ConfigDict, backbone: str, found: dict, directory: Path, free: str = "") -> None:

@@ -2,17 +2,22 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
 from metaembed_jax.checkpoints.export import export
+from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.torch_export import write_model
 from metaembed_jax.config import load_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.model import MetaEmbed
+from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.loop import train
+from metaembed_jax.training.start import find_start, initial_state
+from metaembed_jax.training.step import make_trainer
 from tests.backbones.qwen2_5_vl_reference import string
 
 
@@ -126,6 +131,17 @@ def test_sentence_transformers_computes_the_same_vectors_and_scores(run, ours, t
     assert model.get_embedding_dimension() == ours[name]["query"].shape[-1]
 
 
+def test_sentence_transformers_saves_what_it_holds(run, tmp_path):
+    module = pytest.importorskip("sentence_transformers")
+    export(run["head"], tmp_path / "out", "sentence-transformers")
+    model = module.MultiVectorEncoder(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
+    model[0].head.data.mul_(-1).add_(1)
+    model[0].core.get_input_embeddings().weight.data.add_(0.1)
+    model.save(str(tmp_path / "saved"))
+    saved = module.MultiVectorEncoder(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    np.testing.assert_array_equal(np.stack(saved.encode_query(ITEMS)), np.stack(model.encode_query(ITEMS)))
+
+
 def test_peft_applies_the_adapter_to_the_base(run, ours, tmp_path):
     peft = pytest.importorskip("peft")
     import torch
@@ -146,6 +162,50 @@ def test_peft_applies_the_adapter_to_the_base(run, ours, tmp_path):
         np.testing.assert_allclose(stock_vectors(tmp_path / "merged", side, core), ours["plain"][side], atol=1e-4)
 
 
+def test_a_run_starts_from_the_transformers_export_with_its_meta_tokens_and_head(run, tmp_path, data_dir):
+    export(run["head"], tmp_path / "one", "transformers")
+    config = load_config(f"configs/smoke.py:{tmp_path / 'one'}", {"data.dir": str(data_dir)})
+    found = started(config, tmp_path / "a")
+    expected = MetaEmbed.from_pretrained(run["head"], dtype="float32").parameters
+    np.testing.assert_array_equal(found["meta_tokens"], expected["meta_tokens"])
+    np.testing.assert_array_equal(found["head"]["kernel"], expected["head"]["kernel"])
+    config.embedding_dim = 8
+    assert started(config, tmp_path / "b")["head"]["kernel"].shape == (32, 8)
+    config.query_tokens, config.candidate_tokens = 40, 40
+    with pytest.raises(UserError, match="has query_tokens=16, and the config has 40"):
+        started(config, tmp_path / "c")
+
+
+def started(config, workdir):
+    """The parameters that train of a run at its first step."""
+    start, trainer = find_start(config), make_trainer(config, make_mesh())
+    checkpoints = RunCheckpoints(workdir)
+    state = initial_state(config, trainer, checkpoints, start)
+    checkpoints.close()
+    return jax.device_get(state.parameters)
+
+
+WRONG = [
+    ({"first_token": 3}, "config.json has <|meta_query_0|> as token 3, and tokenizer.json as"),
+    ({"query_tokens": 8}, "has <|meta_candidate_0|> as token 311, and tokenizer.json as 319"),
+    ({"query_tokens": 10**12}, "more than tokenizer.json has tokens"),
+    ({"embedding_dim": 0}, "embedding_dim of config.json is 0, and head.safetensors is there"),
+    ({"embedding_dim": 8}, r"asks for weight of shape \(8, 32\)"),
+    ({"first_token": None}, "does not say where Meta Tokens and head are"),
+    (None, "does not say where Meta Tokens and head are"),
+]
+
+
+@pytest.mark.parametrize("change, message", WRONG)
+def test_a_wrong_record_of_meta_tokens_is_refused(run, tmp_path, change, message):
+    export(run["head"], tmp_path / "one", "transformers")
+    stored = json.loads((tmp_path / "one" / "config.json").read_text())
+    stored["metaembed"] = None if change is None else stored["metaembed"] | change
+    (tmp_path / "one" / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=message):
+        MetaEmbed.from_pretrained(tmp_path / "one")
+
+
 def test_large_models_are_written_in_shards(run, tmp_path):
     model = MetaEmbed.from_pretrained(run["plain"], dtype="float32")
     parameters = {key: value for key, value in model.parameters.items() if key != "head"}
@@ -162,7 +222,7 @@ def test_every_export_has_a_card(run, tmp_path):
         export(run["head"], tmp_path / kind, kind)
         card = (tmp_path / kind / "README.md").read_text()
         assert "(1, 1), (2, 4), (4, 8), (8, 16), (16, 64)" in card and "## Load" in card and "| (16, 64) |" in card
-        assert not (tmp_path / f"{kind}.tmp").exists()
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_what_cannot_be_exported_is_refused(run, tmp_path):
@@ -174,6 +234,6 @@ def test_what_cannot_be_exported_is_refused(run, tmp_path):
     export(run["head"], tmp_path / "merged", "transformers")
     with pytest.raises(UserError, match="has no adapters"):
         export(tmp_path / "merged", tmp_path / "adapter", "peft")
-    assert not (tmp_path / "adapter").exists() and not (tmp_path / "adapter.tmp").exists()
+    assert not list(tmp_path.glob("adapter*"))
     with pytest.raises(UserError, match="--format=onnx"):
         export(run["head"], tmp_path / "other", "onnx")

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from metaembed_jax.backbones.layers import Linear, quantize
 from metaembed_jax.backbones.lora import Lora, LoraConfig, dropout_keys
-from metaembed_jax.checkpoints.loading import run_processor
+from metaembed_jax.checkpoints.loading import run_parameters, run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.torch_export import write_model
 from metaembed_jax.checkpoints.workdir import claim
@@ -25,7 +25,7 @@ from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.model import MetaEmbed
-from metaembed_jax.network import init_parameters
+from metaembed_jax.network import abstract_parameters, init_parameters
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
@@ -170,6 +170,18 @@ def test_evaluation_finds_the_base(config, finished, tmp_path):
     evaluate_checkpoint(config, finished, tmp_path, None)
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, finished))
     assert found["directions"] == expected["directions"]
+    config.lora.alpha = 4.0
+    with pytest.raises(UserError, match="lora.alpha is 32.0 there and 4.0 here"):
+        evaluate_checkpoint(config, finished, tmp_path, None)
+
+
+def test_frozen_kernels_are_evaluated_as_they_were_trained(config, finished):
+    find_start(config)
+    mesh, network = make_mesh(), model_config(config)
+    abstract, frozen = abstract_parameters(network, mesh), abstract_parameters(network, mesh, "bfloat16")
+    _, parameters = run_parameters(finished, config, abstract, frozen)
+    assert parameters["backbone"]["layers"]["query"]["kernel"].dtype == "bfloat16"
+    assert parameters["head"]["kernel"].dtype == "float32"
 
 
 def test_a_run_can_start_from_another_with_the_same_base(config, base, finished, tmp_path):

@@ -17,7 +17,9 @@ import pytest
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.data import sources
 from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.evaluation.report import format_table
+from metaembed_jax.model import MetaEmbed
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
@@ -114,6 +116,7 @@ def test_corrupt_latest_checkpoint_falls_back(small_config, whole, tmp_path, mon
     assert train(small_config, tmp_path / "run")
     said = capsys.readouterr().out
     assert "checkpoints/6 cannot be read" in said and "resuming at step 4 of 8" in said
+    assert (tmp_path / "run/checkpoints/6.unreadable").is_dir()
     assert_identical(parameters_of(small_config, whole, 8), parameters_of(small_config, tmp_path / "run", 8))
 
 
@@ -147,8 +150,9 @@ def test_the_config_that_a_run_starts_from_is_trained_first(small_config, tmp_pa
     assert json.loads(Path("runs/small_first/results.json").read_text())["config"]["embedding_dim"] == 24
 
     # Stopped after its own first step, the second stage goes on without the first.
+    shutil.rmtree("runs/small_first")
     assert train(small_config, tmp_path / "run")
-    assert "trained first" not in capsys.readouterr().out
+    assert "trained first" not in capsys.readouterr().out and not Path("runs").joinpath("small_first").exists()
 
 
 def test_a_head_of_another_width_is_fresh_and_windows_may_differ(small_config, whole, tmp_path):
@@ -172,6 +176,49 @@ def test_stages_without_a_first_one_are_refused(small_config, tmp_path, monkeypa
     )
     small_config.init_from = "round.py"
     with pytest.raises(UserError, match="round.py starts from round.py: a first stage must start from something else"):
+        train(small_config, tmp_path / "run")
+
+
+def test_a_workdir_that_cannot_be_is_refused_before_the_first_stage(small_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_config.init_from = f"{Path(__file__).with_name('small.py').resolve()}:first"
+    Path("notes").mkdir()
+    Path("notes/mine.txt").write_text("mine")
+    refused = {"runs/small_first": "is the folder of small_first", "notes": "is no run", "notes/mine.txt": "is a file"}
+    for workdir, message in refused.items():
+        with pytest.raises(UserError, match=message):
+            train(small_config, Path(workdir))
+    small_config.trained = (("nothing", "full"),)
+    with pytest.raises(UserError, match="'nothing' matches none"):
+        train(small_config, tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"config": null}', '{"config": {"name": "x"}}', "\xff", "{"])
+def test_a_record_that_is_none_is_refused(small_config, whole, tmp_path, content):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "run.json").write_text(content, encoding="latin1")
+    for use in (lambda: train(small_config, run), lambda: MetaEmbed.from_pretrained(run)):
+        with pytest.raises(UserError, match="run.json"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "key, value", [("query_tokens", 20), ("candidate_tokens", 60), ("architecture.vision_config.window_size", 56)]
+)
+def test_evaluation_by_another_model_is_refused(small_config, whole, tmp_path, key, value):
+    small_config.update_from_flattened_dict({key: value})
+    if key != "candidate_tokens":
+        small_config.candidate_tokens = 80 - small_config.query_tokens
+    small_config.groups = ((1, 1),)
+    with pytest.raises(UserError, match="is a run of another model: .* there and .* here"):
+        evaluate_checkpoint(small_config, whole, tmp_path / "eval", None)
+
+
+def test_meta_tokens_of_the_other_side_are_not_taken(small_config, whole, tmp_path):
+    small_config.init_from, small_config.query_tokens, small_config.candidate_tokens = str(whole), 20, 60
+    small_config.groups = ((1, 1),)
+    with pytest.raises(UserError, match="candidate_tokens is 64 there and 60 here"):
         train(small_config, tmp_path / "run")
 
 
