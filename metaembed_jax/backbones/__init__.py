@@ -12,6 +12,6 @@ def family(name: str):
     Raises:
       UserError: no such family.
     """
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"unknown backbone {name!r}: known are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]

@@ -137,8 +137,9 @@ def read_about(directory: Path) -> dict:
     if about == {} and not head:
         return {}
     keys = ("query_tokens", "candidate_tokens", "first_token", "embedding_dim")
-    if not isinstance(about, dict) or not all(type(about.get(key)) is int and about[key] >= 0 for key in keys):
-        raise UserError(f"{directory / 'config.json'}: {ABOUT!r} is {about!r}, which does not say where Meta Tokens and head are")
+    found = {key: about.get(key) for key in keys} if isinstance(about, dict) else about
+    if not isinstance(found, dict) or not all(type(number) is int and number >= 0 for number in found.values()):
+        raise UserError(f"{directory / 'config.json'}: {ABOUT} is {found!r}, which does not say where Meta Tokens and head are")
     if bool(about["embedding_dim"]) != head:
         width, there = about["embedding_dim"], "is" if head else "is not"
         raise UserError(f"{directory}: {ABOUT}.embedding_dim of config.json is {width}, and {HEAD} {there} there; export it again")

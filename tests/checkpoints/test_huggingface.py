@@ -6,7 +6,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from metaembed_jax.checkpoints.base import open_base
 from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import abstract_network
@@ -146,6 +148,17 @@ def test_a_tensor_of_another_shape(tmp_path, key, shape, wanted):
 def test_quantised_weights(tmp_path):
     key = "model.layers.0.mlp.up_proj.weight"
     refused(write(tmp_path, TENSORS | {key: np.zeros((72, 32), np.int8)}), "model.safetensors", key, "I8")
+
+
+def test_a_base_is_read_as_strictly(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for tensor, message in ((np.zeros((2, 2), np.int8), "a is I8"), (np.zeros((0, 2), np.float32), "which holds nothing")):
+        save_file({"a": tensor}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=message):
+            open_base(str(tmp_path))
+    for name in ("~nobody_here/model", "x" * 300):
+        with pytest.raises(UserError, match="there is no such directory"):
+            open_base(name)
 
 
 @pytest.mark.parametrize(
