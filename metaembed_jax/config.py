@@ -50,7 +50,7 @@ def default_config() -> ConfigDict:
     config.data.dir = "data"  # prepared sources; what is missing is prepared
     config.data.sources = (("icons", 1.0, 0),)  # (name in metaembed_jax.data.sources, weight, at most so many pairs; 0: all)
     config.data.negatives = 0  # hard negatives a pair
-    config.data.query_shapes = ((64, 0),)  # (tokens, patches), smallest first
+    config.data.query_shapes = ((64, 0),)  # (tokens, patches) or (tokens, patches, rows of a batch), smallest first
     config.data.candidate_shapes = ((64, 64),)
     config.data.min_pixels = 28 * 28
     config.data.max_pixels = 1024 * 28 * 28
@@ -168,13 +168,15 @@ def check_config(config: ConfigDict) -> None:
     validate_groups(config.groups, config.query_tokens, config.candidate_tokens)
     _choice(config, "dtype", ("float32", "bfloat16"))
     _choice(config, "frozen_dtype", ("", "bfloat16", "float32", "int8"))
-    _entries(config, "trained", (str, str), ("*", "full"))
+    _entries(config, "trained", [(str, str)], "('*', 'full')")
     for pattern, how in config.trained:
         if how not in ("full", "lora"):
             raise UserError(f"config.trained: {(pattern, how)!r} is not (pattern, 'full') or (pattern, 'lora')")
-    _entries(config, "data.sources", (str, int | float, int), ("icons", 1.0, 0))
+    _entries(config, "data.sources", [(str, int | float, int)], "('icons', 1.0, 0)")
     for side in ("query", "candidate"):
-        _entries(config, f"data.{side}_shapes", (int, int), (64, 0))
+        _entries(
+            config, f"data.{side}_shapes", [(int, int), (int, int, int)], "(64, 0), (tokens, patches), or (64, 0, 32), with rows"
+        )
     if not 0 <= config.lora.dropout < 1 or config.lora.rank < 1:
         raise UserError(f"config.lora: rank={config.lora.rank} must be positive, and dropout={config.lora.dropout} in [0, 1)")
     _choice(config, "normalization", ("code", "paper"))
@@ -207,11 +209,11 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"config.optimizer.warmup_steps={config.optimizer.warmup_steps} must be below config.steps={config.steps}")
 
 
-def _entries(config: ConfigDict, key: str, kinds: tuple, example: tuple) -> None:
+def _entries(config: ConfigDict, key: str, forms: list[tuple], example: str) -> None:
     for entry in operator.attrgetter(key)(config) or [()]:
-        fits = isinstance(entry, tuple) and len(entry) == len(kinds) and all(map(isinstance, entry, kinds))
-        if not fits or any(isinstance(part, int) and part < 0 for part in entry):
-            raise UserError(f"config.{key}: {entry!r} is not of the form {example!r}")
+        fits = [len(entry) == len(form) and all(map(isinstance, entry, form)) for form in forms if isinstance(entry, tuple)]
+        if not any(fits) or any(isinstance(part, int) and part < 0 for part in entry):
+            raise UserError(f"config.{key}: {entry!r} is not of the form {example}")
 
 
 def _choice(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:
