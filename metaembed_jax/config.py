@@ -174,9 +174,7 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"config.trained: {(pattern, how)!r} is not (pattern, 'full') or (pattern, 'lora')")
     _entries(config, "data.sources", [(str, int | float, int)], "('icons', 1.0, 0)")
     for side in ("query", "candidate"):
-        _entries(
-            config, f"data.{side}_shapes", [(int, int), (int, int, int)], "(64, 0), (tokens, patches), or (64, 0, 32), with rows"
-        )
+        _entries(config, f"data.{side}_shapes", [(int, int), (int, int, int)], "(64, 0), or (64, 0, 32) with rows")
     if not 0 <= config.lora.dropout < 1 or config.lora.rank < 1:
         raise UserError(f"config.lora: rank={config.lora.rank} must be positive, and dropout={config.lora.dropout} in [0, 1)")
     _choice(config, "normalization", ("code", "paper"))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from metaembed_jax.checkpoints.runs import RunCheckpoints
+from metaembed_jax.config import check_config
 from metaembed_jax.data import sources
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.command import evaluate_checkpoint
@@ -264,6 +265,12 @@ def test_a_config_that_cannot_run_is_refused(small_config, tmp_path, key, value,
     with pytest.raises(UserError, match=message):
         train(small_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key, value", [("data.query_shapes", ((32, 0), (64, 256, 16))), ("data.sources", (("icons", 2, 9),))])
+def test_a_config_that_can_run_is_not_refused(small_config, key, value):
+    small_config.update_from_flattened_dict({key: value})
+    check_config(small_config)
 
 
 def test_a_mesh_that_does_not_fit_is_refused(small_config, tmp_path):
