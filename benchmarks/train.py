@@ -18,16 +18,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flops import traced_flops
 from PIL import Image
 from qwen2_5_vl_torch import TorchTrainer, write_checkpoint
 
 from metaembed_jax.backbones import qwen2_5_vl
 from metaembed_jax.checkpoints.huggingface import read_backbone
-from metaembed_jax.config import default_config
+from metaembed_jax.config import default_config, model_config
 from metaembed_jax.data.images import ImageConfig, patchify
 from metaembed_jax.data.prompts import Example, ShapeClass, collate, rope_positions
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
+from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.step import Trainer, make_trainer, put_batch
 
@@ -166,7 +168,6 @@ def matmul_rate(size: int = 2048) -> float:
 
 def profile(config, ours: Ours) -> None:
     """Where our step's time goes: forward and backward of its parts, each jitted alone."""
-    from metaembed_jax.network import abstract_network
     from metaembed_jax.training.step import encode
 
     graph, _, _ = abstract_network(model_config(config))

@@ -5,6 +5,7 @@
 
 import ast
 import importlib.util
+import math
 import operator
 from pathlib import Path
 
@@ -175,8 +176,9 @@ def check_config(config: ConfigDict) -> None:
     _entries(config, "data.sources", [(str, int | float, int)], "('icons', 1.0, 0)")
     for side in ("query", "candidate"):
         _entries(config, f"data.{side}_shapes", [(int, int), (int, int, int)], "(64, 0), or (64, 0, 32) with rows")
-    if not 0 <= config.lora.dropout < 1 or config.lora.rank < 1:
-        raise UserError(f"config.lora: rank={config.lora.rank} must be positive, and dropout={config.lora.dropout} in [0, 1)")
+    if not 0 <= config.lora.dropout < 1 or config.lora.rank < 1 or not 0 < config.lora.alpha < math.inf:
+        sizes = f"rank={config.lora.rank} and alpha={config.lora.alpha}"
+        raise UserError(f"config.lora: {sizes} must be positive, and dropout={config.lora.dropout} in [0, 1)")
     _choice(config, "normalization", ("code", "paper"))
     _choice(config, "optimizer.algorithm", ("adamw", "muon"))
     _choice(config, "optimizer.decay", ("linear", "cosine"))

@@ -50,6 +50,9 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
         line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(error))  # names come from others' files
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # of a path or a disk, in the system's own words
+        print(f"error: {ascii(error.filename) + ': ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

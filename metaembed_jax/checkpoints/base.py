@@ -6,16 +6,19 @@ is read from there again.
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from metaembed_jax.checkpoints.huggingface import list_tensors, read_json
 from metaembed_jax.errors import UserError
 
-SAMPLE = 256  # numbers of each tensor that the fingerprint reads
+ROWS, COLUMNS = 64, 256  # of each tensor that the fingerprint reads at most
+WRITERS_KEYS = ("transformers_version", "_name_or_path")  # of config.json, that say who wrote it
 
 
 class Base(NamedTuple):
@@ -80,16 +83,19 @@ def open_recorded(workdir: Path, record: dict) -> Base:
 
 
 def fingerprint(directory: Path) -> str:
-    """16 hex digits from config.json and from the names, types, shapes and first numbers of all tensors.
+    """16 hex digits of config.json and of all tensors: names, types, shapes, and numbers from all over each.
 
-    All of a large checkpoint would take minutes to read; weights that were trained further differ in their first numbers too.
+    Files and their order do not count. All of a large checkpoint would take minutes to read: about `ROWS` rows of a tensor
+    are, with `COLUMNS` numbers of each. Weights that were trained further differ there; a single number elsewhere is not seen.
     """
-    digest = hashlib.sha256(json.dumps(read_json(directory / "config.json"), sort_keys=True).encode())
-    for file in sorted(directory.glob("*.safetensors")):
-        tensors = sorted(list_tensors(file))
-        with safe_open(file, "np") as handle:
-            for key, _, shape, dtype in tensors:
-                row = (*(slice(0, 1) for _ in shape[1:]), *(slice(0, min(SAMPLE, size)) for size in shape[-1:]))
-                first = handle.get_slice(key)[row] if shape else handle.get_tensor(key)
-                digest.update(f"{key} {dtype} {list(shape)}".encode() + first.tobytes())
+    stored = {key: value for key, value in read_json(directory / "config.json").items() if key not in WRITERS_KEYS}
+    digest = hashlib.sha256(json.dumps(stored, sort_keys=True).encode())
+    for tensor in sorted(tensor for file in directory.glob("*.safetensors") for tensor in list_tensors(file)):
+        with safe_open(tensor.file, "np") as handle:
+            rows = handle.get_slice(tensor.key) if tensor.shape else [handle.get_tensor(tensor.key)]
+            digest.update(f"{tensor.key} {tensor.dtype} {tensor.shape}".encode())
+            step = max(1, math.ceil(tensor.shape[0] / ROWS)) if tensor.shape else 1
+            for row in range(0, tensor.shape[0] if tensor.shape else 1, step):
+                some = (slice(row, row + 1), *(slice(0, min(COLUMNS, size)) for size in tensor.shape[1:]))
+                digest.update(np.ascontiguousarray(rows[some] if tensor.shape else rows[0]).tobytes())
     return digest.hexdigest()[:16]

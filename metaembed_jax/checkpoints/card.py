@@ -1,5 +1,7 @@
 """The model card of an export: README.md, with what the hub reads on top."""
 
+import json
+
 from metaembed_jax.network import ModelConfig
 
 LOAD = {
@@ -37,7 +39,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), DIRECTORY)
+model = PeftModel.from_pretrained(AutoModel.from_pretrained({base}), DIRECTORY)
 meta_tokens = load_file(DIRECTORY + "/metaembed.safetensors")["meta_tokens"]  # to be appended to the input embeddings of a prompt
 ```""",
 }
@@ -54,10 +56,10 @@ def model_card(kind: str, config: ModelConfig, about: dict, results: dict | None
     width = config.embedding_dim or config.architecture.text_config.hidden_size
     head = ' @ load_file(f"{DIRECTORY}/head.safetensors")["weight"].T' if config.embedding_dim else ""
     load = LOAD[kind].format(
-        query=config.query_tokens, last=config.candidate_tokens - 1, width=width, head=head, base=about.get("base", "")
+        query=config.query_tokens, last=config.candidate_tokens - 1, width=width, head=head, base=json.dumps(about.get("base", ""))
     )
     lines = ["---", "tags: [metaembed, multi-vector, late-interaction, retrieval]"]
-    lines += [f"library_name: {kind}", *([f"base_model: {about['base']}"] if about.get("base") else []), "---", ""]
+    lines += [f"library_name: {kind}", *([f"base_model: {json.dumps(about['base'])}"] if about.get("base") else []), "---", ""]
     lines += [f"# {about.get('name', 'MetaEmbed')}", ""]
     lines += [
         f"A MetaEmbed retriever (arXiv 2509.18095): up to {config.query_tokens} vectors of {width} numbers for a query and "

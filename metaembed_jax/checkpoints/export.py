@@ -65,9 +65,11 @@ def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = Non
     """
     if kind not in FORMATS:
         raise UserError(f"--format={kind}: expected {', '.join(FORMATS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose another --out")
+    if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out")
-    trained, out = read_trained(find(checkpoint), dtype), out.absolute()
+    trained, out = read_trained(find(checkpoint), dtype), out.resolve()
     scratch = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         scratch.mkdir(parents=True)
@@ -88,7 +90,9 @@ def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = Non
 def read_trained(directory: Path, dtype: str | None) -> Trained:
     """Reads a run or a Hugging Face directory; what was frozen as int8 comes from its base in full."""
     mesh = make_mesh(data=1, fsdp=-1)
-    if not (directory / "run.json").is_file():
+    if not (directory / "run.json").exists():
+        if not (directory / "config.json").is_file():
+            raise UserError(f"{directory}: is neither a run (it has no run.json) nor a Hugging Face model (it has no config.json)")
         stored = read_json(directory / "config.json")
         found = stored.get("dtype") or stored.get("torch_dtype")  # as transformers 5 names it, and as it did before
         dtype = dtype or (found if found in ("float32", "bfloat16") else "float32")

@@ -49,8 +49,10 @@ class MetaEmbed(InputModule):
     def preprocess(self, inputs: list, prompt: str | None = None, task: str | None = None, **kwargs) -> dict:
         """Left-padded prompts with the Meta Tokens behind them. Inputs: texts, PIL images, or {"text", "image"}."""
         items = [item if isinstance(item, dict) else {"text" if isinstance(item, str) else "image": item} for item in inputs]
-        if any("role" in item for item in items):
-            raise ValueError("chat messages are not embedded; give texts, images, or {'text': ..., 'image': ...}")
+        for item in items:
+            known = item.keys() <= {"text", "image"} and isinstance(item.get("text") or "", str)
+            if not known or isinstance(item.get("image"), list) or all(value is None for value in item.values()):
+                raise ValueError(f"cannot embed {str(item)[:200]}: give texts, images, or {{'text': ..., 'image': ...}}")
         pictures = [item["image"] for item in items if item.get("image") is not None]
         features = dict(self.images(pictures, return_tensors="pt")) if pictures else {}
         units = iter((features["image_grid_thw"].prod(-1) // self.images.merge_size**2).tolist() if pictures else ())

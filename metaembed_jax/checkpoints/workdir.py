@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from metaembed_jax.checkpoints.base import Base
 from metaembed_jax.checkpoints.huggingface import read_json
-from metaembed_jax.config import default_config
+from metaembed_jax.config import check_config, default_config
 from metaembed_jax.errors import UserError
 
 # What may change between the parts of one run, because it changes no number.
@@ -117,7 +117,12 @@ def read_config(workdir: Path) -> ConfigDict:
         kind = (int, float) if isinstance(known.get(key), float) else type(known.get(key))
         if key not in known or not isinstance(found.get(key), kind):
             raise UserError(f"{record}: {key} is {found.get(key)!r}; this is no record of a run, or one of another version")
-    return ConfigDict(_tuples(stored))
+    config = ConfigDict(_tuples(stored))
+    try:
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{record}: {error}") from error
+    return config
 
 
 def read_base(workdir: Path) -> dict | None:

@@ -178,6 +178,8 @@ def rope_positions(length: int, start: int, patches: Patches | None) -> Int[np.n
 
 
 def _read_item(item: dict, name: str) -> tuple[str, object]:
+    if unknown := item.keys() - {"text", "image"}:
+        raise UserError(f"{name}: has {', '.join(sorted(map(repr, unknown)))}; an item's keys are 'text' and 'image'")
     text, image = item.get("text"), item.get("image")
     if text is None and image is None:
         raise UserError(f"{name}: has neither text nor image; give at least one")

@@ -191,7 +191,8 @@ def _finish(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, m
     print(f"\nwritten: {workdir / 'results.json'}, {workdir / 'quality.png'}", flush=True)
     for kind in config.exports:
         out, made = workdir / "export" / kind, workdir / "export" / f"{kind}.new"
-        shutil.rmtree(made, ignore_errors=True)
+        for left in made.parent.glob(f"{made.name}*"):  # by a run that was killed here
+            shutil.rmtree(left, ignore_errors=True)
         export(workdir, made, kind)
         shutil.rmtree(out, ignore_errors=True)  # of this run when it was evaluated before, and only now that there is another
         made.rename(out)

@@ -129,6 +129,9 @@ def test_sentence_transformers_computes_the_same_vectors_and_scores(run, ours, t
     scores = MetaEmbed.from_pretrained(run[name]).similarity(ours[name]["query"], ours[name]["candidate"])
     np.testing.assert_allclose(model.similarity(queries, documents), scores, atol=1e-3)
     assert model.get_embedding_dimension() == ours[name]["query"].shape[-1]
+    for odd in ({}, {"text": None}, {"text": "x", "img": TALL}, {"text": 5}, None, [{"role": "user", "content": "hi"}]):
+        with pytest.raises(ValueError, match="cannot embed"):
+            model[0].preprocess([odd])
 
 
 def test_sentence_transformers_saves_what_it_holds(run, tmp_path):
@@ -196,14 +199,14 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("change, message", WRONG)
-def test_a_wrong_record_of_meta_tokens_is_refused(run, tmp_path, change, message):
-    export(run["head"], tmp_path / "one", "transformers")
-    stored = json.loads((tmp_path / "one" / "config.json").read_text())
-    stored["metaembed"] = None if change is None else stored["metaembed"] | change
-    (tmp_path / "one" / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(UserError, match=message):
-        MetaEmbed.from_pretrained(tmp_path / "one")
+def test_a_wrong_record_of_meta_tokens_is_refused(run, tmp_path):
+    export(run["head"], tmp_path, "transformers")
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for change, message in WRONG:
+        about = None if change is None else stored["metaembed"] | change
+        (tmp_path / "config.json").write_text(json.dumps(stored | {"metaembed": about}))
+        with pytest.raises(UserError, match=message):
+            MetaEmbed.from_pretrained(tmp_path)
 
 
 def test_large_models_are_written_in_shards(run, tmp_path):

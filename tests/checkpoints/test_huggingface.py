@@ -1,5 +1,6 @@
 """Reading of Hugging Face directories: every tensor goes where it belongs, and what does not fit is refused by name."""
 
+import json
 import re
 
 import jax
@@ -156,6 +157,14 @@ def test_a_base_is_read_as_strictly(tmp_path):
         save_file({"a": tensor}, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=message):
             open_base(str(tmp_path))
+    write(tmp_path, TENSORS)
+    same = open_base(str(write(tmp_path / "parts", *halves(TENSORS)))).fingerprint
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "parts" / "config.json").write_text(json.dumps(stored | {"transformers_version": "1"}))
+    assert same == open_base(str(tmp_path)).fingerprint == open_base(str(tmp_path / "parts")).fingerprint
+    changed = TENSORS["model.embed_tokens.weight"].copy()
+    changed[20:50] += 1
+    assert same != open_base(str(write(tmp_path / "changed", TENSORS | {"model.embed_tokens.weight": changed}))).fingerprint
     for name in ("~nobody_here/model", "x" * 300):
         with pytest.raises(UserError, match="there is no such directory"):
             open_base(name)
