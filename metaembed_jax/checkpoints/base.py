@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
@@ -89,13 +88,20 @@ def fingerprint(directory: Path) -> str:
     are, with `COLUMNS` numbers of each. Weights that were trained further differ there; a single number elsewhere is not seen.
     """
     stored = {key: value for key, value in read_json(directory / "config.json").items() if key not in WRITERS_KEYS}
-    digest = hashlib.sha256(json.dumps(stored, sort_keys=True).encode())
-    for tensor in sorted(tensor for file in directory.glob("*.safetensors") for tensor in list_tensors(file)):
-        with safe_open(tensor.file, "np") as handle:
-            rows = handle.get_slice(tensor.key) if tensor.shape else [handle.get_tensor(tensor.key)]
-            digest.update(f"{tensor.key} {tensor.dtype} {tensor.shape}".encode())
-            step = max(1, math.ceil(tensor.shape[0] / ROWS)) if tensor.shape else 1
-            for row in range(0, tensor.shape[0] if tensor.shape else 1, step):
-                some = (slice(row, row + 1), *(slice(0, min(COLUMNS, size)) for size in tensor.shape[1:]))
-                digest.update(np.ascontiguousarray(rows[some] if tensor.shape else rows[0]).tobytes())
-    return digest.hexdigest()[:16]
+    parts = [digest for file in directory.glob("*.safetensors") for digest in _digests(file)]
+    return hashlib.sha256("".join([json.dumps(stored, sort_keys=True), *sorted(parts)]).encode()).hexdigest()[:16]
+
+
+def _digests(file: Path) -> list[str]:
+    """Of each tensor of a file."""
+    found, tensors = [], list_tensors(file)
+    with safe_open(file, "np") as handle:
+        for key, _, shape, dtype in tensors:
+            digest = hashlib.sha256(f"{key} {dtype} {shape}".encode())
+            if not shape:
+                digest.update(handle.get_tensor(key).tobytes())
+            for row in range(0, shape[0], math.ceil(shape[0] / ROWS)) if shape else ():
+                some = (slice(row, row + 1), *(slice(0, min(COLUMNS, size)) for size in shape[1:]))
+                digest.update(handle.get_slice(key)[some].tobytes())
+            found.append(digest.hexdigest())
+    return found
