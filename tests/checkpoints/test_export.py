@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from metaembed_jax.checkpoints.export import export
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.torch_export import write_model
+from metaembed_jax.checkpoints.workdir import claim
 from metaembed_jax.config import load_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.model import MetaEmbed
@@ -31,17 +32,29 @@ ITEMS = ["cloud snow", TALL, {"text": "a lock", "image": WIDE}, "", "漢字 é",
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, data_dir):
-    """A trained LoRA run, with a head and without."""
+    """Two LoRA runs: one with a head, trained and evaluated; one without, whose adapters are as large as noise can make them."""
     folder = tmp_path_factory.mktemp("export")
 
-    def trained(name, **overrides):
-        overrides = {"data.dir": str(data_dir), "steps": "4", "optimizer.warmup_steps": "1", **overrides}
+    def config_of(width):
+        overrides = {"data.dir": str(data_dir), "steps": "4", "optimizer.warmup_steps": "1", "embedding_dim": width}
         config = load_config(f"configs/smoke.py:{folder / 'base'}", overrides)
         config.exports = ()
-        train(config, folder / name)
-        return folder / name
+        return config
 
-    return {name: trained(name, embedding_dim=width) for name, width in (("head", "16"), ("plain", "0"))}
+    train(config_of("16"), folder / "head")
+    save_noise(config_of("0"), folder / "plain")
+    return {name: folder / name for name in ("head", "plain")}
+
+
+def save_noise(config, workdir):
+    """A run's folder after one step that put noise into all that trains."""
+    start, trainer = find_start(config), make_trainer(config, make_mesh())
+    claim(workdir, config, start.tokenizer, start.base)
+    checkpoints, noise = RunCheckpoints(workdir), np.random.default_rng(0)
+    state = initial_state(config, trainer, checkpoints, start)
+    parameters = jax.tree.map(lambda leaf: leaf + 0.1 * noise.normal(size=leaf.shape).astype(leaf.dtype), state.parameters)
+    checkpoints.save(1, parameters, state.optimizer, None)
+    checkpoints.close()
 
 
 @pytest.fixture(scope="module")
