@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from metaembed_jax import hosts
 from metaembed_jax.evaluation.command import evaluate_checkpoint
-from metaembed_jax.flags import Parser, parse, run_main
+from metaembed_jax.flags import Parser, add_host_flags, parse, run_main
 
 
 def main(argv: Sequence[str]) -> None:
@@ -13,8 +14,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run of train.py; its best checkpoint is read")
     parser.add_argument("--out", type=Path, help="where results.json and quality.png go; <checkpoint>/eval by default")
     parser.add_argument("--budgets", help="pairs r_q:r_c, such as 1:1,4:8,16:64; the config's groups by default")
+    add_host_flags(parser)
     arguments, config = parse(parser, argv)
-    evaluate_checkpoint(config, arguments.checkpoint, arguments.out or arguments.checkpoint / "eval", arguments.budgets)
+    hosts.connect(arguments.coordinator, arguments.hosts, arguments.host)
+    with hosts.speaking_once():
+        evaluate_checkpoint(config, arguments.checkpoint, arguments.out or arguments.checkpoint / "eval", arguments.budgets)
 
 
 if __name__ == "__main__":

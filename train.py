@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from metaembed_jax import hosts
 from metaembed_jax.checkpoints.workdir import default_workdir
-from metaembed_jax.flags import Parser, parse, run_main
+from metaembed_jax.flags import Parser, add_host_flags, parse, run_main
 from metaembed_jax.training.loop import train
 
 
@@ -12,8 +13,11 @@ def main(argv: Sequence[str]) -> None:
     """Flags in, one call out."""
     parser = Parser(prog="train.py", description=__doc__)
     parser.add_argument("--workdir", type=Path, help="the folder of the run; runs/<config name> by default")
+    add_host_flags(parser)
     arguments, config = parse(parser, argv)
-    train(config, arguments.workdir or default_workdir(config))
+    hosts.connect(arguments.coordinator, arguments.hosts, arguments.host)
+    with hosts.speaking_once():
+        train(config, arguments.workdir or default_workdir(config))
 
 
 if __name__ == "__main__":

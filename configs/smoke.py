@@ -56,4 +56,8 @@ def make_base(directory):
         tokenizer.train(["cloud snow", "airplane lock"], words, vocabulary=500)
         made.mkdir()
         write_model(made, network, parameters, words, ImageConfig(28 * 28, 84 * 84, window_size=84), {}, "float32")
-        os.replace(made, directory)
+        try:
+            os.replace(made, directory)
+        except OSError:  # another host was here first
+            if not (directory / "config.json").is_file():
+                raise

@@ -42,6 +42,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     return arguments, load_config(arguments.config, overrides)
 
 
+def add_host_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `hosts.connect`, for hosts that no cluster environment introduces to each other."""
+    flags = parser.add_argument_group(
+        "several hosts", "found by themselves on a TPU slice or under Slurm; elsewhere, on each host:"
+    )
+    flags.add_argument("--coordinator", metavar="ADDRESS:PORT", help="of the first host")
+    flags.add_argument("--hosts", type=int, help="how many there are")
+    flags.add_argument("--host", type=int, help="which of them this is, from 0")
+
+
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """Calls a command; a `UserError` becomes one line on stderr and exit code 2."""
     try:

@@ -3,24 +3,24 @@
 N items, R vectors of an item, D width of a vector.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from tqdm import tqdm
 
-from metaembed_jax.data.prompts import Example, Processor, ShapeClass, collate
+from metaembed_jax import hosts
+from metaembed_jax.data.prompts import BLANK, Example, Processor, ShapeClass, collate
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.network import ModelConfig, abstract_network
-from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding
+from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding, put_rows, row_parts, rows_of
 
 TOKEN_BUCKET = 32
 BATCHES_AHEAD = 16  # how many batches of items are processed, and sorted by shape, before they are encoded
@@ -43,9 +43,7 @@ class MetaEmbed:
         def encode(parameters, batch, side, budget):
             return nnx.merge(graph, parameters)(batch, side, budget)
 
-        self._encode = jax.jit(
-            encode, static_argnames=("side", "budget"), out_shardings=named_sharding(mesh, ("batch", None, None))
-        )
+        self._encode = jax.jit(encode, static_argnames=("side", "budget"), out_shardings=replicated(mesh))
 
     @classmethod
     def from_pretrained(
@@ -89,49 +87,94 @@ class MetaEmbed:
         Raises:
           UserError: names the item that cannot be encoded, or a budget beyond the model's.
         """
-        return self._encode_items(items, "query", self.processor.query, budget, batch_size, progress)
+        return self._encode_items(items, "query", budget, batch_size, progress)
 
     def encode_document(
         self, items: Sequence, *, budget: int | None = None, batch_size: int = 32, progress: bool = False
     ) -> Float[np.ndarray, "N R D"]:
         """Candidate vectors; otherwise as `encode_query`."""
-        return self._encode_items(items, "candidate", self.processor.candidate, budget, batch_size, progress)
+        return self._encode_items(items, "candidate", budget, batch_size, progress)
 
     def similarity(self, query_QRD, document_NRD, budget: tuple[int, int] | None = None) -> Float[np.ndarray, "Q N"]:
         """MaxSim scores of every query against every document, float32."""
         return np.asarray(maxsim(query_QRD, document_NRD, budget))
 
-    def _encode_items(self, items: Sequence, side: str, process: Callable, budget: int | None, batch_size: int, progress: bool):
+    def encode_part(
+        self, items: Sequence, side: str, *, budget: int, batch_size: int = 32, progress: bool = False
+    ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n R D"]]:
+        """This host's part of the items, and their vectors. Hosts share the work, and no host holds all of it.
+
+        Args:
+          side: "query" or "candidate".
+
+        Returns:
+          The rows of `items`, ascending, and a vector set for each; all of them where there is one host.
+
+        Raises:
+          UserError: as `encode_query`.
+        """
         if isinstance(items, str | dict | Image.Image):
             raise UserError(f"a list of items is expected, and this is one {type(items).__name__}: put it in a list")
         limit = self.config.vectors(side)
-        budget = limit if budget is None else budget
         if not 1 <= budget <= limit:
             raise UserError(f"budget={budget}: this model has 1 to {limit} {side} vectors")
+        process = {"query": self.processor.query, "candidate": self.processor.candidate}[side]
         width = self.config.embedding_dim or self.parameters["meta_tokens"].shape[1]
-        vectors_NRD = np.zeros((len(items), budget, width), np.float32)
-        rows_at_once = batch_size * batch_shards(self.mesh)
-        stretch = BATCHES_AHEAD * rows_at_once
-        with tqdm(total=len(items), desc=f"encoding {side}", unit="item", disable=not progress) as bar:
-            for first in range(0, len(items), stretch):
-                rows = range(first, min(first + stretch, len(items)))
-                examples = {row: process(as_item(items[row]), name=f"item {row}") for row in rows}
-                for shape, alike in _by_shape(examples, self.processor.image_config).items():
-                    for start in range(0, len(alike), rows_at_once):
-                        chosen = alike[start : start + rows_at_once]
-                        batch = [examples[row] for row in chosen]
-                        vectors_NRD[chosen] = self._encode_batch(batch, shape, side, budget, rows_at_once)
+        parts, mine = row_parts(self.mesh, batch_size * batch_shards(self.mesh))
+        rows, at_once = np.arange(mine, len(items), len(parts)), len(parts[mine])
+        vectors_NRD = np.zeros((len(rows), budget, width), np.float32)
+        with tqdm(total=len(rows), desc=f"encoding {side}", unit="item", disable=not progress) as bar:
+            for first in range(0, -(-len(items) // len(parts)), BATCHES_AHEAD * at_once):
+                stretch = range(first, min(first + BATCHES_AHEAD * at_once, len(rows)))
+                examples = {n: process(as_item(items[rows[n]]), name=f"item {rows[n]}") for n in stretch}
+                alike = _by_shape(examples, self.processor.image_config)
+                for shape, batches in _schedule(alike, at_once):
+                    for batch in range(batches):
+                        chosen = alike.get(shape, [])[batch * at_once : (batch + 1) * at_once]
+                        found = self._encode_batch([examples[n] for n in chosen], shape, side, budget, at_once)
+                        vectors_NRD[chosen] = found[: len(chosen)]
                         bar.update(len(chosen))
-        return vectors_NRD
+        return rows, vectors_NRD
+
+    def _encode_items(self, items: Sequence, side: str, budget: int | None, batch_size: int, progress: bool):
+        budget = self.config.vectors(side) if budget is None else budget
+        rows, part_NRD = self.encode_part(items, side, budget=budget, batch_size=batch_size, progress=progress)
+        return from_parts(rows, part_NRD, len(items))
 
     def _encode_batch(self, examples: list[Example], shape: ShapeClass, side: str, budget: int, rows: int):
         # Every batch has all its rows, so that one program serves, and an item's vectors do not depend on its company.
-        batch = collate(examples + [examples[0]] * (rows - len(examples)), shape, 3 * self.processor.image_config.patch_size**2)
-        place = functools.partial(named_sharding, self.mesh)
-        batch = {key: jax.device_put(x, place(("batch",) + (None,) * (x.ndim - 1))) for key, x in batch.items()}
+        fill = examples[0] if examples else BLANK
+        batch = collate(examples + [fill] * (rows - len(examples)), shape, 3 * self.processor.image_config.patch_size**2)
         with jax.set_mesh(self.mesh):
+            batch = {key: put_rows(x, self.mesh) for key, x in batch.items()}
             vectors_BRD = self._encode(self.parameters, batch, side=side, budget=budget)
-        return np.asarray(vectors_BRD)[: len(examples)]
+        return rows_of(vectors_BRD)
+
+
+def from_parts(rows: Int[np.ndarray, " n"], part: np.ndarray, count: int) -> np.ndarray:
+    """All `count` items on every host, from each host's `rows` and what belongs to them."""
+    if len(rows) == count:
+        return part
+    fill = hosts.gather(np.array(len(rows))).max() - len(rows)
+    places = hosts.gather(np.pad(rows, (0, fill), constant_values=-1))
+    values = hosts.gather(np.pad(part, [(0, fill)] + [(0, 0)] * (part.ndim - 1)))
+    whole = np.zeros((count, *part.shape[1:]), part.dtype)
+    for place, value in zip(places, values, strict=True):
+        whole[place[place >= 0]] = value[place >= 0]
+    return whole
+
+
+def _schedule(alike: dict[ShapeClass, list[int]], rows: int) -> list[tuple[ShapeClass, int]]:
+    """The shapes that any host has, and how many batches of each, so that all encode the same ones at the same time."""
+    mine = sorted((*shape, -(-len(items) // rows)) for shape, items in alike.items())
+    counts = hosts.gather(np.array(len(mine)))
+    table = np.zeros((counts.max(), 3), np.int32)
+    table[: len(mine)] = np.array(mine, np.int32).reshape(-1, 3)
+    most: dict[ShapeClass, int] = {}
+    for tokens, patches, batches in hosts.gather(table).reshape(-1, 3).tolist():
+        shape = ShapeClass(tokens, patches)
+        most[shape] = max(most.get(shape, 0), batches)
+    return sorted((shape, batches) for shape, batches in most.items() if batches)
 
 
 def as_item(item) -> dict:

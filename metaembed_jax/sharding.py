@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from metaembed_jax.errors import UserError
 
@@ -51,6 +52,55 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence 
 def batch_shards(mesh: Mesh) -> int:
     """Over how many shards the batch axis is split."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def row_parts(mesh: Mesh, rows: int) -> tuple[list[Int[np.ndarray, " n"]], int]:
+    """How the hosts share the rows of a batch: equal parts of it, and which of them lies on this host's devices.
+
+    Hosts that hold the same rows, where the tensor axis goes over several, are of one part.
+    """
+    of_host: dict[int, set[int]] = {}
+    for device, place in named_sharding(mesh, ("batch",)).devices_indices_map((rows,)).items():
+        of_host.setdefault(device.process_index, set()).update(range(rows)[place[0]])
+    parts = sorted({tuple(sorted(part)) for part in of_host.values()})
+    return [np.array(part) for part in parts], parts.index(tuple(sorted(of_host[jax.process_index()])))
+
+
+def rows_here(mesh: Mesh, rows: int) -> Int[np.ndarray, " n"]:
+    """Which rows of a batch of so many lie on this host's devices, in order."""
+    parts, here = row_parts(mesh, rows)
+    return parts[here]
+
+
+def put_rows(x: np.ndarray, mesh: Mesh, axis: int = 0) -> jax.Array:
+    """This host's rows of a batch, as a part of the batch over the whole mesh.
+
+    Args:
+      x: what `rows_here` names, along `axis`.
+    """
+    shards = batch_shards(mesh)
+    size = x.shape[axis] * shards // len(rows_here(mesh, shards))
+    here, shape = rows_here(mesh, size), (*x.shape[:axis], size, *x.shape[axis + 1 :])
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[axis].indices(size)
+        first = np.searchsorted(here, start)
+        return x[(*index[:axis], slice(first, first + stop - start))]
+
+    axes = [None] * x.ndim
+    axes[axis] = "batch"
+    return jax.make_array_from_callback(shape, named_sharding(mesh, axes), part)
+
+
+def rows_of(x: jax.Array) -> np.ndarray:
+    """What of a batch lies on this host's devices: the way back from `put_rows`."""
+    pieces = {shard.index[0].indices(x.shape[0])[0]: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+
+
+def put_whole(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """What every host has alike, whole on every device."""
+    return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
 
 
 def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:

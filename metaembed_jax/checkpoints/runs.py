@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from metaembed_jax import hosts
 from metaembed_jax.errors import UserError
 
 UNREADABLE = (ValueError, OSError, KeyError, RuntimeError, json.JSONDecodeError)
@@ -38,7 +39,9 @@ class RunCheckpoints:
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=lambda metrics: metrics["metric"])
         self.directory = (workdir / "checkpoints").absolute()
-        _set_aside_torn(self.directory)
+        if hosts.is_first():
+            _set_aside_torn(self.directory)
+        hosts.wait_for_all("torn checkpoints are set aside")
         handlers = {name: ocp.StandardCheckpointHandler() for name in ("parameters", "optimizer")}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
@@ -113,8 +116,9 @@ class RunCheckpoints:
     def set_aside_after(self, step: int) -> None:
         """Renames checkpoints later than `step`: those that could not be read, which training writes anew."""
         for later in self.steps():
-            if later > step:
+            if later > step and hosts.is_first():
                 _set_aside(self.directory / str(later))
+        hosts.wait_for_all("unreadable checkpoints are set aside")
         self._manager.reload()
 
     def close(self) -> None:

@@ -12,8 +12,10 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
+from metaembed_jax import hosts
 from metaembed_jax.checkpoints.base import Base
 from metaembed_jax.checkpoints.huggingface import read_json
 from metaembed_jax.config import check_config, default_config
@@ -55,6 +57,19 @@ def claim(workdir: Path, config: ConfigDict, tokenizer: Path, base: Base | None)
     temporary = workdir / "run.json.tmp"
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, record)
+
+
+def agree(config: ConfigDict) -> None:
+    """Whether all hosts were started with the first one's config.
+
+    Raises:
+      UserError: names the first key that differs.
+    """
+    theirs = json.loads(hosts.from_first(json.dumps(_plain(config))))
+    if different := _different(_plain(config), theirs, ("data.dir",)):
+        raise UserError(
+            f"the hosts of this run disagree: {different}; 'there' is the first host, 'here' host {jax.process_index()}"
+        )
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:

@@ -20,10 +20,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
-from metaembed_jax.data.prompts import Example, Processor, ShapeClass, collate
+from metaembed_jax.data.prompts import BLANK, Example, Processor, ShapeClass, collate
 from metaembed_jax.errors import UserError
-
-BLANK = Example(np.zeros(1, np.int32), np.zeros((3, 1), np.int32), np.full(1, -1, np.int32), None)  # in rows that no item takes
 
 
 class Reference(NamedTuple):
@@ -34,29 +32,20 @@ class Reference(NamedTuple):
     row: int
 
 
-class Host(NamedTuple):
-    """Which part of each microbatch to make: the `index`-th of `count` equal ones."""
-
-    index: int
-    count: int
-
-
-ONLY_HOST = Host(0, 1)
-
-
 def training_batches(
-    config: ConfigDict, processor: Processor, sources: Sequence[Sequence], host: Host = ONLY_HOST
+    config: ConfigDict, processor: Processor, sources: Sequence[Sequence], rows: Int[np.ndarray, " n"] | None = None
 ) -> grain.MapDataset:
     """The dataset whose element n is the global batch of step n, or this host's part of it.
 
     Args:
       sources: one for each entry of `config.data.sources`, in its order.
+      rows: of each microbatch, those that this host makes; all by default.
 
     Returns:
       Elements {"query": side, "candidate": side}, a side being {"groups": (dict of [M, b, ...] arrays for each shape class, ...),
       "order": int32 [N]}: the vectors of all groups, flattened to M*b rows each and put one after the other, are in pair order when
-      indexed by `order`. Queries are B; candidates are B positives, then B*K negatives, pair by pair. With several hosts, `b` is
-      this host's part and `order` is the global one.
+      indexed by `order`. Queries are B; candidates are B positives, then B*K negatives, pair by pair. `b` is
+      the number of `rows`, and `order` that of the global batch.
 
     Raises:
       UserError: a source is empty, a weight is not positive, or sizes in the config do not divide or are no whole windows.
@@ -68,19 +57,20 @@ def training_batches(
             raise UserError(f"config.data.sources: the weight of {name!r} is {weight}; it must be positive")
         if not len(source):
             raise UserError(f"source {name!r} has no training records")
-    rows = [min(cap or len(source), len(source)) for cap, source in zip(caps, sources, strict=True)]
-    references = [_references(number, len(source), rows[number], config.seed) for number, source in enumerate(sources)]
-    sub_batches = [rows.batch(sub_batch, batch_fn=list) for rows in references]
+    used = [min(cap or len(source), len(source)) for cap, source in zip(caps, sources, strict=True)]
+    references = [_references(number, len(source), used[number], config.seed) for number, source in enumerate(sources)]
+    sub_batches = [ordered.batch(sub_batch, batch_fn=list) for ordered in references]
     mixed = grain.MapDataset.mix(sub_batches, [float(weight) for weight in weights])
     window = (processor.image_config.window_units * processor.image_config.merge_size) ** 2
+    rows = np.arange(sub_batch) if rows is None else rows
     steps = mixed.batch(config.batch_size // sub_batch, batch_fn=lambda sub_batches: sum(sub_batches, []))
     make = _BatchMaker(
         processor=processor,
         sources=tuple(sources),
         names=names,
         negatives=config.data.negatives,
-        queries=_slots(config, "query_shapes", items, window, host),
-        candidates=_slots(config, "candidate_shapes", items * (1 + config.data.negatives), window, host),
+        queries=_slots(config, "query_shapes", items, window, rows),
+        candidates=_slots(config, "candidate_shapes", items * (1 + config.data.negatives), window, rows),
     )
     return steps.map_with_index(make)
 
@@ -106,16 +96,16 @@ class Slots(NamedTuple):
       shapes: the shape classes, in the config's order (smallest first).
       microbatches: M of each class.
       size: items of a microbatch, over all hosts.
-      host: whose part to make.
+      rows: of each microbatch, those that this host makes.
     """
 
     shapes: tuple[ShapeClass, ...]
     microbatches: tuple[int, ...]
     size: int
-    host: Host
+    rows: Int[np.ndarray, " n"]
 
 
-def _slots(config: ConfigDict, key: str, items: int, window: int, host: Host) -> Slots:
+def _slots(config: ConfigDict, key: str, items: int, window: int, here: Int[np.ndarray, " n"]) -> Slots:
     """Reads shape classes (tokens, patches) or (tokens, patches, rows).
 
     Without the third number a class has room for all items, so that any mixture fits, at the price of empty rows where there are
@@ -123,17 +113,14 @@ def _slots(config: ConfigDict, key: str, items: int, window: int, host: Host) ->
     """
     shapes, size = config.data[key], config.microbatch_size
     rows = [shape[2] if len(shape) == 3 else items for shape in shapes]
-    if any(count % size for count in rows) or size % host.count:
-        raise UserError(
-            f"config.data.{key}: rows {rows} must be multiples of microbatch_size={size}, "
-            f"and that of the number of hosts, {host.count}"
-        )
+    if any(count % size for count in rows):
+        raise UserError(f"config.data.{key}: rows {rows} must be multiples of microbatch_size={size}")
     for _, patches, *_ in shapes:
         if patches % window:
             raise UserError(f"config.data.{key}: {patches} patches are not whole windows of {window}, as this model has them")
     if sum(rows) < items:
         raise UserError(f"config.data.{key}: {sum(rows)} rows in all do not hold the {items} items of a batch")
-    return Slots(tuple(ShapeClass(*shape[:2]) for shape in shapes), tuple(count // size for count in rows), size, host)
+    return Slots(tuple(ShapeClass(*shape[:2]) for shape in shapes), tuple(count // size for count in rows), size, here)
 
 
 def place(fits_NC: Bool[np.ndarray, "N C"], room: Sequence[int]) -> Int[np.ndarray, "N 2"]:
@@ -210,7 +197,7 @@ def _side(items: list[tuple[dict, str]], encode: Callable, slots: Slots, process
         raise UserError(_no_place(items[lost[0]][1], examples[lost[0]], slots, room))
     groups = []
     for number, (shape, microbatches) in enumerate(zip(slots.shapes, slots.microbatches, strict=True)):
-        rows = np.arange(microbatches * slots.size).reshape(microbatches, slots.host.count, -1)[:, slots.host.index]
+        rows = np.arange(microbatches * slots.size).reshape(microbatches, slots.size)[:, slots.rows]
         chosen = [taken.get((number, row)) for row in rows.ravel().tolist()]
         made = [BLANK if item is None else examples.get(item) or example(item) for item in chosen]
         for item, one in zip(chosen, made, strict=True):

@@ -41,6 +41,9 @@ class Example(NamedTuple):
     patches: Patches | None
 
 
+BLANK = Example(np.zeros(1, np.int32), np.zeros((3, 1), np.int32), np.full(1, -1, np.int32), None)  # in rows that no item takes
+
+
 class ShapeClass(NamedTuple):
     """The padded size of an item: tokens, and patches (0: no image; else a multiple of a window's)."""
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from metaembed_jax import hosts
 from metaembed_jax.checkpoints.loading import run_parameters, run_processor
-from metaembed_jax.checkpoints.workdir import check_model, read_config
+from metaembed_jax.checkpoints.workdir import agree, check_model, read_config
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.evaluation import run
@@ -21,6 +22,7 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, out: Path, budgets
     Raises:
       UserError: no such run, one of another model, or budgets beyond it.
     """
+    agree(config)
     check_config(config)
     run_config = read_config(checkpoint)
     if not config.architecture:  # the run has it from what it started from
@@ -31,10 +33,11 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, out: Path, budgets
     if budgets is not None:
         chosen = parse_budgets(budgets, (config.query_tokens, config.candidate_tokens))
     mesh, network = make_mesh(**config.mesh), model_config(config)
-    for name, *_ in config.data.sources:
-        sources.prepare(name, config.data.dir)
+    hosts.first_then_others(lambda: [sources.prepare(name, config.data.dir) for name, *_ in config.data.sources])
     abstract, frozen = abstract_parameters(network, mesh), abstract_parameters(network, mesh, config.frozen_dtype)
     step, parameters = run_parameters(checkpoint, config, abstract, frozen)
     model = MetaEmbed(network, parameters, run_processor(config, checkpoint / "tokenizer.json"), mesh)
-    results = run.evaluate(model, config, "test", chosen, progress=True)
-    print(f"\n{checkpoint}: test split, best checkpoint (step {step})\n{run.report(results, config, out, step)}")
+    results = run.evaluate(model, config, "test", chosen, progress=hosts.is_first())
+    if hosts.is_first():
+        print(f"\n{checkpoint}: test split, best checkpoint (step {step})\n{run.report(results, config, out, step)}")
+    hosts.wait_for_all("evaluated")

@@ -5,18 +5,25 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import numpy as np
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from metaembed_jax.data import sources
 from metaembed_jax.evaluation.report import format_table, plot, write_results
 from metaembed_jax.evaluation.sweep import Budget, sweep
-from metaembed_jax.model import MetaEmbed
+from metaembed_jax.late_interaction.maxsim import maxsim_on
+from metaembed_jax.model import MetaEmbed, from_parts
+from metaembed_jax.sharding import make_mesh
 
 DIRECTIONS = ("text→image", "image→text")
 
 
 def evaluate(model: MetaEmbed, config: ConfigDict, split: str, budgets: Sequence[Budget], progress: bool) -> dict:
     """Encodes a split once, at the largest of the budgets, and scores every budget in both directions.
+
+    Each host encodes its part of the candidates and scores all queries against it, on its devices; all of them return all results.
 
     The source is the first of `config.data.sources`. Image→text reads the same scores the other way round: for each image, the
     texts are ranked.
@@ -27,8 +34,14 @@ def evaluate(model: MetaEmbed, config: ConfigDict, split: str, budgets: Sequence
     task = sources.retrieval(config.data.sources[0][0], config.data.dir, split)
     query_budget, candidate_budget = (max(budget[side] for budget in budgets) for side in (0, 1))
     query_QRD = model.encode_query(task.queries, budget=query_budget, progress=progress)
-    candidate_NRD = model.encode_document(task.candidates, budget=candidate_budget, progress=progress)
-    return sweep(query_QRD, candidate_NRD, task.relevance, budgets, DIRECTIONS)
+    rows, candidate_NRD = model.encode_part(task.candidates, "candidate", budget=candidate_budget, progress=progress)
+    here = make_mesh(devices=jax.local_devices())
+
+    def score(query_QRD, candidate_NRD, budget: Budget) -> Float[np.ndarray, "Q N"]:
+        return from_parts(rows, maxsim_on(here, query_QRD, candidate_NRD, budget).T, len(task.candidates)).T
+
+    scoring = dict(score=score, candidates=len(task.candidates))
+    return sweep(query_QRD, candidate_NRD, task.relevance, budgets, DIRECTIONS, **scoring)
 
 
 def quality(results: dict) -> float:

@@ -1,7 +1,7 @@
 """Every budget of one encoding, both directions: encode once at the largest budget, then slice."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -50,10 +50,13 @@ def sweep(
     budgets: Sequence[Budget],
     directions: tuple[str, str] = ("query→candidate", "candidate→query"),
     seed: int = 0,
+    score: Callable = maxsim,
+    candidates: int | None = None,
 ) -> dict:
     """All metrics at all budgets in both directions, with 95 % bootstrap intervals, ready for JSON.
 
     query_QRD, candidate_NRD: the nested vectors at the largest budget, real [Q, R_q, D] and [N, R_c, D].
+    score: (query_QRD, candidate_NRD, budget) -> [Q, N]. candidates: N, where candidate_NRD is only this host's part of them.
     relevance: bool [Q, N] or a set of candidates for each query. directions: the names of forward and backward.
 
     Backward, the same scores are read the other way: a candidate looks for its queries. What is searched then holds r_q
@@ -69,7 +72,8 @@ def sweep(
     shapes = tuple(query_QRD.shape), tuple(candidate_NRD.shape)
     if len(shapes[0]) != 3 or len(shapes[1]) != 3 or shapes[0][2] != shapes[1][2]:
         raise UserError(f"query vectors {shapes[0]} and candidate vectors {shapes[1]} must be [items, vectors, D] of one D")
-    (queries, r_q, dimension), (candidates, r_c, _) = shapes
+    (queries, r_q, dimension), (held, r_c, _) = shapes
+    candidates = held if candidates is None else candidates
     budgets = sorted((tuple(budget) for budget in budgets), key=lambda budget: (budget[0] * budget[1], budget[1]))
     check_budgets(budgets, (r_q, r_c))
     relevant = relevance_matrix(relevance, (queries, candidates))
@@ -77,7 +81,7 @@ def sweep(
 
     forward, backward = [], []
     for budget in budgets:
-        scores = np.asarray(maxsim(query_QRD, candidate_NRD, budget))
+        scores = np.asarray(score(query_QRD, candidate_NRD, budget))
         forward.append(evaluate(scores, relevant))
         backward.append(evaluate(scores.T[named], relevant.T[named]))
     return {

@@ -7,6 +7,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from metaembed_jax.errors import UserError
@@ -66,6 +68,29 @@ def maxsim(
     return _blocked(query_QRD[:, :query_vectors], document_NRD[:, :document_vectors], document_mask)
 
 
+def maxsim_on(
+    mesh: Mesh, query_QRD: Float[np.ndarray, "Q Rq D"], document_NRD: Float[np.ndarray, "N Rc D"], budget: Budget
+) -> Float[np.ndarray, "Q N"]:
+    """`maxsim` with the documents split over all devices of a mesh.
+
+    They are split in the blocks of `maxsim`, so the scores are the same bits on any number of devices.
+
+    Raises:
+      UserError: as `maxsim`.
+    """
+    (queries, *_), (documents, *_) = query_QRD.shape, document_NRD.shape
+    if not queries or not documents or mesh.size == 1:
+        return np.asarray(maxsim(query_QRD, document_NRD, budget))
+    query_vectors, document_vectors = validate_budget(budget, query_QRD.shape[1], document_NRD.shape[1])
+    rows = _block_size(document_vectors, documents, CANDIDATE_ROWS) * mesh.size
+    document_NRD = np.pad(document_NRD[:, :document_vectors], [(0, -documents % rows), (0, 0), (0, 0)])
+    split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    document_NRD = jax.device_put(document_NRD, NamedSharding(mesh, split))
+    query_QRD = jax.device_put(query_QRD[:, :query_vectors], NamedSharding(mesh, whole))
+    score = jax.shard_map(_blocked, mesh=mesh, in_specs=(whole, split, whole), out_specs=PartitionSpec(None, mesh.axis_names))
+    return np.asarray(jax.jit(score)(query_QRD, document_NRD, None))[:, :documents]
+
+
 @jax.jit
 def _blocked(query_QRD, document_NRD, document_mask):
     queries, documents = query_QRD.shape[0], document_NRD.shape[0]
@@ -83,9 +108,13 @@ def _blocked(query_QRD, document_NRD, document_mask):
 
 def _blocks(x_NR: Array, rows: int) -> Array:
     """[N, R, ...] as [blocks, b, R, ...] with about `rows` vectors a block, filled up with zeros."""
-    size = min(max(rows // x_NR.shape[1], 1), x_NR.shape[0])
+    size = _block_size(x_NR.shape[1], x_NR.shape[0], rows)
     x_NR = jnp.pad(x_NR, [(0, -x_NR.shape[0] % size)] + [(0, 0)] * (x_NR.ndim - 1))
     return x_NR.reshape(-1, size, *x_NR.shape[1:])
+
+
+def _block_size(vectors: int, items: int, rows: int) -> int:
+    return min(max(rows // vectors, 1), items)
 
 
 def _score(query_QRD: Array, document_NRD: Array, document_mask: Array | None) -> Float[Array, "Q N"]:

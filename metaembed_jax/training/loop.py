@@ -2,25 +2,26 @@
 
 import math
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from metaembed_jax import hosts
 from metaembed_jax.checkpoints.export import export
 from metaembed_jax.checkpoints.loading import run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
-from metaembed_jax.checkpoints.workdir import check_workdir, claim, default_workdir, has_checkpoints, is_finished
+from metaembed_jax.checkpoints.workdir import agree, check_workdir, claim, default_workdir, has_checkpoints, is_finished
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import iterate, training_batches
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import run as evaluation
 from metaembed_jax.model import MetaEmbed
-from metaembed_jax.sharding import batch_shards, make_mesh
+from metaembed_jax.sharding import batch_shards, make_mesh, rows_here
 from metaembed_jax.trained import join, paths, split
 from metaembed_jax.training.metrics import MetricsWriter
 from metaembed_jax.training.start import describe, find_start, initial_state, stages
@@ -36,16 +37,17 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     Raises:
       UserError: anything that the user can put right; what was saved stands.
     """
+    agree(config)
     _check(config, workdir)
-    stop = _stop_on_sigterm()
     runs = _needed([*((stage, default_workdir(stage)) for stage in stages(config)[:-1]), (config, workdir)])
     for stage, folder in runs[:-1]:
         _check(stage, folder)
-    for stage, folder in runs:
-        if stage is not config:
-            print(f"{config.name} starts from {stage.name}, which is trained first, by its own config", flush=True)
-        if stop() or not _train_one(stage, folder, stop):
-            return False
+    with hosts.stop_signal() as stop:
+        for stage, folder in runs:
+            if stage is not config:
+                print(f"{config.name} starts from {stage.name}, which is trained first, by its own config", flush=True)
+            if stop() or not _train_one(stage, folder, stop):
+                return False
     return True
 
 
@@ -82,17 +84,18 @@ def _mesh(config: ConfigDict) -> Mesh:
 
 def _train_one(config: ConfigDict, workdir: Path, stop: Callable[[], bool]) -> bool:
     mesh = _mesh(config)
-    records = sources.training_records(config)
+    records = hosts.first_then_others(lambda: sources.training_records(config))
     start = find_start(config, workdir)
     processor = run_processor(config, start.tokenizer)
     trainer = make_trainer(config, mesh)
-    claim(workdir, config, start.tokenizer, start.base if trainer.abstract.frozen else None)
+    base = start.base if trainer.abstract.frozen else None
+    hosts.first_then_others(lambda: claim(workdir, config, start.tokenizer, base))
     checkpoints = RunCheckpoints(workdir, config.keep_checkpoints)
     try:
         state = initial_state(config, trainer, checkpoints, start)
         print(describe(state), flush=True)
         model = MetaEmbed(model_config(config), state.network_parameters(), processor, mesh)
-        dataset = training_batches(config, processor, records)
+        dataset = training_batches(config, processor, records, rows_here(mesh, config.microbatch_size))
         finished = _train(config, trainer, state, dataset, model, checkpoints, workdir, stop)
         if finished:
             _finish(config, trainer, checkpoints, model, workdir)
@@ -133,7 +136,7 @@ class _Pending:
 
 def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbed, checkpoints, workdir: Path, stop) -> bool:
     first = int(state.step)
-    writer = MetricsWriter(workdir, first, config.steps)
+    writer = MetricsWriter(workdir, first, config.steps, silent=not hosts.is_first())
     pending, since = _Pending(checkpoints), (first, time.monotonic())
     batches = iterate(dataset, first, config.steps)
     try:
@@ -150,12 +153,13 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
                 writer.show(loss=measured["loss"], accuracy=_largest_accuracy(measured), samples_per_second=speed)
                 since = (step, time.monotonic())
             validate = step % config.validate_every == 0 or step == config.steps
-            if validate or step % config.save_every == 0 or stop():
+            stopping = stop()
+            if validate or stopping or step % config.save_every == 0:
                 pending.fetch()
                 metric = _validate(config, model, state, step, writer) if validate else None
                 checkpoints.save(step, state.parameters, state.optimizer, metric)
                 since = (step, time.monotonic())
-            if stop() and step < config.steps:
+            if stopping and step < config.steps:
                 checkpoints.wait()
                 writer.say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
                 return False
@@ -184,11 +188,22 @@ def _finish(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, m
     trained = checkpoints.restore_parameters(step, trainer.abstract.parameters)
     _, frozen = split(model.parameters, paths(trained))
     model.parameters = join(trained, frozen)
-    results = evaluation.evaluate(model, config, "test", config.groups, progress=True)
+    results = evaluation.evaluate(model, config, "test", config.groups, progress=hosts.is_first())
+    if hosts.is_first():
+        _write(config, results, workdir, step)
+    hosts.wait_for_all("finished")
+
+
+def _write(config: ConfigDict, results: dict, workdir: Path, step: int) -> None:
     print(
         f"\n{workdir}: test split, best checkpoint (step {step})\n{evaluation.report(results, config, workdir, step)}", flush=True
     )
     print(f"\nwritten: {workdir / 'results.json'}, {workdir / 'quality.png'}", flush=True)
+    if config.exports and jax.process_count() > 1:
+        print(
+            f"to be exported by one host: python -m metaembed_jax export --checkpoint={workdir} --format={config.exports[0]} --out=DIR"
+        )
+        return
     for kind in config.exports:
         out, made = workdir / "export" / kind, workdir / "export" / f"{kind}.new"
         for left in made.parent.glob(f"{made.name}*"):  # by a run that was killed here
@@ -207,10 +222,3 @@ def padding(batch: dict) -> float:
 
 def _largest_accuracy(figures: dict[str, float]) -> float:
     return [value for name, value in figures.items() if name.startswith("accuracy/")][-1]
-
-
-def _stop_on_sigterm() -> Callable[[], bool]:
-    """Makes SIGTERM a wish to stop, and returns a function that says whether it came."""
-    came = []
-    signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    return lambda: bool(came)

@@ -20,20 +20,30 @@ class MetricsWriter:
       workdir: the folder of the run.
       first_step: steps after it are written anew, so what the file has of them is dropped.
       steps: of the whole run, for the bar.
+      silent: write and show nothing, as all hosts but the first.
 
     Raises:
       UserError: the file cannot be written, here and in `write`.
     """
 
-    def __init__(self, workdir: Path, first_step: int, steps: int):
-        self._path = workdir / "metrics.jsonl"
+    def __init__(self, workdir: Path, first_step: int, steps: int, silent: bool = False):
+        self._path = Path(os.devnull) if silent else workdir / "metrics.jsonl"
         with _writing(self._path):
-            _truncate(self._path, first_step)
+            if not silent:
+                _truncate(self._path, first_step)
             self._file = self._path.open("ab", buffering=0)
         every = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file wants few lines
-        self._bar = tqdm(total=steps, initial=first_step, desc=workdir.name, unit="step", dynamic_ncols=True, mininterval=every)
+        self._bar = tqdm(
+            total=steps,
+            initial=first_step,
+            desc=workdir.name,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=every,
+            disable=silent,
+        )
         self._board = None
-        if importlib.util.find_spec("tensorboardX"):
+        if importlib.util.find_spec("tensorboardX") and not silent:
             import tensorboardX
 
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)

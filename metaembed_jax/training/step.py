@@ -21,7 +21,7 @@ from metaembed_jax.config import model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
-from metaembed_jax.sharding import named_sharding, replicated
+from metaembed_jax.sharding import put_rows, put_whole, replicated
 from metaembed_jax.trained import join, paths, split, trained_paths
 from metaembed_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 
@@ -214,12 +214,9 @@ def _on(mesh: Mesh, function: Callable) -> Callable:
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
-    """A host batch onto the mesh: items of a microbatch over the batch axes, `order` replicated."""
+    """This host's part of a batch onto the mesh: items of a microbatch over the batch axes, `order` replicated."""
 
     def put(path, x):
-        if path[-1].key == "order":
-            return jax.device_put(x, replicated(mesh))
-        axes = (None, "batch") + (None,) * (x.ndim - 2)
-        return jax.device_put(x, named_sharding(mesh, axes))
+        return put_whole(x, mesh) if path[-1].key == "order" else put_rows(x, mesh, axis=1)
 
     return jax.tree.map_with_path(put, batch)

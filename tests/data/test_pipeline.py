@@ -13,7 +13,7 @@ from PIL import Image
 
 from metaembed_jax.data import sources, tokenizer
 from metaembed_jax.data.images import ImageConfig
-from metaembed_jax.data.pipeline import ONLY_HOST, Host, iterate, place, training_batches
+from metaembed_jax.data.pipeline import iterate, place, training_batches
 from metaembed_jax.data.prompts import Processor
 from metaembed_jax.data.sources import icons
 from metaembed_jax.errors import UserError
@@ -217,10 +217,12 @@ def test_nested_classes_place_all_items_whenever_it_is_possible(smallest, room):
 def test_the_parts_of_two_hosts_make_the_whole_batch(processor, shapes):
     records = [record(number, positive={"text": WORDS[number]} if number % 3 else None) for number in range(20)]
     settings = config(batch=8, microbatch=4, shapes=shapes)
-    whole, *parts = (training_batches(settings, processor, [records], host)[2] for host in (ONLY_HOST, Host(0, 2), Host(1, 2)))
+    places = (None, np.array([0, 2]), np.array([1, 3]))
+    whole, *parts = (training_batches(settings, processor, [records], rows)[2] for rows in places)
     for side in ("query", "candidate"):
         assert all(np.array_equal(whole[side]["order"], part[side]["order"]) for part in parts)
-        joined = jax.tree.map(lambda x, y: np.concatenate([x, y], axis=1), parts[0][side]["groups"], parts[1][side]["groups"])
+        pairs = parts[0][side]["groups"], parts[1][side]["groups"]
+        joined = jax.tree.map(lambda x, y: np.stack([x, y], axis=2).reshape(x.shape[0], -1, *x.shape[2:]), *pairs)
         assert equal(joined, whole[side]["groups"])
 
 

@@ -1,0 +1,157 @@
+"""Several hosts that run one program on one mesh: who they are, who speaks, and how they stop together.
+
+Every host runs the same command. What it decides on its own must come out alike everywhere; what is done once for all (files,
+words) is done by the first.
+"""
+
+import contextlib
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax._src import distributed  # the key-value store that its hosts share has no public name
+from jax.experimental import multihost_utils
+
+from metaembed_jax.errors import UserError
+
+FAILED, SEEN = "metaembed/failed", "metaembed/seen/"
+GRACE = 10  # seconds in which the others learn why the first one to fail fails
+_said = itertools.count()
+
+
+def connect(coordinator: str | None, hosts: int | None, host: int | None) -> None:
+    """Joins the other hosts of a run: those of the flags, or of a cluster that JAX knows (a TPU slice, Slurm). Else this is alone.
+
+    Args:
+      coordinator: address:port of the first host.
+      hosts: how many there are.
+      host: which of them this is, from 0.
+
+    Raises:
+      UserError: some of the three are given and not all, or the others do not come.
+    """
+    given = (coordinator, hosts, host)
+    if any(flag is not None for flag in given) and None in given:
+        raise UserError("--coordinator, --hosts and --host belong together: give all three, or none on a cluster that JAX knows")
+    if coordinator is not None:
+        port = coordinator.rpartition(":")[2]
+        if not port.isdigit() or not 0 <= host < hosts:
+            raise UserError(
+                f"--coordinator={coordinator} --hosts={hosts} --host={host}: expected ADDRESS:PORT and 0 <= host < hosts"
+            )
+    try:
+        jax.distributed.initialize(coordinator, hosts, host)
+    except ValueError:  # no cluster that JAX knows, and nothing given
+        if coordinator is not None:
+            raise
+    except RuntimeError as error:
+        raise UserError(f"host {host} of {hosts}: the hosts did not find each other ({str(error).splitlines()[0]})") from error
+
+
+def is_first() -> bool:
+    """Whether this is the host that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def first_then_others(action: Callable):
+    """Runs an action on the first host, then on all others, which find what it left on shared storage."""
+    if is_first():
+        result = action()
+    wait_for_all("first")
+    if not is_first():
+        result = action()
+    wait_for_all("others")
+    return result
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when all hosts are here. The name says where, in errors."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def from_first(text: str) -> str:
+    """The first host's text, on every host."""
+    if jax.process_count() == 1:
+        return text
+    client, key = distributed.global_state.client, f"metaembed/said/{next(_said)}"
+    if is_first():
+        client.key_value_set(key, text)
+    return client.blocking_key_value_get(key, 600_000)
+
+
+def gather(x: np.ndarray) -> np.ndarray:
+    """Each host's array, of one shape everywhere, stacked along a new first axis: on every host."""
+    return x[None] if jax.process_count() == 1 else multihost_utils.process_allgather(x)
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """A function that says whether to stop, because SIGTERM came to any of the hosts.
+
+    It is asked once a step, and turns true on all hosts at the same step: they agree in the background on one that none has
+    reached yet.
+    """
+    came, calls = [], itertools.count(1)
+    if distributed.global_state.client is not None:
+
+        def stop() -> bool:
+            if multihost_utils.reached_preemption_sync_point(next(calls)):
+                came.append(True)
+            return bool(came)
+
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def speaking_once() -> Iterator[None]:
+    """Keeps the other hosts silent, and stops all of them, with one message, when one fails."""
+    if jax.process_count() == 1:
+        yield
+        return
+    finished = threading.Event()
+    threading.Thread(target=_watch, args=(finished,), daemon=True).start()
+    words = contextlib.nullcontext() if is_first() else contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8"))
+    try:
+        with words:
+            yield
+        finished.set()
+    except BaseException as error:
+        finished.set()
+        _tell_others(error)
+        raise
+
+
+def _tell_others(error: BaseException) -> None:
+    client = distributed.global_state.client
+    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host failed first
+        client.key_value_set(FAILED, f"host {jax.process_index()}: {reason}")
+    until = time.monotonic() + GRACE
+    while time.monotonic() < until and len(client.key_value_dir_get(SEEN)) < jax.process_count() - 1:
+        time.sleep(0.2)
+
+
+def _watch(finished: threading.Event) -> None:
+    """Waits for another host's failure. This one may hang in a collective that the other never joins, so it ends at once."""
+    client = distributed.global_state.client
+    while not finished.wait(0.5):
+        try:
+            reason = client.key_value_try_get(FAILED)
+        except jax.errors.JaxRuntimeError:
+            continue
+        client.key_value_set(f"{SEEN}{jax.process_index()}", "")
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        os._exit(2)

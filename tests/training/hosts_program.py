@@ -1,0 +1,35 @@
+"""One host of `test_hosts`: ten steps of `tiny`; writes its losses, and its part of every batch."""
+
+import argparse
+
+import numpy as np
+
+from metaembed_jax import hosts
+from metaembed_jax.checkpoints.loading import run_processor
+from metaembed_jax.config import load_config
+from metaembed_jax.data import sources
+from metaembed_jax.data.pipeline import training_batches
+from metaembed_jax.flags import add_host_flags
+from metaembed_jax.sharding import make_mesh, rows_here
+from metaembed_jax.training.start import find_start
+from metaembed_jax.training.step import make_trainer, put_batch
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--data")
+parser.add_argument("--out")
+add_host_flags(parser)
+flags = parser.parse_args()
+hosts.connect(flags.coordinator, flags.hosts, flags.host)
+config = load_config("configs/tiny.py", {"data.dir": flags.data, "init_from": ""})
+mesh = make_mesh()
+processor = run_processor(config, find_start(config).tokenizer)
+dataset = training_batches(config, processor, sources.training_records(config), rows_here(mesh, config.microbatch_size))
+trainer = make_trainer(config, mesh)
+state, found = trainer.init(), {"losses": []}
+for step in range(10):
+    batch = dataset[step]
+    for side, part in batch.items():
+        found |= {f"{step}/{side}/{key}": rows for key, rows in part["groups"][0].items()} | {f"{step}/{side}/order": part["order"]}
+    state, figures = trainer.step(state, put_batch(batch, mesh))
+    found["losses"].append(float(figures["loss"]))
+np.savez(f"{flags.out}/{flags.host or 0}.npz", **found)

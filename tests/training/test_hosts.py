@@ -1,0 +1,151 @@
+"""Several processes on one machine are several hosts: real collectives, and one run."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metaembed_jax.checkpoints.loading import run_processor
+from metaembed_jax.config import load_config
+from metaembed_jax.data import sources
+from metaembed_jax.data.pipeline import training_batches
+from metaembed_jax.training.start import find_start
+
+ROOT = Path(__file__).parents[2]
+SMALL = "tests/training/small.py"
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+class Hosts:
+    """One command on so many processes, with eight devices in all; reaped at the end whatever happens."""
+
+    def __init__(self, count, command, flags_of_host=lambda host: []):
+        port = free_port()
+        environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={8 // count}")}
+        self.processes = []
+        for host in range(count):
+            joined = [f"--coordinator=localhost:{port}", f"--hosts={count}", f"--host={host}"] if count > 1 else []
+            flags = [sys.executable, *command, *joined, *flags_of_host(host)]
+            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            self.processes.append(subprocess.Popen(flags, cwd=ROOT, env=environment, **pipes))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def wait(self, code=0):
+        """(stdout, stderr) of each, all of which exit with `code`."""
+        said = [process.communicate(timeout=300) for process in self.processes]
+        codes = [process.returncode for process in self.processes]
+        assert codes == [code] * len(codes), (codes, said)
+        return said
+
+
+def training(workdir, data_dir, **keys):
+    return ["train.py", f"--config={SMALL}", f"--workdir={workdir}", f"--config.data.dir={data_dir}"] + [
+        f"--config.{key}={value}" for key, value in keys.items()
+    ]
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def wait_for(path):
+    until = time.monotonic() + 300
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} does not come"
+        time.sleep(0.05)
+
+
+LONG = {"steps": 200, "save_every": 20, "validate_every": 200}
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory):
+    """A run on one host."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with Hosts(1, training(workdir, data_dir, **LONG)) as hosts:
+        hosts.wait()
+    return workdir
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_killed_and_resumed_on_another_number_of_hosts(whole, data_dir, tmp_path, before, after):
+    command = training(tmp_path / "run", data_dir, **LONG)
+    with Hosts(before, command) as hosts:
+        wait_for(tmp_path / "run/checkpoints/40")
+    with Hosts(after, command) as hosts:
+        said = hosts.wait()
+    assert "resuming at step" in said[0][0] and not any(out for out, _ in said[1:])
+    found, expected = losses(tmp_path / "run"), losses(whole)
+    assert list(found) == list(range(1, 201))
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+
+
+def test_sigterm_to_one_host_saves_and_stops_all(data_dir, tmp_path):
+    command = training(tmp_path / "run", data_dir, **LONG)
+    with Hosts(2, command) as hosts:
+        wait_for(tmp_path / "run/checkpoints/20")
+        hosts.processes[1].send_signal(signal.SIGTERM)
+        (out, _), _ = hosts.wait()
+    step = int(out.split("stopped by SIGTERM after step ")[1].split(",")[0])
+    assert step < 200 and (tmp_path / f"run/checkpoints/{step}").is_dir()
+    with Hosts(2, command) as hosts:
+        (out, _), _ = hosts.wait()
+    assert f"resuming at step {step} of 200" in out
+    assert list(losses(tmp_path / "run")) == list(range(1, 201))
+
+
+def test_hosts_that_disagree_are_refused(data_dir, tmp_path):
+    with Hosts(2, training(tmp_path / "run", data_dir), lambda host: [f"--config.seed={host}"]) as hosts:
+        said = hosts.wait(code=2)
+    for _, errors in said:
+        assert "the hosts of this run disagree: seed is 0 there and 1 here" in errors and "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_any_layout_gives_the_same_losses_and_batches(data_dir, tmp_path):
+    """Ten steps of `tiny` on 2 x 4, 4 x 2 and 1 x 8 devices."""
+    found = {}
+    for count in (1, 2, 4):
+        out = tmp_path / str(count)
+        out.mkdir()
+        with Hosts(count, ["tests/training/hosts_program.py", f"--data={data_dir}", f"--out={out}"]) as hosts:
+            hosts.wait()
+        parts = [np.load(out / f"{host}.npz") for host in range(count)]
+        found[count] = parts[0]["losses"]
+        assert all(np.array_equal(part["losses"], found[count]) for part in parts)
+        assert_whole_batches(data_dir, parts)
+    assert len(set(found[1].tolist())) == 10
+    for count in (2, 4):
+        np.testing.assert_allclose(found[count], found[1], rtol=1e-4)
+
+
+def assert_whole_batches(data_dir, parts):
+    config = load_config("configs/tiny.py", {"data.dir": str(data_dir), "init_from": ""})
+    dataset = training_batches(config, run_processor(config, find_start(config).tokenizer), sources.training_records(config))
+    for step in range(10):
+        for side in ("query", "candidate"):
+            expected = dataset[step][side]
+            for key, rows in expected["groups"][0].items():
+                np.testing.assert_array_equal(np.concatenate([part[f"{step}/{side}/{key}"] for part in parts], axis=1), rows)
+            assert all(np.array_equal(part[f"{step}/{side}/order"], expected["order"]) for part in parts)
