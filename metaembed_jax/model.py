@@ -43,7 +43,9 @@ class MetaEmbed:
         def encode(parameters, batch, side, budget):
             return nnx.merge(graph, parameters)(batch, side, budget)
 
-        self._encode = jax.jit(encode, static_argnames=("side", "budget"), out_shardings=replicated(mesh))
+        self._encode = jax.jit(
+            encode, static_argnames=("side", "budget"), out_shardings=named_sharding(mesh, ("batch", None, None))
+        )
 
     @classmethod
     def from_pretrained(

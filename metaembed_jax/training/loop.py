@@ -200,9 +200,8 @@ def _write(config: ConfigDict, results: dict, workdir: Path, step: int) -> None:
     )
     print(f"\nwritten: {workdir / 'results.json'}, {workdir / 'quality.png'}", flush=True)
     if config.exports and jax.process_count() > 1:
-        print(
-            f"to be exported by one host: python -m metaembed_jax export --checkpoint={workdir} --format={config.exports[0]} --out=DIR"
-        )
+        command = f"python -m metaembed_jax export --checkpoint={workdir} --format={config.exports[0]} --out=DIR"
+        print(f"not exported, since there are several hosts; on one of them: {command}", flush=True)
         return
     for kind in config.exports:
         out, made = workdir / "export" / kind, workdir / "export" / f"{kind}.new"
