@@ -4,6 +4,7 @@ Every host runs the same command. What it decides on its own must come out alike
 words) is done by the first.
 """
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -131,6 +132,8 @@ def speaking_once() -> Iterator[None]:
     except BaseException as error:
         finished.set()
         _tell_others(error)
+        # JAX would first wait for the others, which never come to their end.
+        atexit.register(_leave, 2 if isinstance(error, UserError | OSError) else 1)
         raise
 
 
@@ -152,6 +155,14 @@ def _watch(finished: threading.Event) -> None:
             reason = client.key_value_try_get(FAILED)
         except jax.errors.JaxRuntimeError:
             continue
-        client.key_value_set(f"{SEEN}{jax.process_index()}", "")
         print(f"error: {reason}", file=sys.stderr, flush=True)
-        os._exit(2)
+        client.key_value_set(f"{SEEN}{jax.process_index()}", "")
+        _leave(2)
+
+
+def _leave(code: int) -> None:
+    """Ends this process at once; the first host a moment later, because it holds what the others talk through."""
+    sys.stdout.flush()
+    if is_first():
+        time.sleep(2)
+    os._exit(code)
