@@ -78,6 +78,7 @@ def default_config() -> ConfigDict:
     config.validate_every = 250
     config.save_every = 250
     config.keep_checkpoints = 2  # besides the best
+    config.trace_steps = ()  # (first, last) of the steps to trace for the profiler, into <workdir>/trace
     config.exports = ()  # formats that the best checkpoint is written in at the end, to <workdir>/export
     return config.lock()
 
@@ -182,6 +183,8 @@ def check_config(config: ConfigDict) -> None:
     _choice(config, "normalization", ("code", "paper"))
     _choice(config, "optimizer.algorithm", ("adamw", "muon"))
     _choice(config, "optimizer.decay", ("linear", "cosine"))
+    if config.trace_steps and not (len(config.trace_steps) == 2 and 1 <= config.trace_steps[0] <= config.trace_steps[1]):
+        raise UserError(f"config.trace_steps={config.trace_steps}: expected (first, last) with 1 <= first <= last, or ()")
     for kind in config.exports:
         if kind not in EXPORTS:
             raise UserError(f"config.exports: {kind!r} is no format; expected {', '.join(EXPORTS)}")

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.sharding import batch_shards, make_mesh, rows_here
 from metaembed_jax.trained import join, paths, split
 from metaembed_jax.training.metrics import MetricsWriter
+from metaembed_jax.training.profile import Stopwatch, Trace
 from metaembed_jax.training.start import describe, find_start, initial_state, stages
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, put_batch
 
@@ -135,30 +135,34 @@ class _Pending:
 
 
 def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbed, checkpoints, workdir: Path, stop) -> bool:
-    first = int(state.step)
+    first = logged = int(state.step)
     writer = MetricsWriter(workdir, first, config.steps, silent=not hosts.is_first())
-    pending, since = _Pending(checkpoints), (first, time.monotonic())
+    pending, watch, trace = _Pending(checkpoints), Stopwatch(), Trace(config.trace_steps, workdir)
     batches = iterate(dataset, first, config.steps)
     try:
         for step in range(first + 1, config.steps + 1):
-            batch = next(batches)
+            trace.before(step)
+            with watch.spending("input"):
+                batch = next(batches)
             state, figures = trainer.step(state, put_batch(batch, trainer.mesh))
             pending.fetch()
             pending.put(step, figures)
             writer.advance()
             if step % config.log_every == 0 or step == config.steps:
-                measured = pending.fetch()
-                speed = config.batch_size * (step - since[0]) / (time.monotonic() - since[1])
-                writer.write(step, {**measured, "samples_per_second": speed, "padding": padding(batch)})
+                measured, spent = pending.fetch(), watch.read()
+                speed = config.batch_size * (step - logged) / (spent["seconds/input"] + spent["seconds/step"])
+                writer.write(step, {**measured, "samples_per_second": speed, **spent, "padding": padding(batch)})
                 writer.show(loss=measured["loss"], accuracy=_largest_accuracy(measured), samples_per_second=speed)
-                since = (step, time.monotonic())
+                logged = step
+            trace.after(step, pending.fetch)
             validate = step % config.validate_every == 0 or step == config.steps
             stopping = stop()
             if validate or stopping or step % config.save_every == 0:
                 pending.fetch()
-                metric = _validate(config, model, state, step, writer) if validate else None
-                checkpoints.save(step, state.parameters, state.optimizer, metric)
-                since = (step, time.monotonic())
+                with watch.spending("validation"):
+                    metric = _validate(config, model, state, step, writer) if validate else None
+                with watch.spending("checkpoint"):
+                    checkpoints.save(step, state.parameters, state.optimizer, metric)
             if stopping and step < config.steps:
                 checkpoints.wait()
                 writer.say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
@@ -166,6 +170,7 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
         checkpoints.wait()
         return True
     finally:
+        trace.close()
         writer.close()
 
 

@@ -96,15 +96,16 @@ def make_loss(config: ConfigDict, mesh: Mesh) -> Callable:
         positive_BRD, negatives = candidate_NRD[:pairs], None
         if candidate_NRD.shape[0] > pairs:
             negatives = candidate_NRD[pairs:].reshape(pairs, -1, *candidate_NRD.shape[1:])
-        return matryoshka_loss(
-            query_BRD,
-            positive_BRD,
-            negatives,
-            groups=config.groups,
-            temperature=config.temperature,
-            normalization=config.normalization,
-            mesh=mesh,
-        )
+        with jax.named_scope("loss"):
+            return matryoshka_loss(
+                query_BRD,
+                positive_BRD,
+                negatives,
+                groups=config.groups,
+                temperature=config.temperature,
+                normalization=config.normalization,
+                mesh=mesh,
+            )
 
     return loss
 
@@ -181,9 +182,11 @@ def make_trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters, state.frozen, batch, state.step)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.parameters)
+        with jax.named_scope("optimizer"):
+            updates, moments = optimizer.update(gradients, state.optimizer, state.parameters)
+            parameters = optax.apply_updates(state.parameters, updates)
         metrics = {"loss": value, **metrics, "gradient_norm": optax.global_norm(gradients), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, optax.apply_updates(state.parameters, updates), state.frozen, moments), metrics
+        return TrainState(state.step + 1, parameters, state.frozen, moments), metrics
 
     return Trainer(
         mesh=mesh,

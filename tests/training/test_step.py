@@ -64,8 +64,12 @@ def test_parameters_and_their_moments_are_split_over_the_mesh(small_config, algo
     assert [x.sharding for x in found] == [kernel.sharding] * moments
 
 
-def test_microbatches_equal_the_whole_batch(small_config, dataset):
-    microbatch, whole_batch, mesh = 4, dataset[0], make_mesh(devices=jax.devices()[:1])
+@pytest.mark.parametrize("pairs, temperature", [(16, 0.03), (64, 0.15)])
+def test_microbatches_equal_the_whole_batch(small_config, pairs, temperature):
+    """Four microbatches of four pairs are one batch of 16, and 16 are one of 64. (Temperature magnifies float32's rounding.)"""
+    small_config.batch_size = small_config.microbatch_size = pairs
+    small_config.temperature = temperature
+    microbatch, whole_batch, mesh = 4, make_dataset(small_config)[0], make_mesh(devices=jax.devices()[:1])
     whole = gradients(small_config, mesh, whole_batch)
     small_config.microbatch_size = microbatch
 

@@ -1,0 +1,60 @@
+"""Where a run's time goes: seconds by what they went to, and traces for the profiler."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+KINDS = ("input", "step", "validation", "checkpoint")
+
+
+class Stopwatch:
+    """Seconds since the last reading, by what they went to; what nothing else claims is the step's."""
+
+    def __init__(self):
+        self._began, self._spent = time.monotonic(), dict.fromkeys(KINDS, 0.0)
+
+    @contextlib.contextmanager
+    def spending(self, kind: str) -> Iterator[None]:
+        """Counts what happens inside as time of this kind."""
+        began = time.monotonic()
+        yield
+        self._spent[kind] += time.monotonic() - began
+
+    def read(self) -> dict[str, float]:
+        """{"seconds/input": waited for batches, "seconds/checkpoint": without what the background writes, ...} of `KINDS`."""
+        now, spent = time.monotonic(), self._spent
+        spent["step"] = now - self._began - sum(spent.values())
+        self._began, self._spent = now, dict.fromkeys(KINDS, 0.0)
+        return {f"seconds/{kind}": seconds for kind, seconds in spent.items()}
+
+
+class Trace:
+    """Traces some steps of a run into <workdir>/trace, which TensorBoard's profile plugin and xprof show.
+
+    Args:
+      steps: (first, last), both traced; empty for none.
+    """
+
+    def __init__(self, steps: tuple[int, ...], workdir: Path):
+        self._steps, self._directory, self._running = steps, workdir / "trace", False
+
+    def before(self, step: int) -> None:
+        """To be called before a step is dispatched."""
+        if self._steps and self._steps[0] <= step <= self._steps[1] and not self._running:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after(self, step: int, wait: Callable[[], object]) -> None:
+        """To be called after a step is dispatched; waits for it if it is the last one to trace."""
+        if self._running and step == self._steps[1]:
+            wait()
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was traced so far."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
