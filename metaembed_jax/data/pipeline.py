@@ -79,8 +79,8 @@ def training_batches(
         sources=tuple(sources),
         names=names,
         negatives=config.data.negatives,
-        queries=_slots(config, "query_shapes", items, window, host),
-        candidates=_slots(config, "candidate_shapes", items * (1 + config.data.negatives), window, host),
+        queries=slots(config, "query_shapes", items, window, host),
+        candidates=slots(config, "candidate_shapes", items * (1 + config.data.negatives), window, host),
     )
     return steps.map_with_index(make)
 
@@ -115,11 +115,14 @@ class Slots(NamedTuple):
     host: Host
 
 
-def _slots(config: ConfigDict, key: str, items: int, window: int, host: Host) -> Slots:
-    """Reads shape classes (tokens, patches) or (tokens, patches, rows).
+def slots(config: ConfigDict, key: str, items: int, window: int, host: Host) -> Slots:
+    """Reads shape classes (tokens, patches) or (tokens, patches, rows); `items` are those of a side, `window` patches of one.
 
     Without the third number a class has room for all items, so that any mixture fits, at the price of empty rows where there are
     several classes; with it, a step has exactly that many rows of the class.
+
+    Raises:
+      UserError: sizes that do not divide, are no whole windows, or hold too few items.
     """
     shapes, size = config.data[key], config.microbatch_size
     rows = [shape[2] if len(shape) == 3 else items for shape in shapes]

@@ -4,7 +4,7 @@ M microbatches, b items of a microbatch, B pairs, N candidates, K negatives a pa
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -21,7 +21,7 @@ from metaembed_jax.config import model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
-from metaembed_jax.sharding import named_sharding, replicated
+from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding, replicated
 from metaembed_jax.trained import join, paths, split, trained_paths
 from metaembed_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 
@@ -173,6 +173,21 @@ def make_init(config: ConfigDict, abstract: TrainState, optimizer: optax.Gradien
     return init
 
 
+def run_mesh(config: ConfigDict, devices: Sequence | None = None) -> Mesh:
+    """The mesh of a run, over all devices by default.
+
+    Raises:
+      UserError: it does not fit the devices, or a microbatch does not divide over it.
+    """
+    mesh = make_mesh(**config.mesh, devices=devices)
+    if config.microbatch_size % batch_shards(mesh):
+        raise UserError(
+            f"config.microbatch_size={config.microbatch_size} does not divide over the mesh {dict(mesh.shape)}: "
+            f"it must be a multiple of data x fsdp = {batch_shards(mesh)}"
+        )
+    return mesh
+
+
 def make_trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     """Builds the functions of a run for a mesh, without touching a device."""
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -214,12 +229,12 @@ def _on(mesh: Mesh, function: Callable) -> Callable:
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
-    """A host batch onto the mesh: items of a microbatch over the batch axes, `order` replicated."""
+    """A host batch onto the mesh."""
+    return jax.tree.map_with_path(lambda path, x: jax.device_put(x, batch_sharding(mesh, path, x.ndim)), batch)
 
-    def put(path, x):
-        if path[-1].key == "order":
-            return jax.device_put(x, replicated(mesh))
-        axes = (None, "batch") + (None,) * (x.ndim - 2)
-        return jax.device_put(x, named_sharding(mesh, axes))
 
-    return jax.tree.map_with_path(put, batch)
+def batch_sharding(mesh: Mesh, path: tuple, rank: int) -> NamedSharding:
+    """How an array of a batch lies, by its path there: items of a microbatch over the batch axes, `order` replicated."""
+    if path[-1].key == "order":
+        return replicated(mesh)
+    return named_sharding(mesh, (None, "batch") + (None,) * (rank - 2))
