@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning import report
 from metaembed_jax.planning.chips import topology
-from metaembed_jax.planning.plan import check, make_plan
+from metaembed_jax.planning.measure import check, make_plan
 from metaembed_jax.planning.search import search
 
 

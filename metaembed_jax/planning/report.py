@@ -5,7 +5,8 @@ from ml_collections import ConfigDict
 from metaembed_jax.planning.chips import GIB, Topology
 from metaembed_jax.planning.plan import Plan, knob
 
-HELD = "trained frozen optimizer index batch padding temporaries program".split()
+HELD = "trained frozen optimizer index batch padding temporaries program".split()  # in the order of the report
+TABLE = "{:27}{:>11}{:>12}{:>9}{:>11}{:>9}{:>8}{:>11}"
 
 
 def verdict(plan: Plan, config: ConfigDict) -> str:
@@ -17,37 +18,46 @@ def verdict(plan: Plan, config: ConfigDict) -> str:
 
 
 def describe(plan: Plan, config: ConfigDict, where: Topology) -> str:
-    """The whole report."""
-    rows = [
-        ("slice", f"{plan.topology}: {plan.devices} devices, {plan.hosts} hosts"),
-        ("mesh", ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) + f"; microbatch {plan.microbatch_size}"),
-        ("parameters", ", ".join(f"{number:,} {kind}" for kind, number in plan.parameters.items())),
-        ("", ""),
-        *((f"{name}", f"{plan.memory[name] / GIB:10.3f} GiB a device") for name in HELD if name in plan.memory),
-        ("total", f"{plan.total_bytes / GIB:10.3f} GiB of {plan.usable_bytes / GIB:.2f}: {plan.spare:.1%} to spare"),
-        ("", ""),
-        *((f"FLOPs {kind}", f"{value:10.3e} over all devices") for kind, value in plan.flops.items()),
+    """The whole report, verdict first."""
+    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    chips = "" if plan.devices_per_chip == 1 else f", {plan.devices_per_chip} to a chip"
+    parts = [
+        [
+            ("program", f"{plan.what} of {plan.config}, compiled in {plan.compile_seconds:.0f} s"),
+            ("slice", f"{plan.topology}: {plan.devices} devices{chips}, {plan.hosts} hosts"),
+            ("mesh", f"{mesh}; microbatches of {plan.microbatch_size}"),
+            ("parameters", ", ".join(f"{number:,} {kind}" for kind, number in plan.parameters.items())),
+        ],
+        [(name, f"{amount(plan.memory[name])} a device") for name in HELD if name in plan.memory]
+        + [("total", f"{amount(plan.total_bytes)} of {amount(plan.usable_bytes).strip()}, {plan.spare:.1%} to spare")],
+        [(f"FLOPs {kind}", f"{value:10.4g}") for kind, value in plan.flops.items()]
+        + ([("bytes over HBM", f"{amount(plan.hbm_bytes)} a device")] if plan.hbm_bytes else [])
+        + [(f"bytes over ICI, {kind}", f"{amount(value)} a device") for kind, value in sorted(plan.ici_bytes.items())]
+        + ([("not counted", plan.missing)] if plan.missing else []),
+        _speed(plan, where),
+        *([(f"largest {title}" * (not place), line) for place, line in enumerate(lines)] for title, lines in _largest(plan)),
     ]
-    if plan.temporaries:
-        rows.append(("bytes over HBM", f"{plan.hbm_bytes:10.3e} a device"))
-        rows += [(f"bytes over ICI, {kind}", f"{value:10.3e} a device") for kind, value in sorted(plan.ici_bytes.items())]
-    if plan.missing:
-        rows.append(("not counted", plan.missing))
-    rows += [
-        ("", ""),
+    blocks = ("\n".join(f"{name:30}{text}" for name, text in rows) for rows in parts if rows)
+    return "\n\n".join([verdict(plan, config), *blocks])
+
+
+def _speed(plan: Plan, where: Topology) -> list[tuple[str, str]]:
+    bound = plan.seconds[plan.binds]
+    rows = [
         ("at the peaks", ", ".join(f"{name} {value:.4g} s" for name, value in plan.seconds.items())),
-        ("bound", f"{plan.seconds[plan.binds]:.4g} s, by {plan.binds}; MFU {plan.mfu:.1%} there (of {where.chip.source})"),
-        ("speed", f"{plan.items_per_second:,.1f} {plan.unit} a second"),
+        ("bound", f"{bound:.4g} s, by {plan.binds}: MFU {plan.mfu:.1%}, {plan.items_per_second:,.1f} {plan.unit} a second"),
     ]
     if plan.calls:
-        rows.append(("whole run", f"{plan.calls:,} steps in {plan.hours:,.2f} hours, {plan.chip_hours:,.1f} chip-hours"))
-    rows += [("", ""), ("compiled in", f"{plan.compile_seconds:.0f} s")]
-    lines = [verdict(plan, config), *(f"{name:26}{text}".rstrip() for name, text in rows)]
-    for title, items, unit in (("temporaries", plan.temporaries, "GiB"), ("collectives", plan.collectives, "GiB sent")):
-        if items:
-            lines += ["", f"largest {title}"]
-            lines += [f"{item.bytes / GIB:10.4f} {unit}  {item.what} x {item.times:g}  {item.op_name}" for item in items]
-    return "\n".join(lines)
+        rows.append(("whole run", f"{plan.calls:,} steps, {plan.hours:,.2f} hours, {plan.chip_hours:,.1f} chip-hours"))
+    return [*rows, ("peaks from", where.chip.source)]
+
+
+def _largest(plan: Plan) -> list[tuple[str, list[str]]]:
+    named = (("temporaries", plan.temporaries), ("collectives", plan.collectives))
+    return [
+        (title, [f"{amount(item.bytes)}  {item.what:.100} x {item.times:g}  {item.op_name}" for item in items])
+        for title, items in named
+    ]
 
 
 def describe_search(plans: list[Plan]) -> str:
@@ -55,14 +65,17 @@ def describe_search(plans: list[Plan]) -> str:
     if not plans:
         return "does not fit: none of the meshes and microbatches tried; take a larger slice, or set config.frozen_dtype=int8"
     flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in plans[0].mesh.items())
-    lines = [f"fastest: {flags} --config.microbatch_size={plans[0].microbatch_size}"]
-    lines += [
-        f"{'mesh (data, fsdp, tensor)':27}{'microbatch':>11}{'GiB':>9}{'spare':>8}{'bound s':>10}{'by':>9}{'MFU':>8}{'items/s':>10}"
-    ]
+    lines = [f"fastest: {flags} --config.microbatch_size={plans[0].microbatch_size}", ""]
+    lines.append(TABLE.format("mesh (data, fsdp, tensor)", "microbatch", "a device", "spare", "bound", "by", "MFU", "pairs/s"))
     for plan in plans:
-        mesh = ", ".join(str(size) for size in plan.mesh.values())
-        lines.append(
-            f"{mesh:27}{plan.microbatch_size:11}{plan.total_bytes / GIB:9.2f}{plan.spare:8.1%}"
-            f"{plan.seconds[plan.binds]:10.4g}{plan.binds:>9}{plan.mfu:8.1%}{plan.items_per_second:10.1f}"
-        )
+        mesh, bound = ", ".join(str(size) for size in plan.mesh.values()), f"{plan.seconds[plan.binds]:.4g} s"
+        rates = f"{plan.mfu:.1%}", f"{plan.items_per_second:,.1f}"
+        size = amount(plan.total_bytes)
+        lines.append(TABLE.format(mesh, plan.microbatch_size, size, f"{plan.spare:.1%}", bound, plan.binds, *rates))
     return "\n".join(lines)
+
+
+def amount(size: float) -> str:
+    """Bytes with the unit that suits them, 10 characters wide."""
+    power = next(power for power in range(5) if size < 1024 ** (power + 1) or power == 4)
+    return f"{size / 1024**power:7.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

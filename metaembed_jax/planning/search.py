@@ -1,4 +1,4 @@
-"""Which mesh and microbatch train fastest on a slice. Compiling takes minutes, so the promising ones are compiled first, and few."""
+"""Which mesh and microbatch train fastest on a slice. Compiling takes minutes: only the most promising are compiled."""
 
 import copy
 import itertools
@@ -11,7 +11,8 @@ from metaembed_jax.config import model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning.chips import Topology
 from metaembed_jax.planning.flops import train_flops
-from metaembed_jax.planning.plan import Plan, make_plan, shard_bytes
+from metaembed_jax.planning.measure import make_plan, shard_bytes
+from metaembed_jax.planning.plan import Plan
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.step import make_trainer
 

@@ -1,0 +1,125 @@
+"""From a config and a slice to a plan: compiles the program and reads what the compiler made of it."""
+
+import math
+import re
+import time
+
+import jax
+from ml_collections import ConfigDict
+
+from metaembed_jax.config import check_config, model_config
+from metaembed_jax.errors import UserError
+from metaembed_jax.planning.chips import Topology
+from metaembed_jax.planning.cost import Cost, count
+from metaembed_jax.planning.plan import Plan
+from metaembed_jax.planning.programs import PROGRAMS, Program
+from metaembed_jax.training.start import stages
+from metaembed_jax.training.step import run_mesh
+
+_OUT_OF_MEMORY = re.compile(r"required[^()]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of")
+
+
+def check(config: ConfigDict) -> None:
+    """Fills an empty architecture from the stage before, and refuses what cannot be planned.
+
+    Raises:
+      UserError: names the key.
+    """
+    check_config(config)
+    if not config.architecture:
+        known = [stage.architecture for stage in stages(config) if stage.architecture]
+        if not known:
+            raise UserError("config.architecture is empty, and plan reads no weights to learn it from: set it in the config")
+        with config.unlocked():
+            config.architecture = known[-1]
+
+
+def make_plan(config: ConfigDict, what: str, where: Topology) -> Plan:
+    """Compiles a program of a checked config for a slice, and measures it.
+
+    Raises:
+      UserError: mesh, batch and slice do not fit each other.
+    """
+    mesh = run_mesh(config, where.devices)
+    program = PROGRAMS[what](config, mesh)
+    began = time.perf_counter()
+    held = {name: shard_bytes(tree) for name, tree in program.arguments.items()}
+    memory, cost, missing = _compile(program, held, mesh.size, _branches(config))
+    chip = where.chip
+    flops = {"forward": program.flops.forward, "backward": program.flops.backward, "recomputed": program.flops.recomputed}
+    done = sum(flops.values()) / mesh.size
+    if cost:
+        flops["compiled"] = cost.flops * mesh.size
+        done = max(done, cost.flops) if cost.silent else cost.flops
+        missing = missing or ("no FLOPs are stated by " + ", ".join(cost.silent) if cost.silent else "")
+    seconds = {"compute": done * chip.devices / chip.flops}
+    if cost:
+        seconds["HBM"] = cost.hbm_bytes * chip.devices / chip.hbm_bandwidth
+        # A device sends in one of the two directions that are published as one figure.
+        seconds["ICI"] = sum(cost.ici_bytes.values()) * chip.devices / (chip.ici_bandwidth / 2)
+    return Plan(
+        config=config.name,
+        what=what,
+        topology=where.name,
+        devices=mesh.size,
+        devices_per_chip=chip.devices,
+        hosts=where.hosts,
+        mesh=dict(mesh.shape),
+        microbatch_size=config.microbatch_size,
+        parameters={name: _numbers(program.arguments.get(name)) for name in ("trained", "frozen")},
+        memory=memory,
+        usable_bytes=int(chip.usable_bytes),
+        flops=flops,
+        hbm_bytes=cost.hbm_bytes if cost else 0.0,
+        ici_bytes=cost.ici_bytes if cost else {},
+        seconds=seconds,
+        peak_flops=chip.flops / chip.devices,
+        items=program.items,
+        unit=program.unit,
+        calls=program.calls,
+        temporaries=cost.temporaries if cost else [],
+        collectives=cost.collectives if cost else [],
+        missing=missing,
+        compile_seconds=time.perf_counter() - began,
+    )
+
+
+def _compile(program: Program, held: dict[str, int], devices: int, branches: tuple) -> tuple[dict[str, int], Cost | None, str]:
+    """(memory of a device, cost, what is missing); no cost where the program does not fit or its text cannot be had."""
+    try:
+        compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _OUT_OF_MEMORY.search(str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
+            raise
+        number, unit = found[1] or found[3], found[2] or found[4]
+        needed = int(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1)))
+        return held | {"temporaries": needed - sum(held.values())}, None, "the compiler gives none for what does not fit"
+    found = compiled.memory_analysis()
+    memory = held | {
+        "padding": found.argument_size_in_bytes - sum(held.values()),
+        "temporaries": found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes,
+        "program": found.generated_code_size_in_bytes,
+    }
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        return memory, None, f"this libtpu cannot write the program down ({str(error).splitlines()[0]})"
+    return memory, count(text, devices, branches), ""
+
+
+def _branches(config: ConfigDict) -> tuple[float, float]:
+    """The only conditional there is chooses between windows and the whole image, for each vision block."""
+    vision = model_config(config).architecture.vision_config
+    full = len(set(vision.fullatt_block_indexes) & set(range(vision.depth))) / vision.depth
+    return 1 - full, full
+
+
+def shard_bytes(tree) -> int:
+    """Of one device's part of abstract arrays, without padding."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _numbers(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
