@@ -51,11 +51,12 @@ class Chip:
 GIB = 2**30
 CLOUD = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = {
+    # v4's page has no figure for ICI: six links of 50 GB/s each way (arXiv 2304.01433).
     "v4": Chip(275e12, 32 * GIB, 1200e9, 600e9, 30.75 * GIB, CLOUD + "v4", SOLID, "v4", cores=2, config="megacore"),
-    "v5e": Chip(197e12, 16e9, 819e9, 400e9, 15.75 * GIB, CLOUD + "v5e", FLAT, "v5litepod"),
-    "v5p": Chip(459e12, 95e9, 2765e9, 1200e9, 95.73 * GIB, CLOUD + "v5p", SOLID, "v5p", cores=2),
-    "v6e": Chip(918e12, 32e9, 1638e9, 800e9, 31.24 * GIB, CLOUD + "v6e", FLAT, "v6e"),
-    "tpu7x": Chip(2307e12, 192e9, 7380e9, 1200e9, 94.74 * GIB, CLOUD + "tpu7x", SOLID, "tpu7x", cores=2, devices=2),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 400e9, 15.75 * GIB, CLOUD + "v5e", FLAT, "v5litepod"),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1200e9, 95.73 * GIB, CLOUD + "v5p", SOLID, "v5p", cores=2),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 800e9, 31.24 * GIB, CLOUD + "v6e", FLAT, "v6e"),
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 1200e9, 94.74 * GIB, CLOUD + "tpu7x", SOLID, "tpu7x", cores=2, devices=2),
 }
 
 

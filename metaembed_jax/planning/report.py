@@ -2,10 +2,11 @@
 
 from ml_collections import ConfigDict
 
-from metaembed_jax.planning.chips import GIB, Topology
+from metaembed_jax.planning.chips import GIB, Chip, Topology
 from metaembed_jax.planning.plan import Plan, knob
 
 HELD = "trained frozen optimizer index batch padding temporaries program".split()  # in the order of the report
+Rows = list[tuple[str, str]]
 TABLE = "{:27}{:>11}{:>12}{:>9}{:>11}{:>9}{:>8}{:>11}"
 
 
@@ -19,29 +20,42 @@ def verdict(plan: Plan, config: ConfigDict) -> str:
 
 def describe(plan: Plan, config: ConfigDict, where: Topology) -> str:
     """The whole report, verdict first."""
-    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    chips = "" if plan.devices_per_chip == 1 else f", {plan.devices_per_chip} to a chip"
-    parts = [
-        [
-            ("program", f"{plan.what} of {plan.config}, compiled in {plan.compile_seconds:.0f} s"),
-            ("slice", f"{plan.topology}: {plan.devices} devices{chips}, {plan.hosts} hosts"),
-            ("mesh", f"{mesh}; microbatches of {plan.microbatch_size}"),
-            ("parameters", ", ".join(f"{number:,} {kind}" for kind, number in plan.parameters.items())),
-        ],
-        [(name, f"{amount(plan.memory[name])} a device") for name in HELD if name in plan.memory]
-        + [("total", f"{amount(plan.total_bytes)} of {amount(plan.usable_bytes).strip()}, {plan.spare:.1%} to spare")],
-        [(f"FLOPs {kind}", f"{value:10.4g}") for kind, value in plan.flops.items()]
-        + ([("bytes over HBM", f"{amount(plan.hbm_bytes)} a device")] if plan.hbm_bytes else [])
-        + [(f"bytes over ICI, {kind}", f"{amount(value)} a device") for kind, value in sorted(plan.ici_bytes.items())]
-        + ([("not counted", plan.missing)] if plan.missing else []),
-        _speed(plan, where),
-        *([(f"largest {title}" * (not place), line) for place, line in enumerate(lines)] for title, lines in _largest(plan)),
-    ]
+    parts = [_about(plan, where.chip), _memory(plan), _work(plan), _speed(plan)]
+    for title, items in (("temporaries", plan.temporaries), ("collectives", plan.collectives)):
+        lines = [f"{amount(item.bytes)}  {item.what:.100} x {item.times:g}  {item.op_name}" for item in items]
+        parts.append([("" if place else f"largest {title}", line) for place, line in enumerate(lines)])
     blocks = ("\n".join(f"{name:30}{text}" for name, text in rows) for rows in parts if rows)
     return "\n\n".join([verdict(plan, config), *blocks])
 
 
-def _speed(plan: Plan, where: Topology) -> list[tuple[str, str]]:
+def _about(plan: Plan, chip: Chip) -> Rows:
+    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    to_a_chip = "" if chip.devices == 1 else f", {chip.devices} to a chip"
+    rates = f"HBM {chip.hbm_bandwidth / 1e9:,.0f} GB/s, ICI {chip.ici_bandwidth / 1e9:,.0f} GB/s both ways"
+    return [
+        ("program", f"{plan.what} of {plan.config}, compiled in {plan.compile_seconds:.0f} s"),
+        ("slice", f"{plan.topology}: {plan.devices} devices{to_a_chip}, {plan.hosts} hosts"),
+        ("chip", f"{amount(chip.hbm_bytes).strip()}, {chip.flops / 1e12:,.0f} TFLOP/s, {rates} ({chip.source})"),
+        ("mesh", f"{mesh}; microbatches of {plan.microbatch_size}"),
+        ("parameters", ", ".join(f"{number:,} {kind}" for kind, number in plan.parameters.items())),
+    ]
+
+
+def _memory(plan: Plan) -> Rows:
+    held = [(name, f"{amount(plan.memory[name])} a device") for name in HELD if name in plan.memory]
+    usable = amount(plan.usable_bytes).strip()
+    return [*held, ("total", f"{amount(plan.total_bytes)} of {usable} that a program may use, {plan.spare:.1%} to spare")]
+
+
+def _work(plan: Plan) -> Rows:
+    rows = [(f"FLOPs {kind}", f"{value:10.4g}") for kind, value in plan.flops.items()]
+    if plan.hbm_bytes:
+        rows.append(("bytes over HBM", f"{amount(plan.hbm_bytes)} a device"))
+    rows += [(f"bytes over ICI, {kind}", f"{amount(value)} a device") for kind, value in sorted(plan.ici_bytes.items())]
+    return rows + ([("not counted", plan.missing)] if plan.missing else [])
+
+
+def _speed(plan: Plan) -> Rows:
     bound = plan.seconds[plan.binds]
     rows = [
         ("at the peaks", ", ".join(f"{name} {value:.4g} s" for name, value in plan.seconds.items())),
@@ -49,15 +63,7 @@ def _speed(plan: Plan, where: Topology) -> list[tuple[str, str]]:
     ]
     if plan.calls:
         rows.append(("whole run", f"{plan.calls:,} steps, {plan.hours:,.2f} hours, {plan.chip_hours:,.1f} chip-hours"))
-    return [*rows, ("peaks from", where.chip.source)]
-
-
-def _largest(plan: Plan) -> list[tuple[str, list[str]]]:
-    named = (("temporaries", plan.temporaries), ("collectives", plan.collectives))
-    return [
-        (title, [f"{amount(item.bytes)}  {item.what:.100} x {item.times:g}  {item.op_name}" for item in items])
-        for title, items in named
-    ]
+    return rows
 
 
 def describe_search(plans: list[Plan]) -> str:
