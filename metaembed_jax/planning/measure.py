@@ -9,13 +9,14 @@ from ml_collections import ConfigDict
 
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.errors import UserError
-from metaembed_jax.planning.chips import Topology
+from metaembed_jax.planning.chips import Chip, Topology
 from metaembed_jax.planning.cost import Cost, count
 from metaembed_jax.planning.plan import Plan
 from metaembed_jax.planning.programs import PROGRAMS, Program
 from metaembed_jax.training.start import stages
 from metaembed_jax.training.step import run_mesh
 
+UNKNOWN = Cost(0.0, 0.0, {}, (), [], [])
 _OUT_OF_MEMORY = re.compile(r"required[^()]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of")
 
 
@@ -43,58 +44,50 @@ def make_plan(config: ConfigDict, what: str, where: Topology) -> Plan:
     mesh = run_mesh(config, where.devices)
     program = PROGRAMS[what](config, mesh)
     began = time.perf_counter()
-    held = {name: shard_bytes(tree) for name, tree in program.arguments.items()}
-    memory, cost, missing = _compile(program, held, mesh.size, _branches(config))
-    chip = where.chip
-    flops = {"forward": program.flops.forward, "backward": program.flops.backward, "recomputed": program.flops.recomputed}
-    done = sum(flops.values()) / mesh.size
-    if cost:
-        flops["compiled"] = cost.flops * mesh.size
-        done = max(done, cost.flops) if cost.silent else cost.flops
-        missing = missing or ("no FLOPs are stated by " + ", ".join(cost.silent) if cost.silent else "")
-    seconds = {"compute": done * chip.devices / chip.flops}
-    if cost:
-        seconds["HBM"] = cost.hbm_bytes * chip.devices / chip.hbm_bandwidth
-        # A device sends in one of the two directions that are published as one figure.
-        seconds["ICI"] = sum(cost.ici_bytes.values()) * chip.devices / (chip.ici_bandwidth / 2)
+    memory, cost, missing = _compile(program, mesh.size, _branches(config))
     return Plan(
         config=config.name,
         what=what,
         topology=where.name,
         devices=mesh.size,
-        devices_per_chip=chip.devices,
+        devices_per_chip=where.chip.devices,
         hosts=where.hosts,
         mesh=dict(mesh.shape),
         microbatch_size=config.microbatch_size,
         parameters={name: _numbers(program.arguments.get(name)) for name in ("trained", "frozen")},
         memory=memory,
-        usable_bytes=int(chip.usable_bytes),
-        flops=flops,
-        hbm_bytes=cost.hbm_bytes if cost else 0.0,
-        ici_bytes=cost.ici_bytes if cost else {},
-        seconds=seconds,
-        peak_flops=chip.flops / chip.devices,
+        usable_bytes=int(where.chip.usable_bytes),
+        flops=program.flops._asdict() | ({"compiled": cost.flops * mesh.size} if cost.flops else {}),
+        hbm_bytes=cost.hbm_bytes,
+        ici_bytes=cost.ici_bytes,
+        seconds=_seconds(sum(program.flops) / mesh.size, cost, where.chip),
+        peak_flops=where.chip.flops / where.chip.devices,
         items=program.items,
         unit=program.unit,
         calls=program.calls,
-        temporaries=cost.temporaries if cost else [],
-        collectives=cost.collectives if cost else [],
+        temporaries=cost.temporaries,
+        collectives=cost.collectives,
         missing=missing,
         compile_seconds=time.perf_counter() - began,
     )
 
 
-def _compile(program: Program, held: dict[str, int], devices: int, branches: tuple) -> tuple[dict[str, int], Cost | None, str]:
-    """(memory of a device, cost, what is missing); no cost where the program does not fit or its text cannot be had."""
+def _compile(program: Program, devices: int, branches: tuple[float, float]) -> tuple[dict[str, int], Cost, str]:
+    """(memory of a device, cost, what the cost lacks and why)."""
+    held = {name: shard_bytes(tree) for name, tree in program.arguments.items()}
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         found = _OUT_OF_MEMORY.search(str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
+        if not found:
             raise
         number, unit = found[1] or found[3], found[2] or found[4]
         needed = int(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1)))
-        return held | {"temporaries": needed - sum(held.values())}, None, "the compiler gives none for what does not fit"
+        return (
+            held | {"temporaries": needed - sum(held.values())},
+            UNKNOWN,
+            "what was compiled: it does not fit, and so is not there",
+        )
     found = compiled.memory_analysis()
     memory = held | {
         "padding": found.argument_size_in_bytes - sum(held.values()),
@@ -102,10 +95,25 @@ def _compile(program: Program, held: dict[str, int], devices: int, branches: tup
         "program": found.generated_code_size_in_bytes,
     }
     try:
-        text = compiled.as_text()
+        cost = count(compiled.as_text(), devices, branches)
     except jax.errors.JaxRuntimeError as error:
-        return memory, None, f"this libtpu cannot write the program down ({str(error).splitlines()[0]})"
-    return memory, count(text, devices, branches), ""
+        return memory, UNKNOWN, f"what was compiled: this libtpu cannot write it down ({str(error).splitlines()[0]})"
+    return memory, cost, f"FLOPs of {', '.join(cost.silent)}, which states none" if cost.silent else ""
+
+
+def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:
+    """What one device needs for each part of the work at its peak.
+
+    Args:
+      flops: of one device, counted in closed form; they stand in for what the compiler does not know.
+    """
+    done = cost.flops if cost.flops and not cost.silent else max(flops, cost.flops)
+    seconds = {"compute": done * chip.devices / chip.flops}
+    if cost.hbm_bytes:
+        seconds["HBM"] = cost.hbm_bytes * chip.devices / chip.hbm_bandwidth
+        # What a device sends goes in one of the two directions that are published as one figure.
+        seconds["ICI"] = sum(cost.ici_bytes.values()) * chip.devices / (chip.ici_bandwidth / 2)
+    return seconds
 
 
 def _branches(config: ConfigDict) -> tuple[float, float]:
