@@ -41,14 +41,14 @@ class Cost(NamedTuple):
       flops: of matrix products and convolutions, and what custom kernels state of themselves.
       hbm_bytes: read from and written to HBM.
       ici_bytes: that it sends to other devices, by kind of collective, done as a ring.
-      silent: custom kernels that state nothing, whose FLOPs are not in `flops`.
+      unknown: custom kernels that do not state their FLOPs, and loops without a known end, which count as one turn.
       temporaries, collectives: the largest.
     """
 
     flops: float
     hbm_bytes: float
     ici_bytes: dict[str, float]
-    silent: tuple[str, ...]
+    unknown: tuple[str, ...]
     temporaries: list[Item]
     collectives: list[Item]
 
@@ -72,13 +72,13 @@ class _Counter:
     def __init__(self, module: Module, devices: int, branches: Sequence[float]):
         self._module, self._devices, self._branches = module, devices, branches
         self._flops = self._hbm = 0.0
-        self._ici, self._collectives, self._silent = Counter(), Counter(), set()
+        self._ici, self._collectives, self._unknown = Counter(), Counter(), set()
         self._temporaries: dict[tuple[str, str], Item] = {}
 
     def cost(self) -> Cost:
         collectives = [Item(size, *about) for about, size in self._collectives.items()]
         temporaries, collectives = (sorted(x, reverse=True)[:LARGEST] for x in (self._temporaries.values(), collectives))
-        return Cost(self._flops, self._hbm, dict(self._ici), tuple(sorted(self._silent)), temporaries, collectives)
+        return Cost(self._flops, self._hbm, dict(self._ici), tuple(sorted(self._unknown)), temporaries, collectives)
 
     def walk(self, computation: Computation, times: float, channels: set[str] | None = None) -> None:
         """Adds a computation that runs `times`.
@@ -92,7 +92,7 @@ class _Counter:
                 continue
             self._flops += times * flops(computation, one)
             if is_silent(one):
-                self._silent.add(one.op_name)
+                self._unknown.add(one.op_name)
             if one.opcode.removesuffix("-start") in COLLECTIVES:
                 self._collective(computation, one, times, channels if is_fused else set())
             for body, share in self._bodies(one):
@@ -122,7 +122,10 @@ class _Counter:
         (condition,) = self._called(loop, "condition")
         parts = [condition, *(body for one in condition.values() for body, _ in self._bodies(one))]
         constants = [one.arguments for part in parts for one in part.values() if one.opcode == "constant"]
-        return max((int(text) for text in constants if text.isdigit()), default=1)
+        bounds = [int(text) for text in constants if text.isdigit()]
+        if not bounds:
+            self._unknown.add(loop.op_name)
+        return max(bounds, default=1)
 
     def _called(self, one: Instruction, attribute: str) -> list[Computation]:
         return [self._module.computations[name] for name in one.called(attribute)]

@@ -83,11 +83,7 @@ def _compile(program: Program, devices: int, branches: tuple[float, float]) -> t
             raise
         number, unit = found[1] or found[3], found[2] or found[4]
         needed = int(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1)))
-        return (
-            held | {"temporaries": needed - sum(held.values())},
-            UNKNOWN,
-            "what was compiled: it does not fit, and so is not there",
-        )
+        return held | {"temporaries": needed - sum(held.values())}, UNKNOWN, "what was compiled, which is nothing"
     found = compiled.memory_analysis()
     memory = held | {
         "padding": found.argument_size_in_bytes - sum(held.values()),
@@ -98,7 +94,7 @@ def _compile(program: Program, devices: int, branches: tuple[float, float]) -> t
         cost = count(compiled.as_text(), devices, branches)
     except jax.errors.JaxRuntimeError as error:
         return memory, UNKNOWN, f"what was compiled: this libtpu cannot write it down ({str(error).splitlines()[0]})"
-    return memory, cost, f"FLOPs of {', '.join(cost.silent)}, which states none" if cost.silent else ""
+    return memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else ""
 
 
 def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:
@@ -107,7 +103,7 @@ def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:
     Args:
       flops: of one device, counted in closed form; they stand in for what the compiler does not know.
     """
-    done = cost.flops if cost.flops and not cost.silent else max(flops, cost.flops)
+    done = cost.flops if cost.flops and not cost.unknown else max(flops, cost.flops)
     seconds = {"compute": done * chip.devices / chip.flops}
     if cost.hbm_bytes:
         seconds["HBM"] = cost.hbm_bytes * chip.devices / chip.hbm_bandwidth

@@ -191,9 +191,9 @@ def test_kernels_that_state_nothing_are_named():
     kernel = '%y = f32[8,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/splash"}'
     text = "ENTRY %main (a: f32[8,128]) -> f32[8,128] {\n  %a = f32[8,128]{1,0} parameter(0)\n  ROOT " + kernel
     silent = count(text + "\n}", devices=1)
-    assert silent.flops == 0 and silent.silent == ("jit(f)/splash",)
+    assert silent.flops == 0 and silent.unknown == ("jit(f)/splash",)
     stated = count(text + ', backend_config={"custom_call_config":{"cost_estimate":{"flops":"99"}}}\n}', devices=1)
-    assert stated.flops == 99 and not stated.silent
+    assert stated.flops == 99 and not stated.unknown
 
 
 def test_parse_keeps_every_instruction():
