@@ -112,7 +112,7 @@ class _Counter:
             trains = any(path.startswith(part) for path in self._trained)
             if part == in_blocks:
                 maps, attention = P * self._maps(part), self._vision_attention(P)
-                again = maps[0] + attention - P * self._outputs(part) if self._recomputes and (before or trains) else 0
+                again = float(maps[0]) + attention - P * self._outputs(part) if self._recomputes and (before or trains) else 0
                 total += _linear(maps, before or trains) + Flops(attention, 2 * attention * (before or trains), again)
             else:
                 total += _linear(rows * self._maps(part), before)
@@ -132,7 +132,7 @@ class _Counter:
         all_maps, key_value = self._maps(LANGUAGE) / layers, self._maps(LANGUAGE, ("key", "value")) / layers
         maps = whole * S * all_maps + cut * (S * key_value + read * (all_maps - key_value))
         attention = 4.0 * S * width * (whole * S + cut * read)
-        again = whole * S * (all_maps[0] - self._outputs(LANGUAGE) / layers + 4.0 * S * width) if self._recomputes else 0
+        again = whole * S * (float(all_maps[0]) - self._outputs(LANGUAGE) / layers + 4.0 * S * width) if self._recomputes else 0
         return _linear(maps, passes_back=True) + Flops(attention, 2 * attention, again)
 
     def _maps(self, prefix: str, names: Sequence[str] = ()) -> np.ndarray:
