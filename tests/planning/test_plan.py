@@ -96,11 +96,10 @@ def test_search_compiles_little_and_keeps_what_fits(plan, config, where, monkeyp
 
     def compile_at_once(config, what, where):
         tried.append((*config.mesh.values(), config.microbatch_size))
-        memory = plan.memory | {"temporaries": int(where.chip.usable_bytes * config.microbatch_size / 8.5)}
-        seconds = {"compute": config.mesh.fsdp / config.microbatch_size}
-        return dataclasses.replace(
-            plan, memory=memory, seconds=seconds, mesh=dict(config.mesh), microbatch_size=config.microbatch_size
-        )
+        size = config.microbatch_size
+        memory = plan.memory | {"temporaries": int(where.chip.usable_bytes * size / 8.5)}
+        seconds = {"compute": config.mesh.fsdp / size}
+        return dataclasses.replace(plan, memory=memory, seconds=seconds, mesh=dict(config.mesh), microbatch_size=size)
 
     monkeypatch.setattr(search, "make_plan", compile_at_once)
     plans = search.search(config, where)
