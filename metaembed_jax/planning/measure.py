@@ -3,16 +3,20 @@
 import math
 import re
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning.chips import Chip, Topology
-from metaembed_jax.planning.cost import Cost, count
+from metaembed_jax.planning.cost import Cost, Item, count
 from metaembed_jax.planning.plan import Plan
 from metaembed_jax.planning.programs import PROGRAMS, Program
+from metaembed_jax.planning.traced import largest_arrays
 from metaembed_jax.training.start import stages
 from metaembed_jax.training.step import run_mesh
 
@@ -44,7 +48,7 @@ def make_plan(config: ConfigDict, what: str, where: Topology) -> Plan:
     mesh = run_mesh(config, where.devices)
     program = PROGRAMS[what](config, mesh)
     began = time.perf_counter()
-    memory, cost, missing = _compile(program, mesh.size, _branches(config))
+    memory, cost, missing, arrays = _compile(program, mesh, _branches(config))
     return Plan(
         config=config.name,
         what=what,
@@ -68,22 +72,41 @@ def make_plan(config: ConfigDict, what: str, where: Topology) -> Plan:
         temporaries=cost.temporaries,
         collectives=cost.collectives,
         missing=missing,
+        arrays=list(arrays),
         compile_seconds=time.perf_counter() - began,
     )
 
 
-def _compile(program: Program, devices: int, branches: tuple[float, float]) -> tuple[dict[str, int], Cost, str]:
-    """(memory of a device, cost, what the cost lacks and why)."""
+class _Compiled(NamedTuple):
+    """What the compiler says.
+
+    Attributes:
+      memory: bytes of a device, by what they hold.
+      cost: zeros where it is not known.
+      missing: what the cost lacks, and why.
+      arrays: the largest, as traced, where nothing was compiled.
+    """
+
+    memory: dict[str, int]
+    cost: Cost
+    missing: str = ""
+    arrays: Sequence[Item] = ()
+
+
+def _compile(program: Program, mesh: Mesh, branches: tuple[float, float]) -> _Compiled:
     held = {name: shard_bytes(tree) for name, tree in program.arguments.items()}
-    try:
-        compiled = program.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        found = _OUT_OF_MEMORY.search(str(error))
-        if not found:
-            raise
-        number, unit = found[1] or found[3], found[2] or found[4]
-        needed = int(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1)))
-        return held | {"temporaries": needed - sum(held.values())}, UNKNOWN, "what was compiled, which is nothing"
+    with jax.set_mesh(mesh):
+        traced = program.trace()
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            found = _OUT_OF_MEMORY.search(str(error))
+            if not found:
+                raise
+            number, unit = found[1] or found[3], found[2] or found[4]
+            needed = int(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1)))
+            memory = held | {"temporaries": needed - sum(held.values())}
+            return _Compiled(memory, UNKNOWN, "what was compiled, which is nothing", largest_arrays(traced.jaxpr))
     found = compiled.memory_analysis()
     memory = held | {
         "padding": found.argument_size_in_bytes - sum(held.values()),
@@ -91,10 +114,10 @@ def _compile(program: Program, devices: int, branches: tuple[float, float]) -> t
         "program": found.generated_code_size_in_bytes,
     }
     try:
-        cost = count(compiled.as_text(), devices, branches)
+        cost = count(compiled.as_text(), mesh.size, branches)
     except jax.errors.JaxRuntimeError as error:
-        return memory, UNKNOWN, f"what was compiled: this libtpu cannot write it down ({str(error).splitlines()[0]})"
-    return memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else ""
+        return _Compiled(memory, UNKNOWN, f"what was compiled: this libtpu cannot write it down ({str(error).splitlines()[0]})")
+    return _Compiled(memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else "")
 
 
 def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:

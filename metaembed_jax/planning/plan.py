@@ -23,6 +23,7 @@ class Plan:
       items, unit, calls: how many of what a call handles, and how many calls a run is.
       temporaries, collectives: the largest.
       missing: why the compiler's figures are not there, or not all.
+      arrays: the largest as traced, over all devices, where nothing was compiled.
     """
 
     config: str
@@ -47,6 +48,7 @@ class Plan:
     temporaries: list[Item]
     collectives: list[Item]
     missing: str
+    arrays: list[Item]
     compile_seconds: float
 
     @property
@@ -93,7 +95,7 @@ class Plan:
     def to_json(self) -> dict:
         """All of it, as JSON takes it."""
         derived = ("total_bytes", "fits", "spare", "binds", "mfu", "items_per_second", "hours", "chip_hours")
-        listed = {key: [item._asdict() for item in getattr(self, key)] for key in ("temporaries", "collectives")}
+        listed = {key: [item._asdict() for item in getattr(self, key)] for key in ("temporaries", "collectives", "arrays")}
         return dataclasses.asdict(self) | listed | {key: getattr(self, key) for key in derived}
 
 
@@ -113,4 +115,5 @@ def knob(plan: Plan, config: ConfigDict) -> str:
         advice = f"raise config.mesh.tensor={plan.mesh['tensor']}, or shorten config.data.candidate_shapes"
     else:
         advice = "take a larger slice"
-    return f"largest are {largest} with {plan.memory[largest] / GIB:.2f} GiB: {advice}"
+    array = f" (the largest array is {plan.arrays[0].what}, {plan.arrays[0].op_name})" if largest == "temporaries" and plan.arrays else ""
+    return f"largest are {largest} with {plan.memory[largest] / GIB:.2f} GiB{array}: {advice}"

@@ -25,7 +25,7 @@ class Program(NamedTuple):
     """A jitted function and what it is called with.
 
     Attributes:
-      lower: `() -> jax.stages.Lowered`.
+      trace: `() -> jax.stages.Traced`.
       arguments: the inputs as shapes with shardings, by what they are.
       flops: of one call, over all devices.
       items: that one call handles.
@@ -33,7 +33,7 @@ class Program(NamedTuple):
       calls: of a whole run; 0 where there is no such thing.
     """
 
-    lower: Callable
+    trace: Callable
     arguments: dict
     flops: Flops
     items: int
@@ -51,7 +51,7 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Program:
     state = trainer.abstract
     arguments = {"trained": state.parameters, "frozen": state.frozen, "optimizer": state.optimizer, "batch": batch}
     return Program(
-        lambda: trainer.step.lower(state, batch), arguments, train_flops(config), config.batch_size, "pairs", config.steps
+        lambda: trainer.step.trace(state, batch), arguments, train_flops(config), config.batch_size, "pairs", config.steps
     )
 
 
@@ -68,11 +68,13 @@ def encode_program(config: ConfigDict, mesh: Mesh) -> Program:
     }
     encode = make_encode(network, mesh)
 
-    def lower():
-        with jax.set_mesh(mesh):
-            return encode.lower(parameters, batch, side="candidate", budget=config.candidate_tokens)
-
-    return Program(lower, {"frozen": parameters, "batch": batch}, encode_flops(config, shape, rows), rows, "documents")
+    return Program(
+        lambda: encode.trace(parameters, batch, side="candidate", budget=config.candidate_tokens),
+        {"frozen": parameters, "batch": batch},
+        encode_flops(config, shape, rows),
+        rows,
+        "documents",
+    )
 
 
 def search_program(config: ConfigDict, mesh: Mesh) -> Program:
@@ -83,7 +85,7 @@ def search_program(config: ConfigDict, mesh: Mesh) -> Program:
     query = _abstract((SEARCH_QUERIES, config.query_tokens, width), jnp.bfloat16, replicated(mesh))
     candidate = _abstract((candidates, config.candidate_tokens, width), jnp.bfloat16, everywhere)
     return Program(
-        lambda: top_k.lower(query, candidate, SEARCH_K, mesh),
+        lambda: top_k.trace(query, candidate, SEARCH_K, mesh),
         {"batch": query, "index": candidate},
         search_flops(SEARCH_QUERIES, config.query_tokens, candidates, config.candidate_tokens, width),
         SEARCH_QUERIES,

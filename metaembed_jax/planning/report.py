@@ -21,7 +21,8 @@ def verdict(plan: Plan, config: ConfigDict) -> str:
 def describe(plan: Plan, config: ConfigDict, where: Topology) -> str:
     """The whole report, verdict first."""
     parts = [_about(plan, where.chip), _memory(plan), _work(plan), _speed(plan)]
-    for title, items in (("temporaries", plan.temporaries), ("collectives", plan.collectives)):
+    named = (("temporaries", plan.temporaries), ("collectives", plan.collectives), ("arrays, of all devices", plan.arrays))
+    for title, items in named:
         lines = [f"{amount(item.bytes)}  {item.what:.100} x {item.times:g}  {item.op_name}" for item in items]
         parts.append([("" if place else f"largest {title}", line) for place, line in enumerate(lines)])
     blocks = ("\n".join(f"{name:30}{text}" for name, text in rows) for rows in parts if rows)
