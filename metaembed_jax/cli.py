@@ -1,13 +1,17 @@
 """`python -m metaembed_jax COMMAND`: what is neither training nor evaluation."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from metaembed_jax.checkpoints.export import FORMATS, export
+from metaembed_jax.config import load_config
 from metaembed_jax.data import sources
+from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import report
-from metaembed_jax.flags import Parser, run_main
+from metaembed_jax.flags import Parser, add_config, run_main, split_overrides
+from metaembed_jax.planning import command as planning
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,7 +32,18 @@ def main(argv: Sequence[str]) -> None:
     out.add_argument("--format", required=True, choices=tuple(FORMATS), help="whose format")
     out.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the tensors (default: the one it was trained in)")
     out.set_defaults(run=_export)
-    arguments = parser.parse_args(argv)
+    plan = commands.add_parser("plan", help="what a run needs of a TPU slice, and how fast that can be; needs no TPU")
+    plan.add_argument("--topology", required=True, help="the slice, such as v5e:2x4")
+    plan.add_argument("--what", choices=("train", "encode", "search"), default="train", help="the program (default: train)")
+    plan.add_argument("--search", action="store_true", help="find the mesh and microbatch that train fastest")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    add_config(plan)
+    plan.set_defaults(run=_plan)
+    overrides, rest = split_overrides(argv)
+    arguments = parser.parse_args(rest)
+    if overrides and "config" not in arguments:
+        raise UserError(f"{arguments.command} takes no --config.{next(iter(overrides))}; see --help")
+    arguments.overrides = overrides
     arguments.run(arguments)
 
 
@@ -46,6 +61,12 @@ def _plot(arguments: Namespace) -> None:
 def _export(arguments: Namespace) -> None:
     export(arguments.checkpoint, arguments.out, arguments.format, arguments.dtype)
     print(f"written: {arguments.out}")
+
+
+def _plan(arguments: Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    if not planning.plan(config, arguments.topology, arguments.what, arguments.search, arguments.json):
+        sys.exit(1)
 
 
 def run() -> None:

@@ -23,12 +23,28 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     Raises:
       UserError: a flag, key or value that does not exist.
     """
+    add_config(parser)
+    overrides, rest = split_overrides(argv)
+    arguments = parser.parse_args(rest)
+    return arguments, load_config(arguments.config, overrides)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config` to a parser's flags."""
     parser.add_argument(
         "--config", required=True, metavar="FILE[:ARG]", help="a file with get_config(arg), such as configs/tiny.py"
     )
     parser.epilog = (
         parser.epilog or ""
     ) + " Any key of the config can be set: --config.steps=100 --config.optimizer.learning_rate=1e-3"
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """({key: value} of the flags `--config.key=value`, all other flags).
+
+    Raises:
+      UserError: one has no value.
+    """
     overrides, rest = {}, []
     for argument in argv:
         if argument.startswith("--config."):
@@ -38,8 +54,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
             overrides[key] = value
         else:
             rest.append(argument)
-    arguments = parser.parse_args(rest)
-    return arguments, load_config(arguments.config, overrides)
+    return overrides, rest
 
 
 def add_host_flags(parser: argparse.ArgumentParser) -> None:

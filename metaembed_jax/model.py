@@ -22,6 +22,7 @@ from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.network import ModelConfig, abstract_network
 from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding, put_rows, row_parts, rows_of
 
+BATCH_SIZE = 32
 TOKEN_BUCKET = 32
 BATCHES_AHEAD = 16  # how many batches of items are processed, and sorted by shape, before they are encoded
 
@@ -38,14 +39,7 @@ class MetaEmbed:
 
     def __init__(self, config: ModelConfig, parameters: dict, processor: Processor, mesh: Mesh):
         self.config, self.parameters, self.processor, self.mesh = config, parameters, processor, mesh
-        graph, _, _ = abstract_network(config)
-
-        def encode(parameters, batch, side, budget):
-            return nnx.merge(graph, parameters)(batch, side, budget)
-
-        self._encode = jax.jit(
-            encode, static_argnames=("side", "budget"), out_shardings=named_sharding(mesh, ("batch", None, None))
-        )
+        self._encode = make_encode(config, mesh)
 
     @classmethod
     def from_pretrained(
@@ -76,7 +70,7 @@ class MetaEmbed:
         return np.asarray(self.parameters["meta_tokens"], np.float32)
 
     def encode_query(
-        self, items: Sequence, *, budget: int | None = None, batch_size: int = 32, progress: bool = False
+        self, items: Sequence, *, budget: int | None = None, batch_size: int = BATCH_SIZE, progress: bool = False
     ) -> Float[np.ndarray, "N R D"]:
         """Query vectors, each of length one, float32.
 
@@ -92,7 +86,7 @@ class MetaEmbed:
         return self._encode_items(items, "query", budget, batch_size, progress)
 
     def encode_document(
-        self, items: Sequence, *, budget: int | None = None, batch_size: int = 32, progress: bool = False
+        self, items: Sequence, *, budget: int | None = None, batch_size: int = BATCH_SIZE, progress: bool = False
     ) -> Float[np.ndarray, "N R D"]:
         """Candidate vectors; otherwise as `encode_query`."""
         return self._encode_items(items, "candidate", budget, batch_size, progress)
@@ -177,6 +171,16 @@ def _schedule(alike: dict[ShapeClass, list[int]], rows: int) -> list[tuple[Shape
         shape = ShapeClass(tokens, patches)
         most[shape] = max(most.get(shape, 0), batches)
     return sorted((shape, batches) for shape, batches in most.items() if batches)
+
+
+def make_encode(config: ModelConfig, mesh: Mesh) -> Callable:
+    """The jitted `(parameters, batch, side=, budget=) -> vectors [B, R, D]` of a network, rows over the batch axes of the mesh."""
+    graph, _, _ = abstract_network(config)
+
+    def encode(parameters, batch, side, budget):
+        return nnx.merge(graph, parameters)(batch, side, budget)
+
+    return jax.jit(encode, static_argnames=("side", "budget"), out_shardings=named_sharding(mesh, ("batch", None, None)))
 
 
 def as_item(item) -> dict:

@@ -69,8 +69,8 @@ def training_batches(
         sources=tuple(sources),
         names=names,
         negatives=config.data.negatives,
-        queries=_slots(config, "query_shapes", items, window, rows),
-        candidates=_slots(config, "candidate_shapes", items * (1 + config.data.negatives), window, rows),
+        queries=slots(config, "query_shapes", items, window, rows),
+        candidates=slots(config, "candidate_shapes", items * (1 + config.data.negatives), window, rows),
     )
     return steps.map_with_index(make)
 
@@ -105,11 +105,14 @@ class Slots(NamedTuple):
     rows: Int[np.ndarray, " n"]
 
 
-def _slots(config: ConfigDict, key: str, items: int, window: int, here: Int[np.ndarray, " n"]) -> Slots:
-    """Reads shape classes (tokens, patches) or (tokens, patches, rows).
+def slots(config: ConfigDict, key: str, items: int, window: int, here: Int[np.ndarray, " n"]) -> Slots:
+    """Reads shape classes (tokens, patches) or (tokens, patches, rows); `items` are those of a side, `window` patches of one.
 
     Without the third number a class has room for all items, so that any mixture fits, at the price of empty rows where there are
     several classes; with it, a step has exactly that many rows of the class.
+
+    Raises:
+      UserError: sizes that do not divide, are no whole windows, or hold too few items.
     """
     shapes, size = config.data[key], config.microbatch_size
     rows = [shape[2] if len(shape) == 3 else items for shape in shapes]

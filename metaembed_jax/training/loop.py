@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from metaembed_jax import hosts
@@ -20,12 +19,12 @@ from metaembed_jax.data.pipeline import iterate, training_batches
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import run as evaluation
 from metaembed_jax.model import MetaEmbed
-from metaembed_jax.sharding import batch_shards, make_mesh, rows_here
+from metaembed_jax.sharding import rows_here
 from metaembed_jax.trained import join, paths, split
 from metaembed_jax.training.metrics import MetricsWriter
 from metaembed_jax.training.profile import Stopwatch, Trace
 from metaembed_jax.training.start import describe, find_start, initial_state, stages
-from metaembed_jax.training.step import Trainer, TrainState, make_trainer, put_batch
+from metaembed_jax.training.step import Trainer, TrainState, make_trainer, put_batch, run_mesh
 
 
 def train(config: ConfigDict, workdir: Path) -> bool:
@@ -66,24 +65,14 @@ def _needed(runs: list[tuple[ConfigDict, Path]]) -> list[tuple[ConfigDict, Path]
 def _check(config: ConfigDict, workdir: Path) -> None:
     """Refuses what cannot be trained: better before hours of a first stage than after."""
     check_config(config)
-    mesh = _mesh(config)
+    mesh = run_mesh(config)
     check_workdir(workdir, config)
     if config.architecture:
         make_trainer(config, mesh)
 
 
-def _mesh(config: ConfigDict) -> Mesh:
-    mesh = make_mesh(**config.mesh)
-    if config.microbatch_size % batch_shards(mesh):
-        raise UserError(
-            f"config.microbatch_size={config.microbatch_size} does not divide over the mesh {dict(mesh.shape)}: "
-            f"it must be a multiple of data x fsdp = {batch_shards(mesh)}"
-        )
-    return mesh
-
-
 def _train_one(config: ConfigDict, workdir: Path, stop: Callable[[], bool]) -> bool:
-    mesh = _mesh(config)
+    mesh = run_mesh(config)
     records = hosts.first_then_others(lambda: sources.training_records(config))
     start = find_start(config, workdir)
     processor = run_processor(config, start.tokenizer)

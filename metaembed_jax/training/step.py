@@ -4,7 +4,7 @@ M microbatches, b items of a microbatch, B pairs, N candidates, K negatives a pa
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -21,7 +21,7 @@ from metaembed_jax.config import model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
-from metaembed_jax.sharding import put_rows, put_whole, replicated
+from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding, put_rows, put_whole, replicated
 from metaembed_jax.trained import join, paths, split, trained_paths
 from metaembed_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 
@@ -174,6 +174,21 @@ def make_init(config: ConfigDict, abstract: TrainState, optimizer: optax.Gradien
     return init
 
 
+def run_mesh(config: ConfigDict, devices: Sequence | None = None) -> Mesh:
+    """The mesh of a run, over all devices by default.
+
+    Raises:
+      UserError: it does not fit the devices, or a microbatch does not divide over it.
+    """
+    mesh = make_mesh(**config.mesh, devices=devices)
+    if config.microbatch_size % batch_shards(mesh):
+        raise UserError(
+            f"config.microbatch_size={config.microbatch_size} does not divide over the mesh {dict(mesh.shape)}: "
+            f"it must be a multiple of data x fsdp = {batch_shards(mesh)}"
+        )
+    return mesh
+
+
 def make_trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     """Builds the functions of a run for a mesh, without touching a device."""
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -217,9 +232,16 @@ def _on(mesh: Mesh, function: Callable) -> Callable:
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
-    """This host's part of a batch onto the mesh: items of a microbatch over the batch axes, `order` replicated."""
+    """This host's part of a batch onto the mesh."""
 
     def put(path, x):
         return put_whole(x, mesh) if path[-1].key == "order" else put_rows(x, mesh, axis=1)
 
     return jax.tree.map_with_path(put, batch)
+
+
+def batch_sharding(mesh: Mesh, path: tuple, rank: int) -> NamedSharding:
+    """How an array of a batch lies, by its path there: items of a microbatch over the batch axes, `order` replicated."""
+    if path[-1].key == "order":
+        return replicated(mesh)
+    return named_sharding(mesh, (None, "batch") + (None,) * (rank - 2))

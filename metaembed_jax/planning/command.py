@@ -1,0 +1,40 @@
+"""`python -m metaembed_jax plan`: prints a plan, and says by its exit code whether it fits."""
+
+import json
+import sys
+
+import jax
+from ml_collections import ConfigDict
+
+from metaembed_jax.errors import UserError
+from metaembed_jax.planning import report
+from metaembed_jax.planning.chips import topology
+from metaembed_jax.planning.measure import check, make_plan
+from metaembed_jax.planning.search import search
+
+
+def plan(config: ConfigDict, slice_name: str, what: str, is_search: bool, as_json: bool) -> bool:
+    """Prints the plan of one program, or with `is_search` of the train step on every mesh worth trying.
+
+    Returns:
+      Whether it fits; of a search, whether anything does.
+
+    Raises:
+      UserError: no such slice, no libtpu, or a config that cannot run there.
+    """
+    jax.config.update("jax_platforms", "cpu")  # of the TPU only its compiler is wanted
+    where = topology(slice_name)
+    check(config)
+    if is_search and what != "train":
+        raise UserError(f"--search is for training, not for --what={what}")
+    if is_search:
+        plans = search(config, where)
+        print(json.dumps([one.to_json() for one in plans]) if as_json else report.describe_search(plans))
+        return bool(plans)
+    print(f"compiling {config.name} for {where.name}; the largest take minutes", file=sys.stderr)
+    made = make_plan(config, what, where)
+    if as_json:
+        print(json.dumps(made.to_json() | {"verdict": report.verdict(made, config)}))
+    else:
+        print(report.describe(made, config, where))
+    return made.fits

@@ -1,0 +1,166 @@
+"""What a compiled program does, counted in its text: arithmetic, traffic to HBM and between chips. Loops are multiplied out.
+
+Everything is of one device and one call of the program. Traffic is what `traffic` says of each instruction, so it is an upper
+bound where the compiler keeps on the chip what its text does not say.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from metaembed_jax.planning.arithmetic import flops, is_silent
+from metaembed_jax.planning.hlo import Computation, Instruction, Module, parse
+from metaembed_jax.planning.traffic import buffers, traffic
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+LARGEST = 5
+
+
+class Item(NamedTuple):
+    """A temporary array, or all calls of one collective.
+
+    Attributes:
+      bytes: of the array; or that a device sends, over all calls.
+      what: its type and sizes; of a collective, its kind and operand.
+      times: how often it is made.
+      op_name: where in the Python program it comes from.
+    """
+
+    bytes: float
+    what: str
+    times: float
+    op_name: str
+
+
+class Cost(NamedTuple):
+    """Of one device.
+
+    Attributes:
+      flops: of matrix products and convolutions, and what custom kernels state of themselves.
+      hbm_bytes: read from and written to HBM.
+      ici_bytes: that it sends to other devices, by kind of collective, done as a ring.
+      unknown: custom kernels that do not state their FLOPs, and loops without a known end, which count as one turn.
+      temporaries, collectives: the largest.
+    """
+
+    flops: float
+    hbm_bytes: float
+    ici_bytes: dict[str, float]
+    unknown: tuple[str, ...]
+    temporaries: list[Item]
+    collectives: list[Item]
+
+
+def count(text: str, devices: int, branches: Sequence[float] = ()) -> Cost:
+    """Counts a program.
+
+    Args:
+      text: of `Compiled.as_text()`.
+      devices: that it runs on.
+      branches: how often each branch of a conditional runs, as shares of 1. Conditionals with another number of branches count
+        all of them alike often.
+    """
+    module = parse(text)
+    counter = _Counter(module, devices, branches)
+    counter.walk(module.computations[module.entry], 1.0)
+    return counter.cost()
+
+
+class _Counter:
+    def __init__(self, module: Module, devices: int, branches: Sequence[float]):
+        self._module, self._devices, self._branches = module, devices, branches
+        self._flops = self._hbm = 0.0
+        self._ici, self._collectives, self._unknown = Counter(), Counter(), set()
+        self._temporaries: dict[tuple[str, str], Item] = {}
+
+    def cost(self) -> Cost:
+        collectives = [Item(size, *about) for about, size in self._collectives.items()]
+        temporaries, collectives = (sorted(x, reverse=True)[:LARGEST] for x in (self._temporaries.values(), collectives))
+        return Cost(self._flops, self._hbm, dict(self._ici), tuple(sorted(self._unknown)), temporaries, collectives)
+
+    def walk(self, computation: Computation, times: float, channels: set[str] | None = None) -> None:
+        """Adds a computation that runs `times`.
+
+        Args:
+          channels: inside of a fusion, the collectives that were met in fusions beside it.
+        """
+        is_fused, channels = channels is not None, set() if channels is None else channels
+        for one in computation.values():
+            if one.opcode.endswith(("-done", "-update")):
+                continue
+            self._flops += times * flops(computation, one)
+            if is_silent(one):
+                self._unknown.add(one.op_name)
+            if one.opcode.removesuffix("-start") in COLLECTIVES:
+                self._collective(computation, one, times, channels if is_fused else set())
+            for body, share in self._bodies(one):
+                self.walk(body, times * share, channels if is_fused or one.opcode == "fusion" else None)
+            if not is_fused:
+                self._hbm += times * traffic(self._module, computation, one)
+                for shape in buffers(self._module, one):
+                    self._temporaries[shape.text, one.op_name] = Item(shape.bytes, shape.text, times, one.op_name)
+
+    def _bodies(self, one: Instruction) -> list[tuple[Computation, float]]:
+        """What an instruction runs, and how often."""
+        if one.opcode == "while":
+            return [(self._called(one, "body")[0], self._turns(one))]
+        if one.opcode == "conditional":
+            branches = self._called(one, "branch_computations")
+            branches = branches or self._called(one, "false_computation") + self._called(one, "true_computation")
+            alike = [1 / len(branches)] * len(branches)
+            return list(zip(branches, self._branches if len(self._branches) == len(branches) else alike, strict=True))
+        if one.opcode in ("fusion", "call", "async-start"):
+            return [(body, 1) for body in self._called(one, "calls") + self._called(one, "to_apply")]
+        return []
+
+    def _turns(self, loop: Instruction) -> int:
+        """Of a loop: what the compiler noted, else the bound that its counter, which starts from 0, is compared with."""
+        if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
+            return int(noted[1])
+        (condition,) = self._called(loop, "condition")
+        parts = [condition, *(body for one in condition.values() for body, _ in self._bodies(one))]
+        constants = [one.arguments for part in parts for one in part.values() if one.opcode == "constant"]
+        bounds = [int(text) for text in constants if text.isdigit()]
+        if not bounds:
+            self._unknown.add(loop.op_name)
+        return max(bounds, default=1)
+
+    def _called(self, one: Instruction, attribute: str) -> list[Computation]:
+        return [self._module.computations[name] for name in one.called(attribute)]
+
+    def _collective(self, computation: Computation, one: Instruction, times: float, channels: set[str]) -> None:
+        # One that runs beside others' arithmetic is in the fusions of all of them, always with its channel.
+        channel = re.search(r"channel_id=\d+", one.attributes)
+        if channel and channel[0] in channels:
+            return
+        channels.add(channel[0] if channel else "")
+        kind, group = one.opcode.removesuffix("-start"), _group_size(one.attributes, self._devices)
+        operands = [shape for name in one.operands for shape in computation[name].shapes]
+        given = sum(shape.bytes for shape in operands)
+        sent = (
+            times
+            * {
+                "all-gather": given * (group - 1),
+                "all-reduce": 2 * given * (group - 1) / group,
+                "reduce-scatter": given * (group - 1) / group,
+                "all-to-all": given * (group - 1) / group,
+                "collective-permute": given,
+            }[kind]
+        )
+        self._ici[kind] += sent
+        self._collectives[f"{kind} {' '.join(shape.text for shape in operands)}", times, one.op_name] += sent
+
+
+def _group_size(attributes: str, devices: int) -> int:
+    """How many devices take part in a collective together, in any of the notations of `replica_groups`."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(listed[1].split(","))
+    if counted := re.search(r"replica_groups=\[([\d,]+)\]<=", attributes):
+        return int(counted[1].split(",")[-1])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])  # a part of an axis gives its own size
+        return math.prod(int(part) if part else sizes[name] for name, part in axes)
+    return devices

@@ -1,0 +1,152 @@
+"""From a config and a slice to a plan: compiles the program and reads what the compiler made of it."""
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from metaembed_jax.config import check_config, model_config
+from metaembed_jax.errors import UserError
+from metaembed_jax.planning.chips import Chip, Topology
+from metaembed_jax.planning.cost import Cost, Item, count
+from metaembed_jax.planning.plan import Plan
+from metaembed_jax.planning.programs import PROGRAMS, Program
+from metaembed_jax.planning.traced import largest_arrays
+from metaembed_jax.training.start import stages
+from metaembed_jax.training.step import run_mesh
+
+UNKNOWN = Cost(0.0, 0.0, {}, (), [], [])
+_OUT_OF_MEMORY = re.compile(r"required[^()]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of")
+
+
+def check(config: ConfigDict) -> None:
+    """Fills an empty architecture from the stage before, and refuses what cannot be planned.
+
+    Raises:
+      UserError: names the key.
+    """
+    check_config(config)
+    if not config.architecture:
+        known = [stage.architecture for stage in stages(config) if stage.architecture]
+        if not known:
+            raise UserError("config.architecture is empty, and plan reads no weights to learn it from: set it in the config")
+        with config.unlocked():
+            config.architecture = known[-1]
+
+
+def make_plan(config: ConfigDict, what: str, where: Topology) -> Plan:
+    """Compiles a program of a checked config for a slice, and measures it.
+
+    Raises:
+      UserError: mesh, batch and slice do not fit each other.
+    """
+    mesh = run_mesh(config, where.devices)
+    program = PROGRAMS[what](config, mesh)
+    began = time.perf_counter()
+    memory, cost, missing, arrays = _compile(program, mesh, _branches(config))
+    return Plan(
+        config=config.name,
+        what=what,
+        topology=where.name,
+        devices=mesh.size,
+        devices_per_chip=where.chip.devices,
+        hosts=where.hosts,
+        mesh=dict(mesh.shape),
+        microbatch_size=config.microbatch_size,
+        parameters={name: _numbers(program.arguments.get(name)) for name in ("trained", "frozen")},
+        memory=memory,
+        usable_bytes=int(where.chip.usable_bytes),
+        flops=program.flops._asdict() | ({"compiled": cost.flops * mesh.size} if cost.flops else {}),
+        hbm_bytes=cost.hbm_bytes,
+        ici_bytes=cost.ici_bytes,
+        seconds=_seconds(sum(program.flops) / mesh.size, cost, where.chip),
+        peak_flops=where.chip.flops / where.chip.devices,
+        items=program.items,
+        unit=program.unit,
+        calls=program.calls,
+        temporaries=cost.temporaries,
+        collectives=cost.collectives,
+        missing=missing,
+        arrays=list(arrays),
+        compile_seconds=time.perf_counter() - began,
+    )
+
+
+class _Compiled(NamedTuple):
+    """What the compiler says.
+
+    Attributes:
+      memory: bytes of a device, by what they hold.
+      cost: zeros where it is not known.
+      missing: what the cost lacks, and why.
+      arrays: the largest, as traced, where nothing was compiled.
+    """
+
+    memory: dict[str, int]
+    cost: Cost
+    missing: str = ""
+    arrays: Sequence[Item] = ()
+
+
+def _compile(program: Program, mesh: Mesh, branches: tuple[float, float]) -> _Compiled:
+    held = {name: shard_bytes(tree) for name, tree in program.arguments.items()}
+    with jax.set_mesh(mesh):
+        traced = program.trace()
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            found = _OUT_OF_MEMORY.search(str(error))
+            if not found:
+                raise
+            number, unit = found[1] or found[3], found[2] or found[4]
+            needed = int(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1)))
+            memory = held | {"temporaries": needed - sum(held.values())}
+            return _Compiled(memory, UNKNOWN, "what was compiled, which is nothing", largest_arrays(traced.jaxpr))
+    found = compiled.memory_analysis()
+    memory = held | {
+        "padding": found.argument_size_in_bytes - sum(held.values()),
+        "temporaries": found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes,
+        "program": found.generated_code_size_in_bytes,
+    }
+    try:
+        cost = count(compiled.as_text(), mesh.size, branches)
+    except jax.errors.JaxRuntimeError as error:
+        return _Compiled(memory, UNKNOWN, f"what was compiled: this libtpu cannot write it down ({str(error).splitlines()[0]})")
+    return _Compiled(memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else "")
+
+
+def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:
+    """What one device needs for each part of the work at its peak.
+
+    Args:
+      flops: of one device, counted in closed form; they stand in for what the compiler does not know.
+    """
+    done = cost.flops if cost.flops and not cost.unknown else max(flops, cost.flops)
+    seconds = {"compute": done * chip.devices / chip.flops}
+    if cost.hbm_bytes:
+        seconds["HBM"] = cost.hbm_bytes * chip.devices / chip.hbm_bandwidth
+        # What a device sends goes in one of the two directions that are published as one figure.
+        seconds["ICI"] = sum(cost.ici_bytes.values()) * chip.devices / (chip.ici_bandwidth / 2)
+    return seconds
+
+
+def _branches(config: ConfigDict) -> tuple[float, float]:
+    """The only conditional there is chooses between windows and the whole image, for each vision block."""
+    vision = model_config(config).architecture.vision_config
+    full = len(set(vision.fullatt_block_indexes) & set(range(vision.depth))) / vision.depth
+    return 1 - full, full
+
+
+def shard_bytes(tree) -> int:
+    """Of one device's part of abstract arrays, without padding."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _numbers(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,123 @@
+"""What one program of a config needs of a slice, and how fast the slice's published peaks would let it run."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from metaembed_jax.planning.chips import GIB
+from metaembed_jax.planning.cost import Item
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One program on one slice. Bytes and seconds are of one device and one call.
+
+    Attributes:
+      devices_per_chip: two only where the cores of a chip are devices of their own.
+      parameters: how many, trained and frozen.
+      memory: bytes, by what they hold.
+      usable_bytes: what the compiler lets a program use.
+      flops: of all devices: forward, backward and recomputed as counted in closed form, and compiled, as found in the program.
+      hbm_bytes, ici_bytes: traffic; the latter by kind of collective.
+      seconds: that the peaks allow, for compute, HBM and ICI.
+      items, unit, calls: how many of what a call handles, and how many calls a run is.
+      temporaries, collectives: the largest.
+      missing: why the compiler's figures are not there, or not all.
+      arrays: the largest as traced, over all devices, where nothing was compiled.
+    """
+
+    config: str
+    what: str
+    topology: str
+    devices: int
+    devices_per_chip: int
+    hosts: int
+    mesh: dict[str, int]
+    microbatch_size: int
+    parameters: dict[str, int]
+    memory: dict[str, int]
+    usable_bytes: int
+    flops: dict[str, float]
+    hbm_bytes: float
+    ici_bytes: dict[str, float]
+    seconds: dict[str, float]
+    peak_flops: float
+    items: int
+    unit: str
+    calls: int
+    temporaries: list[Item]
+    collectives: list[Item]
+    missing: str
+    arrays: list[Item]
+    compile_seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        """All of them."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has room."""
+        return self.total_bytes <= self.usable_bytes
+
+    @property
+    def spare(self) -> float:
+        """The share of the usable memory that is left; negative where it does not fit."""
+        return 1 - self.total_bytes / self.usable_bytes
+
+    @property
+    def binds(self) -> str:
+        """What takes longest, if each ran at its peak and beside the others."""
+        return max(self.seconds, key=self.seconds.get)
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak that forward and backward would reach at the bound."""
+        useful = self.flops["forward"] + self.flops["backward"]
+        return useful / self.devices / self.peak_flops / self.seconds[self.binds]
+
+    @property
+    def items_per_second(self) -> float:
+        """At the bound, over all devices."""
+        return self.items / self.seconds[self.binds]
+
+    @property
+    def hours(self) -> float:
+        """Of a run, at the bound."""
+        return self.calls * self.seconds[self.binds] / 3600
+
+    @property
+    def chip_hours(self) -> float:
+        """Of a run, at the bound."""
+        return self.hours * self.devices / self.devices_per_chip
+
+    def to_json(self) -> dict:
+        """All of it, as JSON takes it."""
+        derived = ("total_bytes", "fits", "spare", "binds", "mfu", "items_per_second", "hours", "chip_hours")
+        listed = {key: [item._asdict() for item in getattr(self, key)] for key in ("temporaries", "collectives", "arrays")}
+        return dataclasses.asdict(self) | listed | {key: getattr(self, key) for key in derived}
+
+
+def knob(plan: Plan, config: ConfigDict) -> str:
+    """What takes most of the memory, and which key of the config to change."""
+    largest = max(plan.memory, key=plan.memory.get)
+    shards = plan.mesh["data"] * plan.mesh["fsdp"]
+    if largest in ("trained", "optimizer", "frozen") and plan.mesh["fsdp"] < plan.devices:
+        advice = f"raise config.mesh.fsdp={plan.mesh['fsdp']}"
+        if largest == "frozen" and config.frozen_dtype != "int8":
+            advice += ", or set config.frozen_dtype=int8"
+    elif plan.what == "train" and largest == "temporaries" and not config.checkpoint_layers:
+        advice = "set config.checkpoint_layers=True"
+    elif plan.what == "train" and largest == "temporaries" and plan.microbatch_size > shards:
+        advice = f"lower config.microbatch_size={plan.microbatch_size}"
+    elif plan.what != "search" and largest in ("temporaries", "batch"):
+        advice = f"raise config.mesh.tensor={plan.mesh['tensor']}, or shorten config.data.candidate_shapes"
+    else:
+        advice = "take a larger slice"
+    array = (
+        f" (the largest array is {plan.arrays[0].what}, {plan.arrays[0].op_name})"
+        if largest == "temporaries" and plan.arrays
+        else ""
+    )
+    return f"largest are {largest} with {plan.memory[largest] / GIB:.2f} GiB{array}: {advice}"

@@ -1,0 +1,91 @@
+"""A plan in words."""
+
+from ml_collections import ConfigDict
+
+from metaembed_jax.planning.chips import GIB, Chip, Topology
+from metaembed_jax.planning.plan import Plan, knob
+
+HELD = "trained frozen optimizer index batch padding temporaries program".split()  # in the order of the report
+Rows = list[tuple[str, str]]
+TABLE = "{:27}{:>11}{:>12}{:>9}{:>11}{:>9}{:>8}{:>11}"
+
+
+def verdict(plan: Plan, config: ConfigDict) -> str:
+    """Whether it fits, by how much, and if not, what to do; one line."""
+    used = f"{plan.total_bytes / GIB:.2f} of {plan.usable_bytes / GIB:.2f} GiB a device"
+    if plan.fits:
+        return f"fits: {used}, {plan.spare:.1%} to spare"
+    return f"does not fit: {used}, {(plan.total_bytes - plan.usable_bytes) / GIB:.2f} GiB too many; {knob(plan, config)}"
+
+
+def describe(plan: Plan, config: ConfigDict, where: Topology) -> str:
+    """The whole report, verdict first."""
+    parts = [_about(plan, where.chip), _memory(plan), _work(plan), _speed(plan)]
+    named = (("temporaries", plan.temporaries), ("collectives", plan.collectives), ("arrays, of all devices", plan.arrays))
+    for title, items in named:
+        lines = [f"{amount(item.bytes)}  {item.what:.100} x {item.times:g}  {item.op_name}" for item in items]
+        parts.append([("" if place else f"largest {title}", line) for place, line in enumerate(lines)])
+    blocks = ("\n".join(f"{name:30}{text}" for name, text in rows) for rows in parts if rows)
+    return "\n\n".join([verdict(plan, config), *blocks])
+
+
+def _about(plan: Plan, chip: Chip) -> Rows:
+    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    to_a_chip = "" if chip.devices == 1 else f", {chip.devices} to a chip"
+    rates = f"HBM {chip.hbm_bandwidth / 1e9:,.0f} GB/s, ICI {chip.ici_bandwidth / 1e9:,.0f} GB/s both ways"
+    return [
+        ("program", f"{plan.what} of {plan.config}, compiled in {plan.compile_seconds:.0f} s"),
+        ("slice", f"{plan.topology}: {plan.devices} devices{to_a_chip}, {plan.hosts} hosts"),
+        ("chip", f"{amount(chip.hbm_bytes).strip()}, {chip.flops / 1e12:,.0f} TFLOP/s, {rates} ({chip.source})"),
+        ("mesh", f"{mesh}; microbatches of {plan.microbatch_size}"),
+        ("parameters", ", ".join(f"{number:,} {kind}" for kind, number in plan.parameters.items())),
+    ]
+
+
+def _memory(plan: Plan) -> Rows:
+    held = [(name, f"{amount(plan.memory[name])} a device") for name in HELD if name in plan.memory]
+    usable = amount(plan.usable_bytes).strip()
+    return [*held, ("total", f"{amount(plan.total_bytes)} of {usable} that a program may use, {plan.spare:.1%} to spare")]
+
+
+def _work(plan: Plan) -> Rows:
+    rows = [(f"FLOPs {kind}", f"{value:10.4g}") for kind, value in plan.flops.items()]
+    if again := plan.flops["recomputed"]:
+        useful = plan.flops["forward"] + plan.flops["backward"]
+        rows.append(("", f"{useful / (useful + again):10.1%} is the most that MFU can be, with so much recomputed"))
+    if plan.hbm_bytes:
+        rows.append(("bytes over HBM", f"{amount(plan.hbm_bytes)} a device"))
+    rows += [(f"bytes over ICI, {kind}", f"{amount(value)} a device") for kind, value in sorted(plan.ici_bytes.items())]
+    return rows + ([("not counted", plan.missing)] if plan.missing else [])
+
+
+def _speed(plan: Plan) -> Rows:
+    bound = plan.seconds[plan.binds]
+    rows = [
+        ("at the peaks", ", ".join(f"{name} {value:.4g} s" for name, value in plan.seconds.items())),
+        ("bound", f"{bound:.4g} s, by {plan.binds}: MFU {plan.mfu:.1%}, {plan.items_per_second:,.1f} {plan.unit} a second"),
+    ]
+    if plan.calls:
+        rows.append(("whole run", f"{plan.calls:,} steps, {plan.hours:,.2f} hours, {plan.chip_hours:,.1f} chip-hours"))
+    return rows
+
+
+def describe_search(plans: list[Plan]) -> str:
+    """Plans of one program that fit, side by side, and the flags of the first, which is the fastest."""
+    if not plans:
+        return "does not fit: none of the meshes and microbatches tried; take a larger slice, or set config.frozen_dtype=int8"
+    flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in plans[0].mesh.items())
+    lines = [f"fastest: {flags} --config.microbatch_size={plans[0].microbatch_size}", ""]
+    lines.append(TABLE.format("mesh (data, fsdp, tensor)", "microbatch", "a device", "spare", "bound", "by", "MFU", "pairs/s"))
+    for plan in plans:
+        mesh, bound = ", ".join(str(size) for size in plan.mesh.values()), f"{plan.seconds[plan.binds]:.4g} s"
+        rates = f"{plan.mfu:.1%}", f"{plan.items_per_second:,.1f}"
+        size = amount(plan.total_bytes)
+        lines.append(TABLE.format(mesh, plan.microbatch_size, size, f"{plan.spare:.1%}", bound, plan.binds, *rates))
+    return "\n".join(lines)
+
+
+def amount(size: float) -> str:
+    """Bytes with the unit that suits them, 10 characters wide."""
+    power = next(power for power in range(5) if size < 1024 ** (power + 1) or power == 4)
+    return f"{size / 1024**power:7.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

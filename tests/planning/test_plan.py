@@ -1,0 +1,139 @@
+"""Plans of small configs, compiled for slices that are not there."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("libtpu")
+
+from metaembed_jax import cli
+from metaembed_jax.config import load_config
+from metaembed_jax.errors import UserError
+from metaembed_jax.planning import report, search
+from metaembed_jax.planning.chips import CHIPS, topology
+from metaembed_jax.planning.measure import make_plan
+
+ROOT = Path(__file__).parents[2]
+SMALL = str(ROOT / "tests" / "training" / "small.py")
+TINY = str(ROOT / "configs" / "tiny.py")
+LORA = load_config(str(ROOT / "configs" / "7b.py"), {}).trained
+
+
+@pytest.fixture(scope="module")
+def where():
+    return topology("v5e:2x2")
+
+
+@pytest.fixture(scope="module")
+def config():
+    """`small` with the recipe's adapters and optimizer, on a mesh that splits batch and weights."""
+    config = load_config(SMALL, {"optimizer.algorithm": "adamw", "mesh.data": "2", "mesh.fsdp": "2", "microbatch_size": "8"})
+    config.trained = LORA
+    return config
+
+
+@pytest.fixture(scope="module")
+def plan(config, where):
+    return make_plan(config, "train", where)
+
+
+def test_memory(plan):
+    assert plan.fits and 0.99 < plan.spare < 1
+    assert set(plan.memory) == {"trained", "frozen", "optimizer", "batch", "padding", "temporaries", "program"}
+    assert all(size > 0 for size in plan.memory.values())
+    assert plan.memory["optimizer"] > 2 * plan.memory["trained"] > 0.99 * plan.memory["optimizer"]  # two moments
+
+
+def test_flops(plan):
+    counted = plan.flops["forward"] + plan.flops["backward"] + plan.flops["recomputed"]
+    assert plan.flops["compiled"] == pytest.approx(counted, rel=0.01)
+    assert plan.mfu < 1 and plan.seconds[plan.binds] == max(plan.seconds.values())
+
+
+def test_collectives(plan):
+    """Weights, adapters' gradients and vectors cross the links, and no activations: a gather of those would be far more."""
+    wanted = {"all-gather": 3.47e6, "all-reduce": 4.0e6, "reduce-scatter": 9.8e4, "all-to-all": 3.7e4}
+    assert plan.ici_bytes == pytest.approx(wanted, rel=0.2)
+    assert all(item.op_name for item in plan.collectives) and len(plan.collectives) == len(plan.temporaries) == 5
+
+
+def test_report(plan, config, where):
+    text = report.describe(plan, config, where)
+    first, *_ = text.splitlines()
+    assert first.startswith("fits: 0.0") and first.endswith(" to spare")
+    for word in ("4 devices, 1 hosts", "data=2, fsdp=2, tensor=1", "chip-hours", "largest temporaries", "largest collectives"):
+        assert word in text
+    assert json.loads(json.dumps(plan.to_json()))["fits"] is True
+
+
+def test_tiny_compiles_for_v5e():
+    config = load_config(TINY, {"init_from": "", "mesh.data": "2", "mesh.fsdp": "2", "mesh.tensor": "2"})
+    plan = make_plan(config, "train", topology("v5e:2x4"))
+    assert plan.fits and plan.devices == 8 and plan.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize("what, unit", [("encode", "documents"), ("search", "queries")])
+def test_other_programs(config, where, what, unit):
+    plan = make_plan(config, what, where)
+    assert plan.fits and plan.unit == unit and plan.calls == 0
+    assert plan.flops["compiled"] == pytest.approx(plan.flops["forward"], rel=0.1)
+
+
+def test_what_does_not_fit_exits_with_1(capsys):
+    flags = [f"--config={SMALL}", "--topology=v5e:1x1", "--what=encode"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", *flags, "--config.architecture.text_config.vocab_size=100_000_000"])
+    assert stopped.value.code == 1
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("does not fit: ") and "GiB too many; largest are frozen" in first and "take a larger slice" in first
+
+
+def test_search_compiles_little_and_keeps_what_fits(plan, config, where, monkeypatch):
+    """A compiler that is fastest with weights on every device, and has room for eight pairs at once."""
+    tried = []
+
+    def compile_at_once(config, what, where):
+        tried.append((*config.mesh.values(), config.microbatch_size))
+        size = config.microbatch_size
+        memory = plan.memory | {"temporaries": int(where.chip.usable_bytes * size / 8.5)}
+        seconds = {"compute": config.mesh.fsdp / size}
+        return dataclasses.replace(plan, memory=memory, seconds=seconds, mesh=dict(config.mesh), microbatch_size=size)
+
+    monkeypatch.setattr(search, "make_plan", compile_at_once)
+    plans = search.search(config, where)
+    assert len(tried) == len(set(tried)) <= search.COMPILED
+    assert plans and all(found.fits and found.microbatch_size <= 8 for found in plans)
+    first, _, _, *rows = report.describe_search(plans).splitlines()
+    assert first == "fastest: --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=1 --config.microbatch_size=8"
+    assert len(rows) == len(plans)
+
+
+WRONG = [
+    (["--topology=v9:1x1"], r"--topology=v9:1x1: no such slice.*v5e: 1x1 2x2 2x4"),
+    (["--topology=v5e:32x32"], "no such slice"),
+    (["--topology=v5e:2x4", "--config.mesh.data=3"], r"config.mesh \(data=3, fsdp=1, tensor=1\) does not fit 8 devices"),
+    (["--topology=v5e:4x8"], "config.microbatch_size=16 does not divide over the mesh"),
+    (["--topology=v5e:2x2", "--config.microbatch_size=5"], "microbatch_size=5 does not divide config.batch_size=16"),
+    (["--topology=v5e:2x2", "--what=encode", "--search"], "--search is for training"),
+    (["--topology=v5e:2x2", "--what=serve"], "invalid choice: 'serve'"),
+]
+
+
+@pytest.mark.parametrize("flags, message", WRONG, ids=[" ".join(flags) for flags, _ in WRONG])
+def test_wrong_flags(flags, message):
+    with pytest.raises(UserError, match=message):
+        cli.main(["plan", f"--config={SMALL}", *flags])
+
+
+def test_architecture_comes_from_the_config_before(tmp_path):
+    empty = tmp_path / "empty.py"
+    empty.write_text("from metaembed_jax.config import default_config\nget_config = lambda arg=None: default_config()\n")
+    with pytest.raises(UserError, match="config.architecture is empty"):
+        cli.main(["plan", f"--config={empty}", "--topology=v5e:1x1", "--config.init_from=some/model"])
+
+
+def test_every_chip_has_a_source():
+    for chip in CHIPS.values():
+        assert chip.source.startswith("https://") and 0.9 < chip.usable_bytes * chip.devices / chip.hbm_bytes < 1.01
