@@ -4,7 +4,7 @@ N items, R vectors of an item, D width of a vector.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -96,7 +96,7 @@ class MetaEmbed:
         return np.asarray(maxsim(query_QRD, document_NRD, budget))
 
     def encode_part(
-        self, items: Sequence, side: str, *, budget: int, batch_size: int = 32, progress: bool = False
+        self, items: Sequence, side: str, *, budget: int, batch_size: int = BATCH_SIZE, progress: bool = False
     ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n R D"]]:
         """This host's part of the items, and their vectors. Hosts share the work, and no host holds all of it.
 

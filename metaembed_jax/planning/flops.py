@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from metaembed_jax.backbones.qwen2_5_vl import FEW_LAYERS
 from metaembed_jax.config import model_config
-from metaembed_jax.data.pipeline import ONLY_HOST, slots
+from metaembed_jax.data.pipeline import slots
 from metaembed_jax.data.prompts import ShapeClass
 from metaembed_jax.network import abstract_network
 from metaembed_jax.trained import LORA, trained_paths
@@ -63,7 +63,7 @@ def train_flops(config: ConfigDict) -> Flops:
     )
     total = Flops(0)
     for key, items, appended, read in sides:
-        rows = slots(config, key, items, vision.window_patches, ONLY_HOST)
+        rows = slots(config, key, items, vision.window_patches, np.arange(config.microbatch_size))
         for shape, microbatches in zip(rows.shapes, rows.microbatches, strict=True):
             total += counter.item(shape, appended, read, is_mapped=microbatches > 1).times(microbatches * rows.size)
     similarities = 2.0 * pairs * (pairs + negatives) * query_budget * candidate_budget * width
