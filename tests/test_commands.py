@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from metaembed_jax import cli
@@ -31,6 +32,9 @@ WRONG = [
     (["train.py", TINY, "--config.groups=((1,1),(32,64))"], "goes beyond the vectors"),
     (["train.py", TINY, "--config.groups=((2,4),(1,8))"], "groups not nested"),
     (["train.py", TINY, "--config.mesh.data=3"], "config.mesh (data=3, fsdp=1, tensor=1) does not fit"),
+    (["train.py", TINY, "--hosts=2"], "--coordinator, --hosts and --host belong together"),
+    (["train.py", TINY, "--coordinator=here", "--hosts=2", "--host=0"], "expected ADDRESS:PORT"),
+    (["eval.py", TINY, "--coordinator=here:1", "--hosts=2", "--host=2", "--checkpoint=x"], "0 <= host < hosts"),
     (["eval.py", TINY, "--checkpoint=nowhere"], "nowhere is no run of train.py"),
     (["metaembed_jax"], "the following arguments are required: command"),
     (["metaembed_jax", "export", "--checkpoint=no/where", "--out=out", "--format=peft"], "no/where: there is no such directory"),
@@ -43,6 +47,7 @@ WRONG = [
 @pytest.mark.parametrize("command, message", WRONG, ids=[" ".join(command) for command, _ in WRONG])
 def test_wrong_flags(tmp_path, monkeypatch, capsys, command, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jax.distributed, "initialize", alone)  # it must come before JAX has devices, and here it has
     program, *flags = [part.replace("configs/", f"{ROOT}/configs/") for part in command]
     monkeypatch.setattr(sys, "argv", [program, *flags])
     with pytest.raises(SystemExit) as stopped:
@@ -51,6 +56,10 @@ def test_wrong_flags(tmp_path, monkeypatch, capsys, command, message):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and message.replace("configs/", f"{ROOT}/configs/") in line
     assert not any(tmp_path.iterdir())
+
+
+def alone(*_):
+    raise ValueError("no cluster")
 
 
 def main_of(program: str):
