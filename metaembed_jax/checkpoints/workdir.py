@@ -33,16 +33,18 @@ def default_workdir(config: ConfigDict) -> Path:
 
 
 def claim(workdir: Path, config: ConfigDict, tokenizer: Path, base: Base | None) -> None:
-    """Makes the folder this config's, or finds that it is.
+    """Makes the folder this config's, or finds that it is; the first host makes it, and the others then find it.
 
     Args:
       base: the weights that the run keeps, where a part of them is frozen.
 
     Raises:
-      UserError: it is another config's run (names the keys), one on another base, or something else.
+      UserError: it is another config's run (names the keys), one on another base, or something else, or not shared by all hosts.
     """
     check_workdir(workdir, config)
     record = workdir / "run.json"
+    if not hosts.is_first() and not record.exists():
+        raise UserError(f"{workdir}: this host does not see what the first one wrote there; all hosts must share the --workdir")
     if record.exists():
         fingerprint = (read_base(workdir) or {}).get("fingerprint")
         if base and base.fingerprint != fingerprint:
