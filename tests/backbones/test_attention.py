@@ -12,10 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from metaembed_jax.backbones.attention import _splash, _xla, attention
 from metaembed_jax.sharding import BATCH_AXES, make_mesh
 
-CASES = {  # B, S, T, H, G, K, causal
-    "grouped": (3, 600, 600, 4, 2, 64, True),
-    "keep": (3, 16, 600, 4, 1, 128, True),
-    "vision": (3, 200, 200, 2, 2, 80, False),
+CASES = {  # B, S, T, H, G, K, causal, dtype, tolerance
+    "grouped": (3, 600, 600, 4, 2, 64, True, "float32", 1e-5),
+    "bfloat16": (3, 600, 600, 4, 2, 64, True, "bfloat16", 2e-2),
+    "keep": (3, 16, 600, 4, 1, 128, True, "float32", 1e-5),
+    "vision": (3, 200, 200, 2, 2, 80, False, "float32", 1e-5),
 }
 
 
@@ -45,10 +46,9 @@ def assert_close(found, expected, tolerance):
         assert np.abs(ours - theirs).max() < tolerance * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("case", CASES)
-def test_splash_equals_xla(case, dtype, tolerance):
-    *sizes, causal = CASES[case]
+def test_splash_equals_xla(case):
+    *sizes, causal, dtype, tolerance = CASES[case]
     inputs = noise(*sizes, dtype)
     found = output_and_gradients(partial(_splash, causal=causal, interpret=True), *inputs)
     assert_close(found, output_and_gradients(partial(_xla, causal=causal), *inputs), tolerance)
