@@ -91,8 +91,9 @@ def make_loss(config: ConfigDict, mesh: Mesh) -> Callable:
             return nnx.merge(graph, everything, dropout_keys(abstract_keys, key))
 
         query_key, candidate_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
-        # In the model's own dtype: what is gathered is then half as large for bfloat16, and a similarity one product on a TPU, not
-        # six. The rounding moves the loss by XX of itself and its gradient by XX; the loss still sums in float32.
+        # A bfloat16 model's vectors go on as bfloat16: half the bytes to gather and hold, and a similarity is one product on a TPU,
+        # not six. Beside the noise of such a model (taken as 1 %), the rounding took the gradient's error from 2.9 to 3.4 % at
+        # most; among items nearly all alike, from 30 to 51 %.
         query_BRD = encode(apply, batch["query"], "query", query_budget, query_key, config.dtype)
         candidate_NRD = encode(apply, batch["candidate"], "candidate", candidate_budget, candidate_key, config.dtype)
         pairs = query_BRD.shape[0]
