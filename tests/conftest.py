@@ -1,7 +1,7 @@
 """What is set before JAX starts, for the whole suite; small data.
 
-Eight fake CPU devices, one compilation cache, no hub; and programs as LLVM makes them without optimising: the suite compiles for
-minutes what it then runs for milliseconds.
+Eight fake CPU devices, a TPU's compiler without its host, one compilation cache, no hub; and programs as LLVM makes them without
+optimising: the suite compiles for minutes what it then runs for milliseconds.
 """
 
 import os
@@ -16,6 +16,8 @@ if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# What libtpu would ask of a TPU's host, for compiling without one.
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
 SMALL_FONTS = ("fontawesome6-regular", "codicon")

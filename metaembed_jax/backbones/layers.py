@@ -1,9 +1,9 @@
-"""What the backbones share: linear maps, norms, gated feed-forwards, rotary angles, attention, and the scan over a stack.
+"""What the backbones share: linear maps, norms, gated feed-forwards, rotary angles, and the scan over a stack.
 
 A layer is written for one layer and created for a whole stack: every parameter takes a leading `[L]` when `layers=L` is
 given, and `scan_layers` runs the stack with one compiled body.
 
-B batch, S sequence, T keys, D model width, F feed-forward width, H heads, G key/value heads, K head width, L layers.
+B batch, S sequence, D model width, F feed-forward width, H heads, K head width, L layers.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Float, Int, Int8
 
 from metaembed_jax.sharding import constrain
 
@@ -114,28 +114,6 @@ def rotate(
 def inverse_frequencies(width: int, theta: float) -> Float[Array, "half"]:
     """theta^(-2i / width) for i < width / 2, float32."""
     return 1.0 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-
-
-def attention(
-    query_BSHK: Float[Array, "B S H K"],
-    key_BTGK: Float[Array, "B T G K"],
-    value_BTGK: Float[Array, "B T G K"],
-    key_mask_BT: Bool[Array, "B T"],
-    causal: bool,
-) -> Float[Array, "B S H K"]:
-    """Softmax attention with grouped heads; the softmax is float32. A row that may see nothing returns finite numbers.
-
-    With `causal` the queries are the last S of the T positions. For T = 4, S = 2 and a first key of padding:
-
-        keys     0 1 2 3
-        query 2  . x x .
-        query 3  . x x x
-    """
-    mask = key_mask_BT[:, None, None, :]
-    if causal:
-        S, T = query_BSHK.shape[1], key_BTGK.shape[1]
-        mask = mask & jnp.tril(jnp.ones((S, T), bool), k=T - S)
-    return jax.nn.dot_product_attention(query_BSHK, key_BTGK, value_BTGK, mask=mask, implementation="xla")
 
 
 def scan_layers(stack: nnx.Module, x: Array, flags: Int[Array, "L"] | None, *context, checkpoint: bool, unroll: int) -> Array:

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from metaembed_jax.backbones.attention import attention
 from metaembed_jax.backbones.conversion import fused_linears, linear, same, still_patches
 from metaembed_jax.backbones.layers import (
     GatedMLP,
     Linear,
     RMSNorm,
-    attention,
     inverse_frequencies,
     param,
     rotate,

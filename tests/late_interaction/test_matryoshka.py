@@ -147,10 +147,12 @@ def test_duplicate_negative_is_a_miss_and_a_lone_pair_is_a_hit():
 
 
 def test_bfloat16_vectors_are_scored_in_float32():
-    batch = [jnp.asarray(x, jnp.bfloat16) for x in make_batch(6, 1)]
+    exact = make_batch(6, 1)
+    batch = [jnp.asarray(x, jnp.bfloat16) for x in exact]
     expected, expected_gradients, _, _ = matryoshka(*[np.asarray(x, np.float32) for x in batch], GROUPS)
     (value, _), gradients = value_and_gradients(*batch, groups=GROUPS)
     assert value.dtype == jnp.float32 and relative(value, expected) < TOLERANCE
+    assert relative(value, matryoshka(*exact, GROUPS)[0]) < 1e-2
     for actual, wanted in zip(gradients, expected_gradients, strict=True):
         assert actual.dtype == jnp.bfloat16 and relative(actual.astype(jnp.float32), wanted) < 1e-2
 

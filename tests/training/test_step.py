@@ -1,5 +1,7 @@
 """The step: any mesh and any microbatch give the same numbers."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -50,6 +52,15 @@ def test_sharded_gradients_equal_one_device(small_config, dataset):
     one = gradients(small_config, make_mesh(devices=jax.devices()[:1]), dataset[0])
     eight = gradients(small_config, make_mesh(2, 2, 2, devices=jax.devices()[:8]), dataset[0])
     assert relative_norm(one, eight) < 1e-5
+
+
+@pytest.mark.parametrize("dtype, name", [("float32", "f32"), ("bfloat16", "bf16")])
+def test_candidates_are_gathered_in_the_dtype_of_the_model(small_config, dataset, dtype, name):
+    small_config.dtype = dtype
+    mesh = make_mesh(2, 2, 2, devices=jax.devices()[:8])
+    trainer = make_trainer(small_config, mesh)
+    program = trainer.step.lower(trainer.abstract, put_batch(dataset[0], mesh)).as_text()
+    assert set(re.findall(r"stablehlo.all_gather.*-> tensor<[0-9x]*x(\w+)>", program)) == {name}
 
 
 @pytest.mark.parametrize("algorithm, moments", [("adamw", 2), ("muon", 1)])

@@ -1,0 +1,108 @@
+"""Attention, chosen where a program is lowered: JAX's splash kernel on a TPU, XLA's own everywhere else.
+
+XLA writes the scores of all pairs to memory, [B, H, S, T]; the kernel (`jax.experimental.pallas.ops.tpu.splash_attention`, after
+arXiv 2205.14135) holds one block of them at a time, forward and backward, and skips those that no query may see.
+
+B batch, S queries, T keys, H heads, G key/value heads, K head width.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    FullMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha,
+)
+from jaxtyping import Array, Bool, Float
+
+from metaembed_jax.sharding import named_sharding
+
+SMALLEST_BLOCK = 128  # a row of a TPU's vector registers; the kernel takes no less
+LARGEST_BLOCK = 512  # as MaxText's: the larger, the fewer steps, each with a cost of its own
+
+
+def attention(
+    query_BSHK: Float[Array, "B S H K"],
+    key_BTGK: Float[Array, "B T G K"],
+    value_BTGK: Float[Array, "B T G K"],
+    key_mask_BT: Bool[Array, "B T"],
+    causal: bool,
+) -> Float[Array, "B S H K"]:
+    """Softmax attention with grouped heads; the softmax is float32. A row that may see nothing returns finite numbers.
+
+    With `causal` the queries are the last S of the T positions. For T = 4, S = 2 and a first key of padding:
+
+        keys     0 1 2 3
+        query 2  . x x .
+        query 3  . x x x
+
+    Fewer keys than a block (a vision window has 64) go to XLA on a TPU too: their scores are small, and the kernel would compute
+    four for each of them.
+    """
+    arrays = query_BSHK, key_BTGK, value_BTGK, key_mask_BT
+    if key_BTGK.shape[1] < SMALLEST_BLOCK:
+        return _xla(*arrays, causal=causal)
+    return jax.lax.platform_dependent(*arrays, tpu=partial(_splash, causal=causal), default=partial(_xla, causal=causal))
+
+
+def _xla(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal):
+    mask = key_mask_BT[:, None, None, :]
+    if causal:
+        S, T = query_BSHK.shape[1], key_BTGK.shape[1]
+        mask = mask & jnp.tril(jnp.ones((S, T), bool), k=T - S)
+    return jax.nn.dot_product_attention(query_BSHK, key_BTGK, value_BTGK, mask=mask, implementation="xla")
+
+
+def _splash(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, interpret=False):
+    """The kernel on each device's rows and heads, which the partitioner, blind to what is in a kernel, would gather."""
+    kernel = partial(_splash_on_one_device, causal=causal, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(query_BSHK, key_BTGK, value_BTGK, key_mask_BT)
+    # Where the key heads do not split, neither do the query heads: each must lie with its own.
+    heads = named_sharding(mesh, ("batch", None, "heads", None), key_BTGK.shape).spec
+    rows = named_sharding(mesh, ("batch", None), key_mask_BT.shape).spec
+    on_mesh = jax.shard_map(kernel, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return on_mesh(query_BSHK, key_BTGK, value_BTGK, key_mask_BT)
+
+
+def _splash_on_one_device(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, interpret):
+    (S, H, K), T = query_BSHK.shape[1:], key_BTGK.shape[1]
+    query_block, key_block = _block(S), _block(T)
+    scaled_BSHK = (query_BSHK.astype(jnp.float32) * K**-0.5).astype(query_BSHK.dtype)
+    query_BHSK = jnp.swapaxes(_fill(scaled_BSHK, query_block), 1, 2)
+    key_BGTK, value_BGTK = (jnp.swapaxes(_fill(x, key_block), 1, 2) for x in (key_BTGK, value_BTGK))
+    # Every query looks at segment 1: the keys that are neither padding nor filling.
+    segments = SegmentIds(
+        q=jnp.ones((query_BHSK.shape[0], query_BHSK.shape[2]), jnp.int32), kv=_fill(key_mask_BT, key_block).astype(jnp.int32)
+    )
+    shape = query_BHSK.shape[2], key_BGTK.shape[2]
+    mask = CausalMask(shape, offset=T - S) if causal else FullMask(shape)
+    blocks = BlockSizes(
+        block_q=query_block,
+        block_kv=key_block,
+        block_q_dkv=query_block,
+        block_kv_dkv=key_block,
+        block_q_dq=query_block,
+        block_kv_dq=key_block,
+    )
+    # Head h reads key head h // (H / G) where it lies; nothing is repeated.
+    kernel = make_splash_mha(MultiHeadMask([mask] * H), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
+    mixed_BHSK = jax.vmap(kernel)(query_BHSK, key_BGTK, value_BGTK, segments)
+    return jnp.swapaxes(mixed_BHSK, 1, 2)[:, :S]
+
+
+def _block(length: int) -> int:
+    """The size of equal blocks, as few as can be, that hold a length."""
+    blocks = -(-length // LARGEST_BLOCK)
+    return SMALLEST_BLOCK * -(-length // (SMALLEST_BLOCK * blocks))
+
+
+def _fill(x_BS: Array, block: int) -> Array:
+    """Zeros at the end of the second axis, to whole blocks."""
+    return jnp.pad(x_BS, [(0, 0), (0, -x_BS.shape[1] % block)] + [(0, 0)] * (x_BS.ndim - 2))
