@@ -115,9 +115,7 @@ def knob(plan: Plan, config: ConfigDict) -> str:
         advice = f"raise config.mesh.tensor={plan.mesh['tensor']}, or shorten config.data.candidate_shapes"
     else:
         advice = "take a larger slice"
-    array = (
-        f" (the largest array is {plan.arrays[0].what}, {plan.arrays[0].op_name})"
-        if largest == "temporaries" and plan.arrays
-        else ""
-    )
-    return f"largest are {largest} with {plan.memory[largest] / GIB:.2f} GiB{array}: {advice}"
+    size = f"largest are {largest} with {plan.memory[largest] / GIB:.2f} GiB"
+    if largest == "temporaries" and plan.arrays:
+        size += f" (the largest array of all devices is {plan.arrays[0].what}, {plan.arrays[0].op_name})"
+    return f"{size}: {advice}"

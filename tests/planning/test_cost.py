@@ -135,6 +135,11 @@ def test_nested_loops_are_multiplied_out():
     assert temporary == (tile, "f32[8,8]", 15, "jit(f)/inner")
 
 
+def test_loops_without_a_known_end_are_named():
+    cost = count(LOOPS.replace("constant(5)", "parameter(1)"), devices=1)
+    assert cost.flops == 3 * 2 * 8**3 and cost.unknown == ("again",)
+
+
 def test_fusions_read_slices_and_update_in_place():
     cost = count(FUSIONS, devices=1)
     assert cost.flops == 2 * 128 * 256 * 512

@@ -84,7 +84,7 @@ def test_other_programs(config, where, what, unit):
 def test_what_does_not_fit_exits_with_1(capsys):
     flags = [f"--config={SMALL}", "--topology=v5e:1x1", "--what=encode"]
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["plan", *flags, "--config.architecture.text_config.vocab_size=100_000_000"])
+        cli.main(["plan", *flags, "--config.architecture.text_config.vocab_size=200_000_000"])
     assert stopped.value.code == 1
     first, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith("does not fit: ") and "GiB too many; largest are frozen" in first and "take a larger slice" in first
