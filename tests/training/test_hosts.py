@@ -138,7 +138,7 @@ def test_any_layout_gives_the_same_losses_and_batches(data_dir, tmp_path):
     for count in (1, 2, 4):
         out = tmp_path / str(count)
         out.mkdir()
-        with Hosts(count, ["tests/training/hosts_program.py", f"--data={data_dir}", f"--out={out}"]) as hosts:
+        with Hosts(count, ["-m", "tests.training.hosts_program", f"--data={data_dir}", f"--out={out}"]) as hosts:
             hosts.wait()
         parts = [np.load(out / f"{host}.npz") for host in range(count)]
         found[count] = parts[0]["losses"]

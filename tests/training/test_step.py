@@ -75,11 +75,10 @@ def test_parameters_and_their_moments_are_split_over_the_mesh(small_config, algo
     assert [x.sharding for x in found] == [kernel.sharding] * moments
 
 
-@pytest.mark.parametrize("pairs, temperature", [(16, 0.03), (64, 0.15)])
-def test_microbatches_equal_the_whole_batch(small_config, pairs, temperature):
-    """Four microbatches of four pairs are one batch of 16, and 16 are one of 64. (Temperature magnifies float32's rounding.)"""
+@pytest.mark.parametrize("pairs, tolerance", [(16, 1e-5), (64, 2e-5)])  # what float32 leaves of sums over more pairs
+def test_microbatches_equal_the_whole_batch(small_config, pairs, tolerance):
+    """Four microbatches of four pairs are one batch of 16, and 16 are one of 64."""
     small_config.batch_size = small_config.microbatch_size = pairs
-    small_config.temperature = temperature
     microbatch, whole_batch, mesh = 4, make_dataset(small_config)[0], make_mesh(devices=jax.devices()[:1])
     whole = gradients(small_config, mesh, whole_batch)
     small_config.microbatch_size = microbatch
@@ -88,7 +87,7 @@ def test_microbatches_equal_the_whole_batch(small_config, pairs, temperature):
         return {key: x.reshape(-1, microbatch, *x.shape[2:]) for key, x in group.items()}
 
     batch = {side: {"groups": tuple(map(cut, part["groups"])), "order": part["order"]} for side, part in whole_batch.items()}
-    assert relative_norm(whole, gradients(small_config, mesh, batch)) < 1e-5
+    assert relative_norm(whole, gradients(small_config, mesh, batch)) < tolerance
 
 
 def test_order_puts_pairs_together(small_config, dataset):
