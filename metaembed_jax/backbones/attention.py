@@ -1,7 +1,8 @@
 """Attention, chosen where a program is lowered: JAX's splash kernel on a TPU, XLA's own everywhere else.
 
 XLA writes the scores of all pairs to memory, [B, H, S, T]; the kernel (`jax.experimental.pallas.ops.tpu.splash_attention`, after
-arXiv 2205.14135) holds one block of them at a time, forward and backward, and skips those that no query may see.
+arXiv 2205.14135) holds one block of them at a time, forward and backward, and skips those that no query may see. Compiled for v5e,
+8 causal sequences of 2048, 16 heads of 128, with gradients: 4128 MiB of temporaries with XLA, 518 MiB with the kernel.
 
 B batch, S queries, T keys, H heads, G key/value heads, K head width.
 """
@@ -41,8 +42,9 @@ def attention(
         query 2  . x x .
         query 3  . x x x
 
-    Fewer keys than a block (a vision window has 64) go to XLA on a TPU too: their scores are small, and the kernel would compute
-    four for each of them.
+    Fewer keys than a block (a vision window has 64) go to XLA on a TPU too: the kernel would fill them up, and compute four scores
+    for each. Compiled for v5e, 320 windows, 16 heads of 80, with gradients: 560 MiB of temporaries with XLA, 1362 MiB with the
+    kernel, and still 644 MiB if windows shared blocks.
     """
     arrays = query_BSHK, key_BTGK, value_BTGK, key_mask_BT
     if key_BTGK.shape[1] < SMALLEST_BLOCK:
