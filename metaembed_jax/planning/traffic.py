@@ -13,7 +13,7 @@ SLICES = ("dynamic-slice", "slice", "gather")
 
 def traffic(module: Module, computation: Computation, one: Instruction) -> int:
     """Bytes to and from HBM of an instruction that is in no fusion."""
-    if one.opcode in FREE:
+    if one.opcode in FREE or 'custom_call_target="AllocateBuffer"' in one.attributes:
         return 0
     if one.opcode in SLICES:
         return 2 * one.bytes
