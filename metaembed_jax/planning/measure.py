@@ -3,6 +3,7 @@
 import math
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -95,7 +96,9 @@ class _Compiled(NamedTuple):
 
 def _compile(program: Program, mesh: Mesh, branches: tuple[float, float]) -> _Compiled:
     held = {name: shard_bytes(tree) for name, tree in program.arguments.items()}
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), warnings.catch_warnings():
+        # What was compiled without a device can be written to JAX's cache, but not read from it.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
         traced = program.trace()
         try:
             compiled = traced.lower().compile()

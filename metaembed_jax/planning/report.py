@@ -49,7 +49,7 @@ def _memory(plan: Plan) -> Rows:
 
 
 def _work(plan: Plan) -> Rows:
-    rows = [(f"FLOPs {kind}", f"{value:10.4g}") for kind, value in plan.flops.items()]
+    rows = [(f"FLOPs {kind}", f"{value:10.4g}") for kind, value in plan.flops.items() if value]
     if again := plan.flops["recomputed"]:
         useful = plan.flops["forward"] + plan.flops["backward"]
         rows.append(("", f"{useful / (useful + again):10.1%} is the most that MFU can be, with so much recomputed"))
