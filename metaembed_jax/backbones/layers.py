@@ -111,6 +111,11 @@ def rotate(
     return (x32 * cos_BSK[:, :, None] + rotated * sin_BSK[:, :, None]).astype(x_BSHK.dtype)
 
 
+def split_heads(x_BSD: Float[Array, "B S D"], heads: int) -> Float[Array, "B S H K"]:
+    """Whole heads to a device: were heads too few for the tensor axis and cut instead, every rotation would exchange halves."""
+    return constrain(x_BSD.reshape(*x_BSD.shape[:2], heads, -1), "batch", None, "heads", None)
+
+
 def inverse_frequencies(width: int, theta: float) -> Float[Array, "half"]:
     """theta^(-2i / width) for i < width / 2, float32."""
     return 1.0 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)

@@ -27,6 +27,7 @@ from metaembed_jax.backbones.layers import (
     param,
     rotate,
     scan_layers,
+    split_heads,
     split_last,
 )
 from metaembed_jax.errors import UserError
@@ -203,7 +204,7 @@ class VisionBlock(nnx.Module):
     def __call__(self, x_BPD, full, mask_BP, cos_BPK, sin_BPK):
         normed = self.norm1(x_BPD)
         B, P, _ = normed.shape
-        query, key, value = (project(normed).reshape(B, P, self.heads, -1) for project in (self.query, self.key, self.value))
+        query, key, value = (split_heads(project(normed), self.heads) for project in (self.query, self.key, self.value))
         query, key = rotate(query, cos_BPK, sin_BPK), rotate(key, cos_BPK, sin_BPK)
 
         def within(size):
@@ -292,11 +293,10 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x_BSD, _, mask_BS, cos_BSK, sin_BSK, keep: int = 0):
         """The layer's output at the last `keep` positions (all by default)."""
         normed = self.input_norm(x_BSD)
-        B, S, _ = normed.shape
-        key_BSGK = rotate(self.key(normed).reshape(B, S, self.key_value_heads, -1), cos_BSK, sin_BSK)
-        value_BSGK = self.value(normed).reshape(B, S, self.key_value_heads, -1)
+        key_BSGK = rotate(split_heads(self.key(normed), self.key_value_heads), cos_BSK, sin_BSK)
+        value_BSGK = split_heads(self.value(normed), self.key_value_heads)
         x_BSD, normed, cos_BSK, sin_BSK = (rows[:, -keep:] for rows in (x_BSD, normed, cos_BSK, sin_BSK))
-        query_BSHK = rotate(self.query(normed).reshape(*normed.shape[:2], self.heads, -1), cos_BSK, sin_BSK)
+        query_BSHK = rotate(split_heads(self.query(normed), self.heads), cos_BSK, sin_BSK)
         mixed = attention(query_BSHK, key_BSGK, value_BSGK, mask_BS, causal=True)
         x_BSD = x_BSD + self.output(mixed.reshape(x_BSD.shape))
         return constrain(x_BSD + self.mlp(self.mlp_norm(x_BSD)), "batch", None, None)
