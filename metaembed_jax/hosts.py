@@ -7,6 +7,7 @@ words) is done by the first.
 import atexit
 import contextlib
 import itertools
+import math
 import os
 import signal
 import sys
@@ -21,7 +22,9 @@ from jax.experimental import multihost_utils
 
 from metaembed_jax.errors import UserError
 
-FAILED, SEEN = "metaembed/failed", "metaembed/seen/"
+# Keys of the store that the hosts share.
+FAILED, SEEN, WISH, CALLS = "metaembed/failed", "metaembed/seen/", "metaembed/stop", "metaembed/calls/"
+POLL = 0.5  # seconds between looks at it
 GRACE = 10  # seconds in which the others learn why the first one to fail fails
 _said = itertools.count()
 
@@ -46,6 +49,7 @@ def connect(coordinator: str | None, hosts: int | None, host: int | None) -> Non
             raise UserError(
                 f"--coordinator={coordinator} --hosts={hosts} --host={host}: expected ADDRESS:PORT and 0 <= host < hosts"
             )
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `stop_signal`
     try:
         jax.distributed.initialize(coordinator, hosts, host)
     except ValueError:  # no cluster that JAX knows, and nothing given
@@ -96,24 +100,51 @@ def gather(x: np.ndarray) -> np.ndarray:
 def stop_signal() -> Iterator[Callable[[], bool]]:
     """A function that says whether to stop, because SIGTERM came to any of the hosts.
 
-    It is asked once a step, and turns true on all hosts at the same step: they agree in the background on one that none has
-    reached yet.
+    It is asked once a step, and turns true on all hosts at the same call: they agree in the background on one that none has
+    reached yet. (JAX's own agreement would do, were Orbax not to take part in it with step numbers of its own.)
     """
-    came, calls = [], itertools.count(1)
-    if distributed.global_state.client is not None:
-
-        def stop() -> bool:
-            if multihost_utils.reached_preemption_sync_point(next(calls)):
-                came.append(True)
-            return bool(came)
-
-        yield stop
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    came, finished = threading.Event(), threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
     try:
-        yield lambda: bool(came)
+        if jax.process_count() == 1:
+            yield came.is_set
+        else:
+            vote = _Vote()
+            threading.Thread(target=vote.watch, args=(came, finished), daemon=True).start()
+            yield vote.stop
     finally:
+        finished.set()
         signal.signal(signal.SIGTERM, before)
+
+
+class _Vote:
+    """On which call of `stop` all hosts stop: one more than the most that any has made when the wish is known to all."""
+
+    def __init__(self):
+        self._lock, self._calls, self._last = threading.Lock(), 0, math.inf
+
+    def stop(self) -> bool:
+        """Whether this call is that one, or after it; waits while the hosts agree."""
+        with self._lock:
+            self._calls += 1
+            return self._calls >= self._last
+
+    def watch(self, came: threading.Event, finished: threading.Event) -> None:
+        """Waits for a wish, its own or another host's. No device is asked: the main thread may hang in a step meanwhile."""
+        client, here = distributed.global_state.client, jax.process_index()
+        while not finished.wait(POLL):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # not there yet, or another host's is
+                if came.is_set():
+                    client.key_value_set(WISH, "")
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                client.key_value_try_get(WISH)
+                break
+        else:
+            return
+        with self._lock:
+            client.key_value_set(f"{CALLS}{here}", str(self._calls))
+            calls = [int(client.blocking_key_value_get(f"{CALLS}{host}", 60_000)) for host in range(jax.process_count())]
+            self._last = max(calls) + 1
 
 
 @contextlib.contextmanager
@@ -150,7 +181,7 @@ def _tell_others(error: BaseException) -> None:
 def _watch(finished: threading.Event) -> None:
     """Waits for another host's failure. This one may hang in a collective that the other never joins, so it ends at once."""
     client = distributed.global_state.client
-    while not finished.wait(0.5):
+    while not finished.wait(POLL):
         try:
             reason = client.key_value_try_get(FAILED)
         except jax.errors.JaxRuntimeError:
