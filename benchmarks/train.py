@@ -180,7 +180,7 @@ def profile(config, ours: Ours) -> None:
 
     def side(name, budget):
         def weighted_sum(parameters, weights):
-            vectors = encode(lambda key: nnx.merge(graph, parameters), batch[name], name, budget, jax.random.key(0))
+            vectors = encode(lambda key: nnx.merge(graph, parameters), batch[name], name, budget, jax.random.key(0), "float32")
             return (vectors * weights).sum()
 
         function = jax.jit(jax.grad(weighted_sum))
