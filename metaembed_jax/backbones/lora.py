@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, UInt32
 
 from metaembed_jax.backbones.layers import Linear, param
 from metaembed_jax.errors import UserError
@@ -53,10 +53,31 @@ class Lora(nnx.Module):
         self.key = DropoutKey(jnp.zeros((*stack, 2), jnp.uint32)) if config.dropout else None
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        scale = self.scale
         if self.key is not None:
-            kept = jax.random.bernoulli(jax.random.wrap_key_data(self.key[...]), 1 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-        return x @ self.a[...].astype(x.dtype) @ self.b[...].astype(x.dtype) * self.scale
+            kept = keep(self.key[...], 1 - self.dropout, x.shape)
+            x, scale = jnp.where(kept, x, 0), scale / (1 - self.dropout)
+        return (x @ self.a[...].astype(x.dtype) * scale) @ self.b[...].astype(x.dtype)
+
+
+def keep(key: UInt32[Array, "2"], share: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    """True for about a share of all elements: those whose place, hashed with the key, is below it.
+
+    It stands in for `jax.random.bernoulli`, whose twenty rounds for a number are no small matter where every adapter of every layer
+    asks for as many numbers as it has inputs. Two layers of configs/7b.py, text alone, compiled for v5p:2x2x2: 273 s with it, 64 s
+    with this, 48 s without dropout. As a function of the place it is the same on any mesh.
+
+    The hash is MurmurHash3's finaliser (Appleby, public domain), once for each word of the key.
+    """
+    place = jnp.uint32(0)
+    for axis, size in enumerate(shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    for word in key:
+        place = place ^ word
+        place = (place ^ (place >> 16)) * jnp.uint32(0x85EBCA6B)
+        place = (place ^ (place >> 13)) * jnp.uint32(0xC2B2AE35)
+        place = place ^ (place >> 16)
+    return place < jnp.uint32(min(round(share * 2**32), 2**32 - 1))
 
 
 def add_lora(network: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None:

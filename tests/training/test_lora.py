@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from metaembed_jax.backbones.layers import Linear, quantize
-from metaembed_jax.backbones.lora import Lora, LoraConfig, dropout_keys
+from metaembed_jax.backbones.lora import Lora, LoraConfig, dropout_keys, keep
 from metaembed_jax.checkpoints.loading import run_parameters, run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.torch_export import write_model
@@ -26,7 +26,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_parameters, init_parameters
-from metaembed_jax.sharding import make_mesh
+from metaembed_jax.sharding import make_mesh, named_sharding
 from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import describe, find_start, initial_state
@@ -255,6 +255,31 @@ def test_adapters_add_their_product_and_drop_their_input():
     np.testing.assert_allclose(np.unique(ratios.round(3)), [0, 1.333], atol=2e-3)
     adapter.key = None
     np.testing.assert_allclose(linear(x) - plain, x @ product, atol=1e-5)
+
+
+def test_what_is_kept_is_like_chance():
+    """Against the binomial: the share, and the likeness to a neighbour in each direction and to other keys' masks."""
+    shape, share = (4, 300, 700), 0.9
+    masks = {
+        (first, second): np.asarray(keep(jnp.array([first, second], jnp.uint32), share, shape))
+        for first in (0, 1, 2**31)
+        for second in (0, 1, 77)
+    }
+    deviation = (share * (1 - share)) ** 0.5
+    limit = 5 / np.prod(shape) ** 0.5
+    noise = [(mask - share) / deviation for mask in masks.values()]
+    pairs = [(one, other) for number, one in enumerate(noise) for other in noise[:number]]
+    pairs += [(one, np.roll(one, 1, axis)) for one in noise for axis in range(3)]
+    assert max(abs(one.mean()) for one in noise) < limit
+    assert max(abs((one * other).mean()) for one, other in pairs) < limit
+
+
+def test_any_mesh_keeps_the_same():
+    mesh, shape = make_mesh(data=2, fsdp=2, tensor=2), (8, 6, 10)
+    key = jnp.array([5, 6], jnp.uint32)
+    split = jax.jit(lambda key: keep(key, 0.5, shape), out_shardings=named_sharding(mesh, ("batch", None, "mlp")))
+    np.testing.assert_array_equal(split(key), keep(key, 0.5, shape))
+    assert keep(key, 1.0, shape).all() and not keep(key, 0.0, shape).any()
 
 
 def test_every_adapter_and_layer_has_a_key_of_its_own():
