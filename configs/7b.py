@@ -64,6 +64,7 @@ def get_config(arg=None):
     config.data.candidate_shapes = ((256, 0), (1280, 5120))
     config.data.negatives = 1
     config.batch_size, config.microbatch_size = 384, 64
+    config.mesh.fsdp = 8
     config.steps = 4000
     config.optimizer.learning_rate = 1e-4 if arg != "full" else 1e-5
     config.validate_every = config.save_every = 500

@@ -336,13 +336,17 @@ class Backbone(nnx.Module):
         x_BSD = constrain(jnp.concatenate([x_BSD, suffix_BRD], axis=1), "batch", None, None)
         mask_BS = jnp.pad(batch["mask"], ((0, 0), (0, R)), constant_values=True)
         cos, sin = self.rotary(extend_positions(batch["positions"], R))
+        with jax.named_scope("language"):
+            return self.final_norm(self.read(x_BSD, keep, mask_BS, cos, sin, checkpoint=checkpoint, unroll=unroll))
+
+    def read(self, x_BSD: Float[Array, "B S D"], keep: int, *context, checkpoint: bool, unroll: int) -> Float[Array, "B keep D"]:
+        """The states at the last `keep` positions after all layers."""
         if self.config.text_config.num_hidden_layers > FEW_LAYERS:
-            x_BSD = scan_layers(self.layers, x_BSD, None, mask_BS, cos, sin, checkpoint=checkpoint, unroll=unroll)
-            return self.final_norm(x_BSD[:, -keep:])
+            return scan_layers(self.layers, x_BSD, None, *context, checkpoint=checkpoint, unroll=unroll)[:, -keep:]
         # The last layer's states are read at a few rows only, so only those are computed.
         body, last = split_last(self.layers)
-        x_BSD = scan_layers(body, x_BSD, None, mask_BS, cos, sin, checkpoint=checkpoint, unroll=unroll)
-        return self.final_norm(last(x_BSD, None, mask_BS, cos, sin, keep=keep))
+        x_BSD = scan_layers(body, x_BSD, None, *context, checkpoint=checkpoint, unroll=unroll)
+        return last(x_BSD, None, *context, keep=keep)
 
     def embed(self, batch: dict[str, Array], dtype, checkpoint: bool, unroll: int) -> Float[Array, "B S D"]:
         """Rows of the vocabulary, with the units of the image where `visual_index` points at one."""
@@ -350,7 +354,8 @@ class Backbone(nnx.Module):
         if "patches" not in batch:
             return x_BSD
         patches = (batch["patches"], batch["patch_positions"], batch["patch_mask"])
-        units_BUD = self.vision(*patches, dtype=dtype, checkpoint=checkpoint, unroll=unroll)
+        with jax.named_scope("vision"):
+            units_BUD = self.vision(*patches, dtype=dtype, checkpoint=checkpoint, unroll=unroll)
         index_BS = batch["visual_index"]
         placed_BSD = jnp.take_along_axis(units_BUD, jnp.maximum(index_BS, 0)[..., None], axis=1)
         return jnp.where(index_BS[..., None] >= 0, placed_BSD, x_BSD)

@@ -113,7 +113,8 @@ def _group_losses(query_BRD, candidate_BRD, negatives_BKRD, temperature, *, grou
         @partial(jax.shard_map, mesh=mesh, in_specs=(split, split, split, PartitionSpec()), out_specs=PartitionSpec())
         def sums_of_shards(query_BRD, candidate_BRD, negatives_BKRD, temperature):
             first = jax.lax.axis_index(batch_axes) * query_BRD.shape[0]
-            candidate_NRD = jax.lax.all_gather(candidate_BRD, batch_axes, tiled=True)
+            with jax.named_scope("gather"):
+                candidate_NRD = jax.lax.all_gather(candidate_BRD, batch_axes, tiled=True)
             sums = _sums(query_BRD, candidate_NRD, negatives_BKRD, temperature, first, groups, chunk)
             return jax.lax.psum(sums, batch_axes)
 

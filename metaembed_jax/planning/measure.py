@@ -2,9 +2,11 @@
 
 import math
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -101,7 +103,7 @@ def _compile(program: Program, mesh: Mesh, branches: tuple[float, float]) -> _Co
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
         traced = program.trace()
         try:
-            compiled = traced.lower().compile()
+            compiled, text = compile_with_text(traced.lower())
         except jax.errors.JaxRuntimeError as error:
             found = _OUT_OF_MEMORY.search(str(error))
             if not found:
@@ -116,11 +118,19 @@ def _compile(program: Program, mesh: Mesh, branches: tuple[float, float]) -> _Co
         "temporaries": found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes,
         "program": found.generated_code_size_in_bytes,
     }
-    try:
-        cost = count(compiled.as_text(), mesh.size, branches)
-    except jax.errors.JaxRuntimeError as error:
-        return _Compiled(memory, UNKNOWN, f"what was compiled: this libtpu cannot write it down ({str(error).splitlines()[0]})")
+    cost = count(text, mesh.size, branches)
     return _Compiled(memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else "")
+
+
+def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """A program compiled for a TPU, and the text of what it became.
+
+    The compiler itself writes the text down: `Compiled.as_text` cannot read what libtpu 0.0.52 makes for v5p, v6e and tpu7x.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": directory, "xla_dump_hlo_as_text": True})
+        (text,) = Path(directory).glob("*.after_optimizations.txt")
+        return compiled, text.read_text()
 
 
 def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:

@@ -63,6 +63,14 @@ def test_candidates_are_gathered_in_the_dtype_of_the_model(small_config, dataset
     assert set(re.findall(r"stablehlo.all_gather.*-> tensor<[0-9x]*x(\w+)>", program)) == {name}
 
 
+def test_the_parts_of_a_step_have_names_for_the_profiler(small_config, dataset):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    trainer = make_trainer(small_config, mesh)
+    program = trainer.step.lower(trainer.abstract, put_batch(dataset[0], mesh)).as_text(debug_info=True)
+    named = {part for name in re.findall(r'"jit\(step\)/([^"]*)"', program) for part in re.findall(r"\w+", name)}
+    assert named >= {"vision", "language", "loss", "optimizer"} and '"gather/all_gather"' in program
+
+
 @pytest.mark.parametrize("algorithm, moments", [("adamw", 2), ("muon", 1)])
 def test_parameters_and_their_moments_are_split_over_the_mesh(small_config, algorithm, moments):
     small_config.optimizer.algorithm = algorithm
