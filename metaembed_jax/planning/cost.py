@@ -116,7 +116,7 @@ class _Counter:
         return []
 
     def _turns(self, loop: Instruction) -> int:
-        """Of a loop: what the compiler noted, else the bound that its counter, which starts from 0, is compared with."""
+        """Of a loop: what the compiler noted, else from the bound that its counter, which starts from 0, is compared with."""
         if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(noted[1])
         (condition,) = self._called(loop, "condition")
@@ -125,7 +125,17 @@ class _Counter:
         bounds = [int(text) for text in constants if text.isdigit()]
         if not bounds:
             self._unknown.add(loop.op_name)
-        return max(bounds, default=1)
+        return math.ceil(max(bounds, default=1) / self._stride(condition, self._called(loop, "body")[0]))
+
+    def _stride(self, condition: Computation, body: Computation) -> int:
+        """What each turn adds to the counter: more than 1 where the compiler has put several turns into one."""
+        for one in condition.values():
+            if one.opcode == "get-tuple-element" and body.root.opcode == "tuple":
+                step = body[body.root.operands[int(re.search(r"index=(\d+)", one.attributes)[1])]]
+                added = [body[name].arguments for name in step.operands if body[name].opcode == "constant"]
+                if step.opcode == "add" and added:
+                    return int(added[0])
+        return 1
 
     def _called(self, one: Instruction, attribute: str) -> list[Computation]:
         return [self._module.computations[name] for name in one.called(attribute)]

@@ -135,6 +135,13 @@ def test_nested_loops_are_multiplied_out():
     assert temporary == (tile, "f32[8,8]", 15, "jit(f)/inner")
 
 
+def test_turns_put_into_one_count_once():
+    twice = LOOPS.replace("tuple(%i, %y)", "tuple(%next, %y)")
+    step = "  %two = s32[]{:T(128)} constant(2)\n  %next = s32[]{:T(128)} add(%i, %two)\n  ROOT %out"
+    twice = twice.replace("  ROOT %out", step, 1)
+    assert count(twice, 1).flops == 3 * 3 * 2 * 8**3
+
+
 def test_loops_without_a_known_end_are_named():
     cost = count(LOOPS.replace("constant(5)", "parameter(1)"), devices=1)
     assert cost.flops == 3 * 2 * 8**3 and cost.unknown == ("again",)
