@@ -1,0 +1,30 @@
+"""Release configs on the slices they are for: minutes each, and docs/scale.md has the figures."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("libtpu")
+
+from metaembed_jax.config import load_config
+from metaembed_jax.planning.chips import topology
+from metaembed_jax.planning.measure import make_plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RELEASES = [
+    ("3b", "v5e:2x4"),
+    ("3b", "v6e:1x1"),
+    ("7b", "v5e:8x8"),
+    ("7b", "v5p:2x2x2"),
+    ("32b", "v5p:4x4x4"),
+    ("32b", "v6e:8x8"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, slice_name", RELEASES)
+def test_fits_with_room_to_spare(name, slice_name, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    config = load_config(f"configs/{name}.py", {})
+    plan = make_plan(config, "train", topology(slice_name))
+    assert plan.spare >= 0.1 and config.batch_size >= 384 and not plan.arrays
