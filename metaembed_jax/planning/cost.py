@@ -92,7 +92,7 @@ class _Counter:
                 continue
             self._flops += times * flops(computation, one)
             if is_silent(one):
-                self._unknown.add(one.op_name)
+                self._unknown.add(re.sub(r"\.\d+$", "", one.op_name))  # the number counts its calls
             if one.opcode.removesuffix("-start") in COLLECTIVES:
                 self._collective(computation, one, times, channels if is_fused else set())
             for body, share in self._bodies(one):

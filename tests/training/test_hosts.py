@@ -108,6 +108,16 @@ def test_killed_and_resumed_on_another_number_of_hosts(whole, data_dir, tmp_path
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
 
 
+def test_two_hosts_evaluate_as_one(whole, data_dir, tmp_path):
+    """Each encodes its part of the gallery and scores it; the first one writes what one host alone would."""
+    command = ["eval.py", f"--config={SMALL}", f"--checkpoint={whole}", f"--config.data.dir={data_dir}"]
+    for count in (1, 2):
+        with Hosts(count, [*command, f"--out={tmp_path / str(count)}"]) as hosts:
+            said = hosts.wait()
+        assert said[0][0] and not any(out for out, _ in said[1:])
+    assert (tmp_path / "2/results.json").read_text() == (tmp_path / "1/results.json").read_text()
+
+
 def test_sigterm_to_one_host_saves_and_stops_all(data_dir, tmp_path):
     command = training(tmp_path / "run", data_dir, **LONG | {"steps": 300})
     with Hosts(2, command) as hosts:
