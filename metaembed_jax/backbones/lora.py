@@ -64,8 +64,8 @@ def keep(key: UInt32[Array, "2"], share: float, shape: tuple[int, ...]) -> Bool[
     """True for about a share of all elements: those whose place, hashed with the key, is below it.
 
     It stands in for `jax.random.bernoulli`, whose twenty rounds for a number are no small matter where every adapter of every layer
-    asks for as many numbers as it has inputs. Two layers of configs/7b.py, text alone, compiled for v5p:2x2x2: 273 s with it, 64 s
-    with this, 48 s without dropout. As a function of the place it is the same on any mesh.
+    asks for as many numbers as it has inputs. Two layers of configs/7b.py, text alone, compiled for v5p:2x2x2: over 270 s with it,
+    64 s with this, 48 s without dropout. As a function of the place it is the same on any mesh.
 
     The hash is MurmurHash3's finaliser (Appleby, public domain), once for each word of the key.
     """

@@ -103,7 +103,7 @@ def _compile(program: Program, mesh: Mesh, branches: tuple[float, float]) -> _Co
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
         traced = program.trace()
         try:
-            compiled, text = compile_with_text(traced.lower())
+            compiled, text = _compile_with_text(traced.lower())
         except jax.errors.JaxRuntimeError as error:
             found = _OUT_OF_MEMORY.search(str(error))
             if not found:
@@ -122,7 +122,7 @@ def _compile(program: Program, mesh: Mesh, branches: tuple[float, float]) -> _Co
     return _Compiled(memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else "")
 
 
-def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+def _compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
     """A program compiled for a TPU, and the text of what it became.
 
     The compiler itself writes the text down: `Compiled.as_text` cannot read what libtpu 0.0.52 makes for v5p, v6e and tpu7x.

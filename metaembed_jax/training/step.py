@@ -21,7 +21,7 @@ from metaembed_jax.config import model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
-from metaembed_jax.sharding import batch_shards, constrain, make_mesh, named_sharding, put_rows, put_whole, replicated
+from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding, put_rows, put_whole, replicated
 from metaembed_jax.trained import join, paths, split, trained_paths
 from metaembed_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 
@@ -63,8 +63,7 @@ def encode(apply: Callable, side_batch: dict, side: str, budget: int, key: Array
 
     def encoder(microbatch_and_key):
         microbatch, key = microbatch_and_key
-        # Said here too, or every turn of the loop would gather the vectors of all microbatches.
-        return constrain(apply(key)(microbatch, side, budget).astype(dtype), "batch", None, None)
+        return apply(key)(microbatch, side, budget).astype(dtype)
 
     def encode_group(group, key):
         microbatches, size = group["tokens"].shape[:2]
