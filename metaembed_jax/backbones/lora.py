@@ -7,6 +7,7 @@ are those of its kernel.
 """
 
 import dataclasses
+import math
 from fnmatch import fnmatchcase
 
 import jax
@@ -61,23 +62,33 @@ class Lora(nnx.Module):
 
 
 def keep(key: UInt32[Array, "2"], share: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """True for about a share of all elements: those whose place, hashed with the key, is below it.
+    """True for about a share of all elements: those whose row and column, hashed with the key, come out below it.
 
     It stands in for `jax.random.bernoulli`, whose twenty rounds for a number are no small matter where every adapter of every layer
-    asks for as many numbers as it has inputs. Two layers of configs/7b.py, text alone, compiled for v5p:2x2x2: over 270 s with it,
-    64 s with this, 48 s without dropout. As a function of the place it is the same on any mesh.
+    asks for as many numbers as it has inputs. As a function of the place it is the same on any mesh.
 
-    The hash is MurmurHash3's finaliser (Appleby, public domain), once for each word of the key.
+    Rows (all axes but the last) and columns are hashed by MurmurHash3's finaliser (Appleby, public domain), once for each word of
+    the key; what is left for an element is to mix its row's hash with its column's. Four layers of configs/3b.py's language model,
+    8 rows of 1360, compiled for v6e: 58 s with every place hashed in full, 39 s so, 45 s before without dropout.
     """
-    place = jnp.uint32(0)
-    for axis, size in enumerate(shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    rows = jnp.uint32(0)
+    for axis, size in enumerate(shape[:-1]):
+        rows = rows * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, (*shape[:-1], 1), axis)
+    columns = math.prod(shape[:-1]) + jnp.arange(shape[-1], dtype=jnp.uint32)
+    # Hashed once, not anew for every element.
+    rows, columns = jax.lax.optimization_barrier((_hash(rows, key), _hash(columns, key)))
+    mixed = rows ^ columns
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x2C1B3C6D)
+    return mixed < jnp.uint32(min(round(share * 2**32), 2**32 - 1))
+
+
+def _hash(place: UInt32[Array, "..."], key: UInt32[Array, "2"]) -> UInt32[Array, "..."]:
     for word in key:
         place = place ^ word
         place = (place ^ (place >> 16)) * jnp.uint32(0x85EBCA6B)
         place = (place ^ (place >> 13)) * jnp.uint32(0xC2B2AE35)
         place = place ^ (place >> 16)
-    return place < jnp.uint32(min(round(share * 2**32), 2**32 - 1))
+    return place
 
 
 def add_lora(network: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None:

@@ -3,6 +3,8 @@
 Linear maps come from the parameters there are, each with the rows that pass it; attention and the similarities of the loss have no
 parameters and are counted beside them. Rows of padding count, and so does the half of causal attention that a mask hides.
 
+Rotating heads takes products too (`layers.rotate`), which are of this implementation, not of the model.
+
 Backward, a linear map costs its forward once for the gradient of its input, unless nothing that trains lies before it, and once for
 that of its kernel, if it trains; an adapter trains always.
 
@@ -32,11 +34,16 @@ LANGUAGE = "backbone.layers"
 
 
 class Flops(NamedTuple):
-    """Of one step, over all devices: forward, backward, and what the backward pass computes again instead of keeping it."""
+    """Of one step, over all devices.
+
+    Attributes:
+      forward, backward: what the mathematics needs.
+      extra: rotations, and what the backward pass computes again instead of keeping it.
+    """
 
     forward: float
     backward: float = 0.0
-    recomputed: float = 0.0
+    extra: float = 0.0
 
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(*(x + y for x, y in zip(self, other, strict=True)))
@@ -47,7 +54,7 @@ class Flops(NamedTuple):
 
     @property
     def model(self) -> float:
-        """What the mathematics needs, which is what MFU counts: no recomputation."""
+        """What the mathematics needs, which is what MFU counts."""
         return self.forward + self.backward
 
 
@@ -103,7 +110,8 @@ class _Counter:
         """
         total = self._images(shape.patches) if shape.patches else Flops(0)
         total += self._language(shape.tokens + appended, read) + _linear(read * self._maps("head"), passes_back=True)
-        return total + Flops(0, 0, total.forward if is_mapped else 0)
+        rotations = self._vision_rotations(shape.patches) + self._language_rotations(shape.tokens + appended, read)
+        return total + Flops(0, 0, (total.forward + rotations) * is_mapped)
 
     def _images(self, P: int) -> Flops:
         total, before = Flops(0), False  # whether something that trains lies before a part
@@ -112,8 +120,10 @@ class _Counter:
             trains = any(path.startswith(part) for path in self._trained)
             if part == in_blocks:
                 maps, attention = P * self._maps(part), self._vision_attention(P)
-                again = float(maps[0]) + attention - P * self._outputs(part) if self._recomputes and (before or trains) else 0
-                total += _linear(maps, before or trains) + Flops(attention, 2 * attention * (before or trains), again)
+                passes_back, rotations = before or trains, self._vision_rotations(P)
+                again = float(maps[0]) + attention + rotations - P * self._outputs(part)
+                extra = rotations * (1 + passes_back) + again * (self._recomputes and passes_back)
+                total += _linear(maps, passes_back) + Flops(attention, 2 * attention * passes_back, extra)
             else:
                 total += _linear(rows * self._maps(part), before)
             before |= trains
@@ -124,16 +134,36 @@ class _Counter:
         full = len(set(self._vision.fullatt_block_indexes) & set(range(depth)))
         return 4.0 * P * width * (full * P + (depth - full) * window)
 
+    def _vision_rotations(self, P: int) -> float:
+        """Of queries and keys, forward."""
+        width = self._vision.hidden_size
+        return 4.0 * P * self._vision.depth * width * width / self._vision.num_heads
+
     def _language(self, S: int, read: int) -> Flops:
-        """Meta Tokens train, so gradients pass all layers. Of few layers, the last one is computed at the rows that are read."""
-        layers, width = self._text.num_hidden_layers, self._text.hidden_size
-        cut = 1 if layers <= FEW_LAYERS else 0
-        whole = layers - cut
+        """Meta Tokens train, so gradients pass all layers."""
+        layers, width, (whole, cut) = self._text.num_hidden_layers, self._text.hidden_size, self._layers()
         all_maps, key_value = self._maps(LANGUAGE) / layers, self._maps(LANGUAGE, ("key", "value")) / layers
         maps = whole * S * all_maps + cut * (S * key_value + read * (all_maps - key_value))
         attention = 4.0 * S * width * (whole * S + cut * read)
-        again = whole * S * (float(all_maps[0]) - self._outputs(LANGUAGE) / layers + 4.0 * S * width) if self._recomputes else 0
-        return _linear(maps, passes_back=True) + Flops(attention, 2 * attention, again)
+        again = whole * S * (float(all_maps[0]) - self._outputs(LANGUAGE) / layers + 4.0 * S * width + sum(self._rotation()))
+        extra = 2 * self._language_rotations(S, read) + again * self._recomputes
+        return _linear(maps, passes_back=True) + Flops(attention, 2 * attention, extra)
+
+    def _language_rotations(self, S: int, read: int) -> float:
+        """Of queries and keys, forward."""
+        (whole, cut), (query, key) = self._layers(), self._rotation()
+        return whole * S * (query + key) + cut * (read * query + S * key)
+
+    def _rotation(self) -> tuple[float, float]:
+        """Of one row's query heads, and of its key heads."""
+        text = self._text
+        head = text.hidden_size / text.num_attention_heads
+        return 2.0 * text.num_attention_heads * head**2, 2.0 * text.num_key_value_heads * head**2
+
+    def _layers(self) -> tuple[int, int]:
+        """How many are computed at all rows; of few layers, the last one is computed at the rows that are read."""
+        cut = 1 if self._text.num_hidden_layers <= FEW_LAYERS else 0
+        return self._text.num_hidden_layers - cut, cut
 
     def _maps(self, prefix: str, names: Sequence[str] = ()) -> np.ndarray:
         """[forward, gradients of kernels] of linear maps, FLOPs a row: of all under a prefix, or of those with these names."""

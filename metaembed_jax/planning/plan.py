@@ -17,7 +17,7 @@ class Plan:
       parameters: how many, trained and frozen.
       memory: bytes, by what they hold.
       usable_bytes: what the compiler lets a program use.
-      flops: of all devices: forward, backward and recomputed as counted in closed form, and compiled, as found in the program.
+      flops: of all devices: forward, backward and extra as counted in closed form, and compiled, as found in the program.
       hbm_bytes, ici_bytes: traffic; the latter by kind of collective.
       seconds: that the peaks allow, for compute, HBM and ICI.
       items, unit, calls: how many of what a call handles, and how many calls a run is.

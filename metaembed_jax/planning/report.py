@@ -50,9 +50,11 @@ def _memory(plan: Plan) -> Rows:
 
 def _work(plan: Plan) -> Rows:
     rows = [(f"FLOPs {kind}", f"{value:10.4g}") for kind, value in plan.flops.items() if value]
-    if again := plan.flops["recomputed"]:
+    if extra := plan.flops["extra"]:
         useful = plan.flops["forward"] + plan.flops["backward"]
-        rows.append(("", f"{useful / (useful + again):10.1%} is the most that MFU can be, with so much recomputed"))
+        rows.append(
+            ("", f"{useful / (useful + extra):10.1%} is the most that MFU can be, with so much recomputed or for rotations")
+        )
     if plan.hbm_bytes:
         rows.append(("bytes over HBM", f"{amount(plan.hbm_bytes)} a device"))
     rows += [(f"bytes over ICI, {kind}", f"{amount(value)} a device") for kind, value in sorted(plan.ici_bytes.items())]

@@ -45,13 +45,16 @@ def test_hand_count():
     encoders = query_first + query_last + candidate_first + candidate_last + vision + (16 + 64) * head
     loss = 2 * 16 * 16 * 16 * 64 * 16  # 16 pairs, 16 x 64 vectors of 16 numbers
     down = 2 * feed_forward * width
+    turn, turn_key, turn_block = 2 * width * 16, 2 * heads * 16, 2 * 2 * width * 16  # heads of 16, and those of vision too
+    turns = (48 + 101) * (turn + 2 * turn_key) + (16 + 64) * turn + depth * 36 * turn_block
     again = query_first + candidate_first - (48 + 101) * down + depth * (36 * (block - down) + attention)
+    again += (48 + 101) * (turn + turn_key) + depth * 36 * turn_block
 
     found = train_flops(config)
     assert layers == config.architecture.text_config.num_hidden_layers
     assert found.forward == pytest.approx(16 * encoders + loss, rel=0.01)
     assert found.backward == pytest.approx(2 * (16 * encoders + loss) - 16 * 36 * 2 * 588 * width, rel=0.01)  # not for pixels
-    assert found.recomputed == pytest.approx(16 * again, rel=0.01)
+    assert found.extra == pytest.approx(16 * (again + 2 * turns), rel=0.01)
 
 
 @pytest.mark.parametrize("trained", [(("*", "full"),), LORA, MERGER], ids=["full", "lora", "merger"])
