@@ -1,4 +1,5 @@
-"""Evaluates a run on its test split: `python eval.py --config=configs/tiny.py --checkpoint=runs/tiny`."""
+"""Evaluates a run on its test split, `python eval.py --config=configs/tiny.py --checkpoint=runs/tiny`, or on a benchmark,
+`--benchmark=mmeb --from=MMEB-eval`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run of train.py; its best checkpoint is read")
     parser.add_argument("--out", type=Path, help="where results.json and quality.png go; <checkpoint>/eval by default")
     parser.add_argument("--budgets", help="pairs r_q:r_c, such as 1:1,4:8,16:64; the config's groups by default")
+    parser.add_argument("--benchmark", help="mmeb; by default the test split of the config's first source is searched")
+    parser.add_argument("--from", dest="files", type=Path, help="the folder that the benchmark's files were fetched to")
     add_host_flags(parser)
     arguments, config = parse(parser, argv)
     hosts.connect(arguments.coordinator, arguments.hosts, arguments.host)
     with hosts.speaking_once():
-        evaluate_checkpoint(config, arguments.checkpoint, arguments.out or arguments.checkpoint / "eval", arguments.budgets)
+        out = arguments.out or arguments.checkpoint / "eval"
+        evaluate_checkpoint(config, arguments.checkpoint, out, arguments.budgets, arguments.benchmark, arguments.files)
 
 
 if __name__ == "__main__":

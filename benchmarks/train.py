@@ -121,7 +121,9 @@ def make_batch() -> dict:
         return {"groups": (group,), "order": np.arange(PAIRS, dtype=np.int32)}
 
     queries = side([query() for _ in range(PAIRS)], ShapeClass(QUERY_TOKENS, 0))
-    return {"query": queries, "candidate": side([candidate(image) for image in images], ShapeClass(CANDIDATE_TOKENS, 64))}
+    candidates = side([candidate(image) for image in images], ShapeClass(CANDIDATE_TOKENS, 64))
+    no_negatives, one_source = np.ones((PAIRS, 0), bool), np.zeros(PAIRS, np.int32)
+    return {"query": queries, "candidate": candidates, "negative_mask": no_negatives, "source": one_source}
 
 
 class Ours:

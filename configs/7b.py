@@ -63,6 +63,7 @@ def get_config(arg=None):
     config.data.query_shapes = ((256, 0), (1280, 5120))
     config.data.candidate_shapes = ((256, 0), (1280, 5120))
     config.data.negatives = 1
+    config.data.sub_batch = 32
     config.batch_size, config.microbatch_size = 384, 64
     config.mesh.fsdp = 8
     config.steps = 4000

@@ -1,5 +1,6 @@
 """`python -m metaembed_jax COMMAND`: what is neither training nor evaluation."""
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -19,8 +20,12 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m metaembed_jax", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare", help="write a source as ArrayRecord, where training and evaluation read it")
-    prepare.add_argument("--source", required=True, help=f"one of {', '.join(sources.SOURCES)}")
+    kinds = [f"{kind} (--from: {about})" for kind, (*_, about) in sources.READERS.items()]
+    prepare.add_argument("--source", required=True, help="; ".join([*sources.GENERATED, *kinds]))
+    prepare.add_argument("--from", dest="path", type=Path, help="the files to read; none for a source that is generated")
     prepare.add_argument("--out", type=Path, default=Path("data"), help="the folder of all sources (default: data)")
+    prepare.add_argument("--workers", type=int, default=os.cpu_count(), help="processes to read with (default: one a core)")
+    prepare.add_argument("--skip", type=int, default=0, help="bad rows of a source to leave out before it is an error (default: 0)")
     prepare.set_defaults(run=_prepare)
     plot = commands.add_parser("plot", help="draw quality against budget of several runs in one picture")
     plot.add_argument("results", type=Path, nargs="+", help="results.json of train.py or eval.py, one for each line")
@@ -48,8 +53,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _prepare(arguments: Namespace) -> None:
-    marker = sources.prepare(arguments.source, arguments.out)
-    print(f"{arguments.out / arguments.source}: " + ", ".join(f"{key} {value}" for key, value in marker.items()))
+    if arguments.source in sources.GENERATED:
+        if arguments.path:
+            raise UserError(f"--from: the source {arguments.source} is generated, and reads no files; leave it out")
+        markers = {arguments.source: sources.prepare(arguments.source, arguments.out)}
+    elif arguments.path is None and arguments.source in sources.READERS:
+        raise UserError(f"--from is missing: {sources.READERS[arguments.source][-1]}")
+    else:
+        markers = sources.prepare_from(arguments.source, arguments.path, arguments.out, arguments.workers, arguments.skip)
+    for name, marker in markers.items():
+        print(f"{arguments.out / name}: " + ", ".join(f"{key} {value}" for key, value in marker.items()))
 
 
 def _plot(arguments: Namespace) -> None:

@@ -121,12 +121,23 @@ def open_image(image: bytes | str | Path | Image.Image, name: str) -> Image.Imag
     try:
         if encoded:
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(image))
-        width, height = image.size
-        if 0 < width * height <= MAX_SOURCE_PIXELS:
-            return _to_rgb(ImageOps.exif_transpose(image) if encoded else image)
+        check_size(image, name)
+        return _to_rgb(ImageOps.exif_transpose(image) if encoded else image)
+    except UserError:
+        raise
     except Exception as error:  # decoders of broken bytes raise errors of every kind
         raise UserError(f"{name}: the image cannot be read ({' '.join(str(error).split())}); repair or remove it") from error
-    raise UserError(f"{name}: the image is {width}x{height} pixels; from 1 to {MAX_SOURCE_PIXELS} pixels in all are accepted")
+
+
+def check_size(image: Image.Image, name: str) -> None:
+    """Refuses an opened image, before it is decoded, that has no pixels or more than `MAX_SOURCE_PIXELS`.
+
+    Raises:
+      UserError: names `name` and its size.
+    """
+    width, height = image.size
+    if not 0 < width * height <= MAX_SOURCE_PIXELS:
+        raise UserError(f"{name}: the image is {width}x{height} pixels; from 1 to {MAX_SOURCE_PIXELS} pixels in all are accepted")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

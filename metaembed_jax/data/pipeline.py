@@ -42,7 +42,8 @@ def training_batches(
       rows: of each microbatch, those that this host makes; all by default.
 
     Returns:
-      Elements {"query": side, "candidate": side}, a side being {"groups": (dict of [M, b, ...] arrays for each shape class, ...),
+      Elements {"query": side, "candidate": side, "negative_mask": bool [B, K], "source": int32 [B]}. A pair that has fewer than K
+      negatives of its own has false in their place. A side is {"groups": (dict of [M, b, ...] arrays for each shape class, ...),
       "order": int32 [N]}: the vectors of all groups, flattened to M*b rows each and put one after the other, are in pair order when
       indexed by `order`. Queries are B; candidates are B positives, then B*K negatives, pair by pair. `b` is
       the number of `rows`, and `order` that of the global batch.
@@ -50,7 +51,9 @@ def training_batches(
     Raises:
       UserError: a source is empty, a weight is not positive, or sizes in the config do not divide or are no whole windows.
     """
-    items, sub_batch = config.batch_size, config.microbatch_size
+    items, sub_batch = config.batch_size, config.data.sub_batch or config.microbatch_size
+    if items % sub_batch:
+        raise UserError(f"config.batch_size={items} must be a multiple of config.data.sub_batch={sub_batch}")
     names, weights, caps = zip(*config.data.sources, strict=True)
     for name, weight, source in zip(names, weights, sources, strict=True):
         if not weight > 0:
@@ -62,8 +65,8 @@ def training_batches(
     sub_batches = [ordered.batch(sub_batch, batch_fn=list) for ordered in references]
     mixed = grain.MapDataset.mix(sub_batches, [float(weight) for weight in weights])
     window = (processor.image_config.window_units * processor.image_config.merge_size) ** 2
-    rows = np.arange(sub_batch) if rows is None else rows
-    steps = mixed.batch(config.batch_size // sub_batch, batch_fn=lambda sub_batches: sum(sub_batches, []))
+    rows = np.arange(config.microbatch_size) if rows is None else rows
+    steps = mixed.batch(items // sub_batch, batch_fn=lambda sub_batches: sum(sub_batches, []))
     make = _BatchMaker(
         processor=processor,
         sources=tuple(sources),
@@ -160,7 +163,10 @@ class _BatchMaker:
         queries = [(record["query"], f"{label}, query") for record, label in zip(records, labels, strict=True)]
         positives = [(record["positive"], f"{label}, positive") for record, label in zip(records, labels, strict=True)]
         negatives = [item for record, label in zip(records, labels, strict=True) for item in self._negatives(record, label)]
+        mask = np.array([item is not None for item in negatives], bool).reshape(len(records), self.negatives)
         return {
+            "negative_mask": mask,
+            "source": np.array([reference.source for reference in references], np.int32),
             "query": _side(queries, self.processor.query, self.queries, self.processor),
             "candidate": _side(positives + negatives, self.processor.candidate, self.candidates, self.processor),
         }
@@ -171,15 +177,14 @@ class _BatchMaker:
             return source.compose(reference.row, reference.epoch, step)
         return source[reference.row]
 
-    def _negatives(self, record: dict, label: str) -> list[tuple[dict, str]]:
-        found = record.get("negatives", [])
-        if len(found) < self.negatives:
-            raise UserError(f"{label}: has {len(found)} hard negatives, but config.data.negatives={self.negatives}")
-        return [(item, f"{label}, negative {number}") for number, item in enumerate(found[: self.negatives])]
+    def _negatives(self, record: dict, label: str) -> list[tuple[dict, str] | None]:
+        """The first K of a record; None in place of those that it lacks."""
+        found = [(item, f"{label}, negative {number}") for number, item in enumerate(record.get("negatives", ()))]
+        return (found + [None] * self.negatives)[: self.negatives]
 
 
-def _side(items: list[tuple[dict, str]], encode: Callable, slots: Slots, processor: Processor) -> dict:
-    """Places the items of one side and collates each shape class."""
+def _side(items: list[tuple[dict, str] | None], encode: Callable, slots: Slots, processor: Processor) -> dict:
+    """Places the items of one side and collates each shape class. What is None has any place, and there is nothing for it."""
     longest = max(shape.tokens for shape in slots.shapes)
     room = [count * slots.size for count in slots.microbatches]
 
@@ -191,11 +196,12 @@ def _side(items: list[tuple[dict, str]], encode: Callable, slots: Slots, process
         examples = {}
         places_N2 = np.stack([np.zeros(len(items), int), np.arange(len(items))], axis=1)
     else:
-        examples = {item: example(item) for item in range(len(items))}
-        sizes_N2 = np.array([_size(examples[item]) for item in range(len(items))])
-        places_N2 = place((sizes_N2[:, None] <= np.array(slots.shapes)).all(axis=-1), room)
+        examples = {number: example(number) for number, item in enumerate(items) if item is not None}
+        sizes_N2 = np.array([_size(one) for one in examples.values()])
+        places_N2 = np.zeros((len(items), 2), int)
+        places_N2[list(examples)] = place((sizes_N2[:, None] <= np.array(slots.shapes)).all(axis=-1), room)
 
-    taken = {(shape, row): item for item, (shape, row) in enumerate(places_N2.tolist())}
+    taken = {tuple(places_N2[number].tolist()): number for number, item in enumerate(items) if item is not None}
     if lost := [item for item, (shape, _) in enumerate(places_N2.tolist()) if shape < 0]:
         raise UserError(_no_place(items[lost[0]][1], examples[lost[0]], slots, room))
     groups = []

@@ -1,5 +1,6 @@
 """What `eval.py` does."""
 
+import hashlib
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -9,19 +10,30 @@ from metaembed_jax.checkpoints.loading import run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import agree, check_model, read_config
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
+from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import run
+from metaembed_jax.evaluation.mmeb import run as mmeb
 from metaembed_jax.evaluation.sweep import parse_budgets
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_parameters
 from metaembed_jax.sharding import make_mesh
 
+BENCHMARKS = ("mmeb",)
 
-def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, out: Path, budgets: str | None) -> None:
-    """Prints the table of the best checkpoint's test split, and writes results.json and quality.png to `out`.
+
+def evaluate_checkpoint(
+    config: ConfigDict, checkpoint: Path, out: Path, budgets: str | None, benchmark: str | None = None, files: Path | None = None
+) -> None:
+    """Prints the table of the best checkpoint, and writes results to `out`.
+
+    Args:
+      benchmark: one of `BENCHMARKS`, on the `files` it was fetched to; None: the test split of the config's first source.
 
     Raises:
-      UserError: no such run, one of another model, or budgets beyond it.
+      UserError: no such run, one of another model, budgets beyond it, or files that are no such benchmark.
     """
+    if benchmark is not None and (benchmark not in BENCHMARKS or files is None):
+        raise UserError(f"--benchmark={benchmark}: there are {', '.join(BENCHMARKS)}; --from says where its files are")
     agree(config)
     check_config(config)
     run_config = read_config(checkpoint)
@@ -33,10 +45,18 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, out: Path, budgets
     if budgets is not None:
         chosen = parse_budgets(budgets, (config.query_tokens, config.candidate_tokens))
     mesh, network = make_mesh(**config.mesh), model_config(config)
-    hosts.first_then_others(lambda: [sources.prepare(name, config.data.dir) for name, *_ in config.data.sources])
+    if benchmark is None:
+        hosts.first_then_others(lambda: [sources.prepare(name, config.data.dir) for name, *_ in config.data.sources])
     abstract, frozen = abstract_parameters(network, mesh), abstract_parameters(network, mesh, config.frozen_dtype)
     step, parameters = run_parameters(checkpoint, config, abstract, frozen)
     model = MetaEmbed(network, parameters, run_processor(config, checkpoint / "tokenizer.json"), mesh)
+    if benchmark is not None:
+        identity = hashlib.sha256(f"{step} {config.to_json()}".encode() + model.meta_tokens.tobytes()).hexdigest()
+        table = mmeb.evaluate(model, identity, files, chosen, out, progress=hosts.is_first())
+        if hosts.is_first():
+            print(f"\n{checkpoint}: {benchmark}, best checkpoint (step {step})\n{table}")
+        hosts.wait_for_all("evaluated")
+        return
     results = run.evaluate(model, config, "test", chosen, progress=hosts.is_first())
     if hosts.is_first():
         print(f"\n{checkpoint}: test split, best checkpoint (step {step})\n{run.report(results, config, out, step)}")

@@ -54,7 +54,7 @@ def write_results(path: str | os.PathLike, results: dict, config: dict, data_fin
         raise UserError(
             f"{path} not written: the results hold NaN or an infinity; look for it in the metrics and the config"
         ) from error
-    _write(Path(path), (text + "\n").encode())
+    write_file(Path(path), (text + "\n").encode())
 
 
 def read_results(path: str | os.PathLike) -> dict:
@@ -68,7 +68,7 @@ def read_results(path: str | os.PathLike) -> dict:
     return results
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Writes beside the path, then renames: a reader or a crash never meets half a file."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -117,7 +117,7 @@ def plot(path: str | os.PathLike, labelled: Sequence[tuple[str, dict]]) -> None:
     figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 6), frameon=False)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
-    _write(Path(path), content.getvalue())
+    write_file(Path(path), content.getvalue())
 
 
 def _draw_panel(panel, shown: Sequence[tuple[str, dict]], cost: str) -> None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS, Budget, validate_groups
@@ -39,6 +39,8 @@ def matryoshka_loss(
     mesh: Mesh | None = None,
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
     chunk: int | None = None,
+    negative_mask: Bool[Array, "B K"] | None = None,
+    sources: Int[Array, "B"] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Cross-entropy from queries to candidates, for each group, averaged over the queries.
 
@@ -50,6 +52,8 @@ def matryoshka_loss(
       normalization: "code" divides the sum over groups by their number, "paper" does not.
       mesh: the batch is split over its `batch_axes` and repeated over the others; None is one device.
       chunk: queries at a time; None chooses by memory. It changes no value.
+      negative_mask: false for hard negatives that are none, only there to fill the array; None: all count.
+      sources: of each pair, a number. Given, positives of other sources are no candidates of a query.
 
     Returns:
       The loss, and for each group "loss/r_q:r_c" and "accuracy/r_q:r_c" (the share of queries whose positive scores strictly
@@ -64,6 +68,11 @@ def matryoshka_loss(
         negatives = jnp.zeros((candidate_BRD.shape[0], 0, *candidate_BRD.shape[1:]), candidate_BRD.dtype)
     negatives = jnp.asarray(negatives)
     _check(query_BRD, candidate_BRD, negatives, normalization, temperature, chunk)
+    negative_mask = jnp.ones(negatives.shape[:2], bool) if negative_mask is None else jnp.asarray(negative_mask)
+    sources = jnp.zeros(len(query_BRD), jnp.int32) if sources is None else jnp.asarray(sources)
+    if negative_mask.shape != negatives.shape[:2] or sources.shape != query_BRD.shape[:1]:
+        shapes = f"negative_mask {negative_mask.shape} and sources {sources.shape}"
+        raise UserError(f"matryoshka_loss: {shapes}: expected {negatives.shape[:2]} and {query_BRD.shape[:1]}")
     groups = validate_groups(groups, query_BRD.shape[1], candidate_BRD.shape[1])
     shards = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in batch_axes]))
     if query_BRD.shape[0] % shards:
@@ -74,6 +83,8 @@ def matryoshka_loss(
         query_BRD[:, : groups[-1][0]],
         candidate_BRD[:, : groups[-1][1]],
         negatives[:, :, : groups[-1][1]],
+        negative_mask,
+        sources,
         jnp.float32(temperature),
         groups=groups,
         mesh=mesh,
@@ -103,30 +114,33 @@ def _check(query, candidate, negatives, normalization, temperature, chunk):
 
 
 @partial(jax.jit, static_argnames=("groups", "mesh", "batch_axes", "chunk"))
-def _group_losses(query_BRD, candidate_BRD, negatives_BKRD, temperature, *, groups, mesh, batch_axes, chunk):
+def _group_losses(query_BRD, candidate_BRD, negatives_BKRD, mask_BK, source_B, temperature, *, groups, mesh, batch_axes, chunk):
     """(losses [G], accuracies [G]) over the global batch."""
     if mesh is None:
-        sums = _sums(query_BRD, candidate_BRD, negatives_BKRD, temperature, 0, groups, chunk)
+        counts_BM = jnp.concatenate([source_B[:, None] == source_B, mask_BK], axis=1)
+        sums = _sums(query_BRD, candidate_BRD, negatives_BKRD, counts_BM, temperature, 0, groups, chunk)
     else:
-        split = PartitionSpec(batch_axes)
+        split, whole = PartitionSpec(batch_axes), PartitionSpec()
 
-        @partial(jax.shard_map, mesh=mesh, in_specs=(split, split, split, PartitionSpec()), out_specs=PartitionSpec())
-        def sums_of_shards(query_BRD, candidate_BRD, negatives_BKRD, temperature):
+        @partial(jax.shard_map, mesh=mesh, in_specs=(split, split, split, split, split, whole, whole), out_specs=whole)
+        def sums_of_shards(query_BRD, candidate_BRD, negatives_BKRD, mask_BK, source_B, source_N, temperature):
             first = jax.lax.axis_index(batch_axes) * query_BRD.shape[0]
             with jax.named_scope("gather"):
                 candidate_NRD = jax.lax.all_gather(candidate_BRD, batch_axes, tiled=True)
-            sums = _sums(query_BRD, candidate_NRD, negatives_BKRD, temperature, first, groups, chunk)
+            counts_BM = jnp.concatenate([source_B[:, None] == source_N, mask_BK], axis=1)
+            sums = _sums(query_BRD, candidate_NRD, negatives_BKRD, counts_BM, temperature, first, groups, chunk)
             return jax.lax.psum(sums, batch_axes)
 
-        sums = sums_of_shards(query_BRD, candidate_BRD, negatives_BKRD, temperature)
+        sums = sums_of_shards(query_BRD, candidate_BRD, negatives_BKRD, mask_BK, source_B, source_B, temperature)
     return tuple(values_G / query_BRD.shape[0] for values_G in sums)
 
 
-def _sums(query_BRD, candidate_NRD, negatives_BKRD, temperature, first, groups, chunk):
+def _sums(query_BRD, candidate_NRD, negatives_BKRD, counts_BM, temperature, first, groups, chunk):
     """(losses [G], hits [G]) summed over this device's queries; their positives are candidates first, first + 1, ..."""
     queries = query_BRD.shape[0]
     positive_B = first + jnp.arange(queries)
     margins_GBM = _margins(query_BRD, candidate_NRD, negatives_BKRD, positive_B, groups, chunk)
+    margins_GBM = jnp.where(counts_BM, margins_GBM, -jnp.inf)
     # The positive's own margin is 0, so minus its log-probability is the log of the sum.
     losses_G = jax.nn.logsumexp(margins_GBM / temperature, axis=2).sum(1)
     is_positive_BM = jnp.arange(margins_GBM.shape[2]) == positive_B[:, None]

@@ -109,6 +109,8 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict:
     batch = {
         "query": _side(slots(config, "query_shapes", pairs, window, rows), pairs, _patch_dim(config)),
         "candidate": _side(slots(config, "candidate_shapes", items, window, rows), items, _patch_dim(config)),
+        "negative_mask": jax.ShapeDtypeStruct((pairs, config.data.negatives), bool),
+        "source": jax.ShapeDtypeStruct((pairs,), jnp.int32),
     }
     return jax.tree.map_with_path(lambda path, x: _abstract(x.shape, x.dtype, batch_sharding(mesh, path, len(x.shape))), batch)
 

@@ -25,6 +25,8 @@ from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding, put_
 from metaembed_jax.trained import join, paths, split, trained_paths
 from metaembed_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 
+WHOLE = ("order", "negative_mask", "source")  # arrays of a batch that every host has all of
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,8 @@ def make_loss(config: ConfigDict, mesh: Mesh) -> Callable:
                 temperature=config.temperature,
                 normalization=config.normalization,
                 mesh=mesh,
+                negative_mask=batch["negative_mask"],
+                sources=batch["source"] if config.data.within_source else None,
             )
 
     return loss
@@ -239,13 +243,13 @@ def put_batch(batch: dict, mesh: Mesh) -> dict:
     """This host's part of a batch onto the mesh."""
 
     def put(path, x):
-        return put_whole(x, mesh) if path[-1].key == "order" else put_rows(x, mesh, axis=1)
+        return put_whole(x, mesh) if path[-1].key in WHOLE else put_rows(x, mesh, axis=1)
 
     return jax.tree.map_with_path(put, batch)
 
 
 def batch_sharding(mesh: Mesh, path: tuple, rank: int) -> NamedSharding:
-    """How an array of a batch lies, by its path there: items of a microbatch over the batch axes, `order` replicated."""
-    if path[-1].key == "order":
+    """How an array of a batch lies, by its path there: items of a microbatch over the batch axes, what is `WHOLE` replicated."""
+    if path[-1].key in WHOLE:
         return replicated(mesh)
     return named_sharding(mesh, (None, "batch") + (None,) * (rank - 2))

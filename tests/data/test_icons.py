@@ -188,5 +188,5 @@ def test_a_missing_font_and_an_unknown_source_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(icons, "FONTS", ("comic-sans",))
     with pytest.raises(UserError, match="comic-sans"):
         icons.font_files()
-    with pytest.raises(UserError, match="no source 'photos'; there are icons, boards"):
+    with pytest.raises(UserError, match="photos holds no complete preparation of a source .photos."):
         sources.prepare("photos", tmp_path)

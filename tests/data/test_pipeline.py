@@ -34,6 +34,7 @@ def config(batch=8, microbatch=None, shapes=((64, 64),), names=(("a", 1.0, 0),),
         "query_shapes": ((48, 0),),
         "candidate_shapes": shapes,
         "curriculum": (),
+        "sub_batch": 0,
         "page_side": 224,
         "augment": False,
         **data,
@@ -254,14 +255,34 @@ def test_an_unreadable_image_is_named_by_source_and_row(processor, broken):
         next(iterate(dataset, 0, 1))
 
 
-def test_a_missing_hard_negative_and_an_empty_source_are_named(processor):
-    records = [record(number, negatives=[{"text": "n"}] * (number != 6)) for number in range(8)]
-    with pytest.raises(UserError, match="source 'a', row 6: has 0 hard negatives, but config.data.negatives=1"):
-        training_batches(config(negatives=1), processor, [records])[0]
+@pytest.mark.parametrize("shapes", [((64, 64),), ((48, 0), (64, 64))], ids=["one class", "two classes"])
+def test_lacking_hard_negatives_are_masked_and_take_no_row(processor, shapes):
+    records = [record(number, negatives=[{"text": WORDS[number + 50]}] * (number % 3)) for number in range(8)]
+    source = Watched(records)
+    batch = training_batches(config(negatives=2, shapes=shapes), processor, [source])[0]
+    drawn = [row for _, _, row in source.asked]
+    np.testing.assert_array_equal(batch["negative_mask"], [[place < row % 3 for place in range(2)] for row in drawn])
+    rows = sum(int((group["mask"].sum(axis=-1) > 1).sum()) for group in batch["candidate"]["groups"])
+    assert rows == 8 + batch["negative_mask"].sum()
+    assert batch["candidate"]["order"].shape == (24,) and batch["candidate"]["order"].min() >= 0
+
+
+def test_sub_batches_are_of_one_source_and_say_which(processor):
+    sources = [[record(number) for number in range(start, start + 24)] for start in (0, 24)]
+    mixed = config(batch=16, microbatch=8, names=(("a", 1.0, 0), ("b", 3.0, 0)), sub_batch=4)
+    dataset = training_batches(mixed, processor, sources)
+    drawn = np.concatenate([dataset[step]["source"] for step in range(8)])
+    assert (drawn.reshape(-1, 4) == drawn[::4, None]).all()
+    assert np.bincount(drawn).tolist() == [32, 96]
+    with pytest.raises(UserError, match="config.batch_size=16 must be a multiple of config.data.sub_batch=5"):
+        training_batches(config(batch=16, sub_batch=5), processor, sources[:1])
+
+
+def test_an_empty_source_is_named(processor):
     with pytest.raises(UserError, match="source 'a' has no training records"):
         training_batches(config(), processor, [[]])
     with pytest.raises(UserError, match="config.data.sources: the weight of 'a' is 0"):
-        training_batches(config(names=(("a", 0, 0),)), processor, [records])
+        training_batches(config(names=(("a", 0, 0),)), processor, [[record(0)]])
 
 
 def test_the_curriculum_follows_the_step(processor, data_dir):

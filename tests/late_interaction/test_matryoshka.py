@@ -64,8 +64,10 @@ def relative(actual, expected):
     return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
-def assert_matches(vectors, groups, normalization="code", **options):
-    expected, expected_gradients, losses, accuracies = matryoshka(*vectors, groups, normalization=normalization)
+def assert_matches(vectors, groups, normalization="code", negative_mask=None, sources=None, **options):
+    counts = {"negative_mask": negative_mask, "sources": sources}
+    expected, expected_gradients, losses, accuracies = matryoshka(*vectors, groups, normalization=normalization, **counts)
+    options |= counts
     (value, metrics), gradients = value_and_gradients(*vectors, groups=groups, normalization=normalization, **options)
     assert relative(value, expected) < TOLERANCE
     for actual, wanted in zip(gradients, expected_gradients, strict=True):
@@ -99,6 +101,17 @@ def test_equals_the_reference(groups, negatives):
     assert scores.max() / 0.03 > 300
     loss = assert_matches(batch, groups)
     assert 0.1 < loss < 10
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_masked_negatives_and_other_sources_do_not_count(sharded):
+    batch, rng = make_batch(16, 3), np.random.default_rng(2)
+    mask, sources = rng.random((16, 3)) < 0.5, rng.integers(0, 3, 16)
+    assert mask.any() and not mask.all()
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "fsdp")) if sharded else None
+    both = assert_matches(batch, GROUPS, mesh=mesh, negative_mask=mask, sources=sources)
+    one = assert_matches(batch, GROUPS, mesh=mesh, negative_mask=mask)
+    assert both < one < assert_matches(batch, GROUPS, mesh=mesh)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 12, 100])

@@ -28,7 +28,8 @@ trainer = make_trainer(config, mesh)
 state, found = trainer.init(), {"losses": []}
 for step in range(10):
     batch = dataset[step]
-    for side, part in batch.items():
+    for side in ("query", "candidate"):
+        part = batch[side]
         found |= {f"{step}/{side}/{key}": rows for key, rows in part["groups"][0].items()} | {f"{step}/{side}/order": part["order"]}
     state, figures = trainer.step(state, put_batch(batch, mesh))
     found["losses"].append(float(figures["loss"]))

@@ -1,44 +1,88 @@
-"""The sources that are prepared and read here, by name.
+"""The sources of training pairs, by name: a folder of `config.data.dir` each.
 
-A source is a module with `prepare(data_dir) -> marker`, `training(data_dir, config) -> sequence of records` and
-`retrieval(data_dir, split) -> Retrieval`. It is imported when it is asked for.
+Some are made here, of nothing but installed packages (`GENERATED`), the first time they are asked for. All others are prepared once
+from files (`READERS`), by `python -m metaembed_jax prepare --source=KIND --from=PATH`; one kind may make several sources.
+
+A generated source is a module with `prepare(data_dir) -> marker`, `training(data_dir, config) -> sequence of records` and
+`retrieval(data_dir, split) -> Retrieval`. Modules are imported when they are asked for.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 from ml_collections import ConfigDict
 
 from metaembed_jax.errors import UserError
 
-SOURCES = {"icons": "metaembed_jax.data.sources.icons", "boards": "metaembed_jax.data.sources.boards"}
-
-
-def source(name: str) -> ModuleType:
-    """The module of a source. Raises UserError, naming those that there are, for any other name."""
-    if name not in SOURCES:
-        raise UserError(f"no source {name!r}; there are {', '.join(SOURCES)}")
-    return importlib.import_module(SOURCES[name])
+GENERATED = {"icons": "metaembed_jax.data.sources.icons", "boards": "metaembed_jax.data.sources.boards"}
+# Of each kind, the module, the function that finds its parts in a folder (or file), and what --from is.
+READERS = {
+    "mmeb": ("mmeb", "parts", "the folder of TIGER-Lab/MMEB-train: its original split"),
+    "mmeb_diverse": ("mmeb", "diverse_parts", "the same folder: its diverse_instruction split"),
+    "mined": ("mmeb", "mined_parts", "a folder of MMEB-train with mined negatives and images inline"),
+    "colpali": ("pages", "parts", "the folder of vidore/colpali_train_set"),
+    "pairs": ("pairs", "parts", "a .jsonl or .parquet file of your own pairs"),
+}
 
 
 def prepare(name: str, data_dir: str | Path) -> dict:
-    """Prepares a source in `data_dir`/`name` unless it is there already.
+    """The marker of a prepared source: {"version", "fingerprint", and counts}. What is generated is prepared first, if need be.
 
-    Returns:
-      Its marker: {"version", "fingerprint", and counts}.
+    Raises:
+      UserError: it is not prepared, and cannot be made of nothing.
     """
-    return source(name).prepare(data_dir)
+    from metaembed_jax.data.sources import records, writing
+
+    if name in GENERATED:
+        return importlib.import_module(GENERATED[name]).prepare(data_dir)
+    marker = records.read_marker(Path(data_dir) / name, writing.VERSION)
+    if marker is None:
+        raise UserError(
+            f"{Path(data_dir) / name} holds no complete preparation of a source {name!r}: "
+            f"run `python -m metaembed_jax prepare --source=KIND --from=PATH --out={data_dir}` (--help says what kinds there are)"
+        )
+    return marker
+
+
+def prepare_from(kind: str, path: str | Path, out: str | Path, workers: int, skips: int) -> dict[str, dict]:
+    """Prepares all sources that files hold: {name: marker}. What is there already stays.
+
+    Raises:
+      UserError: no such kind, files that are not of it, or bad rows; names the first.
+    """
+    from metaembed_jax.data.sources import writing
+
+    if kind not in READERS:
+        raise UserError(f"no source {kind!r}; there are {', '.join([*GENERATED, *READERS])}")
+    parts = _reader(kind)(Path(path))
+    if taken := [part.name for part in parts if part.name in GENERATED]:
+        raise UserError(f"{path}: a source cannot be named {taken[0]!r}, which is generated; rename it")
+    return {part.name: writing.write_part(part, Path(out), workers, skips) for part in parts}
 
 
 def training_records(config: ConfigDict) -> list[Sequence]:
-    """The training split of each entry of `config.data.sources`, for `pipeline.training_batches`; prepares what is missing."""
-    for name, *_ in config.data.sources:
+    """The training split of each entry of `config.data.sources`, for `pipeline.training_batches`; generates what is missing."""
+    from metaembed_jax.data.sources import records, writing
+
+    def of(name: str) -> Sequence:
         prepare(name, config.data.dir)
-    return [source(name).training(config.data.dir, config) for name, *_ in config.data.sources]
+        if name in GENERATED:
+            return importlib.import_module(GENERATED[name]).training(config.data.dir, config)
+        return records.open_split(Path(config.data.dir) / name, writing.VERSION, "train")
+
+    return [of(name) for name, *_ in config.data.sources]
 
 
 def retrieval(name: str, data_dir: str | Path, split: str):
     """The search task of a source's validation or test split: `records.Retrieval`."""
-    return source(name).retrieval(data_dir, split)
+    from metaembed_jax.data.sources import records, writing
+
+    if name in GENERATED:
+        return importlib.import_module(GENERATED[name]).retrieval(data_dir, split)
+    return records.pairs_retrieval(records.open_split(Path(data_dir) / name, writing.VERSION, split))
+
+
+def _reader(kind: str) -> Callable:
+    module, function, _ = READERS[kind]
+    return getattr(importlib.import_module(f"metaembed_jax.data.sources.{module}"), function)

@@ -132,3 +132,16 @@ class Retrieval(NamedTuple):
     queries: list[dict]
     candidates: list[dict]
     relevance: list[set[int]]
+
+
+def pairs_retrieval(pairs: Sequence[dict]) -> Retrieval:
+    """Pairs as a search task: every query looks for its positive among all of them, equal ones being one candidate."""
+    numbers, candidates, relevance = {}, [], []
+    for record in pairs:
+        positive = record["positive"]
+        key = positive.get("text"), positive.get("image")
+        if key not in numbers:
+            numbers[key] = len(candidates)
+            candidates.append(positive)
+        relevance.append({numbers[key]})
+    return Retrieval([record["query"] for record in pairs], candidates, relevance)

@@ -1,0 +1,107 @@
+"""Images by the paths that a table names: from a folder, or from the ZIP archives that such a folder is delivered in.
+
+No path leaves the folder. Images are checked before they are copied anywhere: of bounded size, and whole.
+"""
+
+import dataclasses
+import io
+import zipfile
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from metaembed_jax.data.images import check_size
+from metaembed_jax.errors import UserError
+
+LARGEST_FILE = 128 * 2**20  # bytes of an encoded image
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+    """A folder of images. Survives pickling.
+
+    Attributes:
+      root: what paths are relative to.
+      archives: ZIP files whose members stand where they would be extracted to under `root`; files beside them come first.
+    """
+
+    root: Path
+    archives: tuple[Path, ...] = ()
+
+    def read(self, path: str) -> bytes:
+        """The encoded image at a path, checked by `check_image`.
+
+        Raises:
+          UserError: as `find`; or a broken image, or a very large file.
+        """
+        archive, where = self.find(path)
+        if archive:
+            return check_image(_member(_open_archive(archive), archive, where), f"{archive}:{where}")
+        if Path(where).stat().st_size > LARGEST_FILE:
+            raise UserError(f"the image {where} has {Path(where).stat().st_size} bytes; at most {LARGEST_FILE} are read")
+        return check_image(Path(where).read_bytes(), where)
+
+    def find(self, path: str) -> tuple[Path | None, str]:
+        """Where an image is: (archive, member), or (None, file).
+
+        Raises:
+          UserError: no such image, or one outside of the folder.
+        """
+        relative = PurePosixPath(path)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise UserError(f"the image path {path!r} leads out of {self.root}; write it relative to that folder")
+        file = self.root / relative
+        if file.is_file():
+            if not file.resolve().is_relative_to(self.root.resolve()):
+                raise UserError(f"the image {file} is a link out of {self.root}; copy it there")
+            return None, str(file)
+        for archive in self.archives:
+            if str(relative) in _open_archive(archive).NameToInfo:
+                return archive, str(relative)
+        raise UserError(f"the image {file} is missing{self._hint(relative)}")
+
+    def _hint(self, relative: PurePosixPath) -> str:
+        """Where it would be found, if the paths were one level more or less deep."""
+        others = [PurePosixPath(*relative.parts[1:]), *(PurePosixPath(name) / relative for name in ("images", "eval_images"))]
+        for other in others:
+            if other.parts and (self.root / other).is_file():
+                return f", but {self.root / other} is there: the images lie one level off; move them so that the paths fit"
+        return ""
+
+
+def check_image(encoded: bytes, name: str) -> bytes:
+    """The same bytes, if they are a whole image of bounded size. JPEGs are read at an eighth of their size, which finds any cut.
+
+    Raises:
+      UserError: names the image and what is wrong.
+    """
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        check_size(image, name)
+        image.draft("RGB", (1, 1))
+        image.load()
+    except UserError:
+        raise
+    except Exception as error:  # decoders of broken bytes raise errors of every kind
+        raise UserError(f"the image {name} cannot be read ({' '.join(str(error).split())}); repair or remove it") from error
+    return encoded
+
+
+@lru_cache(maxsize=64)
+def _open_archive(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: is no ZIP archive that can be read ({error}); fetch it again") from error
+
+
+def _member(opened: zipfile.ZipFile, archive: Path, name: str) -> bytes:
+    size = opened.getinfo(name).file_size
+    if size > LARGEST_FILE:
+        raise UserError(f"the image {archive}:{name} has {size} bytes; at most {LARGEST_FILE} are read")
+    try:
+        with opened.open(name) as file:
+            return file.read(LARGEST_FILE)  # an archive may lie about the size
+    except (OSError, RuntimeError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise UserError(f"the image {archive}:{name} cannot be read ({error}); fetch the archive again") from error

@@ -1,0 +1,234 @@
+"""Tables of rows to prepared sources: records in shards of ArrayRecord, written side by side, each of them once.
+
+    OUT/{source}/{version}.part/            while it is written
+        job.json                            what is being prepared: another job starts anew
+        pairs-train.array_record-00007-of-00098, 00007.json     a shard, then what is known of it
+    OUT/{source}/{version}/                 complete, and readable by TensorFlow Datasets
+
+A killed preparation goes on with the shards that are missing. `HELD_OUT` rows each, drawn once from all, are the splits
+`validation` and `test`; a small source gives a tenth of its rows at most.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core import example_serializer, naming
+from tqdm import tqdm
+
+from metaembed_jax.data.sources import records
+from metaembed_jax.data.sources.tables import Table
+from metaembed_jax.errors import UserError
+
+VERSION = "1.0.0"
+SHARD_ROWS = 1024
+HELD_OUT = 256
+FILES = "pairs"  # what TensorFlow Datasets calls the data set, which knows no names such as A-OKVQA
+TYPES = (
+    ("text", lambda item: "image" not in item),
+    ("image", lambda item: "text" not in item),
+    ("image and text", lambda item: True),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What becomes one prepared source.
+
+    Attributes:
+      name: of the source, and of its folder.
+      table: its rows.
+      record: a row to a record. Survives pickling; raises UserError without naming the row.
+    """
+
+    name: str
+    table: Table
+    record: Callable[[dict], dict]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    part: Part
+    directory: Path
+    number: int
+    of: int
+    skips: int
+
+    def path(self, split: str) -> Path:
+        return self.directory / f"{FILES}-{split}.array_record-{self.number:05}-of-{self.of:05}"
+
+    @property
+    def about(self) -> Path:
+        return self.directory / f"{self.number:05}.json"
+
+
+def need_columns(table: Table, names: Sequence[str]) -> None:
+    """Raises UserError, naming file and columns, where one is missing."""
+    there = table.columns()
+    if missing := [name for name in names if name not in there]:
+        raise UserError(f"{table.files[0]}: lacks the column {', '.join(missing)}; it has {', '.join(sorted(there))}")
+
+
+def write_part(part: Part, out: Path, workers: int, skips: int) -> dict:
+    """Prepares one part in `out`/`part.name`; already done, does nothing.
+
+    Args:
+      workers: processes beside this one; 0 for none.
+      skips: how many bad rows are left out, with a line for each, before the next one stops the job.
+
+    Returns:
+      The marker: {"version", "fingerprint", "rows" of each split, "queries" and "positives" of each type, "negatives", "bytes",
+      "skipped"}.
+
+    Raises:
+      UserError: too many bad rows; names the first by file and row.
+    """
+    source_dir = out / part.name
+    if marker := records.read_marker(source_dir, VERSION):
+        return marker
+    directory = source_dir / f"{VERSION}.part"
+    _start(directory, part)
+    count = -(-len(part.table) // SHARD_ROWS)
+    shards = [_Shard(part, directory, number, count, skips) for number in range(count)]
+    bar = tqdm(total=len(part.table), desc=part.name, unit="row", mininterval=0.5)
+    done = [json.loads(shard.about.read_text()) if shard.about.is_file() else None for shard in shards]
+    bar.update(sum(one["read"] for one in done if one))
+    todo = [number for number, one in enumerate(done) if one is None]
+    with bar:
+        for number, one in zip(todo, _run([shards[number] for number in todo], workers), strict=True):
+            done[number] = one
+            bar.update(one["read"])
+            _refuse(done, skips, bar)
+    _refuse(done, skips, bar)
+    return _finish(part, directory, done)
+
+
+def _start(directory: Path, part: Part) -> None:
+    """Makes the folder of a job, empty unless it holds shards of this very one."""
+    files = [[str(file), file.stat().st_size] for file in part.table.files]
+    job = json.dumps({"files": files, "rows": len(part.table), "shard_rows": SHARD_ROWS})
+    described = directory / "job.json"
+    if not described.is_file() or described.read_text() != job:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        described.write_text(job)
+
+
+def _run(shards: Sequence[_Shard], workers: int):
+    """What `_write_shard` says of each, in order."""
+    if not workers:
+        yield from map(_write_shard, shards)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            yield from pool.map(_write_shard, shards)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _write_shard(shard: _Shard) -> dict:
+    """Writes the rows of one shard, and then what there is to know of them."""
+    table, first = shard.part.table, shard.number * SHARD_ROWS
+    serializer = example_serializer.ExampleSerializer(records.features().get_serialized_info())
+    held = _held_out(len(table))
+    files = {split: shard.path(split).with_suffix(".tmp") for split in records.SPLITS}
+    writers = {split: ArrayRecordWriter(str(file), "group_size:1") for split, file in files.items()}
+    about = {"read": 0, "rows": dict.fromkeys(records.SPLITS, 0), "negatives": 0, "bytes": 0, "skipped": []}
+    about |= {side: {name: 0 for name, _ in TYPES} for side in ("queries", "positives")}
+    digest = hashlib.sha256()
+    for number, row in enumerate(table.read(first, min(first + SHARD_ROWS, len(table))), first):
+        about["read"] += 1
+        try:
+            made = shard.part.record(row)
+        except UserError as error:
+            about["skipped"].append(f"{table.place(number)}: {error}")
+            if len(about["skipped"]) > shard.skips:
+                break
+            continue
+        raw = serializer.serialize_example(records.features().encode_example(records.to_example(made)))
+        split = held.get(number, "train")
+        writers[split].write(raw)
+        digest.update(_digest(made))
+        about["rows"][split] += 1
+        about["bytes"] += len(raw)
+        about["negatives"] += len(made["negatives"])
+        for side, item in (("queries", made["query"]), ("positives", made["positive"])):
+            about[side][next(name for name, fits in TYPES if fits(item))] += 1
+    for writer in writers.values():
+        writer.close()
+    if len(about["skipped"]) <= shard.skips:
+        for split, file in files.items():
+            os.replace(file, shard.path(split))
+        temporary = shard.about.with_suffix(".tmp")
+        temporary.write_text(json.dumps(about | {"digest": digest.hexdigest()}))
+        os.replace(temporary, shard.about)
+    return about | {"digest": digest.hexdigest()}
+
+
+def _digest(record: dict) -> bytes:
+    """Of what a record says; its bytes on disk may have their keys in any order."""
+    items = [record["query"], record["positive"], *record["negatives"]]
+    said = [(item.get("text", ""), hashlib.sha256(item.get("image", b"")).hexdigest()) for item in items]
+    return hashlib.sha256(repr((record["source"], said)).encode()).digest()
+
+
+def _held_out(rows: int) -> dict[int, str]:
+    """The rows that are not trained on, and their split."""
+    count = min(HELD_OUT, rows // 20)
+    chosen = np.random.default_rng(0).permutation(rows)[: 2 * count].tolist()
+    return {row: "validation" if place < count else "test" for place, row in enumerate(chosen)}
+
+
+def _refuse(done: Sequence[dict | None], skips: int, bar: tqdm) -> None:
+    bad = [line for one in done if one for line in one["skipped"]]
+    if len(bad) > skips:
+        more = f" (and {len(bad) - 1} more so far; --skip allows {skips})" if len(bad) > 1 else "; --skip=N leaves out N bad rows"
+        raise UserError(f"{bad[0]}{more}")
+
+
+def _finish(part: Part, directory: Path, done: Sequence[dict]) -> dict:
+    """Makes a folder of TensorFlow Datasets out of the shards, and moves it to its place."""
+    for one in done:
+        for line in one["skipped"]:
+            print(f"left out: {line}", flush=True)
+    template = naming.ShardedFileTemplate(data_dir=directory, dataset_name=FILES, filetype_suffix="array_record")
+    lengths = {split: [one["rows"][split] for one in done] for split in records.SPLITS}
+    splits = [tfds.core.SplitInfo(split, length, 0) for split, length in lengths.items()]
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory, features=records.features(), split_infos=splits, filename_template=template, check_data=False
+    )
+
+    def total(*keys):
+        values = []
+        for one in done:
+            for key in keys:
+                one = one[key]
+            values.append(one)
+        return sum(values)
+
+    digest = hashlib.sha256("".join(one["digest"] for one in done).encode())
+    marker = {
+        "version": VERSION,
+        "fingerprint": digest.hexdigest()[:16],
+        "rows": {split: sum(length) for split, length in lengths.items()},
+        **{side: {name: total(side, name) for name, _ in TYPES} for side in ("queries", "positives")},
+        "negatives": total("negatives"),
+        "bytes": total("bytes"),
+        "skipped": sum(len(one["skipped"]) for one in done),
+    }
+    final = directory.with_name(VERSION)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(directory, final)
+    records.write_marker(final.parent, marker)
+    return marker

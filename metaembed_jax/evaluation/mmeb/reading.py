@@ -1,0 +1,116 @@
+"""MMEB's evaluation files, in both published formats, as search tasks.
+
+DIR/{task}/test-*.parquet         qry_text, qry_img_path, tgt_text, tgt_img_path (lists), and in the second format
+                                  qry_inst, tgt_inst
+DIR/eval_images/{task}/...        what the paths are relative to
+DIR/eval_images.zip               or, as delivered, the archive of that folder
+"""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from metaembed_jax.data.sources.files import ImageFolder
+from metaembed_jax.data.sources.mmeb import item
+from metaembed_jax.data.sources.tables import open_table
+from metaembed_jax.data.sources.writing import need_columns
+from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.mmeb.strings import query_string, target_string
+from metaembed_jax.evaluation.mmeb.tasks import Task
+
+COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+
+
+class Questions(NamedTuple):
+    """A task as read.
+
+    Attributes:
+      queries: items; an image is the path of `images` that holds it.
+      candidates: items of all queries, each once.
+      choices: of each query, the candidates to choose from; the first is the right one.
+      images: what reads the paths.
+      fingerprint: of everything above but the pixels.
+    """
+
+    queries: list[dict]
+    candidates: list[dict]
+    choices: list[list[int]]
+    images: ImageFolder
+    fingerprint: str
+
+
+def read_task(task: Task, directory: Path) -> Questions:
+    """Reads one task.
+
+    Raises:
+      UserError: files, columns or images that are missing, or a row that makes no sense; names the file and row.
+    """
+    table = open_table(sorted((directory / task.name).glob("test-*.parquet")))
+    need_columns(table, COLUMNS)
+    images, numbers = _images(directory), {}
+    found = Questions([], [], [], images, "")
+    digest = hashlib.sha256()
+    for number, row in enumerate(table.read(0, len(table))):
+        try:
+            query, targets = _query(task, row), _targets(task, row)
+            for one in (query, *(one for _, one in targets)):
+                if "image" in one:
+                    images.find(one["image"])
+        except UserError as error:
+            raise UserError(f"{table.place(number)}: {error}") from None
+        choices = []
+        for key, one in targets:
+            if key not in numbers:
+                numbers[key] = len(found.candidates)
+                found.candidates.append(one)
+            choices.append(numbers[key])
+        found.queries.append(query)
+        found.choices.append(list(dict.fromkeys(choices)))
+        digest.update(repr((query, targets)).encode())
+    return found._replace(fingerprint=digest.hexdigest()[:16])
+
+
+def available(directory: Path, tasks: tuple[Task, ...]) -> list[Task]:
+    """Those that a folder has.
+
+    Raises:
+      UserError: none.
+    """
+    there = [task for task in tasks if any((directory / task.name).glob("test-*.parquet"))]
+    if not there:
+        raise UserError(f"{directory}: has no {{task}}/test-*.parquet of MMEB; --from is the folder that MMEB-eval was fetched to")
+    return there
+
+
+def _images(directory: Path) -> ImageFolder:
+    archive = directory / "eval_images.zip"
+    return ImageFolder(directory / "eval_images", (archive,) if archive.is_file() else ())
+
+
+def _query(task: Task, row: dict) -> dict:
+    text = row["qry_text"] or ""
+    if "qry_inst" in row:
+        text = query_string(task, row["qry_inst"] or "", text)
+    return item("qry_text", text, row["qry_img_path"], str)
+
+
+def _targets(task: Task, row: dict) -> list[tuple[str, dict]]:
+    """(key, item) of each target: equal keys are one candidate."""
+    texts, paths = list(row["tgt_text"] or ()), list(row["tgt_img_path"] or ())
+    count = max(len(texts), len(paths))
+    if not count:
+        raise UserError("tgt_text and tgt_img_path are empty: a query needs targets, the right one first")
+    if task.kind in ("t2i", "i2i"):
+        texts = texts or [""] * count
+    else:
+        paths = paths or [""] * count
+    if len(texts) != len(paths):
+        raise UserError(f"tgt_text has {len(texts)} entries and tgt_img_path {len(paths)}; there must be as many")
+    captioned = bool((texts[0] or "").strip())
+    targets = []
+    for text, path in zip(texts, paths, strict=True):
+        text = text or ""
+        key = {"t2i": path, "i2i": f"{path}:" + text.strip('"')}.get(task.kind, text)
+        said = target_string(task, row["tgt_inst"] or "", text, captioned) if "tgt_inst" in row else text
+        targets.append((key, item("tgt_text", said, path, str)))
+    return targets

@@ -1,0 +1,41 @@
+"""The strings of MMEB's second format, byte for byte as the benchmark's own evaluation puts them together.
+
+The first format has them ready. In the second (`ziyjiang/MMEB_Test_Instruct`) an instruction, a text and the mark of an image are
+joined, and blanks before a line's end are taken out, so that they equal the first format's:
+
+    i2t, query       IMG + " " + instruction + " " + text, then "\\n"          target: the text as it is
+    qa, i2i, query   the same, the instruction stripped and after a "\\n"      target of qa: the text as it is
+    t2i, query       instruction + " " + text + "\\n"; of VisDial with a second "\\n"
+    target image     IMG + " " + instruction [+ " " + caption] + "\\n"; of i2i without a caption no "\\n"
+"""
+
+from metaembed_jax.data.sources.mmeb import MARK
+from metaembed_jax.evaluation.mmeb.tasks import Task
+
+
+def query_string(task: Task, instruction: str, text: str) -> str:
+    """What a query says, with the mark of its image."""
+    if task.kind == "t2i":
+        return f"{instruction.replace(MARK, '')} {text}\n" + ("\n" if task.name == "VisDial" else "")
+    instruction = instruction.replace(MARK, "")
+    if task.kind in ("qa", "i2i"):
+        instruction = "\n" + instruction.strip()
+    return _joined(instruction, text) + "\n"
+
+
+def target_string(task: Task, instruction: str, caption: str, captioned: bool) -> str:
+    """What a candidate says, with the mark of its image.
+
+    Args:
+      captioned: whether the query's targets have captions, which its first one tells.
+    """
+    if task.kind in ("i2t", "qa"):
+        return caption
+    instruction = instruction.replace(MARK, "")
+    if captioned:
+        return _joined(f"{instruction} {caption}", "") + "\n"
+    return _joined(instruction, "") + ("\n" if task.kind == "t2i" else "")
+
+
+def _joined(instruction: str, text: str) -> str:
+    return f"{MARK} {instruction}{' ' + text if text else ''}".replace(" \n", "\n")
