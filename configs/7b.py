@@ -64,7 +64,7 @@ def get_config(arg=None):
     config.data.candidate_shapes = ((256, 0), (1280, 5120))
     config.data.negatives = 1
     config.data.sub_batch = 32
-    config.batch_size, config.microbatch_size = 384, 64
+    config.batch_size, config.microbatch_size = 384, 128
     config.mesh.fsdp = 8
     config.steps = 4000
     config.optimizer.learning_rate = 1e-4 if arg != "full" else 1e-5

@@ -31,7 +31,7 @@ def plan(config: ConfigDict, slice_name: str, what: str, is_search: bool, as_jso
         plans = search(config, where)
         print(json.dumps([one.to_json() for one in plans]) if as_json else report.describe_search(plans))
         return bool(plans)
-    print(f"compiling {config.name} for {where.name}; the largest take minutes", file=sys.stderr)
+    print(f"compiling {config.name} for {where.name}; the largest take a minute or two", file=sys.stderr)
     made = make_plan(config, what, where)
     if as_json:
         print(json.dumps(made.to_json() | {"verdict": report.verdict(made, config)}))

@@ -2,11 +2,8 @@
 
 import math
 import re
-import tempfile
 import time
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,6 +13,7 @@ from ml_collections import ConfigDict
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning.chips import Chip, Topology
+from metaembed_jax.planning.compiling import compile_program
 from metaembed_jax.planning.cost import Cost, Item, count
 from metaembed_jax.planning.plan import Plan
 from metaembed_jax.planning.programs import PROGRAMS, Program
@@ -24,8 +22,6 @@ from metaembed_jax.training.start import stages
 from metaembed_jax.training.step import run_mesh
 
 UNKNOWN = Cost(0.0, 0.0, {}, (), [], [])
-# The text of the program; and machine code that is scheduled in haste, since it is never run: a seventh of the time less.
-COMPILER_OPTIONS = {"xla_dump_hlo_as_text": True, "xla_jf_vliw_scheduler": False}
 _OUT_OF_MEMORY = re.compile(r"required[^()]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of")
 
 
@@ -53,7 +49,7 @@ def make_plan(config: ConfigDict, what: str, where: Topology) -> Plan:
     mesh = run_mesh(config, where.devices)
     program = PROGRAMS[what](config, mesh)
     began = time.perf_counter()
-    memory, cost, missing, arrays = _compile(program, mesh, _branches(config))
+    memory, cost, missing, arrays = _measure(config, what, where, program, mesh)
     return Plan(
         config=config.name,
         what=what,
@@ -82,14 +78,14 @@ def make_plan(config: ConfigDict, what: str, where: Topology) -> Plan:
     )
 
 
-class _Compiled(NamedTuple):
+class _Measured(NamedTuple):
     """What the compiler says.
 
     Attributes:
       memory: bytes of a device, by what they hold.
       cost: zeros where it is not known.
       missing: what the cost lacks, and why.
-      arrays: the largest, as traced, where nothing was compiled.
+      arrays: the largest, as traced, where the program does not fit.
     """
 
     memory: dict[str, int]
@@ -98,41 +94,22 @@ class _Compiled(NamedTuple):
     arrays: Sequence[Item] = ()
 
 
-def _compile(program: Program, mesh: Mesh, branches: tuple[float, float]) -> _Compiled:
+def _measure(config: ConfigDict, what: str, where: Topology, program: Program, mesh: Mesh) -> _Measured:
     held = {name: shard_bytes(tree) for name, tree in program.arguments.items()}
-    with jax.set_mesh(mesh), warnings.catch_warnings():
-        # What was compiled without a device can be written to JAX's cache, but not read from it.
-        warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
-        traced = program.trace()
-        try:
-            compiled, text = _compile_with_text(traced.lower())
-        except jax.errors.JaxRuntimeError as error:
-            found = _OUT_OF_MEMORY.search(str(error))
-            if not found:
-                raise
-            number, unit = found[1] or found[3], found[2] or found[4]
-            needed = int(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1)))
-            memory = held | {"temporaries": needed - sum(held.values())}
-            return _Compiled(memory, UNKNOWN, "what was compiled, which is nothing", largest_arrays(traced.jaxpr))
-    found = compiled.memory_analysis()
-    memory = held | {
-        "padding": found.argument_size_in_bytes - sum(held.values()),
-        "temporaries": found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes,
-        "program": found.generated_code_size_in_bytes,
-    }
-    cost = count(text, mesh.size, branches)
-    return _Compiled(memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else "")
-
-
-def _compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
-    """A program compiled for a TPU, and the text of what it became.
-
-    The compiler itself writes the text down: `Compiled.as_text` cannot read what libtpu 0.0.52 makes for v5p, v6e and tpu7x.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS | {"xla_dump_to": directory})
-        (text,) = Path(directory).glob("*.after_optimizations.txt")
-        return compiled, text.read_text()
+    compiled = compile_program(config, what, where.name)
+    if compiled.error:
+        found = _OUT_OF_MEMORY.search(compiled.error)
+        if not found:
+            raise UserError(f"the TPU compiler failed on this program: {' '.join(compiled.error.split())[:2000]}")
+        number, unit = found[1] or found[3], found[2] or found[4]
+        needed = int(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1)))
+        with jax.set_mesh(mesh):
+            arrays = largest_arrays(program.trace().jaxpr)
+        memory = held | {"temporaries": needed - sum(held.values())}
+        return _Measured(memory, UNKNOWN, "what was compiled, which is nothing", arrays)
+    memory = held | {"padding": compiled.arguments - sum(held.values()), "temporaries": compiled.temporaries}
+    cost = count(compiled.text, mesh.size, _branches(config))
+    return _Measured(memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else "")
 
 
 def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:

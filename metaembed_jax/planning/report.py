@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from metaembed_jax.planning.chips import GIB, Chip, Topology
 from metaembed_jax.planning.plan import Plan, knob
 
-HELD = "trained frozen optimizer index batch padding temporaries program".split()  # in the order of the report
+HELD = "trained frozen optimizer index batch padding temporaries".split()  # in the order of the report
 Rows = list[tuple[str, str]]
 TABLE = "{:27}{:>11}{:>12}{:>9}{:>11}{:>9}{:>8}{:>11}"
 

@@ -41,7 +41,7 @@ def plan(config, where):
 
 def test_memory(plan):
     assert plan.fits and 0.99 < plan.spare < 1
-    assert set(plan.memory) == {"trained", "frozen", "optimizer", "batch", "padding", "temporaries", "program"}
+    assert set(plan.memory) == {"trained", "frozen", "optimizer", "batch", "padding", "temporaries"}
     assert all(size > 0 for size in plan.memory.values())
     assert plan.memory["optimizer"] > 2 * plan.memory["trained"] > 0.99 * plan.memory["optimizer"]  # two moments
 
