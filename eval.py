@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metaembed_jax import hosts
+from metaembed_jax.config import load_config
 from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.flags import Parser, add_host_flags, parse, run_main
 
@@ -18,9 +19,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--benchmark", help="mmeb; by default the test split of the config's first source is searched")
     parser.add_argument("--from", dest="files", type=Path, help="the folder that the benchmark's files were fetched to")
     add_host_flags(parser)
-    arguments, config = parse(parser, argv)
+    arguments = parse(parser, argv)
     hosts.connect(arguments.coordinator, arguments.hosts, arguments.host)
     with hosts.speaking_once():
+        config = load_config(arguments.config, arguments.overrides)
         out = arguments.out or arguments.checkpoint / "eval"
         evaluate_checkpoint(config, arguments.checkpoint, out, arguments.budgets, arguments.benchmark, arguments.files)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from metaembed_jax import hosts
 from metaembed_jax.checkpoints.workdir import default_workdir
+from metaembed_jax.config import load_config
 from metaembed_jax.flags import Parser, add_host_flags, parse, run_main
 from metaembed_jax.training.loop import train
 
@@ -14,9 +15,10 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="train.py", description=__doc__)
     parser.add_argument("--workdir", type=Path, help="the folder of the run; runs/<config name> by default")
     add_host_flags(parser)
-    arguments, config = parse(parser, argv)
+    arguments = parse(parser, argv)
     hosts.connect(arguments.coordinator, arguments.hosts, arguments.host)
     with hosts.speaking_once():
+        config = load_config(arguments.config, arguments.overrides)
         train(config, arguments.workdir or default_workdir(config))
 
 

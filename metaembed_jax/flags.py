@@ -4,9 +4,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from ml_collections import ConfigDict
-
-from metaembed_jax.config import load_config
 from metaembed_jax.errors import UserError
 
 
@@ -17,16 +14,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
-    """Adds `--config` and `--config.key=value` to a parser's flags, and reads them.
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Adds `--config` and `--config.key=value` to a parser's flags, and reads them; the latter become `overrides`.
+
+    The config itself is for `load_config`, after `hosts.connect`: it is a program, which may use JAX.
 
     Raises:
-      UserError: a flag, key or value that does not exist.
+      UserError: a flag that does not exist.
     """
     add_config(parser)
     overrides, rest = split_overrides(argv)
     arguments = parser.parse_args(rest)
-    return arguments, load_config(arguments.config, overrides)
+    arguments.overrides = overrides
+    return arguments
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

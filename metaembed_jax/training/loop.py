@@ -209,7 +209,7 @@ def _write(config: ConfigDict, results: dict, workdir: Path, step: int) -> None:
 
 def padding(batch: dict) -> float:
     """The fraction of a batch's token positions that hold no token."""
-    masks = [group["mask"] for side in batch.values() for group in side["groups"]]
+    masks = [group["mask"] for side in ("query", "candidate") for group in batch[side]["groups"]]
     return 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
 
 
