@@ -1,7 +1,7 @@
 """Evaluates a model on the tasks of MMEB that a folder has: every budget from one encoding, a finished task never again.
 
 OUT/mmeb/{task}.json                  what `evaluate_task` found, and of which model and data
-OUT/mmeb/embeddings/{task}-*.npy      vectors at the largest budget, until the task is finished
+OUT/mmeb/embeddings/{task}-*.npz      vectors at the largest budget, until the task is finished
 OUT/mmeb.json, OUT/mmeb.txt           all tasks and their averages
 """
 
@@ -149,15 +149,15 @@ class Pictured(Sequence):
 
 def _encoded(model: MetaEmbed, items: Pictured, side: str, budget: int, cache: Path, progress: bool):
     """This host's rows and their vectors, from the cache if they are there."""
-    path = cache.with_name(f"{cache.name}-{side}-{jax.process_index()}.npy")
+    path = cache.with_name(f"{cache.name}-{side}-{jax.process_index()}-of-{jax.process_count()}.npz")
     if path.is_file():
-        vectors = np.load(path, allow_pickle=False)
-        return np.arange(jax.process_index(), len(items), jax.process_count()), vectors
+        with np.load(path, allow_pickle=False) as stored:
+            return stored["rows"], stored["vectors"]
     rows, vectors = model.encode_part(items, side, budget=budget, progress=progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with part.open("wb") as file:
-        np.save(file, vectors)
+        np.savez(file, rows=rows, vectors=vectors)
     part.replace(path)
     return rows, vectors
 
