@@ -205,7 +205,7 @@ def check_config(config: ConfigDict) -> None:
     ):
         if not config[key] > 0:
             raise UserError(f"config.{key}={config[key]} must be positive")
-    for key in ("embedding_dim", "meta_token_scale", "data.negatives"):
+    for key in ("embedding_dim", "meta_token_scale", "data.negatives", "data.sub_batch"):
         if not operator.attrgetter(key)(config) >= 0:
             raise UserError(f"config.{key}={operator.attrgetter(key)(config)} must not be negative")
     if config.batch_size % config.microbatch_size:

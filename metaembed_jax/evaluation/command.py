@@ -32,6 +32,8 @@ def evaluate_checkpoint(
     Raises:
       UserError: no such run, one of another model, budgets beyond it, or files that are no such benchmark.
     """
+    if files is not None and benchmark is None:
+        raise UserError(f"--from={files}: is for a --benchmark; the config says where its own data is")
     if benchmark is not None and (benchmark not in BENCHMARKS or files is None):
         raise UserError(f"--benchmark={benchmark}: there are {', '.join(BENCHMARKS)}; --from says where its files are")
     agree(config)

@@ -106,6 +106,7 @@ def test_held_out_rows_are_a_search_task(tmp_path):
 
 def test_shards_resume_and_do_not_depend_on_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "SHARD_ROWS", 16)
+    monkeypatch.setattr(tables, "MARKED", 3)
     write_pairs(tmp_path / "mine.jsonl", [{"query": f"q{number}", "positive": "p"} for number in range(100)])
     whole = prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "whole")["mine"]
     written = []
@@ -123,10 +124,23 @@ def test_shards_resume_and_do_not_depend_on_workers(tmp_path, monkeypatch):
         sources.prepare("mine", tmp_path / "killed")
     again = prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "killed")["mine"]
     assert written == [0, 1, 2, 3, 3, 4, 5, 6] and again == whole
+    assert [r["query"]["text"] for r in read(tmp_path / "killed", "mine")] == [
+        r["query"]["text"] for r in read(tmp_path / "whole", "mine")
+    ]
     assert read(tmp_path / "killed", "mine") == read(tmp_path / "whole", "mine")
     assert prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "killed")["mine"] == whole and len(written) == 8
     write_pairs(tmp_path / "mine.jsonl", [{"query": "other", "positive": "p"}])
+    with pytest.raises(UserError, match="killed/mine: is prepared already, from other files than .*mine.jsonl; remove it"):
+        prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "killed")
     assert prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "other")["mine"]["fingerprint"] != whole["fingerprint"]
+
+
+def test_json_lines_are_found_again_by_their_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MARKED", 3)
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps({"n": "ü" * n}) for n in range(20)) + "\n")
+    table = tables.open_table([tmp_path / "a.jsonl"])
+    for start in range(20):
+        assert [len(row["n"]) for row in table.read(start, 20)] == list(range(start, 20))
 
 
 def test_workers_write_the_same(tmp_path):

@@ -103,5 +103,5 @@ def _member(opened: zipfile.ZipFile, archive: Path, name: str) -> bytes:
     try:
         with opened.open(name) as file:
             return file.read(LARGEST_FILE)  # an archive may lie about the size
-    except (OSError, RuntimeError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except Exception as error:  # broken, encrypted or of an unknown method: each has an error of its own
         raise UserError(f"the image {archive}:{name} cannot be read ({error}); fetch the archive again") from error

@@ -9,11 +9,12 @@ mined) holds its images inline: qry, qry_image, pos_text, pos_image, neg_text, n
 `<|image_1|>` marks the image in a text. Our prompts put the image first, so the mark is taken out, with the blanks behind it.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from metaembed_jax.data.sources.files import ImageFolder, check_image
-from metaembed_jax.data.sources.tables import open_table
+from metaembed_jax.data.sources.tables import Table, open_table
 from metaembed_jax.data.sources.writing import Part, need_columns
 from metaembed_jax.errors import UserError
 
@@ -26,15 +27,8 @@ def parts(directory: Path, split: str = "original") -> list[Part]:
     Raises:
       UserError: there is none, or a column is missing.
     """
-    found = {}
-    for file in sorted(directory.glob(f"*/{split}-*.parquet")):
-        found.setdefault(file.parent.name, []).append(file)
-    if not found:
-        raise UserError(f"{directory}: has no {{subset}}/{split}-*.parquet; --from is the folder that MMEB-train was fetched to")
     made = []
-    for subset, files in found.items():
-        table = open_table(files)
-        need_columns(table, ("qry", "qry_image_path", "pos_text", "pos_image_path"))
+    for subset, table in _subsets(directory, f"{split}-*.parquet", ("qry", "qry_image_path", "pos_text", "pos_image_path")):
         archive = directory / "images_zip" / f"{subset}.zip"
         folder = ImageFolder(directory, (archive,) if archive.is_file() else ())
         made.append(Part(subset, table, partial(record, folder=folder, source=subset)))
@@ -48,17 +42,21 @@ def diverse_parts(directory: Path) -> list[Part]:
 
 def mined_parts(directory: Path) -> list[Part]:
     """The subsets of a folder of the variant with mined negatives: DIR/{subset}/*.parquet."""
+    tables = _subsets(directory, "*.parquet", ("qry", "qry_image", "pos_text", "pos_image"))
+    return [Part(subset, table, partial(mined_record, source=subset)) for subset, table in tables]
+
+
+def _subsets(directory: Path, pattern: str, columns: Sequence[str]) -> list[tuple[str, Table]]:
+    """(name, rows) of the folders of a folder that hold such files."""
     found = {}
-    for file in sorted(directory.glob("*/*.parquet")):
+    for file in sorted(directory.glob(f"*/{pattern}")):
         found.setdefault(file.parent.name, []).append(file)
     if not found:
-        raise UserError(f"{directory}: has no {{subset}}/*.parquet; --from is the folder that the mined variant was fetched to")
-    made = []
-    for subset, files in found.items():
-        table = open_table(files)
-        need_columns(table, ("qry", "qry_image", "pos_text", "pos_image"))
-        made.append(Part(subset, table, partial(mined_record, source=subset)))
-    return made
+        raise UserError(f"{directory}: has no {{subset}}/{pattern}; --from is the folder that the data set was fetched to")
+    tables = [(subset, open_table(files)) for subset, files in found.items()]
+    for _, table in tables:
+        need_columns(table, columns)
+    return tables
 
 
 def record(row: dict, folder: ImageFolder, source: str) -> dict:

@@ -9,6 +9,7 @@ from metaembed_jax.errors import UserError
 
 ROWS_AT_ONCE = 16  # of Parquet, because a row may hold images
 LONGEST_LINE = 64 * 2**20  # bytes
+MARKED = 256  # of so many lines, one has its place remembered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +19,12 @@ class Table:
     Attributes:
       files: Parquet (`.parquet`), or JSON lines with any other ending.
       starts: of each file, the number of its first row; and that of all rows.
+      marks: of each file of JSON lines, where rows 0, `MARKED`, 2 * `MARKED`, ... begin, in bytes.
     """
 
     files: tuple[Path, ...]
     starts: tuple[int, ...]
+    marks: tuple[tuple[int, ...], ...]
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -30,7 +33,7 @@ class Table:
         """Of the first file; of JSON lines, the keys of its first row."""
         if _is_parquet(self.files[0]):
             return set(_open_parquet(self.files[0]).schema_arrow.names)
-        return set(next(_json_rows(self.files[0], 0, 1), {}))
+        return set(next(_json_rows(self.files[0], 0, 1, self.marks[0]), {}))
 
     def place(self, row: int) -> str:
         """The name of a row in an error: its file, and its number there from 0."""
@@ -43,10 +46,10 @@ class Table:
         Raises:
           UserError: a file that is not what its name says; names the row.
         """
-        for file, first, behind in zip(self.files, self.starts, self.starts[1:], strict=False):
+        for file, first, behind, marks in zip(self.files, self.starts, self.starts[1:], self.marks, strict=False):
             lowest, highest = max(start, first) - first, min(stop, behind) - first
             if lowest < highest:
-                yield from (_parquet_rows if _is_parquet(file) else _json_rows)(file, lowest, highest)
+                yield from _parquet_rows(file, lowest, highest) if _is_parquet(file) else _json_rows(file, lowest, highest, marks)
 
 
 def open_table(files: Sequence[Path]) -> Table:
@@ -55,13 +58,14 @@ def open_table(files: Sequence[Path]) -> Table:
     Raises:
       UserError: none, one that cannot be read, or no row in all of them.
     """
-    starts = [0]
+    starts, marks = [0], []
     for file in files:
-        count = _open_parquet(file).metadata.num_rows if _is_parquet(file) else sum(1 for _ in _lines(file))
+        count, places = (_open_parquet(file).metadata.num_rows, ()) if _is_parquet(file) else _count_lines(file)
         starts.append(starts[-1] + count)
+        marks.append(places)
     if not starts[-1]:
         raise UserError(f"{', '.join(map(str, files)) or 'no file'}: no rows to read")
-    return Table(tuple(files), tuple(starts))
+    return Table(tuple(files), tuple(starts), tuple(marks))
 
 
 def _is_parquet(file: Path) -> bool:
@@ -97,8 +101,18 @@ def _parquet_rows(file: Path, start: int, stop: int) -> Iterator[dict]:
         first += count
 
 
-def _json_rows(file: Path, start: int, stop: int) -> Iterator[dict]:
-    for number, line in enumerate(_lines(file)):
+def _count_lines(file: Path) -> tuple[int, tuple[int, ...]]:
+    count, places = 0, []
+    for place, _ in _lines(file, 0):
+        if count % MARKED == 0:
+            places.append(place)
+        count += 1
+    return count, tuple(places)
+
+
+def _json_rows(file: Path, start: int, stop: int, marks: Sequence[int]) -> Iterator[dict]:
+    mark = start // MARKED
+    for number, (_, line) in enumerate(_lines(file, marks[mark]), mark * MARKED):
         if number >= stop:
             return
         if number >= start:
@@ -111,15 +125,17 @@ def _json_rows(file: Path, start: int, stop: int) -> Iterator[dict]:
             yield row
 
 
-def _lines(file: Path) -> Iterator[bytes]:
-    """Those that are not blank."""
+def _lines(file: Path, start: int) -> Iterator[tuple[int, bytes]]:
+    """(where it begins, line) of those from a byte on that are not blank."""
     try:
         with file.open("rb") as opened:
+            place = opened.seek(start)
             while line := opened.readline(LONGEST_LINE):
                 if len(line) == LONGEST_LINE:
                     raise UserError(f"{file}: has a line of {LONGEST_LINE} bytes or more; it should hold one JSON object a line")
                 if line.strip():
-                    yield line
+                    yield place, line
+                place += len(line)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 

@@ -86,17 +86,21 @@ def write_part(part: Part, out: Path, workers: int, skips: int) -> dict:
       skips: how many bad rows are left out, with a line for each, before the next one stops the job.
 
     Returns:
-      The marker: {"version", "fingerprint", "rows" of each split, "queries" and "positives" of each type, "negatives", "bytes",
-      "skipped"}.
+      The marker: {"version", "fingerprint", "job" (of the files that were read), "rows" of each split, "queries" and "positives" of
+      each type, "negatives", "bytes", "skipped"}.
 
     Raises:
-      UserError: too many bad rows; names the first by file and row.
+      UserError: too many bad rows; names the first by file and row. Or the source is there, and from other files.
     """
     source_dir = out / part.name
+    job = _job(part)
     if marker := records.read_marker(source_dir, VERSION):
+        if marker["job"] != hashlib.sha256(job.encode()).hexdigest()[:16]:
+            file = part.table.files[0]
+            raise UserError(f"{source_dir}: is prepared already, from other files than {file}; remove it, or choose another --out")
         return marker
     directory = source_dir / f"{VERSION}.part"
-    _start(directory, part)
+    _start(directory, job)
     count = -(-len(part.table) // SHARD_ROWS)
     shards = [_Shard(part, directory, number, count, skips) for number in range(count)]
     bar = tqdm(total=len(part.table), desc=part.name, unit="row", mininterval=0.5)
@@ -112,10 +116,14 @@ def write_part(part: Part, out: Path, workers: int, skips: int) -> dict:
     return _finish(part, directory, done)
 
 
-def _start(directory: Path, part: Part) -> None:
+def _job(part: Part) -> str:
+    """Says which files are read, and how they are cut."""
+    files = [[str(file.resolve()), file.stat().st_size] for file in part.table.files]
+    return json.dumps({"files": files, "rows": len(part.table), "shard_rows": SHARD_ROWS})
+
+
+def _start(directory: Path, job: str) -> None:
     """Makes the folder of a job, empty unless it holds shards of this very one."""
-    files = [[str(file), file.stat().st_size] for file in part.table.files]
-    job = json.dumps({"files": files, "rows": len(part.table), "shard_rows": SHARD_ROWS})
     described = directory / "job.json"
     if not described.is_file() or described.read_text() != job:
         shutil.rmtree(directory, ignore_errors=True)
@@ -140,7 +148,8 @@ def _run(shards: Sequence[_Shard], workers: int):
 def _write_shard(shard: _Shard) -> dict:
     """Writes the rows of one shard, and then what there is to know of them."""
     table, first = shard.part.table, shard.number * SHARD_ROWS
-    serializer = example_serializer.ExampleSerializer(records.features().get_serialized_info())
+    features = records.features()
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     held = _held_out(len(table))
     files = {split: shard.path(split).with_suffix(".tmp") for split in records.SPLITS}
     writers = {split: ArrayRecordWriter(str(file), "group_size:1") for split, file in files.items()}
@@ -156,7 +165,7 @@ def _write_shard(shard: _Shard) -> dict:
             if len(about["skipped"]) > shard.skips:
                 break
             continue
-        raw = serializer.serialize_example(records.features().encode_example(records.to_example(made)))
+        raw = serializer.serialize_example(features.encode_example(records.to_example(made)))
         split = held.get(number, "train")
         writers[split].write(raw)
         digest.update(_digest(made))
@@ -221,6 +230,7 @@ def _finish(part: Part, directory: Path, done: Sequence[dict]) -> dict:
     marker = {
         "version": VERSION,
         "fingerprint": digest.hexdigest()[:16],
+        "job": hashlib.sha256((directory / "job.json").read_bytes()).hexdigest()[:16],
         "rows": {split: sum(length) for split, length in lengths.items()},
         **{side: {name: total(side, name) for name, _ in TYPES} for side in ("queries", "positives")},
         "negatives": total("negatives"),
