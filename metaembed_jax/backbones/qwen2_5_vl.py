@@ -8,10 +8,6 @@ Patches come from the host ordered by window, every window padded to its full si
     [B, P, D] -> [B * P/W, W, D] -> attention -> [B, P, D]
 """
 
-import dataclasses
-import math
-import typing
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,161 +26,10 @@ from metaembed_jax.backbones.layers import (
     split_heads,
     split_last,
 )
-from metaembed_jax.errors import UserError
+from metaembed_jax.backbones.qwen2_5_vl_config import Config, TextConfig, VisionConfig
 from metaembed_jax.sharding import constrain
 
 FEW_LAYERS = 8  # of more, cutting the last one off copies a stack of weights that is worth more than the rows it saves
-MOST_LAYERS = 1000
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """The fields of Hugging Face's `vision_config`, under their names there."""
-
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    out_hidden_size: int
-    fullatt_block_indexes: tuple[int, ...]
-    patch_size: int = 14
-    spatial_merge_size: int = 2
-    window_size: int = 112
-    image_mean: tuple[float, float, float] = IMAGE_MEAN
-    image_std: tuple[float, float, float] = IMAGE_STD
-
-    @property
-    def window_patches(self) -> int:
-        """Patches in a full attention window."""
-        return (self.window_size // self.patch_size // self.spatial_merge_size * self.spatial_merge_size) ** 2
-
-
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """The fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers."""
-
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    mrope_section: tuple[int, int, int]
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 1e6
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Everything that fixes the architecture."""
-
-    text_config: TextConfig
-    vision_config: VisionConfig
-
-    @classmethod
-    def from_huggingface(cls, config: dict) -> "Config":
-        """From the content of a checkpoint's config.json, in either layout in circulation (flat, or with `text_config`).
-
-        Raises:
-          UserError: a field is missing, or asks for what Qwen2.5-VL checkpoints never had.
-        """
-        text = {**config, **_part(config, "text_config")}
-        rope = {**_part(text, "rope_scaling"), **_part(text, "rope_parameters")}
-        text.setdefault("mrope_section", rope.get("mrope_section"))
-        text.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
-        vision = _part(config, "vision_config")
-        fixed = (
-            ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
-            ("hidden_act of text", text.get("hidden_act", "silu"), ("silu",)),
-            ("hidden_act of vision", vision.get("hidden_act", "silu"), ("silu",)),
-            ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
-            ("temporal_patch_size", vision.get("temporal_patch_size", 2), (2,)),
-        )
-        for name, value, known in fixed:
-            if value not in known:
-                raise UserError(f"config.json: {name} is {value!r}; Qwen2.5-VL has {known[0]!r}")
-        chosen = cls(_pick(TextConfig, text, "text_config"), _pick(VisionConfig, vision, "vision_config"))
-        chosen.check()
-        return chosen
-
-    def to_huggingface(self, vocabulary: int, token_ids: dict[str, int]) -> dict:
-        """The content of config.json; the way back from `from_huggingface`.
-
-        Args:
-          vocabulary: rows of the embedding table, which may have grown.
-          token_ids: of the special tokens.
-        """
-        text = dataclasses.asdict(self.text_config) | {"vocab_size": vocabulary, "model_type": "qwen2_5_vl_text"}
-        sections, theta = text.pop("mrope_section"), text.pop("rope_theta")
-        rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": list(sections)}
-        vision = dataclasses.asdict(self.vision_config) | {"model_type": "qwen2_5_vl"}
-        for key in ("image_mean", "image_std"):
-            vision.pop(key)
-        return {
-            "model_type": "qwen2_5_vl",
-            "architectures": ["Qwen2_5_VLModel"],
-            "text_config": text | {"rope_parameters": rope},
-            "vision_config": vision,
-            "image_token_id": token_ids["<|image_pad|>"],
-            "video_token_id": token_ids.get("<|video_pad|>", vocabulary),  # none: a number that no token has
-            "vision_start_token_id": token_ids["<|vision_start|>"],
-            "vision_end_token_id": token_ids["<|vision_end|>"],
-        }
-
-    def check(self) -> None:
-        """Refuses sizes that do not fit each other.
-
-        Raises:
-          UserError: names the fields and their values.
-        """
-        text, vision = self.text_config, self.vision_config
-        if (deepest := max(text.num_hidden_layers, vision.depth)) > MOST_LAYERS:
-            raise UserError(f"config.json: {deepest} layers; at most {MOST_LAYERS} are read")
-        half_head, rest = divmod(text.hidden_size, 2 * text.num_attention_heads)
-        if rest or text.num_attention_heads % text.num_key_value_heads:
-            heads = f"{text.num_attention_heads} attention heads and {text.num_key_value_heads} key-value heads"
-            raise UserError(f"text_config: a hidden_size of {text.hidden_size} cannot be split over {heads}")
-        if len(text.mrope_section) != 3 or sum(text.mrope_section) != half_head:
-            wanted = f"three numbers that add up to half a head's width, {half_head}"
-            raise UserError(f"text_config: mrope_section {text.mrope_section} must be {wanted}")
-        if vision.hidden_size % (4 * vision.num_heads):
-            heads = f"{vision.num_heads} heads, each a multiple of 4 wide"
-            raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {heads}")
-        if vision.out_hidden_size != text.hidden_size:
-            raise UserError(
-                f"vision_config: out_hidden_size {vision.out_hidden_size} is not the text's hidden_size, {text.hidden_size}"
-            )
-
-
-def _part(config: dict, key: str) -> dict:
-    part = config.get(key)
-    if part is not None and not isinstance(part, dict):
-        raise UserError(f"config.json: {key} is {part!r}, not an object of keys and values")
-    return part or {}
-
-
-def _fits(value, kind) -> bool:
-    """Whether a value of a config.json can be a field's: positive numbers, and in tuples numbers from 0."""
-    if kind is int:
-        return type(value) is int and 0 < value < 2**31
-    if kind is float:
-        return type(value) in (int, float) and 0 < value < math.inf
-    kinds = (int,) if typing.get_args(kind)[0] is int else (int, float)
-    return isinstance(value, list | tuple) and all(type(part) in kinds and 0 <= part < math.inf for part in value)
-
-
-def _pick(kind: type, values: dict, name: str):
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    missing = [field for field, spec in fields.items() if values.get(field) is None and spec.default is dataclasses.MISSING]
-    if missing:
-        raise UserError(f"{name} of a Qwen2.5-VL config lacks {', '.join(missing)}")
-    chosen = {field: values[field] for field in fields if values.get(field) is not None}
-    for field, value in chosen.items():
-        if not _fits(value, fields[field].type):
-            raise UserError(f"{name} of a Qwen2.5-VL config: {field} is {value!r}, which cannot be")
-    return kind(**{field: tuple(value) if isinstance(value, list) else value for field, value in chosen.items()})
 
 
 class VisionBlock(nnx.Module):
