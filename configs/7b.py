@@ -60,10 +60,11 @@ def get_config(arg=None):
     config.trained = LORA if arg != "full" else (("*", "full"),)
 
     config.data.sources = SOURCES
-    config.data.query_shapes = ((256, 0), (1280, 5120))
-    config.data.candidate_shapes = ((256, 0), (1280, 5120))
+    # Of this mixture, 54 % of the queries and 60 % of the candidates have images; a step has whole sub-batches of them.
+    config.data.query_shapes = ((256, 0, 0.5), (1280, 5120, 0.6))
+    config.data.candidate_shapes = ((256, 0, 0.42), (1280, 5120, 0.66))
     config.data.negatives = 1
-    config.data.sub_batch = 32
+    config.data.sub_batch, config.data.workers = 32, 4
     config.batch_size, config.microbatch_size = 384, 128
     config.mesh.fsdp = 8
     config.steps = 4000

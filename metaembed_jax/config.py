@@ -53,10 +53,11 @@ def default_config() -> ConfigDict:
     config.data.sub_batch = 0  # consecutive pairs of one source; 0: microbatch_size
     config.data.negatives = 0  # hard negatives a pair, at most
     config.data.within_source = False  # a query's candidates are the positives of its own source only, not of the whole batch
-    config.data.query_shapes = ((64, 0),)  # (tokens, patches) or (tokens, patches, rows of a batch), smallest first
+    config.data.query_shapes = ((64, 0),)  # (tokens, patches) or (tokens, patches, share of the items), smallest first
     config.data.candidate_shapes = ((64, 64),)
     config.data.min_pixels = 28 * 28
     config.data.max_pixels = 1024 * 28 * 28
+    config.data.workers = 0  # processes of a host that make batches; 0: a thread
     config.data.augment = False  # icons: random size and place of drawings after the first epochs
     config.data.page_side = 224  # boards: pixels of a training page
     config.data.curriculum = ()  # boards: ((until step, fewest icons, most icons), ...)
@@ -178,7 +179,7 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"config.trained: {(pattern, how)!r} is not (pattern, 'full') or (pattern, 'lora')")
     _entries(config, "data.sources", [(str, int | float, int)], "('icons', 1.0, 0)")
     for side in ("query", "candidate"):
-        _entries(config, f"data.{side}_shapes", [(int, int), (int, int, int)], "(64, 0), or (64, 0, 32) with rows")
+        _entries(config, f"data.{side}_shapes", [(int, int), (int, int, float)], "(64, 0), or (64, 0, 0.5) for half of the items")
     if not 0 <= config.lora.dropout < 1 or config.lora.rank < 1 or not 0 < config.lora.alpha < math.inf:
         sizes = f"rank={config.lora.rank} and alpha={config.lora.alpha}"
         raise UserError(f"config.lora: {sizes} must be positive, and dropout={config.lora.dropout} in [0, 1)")
@@ -205,7 +206,7 @@ def check_config(config: ConfigDict) -> None:
     ):
         if not config[key] > 0:
             raise UserError(f"config.{key}={config[key]} must be positive")
-    for key in ("embedding_dim", "meta_token_scale", "data.negatives", "data.sub_batch"):
+    for key in ("embedding_dim", "meta_token_scale", "data.negatives", "data.sub_batch", "data.workers"):
         if not operator.attrgetter(key)(config) >= 0:
             raise UserError(f"config.{key}={operator.attrgetter(key)(config)} must not be negative")
     if config.batch_size % config.microbatch_size:
@@ -217,7 +218,7 @@ def check_config(config: ConfigDict) -> None:
 def _entries(config: ConfigDict, key: str, forms: list[tuple], example: str) -> None:
     for entry in operator.attrgetter(key)(config) or [()]:
         fits = [len(entry) == len(form) and all(map(isinstance, entry, form)) for form in forms if isinstance(entry, tuple)]
-        if not any(fits) or any(isinstance(part, int) and part < 0 for part in entry):
+        if not any(fits) or any(isinstance(part, int | float) and part < 0 for part in entry):
             raise UserError(f"config.{key}: {entry!r} is not of the form {example}")
 
 

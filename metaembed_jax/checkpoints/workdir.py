@@ -22,7 +22,7 @@ from metaembed_jax.config import check_config, default_config
 from metaembed_jax.errors import UserError
 
 # What may change between the parts of one run, because it changes no number.
-FREE_KEYS = ("mesh", "log_every", "keep_checkpoints", "data.dir", "trace_steps")
+FREE_KEYS = ("mesh", "log_every", "keep_checkpoints", "data.dir", "data.workers", "trace_steps")
 # What the numbers of a checkpoint mean.
 MODEL_KEYS = ("backbone", "architecture", "query_tokens", "candidate_tokens", "embedding_dim", "trained", "lora.rank", "lora.alpha")
 

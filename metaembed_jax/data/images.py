@@ -122,7 +122,9 @@ def open_image(image: bytes | str | Path | Image.Image, name: str) -> Image.Imag
         if encoded:
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(image))
         check_size(image, name)
-        return _to_rgb(ImageOps.exif_transpose(image) if encoded else image)
+        if encoded:
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
     except UserError:
         raise
     except Exception as error:  # decoders of broken bytes raise errors of every kind
@@ -141,6 +143,9 @@ def check_size(image: Image.Image, name: str) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and image.info.get("transparency") is None:
+        image.load()  # what convert would do before it copied
+        return image
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))

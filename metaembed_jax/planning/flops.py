@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 
 from metaembed_jax.backbones.qwen2_5_vl import FEW_LAYERS
 from metaembed_jax.config import model_config
-from metaembed_jax.data.pipeline import slots
 from metaembed_jax.data.prompts import ShapeClass
+from metaembed_jax.data.slots import slots
 from metaembed_jax.network import abstract_network
 from metaembed_jax.trained import LORA, trained_paths
 

@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from metaembed_jax.config import model_config
-from metaembed_jax.data.pipeline import Slots, slots
 from metaembed_jax.data.prompts import BLANK, ShapeClass, collate
+from metaembed_jax.data.slots import Slots, slots
 from metaembed_jax.late_interaction.topk import top_k
 from metaembed_jax.model import BATCH_SIZE, make_encode
 from metaembed_jax.network import abstract_parameters

@@ -74,14 +74,12 @@ def candidates(config: ConfigDict, where: Topology) -> list[Candidate]:
       UserError: there are none.
     """
     devices, heads = len(where.devices), model_config(config).architecture.text_config.num_key_value_heads
-    rows = [shape[2] for key in ("query_shapes", "candidate_shapes") for shape in config.data[key] if len(shape) == 3]
     found = []
     for fsdp, tensor in itertools.product(_divisors(devices), _divisors(heads)):
         if devices % (fsdp * tensor):
             continue
         mesh = (devices // (fsdp * tensor), fsdp, tensor)
         sizes = [size for size in _divisors(config.batch_size) if size % (devices // tensor) == 0]
-        sizes = [size for size in sizes if not any(count % size for count in rows)]
         if sizes:
             state = make_trainer(config, make_mesh(*mesh, devices=where.devices)).abstract
             weights, held = shard_bytes((state.parameters, state.frozen)), shard_bytes(state)

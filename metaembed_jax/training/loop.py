@@ -16,6 +16,7 @@ from metaembed_jax.checkpoints.workdir import agree, check_workdir, claim, defau
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import iterate, training_batches
+from metaembed_jax.data.slots import padding
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import run as evaluation
 from metaembed_jax.model import MetaEmbed
@@ -127,7 +128,7 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
     first = logged = int(state.step)
     writer = MetricsWriter(workdir, first, config.steps, silent=not hosts.is_first())
     pending, watch, trace = _Pending(checkpoints), Stopwatch(), Trace(config.trace_steps, workdir)
-    batches = iterate(dataset, first, config.steps)
+    batches = iterate(dataset, first, config.steps, config.data.workers)
     try:
         for step in range(first + 1, config.steps + 1):
             trace.before(step)
@@ -140,7 +141,7 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
             if step % config.log_every == 0 or step == config.steps:
                 measured, spent = pending.fetch(), watch.read()
                 speed = config.batch_size * (step - logged) / (spent["seconds/input"] + spent["seconds/step"])
-                writer.write(step, {**measured, "samples_per_second": speed, **spent, "padding": padding(batch)})
+                writer.write(step, {**measured, "samples_per_second": speed, **spent, **padding(batch)})
                 writer.show(loss=measured["loss"], accuracy=_largest_accuracy(measured), samples_per_second=speed)
                 logged = step
             trace.after(step, pending.fetch)
@@ -159,6 +160,7 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
         checkpoints.wait()
         return True
     finally:
+        batches.close()
         trace.close()
         writer.close()
 
@@ -205,12 +207,6 @@ def _write(config: ConfigDict, results: dict, workdir: Path, step: int) -> None:
         shutil.rmtree(out, ignore_errors=True)  # of this run when it was evaluated before, and only now that there is another
         made.rename(out)
         print(f"written: {out}", flush=True)
-
-
-def padding(batch: dict) -> float:
-    """The fraction of a batch's token positions that hold no token."""
-    masks = [group["mask"] for side in ("query", "candidate") for group in batch[side]["groups"]]
-    return 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
 
 
 def _largest_accuracy(figures: dict[str, float]) -> float:

@@ -1,7 +1,12 @@
 """Training batches: which items are in them, where, and that batch n depends on nothing but (config, n)."""
 
 import io
+import multiprocessing
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,8 +18,9 @@ from PIL import Image
 
 from metaembed_jax.data import sources, tokenizer
 from metaembed_jax.data.images import ImageConfig
-from metaembed_jax.data.pipeline import iterate, place, training_batches
+from metaembed_jax.data.pipeline import iterate, training_batches
 from metaembed_jax.data.prompts import Processor
+from metaembed_jax.data.slots import padding, place
 from metaembed_jax.data.sources import icons
 from metaembed_jax.errors import UserError
 
@@ -39,7 +45,7 @@ def config(batch=8, microbatch=None, shapes=((64, 64),), names=(("a", 1.0, 0),),
         "augment": False,
         **data,
     }
-    return ConfigDict({"seed": seed, "batch_size": batch, "microbatch_size": microbatch or batch, "data": data})
+    return ConfigDict({"seed": seed, "steps": 200, "batch_size": batch, "microbatch_size": microbatch or batch, "data": data})
 
 
 def png(number, height=56, width=84):
@@ -107,12 +113,52 @@ def test_batch_n_is_a_pure_function_of_config_and_n(processor):
     assert not equal(one[3], training_batches(config(seed=1), processor, [records])[3])
 
 
-@pytest.mark.parametrize("threads", [0, 1, 3])
-def test_iterating_from_any_step_gives_the_same_batches(processor, threads):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_iterating_from_any_step_gives_the_same_batches(processor, workers):
     dataset = training_batches(config(), processor, [[record(number) for number in range(30)]])
-    found = list(iterate(dataset, 5, 12, threads))
-    assert len(found) == 7
-    assert all(equal(batch, dataset[5 + number]) for number, batch in enumerate(found))
+    step = 5
+    for batch in iterate(dataset, 5, 12, workers):
+        assert equal(batch, dataset[step])
+        step += 1
+    assert step == 12
+
+
+def test_an_error_in_a_worker_and_a_worker_that_is_killed_are_named(processor):
+    records = [record(number) for number in range(8)]
+    records[3] = record(3, positive={"image": b"broken"})
+    with pytest.raises(UserError, match="source 'a', row 3, positive: the image cannot be read"):
+        list(iterate(training_batches(config(), processor, [records]), 0, 2, workers=1))
+    batches = iterate(training_batches(config(), processor, [[record(number) for number in range(8)]]), 0, 200, workers=1)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(UserError, match="config.data.workers=1 processes that make batches was ended from outside"):
+        list(batches)
+
+
+PARENT = """
+import sys
+from metaembed_jax.data.pipeline import iterate
+import grain, multiprocessing
+if __name__ == "__main__":
+    batches = iterate(grain.MapDataset.range(10**9), 0, 10**9, workers=2)
+    next(batches), next(batches)
+    print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, tmp_path / "parent.py"], **pipes) as parent:
+        workers = [int(number) for number in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(workers) == 2
+    until = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < until, "a worker outlives its parent"
+        time.sleep(0.05)
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own(processor):
@@ -181,23 +227,28 @@ def test_items_go_to_the_smallest_shape_class_that_fits(processor):
         assert [group["tokens"].shape for group in side["groups"]] == [(2, 4, 24), (2, 4, 28), (2, 4, 64)]
         wanted = [0 if "text" in item else 1 if max(Image.open(io.BytesIO(item["image"])).size) <= 112 else 2 for item in drawn]
         assert (side["order"] // 8).tolist() == wanted
+        empty = padding({"query": {"groups": ()}, "candidate": side})
+        assert empty["padding/candidate/24:0/tokens"] == 1 - side["groups"][0]["mask"].sum() / (8 * 24)
+        assert empty["padding/candidate/64:128/patches"] == 1 - side["groups"][2]["patch_mask"].sum() / (8 * 128)
         for group in side["groups"]:  # rows that no item takes have a token to attend to, and no patch
             assert group["mask"].any(-1).all()
 
 
 def test_a_full_class_passes_items_on_to_a_larger_one_and_no_place_at_all_is_named(processor):
     records = [record(number, positive={"text": WORDS[number]}) for number in range(8)]
-    side = training_batches(config(shapes=((24, 0, 4), (64, 64, 4)), microbatch=4), processor, [records])[0]["candidate"]
+    side = training_batches(config(shapes=((24, 0, 0.5), (64, 64, 0.5)), microbatch=4), processor, [records])[0]["candidate"]
     assert np.bincount(side["order"] // 4).tolist() == [4, 4]
     pictures = [record(number) for number in range(8)]
     with pytest.raises(UserError, match=r"source 'a', row \d, positive: \d+ tokens and 64 patches find no place"):
-        training_batches(config(shapes=((24, 0, 4), (64, 64, 4)), microbatch=4), processor, [pictures])[0]
+        training_batches(config(shapes=((24, 0, 0.5), (64, 64, 0.5)), microbatch=4), processor, [pictures])[0]
     with pytest.raises(UserError, match=r"source 'a', row \d, positive: .* and 64 patches find no place"):
         training_batches(config(shapes=((64, 0),)), processor, [pictures])[0]
-    with pytest.raises(UserError, match="candidate_shapes: 4 rows in all do not hold the 8 items"):
-        training_batches(config(shapes=((64, 64, 4),), microbatch=4), processor, [pictures])
-    with pytest.raises(UserError, match="candidate_shapes: rows .6, 8. must be multiples of microbatch_size=8"):
-        training_batches(config(shapes=((24, 0, 6), (64, 64))), processor, [pictures])
+    with pytest.raises(UserError, match=r"on average it has 8.0 items in candidate_shapes, for 4 rows"):
+        training_batches(config(shapes=((64, 64, 0.5),), microbatch=4), processor, [pictures])
+    with pytest.raises(UserError, match="candidate_shapes: a share of 0.0 leaves a class without rows"):
+        training_batches(config(shapes=((24, 0, 0.0), (64, 64))), processor, [pictures])
+    with pytest.raises(UserError, match="query_shapes: 8 items are no whole microbatches of config.microbatch_size=6"):
+        training_batches(config(microbatch=6), processor, [pictures])
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 12), min_size=3, max_size=3))

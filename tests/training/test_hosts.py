@@ -62,7 +62,9 @@ class Hosts:
 
 
 def printed(out):
-    return "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]"))
+    """Without what the collectives say, whose threads may write into each other's lines."""
+    kept = (line for line in out.splitlines(keepends=True) if "Gloo" not in line and "peer ranks" not in line)
+    return "".join(line for line in kept if line.strip())
 
 
 def training(workdir, data_dir, **keys):

@@ -69,9 +69,14 @@ def from_bytes(raw: bytes) -> dict:
 
 
 class Records(Sequence):
-    """Random access to one prepared split: `records[i]` is record i."""
+    """Random access to one prepared split: `records[i]` is record i.
 
-    def __init__(self, builder_dir: str | Path, split: str):
+    Attributes:
+      about: the source's marker.
+    """
+
+    def __init__(self, builder_dir: str | Path, split: str, about: dict):
+        self.about = about
         builder = tfds.builder_from_directory(str(builder_dir))
         self.raw = builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
 
@@ -118,12 +123,13 @@ def open_split(source_dir: str | Path, version: str, split: str) -> Records:
       UserError: the source is not (completely) prepared; says how to.
     """
     source_dir = Path(source_dir)
-    if read_marker(source_dir, version) is None:
+    marker = read_marker(source_dir, version)
+    if marker is None:
         raise UserError(
             f"{source_dir} holds no complete preparation (version {version}): "
             f"run `python -m metaembed_jax prepare --source={source_dir.name} --out={source_dir.parent}`"
         )
-    return Records(source_dir / version, split)
+    return Records(source_dir / version, split, marker)
 
 
 class Retrieval(NamedTuple):

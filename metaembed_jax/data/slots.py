@@ -1,0 +1,170 @@
+"""The rows of a batch: which shape class and row each item of a side takes, and the arrays that come of it.
+
+N items of a side, C shape classes, M microbatches, b items of a microbatch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+from ml_collections import ConfigDict
+
+from metaembed_jax.data.prompts import BLANK, Example, ShapeClass, collate
+from metaembed_jax.errors import UserError
+
+
+class Slots(NamedTuple):
+    """The rows that one side of every batch has.
+
+    Attributes:
+      shapes: the shape classes, in the config's order (smallest first).
+      microbatches: M of each class.
+      size: items of a microbatch, over all hosts.
+      rows: of each microbatch, those that this host makes.
+    """
+
+    shapes: tuple[ShapeClass, ...]
+    microbatches: tuple[int, ...]
+    size: int
+    rows: Int[np.ndarray, " n"]
+
+    def offered(self, pictured: bool) -> list[int]:
+        """The classes meant for an item with an image, or for one without; all, if there are none."""
+        found = [number for number, shape in enumerate(self.shapes) if bool(shape.patches) == pictured]
+        return found or list(range(len(self.shapes)))
+
+    def longest(self, pictured: bool) -> int:
+        """The most tokens that such an item may have: the end of a longer text is cut off."""
+        return max(self.shapes[number].tokens for number in self.offered(pictured))
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """Rows of a step for images, and for all items."""
+        rows = [count * self.size for count in self.microbatches]
+        return sum(count for count, shape in zip(rows, self.shapes, strict=True) if shape.patches), sum(rows)
+
+
+def slots(config: ConfigDict, key: str, items: int, window: int, here: Int[np.ndarray, " n"]) -> Slots:
+    """Reads shape classes (tokens, patches) or (tokens, patches, share); `items` are those of a side, `window` patches of one.
+
+    A step has rows of a class for that share of the items, in whole microbatches, and `mixture` sees to it that they suffice.
+    Without a share there are rows for all: any mixture fits, at the price of empty rows where there are several classes.
+
+    Raises:
+      UserError: sizes that are no whole windows, a share of nothing, or a microbatch that does not divide the items.
+    """
+    shapes, size = config.data[key], config.microbatch_size
+    if items % size:
+        raise UserError(f"config.data.{key}: {items} items are no whole microbatches of config.microbatch_size={size}")
+    for _, patches, *_ in shapes:
+        if patches % window:
+            raise UserError(f"config.data.{key}: {patches} patches are not whole windows of {window}, as this model has them")
+    shares = [shape[2] if len(shape) == 3 else 1.0 for shape in shapes]
+    if min(shares) <= 0:
+        raise UserError(f"config.data.{key}: a share of {min(shares)} leaves a class without rows; it must be above 0")
+    microbatches = tuple(math.ceil(share * items / size) for share in shares)
+    return Slots(tuple(ShapeClass(*shape[:2]) for shape in shapes), microbatches, size, here)
+
+
+def place(fits_NC: Bool[np.ndarray, "N C"], room: Sequence[int]) -> Int[np.ndarray, "N 2"]:
+    """Gives every item a class that fits and a row in it: the first such class with room, choosiest items first.
+
+    Returns:
+      (class, row in the class) of each item; class -1 for an item that finds no place.
+    """
+    places_N2 = np.full((len(fits_NC), 2), -1)
+    taken = [0] * len(room)
+    for item in np.argsort(fits_NC.sum(axis=1), kind="stable"):
+        for shape in np.flatnonzero(fits_NC[item]):
+            if taken[shape] < room[shape]:
+                places_N2[item] = shape, taken[shape]
+                taken[shape] += 1
+                break
+    return places_N2
+
+
+def fill(items: list[tuple[dict, str] | None], encode: Callable[..., Example], slots: Slots, patch_dim: int) -> dict:
+    """Puts the items of one side into rows, and collates those rows of each shape class that this host makes.
+
+    Every host knows all places: where one class is for images and at most one for texts, without decoding what the others make.
+
+    Args:
+      items: (item, its name in errors) in order; None has any place, and there is nothing for it.
+      encode: an item to an example; see `prompts.Processor.query`.
+      patch_dim: numbers in a patch.
+
+    Returns:
+      {"groups": (dict of [M, b, ...] arrays of each class, ...), "order": int32 [N]}; see `pipeline.training_batches`.
+
+    Raises:
+      UserError: an item does not fit, or its classes are full.
+    """
+    present = [number for number, one in enumerate(items) if one is not None]
+    room = [count * slots.size for count in slots.microbatches]
+    limits = {number: slots.longest(_has_image(items[number])) for number in present}
+    examples: dict[int, Example] = {}
+
+    def example(number: int) -> Example:
+        if number not in examples:
+            content, name = items[number]
+            examples[number] = encode(content, max_tokens=limits[number], name=name)
+        return examples[number]
+
+    def fits(number: int) -> list[bool]:
+        pictured = _has_image(items[number])
+        offered = slots.offered(pictured)
+        if len(offered) == 1:
+            return [n in offered or not pictured and shape.tokens >= limits[number] for n, shape in enumerate(slots.shapes)]
+        size = _size(example(number))
+        return [size.tokens <= shape.tokens and size.patches <= shape.patches for shape in slots.shapes]
+
+    places_N2 = np.zeros((len(items), 2), int)
+    places_N2[present] = place(np.array([fits(number) for number in present]).reshape(-1, len(room)), room)
+    if lost := [number for number in present if places_N2[number, 0] < 0]:
+        raise UserError(_no_place(items[lost[0]][1], example(lost[0]), slots, room))
+    taken = {tuple(places_N2[number].tolist()): number for number in present}
+    groups = []
+    for number, (shape, microbatches) in enumerate(zip(slots.shapes, slots.microbatches, strict=True)):
+        rows = np.arange(microbatches * slots.size).reshape(microbatches, slots.size)[:, slots.rows]
+        chosen = [taken.get((number, row)) for row in rows.ravel().tolist()]
+        made = [BLANK if one is None else example(one) for one in chosen]
+        for one, found in zip(chosen, made, strict=True):
+            if one is not None and any(np.array(_size(found)) > shape):
+                raise UserError(_no_place(items[one][1], found, slots, room))
+        arrays = collate(made, shape, patch_dim)
+        groups.append({key: value.reshape(*rows.shape, *value.shape[1:]) for key, value in arrays.items()})
+    first_row = np.concatenate([[0], np.cumsum(room)])
+    return {"groups": tuple(groups), "order": (first_row[places_N2[:, 0]] + places_N2[:, 1]).astype(np.int32)}
+
+
+def padding(batch: dict) -> dict[str, float]:
+    """The fraction of each shape class of a batch that is empty: {"padding/{side}/{tokens}:{patches}/tokens" or "/patches"}."""
+    found = {}
+    for side in ("query", "candidate"):
+        for group in batch[side]["groups"]:
+            patches = group["patch_mask"].shape[-1] if "patch_mask" in group else 0
+            name = f"padding/{side}/{group['mask'].shape[-1]}:{patches}"
+            found[f"{name}/tokens"] = 1 - float(group["mask"].mean())
+            if patches:
+                found[f"{name}/patches"] = 1 - float(group["patch_mask"].mean())
+    return found
+
+
+def _has_image(named_item: tuple[dict, str]) -> bool:
+    return named_item[0].get("image") is not None
+
+
+def _size(example: Example) -> ShapeClass:
+    return ShapeClass(len(example.tokens), 0 if example.patches is None else len(example.patches.mask))
+
+
+def _no_place(name: str, example: Example, slots: Slots, room: list[int]) -> str:
+    tokens, patches = _size(example)
+    classes = zip(slots.shapes, room, strict=True)
+    held = ", ".join(f"{shape.tokens} tokens and {shape.patches} patches x {rows} rows" for shape, rows in classes)
+    return (
+        f"{name}: {tokens} tokens and {patches} patches find no place in the batch's shape classes ({held}): "
+        "enlarge one or lower max_pixels"
+    )
