@@ -37,7 +37,7 @@ tbody th { font-weight: normal }
 img { display: block; max-width: 100%; height: auto; background: #fff }
 article { border-top: 1px solid #8886 }
 .items { display: flex; flex-wrap: wrap; gap: 1.5rem }
-figure { width: 16rem; margin: 0 }
+figure { width: 12.5rem; margin: 0 }
 figure.plot { width: auto }
 figcaption { font-weight: bold }
 figure p { margin: .25rem 0; overflow-wrap: anywhere }
@@ -84,7 +84,7 @@ def _table(table: Table) -> str:
     caption = f"<caption><strong>{escape(table.title)}</strong>{escape(table.about)}</caption>"
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.head)
     bodies = "".join(f"<tbody>{''.join(map(_row, body))}</tbody>" for body in table.bodies)
-    return f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead>{bodies}</table></div>'
+    return f'<div class="wide" tabindex="0"><table>{caption}<thead><tr>{head}</tr></thead>{bodies}</table></div>'
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -95,7 +95,7 @@ def _worst(worst: Sequence[Example]) -> str:
     if not worst:
         return "<h2>Worst queries</h2><p>At the largest budget, every query found what it looked for.</p>"
     legend = (
-        "At the largest budget, by the rank of the first candidate that is right, which stands behind all others of its score. "
+        "Ordered by the rank, at the largest budget, of the first candidate that is right; it stands behind all others of its score. "
         f"Of what is right, and of what was found before it, up to {SHOWN} candidates are shown."
     )
     return f"<h2>Worst queries</h2><p>{legend}</p>" + "".join(_example(*pair) for pair in enumerate(worst, start=1))
@@ -106,7 +106,7 @@ def _example(number: int, example: Example) -> str:
     figures = [_item(example.query, "looked for", f"{name}: what was looked for")]
     for kind, items in (("right", example.wanted), ("found", example.found)):
         for position, (item, score) in enumerate(items, start=1):
-            figures.append(_item(item, f"{kind} · {score:.3f}", f"{name}: {kind}, {position}"))
+            figures.append(_item(item, f"{kind} · score {score:.3f}", f"{name}: {kind}, {position}"))
     head = f"<h3>{number}. Rank {example.rank + 1:,} of {example.among:,} <small>{escape(example.place)}</small></h3>"
     return f'<article>{head}<div class="items">{"".join(figures)}</div></article>'
 
@@ -125,7 +125,7 @@ def _image(encoded: bytes, kind: str, alt: str) -> str:
 
 def _thumbnail(image, name: str) -> bytes:
     """A JPEG of what `open_image` opens. Of its metadata nothing is left."""
-    small = open_image(image, name).copy()
+    small = open_image(image, name)  # another object than the image
     small.thumbnail((SIDE, SIDE))
     small.info.clear()
     content = io.BytesIO()
