@@ -95,7 +95,7 @@ def _worst(worst: Sequence[Example]) -> str:
     if not worst:
         return "<h2>Worst queries</h2><p>At the largest budget, every query found what it looked for.</p>"
     legend = (
-        "Ordered by the rank, at the largest budget, of the first candidate that is right; it stands behind all others of its score. "
+        "By the rank, at the largest budget, of the first candidate that is right; it ranks behind all others of its score. "
         f"Of what is right, and of what was found before it, up to {SHOWN} candidates are shown."
     )
     return f"<h2>Worst queries</h2><p>{legend}</p>" + "".join(_example(*pair) for pair in enumerate(worst, start=1))
