@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> None:
     """Flags in, one call out."""
     parser = Parser(prog="eval.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run of train.py; its best checkpoint is read")
-    parser.add_argument("--out", type=Path, help="where results.json and quality.png go; <checkpoint>/eval by default")
+    parser.add_argument("--out", type=Path, help="where results.json, quality.png and report.html go; <checkpoint>/eval by default")
     parser.add_argument("--budgets", help="pairs r_q:r_c, such as 1:1,4:8,16:64; the config's groups by default")
     parser.add_argument("--benchmark", help="mmeb; by default the test split of the config's first source is searched")
     parser.add_argument("--from", dest="files", type=Path, help="the folder that the benchmark's files were fetched to")

@@ -67,7 +67,7 @@ def _prepare(arguments: Namespace) -> None:
 
 def _plot(arguments: Namespace) -> None:
     found = [report.read_results(path) for path in arguments.results]
-    report.plot(arguments.out, [(results["config"]["name"], results) for results in found])
+    report.write_file(arguments.out, report.picture([(results["config"]["name"], results) for results in found]))
     print(f"written: {arguments.out}")
 
 

@@ -4,7 +4,7 @@ run.json          the config, and the base where a part of it is frozen
 tokenizer.json    the vocabulary it was trained with
 checkpoints/      see metaembed_jax.checkpoints.runs
 metrics.jsonl     a line every few steps
-results.json, quality.png    the evaluation on the test split
+results.json, quality.png, report.html    the evaluation on the test split
 """
 
 import json

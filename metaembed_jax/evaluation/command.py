@@ -54,7 +54,8 @@ def evaluate_checkpoint(
     model = MetaEmbed(network, parameters, run_processor(config, checkpoint / "tokenizer.json"), mesh)
     if benchmark is not None:
         identity = hashlib.sha256(f"{step} {config.to_json()}".encode() + model.meta_tokens.tobytes()).hexdigest()
-        table = mmeb.evaluate(model, identity, files, chosen, out, progress=hosts.is_first())
+        about = run.origin(config.name, step)
+        table = mmeb.evaluate(model, identity, files, chosen, out, progress=hosts.is_first(), about=about)
         if hosts.is_first():
             print(f"\n{checkpoint}: {benchmark}, best checkpoint (step {step})\n{table}")
         hosts.wait_for_all("evaluated")

@@ -11,8 +11,10 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from metaembed_jax.data import sources
-from metaembed_jax.evaluation.report import format_table, plot, write_results
+from metaembed_jax.evaluation.page import write_page
+from metaembed_jax.evaluation.report import format_table, picture, tables, write_file, write_results
 from metaembed_jax.evaluation.sweep import Budget, sweep
+from metaembed_jax.evaluation.worst import Miss, example
 from metaembed_jax.late_interaction.maxsim import maxsim_on
 from metaembed_jax.model import MetaEmbed, from_parts
 from metaembed_jax.sharding import make_mesh
@@ -50,10 +52,25 @@ def quality(results: dict) -> float:
 
 
 def report(results: dict, config: ConfigDict, out: Path, step: int) -> str:
-    """Writes results.json and quality.png to `out`, and returns the table."""
+    """Writes results.json, quality.png and report.html of the test split to `out`, and returns the table."""
     name = config.data.sources[0][0]
     fingerprint = sources.prepare(name, config.data.dir)["fingerprint"]
-    versions = {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax", "numpy")}
-    write_results(out / "results.json", {"step": step, **results}, json.loads(config.to_json()), fingerprint, versions)
-    plot(out / "quality.png", [(config.name, results)])
+    write_results(out / "results.json", {"step": step, **results}, json.loads(config.to_json()), fingerprint, versions())
+    plot = picture([(config.name, results)])
+    write_file(out / "quality.png", plot)
+    task = sources.retrieval(name, config.data.dir, "test")
+    worst = [example(Miss(**miss), task.queries, task.candidates, name) for miss in results["worst"]]
+    about = origin(config.name, step) | {"data": f"{name}, {fingerprint}"}
+    write_page(out / "report.html", f"{config.name}: {name}, test split", tables(results), plot, worst, about)
     return format_table(results)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that numbers may depend on."""
+    return {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax", "numpy")}
+
+
+def origin(config: str, step: int) -> dict[str, str]:
+    """Which model numbers are of, as a page says it."""
+    listed = ", ".join(f"{package} {version}" for package, version in versions().items())
+    return {"config": config, "checkpoint": f"step {step}", "versions": listed}

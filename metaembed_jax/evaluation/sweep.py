@@ -8,6 +8,7 @@ import numpy as np
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.cost import index_bytes, maxsim_flops
 from metaembed_jax.evaluation.metrics import METRICS, bootstrap_mean, evaluate, relevance_matrix
+from metaembed_jax.evaluation.worst import Ranking, worst_queries
 from metaembed_jax.late_interaction.maxsim import maxsim
 
 Budget = tuple[int, int]
@@ -43,6 +44,16 @@ def check_budgets(budgets: Sequence[Budget], largest: Budget | None = None) -> N
             )
 
 
+def budget_name(budget: Sequence[int]) -> str:
+    """A budget as it is written everywhere: (4, 8) -> "4:8"."""
+    return f"{budget[0]}:{budget[1]}"
+
+
+def by_cost(budgets: Iterable[Budget]) -> list[Budget]:
+    """The budgets, cheapest first."""
+    return sorted((tuple(budget) for budget in budgets), key=lambda budget: (budget[0] * budget[1], budget[1]))
+
+
 def sweep(
     query_QRD: np.ndarray,
     candidate_NRD: np.ndarray,
@@ -62,10 +73,11 @@ def sweep(
     Backward, the same scores are read the other way: a candidate looks for its queries. What is searched then holds r_q
     vectors each, and candidates that no query names have nothing to find and are left out (forward, that is an error).
 
-    Returns {"dimension": D, "directions": [{"name", "queries", "candidates", "rows": [...], "gain": {...} or None}, ...]}
-    with a row {"budget": [r_q, r_c], "flops_per_candidate", "bytes_per_candidate", "metrics": {name: interval}} for each
-    budget, cheapest first, an interval {"mean", "low", "high"} as fractions of 1, and in "gain" {"from", "to", "metrics"}
-    the paired difference between the cheapest and the dearest budget (None for a single budget).
+    Returns {"dimension": D, "directions": [{"name", "queries", "candidates", "rows": [...], "gain": {...} or None}, ...],
+    "worst": [...]} with a row {"budget": [r_q, r_c], "flops_per_candidate", "bytes_per_candidate", "metrics": {name: interval}}
+    for each budget, cheapest first, an interval {"mean", "low", "high"} as fractions of 1, in "gain" {"from", "to", "metrics"}
+    the paired difference between the cheapest and the dearest budget (None for a single budget), and in "worst" what
+    `worst.worst_queries` finds forward at the dearest budget, each a `worst.Miss` as a dict.
 
     Raises UserError for vectors that do not fit together, for budgets as `check_budgets`, and as `metrics.gold_ranks`.
     """
@@ -74,7 +86,7 @@ def sweep(
         raise UserError(f"query vectors {shapes[0]} and candidate vectors {shapes[1]} must be [items, vectors, D] of one D")
     (queries, r_q, dimension), (held, r_c, _) = shapes
     candidates = held if candidates is None else candidates
-    budgets = sorted((tuple(budget) for budget in budgets), key=lambda budget: (budget[0] * budget[1], budget[1]))
+    budgets = by_cost(budgets)
     check_budgets(budgets, (r_q, r_c))
     relevant = relevance_matrix(relevance, (queries, candidates))
     named = relevant.any(axis=0)
@@ -84,12 +96,15 @@ def sweep(
         scores = np.asarray(score(query_QRD, candidate_NRD, budget))
         forward.append(evaluate(scores, relevant))
         backward.append(evaluate(scores.T[named], relevant.T[named]))
+    everything = np.arange(candidates)
+    worst = worst_queries(Ranking(everything, *row) for row in zip(scores, relevant, strict=True))  # the last, dearest budget's
     return {
         "dimension": dimension,
         "directions": [
             _direction(directions[0], candidates, budgets, [r_c for _, r_c in budgets], forward, dimension, seed),
             _direction(directions[1], queries, budgets, [r_q for r_q, _ in budgets], backward, dimension, seed),
         ],
+        "worst": [miss._asdict() for miss in worst],
     }
 
 

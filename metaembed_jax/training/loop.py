@@ -194,7 +194,8 @@ def _write(config: ConfigDict, results: dict, workdir: Path, step: int) -> None:
     print(
         f"\n{workdir}: test split, best checkpoint (step {step})\n{evaluation.report(results, config, workdir, step)}", flush=True
     )
-    print(f"\nwritten: {workdir / 'results.json'}, {workdir / 'quality.png'}", flush=True)
+    written = (workdir / name for name in ("results.json", "quality.png", "report.html"))
+    print(f"\nwritten: {', '.join(map(str, written))}", flush=True)
     if config.exports and jax.process_count() > 1:
         command = f"python -m metaembed_jax export --checkpoint={workdir} --format={config.exports[0]} --out=DIR"
         print(f"not exported, since there are several hosts; on one of them: {command}", flush=True)

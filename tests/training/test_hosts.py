@@ -117,7 +117,8 @@ def test_two_hosts_evaluate_as_one(whole, data_dir, tmp_path):
         with Hosts(count, [*command, f"--out={tmp_path / str(count)}"]) as hosts:
             said = hosts.wait()
         assert said[0][0] and not any(out for out, _ in said[1:])
-    assert (tmp_path / "2/results.json").read_text() == (tmp_path / "1/results.json").read_text()
+    for name in ("results.json", "report.html"):
+        assert (tmp_path / "2" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
 
 
 def test_sigterm_to_one_host_saves_and_stops_all(data_dir, tmp_path):

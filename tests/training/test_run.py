@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.config import check_config
@@ -26,6 +27,7 @@ from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer
+from tests.evaluation.parsed_page import Page
 
 
 def parameters_of(config, workdir, step):
@@ -71,6 +73,11 @@ def test_a_run_leaves_its_results(small_config, whole):
     names = len(sources.retrieval("icons", small_config.data.dir, "test").queries)
     assert results["directions"][0]["queries"] == names
     assert (whole / "quality.png").stat().st_size > 10_000
+    page = Page((whole / "report.html").read_text(encoding="utf-8"))
+    (_, plot), *shown = page.images()
+    assert plot.size == Image.open(whole / "quality.png").size and len(page.all("article")) == 10 == len(results["worst"])
+    assert len(shown) == sum(len(miss["wanted"]) + len(miss["found"]) for miss in results["worst"])
+    assert f"icons, {results['data_fingerprint']}" in page.all("footer")[0][1] and "text→image" in page.all("caption")[0][1]
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, 9))

@@ -2,10 +2,11 @@
 
 OUT/mmeb/{task}.json                  what `evaluate_task` found, and of which model and data
 OUT/mmeb/embeddings/{task}-*.npz      vectors at the largest budget, until the task is finished
-OUT/mmeb.json, OUT/mmeb.txt           all tasks and their averages
+OUT/mmeb.json, mmeb.txt, mmeb.html    all tasks and their averages; the page also has a plot and the worst queries
 """
 
 import hashlib
+import heapq
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,34 +18,42 @@ from jaxtyping import Float
 from metaembed_jax import hosts
 from metaembed_jax.data.sources.files import ImageFolder
 from metaembed_jax.evaluation.mmeb.reading import Questions, available, read_task
+from metaembed_jax.evaluation.mmeb.report import averages, picture, table
 from metaembed_jax.evaluation.mmeb.tasks import TASKS, Task
+from metaembed_jax.evaluation.page import write_page
 from metaembed_jax.evaluation.report import write_file
-from metaembed_jax.evaluation.sweep import Budget
+from metaembed_jax.evaluation.sweep import Budget, budget_name, by_cost
+from metaembed_jax.evaluation.tables import as_text
+from metaembed_jax.evaluation.worst import WORST, Example, Miss, Ranking, example, worst_queries
 from metaembed_jax.late_interaction.maxsim import maxsim_on
 from metaembed_jax.model import MetaEmbed, from_parts
 from metaembed_jax.sharding import make_mesh
 
-# P@1 of all 36 tasks, from arXiv 2509.18095.
-PUBLISHED = (
-    ("MetaEmbed-3B", {(1, 1): 65.4, (16, 64): 69.1}),
-    ("MetaEmbed-7B", {(1, 1): 71.3, (8, 16): 74.3, (16, 64): 76.6}),
-    ("MetaEmbed-32B", {(1, 1): 72.4, (16, 64): 78.7}),
-)
+LAYOUT = 2  # of a task's file; one of an older layout does not count
 
 
-def evaluate(model: MetaEmbed, identity: str, directory: Path, budgets: Sequence[Budget], out: Path, progress: bool) -> str:
+def evaluate(
+    model: MetaEmbed,
+    identity: str,
+    directory: Path,
+    budgets: Sequence[Budget],
+    out: Path,
+    progress: bool,
+    about: dict[str, str],
+) -> str:
     """Evaluates every task there is, writes the files above, and returns the table.
 
     Args:
       identity: of the model: what was found for another one does not count.
+      about: where the numbers are from, as `page.write_page` takes it.
 
     Raises:
       UserError: files that are missing or make no sense.
     """
-    found = {}
+    found, asked = {}, {}
     for task in available(directory, TASKS):
         questions = read_task(task, directory)
-        key = hashlib.sha256(repr((identity, questions.fingerprint, sorted(budgets))).encode()).hexdigest()[:16]
+        key = hashlib.sha256(repr((LAYOUT, identity, questions.fingerprint, sorted(budgets))).encode()).hexdigest()[:16]
         path = out / "mmeb" / f"{task.name}.json"
         done = json.loads(path.read_text()) if path.is_file() else {}
         if done.get("key") != key:
@@ -55,34 +64,60 @@ def evaluate(model: MetaEmbed, identity: str, directory: Path, budgets: Sequence
                 **evaluate_task(model, questions, budgets, out / "mmeb" / "embeddings" / f"{task.name}-{key}", progress),
             }
             _write(path, done)
-        found[task] = done
-    table = format_table(found, budgets)
-    tasks = {task.name: {name: value for name, value in done.items() if name != "key"} for task, done in found.items()}
-    _write(out / "mmeb.json", {"tasks": tasks, "averages": averages(found, budgets)})
+        found[task], asked[task] = done, questions._replace(choices=[])  # most of what a task takes in memory
     if hosts.is_first():
-        write_file(out / "mmeb.txt", (table + "\n").encode())
-    return table
+        _write_all(found, asked, budgets, out, about)
+    return as_text(table(found, budgets))
 
 
 def evaluate_task(model: MetaEmbed, questions: Questions, budgets: Sequence[Budget], cache: Path, progress: bool) -> dict:
-    """{"queries", "candidates", "chance", "precision": {"r_q:r_c": share of queries whose first choice is right}}.
+    """{"queries", "candidates", "chance", "dimension", "precision": {"r_q:r_c": share of queries whose first choice is right},
+    "worst": the worst queries at the dearest budget, each a `worst.Miss` as a dict}.
 
     Args:
       cache: the beginning of the files that hold the vectors until the task is finished.
     """
     most = tuple(max(budget[side] for budget in budgets) for side in (0, 1))
-    queries, candidates = (Pictured(items, questions.images) for items in (questions.queries, questions.candidates))
+    queries, candidates = pictured(questions)
     query_rows, query_part = _encoded(model, queries, "query", most[0], cache, progress)
     rows, candidate_NRD = _encoded(model, candidates, "candidate", most[1], cache, progress)
     query_QRD, here = from_parts(query_rows, query_part, len(queries)), make_mesh(devices=jax.local_devices())
     precision = {}
-    for budget in budgets:
+    for budget in by_cost(budgets):
         scores_QN = from_parts(rows, maxsim_on(here, query_QRD, candidate_NRD, budget).T, len(candidates)).T
-        precision[_name(budget)] = float(first_choices(scores_QN, questions.choices).mean())
+        precision[budget_name(budget)] = float(first_choices(scores_QN, questions.choices).mean())
+    worst = worst_queries(map(_ranking, scores_QN, questions.choices))  # the last, dearest budget's
     for file in cache.parent.glob(f"{cache.name}-*") if hosts.is_first() else ():
         file.unlink()
-    chance = float(np.mean([1 / len(choices) for choices in questions.choices]))
-    return {"queries": len(queries), "candidates": len(candidates), "chance": chance, "precision": precision}
+    return {
+        "queries": len(queries),
+        "candidates": len(candidates),
+        "chance": float(np.mean([1 / len(choices) for choices in questions.choices])),
+        "dimension": query_QRD.shape[2],
+        "precision": precision,
+        "worst": [miss._asdict() for miss in worst],
+    }
+
+
+def _ranking(scores_N: Float[np.ndarray, " N"], chosen: Sequence[int]) -> Ranking:
+    return Ranking(np.array(chosen), scores_N[chosen], np.arange(len(chosen)) == 0)
+
+
+def _write_all(found: dict[Task, dict], asked: dict[Task, Questions], budgets: Sequence[Budget], out: Path, about: dict) -> None:
+    tasks = {task.name: {name: done[name] for name in done.keys() - {"key", "worst"}} for task, done in found.items()}
+    _write(out / "mmeb.json", {"tasks": tasks, "averages": averages(found, budgets)})
+    results, examples = table(found, budgets), _worst(found, asked)
+    write_file(out / "mmeb.txt", (as_text(results) + "\n").encode())
+    fingerprint = hashlib.sha256(repr([(task.name, asked[task].fingerprint) for task in asked]).encode()).hexdigest()[:16]
+    about = about | {"data": f"MMEB, {fingerprint}"}
+    write_page(out / "mmeb.html", f"{about['config']}: MMEB", [results], picture(found, budgets), examples, about)
+
+
+def _worst(found: dict[Task, dict], asked: dict[Task, Questions]) -> list[Example]:
+    """The worst queries of all tasks. Images are read of these alone."""
+    misses = ((Miss(**miss), task) for task, done in found.items() for miss in done["worst"])
+    worst = heapq.nlargest(WORST, misses, key=lambda pair: pair[0].severity)
+    return [example(miss, *pictured(asked[task]), task.name) for miss, task in worst]
 
 
 def first_choices(scores_QN: Float[np.ndarray, "Q N"], choices: Sequence[Sequence[int]]) -> np.ndarray:
@@ -91,46 +126,6 @@ def first_choices(scores_QN: Float[np.ndarray, "Q N"], choices: Sequence[Sequenc
     A query that has no other choice is right.
     """
     return np.array([(row[chosen[0]] > row[chosen[1:]]).all() for row, chosen in zip(scores_QN, choices, strict=True)])
-
-
-def averages(found: dict[Task, dict], budgets: Sequence[Budget]) -> dict[str, dict[str, float]]:
-    """{name of an average: {budget: mean of its tasks}}, of those averages whose tasks are there."""
-    kinds = {group: [task for task in found if task.group == group] for group in dict.fromkeys(task.group for task in found)}
-    kinds |= {"in domain": [task for task in found if task.in_domain], "out of domain": [t for t in found if not t.in_domain]}
-    kinds["all"] = list(found)
-    means = {}
-    for name, tasks in kinds.items():
-        if tasks:
-            means[name] = {
-                _name(budget): float(np.mean([found[task]["precision"][_name(budget)] for task in tasks])) for budget in budgets
-            }
-    return means
-
-
-def is_like_chance(done: dict) -> bool:
-    """Whether the best budget is within two standard deviations of guessing."""
-    chance = done["chance"]
-    return max(done["precision"].values()) <= chance + 2 * (chance * (1 - chance) / done["queries"]) ** 0.5 and chance < 1
-
-
-def format_table(found: dict[Task, dict], budgets: Sequence[Budget]) -> str:
-    """Tasks, averages and the published rows, Precision@1 in percent at every budget."""
-    names = [_name(budget) for budget in budgets]
-
-    def line(name, values, mark=""):
-        return f"{name:<28}" + "".join(f"{100 * values[key]:>9.1f}" if key in values else f"{'':>9}" for key in names) + mark
-
-    lines = [f"{'MMEB, Precision@1 (%)':<28}" + "".join(f"{name:>9}" for name in names)]
-    for task, done in found.items():
-        lines.append(line(task.name, done["precision"], "  no better than chance" if is_like_chance(done) else ""))
-    lines.append("")
-    counts = {"all": len(found)}
-    for name, values in averages(found, budgets).items():
-        lines.append(line(f"mean: {name}" + (f" {counts[name]} of {len(TASKS)}" if name in counts else ""), values))
-    lines.append("")
-    for name, values in PUBLISHED:
-        lines.append(line(f"published: {name}", {_name(budget): value / 100 for budget, value in values.items()}))
-    return "\n".join(lines)
 
 
 class Pictured(Sequence):
@@ -145,6 +140,11 @@ class Pictured(Sequence):
     def __getitem__(self, number: int) -> dict:
         one = self.items[number]
         return one | {"image": self.images.read(one["image"])} if "image" in one else one
+
+
+def pictured(questions: Questions) -> tuple[Pictured, Pictured]:
+    """Queries and candidates."""
+    return Pictured(questions.queries, questions.images), Pictured(questions.candidates, questions.images)
 
 
 def _encoded(model: MetaEmbed, items: Pictured, side: str, budget: int, cache: Path, progress: bool):
@@ -165,7 +165,3 @@ def _encoded(model: MetaEmbed, items: Pictured, side: str, budget: int, cache: P
 def _write(path: Path, content: dict) -> None:
     if hosts.is_first():
         write_file(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
-
-
-def _name(budget: Budget) -> str:
-    return f"{budget[0]}:{budget[1]}"

@@ -9,17 +9,20 @@ from metaembed_jax.config import load_config, model_config
 from metaembed_jax.data import tokenizer
 from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.data.prompts import Processor
+from metaembed_jax.data.sources.files import ImageFolder
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.mmeb import run
+from metaembed_jax.evaluation.mmeb import report, run
 from metaembed_jax.evaluation.mmeb.reading import read_task
 from metaembed_jax.evaluation.mmeb.tasks import GROUPS, TASKS
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import init_parameters
 from metaembed_jax.sharding import make_mesh
 from tests.data.field_files import mmeb_test_rows, write_mmeb_test, write_parquet
+from tests.evaluation.parsed_page import Page
 from tests.late_interaction.reference import maxsim_scores
 
 BUDGETS = ((1, 1), (16, 64))
+ABOUT = {"config": "small", "checkpoint": "step 8"}
 BY_NAME = {task.name: task for task in TASKS}
 
 
@@ -31,6 +34,10 @@ def model(tmp_path_factory):
     return MetaEmbed(
         model_config(config), parameters, Processor(learned, ImageConfig(28 * 28, 84 * 84, window_size=84)), make_mesh()
     )
+
+
+def evaluate(model, folder, out):
+    return run.evaluate(model, "a", folder, BUDGETS, out, progress=False, about=ABOUT)
 
 
 def test_all_tasks_survive_a_kill(model, tmp_path, monkeypatch):
@@ -45,10 +52,12 @@ def test_all_tasks_survive_a_kill(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "evaluate_task", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        run.evaluate(model, "a", tmp_path / "in", BUDGETS, tmp_path / "out", progress=False)
-    table = run.evaluate(model, "a", tmp_path / "in", BUDGETS, tmp_path / "out", progress=False)
+        evaluate(model, tmp_path / "in", tmp_path / "out")
+    table = evaluate(model, tmp_path / "in", tmp_path / "out")
     assert len(evaluated) == 37 and evaluated[2] == evaluated[3]
-    assert run.evaluate(model, "a", tmp_path / "in", BUDGETS, tmp_path / "out", progress=False) == table and len(evaluated) == 37
+    page = (tmp_path / "out" / "mmeb.html").read_bytes()
+    assert evaluate(model, tmp_path / "in", tmp_path / "out") == table and len(evaluated) == 37
+    assert (tmp_path / "out" / "mmeb.html").read_bytes() == page
     found = json.loads((tmp_path / "out" / "mmeb.json").read_text())
     assert set(found["tasks"]) == set(BY_NAME) and (tmp_path / "out" / "mmeb.txt").read_text() == table + "\n"
     members = {group: [task for task in TASKS if task.group == group] for group in GROUPS} | {"all": TASKS}
@@ -59,6 +68,38 @@ def test_all_tasks_survive_a_kill(model, tmp_path, monkeypatch):
         assert found["averages"][name]["16:64"] == pytest.approx(mean)
     assert not list((tmp_path / "out" / "mmeb" / "embeddings").iterdir())
     assert "published: MetaEmbed-7B" in table and "76.6" in table
+
+
+def test_the_page_has_the_worst_of_all_tasks_and_reads_no_other_image(model, tmp_path, monkeypatch):
+    """A killed and resumed evaluation gives the page of an uninterrupted one."""
+    tasks = [BY_NAME[name] for name in ("ChartQA", "WebQA", "CIRR", "NIGHTS", "GQA")]
+    write_mmeb_test(tmp_path / "in", tasks, count=6)
+    evaluate(model, tmp_path / "in", tmp_path / "whole")
+    page = Page((tmp_path / "whole" / "mmeb.html").read_text(encoding="utf-8"))
+    stored = {task.name: json.loads((tmp_path / "whole" / "mmeb" / f"{task.name}.json").read_text()) for task in tasks}
+    assert all(len(done["worst"]) == round(6 * (1 - done["precision"]["16:64"])) for done in stored.values())
+    misses = sorted((miss["rank"] for done in stored.values() for miss in done["worst"]), reverse=True)
+    shown = [text for _, text in page.all("article")]
+    assert len(shown) == 10 < len(misses)
+    assert [int(text.split("Rank ")[1].split(" of 3 ")[0]) - 1 for text in shown] == misses[:10]
+    assert all(text.split(", query")[0].split(" of 3 ")[1] in stored for text in shown)
+    assert "30 queries in 5 tasks" in page.all("caption")[0][1] and "published: MetaEmbed-7B" in page.all("table")[0][1]
+    assert "MMEB, " in page.all("footer")[0][1] and "step 8" in page.all("footer")[0][1]
+
+    (tmp_path / "resumed" / "mmeb").mkdir(parents=True)
+    for name in ("WebQA", "ChartQA"):  # finished before the kill
+        (tmp_path / "resumed" / "mmeb" / f"{name}.json").write_text(json.dumps(stored[name]))
+    evaluate(model, tmp_path / "in", tmp_path / "resumed")
+    read = []
+
+    def counted(folder, path, original=ImageFolder.read):
+        read.append(path)
+        return original(folder, path)
+
+    monkeypatch.setattr(ImageFolder, "read", counted)
+    evaluate(model, tmp_path / "in", tmp_path / "resumed")
+    assert (tmp_path / "resumed" / "mmeb.html").read_bytes() == (tmp_path / "whole" / "mmeb.html").read_bytes()
+    assert 0 < len(read) == len(page.images()) - 1
 
 
 def test_all_tasks_of_the_first_format_are_read(tmp_path):
@@ -88,8 +129,8 @@ def test_precision_is_that_of_the_scores(model, tmp_path):
 def test_a_tie_is_a_miss():
     scores = np.array([[1.0, 1.0, 0.0], [2.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
     assert run.first_choices(scores, [[0, 1, 2], [0, 1, 2], [1]]).tolist() == [False, True, True]
-    assert run.is_like_chance({"chance": 0.25, "queries": 100, "precision": {"1:1": 0.3}})
-    assert not run.is_like_chance({"chance": 0.25, "queries": 100, "precision": {"1:1": 0.2, "16:64": 0.4}})
+    assert report.is_like_chance({"chance": 0.25, "queries": 100, "precision": {"1:1": 0.3}})
+    assert not report.is_like_chance({"chance": 0.25, "queries": 100, "precision": {"1:1": 0.2, "16:64": 0.4}})
 
 
 def test_equal_targets_are_one_candidate(tmp_path):
@@ -127,4 +168,4 @@ def test_bad_rows(tmp_path, change, message):
 
 def test_a_folder_of_something_else(model, tmp_path):
     with pytest.raises(UserError, match="has no {task}/test-"):
-        run.evaluate(model, "a", tmp_path, BUDGETS, tmp_path / "out", progress=False)
+        evaluate(model, tmp_path, tmp_path / "out")

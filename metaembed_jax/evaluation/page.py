@@ -1,0 +1,145 @@
+"""An evaluation as one HTML page that stands alone: tables, a plot of quality against cost, the worst queries with their pictures.
+
+Nothing is fetched and nothing runs: pictures are data URIs, and a policy forbids the rest. Texts and images are other people's:
+texts are escaped and cut, images are decoded within bounds and written anew, small. The same results give the same bytes.
+"""
+
+import base64
+import io
+import unicodedata
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from metaembed_jax.data.images import open_image
+from metaembed_jax.evaluation.report import write_file
+from metaembed_jax.evaluation.tables import Table
+from metaembed_jax.evaluation.worst import SHOWN, Example
+
+SIDE = 256  # pixels of a thumbnail's longest side
+LONGEST = 300  # characters that are shown of a text
+LONGEST_WORD = 30  # a longer one may be cut in the middle
+
+STYLE = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+h1, h2, h3 { line-height: 1.2 }
+h3 { margin: 1.5rem 0 .5rem; font-size: 1rem }
+small, footer { opacity: .75 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; margin: 1.5rem 0; font-variant-numeric: tabular-nums }
+caption { padding-bottom: .5rem; text-align: left }
+caption strong { display: block }
+th, td { padding: .15rem .75rem; text-align: right; white-space: nowrap }
+tr > :first-child { text-align: left; padding-left: 0 }
+tbody { border-top: 1px solid #8886 }
+tbody th { font-weight: normal }
+img { display: block; max-width: 100%; height: auto; background: #fff }
+article { border-top: 1px solid #8886 }
+.items { display: flex; flex-wrap: wrap; gap: 1.5rem }
+figure { width: 12.5rem; margin: 0 }
+figure.plot { width: auto }
+figcaption { font-weight: bold }
+figure p { margin: .25rem 0; overflow-wrap: anywhere }
+footer { margin-top: 3rem; border-top: 1px solid #8886; overflow-wrap: anywhere }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem }
+dd { margin: 0 }
+"""
+
+
+def write_page(
+    path: Path, title: str, tables: Sequence[Table], picture: bytes, worst: Sequence[Example], about: dict[str, str]
+) -> None:
+    """Writes the page; an older one is replaced whole or kept.
+
+    Args:
+      title: what was evaluated on what.
+      picture: the plot, a PNG.
+      worst: the worst queries, worst first; none if each found what it looked for.
+      about: names and values that say where the numbers are from, at the end of the page.
+
+    Raises:
+      UserError: an image that cannot be read, or a place that cannot be written.
+    """
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        *map(_table, tables),
+        f'<figure class="plot">{_image(picture, "png", "quality against cost; the tables hold the numbers of this plot")}</figure>',
+        _worst(worst),
+        f"<footer><dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name, value in about.items())}</dl></footer>",
+    ]
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = [
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{STYLE}</style>",
+    ]
+    lines = ["<!DOCTYPE html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *parts, "</body>", "</html>", ""]
+    write_file(path, "\n".join(lines).encode(errors="replace"))  # a file's name may hold what is no character
+
+
+def _table(table: Table) -> str:
+    caption = f"<caption><strong>{escape(table.title)}</strong>{escape(table.about)}</caption>"
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.head)
+    bodies = "".join(f"<tbody>{''.join(map(_row, body))}</tbody>" for body in table.bodies)
+    return f'<div class="wide" tabindex="0"><table>{caption}<thead><tr>{head}</tr></thead>{bodies}</table></div>'
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f'<tr><th scope="row">{escape(cells[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells[1:])}</tr>'
+
+
+def _worst(worst: Sequence[Example]) -> str:
+    if not worst:
+        return "<h2>Worst queries</h2><p>At the largest budget, every query found what it looked for.</p>"
+    legend = (
+        "By the rank, at the largest budget, of the first candidate that is right; it ranks behind all others of its score. "
+        f"Of what is right, and of what was found before it, up to {SHOWN} candidates are shown."
+    )
+    return f"<h2>Worst queries</h2><p>{legend}</p>" + "".join(_example(*pair) for pair in enumerate(worst, start=1))
+
+
+def _example(number: int, example: Example) -> str:
+    name = f"worst query {number}"
+    figures = [_item(example.query, "looked for", f"{name}: what was looked for")]
+    for kind, items in (("right", example.wanted), ("found", example.found)):
+        for position, (item, score) in enumerate(items, start=1):
+            figures.append(_item(item, f"{kind} · score {score:.3f}", f"{name}: {kind}, {position}"))
+    head = f"<h3>{number}. Rank {example.rank + 1:,} of {example.among:,} <small>{escape(example.place)}</small></h3>"
+    return f'<article>{head}<div class="items">{"".join(figures)}</div></article>'
+
+
+def _item(item: dict, caption: str, name: str) -> str:
+    """An item's image and text, as far as it has them. name: of the image, for those who do not see it."""
+    image = _image(_thumbnail(item["image"], name), "jpeg", name) if item.get("image") else ""
+    # The text may be in any language and direction, whatever the page's are.
+    text = f'<p lang="" dir="auto">{escape(shortened(item["text"]))}</p>' if item.get("text") else ""
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{image}{text}</figure>"
+
+
+def _image(encoded: bytes, kind: str, alt: str) -> str:
+    return f'<img alt="{escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(encoded).decode()}">'
+
+
+def _thumbnail(image, name: str) -> bytes:
+    """A JPEG of what `open_image` opens. Of its metadata nothing is left."""
+    small = open_image(image, name)  # another object than the image
+    small.thumbnail((SIDE, SIDE))
+    small.info.clear()
+    content = io.BytesIO()
+    small.save(content, "jpeg", quality=85)
+    return content.getvalue()
+
+
+def shortened(text: str) -> str:
+    """A text in one line of at most `LONGEST` characters and "…", cut between words if they are no longer than `LONGEST_WORD`.
+
+    What is no character (control codes, halves of surrogate pairs) becomes U+FFFD.
+    """
+    line = " ".join(text.split())
+    if len(line) > LONGEST:
+        whole, _, begun = line[: LONGEST + 1].rpartition(" ")
+        line = (whole if len(begun) <= LONGEST_WORD else line[:LONGEST]) + "…"
+    return "".join("\ufffd" if unicodedata.category(character) in ("Cc", "Cs") else character for character in line)
