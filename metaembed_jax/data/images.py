@@ -107,7 +107,7 @@ class Patches(NamedTuple):
 
 
 def open_image(image: bytes | str | Path | Image.Image, name: str) -> Image.Image:
-    """Decodes to RGB as transformers does.
+    """Decodes to RGB as transformers does. An image that is open, and RGB, comes back itself.
 
     Encoded bytes and files are turned upright by their EXIF orientation (as `transformers.image_utils.load_image`); an image
     that is open already stays as it is. Transparency of any kind is composited onto white, every other mode goes through

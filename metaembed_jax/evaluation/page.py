@@ -125,7 +125,7 @@ def _image(encoded: bytes, kind: str, alt: str) -> str:
 
 def _thumbnail(image, name: str) -> bytes:
     """A JPEG of what `open_image` opens. Of its metadata nothing is left."""
-    small = open_image(image, name)  # another object than the image
+    small = open_image(image, name).copy()  # the image itself stays as it is
     small.thumbnail((SIDE, SIDE))
     small.info.clear()
     content = io.BytesIO()
