@@ -57,7 +57,7 @@ def sweep(
 
     query_QRD, candidate_NRD: the nested vectors at the largest budget, real [Q, R_q, D] and [N, R_c, D].
     score: (query_QRD, candidate_NRD, budget) -> [Q, N]. candidates: N, where candidate_NRD is only this host's part of them.
-    relevance: bool [Q, N] or a set of candidates for each query. directions: the names of forward and backward.
+    relevance: bool or grades [Q, N], or a set of candidates for each query. directions: the names of forward and backward.
 
     Backward, the same scores are read the other way: a candidate looks for its queries. What is searched then holds r_q
     vectors each, and candidates that no query names have nothing to find and are left out (forward, that is an error).
@@ -67,7 +67,7 @@ def sweep(
     budget, cheapest first, an interval {"mean", "low", "high"} as fractions of 1, and in "gain" {"from", "to", "metrics"}
     the paired difference between the cheapest and the dearest budget (None for a single budget).
 
-    Raises UserError for vectors that do not fit together, for budgets as `check_budgets`, and as `metrics.gold_ranks`.
+    Raises UserError for vectors that do not fit together, for budgets as `check_budgets`, and as `metrics.gold_of`.
     """
     shapes = tuple(query_QRD.shape), tuple(candidate_NRD.shape)
     if len(shapes[0]) != 3 or len(shapes[1]) != 3 or shapes[0][2] != shapes[1][2]:
