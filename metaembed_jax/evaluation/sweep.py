@@ -1,6 +1,5 @@
 """Every budget of one encoding, both directions: encode once at the largest budget, then slice."""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -8,24 +7,8 @@ import numpy as np
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.cost import index_bytes, maxsim_flops
 from metaembed_jax.evaluation.metrics import METRICS, bootstrap_mean, evaluate, relevance_matrix
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.maxsim import maxsim
-
-Budget = tuple[int, int]
-
-
-def parse_budgets(text: str, largest: Budget | None = None) -> tuple[Budget, ...]:
-    """Budgets from the command line: "1:1,4:8" -> ((1, 1), (4, 8)).
-
-    Raises UserError for anything else, a budget given twice, and one beyond `largest` (the vectors there are).
-    """
-    budgets = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,6}):([0-9]{1,6})\s*", part)
-        if not match:
-            raise UserError(f"budgets {text!r}: {part!r} is not a pair r_q:r_c; write for example 1:1,4:8,16:64")
-        budgets.append((int(match[1]), int(match[2])))
-    check_budgets(budgets, largest)
-    return tuple(budgets)
 
 
 def check_budgets(budgets: Sequence[Budget], largest: Budget | None = None) -> None:

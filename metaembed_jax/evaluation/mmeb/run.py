@@ -6,7 +6,6 @@ OUT/mmeb.json, OUT/mmeb.txt           all tasks and their averages
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,13 +15,14 @@ from jaxtyping import Float
 
 from metaembed_jax import hosts
 from metaembed_jax.data.sources.files import ImageFolder
+from metaembed_jax.evaluation.budgets import budget_name
 from metaembed_jax.evaluation.mmeb.reading import Questions, available, read_task
 from metaembed_jax.evaluation.mmeb.tasks import TASKS, Task
+from metaembed_jax.evaluation.records import found_once, write_json
 from metaembed_jax.evaluation.report import write_file
-from metaembed_jax.evaluation.sweep import Budget
-from metaembed_jax.late_interaction.maxsim import maxsim_on
+from metaembed_jax.evaluation.scoring import score_parts
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.model import MetaEmbed, from_parts
-from metaembed_jax.sharding import make_mesh
 
 # P@1 of all 36 tasks, from arXiv 2509.18095.
 PUBLISHED = (
@@ -45,20 +45,16 @@ def evaluate(model: MetaEmbed, identity: str, directory: Path, budgets: Sequence
     for task in available(directory, TASKS):
         questions = read_task(task, directory)
         key = hashlib.sha256(repr((identity, questions.fingerprint, sorted(budgets))).encode()).hexdigest()[:16]
-        path = out / "mmeb" / f"{task.name}.json"
-        done = json.loads(path.read_text()) if path.is_file() else {}
-        if done.get("key") != key:
+
+        def find(task=task, questions=questions, key=key) -> dict:
             if progress:
                 print(f"{task.name}: {len(questions.queries):,} queries, {len(questions.candidates):,} candidates", flush=True)
-            done = {
-                "key": key,
-                **evaluate_task(model, questions, budgets, out / "mmeb" / "embeddings" / f"{task.name}-{key}", progress),
-            }
-            _write(path, done)
-        found[task] = done
+            return evaluate_task(model, questions, budgets, out / "mmeb" / "embeddings" / f"{task.name}-{key}", progress)
+
+        found[task] = found_once(out / "mmeb" / f"{task.name}.json", key, find)
     table = format_table(found, budgets)
     tasks = {task.name: {name: value for name, value in done.items() if name != "key"} for task, done in found.items()}
-    _write(out / "mmeb.json", {"tasks": tasks, "averages": averages(found, budgets)})
+    write_json(out / "mmeb.json", {"tasks": tasks, "averages": averages(found, budgets)})
     if hosts.is_first():
         write_file(out / "mmeb.txt", (table + "\n").encode())
     return table
@@ -74,11 +70,11 @@ def evaluate_task(model: MetaEmbed, questions: Questions, budgets: Sequence[Budg
     queries, candidates = (Pictured(items, questions.images) for items in (questions.queries, questions.candidates))
     query_rows, query_part = _encoded(model, queries, "query", most[0], cache, progress)
     rows, candidate_NRD = _encoded(model, candidates, "candidate", most[1], cache, progress)
-    query_QRD, here = from_parts(query_rows, query_part, len(queries)), make_mesh(devices=jax.local_devices())
+    query_QRD = from_parts(query_rows, query_part, len(queries))
     precision = {}
     for budget in budgets:
-        scores_QN = from_parts(rows, maxsim_on(here, query_QRD, candidate_NRD, budget).T, len(candidates)).T
-        precision[_name(budget)] = float(first_choices(scores_QN, questions.choices).mean())
+        scores_QN = score_parts(query_QRD, rows, candidate_NRD, len(candidates), budget)
+        precision[budget_name(budget)] = float(first_choices(scores_QN, questions.choices).mean())
     for file in cache.parent.glob(f"{cache.name}-*") if hosts.is_first() else ():
         file.unlink()
     chance = float(np.mean([1 / len(choices) for choices in questions.choices]))
@@ -102,7 +98,8 @@ def averages(found: dict[Task, dict], budgets: Sequence[Budget]) -> dict[str, di
     for name, tasks in kinds.items():
         if tasks:
             means[name] = {
-                _name(budget): float(np.mean([found[task]["precision"][_name(budget)] for task in tasks])) for budget in budgets
+                budget_name(budget): float(np.mean([found[task]["precision"][budget_name(budget)] for task in tasks]))
+                for budget in budgets
             }
     return means
 
@@ -115,7 +112,7 @@ def is_like_chance(done: dict) -> bool:
 
 def format_table(found: dict[Task, dict], budgets: Sequence[Budget]) -> str:
     """Tasks, averages and the published rows, Precision@1 in percent at every budget."""
-    names = [_name(budget) for budget in budgets]
+    names = [budget_name(budget) for budget in budgets]
 
     def line(name, values, mark=""):
         return f"{name:<28}" + "".join(f"{100 * values[key]:>9.1f}" if key in values else f"{'':>9}" for key in names) + mark
@@ -129,7 +126,7 @@ def format_table(found: dict[Task, dict], budgets: Sequence[Budget]) -> str:
         lines.append(line(f"mean: {name}" + (f" {counts[name]} of {len(TASKS)}" if name in counts else ""), values))
     lines.append("")
     for name, values in PUBLISHED:
-        lines.append(line(f"published: {name}", {_name(budget): value / 100 for budget, value in values.items()}))
+        lines.append(line(f"published: {name}", {budget_name(budget): value / 100 for budget, value in values.items()}))
     return "\n".join(lines)
 
 
@@ -160,12 +157,3 @@ def _encoded(model: MetaEmbed, items: Pictured, side: str, budget: int, cache: P
         np.savez(file, rows=rows, vectors=vectors)
     part.replace(path)
     return rows, vectors
-
-
-def _write(path: Path, content: dict) -> None:
-    if hosts.is_first():
-        write_file(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
-
-
-def _name(budget: Budget) -> str:
-    return f"{budget[0]}:{budget[1]}"
