@@ -74,11 +74,14 @@ class Searcher:
         return ModelMeta.create_empty({key: value for key, value in facts.items() if value is not None})
 
     def index(self, corpus, *, task_metadata, **_) -> None:
-        """Encodes the candidates, unless they are held."""
+        """Encodes the candidates, unless they are held.
+
+        Raises:
+          UserError: names the item that cannot be encoded; or the vectors are not finite.
+        """
         from mteb.types import PromptType
 
-        name = f"{task_metadata.name}, corpus"
-        items = Items(corpus, "candidate", task_metadata.get_modalities(PromptType.document), name)
+        items = Items(corpus, "candidate", task_metadata.get_modalities(PromptType.document), f"{task_metadata.name}, corpus")
         self._indexed = None
         self._indexed = (items.ids, *self._encoded(items))
 
@@ -86,21 +89,18 @@ class Searcher:
         """The best of the indexed candidates, {query: {candidate: score}}, of `top_ranked` alone where it is given.
 
         Raises:
-          UserError: an item that cannot be encoded, or NaN among the scores.
+          UserError: as `index`.
         """
         from mteb.types import PromptType
 
         ids, rows, candidate_nRD = self._indexed
-        name = f"{task_metadata.name}, queries"
-        asked = Items(queries, "query", task_metadata.get_modalities(PromptType.query), name)
+        asked = Items(queries, "query", task_metadata.get_modalities(PromptType.query), f"{task_metadata.name}, queries")
         query_QRD = from_parts(*self._encoded(asked), len(asked))
         left_out_QN = None if top_ranked is None else _left_out(asked.ids, ids, top_ranked)
 
         def score(budget: Budget, rows_QK: Int[np.ndarray, "Q K"] | None) -> Float[np.ndarray, "Q K"]:
             # All of them, also in later stages: as one product that is faster here than to collect each query's own.
             scores_QN = score_parts(query_QRD, rows, candidate_nRD, len(ids), budget)
-            if np.isnan(scores_QN).any():
-                raise UserError(f"{name}: scores are NaN; look for NaN in the checkpoint")
             if left_out_QN is not None:
                 scores_QN = np.where(left_out_QN, -np.inf, scores_QN)
             return scores_QN if rows_QK is None else np.take_along_axis(scores_QN, rows_QK, axis=1)
@@ -121,6 +121,8 @@ class Searcher:
                 rows, vectors = self.model.encode_part(items, items.side, budget=budget, progress=self.progress)
             except UserError as error:
                 raise UserError(f"{items.name}: {error}") from None
+            if not np.isfinite(vectors).all():
+                raise UserError(f"{items.name}: the vectors hold NaN or infinities; look for them in the checkpoint")
             held = self._held[items.side] = fingerprint, rows, vectors
         return held[1:]
 
