@@ -105,12 +105,13 @@ def fetch(task) -> None:
       PrivateTask: it is not public, and not to be had.
       UserError: it cannot be fetched.
     """
-    if (problem := hosts.first_then_others(lambda: _load(task))) is None:
-        return
+    problem = hosts.first_then_others(lambda: _load(task))
+    of_first = hosts.from_first(problem or "")  # what is left out must be so on all hosts
     place = f"{task.metadata.name}: {task.metadata.dataset['path']} at {task.metadata.revision}"
-    if task.metadata.is_public is False:
-        raise PrivateTask(f"{place} is not public ({problem})")
-    raise UserError(f"{place} cannot be fetched from the Hugging Face hub ({problem}); it must be there, or in its cache")
+    if of_first and task.metadata.is_public is False:
+        raise PrivateTask(f"{place} is not public ({of_first})")
+    if problem:
+        raise UserError(f"{place} cannot be fetched from the Hugging Face hub ({problem}); it must be there, or in its cache")
 
 
 def _load(task) -> str | None:
