@@ -47,10 +47,10 @@ def parse_budgets(text: str, largest: Budget) -> tuple[Budget, ...]:
 
 
 def budget_name(budget: Sequence[int]) -> str:
-    """ "4:8" of (4, 8)."""
+    """(4, 8) as "4:8"."""
     return ":".join(map(str, budget))
 
 
 def search_name(stages: Stages) -> str:
-    """ "1:1:1000>16:64" of ((1, 1, 1000), (16, 64))."""
+    """((1, 1, 1000), (16, 64)) as "1:1:1000>16:64"."""
     return ">".join(map(budget_name, stages))
