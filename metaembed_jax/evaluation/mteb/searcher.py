@@ -99,7 +99,7 @@ class Searcher:
         left_out_QN = None if top_ranked is None else _left_out(asked.ids, ids, top_ranked)
 
         def score(budget: Budget, rows_QK: Int[np.ndarray, "Q K"] | None) -> Float[np.ndarray, "Q K"]:
-            # All of them, also in later stages: as one product that is faster here than to collect each query's own.
+            # Of all candidates in later stages too: what survives differs by query, and lies on several hosts.
             scores_QN = score_parts(query_QRD, rows, candidate_nRD, len(ids), budget)
             if left_out_QN is not None:
                 scores_QN = np.where(left_out_QN, -np.inf, scores_QN)
