@@ -1,5 +1,5 @@
 """Evaluates a run on its test split, `python eval.py --config=configs/tiny.py --checkpoint=runs/tiny`, or on a benchmark,
-`--benchmark=mmeb --from=MMEB-eval`."""
+`--benchmark=mmeb --from=MMEB-eval` or `--benchmark=vidore`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +15,12 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="eval.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run of train.py; its best checkpoint is read")
     parser.add_argument("--out", type=Path, help="where results.json, quality.png and report.html go; <checkpoint>/eval by default")
-    parser.add_argument("--budgets", help="pairs r_q:r_c, such as 1:1,4:8,16:64; the config's groups by default")
-    parser.add_argument("--benchmark", help="mmeb; by default the test split of the config's first source is searched")
-    parser.add_argument("--from", dest="files", type=Path, help="the folder that the benchmark's files were fetched to")
+    parser.add_argument(
+        "--budgets",
+        help="pairs r_q:r_c, such as 1:1,4:8,16:64; the config's groups by default. For mteb also stages, 1:1:1000>16:64",
+    )
+    parser.add_argument("--benchmark", help="mmeb; vidore, or any benchmark or task of mteb; by default the test split")
+    parser.add_argument("--from", dest="files", type=Path, help="the folder that the files of mmeb were fetched to")
     add_host_flags(parser)
     arguments = parse(parser, argv)
     hosts.connect(arguments.coordinator, arguments.hosts, arguments.host)

@@ -130,6 +130,8 @@ class MetaEmbed:
                         found = self._encode_batch([examples[n] for n in chosen], shape, side, budget, at_once)
                         vectors_NRD[chosen] = found[: len(chosen)]
                         bar.update(len(chosen))
+        if len(bad := np.flatnonzero(~np.isfinite(vectors_NRD).all(axis=(1, 2)))):  # a maximum over NaN may hide it
+            raise UserError(f"item {rows[bad[0]]}: its vectors hold NaN or infinities; look for them in the checkpoint")
         return rows, vectors_NRD
 
     def _encode_items(self, items: Sequence, side: str, budget: int | None, batch_size: int, progress: bool):

@@ -76,6 +76,13 @@ def test_similarity_is_maxsim(model):
     np.testing.assert_allclose(me.maxsim(q, c, budget=(4, 8)), expected, rtol=1e-5)
 
 
+def test_vectors_that_are_no_numbers_are_refused(model):
+    meta_tokens = model.parameters["meta_tokens"].at[0].set(np.nan)
+    broken = me.MetaEmbed(model.config, model.parameters | {"meta_tokens": meta_tokens}, model.processor, model.mesh)
+    with pytest.raises(me.UserError, match="item 0: its vectors hold NaN or infinities"):
+        broken.encode_query(["a", "b"])
+
+
 def test_nothing_to_encode(model):
     assert model.encode_query([], budget=2).shape == (0, 2, 32)
 

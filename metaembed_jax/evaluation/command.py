@@ -12,13 +12,13 @@ from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import run
+from metaembed_jax.evaluation.budgets import parse_budgets, parse_searches
 from metaembed_jax.evaluation.mmeb import run as mmeb
-from metaembed_jax.evaluation.sweep import parse_budgets
+from metaembed_jax.evaluation.mteb import run as mteb
+from metaembed_jax.evaluation.mteb import tasks
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_parameters
 from metaembed_jax.sharding import make_mesh
-
-BENCHMARKS = ("mmeb",)
 
 
 def evaluate_checkpoint(
@@ -27,15 +27,12 @@ def evaluate_checkpoint(
     """Prints the table of the best checkpoint, and writes results to `out`.
 
     Args:
-      benchmark: one of `BENCHMARKS`, on the `files` it was fetched to; None: the test split of the config's first source.
+      benchmark: mmeb, on the `files` it was fetched to, or what `tasks.find` knows; None: the test split of the first source.
 
     Raises:
       UserError: no such run, one of another model, budgets beyond it, or files that are no such benchmark.
     """
-    if files is not None and benchmark is None:
-        raise UserError(f"--from={files}: is for a --benchmark; the config says where its own data is")
-    if benchmark is not None and (benchmark not in BENCHMARKS or files is None):
-        raise UserError(f"--benchmark={benchmark}: there are {', '.join(BENCHMARKS)}; --from says where its files are")
+    benchmarks = _of_mteb(benchmark, files)
     agree(config)
     check_config(config)
     run_config = read_config(checkpoint)
@@ -45,7 +42,7 @@ def evaluate_checkpoint(
     check_model(checkpoint, config)
     chosen = config.groups
     if budgets is not None:
-        chosen = parse_budgets(budgets, (config.query_tokens, config.candidate_tokens))
+        chosen = (parse_searches if benchmarks else parse_budgets)(budgets, (config.query_tokens, config.candidate_tokens))
     mesh, network = make_mesh(**config.mesh), model_config(config)
     if benchmark is None:
         hosts.first_then_others(lambda: [sources.prepare(name, config.data.dir) for name, *_ in config.data.sources])
@@ -55,7 +52,10 @@ def evaluate_checkpoint(
     if benchmark is not None:
         identity = hashlib.sha256(f"{step} {config.to_json()}".encode() + model.meta_tokens.tobytes()).hexdigest()
         about = run.origin(config.name, step)
-        table = mmeb.evaluate(model, identity, files, chosen, out, progress=hosts.is_first(), about=about)
+        if benchmarks:
+            table = mteb.evaluate(model, config.name, identity, benchmarks, chosen, out, progress=hosts.is_first())
+        else:
+            table = mmeb.evaluate(model, identity, files, chosen, out, progress=hosts.is_first(), about=about)
         if hosts.is_first():
             print(f"\n{checkpoint}: {benchmark}, best checkpoint (step {step})\n{table}")
         hosts.wait_for_all("evaluated")
@@ -64,3 +64,14 @@ def evaluate_checkpoint(
     if hosts.is_first():
         print(f"\n{checkpoint}: test split, best checkpoint (step {step})\n{run.report(results, config, out, step)}")
     hosts.wait_for_all("evaluated")
+
+
+def _of_mteb(benchmark: str | None, files: Path | None) -> list[tasks.Benchmark]:
+    """The benchmarks of mteb that are meant: none for MMEB and the test split."""
+    if benchmark == "mmeb":
+        if files is None:
+            raise UserError("--benchmark=mmeb: --from is missing, the folder that MMEB-eval was fetched to")
+        return []
+    if files is not None:
+        raise UserError(f"--from={files}: is for --benchmark=mmeb; mteb fetches its own data, and the config names that of a run")
+    return [] if benchmark is None else tasks.find(benchmark)

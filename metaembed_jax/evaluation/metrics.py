@@ -1,27 +1,46 @@
 """Retrieval metrics in plain NumPy, one value per query, and their bootstrap intervals.
 
-Ties never favour the gold: a relevant candidate is ranked after every other candidate of equal score, so a model that
-gives everything one score gets what it deserves. Without ties the values equal pytrec_eval's `success_k` and `ndcg_cut_k`.
+Relevance is binary, or graded: the grade is what a candidate gains. A tie never favours: of equal scores the less relevant is
+ranked first, so a model that gives everything one score gets what it deserves. The values equal pytrec_eval's `success_k`,
+`recall_k` and `ndcg_cut_k`, with ids (by which it orders ties) that rank equal scores so.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from metaembed_jax.errors import UserError
 
 METRICS = ("R@1", "R@5", "R@10", "nDCG@10")
 
 
-def relevance_matrix(relevance: np.ndarray | Sequence[Iterable[int]], shape: tuple[int, int]) -> np.ndarray:
-    """Relevance as bool [Q, N]: either that already, or for each query the indices of its relevant candidates.
+class Gold(NamedTuple):
+    """What one query has to find: its G relevant candidates, best ranked first.
+
+    Attributes:
+      ranks: among all candidates, 0 is best.
+      gains: their grades.
+    """
+
+    ranks: Int[np.ndarray, " G"]
+    gains: Int[np.ndarray, " G"]
+
+
+def relevance_matrix(
+    relevance: np.ndarray | Sequence[Iterable[int]], shape: tuple[int, int]
+) -> Bool[np.ndarray, "Q N"] | Int[np.ndarray, "Q N"]:
+    """Relevance as a matrix: bool or grades from 0 already, or for each query the indices of its relevant candidates.
 
     Raises UserError for a matrix of another shape or kind, a wrong number of sets, and an index outside 0..N-1.
     """
     queries, candidates = shape
     if isinstance(relevance, np.ndarray):
-        if relevance.shape != shape or relevance.dtype != bool:
-            raise UserError(f"relevance is {relevance.dtype} {relevance.shape}, but the scores need bool {shape}")
+        if relevance.shape != shape or relevance.dtype.kind not in "biu" or (relevance < 0).any():
+            raise UserError(
+                f"relevance is {relevance.dtype} {relevance.shape}, but the scores need bool, or whole grades from 0, {shape}"
+            )
         return relevance
     if len(relevance) != queries:
         raise UserError(f"relevance has {len(relevance)} sets for {queries} queries; give one set per query")
@@ -36,8 +55,8 @@ def relevance_matrix(relevance: np.ndarray | Sequence[Iterable[int]], shape: tup
     return matrix
 
 
-def gold_ranks(scores: np.ndarray, relevance: np.ndarray | Sequence[Iterable[int]]) -> list[np.ndarray]:
-    """The ranks (0 is best) that each query's relevant candidates take, best first: a list of Q int64 arrays.
+def gold_of(scores: np.ndarray, relevance: np.ndarray | Sequence[Iterable[int]]) -> list[Gold]:
+    """The ranks that each query's relevant candidates take.
 
     scores: real [Q, N], higher is better (infinities are ranked like any number); relevance: see `relevance_matrix`.
     Raises UserError when there is no query, for a NaN score, and for a query without any relevant candidate.
@@ -54,38 +73,49 @@ def gold_ranks(scores: np.ndarray, relevance: np.ndarray | Sequence[Iterable[int
         raise UserError(
             f"query {bad[0]} has no relevant candidate ({len(bad)} such queries); leave them out or complete the gallery"
         )
-    return [_ranks(row[relevant], row[~relevant]) for row, relevant in zip(scores, relevance, strict=True)]
+    return [_gold(row, grades) for row, grades in zip(scores, relevance, strict=True)]
 
 
-def _ranks(gold: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Ranks of the gold scores [G], best first: how many others score at least as much, plus the gold before it.
+def _gold(scores: np.ndarray, grades: np.ndarray) -> Gold:
+    """Ranks of the relevant, best first: how many others score at least as much, plus the relevant before it.
 
-    Sorting only the gold makes this O(N log G), where ranking the whole gallery would be O(N log N).
+    Sorting only the relevant makes this O(N log G), where ranking the whole gallery would be O(N log N).
     """
-    gold = np.sort(gold)
-    not_above = np.searchsorted(gold, others, side="right")  # for each other: how many gold it is ranked before
-    others_before = np.bincount(not_above, minlength=len(gold) + 1)[::-1].cumsum()[:-1]  # best gold first
-    return others_before + np.arange(len(gold))
+    relevant = grades > 0
+    gold, gains = scores[relevant], grades[relevant].astype(np.int64)
+    order = np.lexsort((-gains, gold))  # worst first
+    not_above = np.searchsorted(gold[order], scores[~relevant], side="right")  # for each other: how many it is ranked before
+    others_before = np.bincount(not_above, minlength=len(gold) + 1)[::-1].cumsum()[:-1]  # best first
+    return Gold(others_before + np.arange(len(gold)), gains[order[::-1]])
 
 
-def hit_at(ranks: Sequence[np.ndarray], k: int) -> np.ndarray:
-    """float64 [Q]: 1 where any relevant candidate is among the first k, else 0.
+def hit_at(gold: Sequence[Gold], k: int) -> Float[np.ndarray, " Q"]:
+    """1 where any relevant candidate is among the first k, else 0. At 1 it is the precision too.
 
     This is the "R@k" of image-text retrieval (pytrec_eval's success_k), not the share of relevant candidates found.
     """
-    return np.array([gold[0] < k for gold in ranks], np.float64)
+    return np.array([ranks[0] < k for ranks, _ in gold], np.float64)
 
 
-def ndcg_at(ranks: Sequence[np.ndarray], k: int) -> np.ndarray:
-    """float64 [Q]: discounted gain of the first k over that of the best possible order (pytrec_eval's ndcg_cut_k)."""
+def recall_at(gold: Sequence[Gold], k: int) -> Float[np.ndarray, " Q"]:
+    """The share of the relevant candidates that are among the first k (pytrec_eval's recall_k)."""
+    return np.array([(ranks < k).mean() for ranks, _ in gold])
+
+
+def ndcg_at(gold: Sequence[Gold], k: int) -> Float[np.ndarray, " Q"]:
+    """Discounted gain of the first k over that of the best possible order (pytrec_eval's ndcg_cut_k)."""
     discount = 1 / np.log2(np.arange(k) + 2)
-    return np.array([discount[gold[gold < k]].sum() / discount[: len(gold)].sum() for gold in ranks])
+    values = []
+    for ranks, gains in gold:
+        found, ideal = ranks < k, np.sort(gains)[::-1][:k]
+        values.append(gains[found] @ discount[ranks[found]] / (ideal @ discount[: len(ideal)]))
+    return np.array(values)
 
 
 def evaluate(scores: np.ndarray, relevance: np.ndarray | Sequence[Iterable[int]]) -> dict[str, np.ndarray]:
-    """Every metric of METRICS, per query: {"R@1": float64 [Q], ...}. Arguments and errors are those of `gold_ranks`."""
-    ranks = gold_ranks(scores, relevance)
-    return {"R@1": hit_at(ranks, 1), "R@5": hit_at(ranks, 5), "R@10": hit_at(ranks, 10), "nDCG@10": ndcg_at(ranks, 10)}
+    """Every metric of METRICS, per query: {"R@1": float64 [Q], ...}. Arguments and errors are those of `gold_of`."""
+    gold = gold_of(scores, relevance)
+    return {"R@1": hit_at(gold, 1), "R@5": hit_at(gold, 5), "R@10": hit_at(gold, 10), "nDCG@10": ndcg_at(gold, 10)}
 
 
 def bootstrap_mean(values: np.ndarray, seed: int, samples: int = 10_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.budgets import budget_name
 from metaembed_jax.evaluation.drawing import Curve, Point, Row, draw
 from metaembed_jax.evaluation.metrics import METRICS
-from metaembed_jax.evaluation.sweep import budget_name
 from metaembed_jax.evaluation.tables import Table, as_text
 
 

@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
@@ -13,11 +12,11 @@ from ml_collections import ConfigDict
 from metaembed_jax.data import sources
 from metaembed_jax.evaluation.page import write_page
 from metaembed_jax.evaluation.report import format_table, picture, tables, write_file, write_results
-from metaembed_jax.evaluation.sweep import Budget, sweep
+from metaembed_jax.evaluation.scoring import score_parts
+from metaembed_jax.evaluation.sweep import sweep
 from metaembed_jax.evaluation.worst import Miss, example
-from metaembed_jax.late_interaction.maxsim import maxsim_on
-from metaembed_jax.model import MetaEmbed, from_parts
-from metaembed_jax.sharding import make_mesh
+from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.model import MetaEmbed
 
 DIRECTIONS = ("text→image", "image→text")
 
@@ -37,10 +36,9 @@ def evaluate(model: MetaEmbed, config: ConfigDict, split: str, budgets: Sequence
     query_budget, candidate_budget = (max(budget[side] for budget in budgets) for side in (0, 1))
     query_QRD = model.encode_query(task.queries, budget=query_budget, progress=progress)
     rows, candidate_NRD = model.encode_part(task.candidates, "candidate", budget=candidate_budget, progress=progress)
-    here = make_mesh(devices=jax.local_devices())
 
-    def score(query_QRD, candidate_NRD, budget: Budget) -> Float[np.ndarray, "Q N"]:
-        return from_parts(rows, maxsim_on(here, query_QRD, candidate_NRD, budget).T, len(task.candidates)).T
+    def score(query_QRD, candidate_nRD, budget: Budget) -> Float[np.ndarray, "Q N"]:
+        return score_parts(query_QRD, rows, candidate_nRD, len(task.candidates), budget)
 
     scoring = dict(score=score, candidates=len(task.candidates))
     return sweep(query_QRD, candidate_NRD, task.relevance, budgets, DIRECTIONS, **scoring)

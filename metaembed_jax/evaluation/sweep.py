@@ -1,32 +1,16 @@
 """Every budget of one encoding, both directions: encode once at the largest budget, then slice."""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.budgets import by_cost
 from metaembed_jax.evaluation.cost import index_bytes, maxsim_flops
 from metaembed_jax.evaluation.metrics import METRICS, bootstrap_mean, evaluate, relevance_matrix
 from metaembed_jax.evaluation.worst import Ranking, worst_queries
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.maxsim import maxsim
-
-Budget = tuple[int, int]
-
-
-def parse_budgets(text: str, largest: Budget | None = None) -> tuple[Budget, ...]:
-    """Budgets from the command line: "1:1,4:8" -> ((1, 1), (4, 8)).
-
-    Raises UserError for anything else, a budget given twice, and one beyond `largest` (the vectors there are).
-    """
-    budgets = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,6}):([0-9]{1,6})\s*", part)
-        if not match:
-            raise UserError(f"budgets {text!r}: {part!r} is not a pair r_q:r_c; write for example 1:1,4:8,16:64")
-        budgets.append((int(match[1]), int(match[2])))
-    check_budgets(budgets, largest)
-    return tuple(budgets)
 
 
 def check_budgets(budgets: Sequence[Budget], largest: Budget | None = None) -> None:
@@ -44,16 +28,6 @@ def check_budgets(budgets: Sequence[Budget], largest: Budget | None = None) -> N
             )
 
 
-def budget_name(budget: Sequence[int]) -> str:
-    """A budget as it is written everywhere: (4, 8) -> "4:8"."""
-    return f"{budget[0]}:{budget[1]}"
-
-
-def by_cost(budgets: Iterable[Budget]) -> list[Budget]:
-    """The budgets, cheapest first."""
-    return sorted((tuple(budget) for budget in budgets), key=lambda budget: (budget[0] * budget[1], budget[1]))
-
-
 def sweep(
     query_QRD: np.ndarray,
     candidate_NRD: np.ndarray,
@@ -68,7 +42,7 @@ def sweep(
 
     query_QRD, candidate_NRD: the nested vectors at the largest budget, real [Q, R_q, D] and [N, R_c, D].
     score: (query_QRD, candidate_NRD, budget) -> [Q, N]. candidates: N, where candidate_NRD is only this host's part of them.
-    relevance: bool [Q, N] or a set of candidates for each query. directions: the names of forward and backward.
+    relevance: bool or grades [Q, N], or a set of candidates for each query. directions: the names of forward and backward.
 
     Backward, the same scores are read the other way: a candidate looks for its queries. What is searched then holds r_q
     vectors each, and candidates that no query names have nothing to find and are left out (forward, that is an error).
@@ -79,7 +53,7 @@ def sweep(
     the paired difference between the cheapest and the dearest budget (None for a single budget), and in "worst" what
     `worst.worst_queries` finds forward at the dearest budget, each a `worst.Miss` as a dict.
 
-    Raises UserError for vectors that do not fit together, for budgets as `check_budgets`, and as `metrics.gold_ranks`.
+    Raises UserError for vectors that do not fit together, for budgets as `check_budgets`, and as `metrics.gold_of`.
     """
     shapes = tuple(query_QRD.shape), tuple(candidate_NRD.shape)
     if len(shapes[0]) != 3 or len(shapes[1]) != 3 or shapes[0][2] != shapes[1][2]:
@@ -97,7 +71,7 @@ def sweep(
         forward.append(evaluate(scores, relevant))
         backward.append(evaluate(scores.T[named], relevant.T[named]))
     everything = np.arange(candidates)
-    worst = worst_queries(Ranking(everything, *row) for row in zip(scores, relevant, strict=True))  # the last, dearest budget's
+    worst = worst_queries(Ranking(everything, *row) for row in zip(scores, relevant > 0, strict=True))  # the last, dearest budget's
     return {
         "dimension": dimension,
         "directions": [

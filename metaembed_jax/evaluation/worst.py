@@ -32,7 +32,7 @@ class Miss(NamedTuple):
 
     Attributes:
       query: its number.
-      rank: of its first right candidate; 0 would be no miss. Behind all others of equal score, as in `metrics.gold_ranks`.
+      rank: of its first right candidate; 0 would be no miss. Behind all others of equal score, as in `metrics.gold_of`.
       among: how many candidates it chose among.
       wanted: (candidate, score) of up to `SHOWN` right ones, best first.
       found: the same of others that are ranked before them.

@@ -1,4 +1,4 @@
-"""The metrics against pytrec_eval (no ties), against brute force (ties), and the bootstrap against its definition."""
+"""The metrics against pytrec_eval, against brute force (ties), and the bootstrap against its definition."""
 
 import itertools
 
@@ -13,47 +13,63 @@ from metaembed_jax.evaluation import metrics
 
 
 @st.composite
-def rankings(draw, ties: bool):
-    """scores [Q, N] and relevance bool [Q, N], at least one relevant candidate per query."""
-    queries, candidates = draw(st.integers(1, 5)), draw(st.integers(1, 30 if not ties else 6))
+def rankings(draw, candidates: int, values: int, grades: int = 1):
+    """scores [Q, N] of so many values, and relevance: bool, or grades from 0; at least one relevant candidate per query."""
+    queries, candidates = draw(st.integers(1, 5)), draw(st.integers(1, candidates))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    if ties:
-        scores = random.integers(-1, 2, (queries, candidates)) / 2
-    else:
-        scores = random.permuted(np.tile(np.linspace(-3, 80, candidates), (queries, 1)), axis=1)
+    scores = np.linspace(-3, 80, values)[random.integers(values, size=(queries, candidates))]
     relevant = random.random((queries, candidates)) < draw(st.sampled_from([0.05, 0.3, 0.9]))
     relevant[np.arange(queries), random.integers(candidates, size=queries)] = True
+    if grades > 1:
+        relevant = relevant * random.integers(1, grades + 1, relevant.shape)
     return scores.astype(draw(st.sampled_from([np.float32, np.float64]))), relevant
 
 
-@settings(deadline=None)
-@given(rankings(ties=False))
-def test_equal_to_pytrec_eval_without_ties(ranking):
-    scores, relevant = ranking
-    qrels = {f"q{q}": {f"d{n}": int(is_relevant) for n, is_relevant in enumerate(row)} for q, row in enumerate(relevant)}
-    run = {f"q{q}": {f"d{n}": float(score) for n, score in enumerate(row)} for q, row in enumerate(scores)}
-    expected = pytrec_eval.RelevanceEvaluator(qrels, {"success.1,5,10", "ndcg_cut.10"}).evaluate(run)
-    ours = metrics.evaluate(scores, relevant)
-    for name, peer in {"R@1": "success_1", "R@5": "success_5", "R@10": "success_10", "nDCG@10": "ndcg_cut_10"}.items():
-        np.testing.assert_allclose(ours[name], [expected[f"q{q}"][peer] for q in range(len(scores))], rtol=1e-12)
+def pytrec_eval_of(scores, relevance):
+    """{measure: [Q]}. It ranks the last id first among equal scores, so the least relevant have the last ids."""
+    ids = [[f"{9 - grade} {n:03}" for n, grade in enumerate(row.astype(int))] for row in relevance]
+    qrels = {f"{q}": {i: int(grade) for i, grade in zip(ids[q], row, strict=True)} for q, row in enumerate(relevance)}
+    run = {f"{q}": {i: float(score) for i, score in zip(ids[q], row, strict=True)} for q, row in enumerate(scores)}
+    measures = {"success.1,5,10", "P.1", "recall.1,3,10", "ndcg_cut.1,5,10"}
+    found = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run)
+    return {measure: [found[f"{q}"][measure] for q in range(len(scores))] for measure in found["0"]}
+
+
+@pytest.mark.parametrize("values", [3, 8, 1000], ids=["ties", "some ties", "few ties"])
+@pytest.mark.parametrize("grades", [1, 3])
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_equal_to_pytrec_eval(values, grades, data):
+    scores, relevance = data.draw(rankings(30, values, grades))
+    expected, gold = pytrec_eval_of(scores, relevance), metrics.gold_of(scores, relevance)
+    ours = {f"success_{k}": metrics.hit_at(gold, k) for k in (1, 5, 10)} | {"P_1": metrics.hit_at(gold, 1)}
+    ours |= {f"recall_{k}": metrics.recall_at(gold, k) for k in (1, 3, 10)}
+    ours |= {f"ndcg_cut_{k}": metrics.ndcg_at(gold, k) for k in (1, 5, 10)}
+    assert ours.keys() == expected.keys()
+    for measure in ours:
+        np.testing.assert_allclose(ours[measure], expected[measure], rtol=0, atol=1e-9)
+    names = {"R@1": "success_1", "R@5": "success_5", "R@10": "success_10", "nDCG@10": "ndcg_cut_10"}
+    for name, found in metrics.evaluate(scores, relevance).items():
+        np.testing.assert_array_equal(found, ours[names[name]])
 
 
 @settings(deadline=None, max_examples=30)
-@given(rankings(ties=True), st.integers(1, 4))
+@given(rankings(6, 3, 3), st.integers(1, 4))
 def test_ties_are_the_worst_of_all_admissible_orders(ranking, k):
-    scores, relevant = ranking
-    ranks = metrics.gold_ranks(scores, relevant)
-    for q, (row, gold) in enumerate(zip(scores, relevant, strict=True)):
+    scores, grades = ranking
+    found = metrics.gold_of(scores, grades)
+    for q, (row, gains) in enumerate(zip(scores, grades, strict=True)):
         orders = [
-            order
+            list(order)
             for order in itertools.permutations(range(len(row)))
             if all(row[a] >= row[b] for a, b in itertools.pairwise(order))
         ]
-        hits = [float(any(gold[n] for n in order[:k])) for order in orders]
-        ideal = sum(1 / np.log2(i + 2) for i in range(min(k, gold.sum())))
-        ndcg = [sum(1 / np.log2(i + 2) for i, n in enumerate(order[:k]) if gold[n]) / ideal for order in orders]
-        assert metrics.hit_at(ranks, k)[q] == min(hits)
-        assert metrics.ndcg_at(ranks, k)[q] == pytest.approx(min(ndcg), abs=1e-12)
+        discount = 1 / np.log2(np.arange(2, k + 2))
+        ideal = sum(np.sort(gains)[::-1][:k] * discount[: len(row)])
+        assert metrics.hit_at(found, k)[q] == min((gains[order[:k]] > 0).any() for order in orders)
+        assert metrics.recall_at(found, k)[q] == min((gains[order[:k]] > 0).sum() for order in orders) / (gains > 0).sum()
+        worst = min(sum(gains[order[:k]] * discount[: len(row)]) for order in orders)
+        assert metrics.ndcg_at(found, k)[q] == pytest.approx(worst / ideal, abs=1e-12)
 
 
 def test_one_score_for_all_finds_nothing():
@@ -69,12 +85,12 @@ def test_one_query_one_candidate():
 
 def test_infinities_rank_and_order_of_candidates_does_not_matter():
     scores = np.array([[-np.inf, 0.0, np.inf, -np.inf]])
-    assert [ranks.tolist() for ranks in metrics.gold_ranks(scores, [{2, 3}])] == [[0, 3]]
-    assert [ranks.tolist() for ranks in metrics.gold_ranks(scores[:, ::-1], [{1, 0}])] == [[0, 3]]
+    assert [ranks.tolist() for ranks, _ in metrics.gold_of(scores, [{2, 3}])] == [[0, 3]]
+    assert [ranks.tolist() for ranks, _ in metrics.gold_of(scores[:, ::-1], [{1, 0}])] == [[0, 3]]
 
 
 @settings(deadline=None)
-@given(rankings(ties=True))
+@given(rankings(6, 3))
 def test_sets_and_matrix_are_the_same(ranking):
     scores, relevant = ranking
     by_set = metrics.evaluate(scores, [set(np.flatnonzero(row)) for row in relevant])
@@ -93,8 +109,9 @@ def test_sets_and_matrix_are_the_same(ranking):
         (np.zeros((2, 3)), [{0}], "1 sets for 2 queries"),
         (np.zeros((1, 3)), [{3}], "names candidate 3"),
         (np.zeros((1, 3)), [{-1}], "names candidate -1"),
-        (np.zeros((1, 3)), np.ones((3, 1), bool), r"bool \(3, 1\)"),
+        (np.zeros((1, 3)), np.ones((3, 1), bool), r"bool \(3, 1\), but"),
         (np.zeros((1, 3)), np.ones((1, 3)), "float64"),
+        (np.zeros((1, 3)), np.array([[1, 0, -1]]), "grades from 0"),
     ],
 )
 def test_refuses(scores, relevance, message):

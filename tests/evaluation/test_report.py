@@ -12,7 +12,7 @@ from PIL import Image
 from metaembed_jax import cli
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import metrics, report
-from metaembed_jax.evaluation.sweep import parse_budgets, sweep
+from metaembed_jax.evaluation.sweep import sweep
 
 DIRECTIONS = ("text→image", "image→text")
 
@@ -88,20 +88,6 @@ def test_sweep_refuses(encoded, change, message):
     arguments = dict(candidate=candidate, relevance=relevance, budgets=[(1, 1)]) | change
     with pytest.raises(UserError, match=message):
         sweep(query, arguments["candidate"], arguments["relevance"], arguments["budgets"])
-
-
-def test_parse_budgets():
-    assert parse_budgets("1:1,4:8, 16:64", (16, 64)) == ((1, 1), (4, 8), (16, 64))
-    assert parse_budgets("3:2") == ((3, 2),)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "1", "1:", "1:1,", "1:1:1", "-1:2", "a:b", "1.5:2", "٣:٣", "9999999:1", "0:1", "1:0", "1:1,1:1", "17:1", "1:65"]
-)
-def test_parse_budgets_refuses(text):
-    with pytest.raises(UserError) as caught:
-        parse_budgets(text, (16, 64))
-    assert "\n" not in str(caught.value)
 
 
 def test_table(results):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.metrics import gold_ranks
+from metaembed_jax.evaluation.metrics import gold_of
 from metaembed_jax.evaluation.sweep import sweep
 from metaembed_jax.evaluation.worst import SHOWN, WORST, Example, Miss, Ranking, example, worst_queries
 
@@ -31,7 +31,7 @@ def tables(draw):
 @given(tables())
 def test_the_worst_are_those_of_a_full_sort(table):
     scores, relevant = table
-    ranks = [int(gold[0]) for gold in gold_ranks(scores, relevant)]
+    ranks = [int(gold.ranks[0]) for gold in gold_of(scores, relevant)]
     expected = []
     for query, (row, right) in enumerate(zip(scores.tolist(), relevant, strict=True)):
         order = sorted(range(len(row)), key=lambda n: -row[n])

@@ -312,6 +312,19 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_config, whole, tmp_path, 
     assert_identical(parameters_of(small_config, whole, 8), parameters_of(small_config, tmp_path / "run", 8))
 
 
+def test_eval_on_a_task_of_mteb(small_config, whole, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("mteb")
+    from metaembed_jax.evaluation.mteb import tasks
+    from tests.evaluation.mteb.pages import Pages
+
+    monkeypatch.setattr(tasks, "find", {"noise": [tasks.Benchmark("noise", [Pages()], [])]}.get)
+    evaluate_checkpoint(small_config, whole, tmp_path, "1:1,1:1:4>16:64", "noise")
+    found = json.loads((tmp_path / "mteb" / "NoisePages.json").read_text())["searches"]
+    assert list(found) == ["1:1", "1:1:4>16:64"]
+    said = capsys.readouterr().out
+    assert f"{whole}: noise, best checkpoint (step 8)\nnoise " in said and f"{100 * found['1:1']['main_score']:.1f}" in said
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_eval_reproduces_the_table(whole, data_dir, tmp_path, devices):
     environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}")}

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from metaembed_jax.evaluation.budgets import budget_name, by_cost
 from metaembed_jax.evaluation.cost import index_bytes, maxsim_flops
 from metaembed_jax.evaluation.drawing import Curve, Point, Row, draw
 from metaembed_jax.evaluation.mmeb.tasks import TASKS, Task
-from metaembed_jax.evaluation.sweep import Budget, budget_name, by_cost
 from metaembed_jax.evaluation.tables import Table
+from metaembed_jax.late_interaction.groups import Budget
 
 # P@1 of all 36 tasks, from arXiv 2509.18095.
 PUBLISHED = (

@@ -7,7 +7,6 @@ OUT/mmeb.json, mmeb.txt, mmeb.html    all tasks and their averages; the page als
 
 import hashlib
 import heapq
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,17 +16,18 @@ from jaxtyping import Float
 
 from metaembed_jax import hosts
 from metaembed_jax.data.sources.files import ImageFolder
+from metaembed_jax.evaluation.budgets import budget_name, by_cost
 from metaembed_jax.evaluation.mmeb.reading import Questions, available, read_task
 from metaembed_jax.evaluation.mmeb.report import averages, picture, table
 from metaembed_jax.evaluation.mmeb.tasks import TASKS, Task
 from metaembed_jax.evaluation.page import write_page
+from metaembed_jax.evaluation.records import found_once, write_json
 from metaembed_jax.evaluation.report import write_file
-from metaembed_jax.evaluation.sweep import Budget, budget_name, by_cost
+from metaembed_jax.evaluation.scoring import score_parts
 from metaembed_jax.evaluation.tables import as_text
 from metaembed_jax.evaluation.worst import WORST, Example, Miss, Ranking, example, worst_queries
-from metaembed_jax.late_interaction.maxsim import maxsim_on
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.model import MetaEmbed, from_parts
-from metaembed_jax.sharding import make_mesh
 
 LAYOUT = 2  # of a task's file; one of an older layout does not count
 
@@ -54,17 +54,14 @@ def evaluate(
     for task in available(directory, TASKS):
         questions = read_task(task, directory)
         key = hashlib.sha256(repr((LAYOUT, identity, questions.fingerprint, sorted(budgets))).encode()).hexdigest()[:16]
-        path = out / "mmeb" / f"{task.name}.json"
-        done = json.loads(path.read_text()) if path.is_file() else {}
-        if done.get("key") != key:
+
+        def find(task=task, questions=questions, key=key) -> dict:
             if progress:
                 print(f"{task.name}: {len(questions.queries):,} queries, {len(questions.candidates):,} candidates", flush=True)
-            done = {
-                "key": key,
-                **evaluate_task(model, questions, budgets, out / "mmeb" / "embeddings" / f"{task.name}-{key}", progress),
-            }
-            _write(path, done)
-        found[task], asked[task] = done, questions._replace(choices=[])  # most of what a task takes in memory
+            return evaluate_task(model, questions, budgets, out / "mmeb" / "embeddings" / f"{task.name}-{key}", progress)
+
+        found[task] = found_once(out / "mmeb" / f"{task.name}.json", key, find)
+        asked[task] = questions._replace(choices=[])  # most of what a task takes in memory
     if hosts.is_first():
         _write_all(found, asked, budgets, out, about)
     return as_text(table(found, budgets))
@@ -81,10 +78,10 @@ def evaluate_task(model: MetaEmbed, questions: Questions, budgets: Sequence[Budg
     queries, candidates = pictured(questions)
     query_rows, query_part = _encoded(model, queries, "query", most[0], cache, progress)
     rows, candidate_NRD = _encoded(model, candidates, "candidate", most[1], cache, progress)
-    query_QRD, here = from_parts(query_rows, query_part, len(queries)), make_mesh(devices=jax.local_devices())
+    query_QRD = from_parts(query_rows, query_part, len(queries))
     precision = {}
     for budget in by_cost(budgets):
-        scores_QN = from_parts(rows, maxsim_on(here, query_QRD, candidate_NRD, budget).T, len(candidates)).T
+        scores_QN = score_parts(query_QRD, rows, candidate_NRD, len(candidates), budget)
         precision[budget_name(budget)] = float(first_choices(scores_QN, questions.choices).mean())
     worst = worst_queries(map(_ranking, scores_QN, questions.choices))  # the last, dearest budget's
     for file in cache.parent.glob(f"{cache.name}-*") if hosts.is_first() else ():
@@ -105,7 +102,7 @@ def _ranking(scores_N: Float[np.ndarray, " N"], chosen: Sequence[int]) -> Rankin
 
 def _write_all(found: dict[Task, dict], asked: dict[Task, Questions], budgets: Sequence[Budget], out: Path, about: dict) -> None:
     tasks = {task.name: {name: done[name] for name in done.keys() - {"key", "worst"}} for task, done in found.items()}
-    _write(out / "mmeb.json", {"tasks": tasks, "averages": averages(found, budgets)})
+    write_json(out / "mmeb.json", {"tasks": tasks, "averages": averages(found, budgets)})
     results, examples = table(found, budgets), _worst(found, asked)
     write_file(out / "mmeb.txt", (as_text(results) + "\n").encode())
     fingerprint = hashlib.sha256(repr([(task.name, asked[task].fingerprint) for task in asked]).encode()).hexdigest()[:16]
@@ -160,8 +157,3 @@ def _encoded(model: MetaEmbed, items: Pictured, side: str, budget: int, cache: P
         np.savez(file, rows=rows, vectors=vectors)
     part.replace(path)
     return rows, vectors
-
-
-def _write(path: Path, content: dict) -> None:
-    if hosts.is_first():
-        write_file(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())

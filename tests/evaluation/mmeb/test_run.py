@@ -5,18 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from metaembed_jax.config import load_config, model_config
-from metaembed_jax.data import tokenizer
-from metaembed_jax.data.images import ImageConfig
-from metaembed_jax.data.prompts import Processor
 from metaembed_jax.data.sources.files import ImageFolder
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.mmeb import report, run
 from metaembed_jax.evaluation.mmeb.reading import read_task
 from metaembed_jax.evaluation.mmeb.tasks import GROUPS, TASKS
-from metaembed_jax.model import MetaEmbed
-from metaembed_jax.network import init_parameters
-from metaembed_jax.sharding import make_mesh
 from tests.data.field_files import mmeb_test_rows, write_mmeb_test, write_parquet
 from tests.evaluation.parsed_page import Page
 from tests.late_interaction.reference import maxsim_scores
@@ -24,16 +17,6 @@ from tests.late_interaction.reference import maxsim_scores
 BUDGETS = ((1, 1), (16, 64))
 ABOUT = {"config": "small", "checkpoint": "step 8"}
 BY_NAME = {task.name: task for task in TASKS}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    config = load_config("tests/training/small.py", {})
-    learned = tokenizer.train(["answer", "text"], tmp_path_factory.mktemp("tokenizer") / "tokenizer.json", vocabulary=700)
-    parameters = init_parameters(model_config(config), 0)
-    return MetaEmbed(
-        model_config(config), parameters, Processor(learned, ImageConfig(28 * 28, 84 * 84, window_size=84)), make_mesh()
-    )
 
 
 def evaluate(model, folder, out):

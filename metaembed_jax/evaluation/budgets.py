@@ -1,0 +1,61 @@
+"""Budgets as people write them: "1:1,4:8,16:64", and searches in stages, "1:1:1000>16:64"."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.stages import Stages, as_stages
+
+SEARCH = re.compile(r"\s*(?:[0-9]{1,6}:[0-9]{1,6}:[0-9]{1,9}\s*>\s*)*[0-9]{1,6}:[0-9]{1,6}\s*")
+
+
+def parse_searches(text: str, largest: Budget) -> tuple[Stages, ...]:
+    """Searches from the command line: "1:1,1:1:1000>16:64" -> (((1, 1),), ((1, 1, 1000), (16, 64))).
+
+    Args:
+      largest: the vectors there are.
+
+    Raises:
+      UserError: anything else, a search given twice, or one beyond `largest`.
+    """
+    searches = []
+    for part in text.split(","):
+        if not SEARCH.fullmatch(part):
+            raise UserError(
+                f"budgets {text!r}: {part!r} is not a pair r_q:r_c; write for example 1:1,4:8,16:64 "
+                "(or stages, r_q:r_c:survivors>r_q:r_c)"
+            )
+        search = as_stages([tuple(map(int, stage.split(":"))) for stage in part.split(">")], *largest)
+        if search in searches:
+            raise UserError(f"budget {search_name(search)} is given twice; leave one out")
+        searches.append(search)
+    return tuple(searches)
+
+
+def parse_budgets(text: str, largest: Budget) -> tuple[Budget, ...]:
+    """Budgets from the command line: "1:1,4:8" -> ((1, 1), (4, 8)).
+
+    Raises:
+      UserError: as `parse_searches`, and for a search in stages.
+    """
+    searches = parse_searches(text, largest)
+    for search in searches:
+        if len(search) > 1:
+            raise UserError(f"budgets {text!r}: {search_name(search)} has stages, which only mteb's benchmarks are searched in")
+    return tuple(search[0] for search in searches)
+
+
+def budget_name(budget: Sequence[int]) -> str:
+    """(4, 8) as "4:8"."""
+    return ":".join(map(str, budget))
+
+
+def by_cost(budgets: Iterable[Budget]) -> list[Budget]:
+    """The budgets, cheapest first."""
+    return sorted((tuple(budget) for budget in budgets), key=lambda budget: (budget[0] * budget[1], budget[1]))
+
+
+def search_name(stages: Stages) -> str:
+    """((1, 1, 1000), (16, 64)) as "1:1:1000>16:64"."""
+    return ">".join(map(budget_name, stages))

@@ -1,0 +1,83 @@
+"""Queries and corpora of mteb's retrieval tasks, as items to encode.
+
+A task's own instruction, where the data has one for each query, is part of the text. The prompts that mteb has for whole tasks are
+for models that are asked to follow them; late-interaction models of pages are evaluated without, and so is ours: its prompts add
+"Query: " by themselves.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from metaembed_jax.data.sources.files import LARGEST_FILE
+from metaembed_jax.errors import UserError
+
+COLUMNS = {"query": ("text", "instruction"), "candidate": ("text", "title")}
+
+
+class Items(Sequence):
+    """Rows of a `datasets.Dataset` with an `id`, a `text`, an `image` or both, read when they are asked for.
+
+    Args:
+      table: the rows.
+      side: "query" or "candidate".
+      modalities: what the task gives this side: other columns do not count.
+      name: for errors.
+
+    Raises:
+      UserError: none of the columns is there.
+    """
+
+    def __init__(self, table, side: str, modalities: Sequence[str], name: str):
+        from datasets import Image
+
+        there = [modality for modality in ("text", "image") if modality in modalities and modality in table.column_names]
+        if not there:
+            raise UserError(f"{name}: has no column of {' or '.join(modalities)}, but {', '.join(table.column_names)}")
+        columns = [column for column in COLUMNS[side] if "text" in there and column in table.column_names]
+        if "image" in there:
+            if not isinstance(table.features["image"], Image):
+                raise UserError(f"{name}: the column image holds no images, but {table.features['image']}")
+            table, columns = table.cast_column("image", Image(decode=False)), [*columns, "image"]
+        self.ids, self.side, self.name = list(table["id"]), side, name
+        self._table = table.select_columns(columns)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, number: int) -> dict:
+        row, item = self._table[int(number)], {}
+        if row.get("text") is not None:
+            item["text"] = said(row, self.side)
+        if row.get("image") is not None:
+            item["image"] = self._encoded(row["image"], number)
+        return item
+
+    def fingerprint(self) -> str:
+        """Of the content of all items in their order; ids do not count."""
+        digest = hashlib.sha256()
+        for item in self:
+            for part in (item.get("text", "").encode("utf-8", "surrogatepass"), item.get("image", b"")):
+                digest.update(len(part).to_bytes(8) + part)
+        return digest.hexdigest()
+
+    def _encoded(self, image: dict, number: int) -> bytes:
+        """The bytes of an image as `datasets` stores it: in the row, or in a file beside it."""
+        if image["bytes"] is not None:
+            return image["bytes"]
+        file = Path(image["path"] or "")
+        if not file.is_file() or file.stat().st_size > LARGEST_FILE:
+            raise UserError(f"{self.name}, {self.ids[number]}: the image {file} is no file of at most {LARGEST_FILE} bytes")
+        return file.read_bytes()
+
+
+def said(row: dict, side: str) -> str:
+    """What a row says, as mteb's own models read it: title and text, text and instruction, or the turns of a conversation."""
+    text = row["text"]
+    if side == "candidate":
+        return f"{row.get('title') or ''} {text}".strip()
+    instruction = row.get("instruction")
+    if isinstance(text, list):
+        turns = "; ".join(turn if isinstance(turn, str) else f"{turn['role']}: {turn['content']}" for turn in text)
+        return turns if instruction is None else f"{instruction} {turns}"
+    return text if instruction is None else f"{text} {instruction}"

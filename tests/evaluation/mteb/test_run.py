@@ -1,0 +1,159 @@
+"""Tasks of mteb evaluated, killed and run again; names that mean nothing, and data that is not to be had."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+mteb = pytest.importorskip("mteb")
+
+from datasets.exceptions import DatasetNotFoundError  # noqa: E402
+
+from metaembed_jax.errors import UserError  # noqa: E402
+from metaembed_jax.evaluation.command import evaluate_checkpoint  # noqa: E402
+from metaembed_jax.evaluation.mteb import run, tasks  # noqa: E402
+from metaembed_jax.evaluation.mteb.searcher import Searcher  # noqa: E402
+from metaembed_jax.evaluation.mteb.tasks import Benchmark  # noqa: E402
+from tests.evaluation.mteb.pages import MorePages, OtherPages, Pages  # noqa: E402
+
+BUDGETS = ((1, 1), ((1, 1, 4), (16, 64)), (16, 64))
+NAMES = ["1:1", "1:1:4>16:64", "16:64"]
+
+
+def benchmarks():
+    return [Benchmark("first", [Pages(), OtherPages()], ["SomethingElse"]), Benchmark("second", [MorePages()], [])]
+
+
+def evaluate(model, out, identity="a", budgets=BUDGETS, of=None):
+    return run.evaluate(model, "small", identity, of or benchmarks(), budgets, out, progress=False)
+
+
+def test_tasks_survive_a_kill(model, tmp_path, monkeypatch):
+    evaluated = []
+
+    def killed_at_the_second(searcher, task, searches, *, evaluate_task=run.evaluate_task):
+        evaluated.append(task.metadata.name)
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+        return evaluate_task(searcher, task, searches)
+
+    monkeypatch.setattr(run, "evaluate_task", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tmp_path)
+    table = evaluate(model, tmp_path)
+    assert evaluated == ["NoisePages", "OtherPages", "OtherPages", "MorePages"]
+    assert evaluate(model, tmp_path) == table and len(evaluated) == 4
+    evaluate(model, tmp_path, identity="b", of=[Benchmark("x", [Pages()], [])])
+    evaluate(model, tmp_path, identity="b", budgets=[(1, 1)], of=[Benchmark("x", [Pages()], [])])
+    assert len(evaluated) == 6
+    assert sorted(path.name for path in (tmp_path / "mteb").iterdir()) == [
+        f"{name}.json" for name in ("MorePages", "NoisePages", "OtherPages")
+    ]
+
+
+def test_figures_and_table(model, tmp_path):
+    table = evaluate(model, tmp_path)
+    rows, found = [line.split() for line in table.splitlines()], {}
+    for task in (Pages(), OtherPages(), MorePages()):
+        done = json.loads((tmp_path / "mteb" / f"{task.metadata.name}.json").read_text())
+        assert (done["task"], done["revision"], done["main_score"]) == (task.metadata.name, "1", task.metadata.main_score)
+        assert list(done["searches"]) == sorted(NAMES)
+        found[task.metadata.name] = [done["searches"][name]["main_score"] for name in NAMES]
+        assert [
+            task.metadata.name,
+            task.metadata.main_score,
+            *(f"{100 * value:.1f}" for value in found[task.metadata.name]),
+        ] in rows
+        for name, figures in done["searches"].items():
+            assert figures["main_score"] == figures[task.metadata.main_score]
+            theirs = mteb.evaluate(Searcher(model, BUDGETS[NAMES.index(name)]), type(task)(), cache=None, show_progress_bar=False)
+            assert theirs.task_results[0].get_score() == pytest.approx(figures["main_score"], abs=1e-12)
+    means = [f"{100 * value:.1f}" for value in np.mean([found["NoisePages"], found["OtherPages"]], axis=0)]
+    assert rows[0] == ["first", "main", "score", "(%)", *NAMES] and ["mean", "of", "2", "of", "3", "tasks", *means] in rows
+    assert "not retrieval of texts and images: SomethingElse" in table and "mean of 1 of 1 tasks" in table
+    assert found["NoisePages"] == found["MorePages"] and len(set(found["NoisePages"])) == 3
+
+
+def test_vidore():
+    found = tasks.find("vidore")
+    assert [benchmark.name for benchmark in found] == ["ViDoRe(v1)", "ViDoRe(v2)", "ViDoRe(v3)"]
+    assert [len(benchmark.tasks) for benchmark in found] == [10, 4, 10] and not any(benchmark.others for benchmark in found)
+    main_scores = [{task.metadata.main_score for task in benchmark.tasks} for benchmark in found]
+    assert main_scores == [{"ndcg_at_5"}, {"ndcg_at_5"}, {"ndcg_at_10"}]
+
+
+def test_any_benchmark_or_task():
+    ((name, found, others),) = tasks.find("NanoBEIR")
+    assert name == "NanoBEIR" and len(found) == 13 and not others
+    ((name, found, others),) = tasks.find("VidoreArxivQARetrieval")
+    assert (name, [task.metadata.name for task in found], others) == ("VidoreArxivQARetrieval", ["VidoreArxivQARetrieval"], [])
+    ((_, found, others),) = tasks.find("MTEB(eng, v2)")
+    assert {"ArguAna"} < {task.metadata.name for task in found} and "Banking77Classification" in others
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("vidor", "near to it are vidore"),
+        ("ViDoRe v2", r"near to it are .*ViDoRe\(v2\)"),
+        ("vidorearxivqaretrievals", "near to it are VidoreArxivQARetrieval"),
+        ("%%%", "there are vidore, mmeb and what mteb lists"),
+        ("Banking77Classification", "none of its tasks is retrieval"),
+    ],
+)
+def test_names_that_mean_nothing(name, message):
+    with pytest.raises(UserError, match=message) as caught:
+        tasks.find(name)
+    assert str(caught.value).startswith(f"--benchmark={name}: ") and "\n" not in str(caught.value)
+
+
+def test_without_mteb(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    with pytest.raises(UserError, match=r"--benchmark=vidore: needs mteb .*pip install 'metaembed-jax\[eval\]'"):
+        tasks.find("vidore")
+
+
+@pytest.mark.parametrize(
+    "benchmark, files, message",
+    [
+        ("mmeb", None, "--benchmark=mmeb: --from is missing"),
+        ("vidore", Path("x"), "--from=x: is for --benchmark=mmeb"),
+        (None, Path("x"), "--from=x: is for --benchmark=mmeb"),
+        ("vidor", None, "near to it are vidore"),
+    ],
+)
+def test_flags_that_do_not_go_together(tmp_path, benchmark, files, message):
+    with pytest.raises(UserError, match=message):
+        evaluate_checkpoint(None, tmp_path, tmp_path, None, benchmark, files)
+
+
+def test_the_hub_is_not_to_be_reached(model, tmp_path):
+    """The suite is offline, and so is this task."""
+    with pytest.raises(UserError) as caught:
+        evaluate(model, tmp_path, of=tasks.find("VidoreArxivQARetrieval"))
+    message = str(caught.value)
+    assert message.startswith("VidoreArxivQARetrieval: mteb/arxivqa_test_subsampled_beir at 1797") and "\n" not in message
+    assert "cannot be fetched from the Hugging Face hub" in message
+    assert not list(tmp_path.iterdir())
+
+
+class ClosedPages(Pages):
+    metadata = OtherPages.metadata.model_copy(update={"name": "ClosedPages", "is_public": False})
+
+    def load_data(self, **_):
+        raise DatasetNotFoundError("no such\ndata set")
+
+
+def test_private_data_is_left_out(model, tmp_path):
+    table = evaluate(model, tmp_path, budgets=[(1, 1)], of=[Benchmark("both", [ClosedPages(), Pages()], [])])
+    assert "left out: ClosedPages: noise/pages at 1 is not public (DatasetNotFoundError: no such)" in table
+    assert "mean of 1 of 2 tasks" in table and [path.name for path in (tmp_path / "mteb").iterdir()] == ["NoisePages.json"]
+    with pytest.raises(UserError, match="ClosedPages: .* is not public"):
+        evaluate(model, tmp_path, of=[Benchmark("none", [ClosedPages()], [])])
+
+
+def test_a_budget_beyond_the_model(model, tmp_path):
+    with pytest.raises(UserError, match="goes beyond"):
+        evaluate(model, tmp_path, budgets=[((1, 1, 5), (17, 64))])
