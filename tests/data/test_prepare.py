@@ -111,11 +111,11 @@ def test_shards_resume_and_do_not_depend_on_workers(tmp_path, monkeypatch):
     whole = prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "whole")["mine"]
     written = []
 
-    def killed_at_the_fourth(shard, write=writing._write_shard):
-        written.append(shard.number)
+    def killed_at_the_fourth(job, shard, write=writing._write_shard):
+        written.append(shard)
         if len(written) == 4:
             raise KeyboardInterrupt
-        return write(shard)
+        return write(job, shard)
 
     monkeypatch.setattr(writing, "_write_shard", killed_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
