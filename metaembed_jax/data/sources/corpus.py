@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from metaembed_jax.data.sources.files import check_image, inline
-from metaembed_jax.data.sources.tables import Table
+from metaembed_jax.data.sources.tables import Table, new_id
 from metaembed_jax.errors import UserError
 
 CONTENT, PLACES = "corpus.bin", "corpus.json"
@@ -56,7 +56,7 @@ class Corpus:
     def _needed(self, rows: Table, name: str) -> set[str]:
         needed, seen = set(), {}
         for number, row in enumerate(tqdm(rows.read(0, len(rows)), f"{name}: queries", len(rows), unit="row", mininterval=0.5)):
-            _check_new(row.get("query_id"), "query_id", seen, rows, number)
+            new_id(row.get("query_id"), "query_id", seen, rows, number)
             try:
                 needed.update(self.named(row))
             except UserError:  # it is said, or skipped, when the row is written
@@ -68,7 +68,7 @@ class Corpus:
         try:
             with path.open("wb") as file:
                 for number, row in enumerate(tqdm(rows, f"{name}: corpus", len(self.table), unit="row", mininterval=0.5)):
-                    docid = _check_new(row.get("docid"), "docid", seen, self.table, number)
+                    docid = new_id(row.get("docid"), "docid", seen, self.table, number)
                     if docid in needed:
                         image, text = self._content(row, number)
                         places[docid] = number, file.tell(), len(image), len(text)
@@ -121,17 +121,3 @@ def remove_copy(folder: Path) -> None:
     """Removes what `Corpus.copy` left in a folder, if it did."""
     for name in (PLACES, CONTENT):
         (folder / name).unlink(missing_ok=True)
-
-
-def _check_new(value: str | int | None, column: str, seen: dict[str, int], table: Table, row: int) -> str:
-    """An id as a text, if it is one, and is not among those `seen`, to which it is added.
-
-    Raises:
-      UserError: names both rows.
-    """
-    if not isinstance(value, str | int) or value == "":
-        raise UserError(f"{table.place(row)}: {column} is {value!r}; it must be a text or a whole number")
-    if str(value) in seen:
-        raise UserError(f"{table.place(row)}: the {column} {value!r} is taken by {table.place(seen[str(value)])}; ids must differ")
-    seen[str(value)] = row
-    return str(value)

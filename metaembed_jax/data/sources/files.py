@@ -44,6 +44,26 @@ class ImageFolder:
             return check_image(_member(self._open(archive), archive, where), f"{archive}:{where}")
         return check_image(read_image_file(Path(where)), where)
 
+    def item(self, name: str, text: str | None, image: str | dict | None) -> dict:
+        """A text and an image, where they are not empty; the image is a path, or inline.
+
+        Args:
+          name: of the item in its row, for errors.
+
+        Raises:
+          UserError: both are empty, one is something else, or the image is missing or broken.
+        """
+        if not isinstance(text, str | None):
+            raise UserError(f"{name} is a {type(text).__name__}, not a text")
+        found = {"text": text} if text and text.strip() else {}
+        if isinstance(image, str):
+            found |= {"image": self.read(image)} if image else {}
+        elif inline(image):
+            found["image"] = inline_image(name)(image)
+        if not found:
+            raise UserError(f"{name} has neither text nor image")
+        return found
+
     def find(self, path: str) -> tuple[Path | None, str]:
         """Where an image is: (archive, member), or (None, file).
 

@@ -97,6 +97,20 @@ def read_columns(file: Path) -> set[str]:
     return set(next(_json_rows(file, 0, 1, (0,)), {}))
 
 
+def new_id(value: str | int | None, column: str, seen: dict[str, int], table: Table, row: int) -> str:
+    """An id as a text, if it is one, and is not among those `seen`, to which it is added.
+
+    Raises:
+      UserError: names both rows.
+    """
+    if not isinstance(value, str | int) or value == "":
+        raise UserError(f"{table.place(row)}: {column} is {value!r}; it must be a text or a whole number")
+    if str(value) in seen:
+        raise UserError(f"{table.place(row)}: the {column} {value!r} is taken by {table.place(seen[str(value)])}; ids must differ")
+    seen[str(value)] = row
+    return str(value)
+
+
 def _is_parquet(file: Path) -> bool:
     return file.suffix == ".parquet"
 
