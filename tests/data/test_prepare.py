@@ -2,14 +2,29 @@
 
 import io
 import json
+import pickle
 
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
+from metaembed_jax.config import default_config
 from metaembed_jax.data import sources
-from metaembed_jax.data.sources import records, tables, writing
+from metaembed_jax.data.sources import files, records, tables, writing
 from metaembed_jax.errors import UserError
-from tests.data.field_files import MARK, mmeb_rows, picture, write_colpali, write_mmeb, write_pairs, write_parquet
+from tests.data.field_files import (
+    MARK,
+    inline,
+    mmeb_rows,
+    picture,
+    tevatron_corpus,
+    tevatron_queries,
+    write_colpali,
+    write_mmeb,
+    write_pairs,
+    write_parquet,
+    write_tevatron,
+)
 
 
 def read(out, name, split="train"):
@@ -52,11 +67,8 @@ def test_other_splits_and_lists_of_negatives(tmp_path):
 
 
 def test_mined_with_images_inline(tmp_path):
-    def inline(number):
-        return None if number is None else {"bytes": picture(number), "path": None}
-
-    row = {"qry": "red", "qry_image": None, "pos_text": f"{MARK}\nthis", "pos_image": inline(1)}
-    row |= {"neg_text": [MARK, "words alone"], "neg_image_0": inline(2), "neg_image_1": None}
+    row = {"qry": "red", "qry_image": None, "pos_text": f"{MARK}\nthis", "pos_image": inline(picture(1))}
+    row |= {"neg_text": [MARK, "words alone"], "neg_image_0": inline(picture(2)), "neg_image_1": None}
     write_parquet(tmp_path / "in" / "WebQA" / "train.parquet", [row] * 2)
     prepare("mined", tmp_path / "in", tmp_path / "out")
     found = read(tmp_path / "out", "WebQA")[0]
@@ -161,8 +173,58 @@ def test_tables_read_from_anywhere(tmp_path, group):
         assert list(table.read(start, stop)) == rows[start:stop]
 
 
+def test_a_large_row_group_is_read_once(tmp_path, monkeypatch):
+    """Shard after shard goes on where the one before ended; rows before that are found again, from the beginning."""
+    write_parquet(tmp_path / "0.parquet", [{"n": number} for number in range(400)], 400)
+    batches = []
+
+    class Counted(parquet.ParquetFile):
+        def iter_batches(self, *arguments, **names):
+            for batch in super().iter_batches(*arguments, **names):
+                batches.append(batch.num_rows)
+                yield batch
+
+    monkeypatch.setattr(parquet, "ParquetFile", Counted)
+    table = tables.open_table([tmp_path / "0.parquet"])
+    for first in range(0, 400, 40):
+        assert [row["n"] for row in table.read(first, first + 40)] == list(range(first, first + 40))
+    assert sum(batches) == 400
+    again, ahead = table.read(10, 12), table.read(300, 302)
+    assert [next(again), next(ahead), next(again), next(ahead)] == [{"n": n} for n in (10, 300, 11, 301)]
+    assert pickle.loads(pickle.dumps(table)) == table
+
+
+def test_archives_stay_open_and_do_not_travel(tmp_path):
+    write_mmeb(tmp_path, "X", 2, "vqa", zipped=True)
+    folder = files.ImageFolder(tmp_path, (tmp_path / "images_zip" / "X.zip",))
+    assert folder.read("images/X/Train/0.jpg") == picture(0)
+    (tmp_path / "images_zip" / "X.zip").rename(tmp_path / "moved.zip")
+    assert folder.read("images/X/Train/1.jpg") == picture(1)
+    with pytest.raises(UserError, match="X.zip: is no ZIP archive that can be read"):
+        pickle.loads(pickle.dumps(folder)).read("images/X/Train/1.jpg")
+
+
+def test_negatives_that_no_source_has(tmp_path):
+    write_pairs(tmp_path / "with.jsonl", [{"query": "q", "positive": "p", "negatives": ["n"]}])
+    write_pairs(tmp_path / "without.jsonl", [{"query": "q", "positive": "p"}])
+    for name in ("with", "without"):
+        prepare("pairs", tmp_path / f"{name}.jsonl", tmp_path)
+    config = default_config()
+    config.data.dir, config.data.negatives = str(tmp_path), 1
+    config.data.sources = (("without", 1.0, 0), ("with", 1.0, 0))
+    assert [len(split) for split in sources.training_records(config)] == [1, 1]
+    config.data.sources = (("without", 1.0, 0),)
+    with pytest.raises(UserError, match="config.data.negatives=1, and no pair of without has any: set it to 0"):
+        sources.training_records(config)
+
+
 def truncated(content):
     return content[: len(content) // 2]
+
+
+def overwritten(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes(512) + content[middle + 512 :]
 
 
 def white(side):
@@ -179,25 +241,153 @@ def large():
     return white(10_000)
 
 
-@pytest.mark.parametrize(
-    "image, message",
-    [
-        (lambda: truncated(picture(0, "png")), "1.png cannot be read"),
-        (lambda: truncated(picture(0)), "1.png cannot be read"),
-        (lambda: b"\xff\xd8nonsense", "1.png cannot be read"),
-        (lambda: b"", "1.png cannot be read"),
-        (huge, "1.png cannot be read (Image size (900000000 pixels) exceeds limit"),
-        (large, "1.png: the image is 10000x10000 pixels"),
-    ],
-    ids=["truncated png", "truncated jpeg", "broken jpeg", "empty", "huge", "large"],
-)
-def test_bad_images_are_named_by_file_and_row(tmp_path, image, message):
-    (tmp_path / "0.png").write_bytes(picture(0, "png"))
-    (tmp_path / "1.png").write_bytes(image())
-    write_pairs(tmp_path / "mine.jsonl", [{"query": "q", "positive_image": f"{number}.png"} for number in (0, 1)])
+BAD_IMAGES = {
+    "png cut at half": (lambda: truncated(picture(0, "png")), "cannot be read"),
+    "jpeg cut at half": (lambda: truncated(picture(0)), "cannot be read"),
+    "jpeg cut at nine tenths": (lambda: picture(0)[: len(picture(0)) * 9 // 10], "cannot be read"),
+    "jpeg without its last 100 bytes": (lambda: picture(0)[:-100], "cannot be read"),
+    "jpeg without its last byte": (lambda: picture(0)[:-1], "cannot be read"),
+    "png with a block of others": (lambda: overwritten(picture(0, "png")), "cannot be read"),
+    "broken jpeg": (lambda: b"\xff\xd8nonsense", "cannot be read"),
+    "huge": (huge, "cannot be read (Image size (900000000 pixels) exceeds limit"),
+    "large": (large, "the image is 10000x10000 pixels"),
+}
+
+
+def write_mmeb_image(directory, image):
+    write_mmeb(directory, "X", 3, "it2it")
+    (directory / "images" / "X" / "Train" / "2.jpg").write_bytes(image)
+    rows = mmeb_rows("X", 3, "it2it")  # picture 2 is that of the last query, and the first positive
+    rows[0]["pos_image_path"] = rows[1]["qry_image_path"]
+    file = directory / "X" / "original-00000-of-00001.parquet"
+    write_parquet(file, rows)
+    return directory, file
+
+
+def write_mined_image(directory, image):
+    rows = [{"qry": "q", "qry_image": None, "pos_text": MARK, "pos_image": inline(picture(n)), "neg_text": []} for n in range(3)]
+    rows[2]["pos_image"] = inline(image)
+    write_parquet(directory / "X" / "train.parquet", rows)
+    return directory, directory / "X" / "train.parquet"
+
+
+def write_colpali_image(directory, image):
+    rows = [{"query": "q", "image": inline(content)} for content in (picture(0), picture(1), image)]
+    write_parquet(directory / "train-0.parquet", rows)
+    return directory, directory / "train-0.parquet"
+
+
+def write_tevatron_image(directory, image):
+    documents = tevatron_corpus(3)
+    documents[0]["image"] = inline(image)  # of the page 2
+    write_tevatron(directory, [row | {"negative_document_ids": []} for row in tevatron_queries(3)], documents)
+    return directory, directory / "queries" / "train-00000-of-00001.parquet"
+
+
+def write_pairs_image(directory, image):
+    directory.mkdir()
+    (directory / "0.png").write_bytes(picture(0, "png"))
+    (directory / "2.png").write_bytes(image)
+    write_pairs(directory / "mine.jsonl", [{"query": "q", "positive_image": f"{number}.png"} for number in (0, 0, 2)])
+    return directory / "mine.jsonl", directory / "mine.jsonl"
+
+
+WITH_IMAGE = {
+    "mmeb": write_mmeb_image,
+    "mined": write_mined_image,
+    "colpali": write_colpali_image,
+    "tevatron": write_tevatron_image,
+    "pairs": write_pairs_image,
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+@pytest.mark.parametrize("kind", WITH_IMAGE)
+def test_bad_images_are_named_by_file_and_row(tmp_path, kind, name):
+    image, message = BAD_IMAGES[name]
+    path, file = WITH_IMAGE[kind](tmp_path / "in", image())
     with pytest.raises(UserError) as caught:
-        prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")
-    assert f"{tmp_path / 'mine.jsonl'}, row 1: " in str(caught.value) and message in str(caught.value)
+        prepare(kind, path, tmp_path / "out")
+    assert str(caught.value).startswith(f"{file}, row 2: ") and message in str(caught.value)
+
+
+def test_what_a_decoder_does_not_notice_passes():
+    """A JPEG has no checksum: a changed byte may only change some pixels. `check_image` says so."""
+    content = bytearray(picture(0))
+    content[len(content) // 2] ^= 1
+    assert files.check_image(bytes(content), "image") == bytes(content)
+
+
+COLUMNS = {"mmeb": "pos_image_path", "mined": "pos_image", "colpali": "image", "tevatron": "docid"}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_missing_columns(tmp_path, kind):
+    path, _ = WITH_IMAGE[kind](tmp_path / "in", picture(2))
+    file = sorted(path.rglob("*.parquet"))[0]
+    rows = parquet.read_table(file)
+    other = file.with_name(file.name.replace("train-0", "train-1").replace("original-0", "original-1").replace("train.", "also."))
+    parquet.write_table(rows.drop_columns([COLUMNS[kind]]), other)
+    if kind == "tevatron":  # its tables are found by their columns
+        for one in (path / "corpus" / "data").glob("train-0*"):
+            one.unlink()
+    message = "documents .* are nowhere" if kind == "tevatron" else f"{other}: lacks the column {COLUMNS[kind]}; it has "
+    with pytest.raises(UserError, match=message):
+        prepare(kind, path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("mined", {"pos_image": None}, "pos_text '<|image_1|>' has the mark <|image_1|>, and no image stands beside it"),
+        ("mined", {"pos_text": "no mark"}, "pos_text 'no mark' has no mark <|image_1|>, and an image stands beside it"),
+        ("mined", {"pos_text": "", "pos_image": None}, "pos_text is empty, and has no image"),
+        ("mined", {"qry": None}, "qry is empty, and has no image"),
+        ("colpali", {"query": " "}, "query is ' ', not a text"),
+        ("colpali", {"image": None}, "the image in image cannot be read"),
+    ],
+)
+def test_bad_rows_with_images_inline(tmp_path, kind, change, message):
+    path, file = WITH_IMAGE[kind](tmp_path / "in", picture(2))
+    rows = parquet.read_table(file).to_pylist()
+    rows[2] |= change
+    write_parquet(file, rows)
+    with pytest.raises(UserError) as caught:
+        prepare(kind, path, tmp_path / "out")
+    assert str(caught.value).startswith(f"{file}, row 2: {message}")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"positive": None}, "positive has neither text nor image"),
+        ({"query": "", "query_image": ""}, "query has neither text nor image"),
+        ({"query": 5}, "query is a int, not a text"),
+        ({"query_image": 5}, "the image in query cannot be read"),
+        ({"query_image": "a/b.png"}, "IN/a/b.png is missing"),
+        ({"query_image": "other.png"}, "IN/other.png is missing, but IN/images/other.png is there: the images lie one level off"),
+        ({"query_image": "x" * 300 + ".png"}, "x.png is missing"),
+        ({"query_image": "../in/a.png"}, "leads out of IN"),
+        ({"query_image": "link.png"}, "IN/link.png is a link out of IN"),
+        ({"negatives": "abc"}, "negatives and negative_images must be lists"),
+        ({"negatives": [5]}, "negative 0 is a int, not a text"),
+        ({"negatives": ["a"], "negative_images": ["", ""]}, "has 1 negatives and 2 negative_images"),
+        ({"source": 5}, "source is a int, not a text"),
+        ({"query": "\ud800"}, "holds half of a surrogate pair"),
+    ],
+)
+def test_bad_rows_of_pairs(tmp_path, change, message):
+    directory = tmp_path / "in"
+    (directory / "images").mkdir(parents=True)
+    (directory / "images" / "other.png").write_bytes(picture(0, "png"))
+    (tmp_path / "secret.png").write_bytes(picture(0, "png"))
+    (directory / "link.png").symlink_to(tmp_path / "secret.png")
+    row = {"query": "q", "positive": "p"}
+    write_pairs(directory / "mine.jsonl", [row, row, row | change])
+    with pytest.raises(UserError) as caught:
+        prepare("pairs", directory / "mine.jsonl", tmp_path / "out")
+    said = str(caught.value).replace(str(directory), "IN")
+    assert said.startswith("IN/mine.jsonl, row 2: ") and message in said
 
 
 @pytest.mark.parametrize(

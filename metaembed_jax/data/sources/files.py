@@ -70,6 +70,8 @@ class ImageFolder:
         Raises:
           UserError: no such image, or one outside of the folder.
         """
+        if not isinstance(path, str):
+            raise UserError(f"an image path is a {type(path).__name__}, not a text")
         relative = PurePosixPath(path)
         if relative.is_absolute() or ".." in relative.parts:
             raise UserError(f"the image path {path!r} leads out of {self.root}; write it relative to that folder")

@@ -42,6 +42,10 @@ def record(row: dict, folder: ImageFolder, source: str) -> dict:
     if unknown := row.keys() - COLUMNS:
         raise UserError(f"has {', '.join(sorted(unknown))}; there are {', '.join(sorted(COLUMNS))}")
     texts, images = row.get("negatives") or [], row.get("negative_images") or []
+    if not isinstance(texts, list) or not isinstance(images, list):
+        raise UserError("negatives and negative_images must be lists")
+    if not isinstance(row.get("source"), str | None):
+        raise UserError(f"source is a {type(row['source']).__name__}, not a text")
     if texts and images and len(texts) != len(images):
         raise UserError(f"has {len(texts)} negatives and {len(images)} negative_images; there must be as many, or none of one")
     count = max(len(texts), len(images))

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from metaembed_jax.data.sources import records
 from metaembed_jax.data.sources.corpus import Corpus, remove_copy
-from metaembed_jax.data.sources.tables import Table
+from metaembed_jax.data.sources.tables import Table, read_columns
 from metaembed_jax.errors import UserError
 
 VERSION = "1.0.0"
@@ -80,10 +80,11 @@ class _Job:
 
 
 def need_columns(table: Table, names: Sequence[str]) -> None:
-    """Raises UserError, naming file and columns, where one is missing."""
-    there = table.columns()
-    if missing := [name for name in names if name not in there]:
-        raise UserError(f"{table.files[0]}: lacks the column {', '.join(missing)}; it has {', '.join(sorted(there))}")
+    """Raises UserError, naming file and columns, where a file lacks one."""
+    for file in table.files:
+        there = read_columns(file)
+        if missing := [name for name in names if name not in there]:
+            raise UserError(f"{file}: lacks the column {', '.join(missing)}; it has {', '.join(sorted(there))}")
 
 
 def write_part(part: Part, out: Path, workers: int, skips: int) -> dict:
