@@ -67,16 +67,19 @@ def _open_document(file: Path):
     import pypdfium2
     from pypdfium2 import raw
 
+    handle = raw.FPDF_LoadDocument(os.fsencode(file) + b"\0", None)
+    if not handle:
+        error = raw.FPDF_GetLastError()
+        reasons = {raw.FPDF_ERR_PASSWORD: "is encrypted", raw.FPDF_ERR_FILE: "cannot be opened"}
+        raise UserError(f"{file}: {reasons.get(error, 'is no PDF file that can be read')}; repair, decrypt or remove it")
+    document = pypdfium2.PdfDocument(handle)
     try:
-        document = pypdfium2.PdfDocument(file)
         document.init_forms()  # what is filled into a form is part of its page
-        return document
     except pypdfium2.PdfiumError as error:
-        why = {raw.FPDF_ERR_PASSWORD: "is encrypted", raw.FPDF_ERR_SUCCESS: "has no pages"}
-        reason = why.get(error.err_code, f"is no PDF that can be read ({' '.join(str(error).split())})")
-        raise UserError(f"{file}: {reason}; repair, decrypt or remove it") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or 'no such file'})") from error
+        raise UserError(f"{file}: has a form that cannot be read; print it to a new PDF file") from error
+    if not len(document):
+        raise UserError(f"{file}: has no pages; repair or remove it")
+    return document
 
 
 def _scale(width: float, height: float, name: str) -> float:

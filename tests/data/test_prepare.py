@@ -1,5 +1,6 @@
 """Files of the field to prepared sources: every format, killed and resumed, and what is wrong with a row said by file and row."""
 
+import functools
 import io
 import json
 import pickle
@@ -227,6 +228,7 @@ def overwritten(content):
     return content[:middle] + bytes(512) + content[middle + 512 :]
 
 
+@functools.cache
 def white(side):
     file = io.BytesIO()
     Image.new("1", (side, side)).save(file, "png")
