@@ -156,6 +156,14 @@ def test_json_lines_are_found_again_by_their_marks(tmp_path, monkeypatch):
         assert [len(row["n"]) for row in table.read(start, 20)] == list(range(start, 20))
 
 
+def test_workers_write_shards_side_by_side(tmp_path):
+    rows = [{"query": f"query {number}", "positive": "p" * 500} for number in range(3 * writing.SHARD_ROWS)]
+    write_pairs(tmp_path / "mine.jsonl", rows)
+    one = prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "one")
+    assert prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "two", workers=3) == one
+    assert read(tmp_path / "one", "mine") == read(tmp_path / "two", "mine")
+
+
 def test_workers_write_the_same(tmp_path):
     write_mmeb(tmp_path / "in", "CIRR", 30, "it2it")
     one = prepare("mmeb", tmp_path / "in", tmp_path / "one")

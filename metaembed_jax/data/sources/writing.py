@@ -176,7 +176,7 @@ def _write_shard(job: _Job, shard: int) -> dict:
     features = records.features()
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     held = _held_out(len(table))
-    files = {split: job.path(split, shard).with_suffix(".tmp") for split in records.SPLITS}
+    files = {split: job.directory / f"{shard:05}.{split}.tmp" for split in records.SPLITS}  # no other shard's
     writers = {split: ArrayRecordWriter(str(file), "group_size:1") for split, file in files.items()}
     about = {"read": 0, "rows": dict.fromkeys(records.SPLITS, 0), "negatives": 0, "bytes": 0, "skipped": []}
     about |= {side: {name: 0 for name, _ in TYPES} for side in ("queries", "positives")}
