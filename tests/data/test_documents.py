@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import pickle
+from pathlib import PurePath
 
 import numpy as np
 import pytest
@@ -83,8 +84,6 @@ def test_a_folder_in_natural_order(tmp_path, capsys):
 
 
 def test_natural_order_is_total():
-    from pathlib import PurePath
-
     names = [
         "1.png",
         "01.png",

@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -64,10 +65,11 @@ class Table:
                     yield from _json_rows(file, lowest, highest, marks)
 
     def _open(self, file: Path, columns: tuple[str, ...] | None) -> "_ParquetRows":
-        if (file, columns) not in self._opened:
+        key = os.getpid(), file, columns  # a forked process opens files for itself
+        if key not in self._opened:
             self._opened.clear()
-            self._opened[file, columns] = _ParquetRows(file, columns)
-        return self._opened[file, columns]
+            self._opened[key] = _ParquetRows(file, columns)
+        return self._opened[key]
 
 
 def open_table(files: Sequence[Path]) -> Table:
