@@ -5,10 +5,11 @@ model = me.MetaEmbed.from_pretrained("runs/tiny")
 scores = me.maxsim(model.encode_query(["cloud snow"]), model.encode_document([image]), budget=(4, 8))
 """
 
+from metaembed_jax.data.documents import open_documents
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.model import MetaEmbed
 
-__all__ = ["GROUPS", "MetaEmbed", "UserError", "matryoshka_loss", "maxsim"]
+__all__ = ["GROUPS", "MetaEmbed", "UserError", "matryoshka_loss", "maxsim", "open_documents"]

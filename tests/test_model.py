@@ -62,6 +62,14 @@ def test_eight_devices_give_what_one_gives(directory, model):
     np.testing.assert_allclose(spread.encode_query(ITEMS[:2], batch_size=1), model.encode_query(ITEMS[:2], batch_size=4), atol=1e-5)
 
 
+def test_documents_of_a_folder(model, tmp_path):
+    ITEMS[1].save(tmp_path / "10.png")
+    ITEMS[2]["image"].save(tmp_path / "9.png")
+    documents = me.open_documents(tmp_path)
+    expected = model.encode_document([ITEMS[2]["image"], ITEMS[1]], batch_size=4)
+    np.testing.assert_array_equal(model.encode_document(documents, batch_size=4), expected)
+
+
 def test_images_may_be_encoded_bytes(model):
     buffer = io.BytesIO()
     ITEMS[1].save(buffer, "PNG")

@@ -81,6 +81,45 @@ def write_colpali(directory, count=20):
     write_parquet(directory / "data" / "train-00000-of-00001.parquet", rows)
 
 
+def inline(content):
+    """An image as `datasets` stores it."""
+    return {"bytes": content, "path": None}
+
+
+def tevatron_queries(count=4, passages=False):
+    """Query n is answered by page n; its negatives are all other pages, the next one first."""
+    others = [[str((n + step) % count) for step in range(1, count)] for n in range(count)]
+    if passages:
+        listed = [[{"docid": docid, "title": "t", "text": "x"} for docid in ids] for ids in others]
+        return [
+            {"query_id": n, "query": f"where is {n}?", "positive_passages": [{"docid": str(n)}], "negative_passages": listed[n]}
+            for n in range(count)
+        ]
+    return [
+        {
+            "query_id": str(n),
+            "query_text": f"where is {n}?",
+            "query_image": None,
+            "positive_document_ids": [str(n)],
+            "negative_document_ids": others[n],
+            "source": "x",
+        }
+        for n in range(count)
+    ]
+
+
+def tevatron_corpus(count=4):
+    return [{"docid": str(n), "image": inline(picture(n)), "text": None} for n in reversed(range(count))]
+
+
+def write_tevatron(directory, queries, corpus):
+    """A set with mined negatives and its corpus, in several files."""
+    write_parquet(directory / "queries" / "train-00000-of-00001.parquet", queries, 3)
+    half = len(corpus) // 2
+    for number, rows in enumerate((corpus[:half], corpus[half:])):
+        write_parquet(directory / "corpus" / "data" / f"train-0000{number}-of-00002.parquet", rows, 3)
+
+
 def write_pairs(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

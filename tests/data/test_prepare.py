@@ -1,15 +1,25 @@
-"""Files of the field to prepared sources: every format, killed and resumed, and what is wrong with a row said by file and row."""
+"""Files of the field to prepared sources: every format, killed and resumed, and read from anywhere."""
 
-import io
 import json
+import pickle
 
 import pytest
-from PIL import Image
+from pyarrow import parquet
 
+from metaembed_jax.config import default_config
 from metaembed_jax.data import sources
-from metaembed_jax.data.sources import records, tables, writing
+from metaembed_jax.data.sources import files, records, tables, writing
 from metaembed_jax.errors import UserError
-from tests.data.field_files import MARK, mmeb_rows, picture, write_colpali, write_mmeb, write_pairs, write_parquet
+from tests.data.field_files import (
+    MARK,
+    inline,
+    mmeb_rows,
+    picture,
+    write_colpali,
+    write_mmeb,
+    write_pairs,
+    write_parquet,
+)
 
 
 def read(out, name, split="train"):
@@ -52,11 +62,8 @@ def test_other_splits_and_lists_of_negatives(tmp_path):
 
 
 def test_mined_with_images_inline(tmp_path):
-    def inline(number):
-        return None if number is None else {"bytes": picture(number), "path": None}
-
-    row = {"qry": "red", "qry_image": None, "pos_text": f"{MARK}\nthis", "pos_image": inline(1)}
-    row |= {"neg_text": [MARK, "words alone"], "neg_image_0": inline(2), "neg_image_1": None}
+    row = {"qry": "red", "qry_image": None, "pos_text": f"{MARK}\nthis", "pos_image": inline(picture(1))}
+    row |= {"neg_text": [MARK, "words alone"], "neg_image_0": inline(picture(2)), "neg_image_1": None}
     write_parquet(tmp_path / "in" / "WebQA" / "train.parquet", [row] * 2)
     prepare("mined", tmp_path / "in", tmp_path / "out")
     found = read(tmp_path / "out", "WebQA")[0]
@@ -111,11 +118,11 @@ def test_shards_resume_and_do_not_depend_on_workers(tmp_path, monkeypatch):
     whole = prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "whole")["mine"]
     written = []
 
-    def killed_at_the_fourth(shard, write=writing._write_shard):
-        written.append(shard.number)
+    def killed_at_the_fourth(job, shard, write=writing._write_shard):
+        written.append(shard)
         if len(written) == 4:
             raise KeyboardInterrupt
-        return write(shard)
+        return write(job, shard)
 
     monkeypatch.setattr(writing, "_write_shard", killed_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
@@ -143,6 +150,14 @@ def test_json_lines_are_found_again_by_their_marks(tmp_path, monkeypatch):
         assert [len(row["n"]) for row in table.read(start, 20)] == list(range(start, 20))
 
 
+def test_workers_write_shards_side_by_side(tmp_path):
+    rows = [{"query": f"query {number}", "positive": "p" * 500} for number in range(3 * writing.SHARD_ROWS)]
+    write_pairs(tmp_path / "mine.jsonl", rows)
+    one = prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "one")
+    assert prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "two", workers=3) == one
+    assert read(tmp_path / "one", "mine") == read(tmp_path / "two", "mine")
+
+
 def test_workers_write_the_same(tmp_path):
     write_mmeb(tmp_path / "in", "CIRR", 30, "it2it")
     one = prepare("mmeb", tmp_path / "in", tmp_path / "one")
@@ -161,107 +176,46 @@ def test_tables_read_from_anywhere(tmp_path, group):
         assert list(table.read(start, stop)) == rows[start:stop]
 
 
-def truncated(content):
-    return content[: len(content) // 2]
+def test_a_large_row_group_is_read_once(tmp_path, monkeypatch):
+    """Shard after shard goes on where the one before ended; rows before that are found again, from the beginning."""
+    write_parquet(tmp_path / "0.parquet", [{"n": number} for number in range(400)], 400)
+    batches = []
+
+    class Counted(parquet.ParquetFile):
+        def iter_batches(self, *arguments, **names):
+            for batch in super().iter_batches(*arguments, **names):
+                batches.append(batch.num_rows)
+                yield batch
+
+    monkeypatch.setattr(parquet, "ParquetFile", Counted)
+    table = tables.open_table([tmp_path / "0.parquet"])
+    for first in range(0, 400, 40):
+        assert [row["n"] for row in table.read(first, first + 40)] == list(range(first, first + 40))
+    assert sum(batches) == 400
+    again, ahead = table.read(10, 12), table.read(300, 302)
+    assert [next(again), next(ahead), next(again), next(ahead)] == [{"n": n} for n in (10, 300, 11, 301)]
+    assert pickle.loads(pickle.dumps(table)) == table
 
 
-def white(side):
-    file = io.BytesIO()
-    Image.new("1", (side, side)).save(file, "png")
-    return file.getvalue()
+def test_archives_stay_open_and_do_not_travel(tmp_path):
+    write_mmeb(tmp_path, "X", 2, "vqa", zipped=True)
+    folder = files.ImageFolder(tmp_path, (tmp_path / "images_zip" / "X.zip",))
+    assert folder.read("images/X/Train/0.jpg") == picture(0)
+    (tmp_path / "images_zip" / "X.zip").rename(tmp_path / "moved.zip")
+    assert folder.read("images/X/Train/1.jpg") == picture(1)
+    with pytest.raises(UserError, match="X.zip: is no ZIP archive that can be read"):
+        pickle.loads(pickle.dumps(folder)).read("images/X/Train/1.jpg")
 
 
-def huge():
-    return white(30_000)
-
-
-def large():
-    return white(10_000)
-
-
-@pytest.mark.parametrize(
-    "image, message",
-    [
-        (lambda: truncated(picture(0, "png")), "1.png cannot be read"),
-        (lambda: truncated(picture(0)), "1.png cannot be read"),
-        (lambda: b"\xff\xd8nonsense", "1.png cannot be read"),
-        (lambda: b"", "1.png cannot be read"),
-        (huge, "1.png cannot be read (Image size (900000000 pixels) exceeds limit"),
-        (large, "1.png: the image is 10000x10000 pixels"),
-    ],
-    ids=["truncated png", "truncated jpeg", "broken jpeg", "empty", "huge", "large"],
-)
-def test_bad_images_are_named_by_file_and_row(tmp_path, image, message):
-    (tmp_path / "0.png").write_bytes(picture(0, "png"))
-    (tmp_path / "1.png").write_bytes(image())
-    write_pairs(tmp_path / "mine.jsonl", [{"query": "q", "positive_image": f"{number}.png"} for number in (0, 1)])
-    with pytest.raises(UserError) as caught:
-        prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")
-    assert f"{tmp_path / 'mine.jsonl'}, row 1: " in str(caught.value) and message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"qry_image_path": "images/X/9.jpg"}, "images/X/9.jpg is missing"),
-        ({"qry_image_path": "../secret.jpg"}, "leads out of"),
-        ({"qry_image_path": "/etc/passwd"}, "leads out of"),
-        ({"qry_image_path": ""}, "no image stands beside it"),
-        ({"qry": "no mark"}, "no mark"),
-        ({"qry": MARK + MARK}, "twice"),
-        ({"pos_text": ""}, "pos_text is empty, and has no image"),
-        ({"neg_text": ["a", "b"], "neg_image_path": ["", "", ""]}, "neg_text has 2 entries and neg_image_path 3"),
-    ],
-)
-def test_bad_rows_of_mmeb(tmp_path, change, message):
-    write_mmeb(tmp_path, "X", 3, "vqa")
-    rows = mmeb_rows("X", 3, "vqa")
-    if isinstance(change.get("neg_text"), list):
-        rows = [row | {"neg_text": ["a"], "neg_image_path": [""]} for row in rows]
-    rows[2] |= change
-    file = tmp_path / "X" / "original-00000-of-00001.parquet"
-    write_parquet(file, rows)
-    with pytest.raises(UserError) as caught:
-        prepare("mmeb", tmp_path, tmp_path / "out")
-    assert f"{file}, row 2: " in str(caught.value) and message in str(caught.value)
-    marker = prepare("mmeb", tmp_path, tmp_path / "out", skips=1)["X"]
-    assert marker["rows"]["train"] == 2 and marker["skipped"] == 1
-
-
-def test_images_one_level_off(tmp_path):
-    write_mmeb(tmp_path, "X", 2, "vqa")
-    (tmp_path / "images" / "X").rename(tmp_path / "X.images")
-    (tmp_path / "images").rmdir()
-    (tmp_path / "X.images").rename(tmp_path / "X" / "was")
-    (tmp_path / "X" / "Train").mkdir()
-    rows = [row | {"qry_image_path": row["qry_image_path"].removeprefix("images/")} for row in mmeb_rows("X", 2, "vqa")]
-    (tmp_path / "images" / "X" / "Train").mkdir(parents=True)
-    for number in range(2):
-        (tmp_path / "images" / "X" / "Train" / f"{number}.jpg").write_bytes(picture(number))
-    write_parquet(tmp_path / "X" / "original-00000-of-00001.parquet", rows)
-    with pytest.raises(UserError, match=r"row 0: the image .*X/Train/0.jpg is missing, but .*images/X/Train/0.jpg is there"):
-        prepare("mmeb", tmp_path, tmp_path / "out")
-
-
-def test_bad_files(tmp_path):
-    with pytest.raises(UserError, match="no source 'flickr'; there are icons, boards, mmeb"):
-        prepare("flickr", tmp_path, tmp_path / "out")
-    with pytest.raises(UserError, match="has no {subset}/original"):
-        prepare("mmeb", tmp_path, tmp_path / "out")
-    with pytest.raises(UserError, match="no such file"):
-        prepare("pairs", tmp_path / "none.jsonl", tmp_path / "out")
-    write_parquet(tmp_path / "X" / "original-0.parquet", [{"qry": "a", "pos_text": "b"}])
-    with pytest.raises(
-        UserError, match=r"original-0.parquet: lacks the column qry_image_path, pos_image_path; it has pos_text, qry"
-    ):
-        prepare("mmeb", tmp_path, tmp_path / "out")
-    (tmp_path / "X" / "original-0.parquet").write_bytes(b"PAR1 nonsense")
-    with pytest.raises(UserError, match="original-0.parquet: is no Parquet file"):
-        prepare("mmeb", tmp_path, tmp_path / "out")
-    for line, message in (("{", "row 1: is no JSON"), ("[1]", "row 1: is a list"), ('{"querry": 1}', "row 1: has querry")):
-        (tmp_path / "mine.jsonl").write_text(json.dumps({"query": "a", "positive": "b"}) + f"\n\n{line}\n")
-        with pytest.raises(UserError, match=message):
-            prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")
-    (tmp_path / "mine.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="no rows to read"):
-        prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")
+def test_negatives_that_no_source_has(tmp_path):
+    write_pairs(tmp_path / "with.jsonl", [{"query": "q", "positive": "p", "negatives": ["n"]}])
+    write_pairs(tmp_path / "without.jsonl", [{"query": "q", "positive": "p"}])
+    for name in ("with", "without"):
+        prepare("pairs", tmp_path / f"{name}.jsonl", tmp_path)
+    config = default_config()
+    config.data.dir, config.data.negatives = str(tmp_path), 1
+    config.data.sources = (("without", 1.0, 0), ("with", 1.0, 0))
+    assert [len(split) for split in sources.training_records(config)] == [1, 1]
+    config.data.sources = (("without", 1.0, 0),)
+    with pytest.raises(UserError, match="config.data.negatives=1, and no pair of without has any: set it to 0"):
+        sources.training_records(config)

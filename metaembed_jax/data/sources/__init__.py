@@ -22,6 +22,7 @@ READERS = {
     "mmeb_diverse": ("mmeb", "diverse_parts", "the same folder: its diverse_instruction split"),
     "mined": ("mmeb", "mined_parts", "a folder of MMEB-train with mined negatives and images inline"),
     "colpali": ("pages", "parts", "the folder of vidore/colpali_train_set"),
+    "tevatron": ("tevatron", "parts", "a folder of queries with mined negatives, and of their corpus; the source is named as it"),
     "pairs": ("pairs", "parts", "a .jsonl or .parquet file of your own pairs"),
 }
 
@@ -62,16 +63,27 @@ def prepare_from(kind: str, path: str | Path, out: str | Path, workers: int, ski
 
 
 def training_records(config: ConfigDict) -> list[Sequence]:
-    """The training split of each entry of `config.data.sources`, for `pipeline.training_batches`; generates what is missing."""
+    """The training split of each entry of `config.data.sources`, for `pipeline.training_batches`; generates what is missing.
+
+    Raises:
+      UserError: a source that is not prepared, or `config.data.negatives` of sources that have none.
+    """
     from metaembed_jax.data.sources import records, writing
 
+    names = [name for name, *_ in config.data.sources]
+    markers = [prepare(name, config.data.dir) for name in names]
+    if config.data.negatives and not any(marker.get("negatives") for marker in markers):
+        raise UserError(
+            f"config.data.negatives={config.data.negatives}, and no pair of {', '.join(names)} has any: "
+            "set it to 0, or each step encodes as many candidates in vain"
+        )
+
     def of(name: str) -> Sequence:
-        prepare(name, config.data.dir)
         if name in GENERATED:
             return importlib.import_module(GENERATED[name]).training(config.data.dir, config)
         return records.open_split(Path(config.data.dir) / name, writing.VERSION, "train")
 
-    return [of(name) for name, *_ in config.data.sources]
+    return [of(name) for name in names]
 
 
 def retrieval(name: str, data_dir: str | Path, split: str):

@@ -6,7 +6,7 @@ No path leaves the folder. Images are checked before they are copied anywhere: o
 import dataclasses
 import io
 import zipfile
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -19,7 +19,7 @@ LARGEST_FILE = 128 * 2**20  # bytes of an encoded image
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """A folder of images. Survives pickling.
+    """A folder of images. Survives pickling. Archives are opened when they are first needed, and stay open.
 
     Attributes:
       root: what paths are relative to.
@@ -28,6 +28,10 @@ class ImageFolder:
 
     root: Path
     archives: tuple[Path, ...] = ()
+    _opened: dict[Path, zipfile.ZipFile] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_opened": {}}
 
     def read(self, path: str) -> bytes:
         """The encoded image at a path, checked by `check_image`.
@@ -37,10 +41,28 @@ class ImageFolder:
         """
         archive, where = self.find(path)
         if archive:
-            return check_image(_member(_open_archive(archive), archive, where), f"{archive}:{where}")
-        if Path(where).stat().st_size > LARGEST_FILE:
-            raise UserError(f"the image {where} has {Path(where).stat().st_size} bytes; at most {LARGEST_FILE} are read")
-        return check_image(Path(where).read_bytes(), where)
+            return check_image(_member(self._open(archive), archive, where), f"{archive}:{where}")
+        return check_image(read_image_file(Path(where)), where)
+
+    def item(self, name: str, text: str | None, image: str | dict | None) -> dict:
+        """A text and an image, where they are not empty; the image is a path, or inline.
+
+        Args:
+          name: of the item in its row, for errors.
+
+        Raises:
+          UserError: both are empty, one is something else, or the image is missing or broken.
+        """
+        if not isinstance(text, str | None):
+            raise UserError(f"{name} is a {type(text).__name__}, not a text")
+        found = {"text": text} if text and text.strip() else {}
+        if isinstance(image, str):
+            found |= {"image": self.read(image)} if image else {}
+        elif inline(image):
+            found["image"] = inline_image(name)(image)
+        if not found:
+            raise UserError(f"{name} has neither text nor image")
+        return found
 
     def find(self, path: str) -> tuple[Path | None, str]:
         """Where an image is: (archive, member), or (None, file).
@@ -48,30 +70,57 @@ class ImageFolder:
         Raises:
           UserError: no such image, or one outside of the folder.
         """
+        if not isinstance(path, str):
+            raise UserError(f"an image path is a {type(path).__name__}, not a text")
         relative = PurePosixPath(path)
         if relative.is_absolute() or ".." in relative.parts:
             raise UserError(f"the image path {path!r} leads out of {self.root}; write it relative to that folder")
         file = self.root / relative
-        if file.is_file():
+        if _is_file(file):
             if not file.resolve().is_relative_to(self.root.resolve()):
                 raise UserError(f"the image {file} is a link out of {self.root}; copy it there")
             return None, str(file)
         for archive in self.archives:
-            if str(relative) in _open_archive(archive).NameToInfo:
+            if str(relative) in self._open(archive).NameToInfo:
                 return archive, str(relative)
         raise UserError(f"the image {file} is missing{self._hint(relative)}")
+
+    def _open(self, archive: Path) -> zipfile.ZipFile:
+        if archive not in self._opened:
+            try:
+                self._opened[archive] = zipfile.ZipFile(archive)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise UserError(f"{archive}: is no ZIP archive that can be read ({error}); fetch it again") from error
+        return self._opened[archive]
 
     def _hint(self, relative: PurePosixPath) -> str:
         """Where it would be found, if the paths were one level more or less deep."""
         others = [PurePosixPath(*relative.parts[1:]), *(PurePosixPath(name) / relative for name in ("images", "eval_images"))]
         for other in others:
-            if other.parts and (self.root / other).is_file():
+            if other.parts and _is_file(self.root / other):
                 return f", but {self.root / other} is there: the images lie one level off; move them so that the paths fit"
         return ""
 
 
+def read_image_file(file: Path) -> bytes:
+    """The encoded image in a file.
+
+    Raises:
+      UserError: it is very large, or cannot be read.
+    """
+    try:
+        if file.stat().st_size > LARGEST_FILE:
+            raise UserError(f"the image {file} has {file.stat().st_size} bytes; at most {LARGEST_FILE} are read")
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"the image {file} cannot be read ({error.strerror})") from error
+
+
 def check_image(encoded: bytes, name: str) -> bytes:
-    """The same bytes, if they are a whole image of bounded size. JPEGs are read at an eighth of their size, which finds any cut.
+    """The same bytes, if they are a whole image of bounded size.
+
+    JPEGs are read at an eighth of their size, which finds every cut, as reading all of it does. Bytes changed in the middle are
+    found where they break the decoder: mostly in PNG, rarely in JPEG and WebP, which carry no checksum, never in plain pixels.
 
     Raises:
       UserError: names the image and what is wrong.
@@ -88,12 +137,27 @@ def check_image(encoded: bytes, name: str) -> bytes:
     return encoded
 
 
-@lru_cache(maxsize=64)
-def _open_archive(path: Path) -> zipfile.ZipFile:
+def inline(image) -> bytes:
+    """The bytes of an image as `datasets` stores it: {"bytes", "path"}; empty for none."""
+    if isinstance(image, dict):
+        image = image.get("bytes")
+    return image or b""
+
+
+def inline_image(column: str) -> Callable[..., bytes]:
+    """Checks and gives the bytes of an inline image of a column."""
+
+    def read(image) -> bytes:
+        return check_image(inline(image), f"in {column}")
+
+    return read
+
+
+def _is_file(file: Path) -> bool:
     try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: is no ZIP archive that can be read ({error}); fetch it again") from error
+        return file.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _member(opened: zipfile.ZipFile, archive: Path, name: str) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from metaembed_jax.data.sources.files import ImageFolder, check_image
+from metaembed_jax.data.sources.files import ImageFolder, inline, inline_image
 from metaembed_jax.data.sources.tables import Table, open_table
 from metaembed_jax.data.sources.writing import Part, need_columns
 from metaembed_jax.errors import UserError
@@ -117,22 +117,6 @@ def item(column: str, text: str | None, image, read) -> dict:
     if not found:
         raise UserError(f"{column} is empty, and has no image")
     return found
-
-
-def inline(image) -> bytes:
-    """The bytes of an image as `datasets` stores it: {"bytes", "path"}; empty for none."""
-    if isinstance(image, dict):
-        image = image.get("bytes")
-    return image or b""
-
-
-def inline_image(column: str):
-    """Reads an inline image, for `item`."""
-
-    def read(image) -> bytes:
-        return check_image(inline(image), f"in {column}")
-
-    return read
 
 
 def _listed(value) -> list:

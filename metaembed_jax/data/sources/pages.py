@@ -6,7 +6,7 @@ DIR/**/train-*.parquet with the columns image, query, and others that are not re
 from functools import partial
 from pathlib import Path
 
-from metaembed_jax.data.sources.mmeb import inline_image
+from metaembed_jax.data.sources.files import inline_image
 from metaembed_jax.data.sources.tables import open_table
 from metaembed_jax.data.sources.writing import Part, need_columns
 from metaembed_jax.errors import UserError

@@ -5,7 +5,7 @@
     negatives, negative_images    lists of equal length (or one of them alone); may be absent
     source                        may be absent
 
-Images are paths relative to the file.
+Images are paths relative to the file, or inline, as `datasets` stores them in Parquet.
 """
 
 from functools import partial
@@ -42,25 +42,17 @@ def record(row: dict, folder: ImageFolder, source: str) -> dict:
     if unknown := row.keys() - COLUMNS:
         raise UserError(f"has {', '.join(sorted(unknown))}; there are {', '.join(sorted(COLUMNS))}")
     texts, images = row.get("negatives") or [], row.get("negative_images") or []
+    if not isinstance(texts, list) or not isinstance(images, list):
+        raise UserError("negatives and negative_images must be lists")
+    if not isinstance(row.get("source"), str | None):
+        raise UserError(f"source is a {type(row['source']).__name__}, not a text")
     if texts and images and len(texts) != len(images):
         raise UserError(f"has {len(texts)} negatives and {len(images)} negative_images; there must be as many, or none of one")
     count = max(len(texts), len(images))
     negatives = zip(texts or [""] * count, images or [""] * count, strict=True)
     return {
-        "query": _item("query", row.get("query"), row.get("query_image"), folder),
-        "positive": _item("positive", row.get("positive"), row.get("positive_image"), folder),
-        "negatives": [_item(f"negative {number}", text, image, folder) for number, (text, image) in enumerate(negatives)],
+        "query": folder.item("query", row.get("query"), row.get("query_image")),
+        "positive": folder.item("positive", row.get("positive"), row.get("positive_image")),
+        "negatives": [folder.item(f"negative {number}", text, image) for number, (text, image) in enumerate(negatives)],
         "source": row.get("source") or source,
     }
-
-
-def _item(name: str, text, image, folder: ImageFolder) -> dict:
-    for value in (text, image):
-        if not isinstance(value, str | None):
-            raise UserError(f"{name} is a {type(value).__name__}, not a text")
-    found = {"text": text} if text and text.strip() else {}
-    if image:
-        found["image"] = folder.read(image)
-    if not found:
-        raise UserError(f"{name} has neither text nor image")
-    return found

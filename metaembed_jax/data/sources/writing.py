@@ -2,6 +2,7 @@
 
     OUT/{source}/{version}.part/            while it is written
         job.json                            what is being prepared: another job starts anew
+        corpus.bin, corpus.json             the documents that rows name, where they do
         pairs-train.array_record-00007-of-00098, 00007.json     a shard, then what is known of it
     OUT/{source}/{version}/                 complete, and readable by TensorFlow Datasets
 
@@ -11,12 +12,13 @@ A killed preparation goes on with the shards that are missing. `HELD_OUT` rows e
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,8 @@ from tensorflow_datasets.core import example_serializer, naming
 from tqdm import tqdm
 
 from metaembed_jax.data.sources import records
-from metaembed_jax.data.sources.tables import Table
+from metaembed_jax.data.sources.corpus import Corpus, remove_copy
+from metaembed_jax.data.sources.tables import Table, read_columns
 from metaembed_jax.errors import UserError
 
 VERSION = "1.0.0"
@@ -48,34 +51,40 @@ class Part:
       name: of the source, and of its folder.
       table: its rows.
       record: a row to a record. Survives pickling; raises UserError without naming the row.
+      corpus: the documents that rows name by id. They are copied first; `record` is given what reads them, as `corpus`.
     """
 
     name: str
     table: Table
-    record: Callable[[dict], dict]
+    record: Callable[..., dict]
+    corpus: Corpus | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shard:
+class _Job:
+    """The shards of a part. A process that writes several of them keeps what `part` opens: tables, archives."""
+
     part: Part
     directory: Path
-    number: int
-    of: int
     skips: int
 
-    def path(self, split: str) -> Path:
-        return self.directory / f"{FILES}-{split}.array_record-{self.number:05}-of-{self.of:05}"
-
     @property
-    def about(self) -> Path:
-        return self.directory / f"{self.number:05}.json"
+    def shards(self) -> int:
+        return -(-len(self.part.table) // SHARD_ROWS)
+
+    def path(self, split: str, shard: int) -> Path:
+        return self.directory / f"{FILES}-{split}.array_record-{shard:05}-of-{self.shards:05}"
+
+    def about(self, shard: int) -> Path:
+        return self.directory / f"{shard:05}.json"
 
 
 def need_columns(table: Table, names: Sequence[str]) -> None:
-    """Raises UserError, naming file and columns, where one is missing."""
-    there = table.columns()
-    if missing := [name for name in names if name not in there]:
-        raise UserError(f"{table.files[0]}: lacks the column {', '.join(missing)}; it has {', '.join(sorted(there))}")
+    """Raises UserError, naming file and columns, where a file lacks one."""
+    for file in table.files:
+        there = read_columns(file)
+        if missing := [name for name in names if name not in there]:
+            raise UserError(f"{file}: lacks the column {', '.join(missing)}; it has {', '.join(sorted(there))}")
 
 
 def write_part(part: Part, out: Path, workers: int, skips: int) -> dict:
@@ -90,25 +99,28 @@ def write_part(part: Part, out: Path, workers: int, skips: int) -> dict:
       each type, "negatives", "bytes", "skipped"}.
 
     Raises:
-      UserError: too many bad rows; names the first by file and row. Or the source is there, and from other files.
+      UserError: too many bad rows, or an id twice; names the first by file and row. Or the source is there, and from other files.
     """
     source_dir = out / part.name
-    job = _job(part)
+    described = _describe(part)
     if marker := records.read_marker(source_dir, VERSION):
-        if marker["job"] != hashlib.sha256(job.encode()).hexdigest()[:16]:
+        if marker["job"] != hashlib.sha256(described.encode()).hexdigest()[:16]:
             file = part.table.files[0]
             raise UserError(f"{source_dir}: is prepared already, from other files than {file}; remove it, or choose another --out")
         return marker
     directory = source_dir / f"{VERSION}.part"
-    _start(directory, job)
-    count = -(-len(part.table) // SHARD_ROWS)
-    shards = [_Shard(part, directory, number, count, skips) for number in range(count)]
+    _start(directory, described)
+    if part.corpus:
+        copied = part.corpus.copy(part.table, directory, part.name)
+        part = dataclasses.replace(part, record=functools.partial(part.record, corpus=copied), corpus=None)
+    job = _Job(part, directory, skips)
     bar = tqdm(total=len(part.table), desc=part.name, unit="row", mininterval=0.5)
-    done = [json.loads(shard.about.read_text()) if shard.about.is_file() else None for shard in shards]
+    files = map(job.about, range(job.shards))
+    done = [json.loads(file.read_text()) if file.is_file() else None for file in files]
     bar.update(sum(one["read"] for one in done if one))
     todo = [number for number, one in enumerate(done) if one is None]
     with bar:
-        for number, one in zip(todo, _run([shards[number] for number in todo], workers), strict=True):
+        for number, one in zip(todo, _run(job, todo, workers), strict=True):
             done[number] = one
             bar.update(one["read"])
             _refuse(done, skips, bar)
@@ -116,42 +128,55 @@ def write_part(part: Part, out: Path, workers: int, skips: int) -> dict:
     return _finish(part, directory, done)
 
 
-def _job(part: Part) -> str:
+def _describe(part: Part) -> str:
     """Says which files are read, and how they are cut."""
-    files = [[str(file.resolve()), file.stat().st_size] for file in part.table.files]
+    read = (*part.table.files, *(part.corpus.table.files if part.corpus else ()))
+    files = [[str(file.resolve()), file.stat().st_size] for file in read]
     return json.dumps({"files": files, "rows": len(part.table), "shard_rows": SHARD_ROWS})
 
 
-def _start(directory: Path, job: str) -> None:
+def _start(directory: Path, described: str) -> None:
     """Makes the folder of a job, empty unless it holds shards of this very one."""
-    described = directory / "job.json"
-    if not described.is_file() or described.read_text() != job:
+    file = directory / "job.json"
+    if not file.is_file() or file.read_text() != described:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        described.write_text(job)
+        file.write_text(described)
 
 
-def _run(shards: Sequence[_Shard], workers: int):
+def _run(job: _Job, shards: Sequence[int], workers: int) -> Iterator[dict]:
     """What `_write_shard` says of each, in order."""
     if not workers:
-        yield from map(_write_shard, shards)
+        yield from (_write_shard(job, shard) for shard in shards)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _take_job, (job,)) as pool:
         try:
-            yield from pool.map(_write_shard, shards)
+            yield from pool.map(_write_shard_of_job, shards)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _write_shard(shard: _Shard) -> dict:
+_job: _Job | None = None  # of a worker process, which does nothing else
+
+
+def _take_job(job: _Job) -> None:
+    global _job
+    _job = job
+
+
+def _write_shard_of_job(shard: int) -> dict:
+    return _write_shard(_job, shard)
+
+
+def _write_shard(job: _Job, shard: int) -> dict:
     """Writes the rows of one shard, and then what there is to know of them."""
-    table, first = shard.part.table, shard.number * SHARD_ROWS
+    table, first = job.part.table, shard * SHARD_ROWS
     features = records.features()
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     held = _held_out(len(table))
-    files = {split: shard.path(split).with_suffix(".tmp") for split in records.SPLITS}
+    files = {split: job.directory / f"{shard:05}.{split}.tmp" for split in records.SPLITS}  # no other shard's
     writers = {split: ArrayRecordWriter(str(file), "group_size:1") for split, file in files.items()}
     about = {"read": 0, "rows": dict.fromkeys(records.SPLITS, 0), "negatives": 0, "bytes": 0, "skipped": []}
     about |= {side: {name: 0 for name, _ in TYPES} for side in ("queries", "positives")}
@@ -159,10 +184,10 @@ def _write_shard(shard: _Shard) -> dict:
     for number, row in enumerate(table.read(first, min(first + SHARD_ROWS, len(table))), first):
         about["read"] += 1
         try:
-            made = shard.part.record(row)
+            made = job.part.record(row)
         except UserError as error:
             about["skipped"].append(f"{table.place(number)}: {error}")
-            if len(about["skipped"]) > shard.skips:
+            if len(about["skipped"]) > job.skips:
                 break
             continue
         raw = serializer.serialize_example(features.encode_example(records.to_example(made)))
@@ -176,12 +201,12 @@ def _write_shard(shard: _Shard) -> dict:
             about[side][next(name for name, fits in TYPES if fits(item))] += 1
     for writer in writers.values():
         writer.close()
-    if len(about["skipped"]) <= shard.skips:
+    if len(about["skipped"]) <= job.skips:
         for split, file in files.items():
-            os.replace(file, shard.path(split))
-        temporary = shard.about.with_suffix(".tmp")
+            os.replace(file, job.path(split, shard))
+        temporary = job.about(shard).with_suffix(".tmp")
         temporary.write_text(json.dumps(about | {"digest": digest.hexdigest()}))
-        os.replace(temporary, shard.about)
+        os.replace(temporary, job.about(shard))
     return about | {"digest": digest.hexdigest()}
 
 
@@ -237,6 +262,7 @@ def _finish(part: Part, directory: Path, done: Sequence[dict]) -> dict:
         "bytes": total("bytes"),
         "skipped": sum(len(one["skipped"]) for one in done),
     }
+    remove_copy(directory)
     final = directory.with_name(VERSION)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(directory, final)

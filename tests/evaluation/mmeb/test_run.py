@@ -135,6 +135,8 @@ def test_equal_targets_are_one_candidate(tmp_path):
         ({"qry_img_path": "ChartQA/9.jpg"}, "eval_images/ChartQA/9.jpg is missing"),
         ({"qry_img_path": "../x"}, "leads out of"),
         ({"qry_img_path": ""}, "no image stands beside it"),
+        ({"qry_text": "no mark"}, "qry_text 'no mark' has no mark <|image_1|>, and an image stands beside it"),
+        ({"qry_text": "", "qry_img_path": ""}, "qry_text is empty, and has no image"),
         ({"tgt_text": ["", "b", "c"]}, "tgt_text is empty, and has no image"),
     ],
 )
@@ -147,6 +149,17 @@ def test_bad_rows(tmp_path, change, message):
     with pytest.raises(UserError) as caught:
         read_task(BY_NAME["ChartQA"], tmp_path)
     assert f"{file}, row 2: " in str(caught.value) and message in str(caught.value)
+
+
+def test_missing_columns(tmp_path):
+    write_mmeb_test(tmp_path, [BY_NAME["ChartQA"]])
+    file = tmp_path / "ChartQA" / "test-00000-of-00001.parquet"
+    rows = mmeb_test_rows(BY_NAME["ChartQA"], 4, False)
+    write_parquet(file.with_name("test-00001.parquet"), [{"qry_text": row["qry_text"], "tgt_text": []} for row in rows])
+    with pytest.raises(
+        UserError, match="test-00001.parquet: lacks the column qry_img_path, tgt_img_path; it has qry_text, tgt_text"
+    ):
+        read_task(BY_NAME["ChartQA"], tmp_path)
 
 
 def test_a_folder_of_something_else(model, tmp_path):

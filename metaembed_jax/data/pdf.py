@@ -1,0 +1,91 @@
+"""Pages of PDF files as images, drawn by PDFium."""
+
+import math
+import os
+import threading
+from pathlib import Path
+
+from PIL import Image
+
+from metaembed_jax.data.images import MAX_ASPECT_RATIO
+from metaembed_jax.errors import UserError
+
+PAGE_PIXELS = 1024 * 28 * 28  # of a drawn page, about: what 1,024 visual tokens show
+_alone = threading.Lock()  # PDFium works in one thread of a process at a time
+
+
+class PdfReader:
+    """Reads pages, and holds one file open at most. Survives pickling and forking: every process opens files for itself."""
+
+    def __init__(self):
+        self._opened = None  # ((process, file), document)
+
+    def __getstate__(self) -> dict:
+        return {"_opened": None}
+
+    def count(self, file: Path) -> int:
+        """The number of pages.
+
+        Raises:
+          UserError: the file cannot be read, is encrypted, or has no page.
+        """
+        with _alone:
+            return len(self._open(file))
+
+    def page(self, file: Path, number: int) -> Image.Image:
+        """A page, numbered from 1, in RGB on white, of about `PAGE_PIXELS`: its size is chosen before it is drawn.
+
+        Raises:
+          UserError: the page cannot be read, or is a line rather than a page.
+        """
+        name = f"{file}, page {number}"
+        with _alone:
+            document = self._open(file)
+            try:
+                page = document[number - 1]
+                bitmap = page.render(scale=_scale(*page.get_size(), name))
+                image = bitmap.to_pil()  # a copy, because the channels change their order
+                bitmap.close()
+                page.close()
+            except UserError:
+                raise
+            except Exception as error:  # the library has errors of several kinds
+                raise UserError(f"{name}: cannot be drawn ({' '.join(str(error).split())}); repair or remove it") from error
+        return image
+
+    def _open(self, file: Path):
+        key = os.getpid(), file  # a forked process shares its parent's place in the file
+        if self._opened is None or self._opened[0] != key:
+            if self._opened is not None:
+                self._opened[1].close()
+                self._opened = None
+            self._opened = key, _open_document(file)
+        return self._opened[1]
+
+
+def _open_document(file: Path):
+    import pypdfium2
+    from pypdfium2 import raw
+
+    handle = raw.FPDF_LoadDocument(os.fsencode(file) + b"\0", None)
+    if not handle:
+        error = raw.FPDF_GetLastError()
+        reasons = {raw.FPDF_ERR_PASSWORD: "is encrypted", raw.FPDF_ERR_FILE: "cannot be opened"}
+        raise UserError(f"{file}: {reasons.get(error, 'is no PDF file that can be read')}; repair, decrypt or remove it")
+    document = pypdfium2.PdfDocument(handle)
+    try:
+        document.init_forms()  # what is filled into a form is part of its page
+    except pypdfium2.PdfiumError as error:
+        raise UserError(f"{file}: has a form that cannot be read; print it to a new PDF file") from error
+    if not len(document):
+        raise UserError(f"{file}: has no pages; repair or remove it")
+    return document
+
+
+def _scale(width: float, height: float, name: str) -> float:
+    """Pixels to a point."""
+    if not (0 < width < math.inf and 0 < height < math.inf):
+        raise UserError(f"{name}: is {width:g} x {height:g} points large, which is no size; repair or remove it")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise UserError(f"{name}: is {width:g} x {height:g} points; one side is over {MAX_ASPECT_RATIO} times the other")
+    return math.sqrt(PAGE_PIXELS / (width * height))

@@ -1,0 +1,269 @@
+"""What is wrong with a row of any kind of source is said by file and row, before anything else happens."""
+
+import functools
+import io
+import json
+
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from metaembed_jax.data import sources
+from metaembed_jax.data.sources import files
+from metaembed_jax.errors import UserError
+from tests.data.field_files import (
+    MARK,
+    inline,
+    mmeb_rows,
+    picture,
+    tevatron_corpus,
+    tevatron_queries,
+    write_mmeb,
+    write_pairs,
+    write_parquet,
+    write_tevatron,
+)
+
+
+def prepare(kind, path, out, skips=0):
+    return sources.prepare_from(kind, path, out, 0, skips)
+
+
+def truncated(content):
+    return content[: len(content) // 2]
+
+
+def overwritten(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes(512) + content[middle + 512 :]
+
+
+@functools.cache
+def white(side):
+    file = io.BytesIO()
+    Image.new("1", (side, side)).save(file, "png")
+    return file.getvalue()
+
+
+def huge():
+    return white(30_000)
+
+
+def large():
+    return white(10_000)
+
+
+BAD_IMAGES = {
+    "png cut at half": (lambda: truncated(picture(0, "png")), "cannot be read"),
+    "jpeg cut at half": (lambda: truncated(picture(0)), "cannot be read"),
+    "jpeg cut at nine tenths": (lambda: picture(0)[: len(picture(0)) * 9 // 10], "cannot be read"),
+    "jpeg without its last 100 bytes": (lambda: picture(0)[:-100], "cannot be read"),
+    "jpeg without its last byte": (lambda: picture(0)[:-1], "cannot be read"),
+    "png with a block of others": (lambda: overwritten(picture(0, "png")), "cannot be read"),
+    "broken jpeg": (lambda: b"\xff\xd8nonsense", "cannot be read"),
+    "huge": (huge, "cannot be read (Image size (900000000 pixels) exceeds limit"),
+    "large": (large, "the image is 10000x10000 pixels"),
+}
+
+
+def write_mmeb_image(directory, image):
+    write_mmeb(directory, "X", 3, "it2it")
+    (directory / "images" / "X" / "Train" / "2.jpg").write_bytes(image)
+    rows = mmeb_rows("X", 3, "it2it")  # picture 2 is that of the last query, and the first positive
+    rows[0]["pos_image_path"] = rows[1]["qry_image_path"]
+    file = directory / "X" / "original-00000-of-00001.parquet"
+    write_parquet(file, rows)
+    return directory, file
+
+
+def write_mined_image(directory, image):
+    rows = [{"qry": "q", "qry_image": None, "pos_text": MARK, "pos_image": inline(picture(n)), "neg_text": []} for n in range(3)]
+    rows[2]["pos_image"] = inline(image)
+    write_parquet(directory / "X" / "train.parquet", rows)
+    return directory, directory / "X" / "train.parquet"
+
+
+def write_colpali_image(directory, image):
+    rows = [{"query": "q", "image": inline(content)} for content in (picture(0), picture(1), image)]
+    write_parquet(directory / "train-0.parquet", rows)
+    return directory, directory / "train-0.parquet"
+
+
+def write_tevatron_image(directory, image):
+    documents = tevatron_corpus(3)
+    documents[0]["image"] = inline(image)  # of the page 2
+    write_tevatron(directory, [row | {"negative_document_ids": []} for row in tevatron_queries(3)], documents)
+    return directory, directory / "queries" / "train-00000-of-00001.parquet"
+
+
+def write_pairs_image(directory, image):
+    directory.mkdir()
+    (directory / "0.png").write_bytes(picture(0, "png"))
+    (directory / "2.png").write_bytes(image)
+    write_pairs(directory / "mine.jsonl", [{"query": "q", "positive_image": f"{number}.png"} for number in (0, 0, 2)])
+    return directory / "mine.jsonl", directory / "mine.jsonl"
+
+
+WITH_IMAGE = {
+    "mmeb": write_mmeb_image,
+    "mined": write_mined_image,
+    "colpali": write_colpali_image,
+    "tevatron": write_tevatron_image,
+    "pairs": write_pairs_image,
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+@pytest.mark.parametrize("kind", WITH_IMAGE)
+def test_bad_images_are_named_by_file_and_row(tmp_path, kind, name):
+    image, message = BAD_IMAGES[name]
+    path, file = WITH_IMAGE[kind](tmp_path / "in", image())
+    with pytest.raises(UserError) as caught:
+        prepare(kind, path, tmp_path / "out")
+    assert str(caught.value).startswith(f"{file}, row 2: ") and message in str(caught.value)
+
+
+def test_what_a_decoder_does_not_notice_passes():
+    """A JPEG has no checksum: a changed byte may only change some pixels. `check_image` says so."""
+    content = bytearray(picture(0))
+    content[len(content) // 2] ^= 1
+    assert files.check_image(bytes(content), "image") == bytes(content)
+
+
+COLUMNS = {"mmeb": "pos_image_path", "mined": "pos_image", "colpali": "image", "tevatron": "docid"}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_missing_columns(tmp_path, kind):
+    path, _ = WITH_IMAGE[kind](tmp_path / "in", picture(2))
+    file = sorted(path.rglob("*.parquet"))[0]
+    rows = parquet.read_table(file)
+    other = file.with_name(file.name.replace("train-0", "train-1").replace("original-0", "original-1").replace("train.", "also."))
+    parquet.write_table(rows.drop_columns([COLUMNS[kind]]), other)
+    if kind == "tevatron":  # its tables are found by their columns
+        for one in (path / "corpus" / "data").glob("train-0*"):
+            one.unlink()
+    message = "documents .* are nowhere" if kind == "tevatron" else f"{other}: lacks the column {COLUMNS[kind]}; it has "
+    with pytest.raises(UserError, match=message):
+        prepare(kind, path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("mined", {"pos_image": None}, "pos_text '<|image_1|>' has the mark <|image_1|>, and no image stands beside it"),
+        ("mined", {"pos_text": "no mark"}, "pos_text 'no mark' has no mark <|image_1|>, and an image stands beside it"),
+        ("mined", {"pos_text": "", "pos_image": None}, "pos_text is empty, and has no image"),
+        ("mined", {"qry": None}, "qry is empty, and has no image"),
+        ("colpali", {"query": " "}, "query is ' ', not a text"),
+        ("colpali", {"image": None}, "the image in image cannot be read"),
+    ],
+)
+def test_bad_rows_with_images_inline(tmp_path, kind, change, message):
+    path, file = WITH_IMAGE[kind](tmp_path / "in", picture(2))
+    rows = parquet.read_table(file).to_pylist()
+    rows[2] |= change
+    write_parquet(file, rows)
+    with pytest.raises(UserError) as caught:
+        prepare(kind, path, tmp_path / "out")
+    assert str(caught.value).startswith(f"{file}, row 2: {message}")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"positive": None}, "positive has neither text nor image"),
+        ({"query": "", "query_image": ""}, "query has neither text nor image"),
+        ({"query": 5}, "query is a int, not a text"),
+        ({"query_image": 5}, "the image in query cannot be read"),
+        ({"query_image": "a/b.png"}, "IN/a/b.png is missing"),
+        ({"query_image": "other.png"}, "IN/other.png is missing, but IN/images/other.png is there: the images lie one level off"),
+        ({"query_image": "x" * 300 + ".png"}, "x.png is missing"),
+        ({"query_image": "../in/a.png"}, "leads out of IN"),
+        ({"query_image": "link.png"}, "IN/link.png is a link out of IN"),
+        ({"negatives": "abc"}, "negatives and negative_images must be lists"),
+        ({"negatives": [5]}, "negative 0 is a int, not a text"),
+        ({"negatives": ["a"], "negative_images": ["", ""]}, "has 1 negatives and 2 negative_images"),
+        ({"source": 5}, "source is a int, not a text"),
+        ({"query": "\ud800"}, "holds half of a surrogate pair"),
+    ],
+)
+def test_bad_rows_of_pairs(tmp_path, change, message):
+    directory = tmp_path / "in"
+    (directory / "images").mkdir(parents=True)
+    (directory / "images" / "other.png").write_bytes(picture(0, "png"))
+    (tmp_path / "secret.png").write_bytes(picture(0, "png"))
+    (directory / "link.png").symlink_to(tmp_path / "secret.png")
+    row = {"query": "q", "positive": "p"}
+    write_pairs(directory / "mine.jsonl", [row, row, row | change])
+    with pytest.raises(UserError) as caught:
+        prepare("pairs", directory / "mine.jsonl", tmp_path / "out")
+    said = str(caught.value).replace(str(directory), "IN")
+    assert said.startswith("IN/mine.jsonl, row 2: ") and message in said
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"qry_image_path": "images/X/9.jpg"}, "images/X/9.jpg is missing"),
+        ({"qry_image_path": "../secret.jpg"}, "leads out of"),
+        ({"qry_image_path": "/etc/passwd"}, "leads out of"),
+        ({"qry_image_path": ""}, "no image stands beside it"),
+        ({"qry": "no mark"}, "no mark"),
+        ({"qry": MARK + MARK}, "twice"),
+        ({"pos_text": ""}, "pos_text is empty, and has no image"),
+        ({"neg_text": ["a", "b"], "neg_image_path": ["", "", ""]}, "neg_text has 2 entries and neg_image_path 3"),
+    ],
+)
+def test_bad_rows_of_mmeb(tmp_path, change, message):
+    write_mmeb(tmp_path, "X", 3, "vqa")
+    rows = mmeb_rows("X", 3, "vqa")
+    if isinstance(change.get("neg_text"), list):
+        rows = [row | {"neg_text": ["a"], "neg_image_path": [""]} for row in rows]
+    rows[2] |= change
+    file = tmp_path / "X" / "original-00000-of-00001.parquet"
+    write_parquet(file, rows)
+    with pytest.raises(UserError) as caught:
+        prepare("mmeb", tmp_path, tmp_path / "out")
+    assert f"{file}, row 2: " in str(caught.value) and message in str(caught.value)
+    marker = prepare("mmeb", tmp_path, tmp_path / "out", skips=1)["X"]
+    assert marker["rows"]["train"] == 2 and marker["skipped"] == 1
+
+
+def test_images_one_level_off(tmp_path):
+    write_mmeb(tmp_path, "X", 2, "vqa")
+    (tmp_path / "images" / "X").rename(tmp_path / "X.images")
+    (tmp_path / "images").rmdir()
+    (tmp_path / "X.images").rename(tmp_path / "X" / "was")
+    (tmp_path / "X" / "Train").mkdir()
+    rows = [row | {"qry_image_path": row["qry_image_path"].removeprefix("images/")} for row in mmeb_rows("X", 2, "vqa")]
+    (tmp_path / "images" / "X" / "Train").mkdir(parents=True)
+    for number in range(2):
+        (tmp_path / "images" / "X" / "Train" / f"{number}.jpg").write_bytes(picture(number))
+    write_parquet(tmp_path / "X" / "original-00000-of-00001.parquet", rows)
+    with pytest.raises(UserError, match=r"row 0: the image .*X/Train/0.jpg is missing, but .*images/X/Train/0.jpg is there"):
+        prepare("mmeb", tmp_path, tmp_path / "out")
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match="no source 'flickr'; there are icons, boards, mmeb"):
+        prepare("flickr", tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="has no {subset}/original"):
+        prepare("mmeb", tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="no such file"):
+        prepare("pairs", tmp_path / "none.jsonl", tmp_path / "out")
+    write_parquet(tmp_path / "X" / "original-0.parquet", [{"qry": "a", "pos_text": "b"}])
+    with pytest.raises(
+        UserError, match=r"original-0.parquet: lacks the column qry_image_path, pos_image_path; it has pos_text, qry"
+    ):
+        prepare("mmeb", tmp_path, tmp_path / "out")
+    (tmp_path / "X" / "original-0.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UserError, match="original-0.parquet: is no Parquet file"):
+        prepare("mmeb", tmp_path, tmp_path / "out")
+    for line, message in (("{", "row 1: is no JSON"), ("[1]", "row 1: is a list"), ('{"querry": 1}', "row 1: has querry")):
+        (tmp_path / "mine.jsonl").write_text(json.dumps({"query": "a", "positive": "b"}) + f"\n\n{line}\n")
+        with pytest.raises(UserError, match=message):
+            prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")
+    (tmp_path / "mine.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="no rows to read"):
+        prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")

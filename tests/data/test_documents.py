@@ -1,0 +1,267 @@
+"""Folders of images and PDF files, and tables, as documents: order, ids, and everything that users' folders hold besides."""
+
+import io
+import multiprocessing
+import os
+import pickle
+from pathlib import PurePath
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metaembed_jax import open_documents
+from metaembed_jax.data import pdf
+from metaembed_jax.data.documents import natural_order
+from metaembed_jax.errors import UserError
+from tests.data.field_files import inline, picture, write_pairs, write_parquet
+
+A4 = b"0 0 595 842"
+
+
+def pdf_file(*objects, trailer=b""):
+    """A PDF file of these objects, the catalog first."""
+    content, places = b"%PDF-1.7\n", []
+    for number, one in enumerate(objects, 1):
+        places.append(len(content))
+        content += b"%d 0 obj\n<< %s >>\nendobj\n" % (number, one)
+    table = b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1) + b"".join(b"%010d 00000 n \n" % place for place in places)
+    end = b"trailer\n<< /Size %d /Root 1 0 R %s >>\nstartxref\n%d\n%%%%EOF\n"
+    return content + table + end % (len(objects) + 1, trailer, len(content))
+
+
+def pdf_of(*boxes, trailer=b""):
+    """A PDF file with an empty page of each MediaBox."""
+    kids = b" ".join(b"%d 0 R" % (number + 3) for number in range(len(boxes)))
+    pages = [b"/Type /Page /Parent 2 0 R /MediaBox [%s]" % box for box in boxes]
+    tree = b"/Type /Pages /Kids [%s] /Count %d" % (kids, len(boxes))
+    return pdf_file(b"/Type /Catalog /Pages 2 0 R", tree, *pages, trailer=trailer)
+
+
+ENCRYPTED = pdf_of(
+    A4, trailer=b"/Encrypt << /Filter /Standard /V 1 /R 2 /O <%s> /U <%s> /P -4 >> /ID [<00><00>]" % (b"41" * 32, b"42" * 32)
+)
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def scanned(colours, size=(85, 110)):
+    """A PDF file with a page of each colour."""
+    pages, content = [Image.new("RGB", size, colour) for colour in colours], io.BytesIO()
+    pages[0].save(content, "pdf", save_all=True, append_images=pages[1:])
+    return content.getvalue()
+
+
+def ids(documents):
+    return [documents.about(number)["id"] for number in range(len(documents))]
+
+
+def test_a_folder_in_natural_order(tmp_path, capsys):
+    write(tmp_path / "page10.png", picture(10, "png"))
+    write(tmp_path / "page2.PNG", picture(2, "png"))
+    write(tmp_path / "b" / "Übung.jpg", picture(3))
+    write(tmp_path / "a" / "scan.pdf", scanned(["red", "lime", "blue"]))
+    write(tmp_path / "a" / "scan.pdf.txt", b"text")
+    write(tmp_path / "a" / "README", b"text")
+    write(tmp_path / ".hidden" / "x.png", b"")
+    write(tmp_path / "a" / ".DS_Store", b"")
+    documents = open_documents(tmp_path)
+    expected = ["a/scan.pdf#page=1", "a/scan.pdf#page=2", "a/scan.pdf#page=3", "b/Übung.jpg", "page2.PNG", "page10.png"]
+    assert len(documents) == 6 and ids(documents) == expected
+    assert documents.about(2) == {"id": "a/scan.pdf#page=3", "path": str(tmp_path / "a" / "scan.pdf"), "page": 3}
+    assert documents.about(5) == {"id": "page10.png", "path": str(tmp_path / "page10.png"), "page": None}
+    for number, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
+        page = documents[number]["image"]
+        assert page.mode == "RGB" and np.abs(np.asarray(page).mean((0, 1)) - colour).max() < 3
+    assert np.array_equal(documents[np.int64(5)]["image"], Image.open(tmp_path / "page10.png"))
+    assert np.array_equal(documents[-1]["image"], documents[4:][1]["image"])
+    with pytest.raises(IndexError):
+        documents[6]
+    assert capsys.readouterr().out == f"{tmp_path}: left out 1 files with the ending .txt, 1 files without an ending\n"
+
+
+def test_natural_order_is_total():
+    names = [
+        "1.png",
+        "01.png",
+        "2/a.png",
+        "2.png",
+        "10.png",
+        "a.png",
+        "A.png",
+        "a1b2.png",
+        "a1b10.png",
+        "a١.png",
+        "a²",
+        "ab/1",
+        "é",
+    ]
+    paths = [PurePath(name) for name in names]
+    ordered = sorted(paths, key=natural_order)
+    assert sorted(reversed(paths), key=natural_order) == ordered
+    places = {str(path): place for place, path in enumerate(ordered)}
+    assert places["2.png"] < places["10.png"] < places["a.png"] and places["a1b2.png"] < places["a1b10.png"]
+
+
+@pytest.mark.parametrize("box", [A4, b"0 0 842 595", b"0 0 14400 14400", b"0 0 3 5", b"0 0 1e30 1e30", b"0 0 0 0", b"0 0 -5 -5"])
+def test_pages_are_drawn_at_a_bounded_size(tmp_path, box):
+    write(tmp_path / "a.pdf", pdf_of(box))
+    width, height = open_documents(tmp_path)[0]["image"].size
+    assert 0.99 * pdf.PAGE_PIXELS < width * height < 1.01 * pdf.PAGE_PIXELS
+    if box == A4:
+        assert abs(width / height - 595 / 842) < 0.002
+
+
+def test_what_is_filled_into_a_form_is_drawn(tmp_path):
+    font = b"/DR << /Font << /Helv 5 0 R >> >>"
+    field = b"/Type /Annot /Subtype /Widget /FT /Tx /T (name) /V (hello) /DA (/Helv 24 Tf 0 g) /Rect [20 20 180 80] /F 4 /P 3 0 R"
+    content = pdf_file(
+        b"/Type /Catalog /Pages 2 0 R /AcroForm << /Fields [4 0 R] %s >>" % font,
+        b"/Type /Pages /Kids [3 0 R] /Count 1",
+        b"/Type /Page /Parent 2 0 R /MediaBox [0 0 200 100] /Annots [4 0 R]",
+        field,
+        b"/Type /Font /Subtype /Type1 /BaseFont /Helvetica",
+    )
+    write(tmp_path / "form.pdf", content)
+    assert (np.asarray(open_documents(tmp_path)[0]["image"]) < 128).any()
+
+
+def test_pages_that_are_none(tmp_path):
+    write(tmp_path / "a.pdf", pdf_of(A4, b"0 0 1 1000000"))
+    documents = open_documents(tmp_path)
+    with pytest.raises(UserError, match=r"a.pdf, page 2: is 1 x 1e\+06 points; one side is over 200 times the other"):
+        documents[1]
+    write(tmp_path / "a.pdf", pdf_of(A4).replace(b"/Count 1", b"/Count 2"))
+    documents = open_documents(tmp_path)
+    with pytest.raises(UserError, match="a.pdf, page 2: cannot be drawn"):
+        documents[1]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (ENCRYPTED, "is encrypted"),
+        (pdf_of(), "has no pages"),
+        (b"", "is no PDF file that can be read"),
+        (scanned(["red"])[:300], "is no PDF file that can be read"),
+        (picture(0, "png"), "is no PDF file that can be read"),
+    ],
+    ids=["encrypted", "no pages", "empty", "cut", "png"],
+)
+def test_pdf_files_that_cannot_be_read_are_said_at_once(tmp_path, content, message):
+    write(tmp_path / "a.png", picture(0, "png"))
+    write(tmp_path / "b.pdf", content)
+    with pytest.raises(UserError, match=f"b.pdf: {message}"):
+        open_documents(tmp_path)
+    write(tmp_path / "c.pdf", content)
+    with pytest.raises(UserError, match=f"b.pdf: {message}.* .and 1 other files.$"):
+        open_documents(tmp_path)
+
+
+def test_broken_images_are_named_by_their_file(tmp_path):
+    write(tmp_path / "a.png", picture(0, "png")[:500])
+    with pytest.raises(UserError, match=f"{tmp_path}/a.png: the image cannot be read"):
+        open_documents(tmp_path)[0]
+
+
+def test_links_and_pipes(tmp_path, capsys):
+    write(tmp_path / "in" / "a.png", picture(0, "png"))
+    write(tmp_path / "out" / "secret.png", picture(1, "png"))
+    (tmp_path / "in" / "b.png").symlink_to("a.png")
+    (tmp_path / "in" / "c.png").symlink_to(tmp_path / "out" / "secret.png")
+    (tmp_path / "in" / "d.png").symlink_to("nowhere.png")
+    (tmp_path / "in" / "folder").symlink_to(tmp_path / "out")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    os.mkfifo(tmp_path / "in" / "e.pdf")
+    assert ids(open_documents(tmp_path / "in")) == ["a.png", "b.png"]
+    said = "2 links and pipes that lead to no file, 1 links out of the folder, 2 links to folders"
+    assert capsys.readouterr().out == f"{tmp_path / 'in'}: left out {said}\n"
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_documents(tmp_path / "none")
+    with pytest.raises(UserError, match="has no image and no PDF file in it"):
+        open_documents(tmp_path)
+    write(tmp_path / "a.docx", b"")
+    with pytest.raises(UserError, match="a.docx: is no image, PDF file or table"):
+        open_documents(tmp_path / "a.docx")
+
+
+def test_one_file_alone(tmp_path):
+    write(tmp_path / "x" / "a.pdf", scanned(["red", "blue"]))
+    write(tmp_path / "x" / "b.png", picture(0, "png"))
+    assert ids(open_documents(tmp_path / "x" / "a.pdf")) == ["a.pdf#page=1", "a.pdf#page=2"]
+    assert ids(open_documents(str(tmp_path / "x" / "b.png"))) == ["b.png"]
+
+
+def _read(documents, numbers, answers):
+    answers.put({number: np.asarray(documents[number]["image"]).tobytes() for number in numbers})
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_processes_read_side_by_side(tmp_path, method):
+    """Of large files, so that a shared place in one would show."""
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        pages, content = [Image.fromarray(random.integers(0, 256, (300, 200, 3), np.uint8)) for _ in range(6)], io.BytesIO()
+        pages[0].save(content, "pdf", save_all=True, append_images=pages[1:])
+        write(tmp_path / f"{name}.pdf", content.getvalue())
+    documents = open_documents(tmp_path)
+    expected = {number: np.asarray(documents[number]["image"]).tobytes() for number in range(12)}
+    assert len(set(expected.values())) == 12
+    context = multiprocessing.get_context(method)
+    answers = context.Queue()
+    others = [context.Process(target=_read, args=(documents, range(first, 12, 2), answers)) for first in (0, 1)]
+    for process in others:
+        process.start()
+    found = {number: np.asarray(documents[number]["image"]).tobytes() for number in reversed(range(12))}
+    for _ in others:
+        found |= {number: content for number, content in answers.get(timeout=60).items() if expected[number] == content}
+    for process in others:
+        process.join()
+    assert found == expected
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_table(tmp_path, ending):
+    write(tmp_path / "a.png", picture(0, "png"))
+    rows = [{"id": "x", "text": "Grün", "image": None}, {"id": "7", "text": "", "image": "a.png"}]
+    rows += [{"id": "z", "text": "both", "image": "a.png"}]
+    (write_pairs if ending == "jsonl" else write_parquet)(tmp_path / f"items.{ending}", rows)
+    documents = pickle.loads(pickle.dumps(open_documents(tmp_path / f"items.{ending}")))
+    image = picture(0, "png")
+    assert list(documents) == [{"text": "Grün"}, {"image": image}, {"text": "both", "image": image}]
+    assert ids(documents) == ["x", "7", "z"]
+    assert [documents.about(number)["path"] for number in range(3)] == [None, str(tmp_path / "a.png"), str(tmp_path / "a.png")]
+
+
+def test_tables_without_ids_and_with_images_inline(tmp_path):
+    write_parquet(tmp_path / "items.parquet", [{"image": inline(picture(number))} for number in range(20)])
+    documents = open_documents(tmp_path / "items.parquet")
+    assert ids(documents) == [str(number) for number in range(20)]
+    assert documents[13] == {"image": picture(13)} and documents.about(13)["path"] is None
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"id": "x", "text": "a"}, {"id": "y", "text": "b"}, {"id": "x", "text": "c"}], "row 2: the id 'x' is taken by .*row 0"),
+        ([{"id": 1, "text": "a"}, {"id": "1", "text": "b"}], "row 1: the id '1' is taken by .*row 0"),
+        ([{"id": "x", "text": "a"}, {"text": "b"}], "row 1: id is None"),
+        ([{"id": "x", "title": "a", "text": "b"}], "items.jsonl: has id, text, title; there are id, text, image"),
+        ([{"id": "x"}], "items.jsonl: has id; there are id, text, image"),
+        ([{"text": "a"}, {"text": "b", "id": "x"}], "row 1: has id, unlike the first row"),
+        ([{"text": "a"}, {"text": ""}], "row 1: document has neither text nor image"),
+        ([{"text": "a"}, {"image": "none.png"}], "row 1: the image .*none.png is missing"),
+        ([{"text": "a"}, {"image": "../a.png"}], "row 1: the image path '../a.png' leads out of"),
+        ([{"text": "a"}, {"text": ["b"]}], "row 1: document is a list, not a text"),
+    ],
+)
+def test_bad_tables(tmp_path, rows, message):
+    write_pairs(tmp_path / "items.jsonl", rows)
+    with pytest.raises(UserError, match=message):
+        list(open_documents(tmp_path / "items.jsonl"))
