@@ -51,21 +51,18 @@ def published():
 
 
 def test_the_published_mixture_draws_by_weight_and_fits_its_shape_classes():
-    """Chi-square of over 20,000 draws; sub-batches are drawn, so a pair is drawn 32 at a time."""
+    """Chi-square of over 20,000 draws. Sub-batches are drawn, so a pair is drawn 32 at a time."""
     config, sources, room = published()
-    config.steps = 1700
-    dataset = mixture(config, sources, room)
+    names, weights, _ = zip(*config.data.sources, strict=True)
     needs = np.array([rows_needed(source, 32, 1) for source in sources])
-    drawn = np.zeros(len(sources))
-    for step in range(config.steps):
-        of_step = np.array([reference.source for reference in dataset[step]]).reshape(-1, 32)
-        assert (of_step == of_step[:, :1]).all()
-        assert (needs[of_step[:, 0]].sum(axis=0) <= room).all()
-        drawn += np.bincount(of_step[:, 0], minlength=len(sources))
-    weights = np.array([weight for _, weight, _ in config.data.sources])
-    assert drawn.sum() == 20_400
-    assert stats.chisquare(drawn, drawn.sum() * weights / weights.sum()).pvalue > 0.99  # nearer than chance would be
-    assert np.abs(drawn - drawn.sum() * weights / weights.sum()).max() < 2
+    chosen = schedule(weights, needs, room, 12, 1700, names)
+    assert (needs[chosen].sum(axis=1) <= room).all()
+    drawn, wanted = np.bincount(chosen.ravel(), minlength=len(sources)), 20_400 * np.array(weights) / sum(weights)
+    assert stats.chisquare(drawn, wanted).pvalue > 0.99  # nearer than chance would be
+    assert np.abs(drawn - wanted).max() < 2
+    config.steps = 20
+    for step, references in enumerate(mixture(config, sources, room)):
+        assert [reference.source for reference in references] == np.repeat(chosen[step], 32).tolist()
 
 
 def test_no_row_is_left_out_and_a_prefix_does_not_depend_on_what_follows():

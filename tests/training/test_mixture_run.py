@@ -1,0 +1,85 @@
+"""The published mixture, from files in the field's formats to a run that is interrupted."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from metaembed_jax.checkpoints.loading import run_processor
+from metaembed_jax.config import load_config
+from metaembed_jax.data import sources
+from metaembed_jax.data.pipeline import training_batches
+from metaembed_jax.training.loop import train
+from metaembed_jax.training.start import find_start
+from tests.checkpoints.huggingface_files import random_tensors, write
+from tests.data.field_files import write_colpali, write_mmeb, write_pairs
+
+IMAGE_TO_IMAGE = ("MSCOCO", "CIRR", "NIGHTS", "InfoSeek_it2it")
+TEXT_TO_IMAGE = ("MSCOCO_t2i", "VisualNews_t2i", "VisDial", "WebQA", "TAT-DQA")
+
+
+@pytest.fixture(scope="module")
+def mixed_config(tmp_path_factory):
+    """configs/7b.py with its whole mixture, on a small model and 24 rows of each source."""
+    place = tmp_path_factory.mktemp("mixture")
+    config = load_config("configs/7b.py", {"data.dir": str(place / "data")})
+    config.init_from = str(write(place / "model", random_tensors()))
+    with config.unlocked():
+        config.architecture = {}
+    names = [name for name, *_ in config.data.sources]
+    for name in names[2:]:
+        kind = "it2it" if name in IMAGE_TO_IMAGE else "t2i" if name in TEXT_TO_IMAGE else "vqa"
+        write_mmeb(place / "MMEB-train", name, 24, kind)
+    write_colpali(place / "colpali", 24)
+    write_pairs(place / "visrag.jsonl", [{"query": f"visrag {n}", "positive_image": f"colpali/{n}.png"} for n in range(24)])
+    for number in range(24):
+        (place / f"colpali/{number}.png").write_bytes((place / f"MMEB-train/images/CIRR/Train/{number}.jpg").read_bytes())
+    for kind, files in (("mmeb", "MMEB-train"), ("colpali", "colpali"), ("pairs", "visrag.jsonl")):
+        sources.prepare_from(kind, place / files, place / "data", workers=0, skips=0)
+
+    config.data.sub_batch, config.data.workers, config.batch_size, config.microbatch_size = 2, 0, 24, 8
+    for key in ("query_shapes", "candidate_shapes"):
+        config.data[key] = tuple((96, 64 * (patches > 0), share) for _, patches, share in config.data[key])
+    config.dtype, config.mesh.fsdp, config.lora.rank = "float32", 1, 4
+    config.steps, config.optimizer.warmup_steps, config.log_every = 4, 1, 1
+    config.validate_every, config.save_every = 4, 2
+    return config
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_the_published_mixture_trains_and_goes_on_where_it_was_killed(mixed_config, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train(mixed_config, whole)
+    shutil.copytree(whole, run)  # as a kill after step 3 would have left it
+    shutil.rmtree(run / "checkpoints/4")
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] < 4))
+    assert train(mixed_config, run)
+    assert losses(run) == losses(whole) and list(losses(run)) == [1, 2, 3, 4]
+    assert np.isfinite(list(losses(run).values())).all()
+
+
+def test_its_sub_batches_are_of_one_source_and_negatives_are_where_rows_have_them(mixed_config):
+    start = find_start(mixed_config)
+    records = sources.training_records(mixed_config)
+    dataset = training_batches(mixed_config, run_processor(mixed_config, start.tokenizer), records)
+    names = [name for name, *_ in mixed_config.data.sources]
+    with_negatives = {number for number, name in enumerate(names[2:], 2) if name not in IMAGE_TO_IMAGE + TEXT_TO_IMAGE}
+    for step in range(4):
+        batch = dataset[step]
+        drawn = batch["source"].reshape(12, 2)
+        assert (drawn[:, 0] == drawn[:, 1]).all() and len(np.unique(drawn)) > 6
+        assert batch["negative_mask"][:, 0].tolist() == [number in with_negatives for number in batch["source"].tolist()]
+        shapes = jax.tree.map(np.shape, batch)
+        assert [group["mask"] for side in ("query", "candidate") for group in shapes[side]["groups"]] == [
+            (2, 8, 96),
+            (2, 8, 96),
+            (3, 8, 96),
+            (4, 8, 96),
+        ]
