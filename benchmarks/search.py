@@ -1,0 +1,181 @@
+"""Races exact MaxSim on this machine's CPU against its peers, on the same vectors in one run: `python benchmarks/search.py`.
+
+    batch     20,000 candidates of 64 vectors by 32 queries of 16, 128 wide
+    single    100,000 candidates of 8 vectors by one query of 4, 128 wide
+    one page  20,000 candidates of 64 vectors by one query of 16, 128 wide
+    wide      5,000 candidates of 64 vectors by 8 queries of 16, 3584 wide, as MetaEmbed-7B has them
+
+Peers are maxsim-cpu, colpali-engine's `score_multi_vector`, sentence-transformers' `maxsim`, and plain NumPy, those that are
+installed. Every peer's scores must equal ours first. Times are medians of turns; the share is of the rate that this run measures for
+a large float32 matmul. Extra memory is what a call adds to the peak of a process of its own.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaembed_jax.late_interaction.maxsim import maxsim
+
+
+class Case(NamedTuple):
+    """Sizes of a race."""
+
+    queries: int
+    query_vectors: int
+    candidates: int
+    candidate_vectors: int
+    width: int
+
+    @property
+    def flops(self) -> int:
+        """Of the similarities."""
+        return 2 * self.queries * self.query_vectors * self.candidates * self.candidate_vectors * self.width
+
+
+CASES = {
+    "batch": Case(32, 16, 20_000, 64, 128),
+    "single": Case(1, 4, 100_000, 8, 128),
+    "one page": Case(1, 16, 20_000, 64, 128),
+    "wide": Case(8, 16, 5_000, 64, 3584),
+}
+NARROW = 256  # maxsim-cpu fails on wider vectors
+
+
+def main() -> None:
+    """Measures the matmul, then every case, each side in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES), help="which races (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: 5)")
+    parser.add_argument("--memory", choices=tuple(CASES), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        print(json.dumps(extra_memory(CASES[arguments.memory])))
+        return
+    for name in arguments.cases:
+        case = CASES[name]
+        query, candidate = vectors(case)
+        sides = contenders(query, candidate)
+        expected = sides["metaembed_jax"]()
+        for side, score in sides.items():
+            np.testing.assert_allclose(score(), expected, rtol=1e-4, atol=1e-4, err_msg=side)
+        seconds = race(sides | {"matmul": matmul()}, arguments.rounds)
+        peak = MATMUL_FLOPS / seconds.pop("matmul")
+        command = [sys.executable, __file__, f"--memory={name}"]
+        memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        sizes = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in case._asdict().items())
+        print(f"{name}: {sizes}; {case.flops / 1e9:.1f} GFLOP, a matmul at {peak / 1e9:.0f} GFLOP/s, extra memory {memory:.0f} MB")
+        for side, value in seconds.items():
+            rate, ratio = case.flops / value, value / seconds["metaembed_jax"]
+            figures = f"{value * 1e3:9.1f} ms {rate / 1e9:7.1f} GFLOP/s, {rate / peak:4.0%} of the matmul's"
+            print(f"  {side:22}{figures}, {ratio:5.2f} x our time", flush=True)
+
+
+MATMUL_SIDE = 4096
+MATMUL_FLOPS = 2 * MATMUL_SIDE**3
+
+
+def matmul() -> Callable:
+    """A large matmul of JAX."""
+    square = jnp.ones((MATMUL_SIDE, MATMUL_SIDE), jnp.float32)
+    product = jax.jit(lambda x, y: x @ y)
+    return lambda: product(square, square).block_until_ready()
+
+
+def vectors(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Random unit vectors, float32."""
+    random = np.random.default_rng(0)
+    made = []
+    for items, count in ((case.queries, case.query_vectors), (case.candidates, case.candidate_vectors)):
+        x = random.standard_normal((items, count, case.width), np.float32)
+        made.append(x / np.linalg.norm(x, axis=-1, keepdims=True))
+    return made[0], made[1]
+
+
+def contenders(query: np.ndarray, candidate: np.ndarray) -> dict[str, Callable]:
+    """Ours and the peers that are there, each a call that gives all scores."""
+    placed = jnp.asarray(candidate)
+    sides = {"metaembed_jax": lambda: np.asarray(maxsim(query, placed))}
+    if importlib.util.find_spec("maxsim_cpu") and query.shape[2] <= NARROW:
+        import maxsim_cpu
+
+        sides["maxsim-cpu"] = lambda: np.stack([maxsim_cpu.maxsim_scores(one, candidate) for one in query])
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        query_torch, candidate_torch = torch.from_numpy(query), torch.from_numpy(candidate)
+        if score := colpali():
+            sides["colpali-engine"] = lambda: score(query_torch, candidate_torch, device="cpu").numpy()
+        if importlib.util.find_spec("sentence_transformers"):
+            from sentence_transformers.util import maxsim as theirs
+
+            sides["sentence-transformers"] = lambda: theirs(query_torch, candidate_torch).numpy()
+    sides["NumPy"] = lambda: with_numpy(query, candidate)
+    return sides
+
+
+def colpali() -> Callable | None:
+    """Their scoring alone: the package as a whole wants torchvision, which scores nothing."""
+    found = importlib.util.find_spec("colpali_engine")
+    if found is None:
+        return None
+    package = types.ModuleType("colpali_engine")
+    package.__path__ = list(found.submodule_search_locations)
+    sys.modules["colpali_engine"] = package
+    from colpali_engine.utils.processing_utils import BaseVisualRetrieverProcessor
+
+    return BaseVisualRetrieverProcessor.score_multi_vector
+
+
+def with_numpy(query: np.ndarray, candidate: np.ndarray, block: int = 100) -> np.ndarray:
+    """A matmul and a maximum for each block of candidates."""
+    flat, scores = query.reshape(-1, query.shape[2]), np.empty((len(query), len(candidate)), np.float32)
+    for first in range(0, len(candidate), block):
+        some = candidate[first : first + block]
+        similarity = (flat @ some.reshape(-1, some.shape[2]).T).reshape(*query.shape[:2], *some.shape[:2])
+        scores[:, first : first + block] = similarity.max(-1).sum(1)
+    return scores
+
+
+def race(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """The median of seconds of each, taken in turns."""
+    seconds = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, call in sides.items():
+            began = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def extra_memory(case: Case) -> float:
+    """Megabytes by which scoring raises this process's peak, over the vectors and the compiled program."""
+    query, candidate = vectors(case)
+    placed = jnp.asarray(candidate)
+    del candidate
+    maxsim(query[:, :1], placed[:100, :1]).block_until_ready()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmHWM")
+    np.asarray(maxsim(query, placed))
+    return (resident("VmHWM") - before) / 1e6
+
+
+def resident(key: str) -> int:
+    """Bytes, as the kernel counts them."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+if __name__ == "__main__":
+    main()
