@@ -43,14 +43,14 @@ def table(found: Found, searches: Sequence[Stages]) -> Table:
         row(f"{done['task']}, {done['main_score']}", {name: figures["main_score"] for name, figures in done["searches"].items()})
         for done in found.tasks.values()
     ]
-    mean = [row(f"mean of {len(tasks)} of {total} tasks", means(found, searches))] if tasks else []
+    bodies = [tasks, [row(f"mean of {len(tasks)} of {total} tasks", means(found, searches))]] if tasks else [[]]
     about = "The main score of each task, as mteb defines and names it. A column is a budget, query vectors : candidate vectors."
     if any(len(stages) > 1 for stages in searches):
         about += " In stages, r_q:r_c:n>r_q:r_c, the best n are ranked again; these searches are not in the plot."
     others = ", ".join(found.benchmark.others)
     notes = [f"not retrieval of texts and images: {others}"] if others else []
     notes += [f"left out: {task}" for task in found.private]
-    return Table(f"{found.benchmark.name}, main score (%)", about, ["task", *names], [tasks, mean], notes)
+    return Table(f"{found.benchmark.name}, main score (%)", about, ["task", *names], bodies, notes)
 
 
 def picture(found: Sequence[Found], searches: Sequence[Stages], dimension: int) -> bytes | None:

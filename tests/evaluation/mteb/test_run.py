@@ -234,6 +234,8 @@ def test_private_data_is_left_out(model, tmp_path):
     table = evaluate(model, tmp_path, budgets=[(1, 1)], of=[Benchmark("both", [ClosedPages(), Pages()], [])])
     assert "left out: ClosedPages: noise/pages at 1 is not public (DatasetNotFoundError: no such)" in table
     assert "mean of 1 of 2 tasks" in table and [path.name for path in (tmp_path / "mteb").iterdir()] == ["NoisePages.json"]
+    both = evaluate(model, tmp_path, budgets=[(1, 1)], of=[Benchmark("none", [ClosedPages()], []), Benchmark("x", [Pages()], [])])
+    assert both.splitlines()[:2] == ["none, main score (%)", "task  1:1"] and both.splitlines()[2].startswith("left out: Closed")
     with pytest.raises(UserError, match="ClosedPages: .* is not public"):
         evaluate(model, tmp_path, of=[Benchmark("none", [ClosedPages()], [])])
 
