@@ -103,15 +103,15 @@ class Searcher:
         Raises:
           UserError: as `index`.
         """
-        score_all = self._scorer(items_of(queries, "query", task_metadata), top_ranked)
+        asked, ids = items_of(queries, "query", task_metadata), self._indexed[0]
+        score_all = self._scorer(asked, top_ranked)
 
         def score(budget: Budget, rows_QK: Int[np.ndarray, "Q K"] | None) -> Float[np.ndarray, "Q K"]:
             # Of all candidates in later stages too: what survives differs by query, and lies on several hosts.
             scores_QN = score_all(budget)
             return scores_QN if rows_QK is None else np.take_along_axis(scores_QN, rows_QK, axis=1)
 
-        ids = self._indexed[0]
-        found = zip(queries["id"], *(x.tolist() for x in search_in_stages(score, self.stages, top_k)), strict=True)
+        found = zip(asked.ids, *(x.tolist() for x in search_in_stages(score, self.stages, top_k)), strict=True)
         return {
             query: {ids[row]: value for value, row in zip(scores, best, strict=True) if value > -np.inf}
             for query, scores, best in found
