@@ -69,6 +69,11 @@ class MetaEmbed:
         """The learned rows, query rows first, float32 [query_tokens + candidate_tokens, backbone width]."""
         return np.asarray(self.parameters["meta_tokens"], np.float32)
 
+    @property
+    def dimension(self) -> int:
+        """D, the width of a vector."""
+        return self.config.embedding_dim or self.parameters["meta_tokens"].shape[1]
+
     def encode_query(
         self, items: Sequence, *, budget: int | None = None, batch_size: int = BATCH_SIZE, progress: bool = False
     ) -> Float[np.ndarray, "N R D"]:
@@ -115,10 +120,9 @@ class MetaEmbed:
         if not 1 <= budget <= limit:
             raise UserError(f"budget={budget}: this model has 1 to {limit} {side} vectors")
         process = {"query": self.processor.query, "candidate": self.processor.candidate}[side]
-        width = self.config.embedding_dim or self.parameters["meta_tokens"].shape[1]
         parts, mine = row_parts(self.mesh, batch_size * batch_shards(self.mesh))
         rows, at_once = np.arange(mine, len(items), len(parts)), len(parts[mine])
-        vectors_NRD = np.zeros((len(rows), budget, width), np.float32)
+        vectors_NRD = np.zeros((len(rows), budget, self.dimension), np.float32)
         with tqdm(total=len(rows), desc=f"encoding {side}", unit="item", disable=not progress) as bar:
             for first in range(0, -(-len(items) // len(parts)), BATCHES_AHEAD * at_once):
                 stretch = range(first, min(first + BATCHES_AHEAD * at_once, len(rows)))

@@ -56,6 +56,13 @@ def by_cost(budgets: Iterable[Budget]) -> list[Budget]:
     return sorted((tuple(budget) for budget in budgets), key=lambda budget: (budget[0] * budget[1], budget[1]))
 
 
+def in_order(searches: Iterable[Stages]) -> list[Stages]:
+    """Plain budgets, cheapest first, then the searches in stages as they come."""
+    searches = list(searches)
+    plain = by_cost(search[0] for search in searches if len(search) == 1)
+    return [*((budget,) for budget in plain), *(search for search in searches if len(search) > 1)]
+
+
 def search_name(stages: Stages) -> str:
     """((1, 1, 1000), (16, 64)) as "1:1:1000>16:64"."""
     return ">".join(map(budget_name, stages))

@@ -53,7 +53,7 @@ def evaluate_checkpoint(
         identity = hashlib.sha256(f"{step} {config.to_json()}".encode() + model.meta_tokens.tobytes()).hexdigest()
         about = run.origin(config.name, step)
         if benchmarks:
-            table = mteb.evaluate(model, config.name, identity, benchmarks, chosen, out, progress=hosts.is_first())
+            table = mteb.evaluate(model, identity, benchmarks, chosen, out, progress=hosts.is_first(), about=about)
         else:
             table = mmeb.evaluate(model, identity, files, chosen, out, progress=hosts.is_first(), about=about)
         if hosts.is_first():

@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metaembed_jax.evaluation.budgets import budget_name
+from metaembed_jax.evaluation.cost import index_bytes, maxsim_flops
+from metaembed_jax.late_interaction.groups import Budget
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito: told apart by colour-blind readers
 
 
@@ -25,6 +29,12 @@ class Point(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+def point(budget: Budget, dimension: int, quality: float) -> Point:
+    """The point of a budget, without a bar. dimension: width of a vector."""
+    cost = maxsim_flops(budget, dimension), index_bytes(budget[1], dimension)
+    return Point(budget_name(budget), *cost, quality, quality, quality)
 
 
 class Curve(NamedTuple):

@@ -48,13 +48,13 @@ dd { margin: 0 }
 
 
 def write_page(
-    path: Path, title: str, tables: Sequence[Table], picture: bytes, worst: Sequence[Example], about: dict[str, str]
+    path: Path, title: str, tables: Sequence[Table], picture: bytes | None, worst: Sequence[Example], about: dict[str, str]
 ) -> None:
     """Writes the page; an older one is replaced whole or kept.
 
     Args:
       title: what was evaluated on what.
-      picture: the plot, a PNG.
+      picture: the plot, a PNG; None for none.
       worst: the worst queries, worst first; none if each found what it looked for.
       about: names and values that say where the numbers are from, at the end of the page.
 
@@ -64,7 +64,7 @@ def write_page(
     parts = [
         f"<h1>{escape(title)}</h1>",
         *map(_table, tables),
-        f'<figure class="plot">{_image(picture, "png", "quality against cost; the tables hold the numbers of this plot")}</figure>',
+        _plot(picture) if picture else "",
         _worst(worst),
         f"<footer><dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name, value in about.items())}</dl></footer>",
     ]
@@ -84,7 +84,13 @@ def _table(table: Table) -> str:
     caption = f"<caption><strong>{escape(table.title)}</strong>{escape(table.about)}</caption>"
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.head)
     bodies = "".join(f"<tbody>{''.join(map(_row, body))}</tbody>" for body in table.bodies)
-    return f'<div class="wide" tabindex="0"><table>{caption}<thead><tr>{head}</tr></thead>{bodies}</table></div>'
+    notes = "".join(f"<p><small>{escape(note)}</small></p>" for note in table.notes)
+    return f'<div class="wide" tabindex="0"><table>{caption}<thead><tr>{head}</tr></thead>{bodies}</table></div>{notes}'
+
+
+def _plot(picture: bytes) -> str:
+    image = _image(picture, "png", "quality against cost; the tables hold the numbers of this plot")
+    return f'<figure class="plot">{image}</figure>'
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -1,11 +1,17 @@
 """What was found, as JSON: written by the first host, and found again by its key."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from metaembed_jax import hosts
 from metaembed_jax.evaluation.report import write_file
+
+
+def key_of(*parts) -> str:
+    """16 hexadecimal digits that differ where the `repr` of the parts does."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def found_once(path: Path, key: str, find: Callable[[], dict]) -> dict:

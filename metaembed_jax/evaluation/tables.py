@@ -12,16 +12,18 @@ class Table(NamedTuple):
       about: what the numbers mean, for those who see nothing but the page.
       head: names of the columns.
       bodies: groups of rows, each as long as `head`.
+      notes: lines below it.
     """
 
     title: str
     about: str
     head: Sequence[str]
     bodies: Sequence[Sequence[Sequence[str]]]
+    notes: Sequence[str] = ()
 
 
 def as_text(table: Table) -> str:
-    """The title and the aligned rows, a blank line between groups."""
+    """The title, the aligned rows, a blank line between groups, and the notes."""
     lines = [table.head, *(row for body in table.bodies for row in body)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
@@ -32,4 +34,4 @@ def as_text(table: Table) -> str:
         )
 
     first, *others = table.bodies
-    return f"{table.title}\n" + "\n\n".join([aligned([table.head, *first]), *map(aligned, others)])
+    return "\n".join([table.title, "\n\n".join([aligned([table.head, *first]), *map(aligned, others)]), *table.notes])

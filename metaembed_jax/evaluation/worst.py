@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -11,6 +11,8 @@ from metaembed_jax.errors import UserError
 
 WORST = 10  # queries that are kept
 SHOWN = 3  # candidates that are kept of a query, right ones and others each
+
+Place = TypeVar("Place")  # where a miss is from
 
 
 class Ranking(NamedTuple):
@@ -81,6 +83,11 @@ def worst_queries(rankings: Iterable[Ranking]) -> list[Miss]:
     missed = (entry for entry in judged if entry[0][0])
     worst = heapq.nlargest(WORST, missed, key=lambda entry: entry[0])  # stable, and holds no more rankings than it returns
     return [_miss(query, ranking, severity[0]) for severity, query, ranking in worst]
+
+
+def worst_of(misses: Iterable[tuple[Miss, Place]]) -> list[tuple[Miss, Place]]:
+    """The `WORST` of misses from several places, by `Miss.severity`, worst first; of equal ones, those that come first."""
+    return heapq.nlargest(WORST, misses, key=lambda pair: pair[0].severity)
 
 
 def example(miss: Miss, queries: Sequence[dict], candidates: Sequence[dict], place: str) -> Example:

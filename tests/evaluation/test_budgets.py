@@ -3,7 +3,7 @@
 import pytest
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.budgets import parse_budgets, parse_searches, search_name
+from metaembed_jax.evaluation.budgets import in_order, parse_budgets, parse_searches, search_name
 
 LARGEST = (16, 64)
 
@@ -17,6 +17,11 @@ def test_parse_searches():
     searches = parse_searches(text.replace(">", " > ", 1), LARGEST)
     assert searches == (((1, 1),), ((1, 1, 1000), (16, 64)), ((1, 1, 500), (2, 4, 50), (16, 64)))
     assert ",".join(map(search_name, searches)) == text
+
+
+def test_plain_budgets_come_first_by_cost_and_stages_as_they_are_given():
+    searches = parse_searches("1:1:9>16:64,16:64,1:1:5>2:4,4:8,1:1", LARGEST)
+    assert [search_name(search) for search in in_order(iter(searches))] == ["1:1", "4:8", "16:64", "1:1:9>16:64", "1:1:5>2:4"]
 
 
 @pytest.mark.parametrize(

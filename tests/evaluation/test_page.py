@@ -8,7 +8,7 @@ from PIL import Image
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.page import LONGEST, SIDE, shortened, write_page
-from metaembed_jax.evaluation.tables import Table
+from metaembed_jax.evaluation.tables import Table, as_text
 from metaembed_jax.evaluation.worst import Example
 from tests.evaluation.parsed_page import Page
 
@@ -52,6 +52,20 @@ def test_what_a_page_holds(tmp_path):
     assert "right · score 1.500" in first[1] and first[1].index("or this") < first[1].index("wrong")
     assert "only text" in second[1]
     assert "tiny <script>" in page.all("footer")[0][1]
+
+
+def test_notes_are_below_the_table_on_the_page_and_in_the_terminal(tmp_path):
+    noted = TABLE._replace(notes=["left out: <i>", "and this"])
+    page = write(tmp_path / "report.html", [], [noted, TABLE])
+    assert page.all("small") == [({}, "left out: <i>"), ({}, "and this")] and len(page.all("table")) == 2
+    assert as_text(noted) == as_text(TABLE) + "\nleft out: <i>\nand this"
+    assert as_text(noted._replace(bodies=[[]])).splitlines() == [TABLE.title, "budget  R@1", *noted.notes]
+
+
+def test_nothing_to_plot(tmp_path):
+    write_page(tmp_path / "report.html", "none", [TABLE], None, [], ABOUT)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert not page.all("img") and not page.all("figure") and page.all("table")
 
 
 def test_nothing_missed(tmp_path):

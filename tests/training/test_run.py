@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from html import escape
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from metaembed_jax.data import sources
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.evaluation.report import format_table
+from metaembed_jax.evaluation.run import origin
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training import loop
@@ -322,7 +324,12 @@ def test_eval_on_a_task_of_mteb(small_config, whole, tmp_path, monkeypatch, caps
     found = json.loads((tmp_path / "mteb" / "NoisePages.json").read_text())["searches"]
     assert list(found) == ["1:1", "1:1:4>16:64"]
     said = capsys.readouterr().out
-    assert f"{whole}: noise, best checkpoint (step 8)\nnoise " in said and f"{100 * found['1:1']['main_score']:.1f}" in said
+    assert (
+        f"{whole}: noise, best checkpoint (step 8)\nnoise, main score (%)\n" in said
+        and f"{100 * found['1:1']['main_score']:.1f}" in said
+    )
+    page = (tmp_path / "mteb.html").read_text(encoding="utf-8")
+    assert "<h1>small: noise</h1>" in page and all(escape(value) in page for value in origin(small_config.name, 8).values())
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from metaembed_jax.evaluation.budgets import budget_name, by_cost
-from metaembed_jax.evaluation.cost import index_bytes, maxsim_flops
-from metaembed_jax.evaluation.drawing import Curve, Point, Row, draw
+from metaembed_jax.evaluation.drawing import Curve, Row, draw, point
 from metaembed_jax.evaluation.mmeb.tasks import TASKS, Task
 from metaembed_jax.evaluation.tables import Table
 from metaembed_jax.late_interaction.groups import Budget
@@ -70,12 +69,8 @@ def table(found: dict[Task, dict], budgets: Sequence[Budget]) -> Table:
 def picture(found: dict[Task, dict], budgets: Sequence[Budget]) -> bytes:
     """A PNG of the means of all tasks, those in the domain and those out of it, over FLOPs and bytes per candidate."""
     means, dimension = averages(found, budgets), next(iter(found.values()))["dimension"]
-
-    def point(budget: Budget, mean: float) -> Point:
-        return Point(budget_name(budget), maxsim_flops(budget, dimension), index_bytes(budget[1], dimension), mean, mean, mean)
-
     curves = [
-        Curve(name, [point(budget, means[name][budget_name(budget)]) for budget in budgets], colour)
+        Curve(name, [point(budget, dimension, means[name][budget_name(budget)]) for budget in budgets], colour)
         for colour, name in enumerate(("all", "in domain", "out of domain"))
         if name in means
     ]

@@ -5,8 +5,6 @@ OUT/mmeb/embeddings/{task}-*.npz      vectors at the largest budget, until the t
 OUT/mmeb.json, mmeb.txt, mmeb.html    all tasks and their averages; the page also has a plot and the worst queries
 """
 
-import hashlib
-import heapq
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,16 +14,15 @@ from jaxtyping import Float
 
 from metaembed_jax import hosts
 from metaembed_jax.data.sources.files import ImageFolder
+from metaembed_jax.evaluation.benchmark import write_benchmark
 from metaembed_jax.evaluation.budgets import budget_name, by_cost
 from metaembed_jax.evaluation.mmeb.reading import Questions, available, read_task
 from metaembed_jax.evaluation.mmeb.report import averages, picture, table
 from metaembed_jax.evaluation.mmeb.tasks import TASKS, Task
-from metaembed_jax.evaluation.page import write_page
-from metaembed_jax.evaluation.records import found_once, write_json
-from metaembed_jax.evaluation.report import write_file
+from metaembed_jax.evaluation.records import found_once, key_of
 from metaembed_jax.evaluation.scoring import score_parts
 from metaembed_jax.evaluation.tables import as_text
-from metaembed_jax.evaluation.worst import WORST, Example, Miss, Ranking, example, worst_queries
+from metaembed_jax.evaluation.worst import Example, Miss, Ranking, example, worst_of, worst_queries
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.model import MetaEmbed, from_parts
 
@@ -53,7 +50,7 @@ def evaluate(
     found, asked = {}, {}
     for task in available(directory, TASKS):
         questions = read_task(task, directory)
-        key = hashlib.sha256(repr((LAYOUT, identity, questions.fingerprint, sorted(budgets))).encode()).hexdigest()[:16]
+        key = key_of(LAYOUT, identity, questions.fingerprint, sorted(budgets))
 
         def find(task=task, questions=questions, key=key) -> dict:
             if progress:
@@ -102,19 +99,16 @@ def _ranking(scores_N: Float[np.ndarray, " N"], chosen: Sequence[int]) -> Rankin
 
 def _write_all(found: dict[Task, dict], asked: dict[Task, Questions], budgets: Sequence[Budget], out: Path, about: dict) -> None:
     tasks = {task.name: {name: done[name] for name in done.keys() - {"key", "worst"}} for task, done in found.items()}
-    write_json(out / "mmeb.json", {"tasks": tasks, "averages": averages(found, budgets)})
-    results, examples = table(found, budgets), _worst(found, asked)
-    write_file(out / "mmeb.txt", (as_text(results) + "\n").encode())
-    fingerprint = hashlib.sha256(repr([(task.name, asked[task].fingerprint) for task in asked]).encode()).hexdigest()[:16]
-    about = about | {"data": f"MMEB, {fingerprint}"}
-    write_page(out / "mmeb.html", f"{about['config']}: MMEB", [results], picture(found, budgets), examples, about)
+    figures = {"tasks": tasks, "averages": averages(found, budgets)}
+    tables, plot, worst = [table(found, budgets)], picture(found, budgets), _worst(found, asked)
+    about = about | {"data": f"MMEB, {key_of([(task.name, asked[task].fingerprint) for task in asked])}"}
+    write_benchmark(out, "mmeb", f"{about['config']}: MMEB", figures, tables, plot, worst, about)
 
 
 def _worst(found: dict[Task, dict], asked: dict[Task, Questions]) -> list[Example]:
     """The worst queries of all tasks. Images are read of these alone."""
     misses = ((Miss(**miss), task) for task, done in found.items() for miss in done["worst"])
-    worst = heapq.nlargest(WORST, misses, key=lambda pair: pair[0].severity)
-    return [example(miss, *pictured(asked[task]), task.name) for miss, task in worst]
+    return [example(miss, *pictured(asked[task]), task.name) for miss, task in worst_of(misses)]
 
 
 def first_choices(scores_QN: Float[np.ndarray, "Q N"], choices: Sequence[Sequence[int]]) -> np.ndarray:

@@ -71,6 +71,18 @@ class Items(Sequence):
         return file.read_bytes()
 
 
+def items_of(table, side: str, metadata) -> Items:
+    """The queries or the corpus of a task, as its metadata describes them.
+
+    Raises:
+      UserError: as `Items`.
+    """
+    from mteb.types import PromptType
+
+    kind, name = {"query": (PromptType.query, "queries"), "candidate": (PromptType.document, "corpus")}[side]
+    return Items(table, side, metadata.get_modalities(kind), f"{metadata.name}, {name}")
+
+
 def said(row: dict, side: str) -> str:
     """What a row says, as mteb's own models read it: title and text, text and instruction, or the turns of a conversation."""
     text = row["text"]

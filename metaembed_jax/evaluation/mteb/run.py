@@ -1,69 +1,81 @@
 """Evaluates a model on tasks of mteb: every budget from one encoding, a finished task never again.
 
-OUT/mteb/{task}.json        the scores at every budget, mteb's own figures, and of which model and data
+OUT/mteb/{task}.json                  the scores at every budget, mteb's own figures, and of which model and data
+OUT/mteb.json, mteb.txt, mteb.html    all tasks and their means; the page also has a plot and the worst queries
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from metaembed_jax import hosts
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.budgets import search_name
+from metaembed_jax.evaluation.benchmark import write_benchmark
+from metaembed_jax.evaluation.budgets import by_cost, in_order, search_name
+from metaembed_jax.evaluation.mteb.data import PrivateTask, fetch
+from metaembed_jax.evaluation.mteb.report import Found, means, picture, table
 from metaembed_jax.evaluation.mteb.searcher import Searcher
 from metaembed_jax.evaluation.mteb.tasks import Benchmark
-from metaembed_jax.evaluation.records import found_once
+from metaembed_jax.evaluation.mteb.worst import examples, misses
+from metaembed_jax.evaluation.records import found_once, key_of
+from metaembed_jax.evaluation.tables import Table, as_text
+from metaembed_jax.evaluation.worst import Miss, worst_of
 from metaembed_jax.late_interaction.stages import Stages, as_stages, largest_budget
 from metaembed_jax.model import MetaEmbed
 
+LAYOUT = 2  # of a task's file; one of an older layout does not count
 FIGURES = ("main_score", "ndcg_at_5", "ndcg_at_10")
 
 
 def evaluate(
     model: MetaEmbed,
-    name: str,
     identity: str,
     benchmarks: Sequence[Benchmark],
     budgets: Sequence,
     out: Path,
     progress: bool,
+    about: dict[str, str],
 ) -> str:
-    """Evaluates every task, writes the files above, and returns the table.
+    """Evaluates every task, writes the files above, and returns the tables.
 
     Args:
-      name: of the model.
       identity: of the model: what was found for another one does not count.
       budgets: each as `as_stages` takes it.
+      about: where the numbers are from, as `page.write_page` takes it; its "config" names the model.
 
     Raises:
       UserError: a budget beyond the model's, or data that cannot be fetched or makes no sense.
     """
-    searches = [as_stages(budget, model.config.vectors("query"), model.config.vectors("candidate")) for budget in budgets]
-    searcher = Searcher(model, largest_budget(searches), name=name, revision=identity[:16], progress=progress)
-    names = sorted(map(search_name, searches))
-    tables, private = [], []
-    for benchmark in benchmarks:
-        found = {}
-        for task in benchmark.tasks:
-            key = hashlib.sha256(repr((identity, task.metadata.name, task.metadata.revision, names)).encode()).hexdigest()[:16]
+    vectors = model.config.vectors("query"), model.config.vectors("candidate")
+    searches = in_order(as_stages(budget, *vectors) for budget in budgets)
+    searcher = Searcher(model, largest_budget(searches), name=about["config"], revision=identity[:16], progress=progress)
+    found = [_evaluate_benchmark(searcher, identity, benchmark, searches, out) for benchmark in benchmarks]
+    if not any(one.tasks for one in found):
+        raise UserError(next(reason for one in found for reason in one.private))
+    tables = [table(one, searches) for one in found]
+    if hosts.is_first():
+        _write_all(found, searches, tables, picture(found, searches, model.dimension), out, about)
+    return "\n\n".join(map(as_text, tables))
 
-            def find(task=task) -> dict:
-                return evaluate_task(searcher, task, searches)
 
-            try:
-                found[task.metadata.name] = found_once(out / "mteb" / f"{task.metadata.name}.json", key, find)
-            except PrivateTask as error:
-                private.append(f"left out: {error}")
-        tables.append(format_table(benchmark, found, searches))
-    if len(private) == sum(len(benchmark.tasks) for benchmark in benchmarks):
-        raise UserError(private[0])
-    return "\n\n".join([*tables, *private])
+def _evaluate_benchmark(searcher: Searcher, identity: str, benchmark: Benchmark, searches: Sequence[Stages], out: Path) -> Found:
+    tasks, private = {}, []
+    for task in benchmark.tasks:
+        name, data = task.metadata.name, (task.metadata.revision, list(task.eval_splits), list(task.hf_subsets))
+        key = key_of(LAYOUT, identity, name, *data, sorted(map(search_name, searches)))
+
+        def find(task=task) -> dict:
+            return evaluate_task(searcher, task, searches)
+
+        try:
+            tasks[task] = found_once(out / "mteb" / f"{name}.json", key, find)
+        except PrivateTask as error:
+            private.append(str(error))
+    return Found(benchmark, tasks, private)
 
 
 def evaluate_task(searcher: Searcher, task, searches: Sequence[Stages]) -> dict:
-    """{"task", "revision", "mteb", "main_score": the name of it, "searches": {"r_q:r_c": {figure: mean over splits and subsets}}}.
+    """{"task", "revision", "mteb", "main_score": the name of it, "searches": {"r_q:r_c": {figure: mean over splits and subsets}},
+    "worst": [{"split", "subset", "miss": a `worst.Miss` as a dict}, ...], the worst queries at the dearest budget}.
 
     Raises:
       UserError: the data cannot be fetched (`PrivateTask`, if that is why), or makes no sense.
@@ -72,13 +84,13 @@ def evaluate_task(searcher: Searcher, task, searches: Sequence[Stages]) -> dict:
 
     fetch(task)
     scores: dict[str, dict] = {search_name(stages): {split: {} for split in task.eval_splits} for stages in searches}
+    worst = []
     for split in task.eval_splits:
         for subset in task.hf_subsets:  # outside of the searches, so that its vectors serve all of them
-            if searcher.progress:
-                print(f"{task.metadata.name}, {split}, {subset}", flush=True)
-            for stages in searches:
-                found = task.evaluate(searcher.at(stages), split, subsets_to_run=[subset], encode_kwargs={})
-                scores[search_name(stages)][split] |= found
+            found, missed = _evaluate_subset(searcher, task, split, subset, searches)
+            for name, figures in found.items():
+                scores[name][split] |= figures
+            worst += [(miss, {"split": split, "subset": subset}) for miss in missed]
     task.unload_data()
     results = {name: TaskResult.from_task_results(task, splits, evaluation_time=0) for name, splits in scores.items()}
 
@@ -91,53 +103,38 @@ def evaluate_task(searcher: Searcher, task, searches: Sequence[Stages]) -> dict:
         "mteb": next(iter(results.values())).mteb_version,
         "main_score": task.metadata.main_score,
         "searches": {name: {figure: mean(result, figure) for figure in FIGURES} for name, result in results.items()},
+        "worst": [place | {"miss": miss._asdict()} for miss, place in worst_of(worst)],
     }
 
 
-class PrivateTask(UserError):
-    """The data of a task is not for everyone."""
+def _evaluate_subset(
+    searcher: Searcher, task, split: str, subset: str, searches: Sequence[Stages]
+) -> tuple[dict[str, dict], list[Miss]]:
+    """{search: what mteb found}, and the worst queries, numbered as the data is."""
+    if searcher.progress:
+        print(f"{task.metadata.name}, {split}, {subset}", flush=True)
+    data, found = task.dataset[subset][split], {}
+    numbers = {query: number for number, query in enumerate(data["queries"]["id"])}
+    for stages in searches:
+        at = searcher.at(stages)
+        found[search_name(stages)] = task.evaluate(at, split, subsets_to_run=[subset], encode_kwargs={})
+    # mteb has now left queries out that nothing is known of. A ranking needs all scores, and searches return the best: scoring
+    # once more costs little beside encoding.
+    dearest = by_cost(stages[-1] for stages in searches)[-1]
+    scores = at.score(data["queries"], dearest, task_metadata=task.metadata, top_ranked=data["top_ranked"])
+    missed = misses(task, data["relevant_docs"], scores)
+    return found, [miss._replace(query=numbers[scores.queries[miss.query]]) for miss in missed]
 
 
-def fetch(task) -> None:
-    """Loads the data of a task: one host fetches it, where all share a cache.
-
-    Raises:
-      PrivateTask: it is not public, and not to be had.
-      UserError: it cannot be fetched.
-    """
-    problem = hosts.first_then_others(lambda: _load(task))
-    of_first = hosts.from_first(problem or "")  # what is left out must be so on all hosts
-    place = f"{task.metadata.name}: {task.metadata.dataset['path']} at {task.metadata.revision}"
-    if of_first and task.metadata.is_public is False:
-        raise PrivateTask(f"{place} is not public ({of_first})")
-    if problem:
-        raise UserError(f"{place} cannot be fetched from the Hugging Face hub ({problem}); it must be there, or in its cache")
-
-
-def _load(task) -> str | None:
-    """What went wrong, if something did."""
-    try:
-        task.load_data()
-    except Exception as error:  # of the network, the hub, a token, or the data: each has errors of its own
-        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    return None
-
-
-def format_table(benchmark: Benchmark, found: dict[str, dict], searches: Sequence[Stages]) -> str:
-    """Tasks and their mean, the main score of each in percent at every budget."""
-    names = list(map(search_name, searches))
-    lines = [(benchmark.name, "main score (%)", *names)]
-    rows = {task: [100 * done["searches"][name]["main_score"] for name in names] for task, done in found.items()}
-    lines += [(task, found[task]["main_score"], *(f"{value:.1f}" for value in row)) for task, row in rows.items()]
-    total = len(benchmark.tasks) + len(benchmark.others)
-    if rows:
-        means = np.mean(list(rows.values()), axis=0)
-        lines.append((f"mean of {len(rows)} of {total} tasks", "", *(f"{value:.1f}" for value in means)))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = [
-        "  ".join([task.ljust(widths[0]), metric.ljust(widths[1]), *map(str.rjust, values, widths[2:])]).rstrip()
-        for task, metric, *values in lines
-    ]
-    if benchmark.others:
-        table.append(f"not retrieval of texts and images: {', '.join(benchmark.others)}")
-    return "\n".join(table)
+def _write_all(
+    found: Sequence[Found], searches: Sequence[Stages], tables: Sequence[Table], plot: bytes | None, out: Path, about: dict
+) -> None:
+    tasks = {task: done for one in found for task, done in one.tasks.items()}
+    figures = {
+        "tasks": {done["task"]: {name: done[name] for name in done.keys() - {"key", "worst"}} for done in tasks.values()},
+        "means": {one.benchmark.name: means(one, searches) for one in found},
+    }
+    versions = ", ".join(sorted({done["mteb"] for done in tasks.values()}))
+    about = about | {"data": f"mteb {versions}, {key_of([(done['task'], done['revision']) for done in tasks.values()])}"}
+    title = f"{about['config']}: {', '.join(one.benchmark.name for one in found)}"
+    write_benchmark(out, "mteb", title, figures, tables, plot, examples(tasks), about)

@@ -1,18 +1,32 @@
 """Our model as a model of mteb that searches: `mteb.evaluate(Searcher(model, (16, 64)), tasks)`."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.budgets import search_name
-from metaembed_jax.evaluation.mteb.items import Items
+from metaembed_jax.evaluation.mteb.items import Items, items_of
 from metaembed_jax.evaluation.scoring import score_parts
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import as_stages, largest_budget, search_in_stages
 from metaembed_jax.model import MetaEmbed, from_parts
+
+
+class Scores(NamedTuple):
+    """What candidates score.
+
+    Attributes:
+      queries, candidates: their ids.
+      scores_QN: -inf where a query does not ask about a candidate.
+    """
+
+    queries: Sequence[str]
+    candidates: Sequence[str]
+    scores_QN: Float[np.ndarray, "Q N"]
 
 
 class Searcher:
@@ -79,9 +93,7 @@ class Searcher:
         Raises:
           UserError: names the item that cannot be encoded.
         """
-        from mteb.types import PromptType
-
-        items = Items(corpus, "candidate", task_metadata.get_modalities(PromptType.document), f"{task_metadata.name}, corpus")
+        items = items_of(corpus, "candidate", task_metadata)
         self._indexed = None
         self._indexed = (items.ids, *self._encoded(items))
 
@@ -91,18 +103,12 @@ class Searcher:
         Raises:
           UserError: as `index`.
         """
-        from mteb.types import PromptType
-
-        ids, rows, candidate_nRD = self._indexed
-        asked = Items(queries, "query", task_metadata.get_modalities(PromptType.query), f"{task_metadata.name}, queries")
-        query_QRD = from_parts(*self._encoded(asked), len(asked))
-        left_out_QN = None if top_ranked is None else _left_out(asked.ids, ids, top_ranked)
+        asked, ids = items_of(queries, "query", task_metadata), self._indexed[0]
+        score_all = self._scorer(asked, top_ranked)
 
         def score(budget: Budget, rows_QK: Int[np.ndarray, "Q K"] | None) -> Float[np.ndarray, "Q K"]:
             # Of all candidates in later stages too: what survives differs by query, and lies on several hosts.
-            scores_QN = score_parts(query_QRD, rows, candidate_nRD, len(ids), budget)
-            if left_out_QN is not None:
-                scores_QN = np.where(left_out_QN, -np.inf, scores_QN)
+            scores_QN = score_all(budget)
             return scores_QN if rows_QK is None else np.take_along_axis(scores_QN, rows_QK, axis=1)
 
         found = zip(asked.ids, *(x.tolist() for x in search_in_stages(score, self.stages, top_k)), strict=True)
@@ -110,6 +116,27 @@ class Searcher:
             query: {ids[row]: value for value, row in zip(scores, best, strict=True) if value > -np.inf}
             for query, scores, best in found
         }
+
+    def score(self, queries, budget: Budget, *, task_metadata, top_ranked: dict | None = None) -> Scores:
+        """What all of the indexed candidates score at a budget, within the largest of this searcher.
+
+        Raises:
+          UserError: as `index`.
+        """
+        asked = items_of(queries, "query", task_metadata)
+        return Scores(asked.ids, self._indexed[0], self._scorer(asked, top_ranked)(budget))
+
+    def _scorer(self, asked: Items, top_ranked: dict | None) -> Callable[[Budget], Float[np.ndarray, "Q N"]]:
+        """Scores of all candidates at a budget, -inf for those that are not asked about."""
+        ids, rows, candidate_nRD = self._indexed
+        query_QRD = from_parts(*self._encoded(asked), len(asked))
+        asked_QN = None if top_ranked is None else marked(asked.ids, ids, top_ranked)
+
+        def score(budget: Budget) -> Float[np.ndarray, "Q N"]:
+            scores_QN = score_parts(query_QRD, rows, candidate_nRD, len(ids), budget)
+            return scores_QN if asked_QN is None else np.where(asked_QN, scores_QN, -np.inf)
+
+        return score
 
     def _encoded(self, items: Items) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n R D"]]:
         """This host's rows and their vectors: those that are held, if they are of the same content."""
@@ -125,9 +152,9 @@ class Searcher:
         return held[1:]
 
 
-def _left_out(queries: Sequence[str], candidates: Sequence[str], top_ranked: dict[str, Sequence[str]]):
-    """bool [Q, N]: which candidates a query does not ask about."""
-    left_out, places = np.ones((len(queries), len(candidates)), bool), {name: row for row, name in enumerate(candidates)}
-    for query, name in enumerate(queries):
-        left_out[query, [places[candidate] for candidate in top_ranked.get(name, ()) if candidate in places]] = False
-    return left_out
+def marked(queries: Sequence[str], candidates: Sequence[str], named: dict[str, Iterable[str]]) -> Bool[np.ndarray, "Q N"]:
+    """Which candidates are named for a query, {query: candidates}; those that there are none of do not count."""
+    marks_QN, places = np.zeros((len(queries), len(candidates)), bool), {name: row for row, name in enumerate(candidates)}
+    for row_N, query in zip(marks_QN, queries, strict=True):
+        row_N[[places[candidate] for candidate in named.get(query, ()) if candidate in places]] = True
+    return marks_QN

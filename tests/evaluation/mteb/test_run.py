@@ -1,6 +1,7 @@
 """Tasks of mteb evaluated, killed and run again; names that mean nothing, and data that is not to be had."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,9 +18,18 @@ from metaembed_jax.evaluation.mteb import run, tasks  # noqa: E402
 from metaembed_jax.evaluation.mteb.searcher import Searcher  # noqa: E402
 from metaembed_jax.evaluation.mteb.tasks import Benchmark  # noqa: E402
 from tests.evaluation.mteb.pages import MorePages, OtherPages, Pages  # noqa: E402
+from tests.evaluation.parsed_page import Page  # noqa: E402
 
-BUDGETS = ((1, 1), ((1, 1, 4), (16, 64)), (16, 64))
-NAMES = ["1:1", "1:1:4>16:64", "16:64"]
+SEARCHES = {"1:1": (1, 1), "16:64": (16, 64), "1:1:4>16:64": ((1, 1, 4), (16, 64))}
+NAMES, BUDGETS = list(SEARCHES), list(SEARCHES.values())
+ABOUT = {"config": "small", "checkpoint": "step 8"}
+
+
+class ClosedPages(Pages):
+    metadata = OtherPages.metadata.model_copy(update={"name": "ClosedPages", "is_public": False})
+
+    def load_data(self, **_):
+        raise DatasetNotFoundError("no such\ndata set")
 
 
 def benchmarks():
@@ -27,7 +37,7 @@ def benchmarks():
 
 
 def evaluate(model, out, identity="a", budgets=BUDGETS, of=None):
-    return run.evaluate(model, "small", identity, of or benchmarks(), budgets, out, progress=False)
+    return run.evaluate(model, identity, of or benchmarks(), budgets, out, progress=False, about=ABOUT)
 
 
 def test_tasks_survive_a_kill(model, tmp_path, monkeypatch):
@@ -54,7 +64,8 @@ def test_tasks_survive_a_kill(model, tmp_path, monkeypatch):
 
 
 def test_figures_and_table(model, tmp_path):
-    table = evaluate(model, tmp_path)
+    table = evaluate(model, tmp_path, budgets=BUDGETS[::-1])
+    assert (tmp_path / "mteb.txt").read_text() == table + "\n"
     rows, found = [line.split() for line in table.splitlines()], {}
     for task in (Pages(), OtherPages(), MorePages()):
         done = json.loads((tmp_path / "mteb" / f"{task.metadata.name}.json").read_text())
@@ -62,18 +73,98 @@ def test_figures_and_table(model, tmp_path):
         assert list(done["searches"]) == sorted(NAMES)
         found[task.metadata.name] = [done["searches"][name]["main_score"] for name in NAMES]
         assert [
-            task.metadata.name,
+            f"{task.metadata.name},",
             task.metadata.main_score,
             *(f"{100 * value:.1f}" for value in found[task.metadata.name]),
         ] in rows
         for name, figures in done["searches"].items():
             assert figures["main_score"] == figures[task.metadata.main_score]
-            theirs = mteb.evaluate(Searcher(model, BUDGETS[NAMES.index(name)]), type(task)(), cache=None, show_progress_bar=False)
+            theirs = mteb.evaluate(Searcher(model, SEARCHES[name]), type(task)(), cache=None, show_progress_bar=False)
             assert theirs.task_results[0].get_score() == pytest.approx(figures["main_score"], abs=1e-12)
     means = [f"{100 * value:.1f}" for value in np.mean([found["NoisePages"], found["OtherPages"]], axis=0)]
-    assert rows[0] == ["first", "main", "score", "(%)", *NAMES] and ["mean", "of", "2", "of", "3", "tasks", *means] in rows
+    assert (
+        rows[0] == ["first,", "main", "score", "(%)"]
+        and rows[1] == ["task", *NAMES]
+        and ["mean", "of", "2", "of", "3", "tasks", *means] in rows
+    )
     assert "not retrieval of texts and images: SomethingElse" in table and "mean of 1 of 1 tasks" in table
     assert found["NoisePages"] == found["MorePages"] and len(set(found["NoisePages"])) == 3
+
+
+def test_the_files(model, tmp_path):
+    table = evaluate(model, tmp_path, of=[Benchmark("pages", [Pages(), OtherPages(), ClosedPages()], ["<b>Else"])])
+    done = {name: json.loads((tmp_path / "mteb" / f"{name}.json").read_text()) for name in ("NoisePages", "OtherPages")}
+    found = json.loads((tmp_path / "mteb.json").read_text())
+    assert found["tasks"] == {name: {key: one[key] for key in one.keys() - {"key", "worst"}} for name, one in done.items()}
+    for name in NAMES:
+        mean = np.mean([one["searches"][name]["main_score"] for one in done.values()])
+        assert found["means"]["pages"][name] == pytest.approx(mean) and f"{100 * mean:.1f}" in table
+    page = Page((tmp_path / "mteb.html").read_text(encoding="utf-8"))
+    assert page.all("h1") == [({}, "small: pages")] and not page.all("b")
+    heads = [text for attributes, text in page.all("th") if attributes["scope"] == "col"]
+    assert heads == ["task", *NAMES] and "not in the plot" in page.all("caption")[0][1]
+    cells = [text for _, text in page.all("td")]
+    assert cells == [cell for line in table.splitlines()[2:7] for cell in line.split()[-3:] if "." in cell]
+    assert {"not retrieval of texts and images: <b>Else", table.splitlines()[-1]} <= {text for _, text in page.all("small")}
+    assert f"mteb {mteb.__version__}, " in page.all("footer")[0][1] and "step 8" in page.all("footer")[0][1]
+    assert page.images()[0][1].format == "PNG" and len(page.images()) > 10
+
+
+class EasyPages(Pages):
+    """What no query can miss."""
+
+    metadata = OtherPages.metadata.model_copy(update={"name": "EasyPages"})
+
+    def split(self, subset, grades):
+        return super().split(subset, np.ones_like(grades))
+
+
+def test_a_resumed_evaluation_gives_the_same_page(model, tmp_path, monkeypatch):
+    """And loads only what it shows."""
+
+    def some():
+        return [Benchmark("first", [EasyPages(), Pages()], []), Benchmark("second", [OtherPages(), MorePages()], [])]
+
+    evaluate(model, tmp_path / "whole", of=some())
+    (tmp_path / "resumed" / "mteb").mkdir(parents=True)
+    for name in ("EasyPages", "OtherPages"):  # finished before the kill
+        shutil.copy(tmp_path / "whole" / "mteb" / f"{name}.json", tmp_path / "resumed" / "mteb")
+    evaluate(model, tmp_path / "resumed", of=some())
+    loaded = []
+
+    def load_data(task, *, load=Pages.load_data, **options):
+        loaded.append(task.metadata.name)
+        return load(task, **options)
+
+    monkeypatch.setattr(Pages, "load_data", load_data)
+    evaluate(model, tmp_path / "resumed", of=some())
+    shown = Page((tmp_path / "whole" / "mteb.html").read_text(encoding="utf-8")).all("article")
+    assert sorted(loaded) == sorted({text.split(" of 12 ")[1].split(",")[0] for _, text in shown}) and "EasyPages" not in loaded
+    for name in ("mteb.html", "mteb.txt", "mteb.json"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_an_older_layout_and_other_parts_of_a_task_do_not_count(model, tmp_path, monkeypatch):
+    english = Pages()
+    english.hf_subsets = ["english"]
+
+    def keys(task=None):
+        evaluate(model, tmp_path, budgets=[(1, 1)], of=[Benchmark("x", [task or Pages()], [])])
+        return json.loads((tmp_path / "mteb" / "NoisePages.json").read_text())["key"]
+
+    both = keys()
+    assert keys(english) != both == keys()
+    monkeypatch.setattr(run, "LAYOUT", run.LAYOUT - 1)
+    assert keys() != both
+
+
+def test_stages_alone_have_no_plot(model, tmp_path):
+    """And the worst queries are those of the last stage."""
+    for name, budgets in (("stages", BUDGETS[2:]), ("plain", BUDGETS[1:2])):
+        evaluate(model, tmp_path / name, budgets=budgets, of=[Benchmark("x", [Pages()], [])])
+    stages, plain = (Page((tmp_path / name / "mteb.html").read_text(encoding="utf-8")) for name in ("stages", "plain"))
+    assert stages.all("article") == plain.all("article") != []
+    assert len(stages.images()) == len(plain.images()) - 1 and not [one for _, one in stages.images() if one.format == "PNG"]
 
 
 def test_vidore():
@@ -139,17 +230,12 @@ def test_the_hub_is_not_to_be_reached(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class ClosedPages(Pages):
-    metadata = OtherPages.metadata.model_copy(update={"name": "ClosedPages", "is_public": False})
-
-    def load_data(self, **_):
-        raise DatasetNotFoundError("no such\ndata set")
-
-
 def test_private_data_is_left_out(model, tmp_path):
     table = evaluate(model, tmp_path, budgets=[(1, 1)], of=[Benchmark("both", [ClosedPages(), Pages()], [])])
     assert "left out: ClosedPages: noise/pages at 1 is not public (DatasetNotFoundError: no such)" in table
     assert "mean of 1 of 2 tasks" in table and [path.name for path in (tmp_path / "mteb").iterdir()] == ["NoisePages.json"]
+    both = evaluate(model, tmp_path, budgets=[(1, 1)], of=[Benchmark("none", [ClosedPages()], []), Benchmark("x", [Pages()], [])])
+    assert both.splitlines()[:2] == ["none, main score (%)", "task  1:1"] and both.splitlines()[2].startswith("left out: Closed")
     with pytest.raises(UserError, match="ClosedPages: .* is not public"):
         evaluate(model, tmp_path, of=[Benchmark("none", [ClosedPages()], [])])
 
