@@ -6,8 +6,8 @@
     wide      5,000 candidates of 64 vectors by 8 queries of 16, 3584 wide, as MetaEmbed-7B has them
 
 Peers are maxsim-cpu, colpali-engine's `score_multi_vector`, sentence-transformers' `maxsim`, and plain NumPy, those that are
-installed. Every peer's scores must equal ours first. Times are medians of turns; the share is of the rate that this run measures for
-a large float32 matmul. Extra memory is what a call adds to the peak of a process of its own.
+installed. Every peer's scores must equal ours first. Times are medians of turns; the share is of the rate that this run measures
+for a large float32 matmul. Extra memory is what a call adds to the peak of a process of its own.
 """
 
 import argparse
