@@ -65,6 +65,8 @@ def main() -> None:
         return
     for name in arguments.cases:
         case = CASES[name]
+        command = [sys.executable, __file__, f"--memory={name}"]  # first, while there are no vectors here
+        memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         query, candidate = vectors(case)
         sides = contenders(query, candidate)
         expected = sides["metaembed_jax"]()
@@ -72,8 +74,6 @@ def main() -> None:
             np.testing.assert_allclose(score(), expected, rtol=1e-4, atol=1e-4, err_msg=side)
         seconds = race(sides | {"matmul": matmul()}, arguments.rounds)
         peak = MATMUL_FLOPS / seconds.pop("matmul")
-        command = [sys.executable, __file__, f"--memory={name}"]
-        memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         sizes = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in case._asdict().items())
         print(f"{name}: {sizes}; {case.flops / 1e9:.1f} GFLOP, a matmul at {peak / 1e9:.0f} GFLOP/s, extra memory {memory:.0f} MB")
         for side, value in seconds.items():
@@ -99,7 +99,7 @@ def vectors(case: Case) -> tuple[np.ndarray, np.ndarray]:
     made = []
     for items, count in ((case.queries, case.query_vectors), (case.candidates, case.candidate_vectors)):
         x = random.standard_normal((items, count, case.width), np.float32)
-        made.append(x / np.linalg.norm(x, axis=-1, keepdims=True))
+        made.append(np.divide(x, np.sqrt(np.einsum("nrd,nrd->nr", x, x))[..., None], out=x))
     return made[0], made[1]
 
 

@@ -187,5 +187,8 @@ def _fill_architecture(config: ConfigDict, backbone: str, found: dict, directory
 
 def _tokenizer(directory: Path) -> Path:
     if not (directory / "tokenizer.json").is_file():
-        raise UserError(f"{directory}/tokenizer.json is missing")
+        raise UserError(
+            f"{directory}/tokenizer.json is missing: a source that was prepared from files has no vocabulary; "
+            "set config.init_from, to a released model or a run"
+        )
     return directory / "tokenizer.json"
