@@ -1,8 +1,10 @@
 """Qdrant against our exact search: embedded, and what its client sends to a server."""
 
 import json
+import re
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from metaembed_jax.retrieval import qdrant
 from metaembed_jax.retrieval.qdrant import QdrantIndex
 from tests.retrieval import fake_qdrant
 
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "qdrant.md"
 WIDTH = 32
 BUDGETS = [
     (16, 64),
@@ -310,3 +313,9 @@ def test_without_the_client_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "qdrant_client", None)
     with pytest.raises(UserError, match=r"pip install 'metaembed-jax\[qdrant\]'"):
         QdrantIndex.create(":memory:", "icons", 32, 64)
+
+
+def test_the_documentation_prints_what_it_says(capsys):
+    code, printed = re.search(r"```python\n(.*?)```\n+```\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.DOTALL).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == printed
