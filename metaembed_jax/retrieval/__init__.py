@@ -1,0 +1,1 @@
+"""Search: what is encoded is stored, and the best of it found."""

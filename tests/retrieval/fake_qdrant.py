@@ -1,0 +1,73 @@
+"""A server for the client of Qdrant, answered by the embedded engine: it shows what is sent, not what a server makes of it."""
+
+import json
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock, Thread
+
+from qdrant_client import QdrantClient, models
+
+
+@contextmanager
+def serve():
+    """Yields its URL, and a list that grows: ("PUT /collections/x", the body as a dict, its bytes) of every request."""
+    engine = QdrantClient(":memory:", force_disable_check_same_thread=True)
+    requests, lock = [], Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self):
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else {}
+            path = self.path.partition("?")[0]
+            with lock:
+                requests.append((f"{self.command} {path}", body, length))
+                result = respond(engine, self.command, path.split("/")[2:], body)
+            text = dump(result)
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_GET = do_PUT = do_POST = answer
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def respond(engine: QdrantClient, method: str, path: list[str], body: dict):
+    name, *what = path
+    match method, what:
+        case "GET", ["exists"]:
+            return {"exists": engine.collection_exists(name)}
+        case "GET", []:
+            return engine.get_collection(name)
+        case "PUT", []:
+            asked = models.CreateCollection(**body)
+            return engine.create_collection(name, asked.vectors, metadata=asked.metadata)
+        case "PUT", ["points"]:
+            return engine.upsert(name, models.PointsList(**body).points)
+        case "POST", ["points"]:
+            asked = models.PointRequest(**body)
+            return engine.retrieve(name, asked.ids, with_payload=asked.with_payload)
+        case "POST", ["points", "count"]:
+            return engine.count(name)
+        case "POST", ["points", "query", "batch"]:
+            return engine.query_batch_points(name, models.QueryRequestBatch(**body).searches)
+    raise ValueError(f"{method} {path}")
+
+
+def dump(result) -> bytes:
+    def plain(value):
+        return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+
+    result = [plain(value) for value in result] if isinstance(result, list) else plain(result)
+    return json.dumps({"result": result, "status": "ok", "time": 0.0}).encode()
