@@ -1,0 +1,221 @@
+"""An index: candidates on disk, searched exactly at any budget.
+
+    index = me.Index.build(c, ids=["a", "b"])       # then index.save("INDEX"), me.Index.load("INDEX")
+    scores, ids = index.search(q, k=10, budget=[(1, 1, 1000), (16, 64)])
+"""
+
+import dataclasses
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.stages import as_stages
+from metaembed_jax.retrieval import store
+from metaembed_jax.retrieval.items import Items, as_blocks, check_unit, make_items
+from metaembed_jax.retrieval.manifest import DTYPES, Manifest, Segment, levels_of
+from metaembed_jax.retrieval.search import Searched
+from metaembed_jax.retrieval.segment import SegmentFiles, SegmentWriter
+from metaembed_jax.sharding import make_mesh
+
+COPIED = 1024  # items that are held at once where segments are merged
+
+
+class Index:
+    """Candidates by id. `Index.build` and `Index.load` make one.
+
+    An index lives in its folder: what is added or deleted is there when the call returns, all of it or, after a crash, nothing.
+    One that was built without a folder lives in a temporary one. An index sees what it has changed itself, not what other
+    processes change later; those who read go on with what they have loaded.
+    """
+
+    def __init__(self, folder: Path, mesh: Mesh | None = None):
+        self.folder, self._mesh = folder, make_mesh() if mesh is None else mesh
+        self._take(*store.open_index(folder))
+
+    @classmethod
+    def build(
+        cls,
+        vectors,
+        ids: Iterable[str] | None = None,
+        *,
+        metadata: Sequence[dict | None] | None = None,
+        budget: int | None = None,
+        dtype: str = "bfloat16",
+        path: str | os.PathLike | None = None,
+        mesh: Mesh | None = None,
+    ) -> "Index":
+        """An index of these vectors.
+
+        Args:
+          vectors: unit vectors [N, R, D], a list of [R_n, D] (any number of vectors an item), or an iterator of blocks of either:
+            (ids, vectors) or (ids, vectors, metadata). One block of an iterator is held at a time.
+          ids: texts, one an item, each once; the numbers from 0 by default.
+          metadata: a dict an item, of what JSON can say.
+          budget: keep only so many vectors of each item, the first ones. Of an iterator's items that have more than those of its
+            first block have, only as many are kept.
+          dtype: of the vectors on disk: "bfloat16"; "float32"; or "int8", with a float32 scale for each vector, of which the largest
+            number is 127 and the others are rounded to the nearest.
+          path: a folder to build it in; an index that is there is replaced when the new one is complete.
+          mesh: devices that will search it; all by default.
+
+        Raises:
+          UserError: there is nothing to index, or an item with something wrong, which is named.
+        """
+        _check_dtype(dtype)
+        if budget is not None and (type(budget) is not int or budget < 1):
+            raise UserError(f"budget={budget!r}: expected how many vectors of an item to keep, from 1")
+        blocks = (make_items(array, names, about, budget) for names, array, about in as_blocks(vectors, ids, metadata))
+        first = next((block for block in blocks if block.ids), None)
+        if first is None:
+            raise UserError("there is nothing to index: no item was given")
+        _, most, width = first.vectors_NRD.shape
+        empty = Manifest(width, levels_of(most), dtype)
+        return _made(path, mesh, lambda folder: dataclasses.replace(empty, segments=(_write(folder, empty, first, blocks),)))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, mesh: Mesh | None = None) -> "Index":
+        """The index in a folder. Nothing but its outline is read: vectors are, when they are first searched.
+
+        What is read is checked; `verify` checks everything.
+
+        Raises:
+          UserError: there is none, or it is damaged.
+        """
+        return cls(Path(path), mesh)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Copies the index to a folder; an index that is there is replaced when the copy is complete.
+
+        Raises:
+          UserError: the folder holds something else, another process writes there, or this index is damaged.
+        """
+        folder = Path(path)
+        if folder.resolve() == self.folder.resolve():
+            return
+        with store.writing(folder):
+            store.clean(folder, *store.manifests_in(folder))
+            for segment in self._segments:
+                segment.copy(folder)
+            store.commit(folder, self._manifest)
+
+    def search(
+        self, query_QRD: Float[np.ndarray, "Q R D"], k: int = 10, budget: Budget | Sequence | None = None
+    ) -> tuple[Float[np.ndarray, "Q k"], np.ndarray]:
+        """MaxSim scores, float32, and ids (an array of texts) of the k best items of each query, best first; of ties, the earlier item.
+
+        Args:
+          query_QRD: unit vectors, of `MetaEmbed.encode_query`.
+          k: at most the number of items.
+          budget: (r_q, r_c), the vectors to use of a query and of an item; or stages [(r_q, r_c, survivors), ..., (r_q, r_c)], of which
+            each scores again what survived the one before. Everything that is given and stored by default.
+
+        Raises:
+          UserError: the queries or the budget do not fit what is stored, or there is no k best.
+        """
+        query_QRD, stages = self._checked(query_QRD, budget)
+        fewest = min([len(self), *(stage[2] for stage in stages[:-1])])
+        if type(k) is not int or not 1 <= k <= fewest:
+            raise UserError(f"k={k!r} must be between 1 and {fewest}, " + ("the number of items" if fewest == len(self) else "what survives"))
+        scores, positions = self._searched.find(query_QRD, k, stages)
+        unique, places = np.unique(positions, return_inverse=True)
+        names = np.array([*map(self._id, unique.tolist()), None], object)[:-1]  # NumPy would make an array of another type
+        return scores, names[places.reshape(positions.shape)]
+
+    def metadata(self, name: str) -> dict:
+        """What is known of an item.
+
+        Raises:
+          UserError: there is no item of this id.
+        """
+        for segment in self._segments:
+            for row in segment.find([name]).values():
+                return segment.metadata(row)
+        raise UserError(f"there is no item {name!r} in {self.folder}")
+
+    def verify(self) -> None:
+        """Reads everything.
+
+        Raises:
+          UserError: names the file that is damaged.
+        """
+        for segment in self._segments:
+            segment.check_all()
+
+    def __len__(self) -> int:
+        return sum(len(segment) - len(segment.about.deleted) for segment in self._segments)
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors of an item are stored, at most."""
+        return self._manifest.levels[-1]
+
+    def __repr__(self) -> str:
+        about = self._manifest
+        return f"<Index of {len(self):,} items, {self.vectors} x {about.width} {about.dtype}, in {self.folder}>"
+
+    def _take(self, manifest: Manifest, segments: list[SegmentFiles]) -> None:
+        self._manifest, self._segments = manifest, segments
+        self._searched = Searched(segments, manifest.levels, manifest.width, self._mesh)
+
+    def _id(self, position: int) -> str:
+        segment, row = self._searched.place(position)
+        return segment.ids([row])[0]
+
+    def _checked(self, query_QRD, budget) -> tuple[np.ndarray, tuple]:
+        """The queries as float32, and the stages."""
+        query_QRD = np.asarray(query_QRD)
+        if query_QRD.ndim != 3 or query_QRD.shape[2] != self._manifest.width or not query_QRD.shape[1]:
+            raise UserError(f"queries have the shape {query_QRD.shape}: this index takes [queries, vectors, {self._manifest.width}]")
+        query_QRD = query_QRD.astype(np.float32)
+        queries, vectors, _ = query_QRD.shape
+        check_unit(query_QRD, np.full(queries, vectors), [f"query {number}" for number in range(queries)])
+        if not len(self):
+            raise UserError(f"the index in {self.folder} is empty; add items first")
+        try:
+            return query_QRD, as_stages((vectors, self.vectors) if budget is None else budget, vectors, self.vectors)
+        except UserError as error:
+            raise UserError(f"{error} (this index stores {self.vectors} vectors an item)") from None
+
+
+def _made(path: str | os.PathLike | None, mesh: Mesh | None, make: Callable[[Path], Manifest]) -> Index:
+    """An index in a folder, of what `make` writes there; in a temporary folder if there is no path."""
+    if path is not None:
+        with store.writing(Path(path)) as folder:
+            store.clean(folder, *store.manifests_in(folder))
+            store.commit(folder, make(folder))
+        return Index(folder, mesh)
+    folder = Path(tempfile.mkdtemp(prefix="metaembed-index-"))
+    try:
+        store.commit(folder, make(folder))
+        index = Index(folder, mesh)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    weakref.finalize(index, shutil.rmtree, folder, ignore_errors=True)
+    return index
+
+
+def _write(folder: Path, manifest: Manifest, first: Items, rest: Iterator[Items]) -> Segment:
+    """A new segment of blocks of items."""
+    writer = SegmentWriter(folder, manifest)
+    writer.add(first)
+    del first
+    for items in rest:
+        if items.ids:
+            writer.add(items)
+    return writer.close()
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}")
