@@ -1,9 +1,10 @@
 """An index: candidates on disk, searched exactly at any budget.
 
-    index = me.Index.build(c, ids=["a", "b"])       # then index.save("INDEX"), me.Index.load("INDEX")
-    scores, ids = index.search(q, k=10, budget=[(1, 1, 1000), (16, 64)])
+index = me.Index.build(c, ids=["a", "b"])       # then index.save("INDEX"), me.Index.load("INDEX")
+scores, ids = index.search(q, k=10, budget=[(1, 1, 1000), (16, 64)])
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -12,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -21,13 +21,13 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import as_stages
 from metaembed_jax.retrieval import store
-from metaembed_jax.retrieval.items import Items, as_blocks, check_unit, make_items
+from metaembed_jax.retrieval.items import Items, as_blocks, check_unit, longest, make_items
 from metaembed_jax.retrieval.manifest import DTYPES, Manifest, Segment, levels_of
 from metaembed_jax.retrieval.search import Searched
 from metaembed_jax.retrieval.segment import SegmentFiles, SegmentWriter
 from metaembed_jax.sharding import make_mesh
 
-COPIED = 1024  # items that are held at once where segments are merged
+COPIED_NUMBERS = 2**23  # of vectors, that are held at once where segments are merged
 
 
 class Index:
@@ -61,10 +61,10 @@ class Index:
             (ids, vectors) or (ids, vectors, metadata). One block of an iterator is held at a time.
           ids: texts, one an item, each once; the numbers from 0 by default.
           metadata: a dict an item, of what JSON can say.
-          budget: keep only so many vectors of each item, the first ones. Of an iterator's items that have more than those of its
-            first block have, only as many are kept.
-          dtype: of the vectors on disk: "bfloat16"; "float32"; or "int8", with a float32 scale for each vector, of which the largest
-            number is 127 and the others are rounded to the nearest.
+          budget: keep only so many vectors of each item, the first ones. An iterator whose later blocks have items of more vectors
+            than the first block needs it.
+          dtype: of the vectors on disk: "bfloat16"; "float32"; or "int8", with a float32 scale for each vector: its largest number
+            becomes 127 or -127, and the others are rounded to the nearest.
           path: a folder to build it in; an index that is there is replaced when the new one is complete.
           mesh: devices that will search it; all by default.
 
@@ -79,7 +79,7 @@ class Index:
         if first is None:
             raise UserError("there is nothing to index: no item was given")
         _, most, width = first.vectors_NRD.shape
-        empty = Manifest(width, levels_of(most), dtype)
+        empty = Manifest(width, levels_of(budget or max(most, longest(vectors))), dtype)
         return _made(path, mesh, lambda folder: dataclasses.replace(empty, segments=(_write(folder, empty, first, blocks),)))
 
     @classmethod
@@ -111,13 +111,13 @@ class Index:
     def search(
         self, query_QRD: Float[np.ndarray, "Q R D"], k: int = 10, budget: Budget | Sequence | None = None
     ) -> tuple[Float[np.ndarray, "Q k"], np.ndarray]:
-        """MaxSim scores, float32, and ids (an array of texts) of the k best items of each query, best first; of ties, the earlier item.
+        """MaxSim scores, float32, and ids (an array of texts) of the k best items of each query, best first; of ties, the earlier.
 
         Args:
           query_QRD: unit vectors, of `MetaEmbed.encode_query`.
           k: at most the number of items.
-          budget: (r_q, r_c), the vectors to use of a query and of an item; or stages [(r_q, r_c, survivors), ..., (r_q, r_c)], of which
-            each scores again what survived the one before. Everything that is given and stored by default.
+          budget: (r_q, r_c), the vectors to use of a query and of an item; or stages [(r_q, r_c, survivors), ..., (r_q, r_c)], each
+            of which scores again what survived the one before. Everything that is given and stored by default.
 
         Raises:
           UserError: the queries or the budget do not fit what is stored, or there is no k best.
@@ -125,7 +125,9 @@ class Index:
         query_QRD, stages = self._checked(query_QRD, budget)
         fewest = min([len(self), *(stage[2] for stage in stages[:-1])])
         if type(k) is not int or not 1 <= k <= fewest:
-            raise UserError(f"k={k!r} must be between 1 and {fewest}, " + ("the number of items" if fewest == len(self) else "what survives"))
+            raise UserError(
+                f"k={k!r} must be between 1 and {fewest}, " + ("the number of items" if fewest == len(self) else "what survives")
+            )
         scores, positions = self._searched.find(query_QRD, k, stages)
         unique, places = np.unique(positions, return_inverse=True)
         names = np.array([*map(self._id, unique.tolist()), None], object)[:-1]  # NumPy would make an array of another type
@@ -141,6 +143,50 @@ class Index:
             for row in segment.find([name]).values():
                 return segment.metadata(row)
         raise UserError(f"there is no item {name!r} in {self.folder}")
+
+    def add(self, vectors, ids: Iterable[str] | None = None, *, metadata: Sequence[dict | None] | None = None) -> None:
+        """Appends items, given as for `build`. Of items that have more vectors than the index stores, the first ones are kept.
+
+        Raises:
+          UserError: an id is there already, or twice; or as `build`.
+        """
+        with self._changing() as folder:
+            new = SegmentWriter(folder, self._manifest)
+            for names, array, about in as_blocks(vectors, ids, metadata):
+                items = make_items(array, names, about, self.vectors)
+                for segment in self._segments:
+                    for name in segment.find(items.ids):
+                        raise UserError(f"the id {name!r} is there already; delete it first, or choose another")
+                if items.ids:
+                    new.add(items)
+            if new.items:
+                self._commit(segments=(*self._manifest.segments, new.close()))
+
+    def delete(self, ids: Iterable[str]) -> None:
+        """Deletes items. Their vectors stay on the disk until `compact`.
+
+        Raises:
+          UserError: there is no item of an id; then none is deleted.
+        """
+        ids = [ids] if isinstance(ids, str) else list(ids)
+        with self._changing():
+            found = [segment.find(ids) for segment in self._segments]
+            if unknown := set(ids).difference(*found):
+                raise UserError(f"there is no item {min(unknown)!r} in {self.folder}; nothing was deleted")
+            segments = (
+                dataclasses.replace(segment.about, deleted=tuple(sorted({*segment.about.deleted, *rows.values()})))
+                for segment, rows in zip(self._segments, found, strict=True)
+            )
+            self._commit(segments=tuple(segments))
+
+    def compact(self) -> None:
+        """Writes all items that are left into one segment, which is smaller and faster to search.
+
+        Raises:
+          UserError: a file is damaged.
+        """
+        with self._changing() as folder:
+            self._commit(segments=merged(folder, self._manifest, self._segments))
 
     def verify(self) -> None:
         """Reads everything.
@@ -163,6 +209,20 @@ class Index:
         about = self._manifest
         return f"<Index of {len(self):,} items, {self.vectors} x {about.width} {about.dtype}, in {self.folder}>"
 
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[Path]:
+        """Holds the folder, and has the newest that is in it; what was written and not committed is removed."""
+        with store.writing(self.folder) as folder:
+            self._take(*store.open_index(folder))
+            try:
+                yield folder
+            finally:
+                store.clean(folder, *store.manifests_in(folder))
+
+    def _commit(self, segments: tuple[Segment, ...]) -> None:
+        store.commit(self.folder, dataclasses.replace(self._manifest, segments=segments))
+        self._take(*store.open_index(self.folder))
+
     def _take(self, manifest: Manifest, segments: list[SegmentFiles]) -> None:
         self._manifest, self._segments = manifest, segments
         self._searched = Searched(segments, manifest.levels, manifest.width, self._mesh)
@@ -175,7 +235,9 @@ class Index:
         """The queries as float32, and the stages."""
         query_QRD = np.asarray(query_QRD)
         if query_QRD.ndim != 3 or query_QRD.shape[2] != self._manifest.width or not query_QRD.shape[1]:
-            raise UserError(f"queries have the shape {query_QRD.shape}: this index takes [queries, vectors, {self._manifest.width}]")
+            raise UserError(
+                f"queries have the shape {query_QRD.shape}: this index takes [queries, vectors, {self._manifest.width}]"
+            )
         query_QRD = query_QRD.astype(np.float32)
         queries, vectors, _ = query_QRD.shape
         check_unit(query_QRD, np.full(queries, vectors), [f"query {number}" for number in range(queries)])
@@ -203,6 +265,20 @@ def _made(path: str | os.PathLike | None, mesh: Mesh | None, make: Callable[[Pat
         raise
     weakref.finalize(index, shutil.rmtree, folder, ignore_errors=True)
     return index
+
+
+def merged(folder: Path, manifest: Manifest, segments: Sequence[SegmentFiles]) -> tuple[Segment, ...]:
+    """All items that are not deleted in one new segment; in none if there are none.
+
+    Raises:
+      UserError: a file is damaged, or an id is there twice.
+    """
+    writer = SegmentWriter(folder, manifest)
+    at_once = max(COPIED_NUMBERS // (manifest.levels[-1] * manifest.width), 1)
+    for segment in segments:
+        for block in segment.items(at_once):
+            writer.write(*block)
+    return (writer.close(),) if writer.items else ()
 
 
 def _write(folder: Path, manifest: Manifest, first: Items, rest: Iterator[Items]) -> Segment:

@@ -4,7 +4,6 @@ N items, R vectors of an item at most, D width of a vector.
 """
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from metaembed_jax.errors import UserError
 
 # Vectors have length one, within what bfloat16 (eight bits) makes of them.
 TOLERANCE = 1e-2
+BLOCK = 1024  # items that are checked and written at once
 
 
 class Items(NamedTuple):
@@ -49,9 +49,9 @@ def make_items(vectors, ids: Sequence[str], metadata: Sequence[dict | None] | No
     for number, name in enumerate(ids):
         if not isinstance(name, str) or not name or not _is_encodable(name):
             raise UserError(f"id {name!r} of item {number}: ids are texts, and not empty; write str(id)")
-    arrays = vectors if isinstance(vectors, np.ndarray) else _arrays(vectors, ids)
-    if len(arrays) != len(ids):
-        raise UserError(f"there are {len(ids)} ids for {len(arrays)} items; give one for each")
+    if len(vectors) != len(ids):
+        raise UserError(f"there are {len(ids)} ids for {len(vectors)} items; give one for each")
+    arrays = [np.asarray(one) for one in vectors] if isinstance(vectors, Sequence) else np.asarray(vectors)
     vectors_NRD, counts_N = _pad(arrays, ids, vectors_kept)
     check_unit(vectors_NRD, counts_N, [f"item {name!r}" for name in ids])
     return Items(ids, vectors_NRD, counts_N, _as_json(ids, metadata))
@@ -74,23 +74,32 @@ def check_unit(vectors_NRD: Float[np.ndarray, "N R D"], counts_N: Int[np.ndarray
         )
 
 
-def as_blocks(vectors, ids, metadata) -> Iterator[tuple]:
-    """Blocks (ids, vectors, metadata) of what `Index.build` takes: arrays are one block, iterators are blocks already.
+def as_blocks(vectors, ids: Iterable[str] | None, metadata: Sequence | None) -> Iterator[tuple]:
+    """Blocks (ids, vectors, metadata) of what `Index.build` takes: iterators are blocks already, all else is cut into some.
 
     Raises:
-      UserError: a block is something else.
+      UserError: a block is something else, or there is not one id for each item.
     """
     if isinstance(vectors, Iterator):
         if ids is not None or metadata is not None:
-            raise UserError("an iterator of blocks brings its own ids and metadata: blocks (ids, vectors) or (ids, vectors, metadata)")
+            raise UserError("blocks bring their ids and metadata themselves: (ids, vectors) or (ids, vectors, metadata)")
         for number, block in enumerate(vectors):
             if not isinstance(block, tuple) or len(block) not in (2, 3):
                 raise UserError(f"block {number} is no tuple (ids, vectors) or (ids, vectors, metadata)")
             yield (*block, None)[:3]
         return
-    if not isinstance(vectors, Sequence):
-        vectors = np.asarray(vectors)
-    yield map(str, range(len(vectors))) if ids is None else ids, vectors, metadata
+    ids = list(map(str, range(len(vectors))) if ids is None else ids)
+    for name, given in (("ids", ids), ("metadata", metadata)):
+        if given is not None and len(given) != len(vectors):
+            raise UserError(f"{name}: there are {len(given)} for {len(vectors)} items; give one for each")
+    for start in range(0, len(vectors), BLOCK):
+        some = slice(start, start + BLOCK)
+        yield ids[some], vectors[some], None if metadata is None else metadata[some]
+
+
+def longest(vectors) -> int:
+    """How many vectors an item has at most, as far as it can be seen without reading blocks."""
+    return max((len(one) for one in vectors), default=1) if isinstance(vectors, Sequence) else 1
 
 
 def hashes(ids: Iterable[str]) -> UInt64[np.ndarray, " N"]:
@@ -102,38 +111,32 @@ def hashes(ids: Iterable[str]) -> UInt64[np.ndarray, " N"]:
 def to_int8(vectors_NRD: Float[np.ndarray, "N R D"]) -> tuple[np.ndarray, Float[np.ndarray, "N R"]]:
     """(int8 [N, R, D], scales): the vector is about int8 * scale.
 
-    The largest number of a vector becomes 127 or -127, and every other the nearest whole number, halves to the even one. A vector of
-    zeros stays one, with scale 0.
+    The largest number of a vector becomes 127 or -127, and every other the nearest whole number, halves to the even one.
+    A vector of zeros stays one, with scale 0.
     """
     scales_NR = np.abs(vectors_NRD).max(axis=2, initial=0) / np.float32(127)
     divisor_NR = np.where(scales_NR > 0, scales_NR, 1)
     return np.rint(vectors_NRD / divisor_NR[..., None]).astype(np.int8), scales_NR
 
 
-def _arrays(vectors, ids: list[str]) -> list[np.ndarray]:
-    if not isinstance(vectors, Sequence):
-        return np.asarray(vectors)
-    arrays = [np.asarray(one) for one in vectors]
-    for name, array in itertools.zip_longest(ids, arrays):
-        if array is not None and (array.ndim != 2 or not len(array)):
-            raise UserError(f"the vectors of item {name!r} have the shape {array.shape}: expected [vectors, width], and a vector at least")
-    return arrays
-
-
-def _pad(arrays, ids: list[str], kept: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _pad(arrays: list[np.ndarray] | np.ndarray, ids: list[str], kept: int | None) -> tuple[np.ndarray, np.ndarray]:
     """float32 [N, R, D] and how many vectors each item has."""
     if isinstance(arrays, np.ndarray):
         if arrays.ndim != 3 or 0 in arrays.shape[1:]:
-            raise UserError(f"vectors have the shape {arrays.shape}: expected [items, vectors, width], or a list of [vectors, width]")
+            raise UserError(
+                f"vectors have the shape {arrays.shape}, not [items, vectors, width]; or give a list of [vectors, width]"
+            )
         vectors_NRD = np.asarray(arrays[:, :kept], np.float32)
         return vectors_NRD, np.full(len(arrays), vectors_NRD.shape[1], np.int32)
-    arrays = [array[:kept] for array in arrays]
-    width = arrays[0].shape[1] if arrays else 1
     for name, array in zip(ids, arrays, strict=True):
-        if array.shape[1] != width:
-            raise UserError(f"the vectors of item {name!r} have width {array.shape[1]}, and those before it {width}")
+        if array.ndim != 2 or 0 in array.shape or array.shape[1] != arrays[0].shape[1]:
+            raise UserError(
+                f"the vectors of item {name!r} have the shape {array.shape}: expected [vectors, width], one vector at least, "
+                f"and the width of {ids[0]!r}, whose shape is {arrays[0].shape}"
+            )
+    arrays = [array[:kept] for array in arrays]
     counts_N = np.array([len(array) for array in arrays], np.int32)
-    vectors_NRD = np.zeros((len(arrays), counts_N.max(initial=1), width), np.float32)
+    vectors_NRD = np.zeros((len(arrays), counts_N.max(initial=1), arrays[0].shape[1] if arrays else 1), np.float32)
     for padded, array in zip(vectors_NRD, arrays, strict=True):
         padded[: len(array)] = array
     return vectors_NRD, counts_N

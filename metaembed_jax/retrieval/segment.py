@@ -1,12 +1,12 @@
 """A segment of an index: a folder of files that are written once and then only read.
 
-    vectors-0-1, vectors-1-4, ...    [items, vectors of the level, D]: the first vectors of all items lie together, so that a
-                                     search by these reads nothing else
-    scales-0-1, ...                  float32 [items, vectors of the level], of int8
-    counts                           int32 [items]: how many vectors each has
-    ids, id-ends, id-hashes          texts end to end; int64 and uint64 [items]: where each ends, and a number to find it by
-    metadata, metadata-ends          JSON objects end to end, and where each ends
-    checksums                        CRC-32 of every `checked.PIECE` bytes of all files above, in the order of their names
+vectors-0-1, vectors-1-4, ...    [items, vectors of the level, D]: the first vectors of all items lie together, so that a
+                                 search by these reads nothing else
+scales-0-1, ...                  float32 [items, vectors of the level], of int8
+counts                           int32 [items]: how many vectors each has
+ids, id-ends, id-hashes          texts end to end; int64 and uint64 [items]: where each ends, and a number to find it by
+metadata, metadata-ends          JSON objects end to end, and where each ends
+checksums                        CRC-32 of every `checked.PIECE` bytes of all files above, in the order of their names
 """
 
 import functools
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.retrieval import manifest as manifests
@@ -49,6 +49,8 @@ class SegmentFiles:
 
     def __init__(self, folder: Path, manifest: Manifest, about: manifests.Segment):
         self.about, self.folder = about, folder / about.name
+        if self.folder.is_symlink():
+            raise UserError(f"{self.folder} is a link; an index lies in its own folder")
         layout = _layout(manifest)
         if about.sizes.keys() != layout.keys():
             raise UserError(f"{folder}: the manifest names other files in {about.name} than there are; build the index again")
@@ -57,7 +59,9 @@ class SegmentFiles:
             dtype, row = layout[name]
             fits = about.items * np.dtype(dtype).itemsize * int(np.prod(row))
             if name not in ("ids", "metadata") and about.sizes[name] != fits:
-                raise UserError(f"{self.folder / name}: {about.items} items have {fits} bytes there; the manifest says something else")
+                raise UserError(
+                    f"{self.folder / name}: {about.items} items have {fits} bytes there; the manifest says something else"
+                )
             mine, crcs = np.split(crcs, [pieces(about.sizes[name])])
             self._files[name] = CheckedFile(self.folder / name, mine, about.sizes[name], dtype, row)
         names = manifests.level_names(manifest)
@@ -164,11 +168,15 @@ class SegmentWriter:
         Raises:
           UserError: vectors of another width.
         """
-        width, (_, vectors, found) = self.manifest.width, items.vectors_NRD.shape
-        if found != width:
-            raise UserError(f"the vectors of item {items.ids[0]!r} have width {found}, and those of the index {width}")
+        ends, (_, most, width) = self.manifest.levels, items.vectors_NRD.shape
+        if width != self.manifest.width:
+            raise UserError(
+                f"the vectors of item {items.ids[0]!r} have width {width}, and those of the index {self.manifest.width}"
+            )
+        if most > ends[-1]:
+            name = items.ids[int(items.counts_N.argmax())]
+            raise UserError(f"item {name!r} has {most} vectors, and the index keeps {ends[-1]}; say with budget= how many to keep")
         levels, scales = [], []
-        ends = self.manifest.levels
         for start, end in zip((0, *ends), ends, strict=False):
             level_NwD = items.vectors_NRD[:, start:end]
             level_NwD = np.pad(level_NwD, [(0, 0), (0, end - start - level_NwD.shape[1]), (0, 0)])
@@ -176,7 +184,7 @@ class SegmentWriter:
                 level_NwD, scale_Nw = to_int8(level_NwD)
                 scales.append(scale_Nw)
             levels.append(level_NwD)
-        self.write(items.ids, levels, scales, np.minimum(items.counts_N, ends[-1]), items.metadata)
+        self.write(items.ids, levels, scales, items.counts_N, items.metadata)
 
     def write(self, ids, levels, scales, counts, metadata) -> None:
         """Appends items whose vectors are in levels, and in the index's dtype, already."""
@@ -235,7 +243,8 @@ def sync(folder: Path) -> None:
 def _layout(manifest: Manifest) -> dict[str, tuple]:
     """{file: (dtype, shape of a row)}."""
     layout = {name: (np.uint8, ()) for name in ("ids", "metadata")}
-    layout |= {name: (np.int64, ()) for name in ("id-ends", "metadata-ends")} | {"id-hashes": (np.uint64, ()), "counts": (np.int32, ())}
+    layout |= {name: (np.int64, ()) for name in ("id-ends", "metadata-ends")}
+    layout |= {"id-hashes": (np.uint64, ()), "counts": (np.int32, ())}
     ends = manifest.levels
     for name, start, end in zip(manifests.level_names(manifest), (0, *ends), ends, strict=False):
         layout[f"vectors-{name}"] = (np.dtype(manifest.dtype), (end - start, manifest.width))
