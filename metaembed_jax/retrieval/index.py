@@ -6,6 +6,7 @@ scores, ids = index.search(q, k=10, budget=[(1, 1, 1000), (16, 64)])
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import tempfile
@@ -39,7 +40,7 @@ class Index:
     """
 
     def __init__(self, folder: Path, mesh: Mesh | None = None):
-        self.folder, self._mesh = folder, make_mesh() if mesh is None else mesh
+        self.folder, self._mesh = folder, mesh
         self._take(*store.open_index(folder))
 
     @classmethod
@@ -104,9 +105,8 @@ class Index:
             return
         with store.writing(folder):
             store.clean(folder, *store.manifests_in(folder))
-            for segment in self._segments:
-                segment.copy(folder)
-            store.commit(folder, self._manifest)
+            segments = tuple(segment.copy(folder) for segment in self._segments)
+            store.commit(folder, dataclasses.replace(self._manifest, segments=segments))
 
     def search(
         self, query_QRD: Float[np.ndarray, "Q R D"], k: int = 10, budget: Budget | Sequence | None = None
@@ -125,9 +125,8 @@ class Index:
         query_QRD, stages = self._checked(query_QRD, budget)
         fewest = min([len(self), *(stage[2] for stage in stages[:-1])])
         if type(k) is not int or not 1 <= k <= fewest:
-            raise UserError(
-                f"k={k!r} must be between 1 and {fewest}, " + ("the number of items" if fewest == len(self) else "what survives")
-            )
+            most = "the number of items" if fewest == len(self) else "the survivors of a stage"
+            raise UserError(f"k={k!r} must be between 1 and {fewest}, {most}")
         scores, positions = self._searched.find(query_QRD, k, stages)
         unique, places = np.unique(positions, return_inverse=True)
         names = np.array([*map(self._id, unique.tolist()), None], object)[:-1]  # NumPy would make an array of another type
@@ -225,7 +224,13 @@ class Index:
 
     def _take(self, manifest: Manifest, segments: list[SegmentFiles]) -> None:
         self._manifest, self._segments = manifest, segments
-        self._searched = Searched(segments, manifest.levels, manifest.width, self._mesh)
+        self.__dict__.pop("_searched", None)
+
+    @functools.cached_property
+    def _searched(self) -> Searched:
+        """Made by the first search: who only writes needs no device."""
+        mesh = make_mesh() if self._mesh is None else self._mesh
+        return Searched(self._segments, self._manifest.levels, self._manifest.width, mesh)
 
     def _id(self, position: int) -> str:
         segment, row = self._searched.place(position)

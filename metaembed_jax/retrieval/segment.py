@@ -9,6 +9,7 @@ metadata, metadata-ends          JSON objects end to end, and where each ends
 checksums                        CRC-32 of every `checked.PIECE` bytes of all files above, in the order of their names
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -59,9 +60,7 @@ class SegmentFiles:
             dtype, row = layout[name]
             fits = about.items * np.dtype(dtype).itemsize * int(np.prod(row))
             if name not in ("ids", "metadata") and about.sizes[name] != fits:
-                raise UserError(
-                    f"{self.folder / name}: {about.items} items have {fits} bytes there; the manifest says something else"
-                )
+                raise UserError(f"{folder}: the manifest gives {name} another size than its items have; build the index again")
             mine, crcs = np.split(crcs, [pieces(about.sizes[name])])
             self._files[name] = CheckedFile(self.folder / name, mine, about.sizes[name], dtype, row)
         names = manifests.level_names(manifest)
@@ -119,21 +118,23 @@ class SegmentFiles:
             for file in self._files.values():
                 file.release()
 
-    def copy(self, folder: Path) -> None:
-        """Copies all files into a folder of the same name in another index's folder; they are checked on the way.
+    def copy(self, folder: Path) -> manifests.Segment:
+        """Copies all files into the folder of another index; they are checked on the way. For that index's manifest.
 
         Raises:
           UserError: one is damaged.
         """
-        target = folder / self.about.name
+        about = dataclasses.replace(self.about, name=new_name())
+        target = folder / about.name
         target.mkdir()
         for name, file in self._files.items():
-            writer, row = CheckedWriter(target / name), max(file.row_bytes, 1)
-            for start in range(0, len(file), max(AT_ONCE // row, 1)):
-                writer.write(file.read(start, min(start + max(AT_ONCE // row, 1), len(file))))
+            writer, at_once = CheckedWriter(target / name), max(AT_ONCE // file.row_bytes, 1)
+            for start in range(0, len(file), at_once):
+                writer.write(file.read(start, min(start + at_once, len(file))))
                 file.release()
             writer.close()
-        _write_checksums(target, (self.folder / CHECKSUMS).read_bytes())
+        _write_checksums(target, bytes(map_file(self.folder / CHECKSUMS, 4 * sum(map(pieces, about.sizes.values())))))
+        return about
 
     def _text(self, blob: str, ends: str, row: int) -> str:
         places = self._files[ends].read(max(row - 1, 0), row + 1)
@@ -155,7 +156,7 @@ class SegmentWriter:
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
-        self.manifest, self.name, self.items, self.fewest = manifest, os.urandom(8).hex(), 0, manifest.levels[-1]
+        self.manifest, self.name, self.items, self.fewest = manifest, new_name(), 0, manifest.levels[-1]
         self.folder = folder / self.name
         self.folder.mkdir()
         self._layout = _layout(manifest)
@@ -229,6 +230,11 @@ class SegmentWriter:
             for first, second in itertools.pairwise(files.ids(order[np.union1d(same, same + 1)])):
                 if first == second:
                     raise UserError(f"the id {first!r} is there twice; ids name one item each")
+
+
+def new_name() -> str:
+    """Of a segment: no other one has it."""
+    return os.urandom(8).hex()
 
 
 def sync(folder: Path) -> None:
