@@ -7,6 +7,7 @@ scores, ids = index.search(q, k=10, budget=[(1, 1, 1000), (16, 64)])
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import shutil
 import tempfile
@@ -20,7 +21,8 @@ from jaxtyping import Float
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import Budget
-from metaembed_jax.late_interaction.stages import as_stages
+from metaembed_jax.late_interaction.stages import Stages, as_stages
+from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.items import Items, as_blocks, check_unit, longest, make_items
 from metaembed_jax.retrieval.manifest import DTYPES, Manifest, Segment, levels_of
@@ -72,7 +74,7 @@ class Index:
         Raises:
           UserError: there is nothing to index, or an item with something wrong, which is named.
         """
-        _check_dtype(dtype)
+        check_dtype(dtype)
         if budget is not None and (type(budget) is not int or budget < 1):
             raise UserError(f"budget={budget!r}: expected how many vectors of an item to keep, from 1")
         blocks = (make_items(array, names, about, budget) for names, array, about in as_blocks(vectors, ids, metadata))
@@ -123,14 +125,59 @@ class Index:
           UserError: the queries or the budget do not fit what is stored, or there is no k best.
         """
         query_QRD, stages = self._checked(query_QRD, budget)
-        fewest = min([len(self), *(stage[2] for stage in stages[:-1])])
-        if type(k) is not int or not 1 <= k <= fewest:
-            most = "the number of items" if fewest == len(self) else "the survivors of a stage"
-            raise UserError(f"k={k!r} must be between 1 and {fewest}, {most}")
+        self._check_k(k, stages)
         scores, positions = self._searched.find(query_QRD, k, stages)
         unique, places = np.unique(positions, return_inverse=True)
         names = np.array([*map(self._id, unique.tolist()), None], object)[:-1]  # NumPy would make an array of another type
         return scores, names[places.reshape(positions.shape)]
+
+    def survivors(
+        self,
+        query_QRD: Float[np.ndarray, "Q R D"],
+        first: Budget,
+        last: Budget,
+        *,
+        k: int = 10,
+        recall: float = 0.99,
+    ) -> int:
+        """How many items must survive a first stage, so that a second finds so much of what it would find among all.
+
+        Args:
+          query_QRD: a sample of the queries that are to come; each of them is searched for among all.
+          first, last: budgets of the stages: `search(q, k, [(*first, survivors), last])`.
+          k: how many items are looked for.
+          recall: the share of the k best at `last` that is to survive, in the mean over the queries; 1 for all.
+
+        Raises:
+          UserError: as `search`, or there are no queries, or no such share.
+        """
+        if not 0 < recall <= 1 or not len(query_QRD):
+            raise UserError(f"recall={recall!r} of {len(query_QRD)} queries: expected a share above 0, and a query at least")
+        (query_QRD, wanted), (_, stage) = (self._checked(query_QRD, budget) for budget in (last, first))
+        self._check_k(k, wanted)
+        _, best_Qk = self._searched.find(query_QRD, k, wanted)
+        survivors = k
+        while True:
+            _, first_QK = self._searched.find(query_QRD, survivors, stage)
+            places = [np.flatnonzero(np.isin(row, best)) for row, best in zip(first_QK, best_Qk, strict=True)]
+            needed = np.sort(np.concatenate(places)) + 1  # survivors for one more of the best, over all queries
+            enough = math.ceil(recall * best_Qk.size - 1e-9)
+            if len(needed) >= enough:
+                return max(int(needed[enough - 1]), k)
+            survivors = min(2 * survivors, len(self))
+
+    def check_model(self, model: MetaEmbed) -> None:
+        """Whether a model is the one whose vectors are here.
+
+        Raises:
+          UserError: it is another one, or it is not known which one it was.
+        """
+        recorded = self._manifest.model
+        if recorded is None:
+            raise UserError(f"{self.folder} was built from vectors, and does not record of which model they are")
+        if recorded["fingerprint"] != model.fingerprint:
+            whose = f"{self.model or 'one'} of fingerprint {recorded['fingerprint']}, and this one has {model.fingerprint}"
+            raise UserError(f"{self.folder} holds vectors of another model: {whose}; search with that one, or index again")
 
     def metadata(self, name: str) -> dict:
         """What is known of an item.
@@ -200,6 +247,11 @@ class Index:
         return sum(len(segment) - len(segment.about.deleted) for segment in self._segments)
 
     @property
+    def model(self) -> str:
+        """The path or hub id of the model whose vectors are here; empty if it is not known."""
+        return (self._manifest.model or {}).get("name", "")
+
+    @property
     def vectors(self) -> int:
         """How many vectors of an item are stored, at most."""
         return self._manifest.levels[-1]
@@ -236,7 +288,13 @@ class Index:
         segment, row = self._searched.place(position)
         return segment.ids([row])[0]
 
-    def _checked(self, query_QRD, budget) -> tuple[np.ndarray, tuple]:
+    def _check_k(self, k: int, stages: Stages) -> None:
+        fewest = min([len(self), *(stage[2] for stage in stages[:-1])])
+        if type(k) is not int or not 1 <= k <= fewest:
+            most = "the number of items" if fewest == len(self) else "the survivors of a stage"
+            raise UserError(f"k={k!r} must be between 1 and {fewest}, {most}")
+
+    def _checked(self, query_QRD, budget) -> tuple[np.ndarray, Stages]:
         """The queries as float32, and the stages."""
         query_QRD = np.asarray(query_QRD)
         if query_QRD.ndim != 3 or query_QRD.shape[2] != self._manifest.width or not query_QRD.shape[1]:
@@ -297,6 +355,7 @@ def _write(folder: Path, manifest: Manifest, first: Items, rest: Iterator[Items]
     return writer.close()
 
 
-def _check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
+    """Raises UserError where an index has no such type."""
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}")

@@ -92,15 +92,12 @@ def read_draft(folder: Path, job: str) -> Manifest | None:
 
 def write_draft(folder: Path, manifest: Manifest) -> None:
     """Remembers what is written of a job so far; the caller holds the lock."""
-    write_file(folder / DRAFT, encode(manifest))
-    sync(folder)
+    _replace(folder / DRAFT, manifest)
 
 
 def commit(folder: Path, manifest: Manifest) -> None:
     """Makes this the index, and removes what no longer belongs to one; the caller holds the lock."""
-    sync(folder)  # the segments' folders are there before the manifest that names them
-    write_file(folder / MANIFEST, encode(manifest))
-    sync(folder)
+    _replace(folder / MANIFEST, manifest)
     (folder / DRAFT).unlink(missing_ok=True)
     clean(folder, manifest)
 
@@ -127,3 +124,9 @@ def manifests_in(folder: Path) -> list[Manifest]:
     with contextlib.suppress(FileNotFoundError, UserError):  # a draft is only worth the time it saves
         found.append(decode(folder / DRAFT))
     return found
+
+
+def _replace(path: Path, manifest: Manifest) -> None:
+    sync(path.parent)  # the segments' folders are there before what names them
+    write_file(path, encode(manifest))
+    sync(path.parent)
