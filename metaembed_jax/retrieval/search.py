@@ -14,16 +14,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
+from metaembed_jax.late_interaction import levels
 from metaembed_jax.late_interaction.levels import Block, merge_block, no_best
 from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.retrieval.checked import CheckedFile
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.sharding import put_whole
 
-# Candidates that are scored at once on a device: their vectors, and the numbers of these.
-PART_ROWS, PART_NUMBERS = 4096, 2**23
-BLOCK_NUMBERS = 2**23  # of candidates that are sent to a device at once
+# Of candidates that are scored at once on a device: similarities, numbers in their vectors, and how many may always be.
+PART_SIMILARITIES, PART_NUMBERS, PART_ITEMS = 2**20, 2**22, 1024
+BLOCK_NUMBERS = 2**22  # of candidates that are sent to a device at once
 QUERY_ROWS = 1024  # vectors of queries that are searched for at once
+RELEASED = 16  # blocks, after which the memory that files have filled is given back
 SCORES = 2**22  # at once, of a block, or of candidates that are kept
 
 
@@ -79,6 +81,7 @@ class Searched:
                 found = [self._best(asked[q : q + 1], candidate_vectors, keep, survivors_QK[q]) for q in range(len(asked))]
                 scores, positions = (np.concatenate(part) for part in zip(*found, strict=True))
             survivors_QK = np.sort(positions, axis=1)  # so that the first position wins ties in the next stage too
+            self._release()
         return scores, positions
 
     def _best(self, query_QRD: np.ndarray, vectors: int, k: int, positions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -86,12 +89,13 @@ class Searched:
 
         Queries, k and the last block are filled up to powers of two, so that few programs are compiled.
         """
-        queries = len(query_QRD)
+        queries, rows = len(query_QRD), min(_ceil(len(query_QRD)) * query_QRD.shape[1], levels.QUERY_ROWS)
         query_QRD = put_whole(np.pad(query_QRD, [(0, _ceil(queries) - queries), (0, 0), (0, 0)]), self.mesh)
         best = jax.tree.map(lambda x: put_whole(np.asarray(x), self.mesh), no_best(len(query_QRD), _ceil(k)))
         numbers = vectors * self.width
-        # Of the number of candidates, not of the devices: so the scores are the same bits on any mesh.
-        part = _floor(min(PART_ROWS // vectors, PART_NUMBERS // numbers, _ceil(len(positions_N))))
+        # It follows the number of candidates, not that of devices, so that the scores are the same bits on any mesh.
+        fair = min(_ceil(len(positions_N)), max(_ceil(len(positions_N)) // 8, PART_ITEMS))
+        part = _floor(min(PART_SIMILARITIES // (rows * vectors), PART_NUMBERS // numbers, fair))
         parts = _floor(min(BLOCK_NUMBERS // (part * numbers), SCORES // (part * len(query_QRD))))
         for block in self._blocks(positions_N, part * self.mesh.size, parts, vectors):
             jax.block_until_ready(best)  # else blocks pile up where reading is faster than scoring
@@ -100,9 +104,15 @@ class Searched:
 
     def _blocks(self, positions_N: np.ndarray, step: int, steps: int, vectors: int) -> Iterator[Block]:
         """Blocks of 1, 2, 4 .. `steps` times `step` candidates."""
-        for start in range(0, len(positions_N), step * steps):
+        for number, start in enumerate(range(0, len(positions_N), step * steps), 1):
             positions_n = positions_N[start : start + step * steps]
             yield self._block(positions_n, step * _ceil(-(-len(positions_n) // step)), vectors)
+            if number % RELEASED == 0:
+                self._release()
+
+    def _release(self) -> None:
+        for segment in self.segments:
+            segment.release()
 
     def _block(self, positions_n: np.ndarray, size: int, vectors: int) -> Block:
         def put(row: tuple[int, ...], read: Callable[[np.ndarray], np.ndarray]) -> jax.Array:

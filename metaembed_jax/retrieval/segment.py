@@ -107,6 +107,12 @@ class SegmentFiles:
         """
         for file in self._files.values():
             file.check_all()
+            file.release()
+
+    def release(self) -> None:
+        """Gives the memory back that reading has filled."""
+        for file in self._files.values():
+            file.release()
 
     def items(self, at_once: int) -> Iterator[tuple[list[str], list[np.ndarray], list[np.ndarray], np.ndarray, list[str]]]:
         """What is not deleted, as `SegmentWriter.write` takes it, so many items at once."""
@@ -115,8 +121,7 @@ class SegmentFiles:
             levels, scales = ([file.take(rows) for file in files] for files in (self.levels, self.scales))
             texts = [self._text("metadata", "metadata-ends", row) for row in rows.tolist()]
             yield self.ids(rows), levels, scales, self.counts.take(rows), texts
-            for file in self._files.values():
-                file.release()
+            self.release()
 
     def copy(self, folder: Path) -> manifests.Segment:
         """Copies all files into the folder of another index; they are checked on the way. For that index's manifest.

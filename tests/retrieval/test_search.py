@@ -43,7 +43,7 @@ def test_equal_to_the_definition(seed, queries, candidates, vectors, ties, ragge
 
 
 def test_blocks_parts_and_queries_that_do_not_divide(monkeypatch):
-    for name, value in {"PART_ROWS": 16, "BLOCK_NUMBERS": 16 * 16 * 4, "QUERY_ROWS": 32}.items():
+    for name, value in {"PART_ITEMS": 8, "BLOCK_NUMBERS": 16 * 16 * 4, "QUERY_ROWS": 32}.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(levels, "QUERY_ROWS", 8)
     rng = np.random.default_rng(0)
@@ -57,7 +57,7 @@ def test_blocks_parts_and_queries_that_do_not_divide(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_eight_devices_find_the_same_bits(dtype, monkeypatch):
-    monkeypatch.setattr(module, "PART_ROWS", 32)
+    monkeypatch.setattr(module, "PART_ITEMS", 8)
     rng = np.random.default_rng(1)
     query, candidate = unit(rng, 5, 4, 16), unit(rng, 333, 9, 16)
     candidate[200] = candidate[3]
