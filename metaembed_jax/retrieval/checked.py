@@ -17,6 +17,8 @@ from metaembed_jax.errors import UserError
 
 # A search in stages reads single items from all over: small pieces, so that it checks little beside them.
 PIECE = 64 * 1024
+# Places that are read before their memory is given back: the system may map 2 MiB around each.
+SCATTERED = 32
 
 
 def pieces(size: int) -> int:
@@ -68,7 +70,11 @@ class CheckedFile:
         first, last = rows * self.row_bytes // PIECE, pieces((rows + 1) * self.row_bytes) - 1
         touched = np.unique(np.minimum(first[:, None] + np.arange(int((last - first).max(initial=0)) + 1), last[:, None]))
         self._check(touched[~self._is_good[touched]])
-        return self._array[rows]
+        found = np.empty((len(rows), *self._array.shape[1:]), self._array.dtype)
+        for start in range(0, len(rows), SCATTERED):
+            found[start : start + SCATTERED] = self._array[rows[start : start + SCATTERED]]
+            self.release()
+        return found
 
     def check_all(self) -> None:
         """Reads everything, whether or not it was checked before.
@@ -84,13 +90,15 @@ class CheckedFile:
             self._content.madvise(mmap.MADV_DONTNEED)
 
     def _check(self, numbers: np.ndarray) -> None:
-        for number in numbers.tolist():
+        for place, number in enumerate(numbers.tolist(), 1):
             if zlib.crc32(self._bytes[number * PIECE : (number + 1) * PIECE]) != self._crcs[number]:
                 raise UserError(
                     f"{self.path} is damaged near byte {number * PIECE}: its checksum does not fit; "
                     "copy the index again, or build it again"
                 )
             self._is_good[number] = True
+            if place % SCATTERED == 0:
+                self.release()
 
 
 def map_file(path: Path, size: int) -> mmap.mmap | bytes:

@@ -25,7 +25,7 @@ from metaembed_jax.sharding import put_whole
 PART_SIMILARITIES, PART_NUMBERS, PART_ITEMS = 2**20, 2**22, 1024
 BLOCK_NUMBERS = 2**22  # of candidates that are sent to a device at once
 QUERY_ROWS = 1024  # vectors of queries that are searched for at once
-RELEASED = 16  # blocks, after which the memory that files have filled is given back
+RELEASED = 4  # blocks, after which the memory that files have filled is given back
 SCORES = 2**22  # at once, of a block, or of candidates that are kept
 
 
