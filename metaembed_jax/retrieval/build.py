@@ -94,9 +94,13 @@ class Part(Sequence):
     def __getitem__(self, number: int) -> dict:
         return self.documents[self.numbers[number]]
 
-    def about(self) -> list[dict]:
-        """What `Documents.about` says of each."""
-        return [self.documents.about(number) for number in self.numbers]
+    def ids(self) -> list[str]:
+        """Of each document."""
+        return [self.documents.about(number)["id"] for number in self.numbers]
+
+    def metadata(self) -> list[dict]:
+        """The path, page and text of each, those that it has."""
+        return [_known(self.documents.about(number)) for number in self.numbers]
 
 
 def _job(documents: Documents, *how) -> str:
@@ -117,9 +121,13 @@ def _begin(folder: Path, wanted: Manifest) -> Manifest | None:
 
 def _write(folder: Path, draft: Manifest, part: Part, vectors_nRD: Float[np.ndarray, "n R D"]) -> Manifest:
     """The draft with a segment more."""
-    about, writer = part.about(), SegmentWriter(folder, draft)
-    metadata = [{key: value for key, value in one.items() if key != "id" and value is not None} for one in about]
-    writer.add(make_items(vectors_nRD, [one["id"] for one in about], metadata, None))
+    writer = SegmentWriter(folder, draft)
+    writer.add(make_items(vectors_nRD, part.ids(), part.metadata(), None))
     draft = dataclasses.replace(draft, segments=(*draft.segments, writer.close()))
     store.write_draft(folder, draft)
     return draft
+
+
+def _known(about: dict) -> dict:
+    path = about["path"] and os.path.abspath(about["path"])  # the index may be searched from elsewhere
+    return {key: value for key, value in (about | {"path": path}).items() if key != "id" and value is not None}
