@@ -16,10 +16,11 @@ from metaembed_jax.data.documents import Documents
 from metaembed_jax.errors import UserError
 from metaembed_jax.model import BATCH_SIZE, MetaEmbed
 from metaembed_jax.retrieval import store
-from metaembed_jax.retrieval.index import Index, check_dtype, merged
+from metaembed_jax.retrieval.index import Index, check_dtype
 from metaembed_jax.retrieval.items import make_items
 from metaembed_jax.retrieval.manifest import Manifest, levels_of
-from metaembed_jax.retrieval.segment import SegmentFiles, SegmentWriter
+from metaembed_jax.retrieval.segment import SegmentFiles
+from metaembed_jax.retrieval.writer import SegmentWriter, merged
 from metaembed_jax.sharding import batch_shards
 
 PART = 8  # batches that are encoded before they are written

@@ -7,7 +7,6 @@ scores, ids = index.search(q, k=10, budget=[(1, 1, 1000), (16, 64)])
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import shutil
 import tempfile
@@ -24,13 +23,12 @@ from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import Stages, as_stages
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
-from metaembed_jax.retrieval.items import Items, as_blocks, check_unit, longest, make_items
+from metaembed_jax.retrieval.items import as_blocks, check_unit, longest, make_items
 from metaembed_jax.retrieval.manifest import DTYPES, Manifest, Segment, levels_of
-from metaembed_jax.retrieval.search import Searched
-from metaembed_jax.retrieval.segment import SegmentFiles, SegmentWriter
+from metaembed_jax.retrieval.search import Searched, survivors
+from metaembed_jax.retrieval.segment import SegmentFiles
+from metaembed_jax.retrieval.writer import SegmentWriter, copied, merged, written
 from metaembed_jax.sharding import make_mesh
-
-COPIED_NUMBERS = 2**23  # of vectors, that are held at once where segments are merged
 
 
 class Index:
@@ -83,7 +81,7 @@ class Index:
             raise UserError("there is nothing to index: no item was given")
         _, most, width = first.vectors_NRD.shape
         empty = Manifest(width, levels_of(budget or max(most, longest(vectors))), dtype)
-        return _made(path, mesh, lambda folder: dataclasses.replace(empty, segments=(_write(folder, empty, first, blocks),)))
+        return _made(path, mesh, lambda folder: dataclasses.replace(empty, segments=(written(folder, empty, first, blocks),)))
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, mesh: Mesh | None = None) -> "Index":
@@ -107,7 +105,7 @@ class Index:
             return
         with store.writing(folder):
             store.clean(folder, *store.manifests_in(folder))
-            segments = tuple(segment.copy(folder) for segment in self._segments)
+            segments = tuple(copied(folder, segment) for segment in self._segments)
             store.commit(folder, dataclasses.replace(self._manifest, segments=segments))
 
     def search(
@@ -155,16 +153,7 @@ class Index:
             raise UserError(f"recall={recall!r} of {len(query_QRD)} queries: expected a share above 0, and a query at least")
         (query_QRD, wanted), (_, stage) = (self._checked(query_QRD, budget) for budget in (last, first))
         self._check_k(k, wanted)
-        _, best_Qk = self._searched.find(query_QRD, k, wanted)
-        survivors = k
-        while True:
-            _, first_QK = self._searched.find(query_QRD, survivors, stage)
-            places = [np.flatnonzero(np.isin(row, best)) for row, best in zip(first_QK, best_Qk, strict=True)]
-            needed = np.sort(np.concatenate(places)) + 1  # survivors for one more of the best, over all queries
-            enough = math.ceil(recall * best_Qk.size - 1e-9)
-            if len(needed) >= enough:
-                return max(int(needed[enough - 1]), k)
-            survivors = min(2 * survivors, len(self))
+        return survivors(self._searched, query_QRD, stage, wanted, k, recall)
 
     def check_model(self, model: MetaEmbed) -> None:
         """Whether a model is the one whose vectors are here.
@@ -290,7 +279,7 @@ class Index:
 
     def _check_k(self, k: int, stages: Stages) -> None:
         fewest = min([len(self), *(stage[2] for stage in stages[:-1])])
-        if type(k) is not int or not 1 <= k <= fewest:
+        if not isinstance(k, int | np.integer) or not 1 <= k <= fewest:
             most = "the number of items" if fewest == len(self) else "the survivors of a stage"
             raise UserError(f"k={k!r} must be between 1 and {fewest}, {most}")
 
@@ -328,31 +317,6 @@ def _made(path: str | os.PathLike | None, mesh: Mesh | None, make: Callable[[Pat
         raise
     weakref.finalize(index, shutil.rmtree, folder, ignore_errors=True)
     return index
-
-
-def merged(folder: Path, manifest: Manifest, segments: Sequence[SegmentFiles]) -> tuple[Segment, ...]:
-    """All items that are not deleted in one new segment; in none if there are none.
-
-    Raises:
-      UserError: a file is damaged, or an id is there twice.
-    """
-    writer = SegmentWriter(folder, manifest)
-    at_once = max(COPIED_NUMBERS // (manifest.levels[-1] * manifest.width), 1)
-    for segment in segments:
-        for block in segment.items(at_once):
-            writer.write(*block)
-    return (writer.close(),) if writer.items else ()
-
-
-def _write(folder: Path, manifest: Manifest, first: Items, rest: Iterator[Items]) -> Segment:
-    """A new segment of blocks of items."""
-    writer = SegmentWriter(folder, manifest)
-    writer.add(first)
-    del first
-    for items in rest:
-        if items.ids:
-            writer.add(items)
-    return writer.close()
 
 
 def check_dtype(dtype: str) -> None:

@@ -88,6 +88,8 @@ def as_blocks(vectors, ids: Iterable[str] | None, metadata: Sequence | None) -> 
                 raise UserError(f"block {number} is no tuple (ids, vectors) or (ids, vectors, metadata)")
             yield (*block, None)[:3]
         return
+    if not np.iterable(vectors) or not hasattr(vectors, "__len__"):
+        raise UserError(f"vectors are a {type(vectors).__name__}, not an array, a list or an iterator")
     ids = list(map(str, range(len(vectors))) if ids is None else ids)
     for name, given in (("ids", ids), ("metadata", metadata)):
         if given is not None and len(given) != len(vectors):

@@ -7,6 +7,7 @@ Q queries, R vectors of a query, D width of a vector, N candidates, n of a block
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -151,6 +152,26 @@ class Searched:
             first = rows[0] if len(rows) else 0
             parts.append(file.read(first, first + len(rows)) if in_a_row else file.take(rows))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def survivors(
+    searched: Searched, query_QRD: Float[np.ndarray, "Q R D"], first: Stages, wanted: Stages, k: int, recall: float
+) -> int:
+    """How many must survive a first stage, so that of the k best that are wanted so many are among them, over all queries.
+
+    Args:
+      first, wanted: of `as_stages`, one stage each.
+      recall: a share of the Q * k best.
+    """
+    alive, enough = int(searched.is_alive.sum()), math.ceil(recall * len(query_QRD) * k - 1e-9)
+    _, best_Qk = searched.find(query_QRD, k, wanted)
+    looked_at = k
+    while True:
+        _, ranked_QK = searched.find(query_QRD, looked_at, first)
+        places = np.concatenate([np.flatnonzero(np.isin(*pair)) for pair in zip(ranked_QK, best_Qk, strict=True)])
+        if len(places) >= enough:
+            return max(int(np.sort(places)[enough - 1]) + 1, k)
+        looked_at = min(2 * looked_at, alive)
 
 
 def _floor(number: int) -> int:

@@ -18,7 +18,8 @@ from pathlib import Path
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.report import write_file
 from metaembed_jax.retrieval.manifest import NAME, Manifest, decode, encode
-from metaembed_jax.retrieval.segment import SegmentFiles, sync
+from metaembed_jax.retrieval.segment import SegmentFiles
+from metaembed_jax.retrieval.writer import sync
 
 MANIFEST, DRAFT, LOCK = "manifest.json", "draft.json", "lock"
 TRIES = 5  # of opening an index that is replaced again and again
@@ -79,12 +80,12 @@ def is_index(folder: Path) -> bool:
 def read_draft(folder: Path, job: str) -> Manifest | None:
     """What was written of a job so far; None if nothing was, or it cannot be used.
 
-    Its segments are there and whole, in size; the caller holds the lock.
+    Its segments are there and whole; the caller holds the lock.
     """
     try:
         draft = decode(folder / DRAFT)
         for one in draft.segments if draft.job == job else ():
-            SegmentFiles(folder, draft, one)
+            SegmentFiles(folder, draft, one).check_all()  # it could not go on again and again
         return draft if draft.job == job else None
     except (UserError, FileNotFoundError):
         return None

@@ -1,5 +1,6 @@
 """From a folder or a table to an index, and the commands."""
 
+import functools
 import json
 import sys
 
@@ -92,6 +93,19 @@ def test_a_stopped_job_goes_on(model, table, tmp_path, small_parts, monkeypatch)
     assert len([path for path in (tmp_path / "index").iterdir() if path.is_dir()]) == 1
 
 
+def test_a_damaged_part_starts_the_job_anew(model, table, tmp_path, small_parts, monkeypatch):
+    documents = me.open_documents(table)
+    reads = counted(documents)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "commit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            me.index_documents(model, documents, tmp_path / "index", budget=4)
+    file = next((tmp_path / "index").glob("*/vectors-0-1"))
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    me.index_documents(model, documents, tmp_path / "index", budget=4).verify()
+    assert reads == 2 * list(range(10))
+
+
 def test_another_job_starts_anew(model, table, tmp_path, small_parts, monkeypatch):
     documents = me.open_documents(table)
     reads = counted(documents)
@@ -138,6 +152,8 @@ def run(monkeypatch, capsys, *arguments) -> str:
 
 
 def test_commands(directory, table, tmp_path, monkeypatch, capsys):
+    load = functools.cache(functools.partial(me.MetaEmbed.from_pretrained, mesh=ONE))  # a model is loaded once, not by each command
+    monkeypatch.setattr(me.MetaEmbed, "from_pretrained", load)
     flags = f"--model={directory}", f"--input={table}", f"--out={tmp_path / 'index'}", "--budget=16"
     assert "10 items, 16 vectors each" in run(monkeypatch, capsys, "index", *flags)
     searched = "search", f"--index={tmp_path / 'index'}"

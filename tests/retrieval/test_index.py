@@ -95,6 +95,7 @@ EYE = np.eye(8, dtype=np.float32)[None]
         ((np.zeros((0, 4, 8)),), "nothing to index"),
         (([],), "nothing to index"),
         ((iter([]),), "nothing to index"),
+        ((3,), "vectors are a int, not an array"),
         ((EYE[0],), "not .items, vectors, width"),
         ((EYE, ["a", "b"]), "ids: there are 2 for 1 items"),
         ((EYE, [3]), "id 3 of item 0: ids are texts"),

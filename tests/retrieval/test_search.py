@@ -24,7 +24,7 @@ def assert_found(index, queries, items, k, budget, stages):
     np.testing.assert_allclose(scores, wanted_scores, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     st.integers(0, 2**32 - 1), st.integers(0, 5), st.integers(1, 40), st.integers(1, 9), st.booleans(), st.booleans(), st.booleans()
 )
@@ -55,7 +55,7 @@ def test_blocks_parts_and_queries_that_do_not_divide(monkeypatch):
         assert_found(index, query, candidate, 20, stages, stages)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_eight_devices_find_the_same_bits(dtype, monkeypatch):
     monkeypatch.setattr(module, "PART_ITEMS", 8)
     rng = np.random.default_rng(1)
