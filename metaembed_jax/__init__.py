@@ -11,5 +11,7 @@ from metaembed_jax.late_interaction.groups import GROUPS
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.model import MetaEmbed
+from metaembed_jax.retrieval.build import index_documents
+from metaembed_jax.retrieval.index import Index
 
-__all__ = ["GROUPS", "MetaEmbed", "UserError", "matryoshka_loss", "maxsim", "open_documents"]
+__all__ = ["GROUPS", "Index", "MetaEmbed", "UserError", "index_documents", "matryoshka_loss", "maxsim", "open_documents"]

@@ -13,6 +13,8 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import report
 from metaembed_jax.flags import Parser, add_config, run_main, split_overrides
 from metaembed_jax.planning import command as planning
+from metaembed_jax.retrieval import command as retrieval
+from metaembed_jax.retrieval.manifest import DTYPES
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,6 +46,21 @@ def main(argv: Sequence[str]) -> None:
     plan.add_argument("--json", action="store_true", help="print JSON")
     add_config(plan)
     plan.set_defaults(run=_plan)
+    index = commands.add_parser("index", help="encode what is to be searched; killed and run again, it goes on where it was")
+    index.add_argument("--model", required=True, help="a run of train.py, a Hugging Face directory, or a hub id")
+    index.add_argument("--input", type=Path, required=True, help="a folder of images and PDF files, or a .jsonl or .parquet")
+    index.add_argument("--out", type=Path, required=True, help="the index; one that is there is replaced in the end")
+    index.add_argument("--budget", type=int, help="vectors to keep of each item (default: all)")
+    index.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the vectors on disk (default: bfloat16)")
+    index.set_defaults(run=_index)
+    search = commands.add_parser("search", help="find what fits a text, an image, or both")
+    search.add_argument("--index", type=Path, required=True, help="what the command `index` wrote")
+    search.add_argument("query", nargs="?", help="a text")
+    search.add_argument("--image", type=Path, help="a file")
+    search.add_argument("--budget", help="such as 4:8, or stages, 1:1:1000>16:64 (default: all vectors)")
+    search.add_argument("-k", type=int, help="how many to show (default: 10)")
+    search.add_argument("--model", help="where the index's model is now (default: where it was)")
+    search.set_defaults(run=_search)
     overrides, rest = split_overrides(argv)
     arguments = parser.parse_args(rest)
     if overrides and "config" not in arguments:
@@ -80,6 +97,14 @@ def _plan(arguments: Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     if not planning.plan(config, arguments.topology, arguments.what, arguments.search, arguments.json):
         sys.exit(1)
+
+
+def _index(arguments: Namespace) -> None:
+    retrieval.index(arguments.model, arguments.input, arguments.out, arguments.budget, arguments.dtype)
+
+
+def _search(arguments: Namespace) -> None:
+    retrieval.search(arguments.index, arguments.query, arguments.image, arguments.budget, arguments.k, arguments.model)
 
 
 def run() -> None:

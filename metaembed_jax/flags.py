@@ -67,13 +67,17 @@ def add_host_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_argument("--host", type=int, help="which of them this is, from 0")
 
 
+def printable(text: str) -> str:
+    """A text that may come from others' files, for one line of a terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """Calls a command; a `UserError` becomes one line on stderr and exit code 2."""
     try:
         main(sys.argv[1:])
     except UserError as error:
-        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(error))  # names come from others' files
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # of a path or a disk, in the system's own words
         print(f"error: {ascii(error.filename) + ': ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)

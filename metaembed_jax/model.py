@@ -3,6 +3,8 @@
 N items, R vectors of an item, D width of a vector.
 """
 
+import functools
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,10 +22,11 @@ from metaembed_jax.data.prompts import BLANK, Example, Processor, ShapeClass, co
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.network import ModelConfig, abstract_network
-from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding, put_rows, row_parts, rows_of
+from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding, put_rows, replicated, row_parts, rows_of
 
 BATCH_SIZE = 32
 TOKEN_BUCKET = 32
+SAMPLES = 16  # along each axis of a parameter, that the fingerprint reads at most
 BATCHES_AHEAD = 16  # how many batches of items are processed, and sorted by shape, before they are encoded
 
 
@@ -63,6 +66,20 @@ class MetaEmbed:
             raise UserError(f"dtype={dtype!r}: expected 'bfloat16' or 'float32'")
         mesh = make_mesh() if mesh is None else mesh
         return cls(*load(path, dtype, mesh, seed, max_visual_tokens), mesh)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the network, and of numbers from all over its parameters.
+
+        It says whether vectors are of one model, wherever that was loaded from, and whatever it computes in.
+        """
+        config = self.config
+        fixed = (config.backbone, config.architecture, config.query_tokens, config.candidate_tokens, config.embedding_dim)
+        digest = hashlib.sha256(repr((*fixed, config.lora.alpha if config.lora.kernels else None)).encode())
+        sample = jax.jit(lambda parameters: jax.tree.map(_sample, parameters), out_shardings=replicated(self.mesh))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(sample(self.parameters)):
+            digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def meta_tokens(self) -> Float[np.ndarray, "R D"]:
@@ -202,6 +219,11 @@ def as_item(item) -> dict:
     if isinstance(item, dict):
         return item
     raise UserError(f"an item is a text, a PIL image or a dict of both, not {type(item).__name__}")
+
+
+def _sample(parameter: jax.Array) -> jax.Array:
+    """Some of its numbers, in what all dtypes round to alike."""
+    return parameter[tuple(slice(None, None, math.ceil(size / SAMPLES)) for size in parameter.shape)].astype("bfloat16")
 
 
 def _by_shape(examples: dict[int, Example], image_config) -> dict[ShapeClass, list[int]]:

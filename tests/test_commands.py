@@ -39,6 +39,9 @@ WRONG = [
     (["metaembed_jax"], "the following arguments are required: command"),
     (["metaembed_jax", "export", "--checkpoint=no/where", "--out=out", "--format=peft"], "no/where: there is no such directory"),
     (["metaembed_jax", "export", "--checkpoint=x", "--out=out", "--format=onnx"], "invalid choice: 'onnx'"),
+    (["metaembed_jax", "index", "--model=x", "--input=none", "--out=out"], "none: no such file or folder"),
+    (["metaembed_jax", "search", "--index=none", "a"], "none is no index: it has no manifest.json"),
+    (["metaembed_jax", "search", "--index=none"], "nothing to search for"),
     (["metaembed_jax", "plot", "none.json"], "none.json cannot be read"),
     (["metaembed_jax", "prepare", "--source=cats"], "no source 'cats'; there are icons, boards"),
 ]

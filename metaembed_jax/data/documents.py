@@ -30,7 +30,13 @@ COLUMNS = {"id", "text", "image"}
 
 
 class Documents(Sequence):
-    """Documents in a fixed order. `documents[i]` is what `MetaEmbed.encode_document` takes. Survives pickling."""
+    """Documents in a fixed order. `documents[i]` is what `MetaEmbed.encode_document` takes. Survives pickling.
+
+    Attributes:
+      files: what they are read from, but for the images that a table names.
+    """
+
+    files: tuple[Path, ...]
 
     def __getitem__(self, number):
         """{"text": str, "image": PIL image or encoded bytes}, with either or both; of a slice, a list of them.
@@ -43,7 +49,9 @@ class Documents(Sequence):
 
     @abstractmethod
     def about(self, number: int) -> dict:
-        """{"id": str, unlike all others, "path": str or None, of the file that shows it, "page": int from 1, or None}."""
+        """{"id": str, unlike all others, "path": str or None, of the file that shows it, "page": int from 1, or None, "text": str
+        or None}.
+        """
 
     @abstractmethod
     def _item(self, number: int) -> dict: ...
@@ -93,7 +101,7 @@ class FolderDocuments(Documents):
     def about(self, number: int) -> dict:
         file, page = self._find(number)
         name = file.relative_to(self.root).as_posix()
-        return {"id": f"{name}#page={page}" if page else name, "path": str(file), "page": page}
+        return {"id": f"{name}#page={page}" if page else name, "path": str(file), "page": page, "text": None}
 
     def _item(self, number: int) -> dict:
         file, page = self._find(number)
@@ -113,7 +121,7 @@ class TableDocuments(Documents):
         columns = table.columns()
         if not columns & {"text", "image"} or columns - COLUMNS:
             raise UserError(f"{table.files[0]}: has {', '.join(sorted(columns))}; there are id, text, image")
-        self.table, self.folder, self.ids = table, ImageFolder(table.files[0].parent), None
+        self.table, self.files, self.folder, self.ids = table, table.files, ImageFolder(table.files[0].parent), None
         if "id" in columns:
             rows, seen = table.read(0, len(table), columns=("id",)), {}
             self.ids = [new_id(row.get("id"), "id", seen, table, number) for number, row in enumerate(rows)]
@@ -123,9 +131,10 @@ class TableDocuments(Documents):
 
     def about(self, number: int) -> dict:
         number = range(len(self))[number]
-        image = self._row(number).get("image")
+        row = self._row(number)
+        image, text = row.get("image"), row.get("text")
         path = str(self.folder.root / image) if isinstance(image, str) and image else None
-        return {"id": self.ids[number] if self.ids else str(number), "path": path, "page": None}
+        return {"id": self.ids[number] if self.ids else str(number), "path": path, "page": None, "text": text or None}
 
     def _item(self, number: int) -> dict:
         row = self._row(number)

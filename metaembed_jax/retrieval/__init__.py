@@ -1,1 +1,1 @@
-"""Search: what is encoded is stored, and the best of it found."""
+"""Search: an index of candidates on disk, searched exactly at any budget, and the same vectors in Qdrant."""

@@ -71,8 +71,8 @@ def test_a_folder_in_natural_order(tmp_path, capsys):
     documents = open_documents(tmp_path)
     expected = ["a/scan.pdf#page=1", "a/scan.pdf#page=2", "a/scan.pdf#page=3", "b/Übung.jpg", "page2.PNG", "page10.png"]
     assert len(documents) == 6 and ids(documents) == expected
-    assert documents.about(2) == {"id": "a/scan.pdf#page=3", "path": str(tmp_path / "a" / "scan.pdf"), "page": 3}
-    assert documents.about(5) == {"id": "page10.png", "path": str(tmp_path / "page10.png"), "page": None}
+    assert documents.about(2) == {"id": "a/scan.pdf#page=3", "path": str(tmp_path / "a" / "scan.pdf"), "page": 3, "text": None}
+    assert documents.about(5) == {"id": "page10.png", "path": str(tmp_path / "page10.png"), "page": None, "text": None}
     for number, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
         page = documents[number]["image"]
         assert page.mode == "RGB" and np.abs(np.asarray(page).mean((0, 1)) - colour).max() < 3
@@ -236,6 +236,7 @@ def test_a_table(tmp_path, ending):
     image = picture(0, "png")
     assert list(documents) == [{"text": "Grün"}, {"image": image}, {"text": "both", "image": image}]
     assert ids(documents) == ["x", "7", "z"]
+    assert [documents.about(number)["text"] for number in range(3)] == ["Grün", None, "both"]
     assert [documents.about(number)["path"] for number in range(3)] == [None, str(tmp_path / "a.png"), str(tmp_path / "a.png")]
 
 

@@ -1,0 +1,27 @@
+"""What a search must find, in float64 and with sorted lists; and vectors to search."""
+
+import numpy as np
+
+
+def unit(rng, *shape):
+    x = rng.normal(size=shape)
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def exact(rng, *shape):
+    """Unit vectors whose similarities are multiples of 1 / width, exact in every type: nearly everything ties."""
+    return (rng.choice([-1, 1], shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+
+def search(queries, items, k, stages):
+    """(scores, rows) [Q, k] of items that are lists of vectors."""
+    scores, rows = np.zeros((len(queries), k)), np.zeros((len(queries), k), int)
+    for q, query in enumerate(queries):
+        left = list(range(len(items)))
+        for r_q, r_c, *survivors in stages:
+            score = {n: (query[:r_q].astype(float) @ np.asarray(items[n][:r_c], float).T).max(1).sum() for n in left}
+            ranked = sorted(left, key=lambda n: (-score[n], n))  # noqa: B023
+            left = sorted(ranked[: survivors[0] if survivors else k])
+        rows[q] = ranked[:k]
+        scores[q] = [score[n] for n in rows[q]]
+    return scores, rows

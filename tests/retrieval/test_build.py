@@ -1,0 +1,180 @@
+"""From a folder or a table to an index, and the commands."""
+
+import functools
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import metaembed_jax as me
+from metaembed_jax import cli
+from metaembed_jax.flags import run_main
+from metaembed_jax.retrieval import build, store
+from metaembed_jax.sharding import make_mesh
+from tests.backbones.qwen2_5_vl_reference import noise
+from tests.checkpoints.huggingface_files import random_tensors, write
+
+ONE = make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("huggingface"), random_tensors())
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return me.MetaEmbed.from_pretrained(directory, dtype="float32", mesh=ONE)
+
+
+@pytest.fixture
+def table(tmp_path):
+    noise(60, 90, 1).save(tmp_path / "a.png")
+    rows = [{"id": f"row {n}", "text": f"text {n} \x1b[1m\u202e"} for n in range(9)] + [{"id": "ä", "image": "a.png"}]
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(build, "BATCH_SIZE", 4)
+    monkeypatch.setattr(build, "PART", 1)
+
+
+def counted(documents):
+    """Counts the documents that are read."""
+    reads, item = [], documents._item
+    documents._item = lambda number: (reads.append(number), item(number))[1]
+    return reads
+
+
+def test_an_index_of_documents(model, table, tmp_path, small_parts):
+    documents = me.open_documents(table)
+    index = me.index_documents(model, documents, tmp_path / "index", budget=16, dtype="float32", name="here")
+    scores, ids = index.search(model.encode_document(list(documents), budget=4), 1, (4, 16))
+    assert ids[:, 0].tolist() == [documents.about(n)["id"] for n in range(10)]
+    np.testing.assert_allclose(scores, 4, rtol=1e-4)
+    assert index.metadata("row 3") == {"text": documents[3]["text"]} and index.metadata("ä") == {"path": str(tmp_path / "a.png")}
+    assert len(index._segments) == 1 and index.model == "here"
+    index.check_model(model)
+    reads = counted(documents)
+    me.index_documents(model, documents, tmp_path / "index", budget=16, dtype="float32")
+    assert not reads  # it was complete
+    me.index_documents(model, documents, tmp_path / "index", budget=8, dtype="float32")
+    assert reads == list(range(10)) and me.Index.load(tmp_path / "index").vectors == 8
+
+
+def test_a_stopped_job_goes_on(model, table, tmp_path, small_parts, monkeypatch):
+    whole = me.index_documents(model, me.open_documents(table), tmp_path / "whole", budget=4)
+    before = me.Index.build(model.encode_query(["old"], budget=2), path=tmp_path / "index", mesh=ONE)
+    documents = me.open_documents(table)
+    reads, write_draft = counted(documents), store.write_draft
+    for stop_after in (1, 0):  # parts; the second time it stops before it has written any
+
+        def stop(*arguments, left=stop_after):
+            if not left:
+                raise KeyboardInterrupt
+            write_draft(*arguments)
+            monkeypatch.setattr(store, "write_draft", lambda *arguments: stop(*arguments, left=left - 1))
+
+        monkeypatch.setattr(store, "write_draft", stop)
+        with pytest.raises(KeyboardInterrupt):
+            me.index_documents(model, documents, tmp_path / "index", budget=4)
+        assert len(me.Index.load(tmp_path / "index")) == len(before) == 1
+    monkeypatch.setattr(store, "write_draft", write_draft)
+    index = me.index_documents(model, documents, tmp_path / "index", budget=4)
+    assert reads == [*range(8), *range(4, 8), *range(4, 10)]
+    query = model.encode_query(["text 3"], budget=4)
+    for one, other in zip(whole.search(query, 10), index.search(query, 10), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len([path for path in (tmp_path / "index").iterdir() if path.is_dir()]) == 1
+
+
+def test_a_damaged_part_starts_the_job_anew(model, table, tmp_path, small_parts, monkeypatch):
+    documents = me.open_documents(table)
+    reads = counted(documents)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "commit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            me.index_documents(model, documents, tmp_path / "index", budget=4)
+    file = next((tmp_path / "index").glob("*/vectors-0-1"))
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    me.index_documents(model, documents, tmp_path / "index", budget=4).verify()
+    assert reads == 2 * list(range(10))
+
+
+def test_another_job_starts_anew(model, table, tmp_path, small_parts, monkeypatch):
+    documents = me.open_documents(table)
+    reads = counted(documents)
+    commit = store.commit
+    monkeypatch.setattr(store, "commit", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        me.index_documents(model, documents, tmp_path / "index", budget=4)
+    monkeypatch.setattr(store, "commit", commit)
+    me.index_documents(model, documents, tmp_path / "index", budget=5)
+    assert reads == 2 * list(range(10))
+
+
+def test_fingerprints(model, directory):
+    """One model loaded in another way is the same; another model is not."""
+    half = me.MetaEmbed.from_pretrained(directory, mesh=make_mesh(2, 2, 2), max_visual_tokens=9)
+    assert half.fingerprint == model.fingerprint
+    assert me.MetaEmbed.from_pretrained(directory, mesh=ONE, seed=1).fingerprint != model.fingerprint
+    index = me.Index.build(model.encode_query(["a"]), mesh=ONE)
+    with pytest.raises(me.UserError, match="does not record of which model"):
+        index.check_model(model)
+
+
+def test_bad_jobs_are_refused(model, table, tmp_path):
+    documents = me.open_documents(table)
+    wrong = ({"budget": 65}, "1 to 64 candidate"), ({"budget": 0}, "1 to 64"), ({"dtype": "int4"}, "dtype='int4'")
+    for options, message in wrong:
+        with pytest.raises(me.UserError, match=message):
+            me.index_documents(model, documents, tmp_path / "index", **options)
+    with table.open("a") as file:
+        file.write(json.dumps({"id": "last", "image": "none.png"}) + "\n")
+    with pytest.raises(me.UserError, match="documents 0 to 10: .*none.png is missing"):
+        me.index_documents(model, me.open_documents(table), tmp_path / "index")
+
+
+def run(monkeypatch, capsys, *arguments) -> str:
+    """What a command prints, and its error."""
+    monkeypatch.setattr(sys, "argv", ["metaembed_jax", *map(str, arguments)])
+    try:
+        run_main(cli.main)
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    said = capsys.readouterr()
+    return said.out + "".join(line for line in said.err.splitlines() if line.startswith("error: "))
+
+
+def test_commands(directory, table, tmp_path, monkeypatch, capsys):
+    load = functools.cache(functools.partial(me.MetaEmbed.from_pretrained, mesh=ONE))  # a model is loaded once, not by each command
+    monkeypatch.setattr(me.MetaEmbed, "from_pretrained", load)
+    flags = f"--model={directory}", f"--input={table}", f"--out={tmp_path / 'index'}", "--budget=16"
+    assert "10 items, 16 vectors each" in run(monkeypatch, capsys, "index", *flags)
+    searched = "search", f"--index={tmp_path / 'index'}"
+    lines = run(monkeypatch, capsys, *searched, "text 3", "--budget=2:4").splitlines()
+    assert len(lines) == 10 and lines[0].split()[0] == "1"
+    shown = next(line for line in lines if "row 3" in line)
+    assert shown.endswith(r"row 3  text 3 \x1b[1m\u202e")
+    lines = run(monkeypatch, capsys, *searched, f"--image={tmp_path / 'a.png'}", "-k", 3, "--budget=1:1:5>4:16").splitlines()
+    assert len(lines) == 3
+    for arguments, message in [
+        ((), "nothing to search for"),
+        (("a", "-k", 11), "k=11 must be between 1 and 10"),
+        (("a", "--budget=4:17"), "goes beyond the vectors given"),
+        (("a", "--budget=1:1,2:2"), "one search at a time"),
+        (("a", "--budget=x"), "is not a pair"),
+        (("a", f"--model={tmp_path / 'none'}"), "there is no such directory"),
+        ((f"--image={tmp_path / 'none.png'}",), "none.png cannot be read"),
+    ]:
+        assert message in run(monkeypatch, capsys, *searched, *arguments)
+    other = write(tmp_path / "other", {key: -x for key, x in random_tensors().items()})
+    assert "holds vectors of another model" in run(monkeypatch, capsys, *searched, "a", f"--model={other}")
+    me.Index.build(np.eye(32, dtype=np.float32)[None], path=tmp_path / "arrays", mesh=ONE)
+    assert "does not record its model" in run(monkeypatch, capsys, "search", f"--index={tmp_path / 'arrays'}", "a")
+    assert "is no index" in run(monkeypatch, capsys, "search", f"--index={tmp_path}", "a")

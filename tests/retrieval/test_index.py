@@ -1,0 +1,173 @@
+"""Building and changing an index: what goes in, and what is refused."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import metaembed_jax as me
+from metaembed_jax.late_interaction.maxsim import maxsim
+from metaembed_jax.sharding import make_mesh
+from tests.retrieval.reference import unit
+
+ONE = make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return unit(np.random.default_rng(0), 12, 9, 8)
+
+
+@pytest.fixture
+def index(vectors):
+    return me.Index.build(vectors, [f"id {n}" for n in range(12)], mesh=ONE)
+
+
+def test_iterators_and_lists_give_what_arrays_give(vectors, tmp_path):
+    query = vectors[:3, :4]
+    array = me.Index.build(vectors, mesh=ONE).search(query, 12)
+    ids = [str(n) for n in range(12)]
+    blocks = ((ids[n : n + 5], vectors[n : n + 5], [{"n": n}] * len(ids[n : n + 5])) for n in range(0, 12, 5))
+    streamed = me.Index.build(blocks, path=tmp_path / "index", mesh=ONE)
+    for other in (me.Index.build(list(vectors), mesh=ONE), streamed):
+        for one, two in zip(array, other.search(query, 12), strict=True):
+            np.testing.assert_array_equal(one, two)
+    assert len(streamed._segments) == 1 and streamed.metadata("7") == {"n": 5}
+
+
+def test_only_the_first_vectors_are_kept(vectors):
+    index = me.Index.build(vectors, budget=5, dtype="float32", mesh=ONE)
+    np.testing.assert_allclose(
+        index.search(vectors[:2, :3], 1)[0][:, 0], maxsim(vectors[:2, :3], vectors[:2], (3, 5)).diagonal(), rtol=1e-5
+    )
+    assert index.vectors == 5 and not list(index.folder.glob("*/vectors-8-9"))
+    index.add(vectors[:1], ["more"])
+    assert index.search(vectors[:1, :3], 2)[1].tolist() == [["0", "more"]]
+    with pytest.raises(me.UserError, match=r"9 a candidate|5 a candidate.*this index stores 5 vectors an item"):
+        index.search(vectors[:2, :3], 1, (3, 6))
+
+
+def test_int8_is_half_of_bfloat16(vectors):
+    sizes = {}
+    for dtype in ("float32", "bfloat16", "int8"):
+        index = me.Index.build(vectors, dtype=dtype, mesh=ONE)
+        sizes[dtype] = sum(file.stat().st_size for file in index.folder.glob("*/vectors-*"))
+    assert sizes["float32"] == 2 * sizes["bfloat16"] == 4 * sizes["int8"] == 4 * vectors.size
+
+
+def test_an_item_may_come_back(index, vectors):
+    index.delete(["id 3"])
+    index.add(vectors[5:6], ["id 3"], metadata=[{"text": "née"}])
+    assert index.metadata("id 3") == {"text": "née"} and len(index) == 12
+    index.compact()
+    assert index.search(vectors[5:6], 2)[1].tolist() == [["id 5", "id 3"]]  # the order of items is kept
+    assert index.metadata("id 3") == {"text": "née"}
+
+
+def test_everything_deleted(index, vectors):
+    index.delete(f"id {n}" for n in range(12))
+    for _ in range(2):
+        with pytest.raises(me.UserError, match="is empty"):
+            index.search(vectors, 1)
+        index.compact()
+    assert len(index) == 0
+    index.add(vectors[:1], ["new"])
+    assert index.search(vectors[:1], 1)[1].tolist() == [["new"]]
+
+
+def test_no_queries(index):
+    scores, ids = index.search(np.zeros((0, 2, 8), np.float32), 3)
+    assert scores.shape == ids.shape == (0, 3)
+
+
+def test_bfloat16_vectors_are_of_length_one(vectors):
+    rounded = vectors.astype(ml_dtypes.bfloat16)
+    me.Index.build(rounded, mesh=ONE).search(rounded[:1], 1)
+
+
+NAN = np.full((1, 1, 8), np.nan)
+EYE = np.eye(8, dtype=np.float32)[None]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((np.zeros((0, 4, 8)),), "nothing to index"),
+        (([],), "nothing to index"),
+        ((iter([]),), "nothing to index"),
+        ((3,), "vectors are a int, not an array"),
+        ((EYE[0],), "not .items, vectors, width"),
+        ((EYE, ["a", "b"]), "ids: there are 2 for 1 items"),
+        ((EYE, [3]), "id 3 of item 0: ids are texts"),
+        ((EYE, [""]), "ids are texts, and not empty"),
+        ((EYE, ["\ud800"]), "ids are texts"),
+        ((np.repeat(EYE, 2, 0), ["a", "a"]), "the id 'a' is there twice"),
+        ((iter([(["b", "a"], np.repeat(EYE, 2, 0)), (["a"], EYE)]),), "the id 'a' is there twice"),
+        ((2 * EYE, ["a"]), "vector 0 of item 'a' has length 2, not 1"),
+        ((np.concatenate([EYE, 0 * EYE]), ["a", "b"]), "vector 0 of item 'b' has length 0"),
+        ((NAN, ["a"]), "item 'a' has length nan.*NaN or infinities"),
+        (([EYE[0], EYE[0, :, :7]], ["a", "b"]), r"item 'b' have the shape \(8, 7\)"),
+        (([EYE[0], EYE[0, :0]], ["a", "b"]), r"item 'b' have the shape \(0, 8\)"),
+        ((iter([(["a"], EYE), (["b"], np.eye(7)[None])]),), "item 'b' have width 7, and those of the index 8"),
+        ((iter([(["a"], EYE[:, :2]), (["b"], EYE)]),), "item 'b' has 8 vectors, and the index keeps 2; say with budget="),
+        ((iter([(["a"],)]),), "block 0 is no tuple"),
+        ((iter([(["a"], EYE)]), ["a"]), "blocks bring their ids"),
+    ],
+)
+def test_bad_items_are_refused(arguments, message, tmp_path):
+    with pytest.raises(me.UserError, match=message):
+        me.Index.build(*arguments, path=tmp_path / "index", mesh=ONE)
+    with pytest.raises(me.UserError, match="is no index"):
+        me.Index.load(tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dtype": "float16"}, "dtype='float16': expected bfloat16, float32, int8"),
+        ({"budget": 0}, "budget=0"),
+        ({"metadata": [{"a": np.nan}]}, "metadata of item 'a' cannot be written as JSON"),
+        ({"metadata": [{"a": object()}]}, "metadata of item 'a' cannot be written as JSON"),
+        ({"metadata": ["text"]}, "is a str, not a dict"),
+        ({"metadata": []}, "metadata: there are 0 for 1 items"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(me.UserError, match=message):
+        me.Index.build(EYE, ["a"], mesh=ONE, **options)
+
+
+@pytest.mark.parametrize(
+    "query, k, budget, message",
+    [
+        (np.eye(7)[None], 1, None, r"shape \(1, 7, 7\).*\[queries, vectors, 8\]"),
+        (EYE[0], 1, None, "have the shape"),
+        (2 * EYE, 1, None, "vector 0 of query 0 has length 2, not 1"),
+        (np.concatenate([EYE, np.full((1, 8, 8), np.inf)]), 1, None, "query 1 .* NaN or infinities"),
+        (EYE, 13, None, "k=13 must be between 1 and 12, the number of items"),
+        (EYE, 0, None, "k=0"),
+        (EYE, 1.0, None, "k=1.0"),
+        (EYE, 6, [(1, 1, 5), (2, 2)], "k=6 must be between 1 and 5, the survivors of a stage"),
+        (EYE, 1, (9, 9), "9 a candidate; .*stores 9 vectors an item"),
+        (EYE, 1, (8, 10), "stores 9 vectors an item"),
+        (EYE, 1, (1,), "whole numbers"),
+        (EYE, 1, [(1, 1), (2, 2)], "survivors"),
+    ],
+)
+def test_bad_searches_are_refused(index, query, k, budget, message):
+    with pytest.raises(me.UserError, match=message):
+        index.search(query, k, budget)
+
+
+def test_bad_changes_are_refused(index, vectors):
+    with pytest.raises(me.UserError, match="there is no item 'id 99'.*nothing was deleted"):
+        index.delete(["id 1", "id 99"])
+    with pytest.raises(me.UserError, match="the id 'id 2' is there already"):
+        index.add(vectors[:2], ["new", "id 2"])
+    with pytest.raises(me.UserError, match="the id 'new' is there twice"):
+        index.add(vectors[:2], ["new", "new"])
+    with pytest.raises(me.UserError, match="width 7, and those of the index 8"):
+        index.add(np.eye(7)[None], ["new"])
+    with pytest.raises(me.UserError, match="there is no item 'new'"):
+        index.metadata("new")
+    assert len(index) == 12

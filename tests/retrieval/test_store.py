@@ -1,0 +1,227 @@
+"""Indexes on disk: crashes, writers and readers at once, damage."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import metaembed_jax as me
+from metaembed_jax.retrieval import manifest as manifests
+from metaembed_jax.retrieval import store
+from metaembed_jax.sharding import make_mesh
+from tests.retrieval import endless_writer
+from tests.retrieval.reference import unit
+
+ONE = make_mesh(devices=jax.devices()[:1])
+KILLS = 20
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An index of two segments, with an item deleted."""
+    rng = np.random.default_rng(0)
+    index = me.Index.build(unit(rng, 20, 9, 8), path=tmp_path / "index", metadata=[{"page": n} for n in range(20)], mesh=ONE)
+    index.add([unit(rng, 2, 8)], ["äß 20"])
+    index.delete(["4"])
+    return index.folder
+
+
+def all_ids(index) -> tuple[str, ...]:
+    return tuple(name for segment in index._segments for name in segment.ids(np.flatnonzero(segment.is_alive)))
+
+
+def test_killed_at_twenty_random_moments(tmp_path):
+    states, seen = endless_writer.states(), set()
+    query = endless_writer.vectors(5, 2)
+    context = multiprocessing.get_context("forkserver")  # which imports once, and has no threads of JAX
+    context.set_forkserver_preload([endless_writer.__name__])
+    for moment in np.random.default_rng(0).uniform(0, 0.3, KILLS):
+        is_built = context.Event()
+        process = context.Process(target=endless_writer.write_forever, args=(tmp_path / "index", is_built))
+        process.start()
+        assert is_built.wait(60)
+        time.sleep(moment)
+        process.kill()
+        process.join()
+        index = me.Index.load(tmp_path / "index", mesh=ONE)
+        index.verify()
+        found = all_ids(index)
+        assert found in states
+        seen.add(found)
+        assert len(set(index.search(query, len(found))[1][0].tolist())) == len(found)
+    index.compact()  # a writer removes what the killed ones left
+    manifest = store.read_manifest(index.folder)
+    assert {path.name for path in index.folder.iterdir()} == {"lock", "manifest.json", manifest.segments[0].name}
+    assert len(seen) > 1
+
+
+def test_readers_keep_working_while_the_index_is_replaced(folder):
+    rng = np.random.default_rng(1)
+    reader, query = me.Index.load(folder, mesh=ONE), unit(rng, 3, 4, 8)
+    before = reader.search(query, 5)[1].tolist()
+    me.Index.build(unit(rng, 7, 2, 8), path=folder, mesh=ONE)
+    assert reader.search(query, 5)[1].tolist() == before and reader.search(query, 20, (4, 7))[0].shape == (3, 20)
+    reader.verify()
+    assert len(reader) == 20 and len(me.Index.load(folder, mesh=ONE)) == 7
+
+
+def test_an_index_that_is_replaced_while_it_is_opened(folder, monkeypatch):
+    opened = store.SegmentFiles
+
+    def replace_first(*arguments):
+        monkeypatch.setattr(store, "SegmentFiles", opened)
+        me.Index.build(unit(np.random.default_rng(0), 3, 1, 8), path=folder, mesh=ONE)
+        return opened(*arguments)
+
+    monkeypatch.setattr(store, "SegmentFiles", replace_first)
+    assert len(me.Index.load(folder, mesh=ONE)) == 3
+
+
+def test_one_writer_at_a_time(folder):
+    index = me.Index.load(folder, mesh=ONE)
+    with store.writing(folder):
+        for change in (lambda: index.delete(["1"]), index.compact, lambda: me.Index.build(np.eye(4)[None], path=folder)):
+            with pytest.raises(me.UserError, match="is being written by another process"):
+                change()
+    index.delete(["1"])
+
+
+def test_a_change_is_made_to_the_newest_index(folder):
+    first, second = (me.Index.load(folder, mesh=ONE) for _ in range(2))
+    first.delete(["7"])
+    second.delete(["8"])
+    assert len(second) == len(me.Index.load(folder, mesh=ONE)) == 18 and len(first) == 19
+    with pytest.raises(me.UserError, match="there is no item '7'"):
+        second.delete(["7"])
+
+
+def test_a_failed_change_leaves_nothing(folder):
+    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    index = me.Index.load(folder, mesh=ONE)
+    with pytest.raises(me.UserError, match="length"):
+        index.add(iter([(["a"], np.eye(8)[None]), (["b"], 2 * np.eye(8)[None])]))
+    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+
+
+def test_saving_and_loading(folder, tmp_path):
+    rng = np.random.default_rng(2)
+    index, query = me.Index.load(folder, mesh=ONE), unit(rng, 3, 4, 8)
+    for _ in range(2):  # the second replaces the first
+        index.save(tmp_path / "copy")
+        copy = me.Index.load(tmp_path / "copy", mesh=ONE)
+        copy.verify()
+        for one, other in zip(index.search(query, 20), copy.search(query, 20), strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert copy.metadata("3") == {"page": 3} and copy.metadata("äß 20") == {}
+    index.save(folder)
+    assert len(me.Index.load(folder, mesh=ONE)) == 20
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(me.UserError, match="exists and is no index"):
+        index.save(tmp_path / "other")
+
+
+def test_any_flipped_byte_is_found(folder):
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock" and path.stat().st_size]
+    assert len(files) == 2 * (4 + 1 + 3 + 2 + 1) + 1
+    rng = np.random.default_rng(3)
+    for file in files:
+        content = file.read_bytes()
+        place = int(rng.integers(len(content)))
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << int(rng.integers(8))]) + content[place + 1 :])
+        with pytest.raises(me.UserError) as error:
+            me.Index.load(folder, mesh=ONE).verify()
+        assert str(file) in str(error.value)
+        file.write_bytes(content)
+    me.Index.load(folder, mesh=ONE).verify()
+
+
+def test_a_search_meets_the_damage_that_it_reads(folder):
+    query = unit(np.random.default_rng(4), 1, 4, 8)
+    for name in ("vectors-0-1", "vectors-8-9", "counts", "ids", "id-ends"):
+        file = next(folder.glob(f"*/{name}"))
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(me.UserError, match=f"{name} is damaged"):
+            me.Index.load(folder, mesh=ONE).search(query, 20)
+        file.write_bytes(content)
+
+
+def rewrite(folder, **changes):
+    """The manifest with changes, and a checksum that fits."""
+    path = folder / "manifest.json"
+    index = json.loads(path.read_text())["index"]
+    index = index | changes
+    path.write_text(json.dumps({"sha256": manifests._digest(index), "index": index}))
+
+
+def test_manifests_that_lie(folder, tmp_path):
+    content = (folder / "manifest.json").read_text()
+    segment = json.loads(content)["index"]["segments"][0]
+    sizes = segment["sizes"]
+    for changes, message in [
+        ({"format": 2}, "another version"),
+        ({"width": 16}, "another size than its items have"),
+        ({"width": -1}, "makes no sense"),
+        ({"width": 8.0}, "makes no sense"),
+        ({"dtype": "object"}, "makes no sense"),
+        ({"levels": [4, 1]}, "makes no sense"),
+        ({"levels": []}, "makes no sense"),
+        ({"levels": [1, 4, 8, 10]}, "names other files"),
+        ({"model": "me"}, "makes no sense"),
+        ({"more": 1}, "makes no sense"),
+        ({"segments": [segment, segment]}, "makes no sense"),
+        ({"segments": [segment | {"name": "../../other"}]}, "makes no sense"),
+        ({"segments": [segment | {"name": "0123456789abcdef"}]}, "is missing"),
+        ({"segments": [segment | {"items": 21}]}, "another size than its items have"),
+        ({"segments": [segment | {"items": 0}]}, "makes no sense"),
+        ({"segments": [segment | {"deleted": [20]}]}, "makes no sense"),
+        ({"segments": [segment | {"deleted": [3, 2]}]}, "makes no sense"),
+        ({"segments": [segment | {"sizes": sizes | {"ids": 10**15}}]}, "has .* bytes and not|damaged"),
+        ({"segments": [segment | {"sizes": sizes | {"../x": 1}}]}, "names other files"),
+        ({"segments": 3}, "makes no sense"),
+    ]:
+        rewrite(folder, **changes)
+        with pytest.raises(me.UserError, match=message):
+            me.Index.load(folder, mesh=ONE)
+        (folder / "manifest.json").write_text(content)
+    for broken in ("", "[]", "{}", content[:-40], content.replace("20", "21"), "[" * 10**5):
+        (folder / "manifest.json").write_text(broken)
+        with pytest.raises(me.UserError, match="manifest.json is damaged"):
+            me.Index.load(folder, mesh=ONE)
+    with pytest.raises(me.UserError, match="is no index"):
+        me.Index.load(tmp_path / "nowhere", mesh=ONE)
+
+
+def test_links_are_not_followed(folder, tmp_path):
+    file = next(folder.glob("*/vectors-0-1"))
+    shutil.move(file, tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(me.UserError, match="vectors-0-1 cannot be read"):
+        me.Index.load(folder, mesh=ONE)
+    file.unlink()
+    shutil.move(tmp_path / "elsewhere", file)
+    shutil.move(file.parent, tmp_path / "segment")
+    file.parent.symlink_to(tmp_path / "segment")
+    with pytest.raises(me.UserError, match="is a link"):
+        me.Index.load(folder, mesh=ONE)
+
+
+def test_a_file_that_is_cut(folder):
+    file = next(folder.glob("*/vectors-1-4"))
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(me.UserError, match="vectors-1-4 is damaged: it has"):
+        me.Index.load(folder, mesh=ONE)
+
+
+def test_a_temporary_index_is_removed_with_its_last_user():
+    index = me.Index.build(unit(np.random.default_rng(0), 3, 1, 8), mesh=ONE)
+    folder = index.folder
+    assert folder.is_dir()
+    del index
+    assert not folder.exists()
