@@ -138,16 +138,19 @@ def _kernel(query_ref, candidate_ref, *refs, blocks, query_vectors, by_candidate
     _write_similarities(query_ref, candidate_ref, similarity_ref)
     here = pl.ds(pl.multiple_of(step * n, n), n)
     candidate_vectors = candidate_ref.shape[1 if by_candidate else 0]
-    for group in range(similarity_ref.shape[0]):
-        best = jnp.full((n, LANES), -jnp.inf)
-        for j in range(candidate_vectors):
+
+    @pl.loop(0, similarity_ref.shape[0], unroll=True)  # unlike a loop of Python it is traced once, which takes time on any device
+    def _(group):
+        def larger(j, best):
             rows = pl.ds(j, n, stride=candidate_vectors) if by_candidate else pl.ds(j * n, n)
             similarity = similarity_ref.at[group][rows, :]
             if factor_ref is not None:
-                factor = column_ref[here, j : j + 1]
+                factor = column_ref[here, pl.ds(j, 1)]
                 similarity = jnp.where(factor < 0, -jnp.inf, similarity * factor)
-            best = jnp.maximum(best, similarity)
-        best_ref[here, group * LANES : (group + 1) * LANES] = best
+            return jnp.maximum(best, similarity)
+
+        best = jax.lax.fori_loop(0, candidate_vectors, larger, jnp.full((n, LANES), -jnp.inf), unroll=True)
+        best_ref[here, pl.ds(pl.multiple_of(group * LANES, LANES), LANES)] = best
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
