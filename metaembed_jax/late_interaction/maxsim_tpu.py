@@ -65,10 +65,15 @@ def choose_blocks(query_QRD: Array | jax.ShapeDtypeStruct, candidate_NRD: Array 
     columns = _up(Rq * queries, LANES)
     fitting = min(most // candidate_bytes, most // (4 * columns)) // Rc
     step = max(_power_of_two(min(fitting, N)), SUBLANES)  # so that it divides a tile, or is one
-    tile = max(step, LANES)
-    similarity, best, factors, scores = step * Rc * columns, tile * columns, tile * _up(Rc, LANES), tile * queries
-    vmem_bytes = columns * query_bytes + 2 * step * Rc * candidate_bytes + 4 * (similarity + best + 3 * factors + 2 * scores)
-    return Blocks(queries, columns, step, tile, vmem_bytes) if vmem_bytes <= VMEM_COUNTED else None
+    while True:
+        tile = max(step, LANES)
+        rest = columns * (step * Rc + tile) + tile * (_up(Rc, LANES) + 2 * _up(Rc, SUBLANES) + 2 * queries)  # float32 numbers
+        vmem_bytes = columns * query_bytes + 2 * step * Rc * candidate_bytes + 4 * rest
+        if vmem_bytes <= VMEM_COUNTED:
+            return Blocks(queries, columns, step, tile, vmem_bytes)
+        if step == SUBLANES:
+            return None
+        step //= 2
 
 
 def score(
