@@ -126,6 +126,7 @@ def score(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
+        cost_estimate=_cost(query_QRD, candidate_NRD, blocks),
         interpret=interpret,
         name="maxsim",
     )(*inputs)
@@ -174,6 +175,14 @@ def _write_similarities(query_ref, candidate_ref, similarity_ref):
         rows = slice(start * second, start * second + candidate.shape[0])
         for group in range(similarity_ref.shape[0]):
             similarity_ref[group, rows] = similarity[:, group * LANES : (group + 1) * LANES]
+
+
+def _cost(query_QRD: Array, candidate_NRD: Array, blocks: Blocks) -> pl.CostEstimate:
+    """What no look into the kernel tells the compiler and the planner. Factors, a hundredth of candidates, are left out."""
+    (Q, Rq, D), (N, Rc, _) = query_QRD.shape, candidate_NRD.shape
+    parts = pl.cdiv(Q, blocks.queries)
+    read = D * blocks.columns * query_QRD.dtype.itemsize + N * Rc * D * candidate_NRD.dtype.itemsize
+    return pl.CostEstimate(flops=2 * Q * Rq * N * Rc * D, bytes_accessed=parts * read + 4 * Q * N, transcendentals=0)
 
 
 def _columns(query_QRD: Array, blocks: Blocks) -> Float[Array, "blocks D M"]:
