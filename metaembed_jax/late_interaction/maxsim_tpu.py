@@ -95,6 +95,7 @@ def score(
       interpret: run by Pallas' interpreter, on any device.
     """
     blocks = choose_blocks(query_QRD, candidate_NRD)
+    products = query_QRD.size * candidate_NRD.shape[0] * candidate_NRD.shape[1]
     query_QRD, candidate_NRD = _whole_registers(query_QRD, candidate_NRD)
     (Q, Rq, D), (N, Rc, _) = query_QRD.shape, candidate_NRD.shape
     parts, tiles, steps = pl.cdiv(Q, blocks.queries), pl.cdiv(N, blocks.tile), blocks.tile // blocks.step
@@ -126,7 +127,7 @@ def score(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        cost_estimate=_cost(query_QRD, candidate_NRD, blocks),
+        cost_estimate=_cost(products, query_QRD, candidate_NRD, blocks),
         interpret=interpret,
         name="maxsim",
     )(*inputs)
@@ -177,12 +178,12 @@ def _write_similarities(query_ref, candidate_ref, similarity_ref):
             similarity_ref[group, rows] = similarity[:, group * LANES : (group + 1) * LANES]
 
 
-def _cost(query_QRD: Array, candidate_NRD: Array, blocks: Blocks) -> pl.CostEstimate:
-    """What no look into the kernel tells the compiler and the planner. Factors, a hundredth of candidates, are left out."""
-    (Q, Rq, D), (N, Rc, _) = query_QRD.shape, candidate_NRD.shape
-    parts = pl.cdiv(Q, blocks.queries)
-    read = D * blocks.columns * query_QRD.dtype.itemsize + N * Rc * D * candidate_NRD.dtype.itemsize
-    return pl.CostEstimate(flops=2 * Q * Rq * N * Rc * D, bytes_accessed=parts * read + 4 * Q * N, transcendentals=0)
+def _cost(products: int, query_QRD: Array, candidate_NRD: Array, blocks: Blocks) -> pl.CostEstimate:
+    """What the compiler and the planner cannot see in a kernel. Factors are left out: they are a small part of candidates."""
+    queries, _, width = query_QRD.shape
+    parts, columns_bytes = pl.cdiv(queries, blocks.queries), width * blocks.columns * query_QRD.dtype.itemsize
+    moved = parts * (columns_bytes + candidate_NRD.size * candidate_NRD.dtype.itemsize) + 4 * queries * candidate_NRD.shape[0]
+    return pl.CostEstimate(flops=2 * products, bytes_accessed=moved, transcendentals=0)
 
 
 def _columns(query_QRD: Array, blocks: Blocks) -> Float[Array, "blocks D M"]:
