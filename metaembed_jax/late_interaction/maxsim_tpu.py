@@ -32,8 +32,8 @@ COLUMNS = 1024  # with so many, arithmetic takes longer than reading the candida
 # Large enough that a step's fixed cost is small beside its work. Float32 takes twice what is counted, for its products in parts.
 # Compiled for v4, whose memory on the chip is the smallest (16 MiB), the largest that are allowed fit.
 BLOCK_BYTES = {jnp.dtype("bfloat16"): 4 * 2**20, jnp.dtype("float32"): 2 * 2**20}
-PRODUCT_NUMBERS = 2**19  # of candidates that are converted at once
-VMEM_COUNTED, VMEM_LIMIT = 14 * 2**20, 48 * 2**20
+PRODUCT_NUMBERS = 2**19  # of candidates, that are converted and multiplied at once
+VMEM_COUNTED, VMEM_LIMIT = 12 * 2**20, 48 * 2**20
 
 
 class Blocks(NamedTuple):
@@ -169,7 +169,10 @@ def _write_similarities(query_ref, candidate_ref, similarity_ref):
     """All, in groups of columns that are a register wide: only from such can every R-th row be read."""
     first, second, width = candidate_ref.shape
     precision = jax.lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None  # else float32 is rounded to bfloat16
-    chunk = max(PRODUCT_NUMBERS // (second * width), 1)  # what a whole block is converted to would take more room than the block
+    # The more rows the better: a product loads the query's columns again for every chunk. But converted, or in parts for float32, a
+    # whole block would take more room than there is.
+    as_it_is = candidate_ref.dtype == query_ref.dtype == jnp.bfloat16
+    chunk = max(PRODUCT_NUMBERS * (2 if as_it_is else 1) // (second * width), 1)
     for start in range(0, first, chunk):
         candidate = candidate_ref[start : start + chunk].astype(query_ref.dtype).reshape(-1, width)
         similarity = jnp.dot(candidate, query_ref[...], precision=precision, preferred_element_type=jnp.float32)
