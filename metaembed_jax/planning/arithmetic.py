@@ -29,7 +29,7 @@ def is_silent(one: Instruction) -> bool:
     return 'custom_call_target="tpu_custom_call"' in one.attributes and not _COST.search(one.attributes)
 
 
-_COST = re.compile(r'"cost_estimate":\{"flops":"?(\d+)')
+_COST = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')  # keys are sorted in some texts
 
 
 def _convolution(computation: Computation, one: Instruction) -> int:

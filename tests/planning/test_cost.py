@@ -204,7 +204,9 @@ def test_kernels_that_state_nothing_are_named():
     text = "ENTRY %main (a: f32[8,128]) -> f32[8,128] {\n  %a = f32[8,128]{1,0} parameter(0)\n  ROOT " + kernel
     silent = count(text + "\n}", devices=1)
     assert silent.flops == 0 and silent.unknown == ("jit(f)/splash",)
-    stated = count(text + ', backend_config={"custom_call_config":{"cost_estimate":{"flops":"99"}}}\n}', devices=1)
+    stated = count(
+        text + ', backend_config={"custom_call_config":{"cost_estimate":{"bytes_accessed":"7","flops":"99"}}}\n}', devices=1
+    )
     assert stated.flops == 99 and not stated.unknown
 
 
