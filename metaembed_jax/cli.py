@@ -26,8 +26,8 @@ def main(argv: Sequence[str]) -> None:
     prepare.add_argument("--source", required=True, help="; ".join([*sources.GENERATED, *kinds]))
     prepare.add_argument("--from", dest="path", type=Path, help="the files to read; none for a source that is generated")
     prepare.add_argument("--out", type=Path, default=Path("data"), help="the folder of all sources (default: data)")
-    prepare.add_argument("--workers", type=int, default=os.cpu_count(), help="processes to read with (default: one a core)")
-    prepare.add_argument("--skip", type=int, default=0, help="bad rows of a source to leave out before it is an error (default: 0)")
+    prepare.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes to read with (default: one a core)")
+    prepare.add_argument("--skip", type=_count, default=0, help="bad rows of a source to leave out before an error (default: 0)")
     prepare.set_defaults(run=_prepare)
     plot = commands.add_parser("plot", help="draw quality against budget of several runs in one picture")
     plot.add_argument("results", type=Path, nargs="+", help="results.json of train.py or eval.py, one for each line")
@@ -67,6 +67,12 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{arguments.command} takes no --config.{next(iter(overrides))}; see --help")
     arguments.overrides = overrides
     arguments.run(arguments)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"{text!r} is no number of 0 or more")
+    return int(text)
 
 
 def _prepare(arguments: Namespace) -> None:

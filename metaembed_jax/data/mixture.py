@@ -7,6 +7,7 @@ place by place, the source that is furthest behind its weight among those whose 
 S sources, K kinds of rows: for images and for all items, of queries and of candidates.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,8 +44,8 @@ def mixture(config: ConfigDict, sources: Sequence[Sequence], room_K: Sequence[in
         raise UserError(f"config.batch_size={config.batch_size} must be a multiple of config.data.sub_batch={sub_batch}")
     names, weights, caps = zip(*config.data.sources, strict=True)
     for name, weight, source in zip(names, weights, sources, strict=True):
-        if not weight > 0:
-            raise UserError(f"config.data.sources: the weight of {name!r} is {weight}; it must be positive")
+        if not 0 < weight < math.inf:
+            raise UserError(f"config.data.sources: the weight of {name!r} is {weight}; it must be positive, and finite")
         if not len(source):
             raise UserError(f"source {name!r} has no training records")
     used = [min(cap or len(source), len(source)) for cap, source in zip(caps, sources, strict=True)]
@@ -85,23 +86,22 @@ def schedule(
       places: sub-batches of a step.
 
     Raises:
-      UserError: a step cannot be filled from these sources, or not by their weights; says how many rows they need on average.
+      UserError: a source finds no rows in any step, or too rarely for its weight; says how many rows are needed on average.
     """
     share_S = np.array(weights, float) / sum(weights)
     room_K = np.array(room_K)
     least = _least_rows(needs_SK, places, room_K)
+    for name, needs_K in zip(names, needs_SK, strict=True):
+        if not _fits(room_K - needs_K, least, places - 1):
+            raise UserError(_too_few_rows(share_S, needs_SK, room_K, places, f"has no room for {name!r}"))
     chosen, drawn_S = np.zeros((steps, places), np.int32), np.zeros(len(share_S))
     for step in range(steps):
         left_K = room_K
         for place in range(places):
             after_SK = left_K - needs_SK
-            open_S = (after_SK >= 0).all(axis=1)
-            if least:
-                open_S &= [(least[places - place - 1] <= after_K).all(axis=1).any() for after_K in after_SK]
+            open_S = [_fits(after_K, least, places - place - 1) for after_K in after_SK]  # one is, or the last would not have been
             behind_S = share_S * (step * places + place + 1) - drawn_S
             source = int(np.argmax(np.where(open_S, behind_S, -np.inf)))
-            if not open_S[source]:
-                raise UserError(_too_few_rows(share_S, needs_SK, room_K, places, "cannot be filled from these sources"))
             chosen[step, place], left_K = source, after_SK[source]
             drawn_S[source] += 1
     behind_S = share_S * drawn_S.sum() - drawn_S
@@ -111,6 +111,11 @@ def schedule(
         why = f"leaves {names[late]!r} {100 * drawn:.2f} % of the pairs where its weight asks for {100 * wanted:.2f} %"
         raise UserError(_too_few_rows(share_S, needs_SK, room_K, places, why))
     return chosen
+
+
+def _fits(left_K: np.ndarray, least: list[np.ndarray], places: int) -> bool:
+    """Whether so many more sub-batches find rows in what is left."""
+    return bool((left_K >= 0).all() and (not least or (least[places] <= left_K).all(axis=1).any()))
 
 
 def _least_rows(needs_SK: np.ndarray, places: int, room_K: np.ndarray) -> list[np.ndarray]:

@@ -10,9 +10,6 @@ B pairs, K negatives a pair, N items of a side, M microbatches, b items of a mic
 """
 
 import dataclasses
-import multiprocessing
-import os
-import threading
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -25,6 +22,7 @@ from metaembed_jax.data.mixture import Reference, mixture
 from metaembed_jax.data.prompts import Processor
 from metaembed_jax.data.slots import Slots, fill, slots
 from metaembed_jax.errors import UserError
+from metaembed_jax.processes import end_with_parent
 
 AHEAD = 2  # batches that a thread makes before they are asked for
 
@@ -96,11 +94,7 @@ def iterate(dataset: grain.MapDataset, start: int, stop: int, workers: int = 0) 
 def _start_worker(worker: int, workers: int) -> None:
     """Ends a worker with its parent: grain's would outlive one that was killed, and keep its memory."""
 
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
 
 
 @dataclasses.dataclass(frozen=True)

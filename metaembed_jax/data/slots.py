@@ -62,8 +62,8 @@ def slots(config: ConfigDict, key: str, items: int, window: int, here: Int[np.nd
         if patches % window:
             raise UserError(f"config.data.{key}: {patches} patches are not whole windows of {window}, as this model has them")
     shares = [shape[2] if len(shape) == 3 else 1.0 for shape in shapes]
-    if min(shares) <= 0:
-        raise UserError(f"config.data.{key}: a share of {min(shares)} leaves a class without rows; it must be above 0")
+    if wrong := [share for share in shares if not 0 < share <= 1]:
+        raise UserError(f"config.data.{key}: the share {wrong[0]} of a class must be above 0, and at most 1")
     microbatches = tuple(math.ceil(share * items / size) for share in shares)
     return Slots(tuple(ShapeClass(*shape[:2]) for shape in shapes), microbatches, size, here)
 

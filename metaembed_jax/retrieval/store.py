@@ -10,13 +10,13 @@ finds the old index or the new one. Segments are removed when no manifest names 
 """
 
 import contextlib
-import fcntl
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.report import write_file
+from metaembed_jax.processes import locked
 from metaembed_jax.retrieval.manifest import NAME, Manifest, decode, encode
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.retrieval.writer import sync
@@ -64,11 +64,7 @@ def writing(folder: Path) -> Iterator[Path]:
     if folder.exists() and not is_index(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no index: choose another place")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder} is being written by another process; wait for it to end") from None
+    with locked(folder / LOCK, f"{folder} is being written by another process; wait for it to end"):
         yield folder
 
 

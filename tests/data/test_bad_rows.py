@@ -63,6 +63,8 @@ BAD_IMAGES = {
     "broken jpeg": (lambda: b"\xff\xd8nonsense", "cannot be read"),
     "huge": (huge, "cannot be read (Image size (900000000 pixels) exceeds limit"),
     "large": (large, "the image is 10000x10000 pixels"),
+    "no image": (lambda: b"<svg></svg>", "cannot be read (it is of no known kind)"),
+    "a line": (lambda: picture(0, height=201, width=1), "is 1x201: one side is over 200 times the other"),
 }
 
 

@@ -83,13 +83,13 @@ def test_no_row_is_left_out_and_a_prefix_does_not_depend_on_what_follows():
     st.tuples(st.integers(0, 9), st.integers(0, 9)),
     st.integers(1, 4),
 )
-def test_every_step_that_can_be_filled_is(needs, room, places):
+def test_every_step_is_filled_if_every_source_finds_rows_in_one(needs, room, places):
     """Against all choices of sources, one by one."""
     needs, room = np.array([(0, 0, *need) for need in needs]), (0, 0, *room)
-    choices = itertools.product(range(len(needs)), repeat=places)
-    possible = any((needs[list(chosen)].sum(axis=0) <= room).all() for chosen in choices)
+    others = list(itertools.product(range(len(needs)), repeat=places - 1))
+    possible = all(any((needs[[source, *rest]].sum(axis=0) <= room).all() for rest in others) for source in range(len(needs)))
     try:
-        chosen = schedule([1.0] * len(needs), needs, room, places, 1, "abc")
+        chosen = schedule([1.0] * len(needs), needs, room, places, 1, "abc"[: len(needs)])
     except UserError:
         assert not possible
     else:
@@ -100,5 +100,5 @@ def test_rows_that_distort_the_weights_are_refused():
     needs = np.array([[0, 1, 0, 0], [1, 1, 0, 0]])
     with pytest.raises(UserError, match=r"leaves 'b' 25.00 % of the pairs where its weight asks for 50.00 %.*2.0 images in query"):
         schedule([1.0, 1.0], needs, (1, 4, 0, 0), 4, 100, "ab")
-    with pytest.raises(UserError, match=r"cannot be filled from these sources.*has 4.0 images in query_shapes, for 3 rows"):
+    with pytest.raises(UserError, match=r"has no room for .b.*has 4.0 images in query_shapes, for 3 rows"):
         schedule([1.0], needs[1:], (3, 4, 0, 0), 4, 1, "b")

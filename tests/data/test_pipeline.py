@@ -245,7 +245,7 @@ def test_a_full_class_passes_items_on_to_a_larger_one_and_no_place_at_all_is_nam
         training_batches(config(shapes=((64, 0),)), processor, [pictures])[0]
     with pytest.raises(UserError, match=r"on average it has 8.0 items in candidate_shapes, for 4 rows"):
         training_batches(config(shapes=((64, 64, 0.5),), microbatch=4), processor, [pictures])
-    with pytest.raises(UserError, match="candidate_shapes: a share of 0.0 leaves a class without rows"):
+    with pytest.raises(UserError, match="candidate_shapes: the share 0.0 of a class must be above 0"):
         training_batches(config(shapes=((24, 0, 0.0), (64, 64))), processor, [pictures])
     with pytest.raises(UserError, match="query_shapes: 8 items are no whole microbatches of config.microbatch_size=6"):
         training_batches(config(microbatch=6), processor, [pictures])

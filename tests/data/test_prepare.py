@@ -1,7 +1,12 @@
 """Files of the field to prepared sources: every format, killed and resumed, and read from anywhere."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from pyarrow import parquet
@@ -10,6 +15,7 @@ from metaembed_jax.config import default_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.sources import files, records, tables, writing
 from metaembed_jax.errors import UserError
+from metaembed_jax.processes import locked
 from tests.data.field_files import (
     MARK,
     inline,
@@ -219,3 +225,51 @@ def test_negatives_that_no_source_has(tmp_path):
     config.data.sources = (("without", 1.0, 0),)
     with pytest.raises(UserError, match="config.data.negatives=1, and no pair of without has any: set it to 0"):
         sources.training_records(config)
+
+
+def test_an_input_that_changed_is_another_one_even_at_the_same_size(tmp_path):
+    for word in ("aaa", "bbb"):
+        write_pairs(tmp_path / "mine.jsonl", [{"query": word, "positive": word}] * 20)
+        os.utime(tmp_path / "mine.jsonl", ns=(0, ord(word[0])))
+        if word == "aaa":
+            prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")
+    with pytest.raises(UserError, match="is prepared already, from other files"):
+        prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")
+
+
+def test_two_processes_do_not_prepare_one_source_at_once(tmp_path):
+    write_pairs(tmp_path / "mine.jsonl", [{"query": "a", "positive": "b"}] * 20)
+    (tmp_path / "out/mine").mkdir(parents=True)
+    with locked(tmp_path / "out/mine/lock", "busy"), pytest.raises(UserError, match="is being prepared by another process"):
+        prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")
+    assert prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")["mine"]["rows"]["train"] == 18
+
+
+def test_a_source_of_which_nothing_is_left_is_refused(tmp_path):
+    write_pairs(tmp_path / "mine.jsonl", [{"query": "", "positive": "b"}] * 3)
+    with pytest.raises(UserError, match="no row is left to train on"):
+        prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out", skips=5)
+
+
+KILLED = """
+import sys
+from metaembed_jax.data import sources
+if __name__ == "__main__":
+    sources.prepare_from("pairs", sys.argv[1], sys.argv[2], 2, 0)
+"""
+
+
+def test_workers_end_with_a_preparation_that_is_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    write_pairs(tmp_path / "mine.jsonl", [{"query": f"{n}", "positive": "b"} for n in range(200_000)])
+    command = [sys.executable, tmp_path / "killed.py", tmp_path / "mine.jsonl", tmp_path / "out"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob("out/mine/*.part/*.train.tmp")):  # a worker is at work
+            assert time.monotonic() < until and parent.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        parent.kill()
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < until, "a worker outlives its parent"
+        time.sleep(0.05)

@@ -9,9 +9,9 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from metaembed_jax.data.images import check_size
+from metaembed_jax.data.images import MAX_ASPECT_RATIO, check_size
 from metaembed_jax.errors import UserError
 
 LARGEST_FILE = 128 * 2**20  # bytes of an encoded image
@@ -85,6 +85,19 @@ class ImageFolder:
                 return archive, str(relative)
         raise UserError(f"the image {file} is missing{self._hint(relative)}")
 
+    def stamp(self, path: str) -> tuple[int, int]:
+        """What changes with an image: the size of its file, and when that was written; in an archive, its checksum.
+
+        Raises:
+          UserError: as `find`.
+        """
+        archive, where = self.find(path)
+        if archive:
+            member = self._open(archive).NameToInfo[where]
+            return member.file_size, member.CRC
+        about = Path(where).stat()
+        return about.st_size, about.st_mtime_ns
+
     def _open(self, archive: Path) -> zipfile.ZipFile:
         if archive not in self._opened:
             try:
@@ -128,10 +141,15 @@ def check_image(encoded: bytes, name: str) -> bytes:
     try:
         image = Image.open(io.BytesIO(encoded))
         check_size(image, name)
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            sides = f"{image.width}x{image.height}"
+            raise UserError(f"the image {name} is {sides}: one side is over {MAX_ASPECT_RATIO} times the other; crop or pad it")
         image.draft("RGB", (1, 1))
         image.load()
     except UserError:
         raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"the image {name} cannot be read (it is of no known kind); repair or remove it") from error
     except Exception as error:  # decoders of broken bytes raise errors of every kind
         raise UserError(f"the image {name} cannot be read ({' '.join(str(error).split())}); repair or remove it") from error
     return encoded

@@ -31,6 +31,7 @@ from metaembed_jax.data.sources import records
 from metaembed_jax.data.sources.corpus import Corpus, remove_copy
 from metaembed_jax.data.sources.tables import Table, read_columns
 from metaembed_jax.errors import UserError
+from metaembed_jax.processes import end_with_parent, locked
 
 VERSION = "1.0.0"
 SHARD_ROWS = 1024
@@ -108,7 +109,12 @@ def write_part(part: Part, out: Path, workers: int, skips: int) -> dict:
             file = part.table.files[0]
             raise UserError(f"{source_dir}: is prepared already, from other files than {file}; remove it, or choose another --out")
         return marker
-    directory = source_dir / f"{VERSION}.part"
+    source_dir.mkdir(parents=True, exist_ok=True)
+    with locked(source_dir / "lock", f"{source_dir} is being prepared by another process; wait for it to end"):
+        return _write_all(part, source_dir / f"{VERSION}.part", described, workers, skips)
+
+
+def _write_all(part: Part, directory: Path, described: str, workers: int, skips: int) -> dict:
     _start(directory, described)
     if part.corpus:
         copied = part.corpus.copy(part.table, directory, part.name)
@@ -131,7 +137,7 @@ def write_part(part: Part, out: Path, workers: int, skips: int) -> dict:
 def _describe(part: Part) -> str:
     """Says which files are read, and how they are cut."""
     read = (*part.table.files, *(part.corpus.table.files if part.corpus else ()))
-    files = [[str(file.resolve()), file.stat().st_size] for file in read]
+    files = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in read]
     return json.dumps({"files": files, "rows": len(part.table), "shard_rows": SHARD_ROWS})
 
 
@@ -164,6 +170,7 @@ _job: _Job | None = None  # of a worker process, which does nothing else
 def _take_job(job: _Job) -> None:
     global _job
     _job = job
+    end_with_parent()
 
 
 def _write_shard_of_job(shard: int) -> dict:
@@ -236,6 +243,8 @@ def _finish(part: Part, directory: Path, done: Sequence[dict]) -> dict:
     for one in done:
         for line in one["skipped"]:
             print(f"left out: {line}", flush=True)
+    if not any(one["rows"]["train"] for one in done):
+        raise UserError(f"{part.table.files[0]}: no row is left to train on")
     template = naming.ShardedFileTemplate(data_dir=directory, dataset_name=FILES, filetype_suffix="array_record")
     lengths = {split: [one["rows"][split] for one in done] for split in records.SPLITS}
     splits = [tfds.core.SplitInfo(split, length, 0) for split, length in lengths.items()]

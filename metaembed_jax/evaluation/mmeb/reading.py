@@ -29,7 +29,7 @@ class Questions(NamedTuple):
       candidates: items of all queries, each once.
       choices: of each query, the candidates to choose from; the first is the right one.
       images: what reads the paths.
-      fingerprint: of everything above but the pixels.
+      fingerprint: of everything above; of images, what `ImageFolder.stamp` says.
     """
 
     queries: list[dict]
@@ -55,7 +55,7 @@ def read_task(task: Task, directory: Path) -> Questions:
             query, targets = _query(task, row), _targets(task, row)
             for one in (query, *(one for _, one in targets)):
                 if "image" in one:
-                    images.find(one["image"])
+                    digest.update(repr(images.stamp(one["image"])).encode())
         except UserError as error:
             raise UserError(f"{table.place(number)}: {error}") from None
         choices = []

@@ -1,6 +1,8 @@
 """All 36 tasks in both formats, evaluated, killed and run again; and bad files."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.mmeb import report, run
 from metaembed_jax.evaluation.mmeb.reading import read_task
 from metaembed_jax.evaluation.mmeb.tasks import GROUPS, TASKS
-from tests.data.field_files import mmeb_test_rows, write_mmeb_test, write_parquet
+from tests.data.field_files import mmeb_test_rows, picture, write_mmeb_test, write_parquet
 from tests.evaluation.parsed_page import Page
 from tests.late_interaction.reference import maxsim_scores
 
@@ -83,6 +85,22 @@ def test_the_page_has_the_worst_of_all_tasks_and_reads_no_other_image(model, tmp
     evaluate(model, tmp_path / "in", tmp_path / "resumed")
     assert (tmp_path / "resumed" / "mmeb.html").read_bytes() == (tmp_path / "whole" / "mmeb.html").read_bytes()
     assert 0 < len(read) == len(page.images()) - 1
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_task_whose_images_change_is_another_one(tmp_path, zipped):
+    found = []
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        write_mmeb_test(folder, [BY_NAME["ChartQA"]])
+        image = folder / "eval_images/ChartQA/0.jpg"
+        image.write_bytes(picture(7 * number))
+        os.utime(image, ns=(0, number * 10**18))
+        if zipped:
+            shutil.make_archive(folder / "eval_images", "zip", folder / "eval_images")
+            shutil.rmtree(folder / "eval_images")
+        found.append(read_task(BY_NAME["ChartQA"], folder).fingerprint)
+    assert found[0] != found[1]
 
 
 def test_all_tasks_of_the_first_format_are_read(tmp_path):
