@@ -47,14 +47,15 @@ def read_task(task: Task, directory: Path) -> Questions:
     """
     table = open_table(sorted((directory / task.name).glob("test-*.parquet")))
     need_columns(table, COLUMNS)
-    images, numbers = _images(directory), {}
+    images, numbers, stamped = _images(directory), {}, set()
     found = Questions([], [], [], images, "")
     digest = hashlib.sha256()
     for number, row in enumerate(table.read(0, len(table))):
         try:
             query, targets = _query(task, row), _targets(task, row)
             for one in (query, *(one for _, one in targets)):
-                if "image" in one:
+                if "image" in one and one["image"] not in stamped:  # most are candidates of many queries
+                    stamped.add(one["image"])
                     digest.update(repr(images.stamp(one["image"])).encode())
         except UserError as error:
             raise UserError(f"{table.place(number)}: {error}") from None
