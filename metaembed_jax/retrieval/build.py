@@ -59,9 +59,8 @@ def index_documents(
         raise UserError(f"budget={budget}: this model has 1 to {most} candidate vectors")
     if not len(documents):
         raise UserError("there is nothing to index: no document was given")
-    width = model.config.embedding_dim or model.meta_tokens.shape[1]
     about = {"name": name, "fingerprint": model.fingerprint}
-    wanted = Manifest(width, levels_of(budget), dtype, model=about, job=_job(documents, model.fingerprint, budget, dtype))
+    wanted = Manifest(model.dimension, levels_of(budget), dtype, model=about, job=_job(documents, model.fingerprint, budget, dtype))
     with store.writing(folder) if hosts.is_first() else contextlib.nullcontext():
         draft = _begin(folder, wanted) if hosts.is_first() else wanted
         done = int(hosts.from_first(str(len(documents) if draft is None else sum(one.items for one in draft.segments))))
