@@ -11,6 +11,7 @@ for a large float32 matmul. Extra memory is what a call adds to the peak of a pr
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import statistics
@@ -125,6 +126,7 @@ def contenders(query: np.ndarray, candidate: np.ndarray) -> dict[str, Callable]:
     return sides
 
 
+@functools.cache
 def colpali() -> Callable | None:
     """Their scoring alone: the package as a whole wants torchvision, which scores nothing."""
     found = importlib.util.find_spec("colpali_engine")

@@ -15,9 +15,9 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction import maxsim_tpu
 from metaembed_jax.late_interaction.groups import Budget, validate_budget
 
-# Vectors at once on either side: their similarities stay in a CPU's cache, and the matmuls are still large
-# (measured: 100 candidates of 64 vectors by 16 queries of 16).
-CANDIDATE_ROWS = 6400
+# At once on either side, vectors, and numbers in those of the candidates: their similarities stay in a CPU's cache, and the matmuls
+# are still large (measured: 100 candidates of 64 vectors of 128 by 16 queries of 16; 28 of them where they are 3584 wide).
+CANDIDATE_ROWS, CANDIDATE_NUMBERS = 6400, 6400 * 1024
 QUERY_ROWS = 256
 
 
@@ -83,7 +83,7 @@ def maxsim_on(
     if not queries or not documents or mesh.size == 1:
         return np.asarray(maxsim(query_QRD, document_NRD, budget))
     query_vectors, document_vectors = validate_budget(budget, query_QRD.shape[1], document_NRD.shape[1])
-    rows = _block_size(document_vectors, documents, CANDIDATE_ROWS) * mesh.size
+    rows = _documents_at_once(*document_NRD[:, :document_vectors].shape) * mesh.size
     document_NRD = np.pad(document_NRD[:, :document_vectors], [(0, -documents % rows), (0, 0), (0, 0)])
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     document_NRD = jax.device_put(document_NRD, NamedSharding(mesh, split))
@@ -108,27 +108,24 @@ def _blocked(query_QRD, document_NRD, document_mask):
 
 def _xla(query_QRD, document_NRD, document_mask):
     queries, documents = query_QRD.shape[0], document_NRD.shape[0]
-    query_blocks = _blocks(query_QRD, QUERY_ROWS)
-    document_blocks = _blocks(document_NRD, CANDIDATE_ROWS)
-    mask_blocks = None if document_mask is None else _blocks(document_mask, CANDIDATE_ROWS)
+    at_once = min(max(QUERY_ROWS // query_QRD.shape[1], 1), queries)
+    query_QRD = jnp.pad(query_QRD, [(0, -queries % at_once), (0, 0), (0, 0)])
+    query_blocks = query_QRD.reshape(-1, at_once, *query_QRD.shape[1:])
+    size = _documents_at_once(*document_NRD.shape)
 
-    def score_documents(block):
-        return jax.lax.map(lambda query_bRD: _score(query_bRD, *block), query_blocks)  # [query blocks, b, documents]
+    def score_block(number, scores_QN):
+        # The last block begins early enough to be whole: filling it up instead would copy all documents.
+        first = jnp.minimum(number * size, documents - size)
+        block, mask = (None if x is None else jax.lax.dynamic_slice_in_dim(x, first, size) for x in (document_NRD, document_mask))
+        scores = jax.lax.map(lambda query_bRD: _score(query_bRD, block, mask), query_blocks)  # [query blocks, b, size]
+        scores = scores.reshape(-1, size)[:queries]
+        return jax.lax.dynamic_update_slice_in_dim(scores_QN, scores, first, axis=1)
 
-    scores = jax.lax.map(score_documents, (document_blocks, mask_blocks))  # [document blocks, query blocks, b, documents]
-    scores = jnp.moveaxis(scores, 0, 2).reshape(-1, scores.shape[0] * scores.shape[3])
-    return scores[:queries, :documents]  # what filled the last blocks falls away here
-
-
-def _blocks(x_NR: Array, rows: int) -> Array:
-    """[N, R, ...] as [blocks, b, R, ...] with about `rows` vectors a block, filled up with zeros."""
-    size = _block_size(x_NR.shape[1], x_NR.shape[0], rows)
-    x_NR = jnp.pad(x_NR, [(0, -x_NR.shape[0] % size)] + [(0, 0)] * (x_NR.ndim - 1))
-    return x_NR.reshape(-1, size, *x_NR.shape[1:])
+    return jax.lax.fori_loop(0, -(-documents // size), score_block, jnp.zeros((queries, documents), jnp.float32))
 
 
-def _block_size(vectors: int, items: int, rows: int) -> int:
-    return min(max(rows // vectors, 1), items)
+def _documents_at_once(documents: int, vectors: int, width: int) -> int:
+    return min(max(min(CANDIDATE_ROWS, CANDIDATE_NUMBERS // width) // vectors, 1), documents)
 
 
 def _score(query_QRD: Array, document_NRD: Array, document_mask: Array | None) -> Float[Array, "Q N"]:
