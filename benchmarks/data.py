@@ -125,7 +125,8 @@ def dataloader(encoded: list[bytes], config: ImageConfig, workers: int, batches:
 
 def difference(encoded: bytes, dataset, config: ImageConfig) -> float:
     """The largest difference of a normalised number of one image."""
-    from metaembed_jax.data.images import open_image, patchify
+    from metaembed_jax.data.images import patchify
+    from metaembed_jax.inputs.images import open_image
 
     theirs = Collator(config)([Image.open(io.BytesIO(encoded)).convert("RGB")])["pixel_values"].numpy().reshape(-1, 3, 2, 196)
     found = patchify(open_image(encoded, "image"), config)

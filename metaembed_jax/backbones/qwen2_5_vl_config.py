@@ -1,12 +1,11 @@
 """The architecture of Qwen2.5-VL (arXiv 2502.13923), from a checkpoint's config.json and back."""
 
 import dataclasses
-import math
-import typing
 
+from metaembed_jax.backbones.fields import MOST_LAYERS, part, pick, require
 from metaembed_jax.errors import UserError
 
-MOST_LAYERS = 1000
+TITLE = "Qwen2.5-VL"
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -62,11 +61,11 @@ class Config:
         Raises:
           UserError: a field is missing, or asks for what Qwen2.5-VL checkpoints never had.
         """
-        text = {**config, **_part(config, "text_config")}
-        rope = {**_part(text, "rope_scaling"), **_part(text, "rope_parameters")}
+        text = {**config, **part(config, "text_config")}
+        rope = {**part(text, "rope_scaling"), **part(text, "rope_parameters")}
         text.setdefault("mrope_section", rope.get("mrope_section"))
         text.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
-        vision = _part(config, "vision_config")
+        vision = part(config, "vision_config")
         fixed = (
             ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
             ("hidden_act of text", text.get("hidden_act", "silu"), ("silu",)),
@@ -75,9 +74,8 @@ class Config:
             ("temporal_patch_size", vision.get("temporal_patch_size", 2), (2,)),
         )
         for name, value, known in fixed:
-            if value not in known:
-                raise UserError(f"config.json: {name} is {value!r}; Qwen2.5-VL has {known[0]!r}")
-        chosen = cls(_pick(TextConfig, text, "text_config"), _pick(VisionConfig, vision, "vision_config"))
+            require(name, value, known, TITLE)
+        chosen = cls(pick(TextConfig, text, "text_config", TITLE), pick(VisionConfig, vision, "vision_config", TITLE))
         chosen.check()
         return chosen
 
@@ -128,32 +126,3 @@ class Config:
             raise UserError(
                 f"vision_config: out_hidden_size {vision.out_hidden_size} is not the text's hidden_size, {text.hidden_size}"
             )
-
-
-def _part(config: dict, key: str) -> dict:
-    part = config.get(key)
-    if part is not None and not isinstance(part, dict):
-        raise UserError(f"config.json: {key} is {part!r}, not an object of keys and values")
-    return part or {}
-
-
-def _fits(value, kind) -> bool:
-    """Whether a value of a config.json can be a field's: positive numbers, and in tuples numbers from 0."""
-    if kind is int:
-        return type(value) is int and 0 < value < 2**31
-    if kind is float:
-        return type(value) in (int, float) and 0 < value < math.inf
-    kinds = (int,) if typing.get_args(kind)[0] is int else (int, float)
-    return isinstance(value, list | tuple) and all(type(part) in kinds and 0 <= part < math.inf for part in value)
-
-
-def _pick(kind: type, values: dict, name: str):
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    missing = [field for field, spec in fields.items() if values.get(field) is None and spec.default is dataclasses.MISSING]
-    if missing:
-        raise UserError(f"{name} of a Qwen2.5-VL config lacks {', '.join(missing)}")
-    chosen = {field: values[field] for field in fields if values.get(field) is not None}
-    for field, value in chosen.items():
-        if not _fits(value, fields[field].type):
-            raise UserError(f"{name} of a Qwen2.5-VL config: {field} is {value!r}, which cannot be")
-    return kind(**{field: tuple(value) if isinstance(value, list) else value for field, value in chosen.items()})

@@ -17,8 +17,10 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer
 
-from metaembed_jax.data.images import ImageConfig, Patches, open_image, patchify
+from metaembed_jax.data.images import ImageConfig, Patches, patchify
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.images import open_image
+from metaembed_jax.inputs.texts import PromptTokenizer, read_item
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 IMAGE_ALONE = "Describe the image."
@@ -56,17 +58,8 @@ class Processor:
 
     def __init__(self, tokenizer: Tokenizer, image_config: ImageConfig):
         self.image_config = image_config
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, because the next lines change it
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._ids = {token: self._tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-        missing = [token for token, number in self._ids.items() if number is None]
-        if missing:
-            raise UserError(f"the tokenizer lacks {', '.join(missing)}; use a Qwen2.5-VL tokenizer.json")
-        loose = [token for token, number in self._ids.items() if number in self._encode(token).ids]
-        if loose:
-            raise UserError(f"the tokenizer does not mark {', '.join(loose)} as special; use a Qwen2.5-VL tokenizer.json")
-        self._newline = self._encode("\n").ids
+        self._tokenizer = PromptTokenizer(tokenizer, SPECIAL_TOKENS, "Qwen2.5-VL")
+        self._newline = self._tokenizer.encode("\n")
 
     def query(self, item: dict, *, max_tokens: int | None = None, name: str = "query") -> Example:
         """An item of the query side: {"text": str, "image": PIL image or encoded bytes}, either or both.
@@ -79,7 +72,7 @@ class Processor:
         Raises:
           UserError: nothing to encode, an unreadable image, or no room for prompt and image.
         """
-        suffix = [self._ids["<|endoftext|>"]] * 10 + self._newline
+        suffix = [self._tokenizer.ids["<|endoftext|>"]] * 10 + self._newline
         return self._example(item, "Query: ", suffix, max_tokens, name)
 
     def candidate(self, item: dict, *, max_tokens: int | None = None, name: str = "candidate") -> Example:
@@ -87,47 +80,24 @@ class Processor:
         return self._example(item, "", [], max_tokens, name)
 
     def _example(self, item: dict, prefix: str, suffix: list[int], max_tokens: int | None, name: str) -> Example:
-        text, image = _read_item(item, name)
-        ids = self._ids
+        text, image = read_item(item, name)
+        ids = self._tokenizer.ids
         patches = None if image is None else patchify(open_image(image, name), self.image_config, name)
         if patches is None:
             head, prompt, visual = [ids["<|im_start|>"]], f"user\n{prefix}", slice(0, 0)
         else:
-            head = [ids["<|im_start|>"], *self._encode("user\n").ids, ids["<|vision_start|>"]]
+            head = [ids["<|im_start|>"], *self._tokenizer.encode("user\n"), ids["<|vision_start|>"]]
             visual = slice(len(head), len(head) + len(patches.raster))
             head += [ids["<|image_pad|>"]] * len(patches.raster) + [ids["<|vision_end|>"]]
             prompt = prefix if text else prefix + IMAGE_ALONE
         tail = [ids["<|im_end|>"], ids["<|endoftext|>"], *suffix]
 
         room = None if max_tokens is None else max_tokens - len(head) - len(tail)
-        tokens = np.array(head + self._fit(prompt, text, room, name) + tail, np.int32)
+        tokens = np.array(head + self._tokenizer.fit(prompt, text, "", room, name) + tail, np.int32)
         visual_index = np.full(len(tokens), -1, np.int32)
         if patches is not None:
             visual_index[visual] = patches.raster
         return Example(tokens, rope_positions(len(tokens), visual.start, patches), visual_index, patches)
-
-    def _encode(self, text: str):
-        # Set at every call, because pickling drops it. With it, what looks like a special token is plain text.
-        self._tokenizer.encode_special_tokens = True
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def _fit(self, prompt: str, text: str, room: int | None, name: str) -> list[int]:
-        """Tokens of prompt + text as one string (merges may cross from one to the other), `room` at most.
-
-        A cut leaves exactly the tokens of a shorter text, so the prompt stays whole whatever was merged.
-        """
-        try:
-            encoding = self._encode(prompt + text)
-        except TypeError:  # a lone surrogate
-            raise UserError(f"{name}: the text is not valid Unicode (a lone surrogate); decode it again") from None
-        while room is not None and len(encoding.ids) > room:
-            if not text:
-                excess = len(encoding.ids) - room
-                raise UserError(f"{name}: prompt and image alone are {excess} tokens over the limit; raise it or lower max_pixels")
-            start = encoding.offsets[max(room, 0)][0] - len(prompt)
-            text = text[: max(0, min(start, len(text) - 1))]
-            encoding = self._encode(prompt + text)
-        return encoding.ids
 
 
 def collate(examples: Sequence[Example], shape: ShapeClass, patch_dim: int = PATCH_DIM) -> dict[str, np.ndarray]:
@@ -178,14 +148,3 @@ def rope_positions(length: int, start: int, patches: Patches | None) -> Int[np.n
     before, after = np.arange(start), np.arange(length - start - rows * columns) + start + max(rows, columns)
     image = np.stack([np.zeros(rows * columns, int), *np.indices((rows, columns)).reshape(2, -1)]) + start
     return np.concatenate([np.tile(before, (3, 1)), image, np.tile(after, (3, 1))], axis=1).astype(np.int32)
-
-
-def _read_item(item: dict, name: str) -> tuple[str, object]:
-    if unknown := item.keys() - {"text", "image"}:
-        raise UserError(f"{name}: has {', '.join(sorted(map(repr, unknown)))}; an item's keys are 'text' and 'image'")
-    text, image = item.get("text"), item.get("image")
-    if text is None and image is None:
-        raise UserError(f"{name}: has neither text nor image; give at least one")
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"{name}: the text is a {type(text).__name__}, not a string")
-    return text or "", image

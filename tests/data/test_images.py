@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from metaembed_jax.data import images
-from metaembed_jax.data.images import ImageConfig, open_image, patchify, smart_resize, window_layout
+from metaembed_jax.data.images import ImageConfig, patchify, smart_resize, window_layout
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs import images
+from metaembed_jax.inputs.images import open_image
 
 CONFIG = ImageConfig(min_pixels=56 * 56, max_pixels=40 * 28 * 28)
 MEAN, STD = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
