@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metaembed_jax.inputs.examples import ShapeClass, collate
-from tests.backbones.llama_vision_reference import CANDIDATES, CONFIGURATIONS, QUERIES, read, reference
+from tests.backbones.llama_vision.reference import CANDIDATES, CONFIGURATIONS, QUERIES, read, reference
 
 TOLERANCE = dict(rtol=0, atol=1e-5)  # float32 leaves 8e-7
 SIDES = {"query": (QUERIES, 16, 16), "candidate": (CANDIDATES, 80, 64)}

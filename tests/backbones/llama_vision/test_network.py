@@ -10,7 +10,7 @@ from flax import nnx
 
 from metaembed_jax.backbones.llama_vision.vision import APART, attend_around_padding
 from metaembed_jax.inputs.examples import ShapeClass, collate
-from tests.backbones.llama_vision_reference import CONFIGURATIONS, LARGE, SMALL, TALL, WIDE, Transformers, read, reference
+from tests.backbones.llama_vision.reference import CONFIGURATIONS, LARGE, SMALL, TALL, WIDE, Transformers, read, reference
 
 torch = pytest.importorskip("torch")
 modeling = pytest.importorskip("transformers.models.mllama.modeling_mllama")
