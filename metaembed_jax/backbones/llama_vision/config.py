@@ -162,8 +162,7 @@ class Config:
           UserError: names the fields and their values.
         """
         text, vision = self.text_config, self.vision_config
-        if (deepest := max(text.num_hidden_layers, vision.num_hidden_layers, vision.num_global_layers)) > fields.MOST_LAYERS:
-            raise UserError(f"config.json: {deepest} layers; at most {fields.MOST_LAYERS} are read")
+        fields.check_depth(text.num_hidden_layers, vision.num_hidden_layers, vision.num_global_layers)
         for name, depth, layers in (
             ("cross_attention_layers", text.num_hidden_layers, text.cross_attention_layers),
             ("intermediate_layers_indices", vision.num_hidden_layers, vision.intermediate_layers_indices),

@@ -16,18 +16,20 @@ import math
 import numpy as np
 from einops import rearrange
 from jaxtyping import UInt8
+from ml_collections import ConfigDict
 from PIL import Image
 from tokenizers import Tokenizer
 
+from metaembed_jax.backbones.fields import check_processing
 from metaembed_jax.backbones.llama_vision.config import BEGIN, END, IMAGE, TITLE, Config
-from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import Example
 from metaembed_jax.inputs.images import open_image
-from metaembed_jax.inputs.texts import PromptTokenizer, read_item
+from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, PromptTokenizer, read_item
 
 SPECIAL_TOKENS = (BEGIN, END, IMAGE)
 PAD_TOKEN = END
-IMAGE_ALONE = "Describe the image."
+PROMPT_WORDS = (QUERY, IMAGE_ALONE)  # what the prompts say around every text
+PROCESSING = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"), True) | {"resample": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,38 +54,37 @@ class Images:
         Raises:
           UserError: it asks for something else.
         """
-        vision = config.vision_config
-        wanted = {
-            **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"), True),
-            "resample": int(Image.Resampling.BILINEAR),
-            "size": {"height": vision.image_size, "width": vision.image_size},
-            "max_image_tiles": vision.max_num_tiles,
-        }
-        for key, value in wanted.items():
-            if preprocessor.get(key, value) != value:
-                raise UserError(f"preprocessor_config.json: {key}={preprocessor[key]!r} does not fit this model, only {value!r}")
-        return cls.from_run(None, config, None)
+        check_processing(preprocessor, PROCESSING | _sizes(config))
+        return cls._of(config)
 
     @classmethod
-    def from_run(cls, data, config: Config, max_visual_tokens: int | None) -> "Images":
+    def from_run(cls, data: ConfigDict, config: Config, max_visual_tokens: int | None) -> "Images":
         """As the architecture has them; nothing in a run's config changes that."""
+        return cls._of(config)
+
+    @classmethod
+    def _of(cls, config: Config) -> "Images":
         vision = config.vision_config
         return cls(vision.image_size, vision.patch_size, tuple(vision.arrangements))
 
     def to_preprocessor(self, config: Config) -> dict:
-        """The content of preprocessor_config.json, as transformers reads it."""
+        """The content of preprocessor_config.json; the way back from `from_preprocessor`."""
         vision = config.vision_config
         return {
             "image_processor_type": "MllamaImageProcessor",
             "processor_class": "MllamaProcessor",
-            **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"), True),
-            "resample": int(Image.Resampling.BILINEAR),
-            "size": {"height": self.tile_size, "width": self.tile_size},
-            "max_image_tiles": vision.max_num_tiles,
+            **PROCESSING,
+            **_sizes(config),
             "image_mean": list(vision.image_mean),
             "image_std": list(vision.image_std),
             "rescale_factor": 1 / 255,
         }
+
+
+def _sizes(config: Config) -> dict:
+    """The keys of preprocessor_config.json that the architecture fixes."""
+    vision = config.vision_config
+    return {"size": {"height": vision.image_size, "width": vision.image_size}, "max_image_tiles": vision.max_num_tiles}
 
 
 class Processor:
@@ -105,7 +106,7 @@ class Processor:
         Raises:
           UserError: nothing to encode, an unreadable image, or no room for the prompt.
         """
-        return self._example(item, "Query: ", [self._tokenizer.ids[END]] * 10 + self._newline, max_tokens, name)
+        return self._example(item, QUERY, [self._tokenizer.ids[END]] * 10 + self._newline, max_tokens, name)
 
     def candidate(self, item: dict, *, max_tokens: int | None = None, name: str = "candidate") -> Example:
         """An item of the candidate side; otherwise as `query`."""

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from metaembed_jax.backbones import llama_vision
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.sharding import make_mesh, parameter_shardings
-from tests.backbones.qwen2_5_vl_reference import HAS_TORCH, noise
+from tests.backbones.qwen2_5_vl.reference import HAS_TORCH, noise
 
 BEGIN, END, IMAGE = "<|begin_of_text|>", "<|end_of_text|>", "<|image|>"
 VOCABULARY = 300  # the image token is one more
@@ -48,7 +48,7 @@ CONFIGURATIONS = {
     "grouped": configuration(heads=(4, 2), width=64, layers=10, crossings=(3, 8), scaled=True, vision=(4, 3), vision_width=48,
                              vision_heads=3, kept=(0, 2), side=42),
     # Crossings side by side, first and last; 17 tokens of a tile, filled up to 24.
-    "irregular": configuration(heads=(6, 1), width=96, layers=5, crossings=(0, 2, 3, 4), scaled=False, vision=(3, 2),
+    "irregular": configuration(heads=(6, 1), width=96, layers=6, crossings=(0, 2, 3, 5), scaled=False, vision=(3, 2),
                                vision_width=40, vision_heads=2, kept=(0, 1, 2), side=40, patch=10, tiles=3),
     # One layer of a kind; 5 tokens of a tile, filled up to 8.
     "small": configuration(heads=(2, 2), width=32, layers=2, crossings=(1,), scaled=True, vision=(1, 1), vision_width=24,
@@ -59,7 +59,7 @@ CONFIGURATIONS = {
 TALL, WIDE, LARGE, SMALL = noise(150, 61, 1), noise(50, 160, 2), noise(139, 123, 4), noise(26, 33, 3)
 TEXTS = ["a red car", "", "what stands left of the hut", "airplane lock", "cloud snow 漢字"]
 QUERIES = [*TEXTS, {"text": "where", "image": TALL}, {"text": "a longer question", "image": WIDE}, {"image": SMALL}]
-CANDIDATES = [*TEXTS[2:], {"image": TALL}, {"image": WIDE}, {"text": "with its caption", "image": LARGE}, {"image": SMALL}]
+CANDIDATES = [*TEXTS[2:], *({"image": image} for image in (TALL, WIDE, SMALL)), {"text": "with its caption", "image": LARGE}, "a"]
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -116,18 +116,9 @@ class Transformers:
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
         self.images = MllamaImageProcessorPil.from_pretrained(directory)
 
-    def see(self, pictures: list) -> dict:
-        """Pictures, each alone in its row, as the model takes them; and how many tiles each has, as `num_tiles`."""
-        return dict(self.images([[picture] for picture in pictures], return_tensors="pt"))
-
     def vectors(self, items: list, side: str, meta_tokens: np.ndarray) -> np.ndarray:
-        """Two left-padded batches, of items with images and of those without; all rows of both sides behind each item."""
-        pictured = [isinstance(item, dict) for item in items]
-        vectors = np.zeros((len(items), {"query": 16, "candidate": 64}[side], meta_tokens.shape[1]), np.float32)
-        for kind in set(pictured):
-            rows = [row for row, has in enumerate(pictured) if has == kind]
-            vectors[rows] = self._batch([items[row] for row in rows], side, meta_tokens)
-        return vectors
+        """All rows of both sides behind each item."""
+        return by_kind(items, lambda alike: self._batch(alike, side, meta_tokens))
 
     def _batch(self, items: list, side: str, meta_tokens: np.ndarray) -> np.ndarray:
         import torch
@@ -139,16 +130,7 @@ class Transformers:
         for row, ids in enumerate(rows):
             tokens[row, length - len(ids) : length] = torch.tensor(ids)
             mask[row, length - len(ids) :] = 1
-        seen = {}
-        if isinstance(items[0], dict):
-            seen = self.see([item["image"] for item in items])
-            counts = seen.pop("num_tiles")
-            # From the image token to the end of the prompt, tokens look at the image's tiles; so do all Meta Tokens.
-            looks = torch.zeros(*tokens.shape, 1, seen["pixel_values"].shape[2], dtype=torch.long)
-            for row, ids in enumerate(rows):
-                assert ids.index(self.model.config.image_token_index) == 0
-                looks[row, length - len(ids) :, 0, : counts[row][0]] = 1
-            seen["cross_attention_mask"] = looks
+        seen = looks(see(self.images, items), mask) if isinstance(items[0], dict) else {}
         core, appended = self.model.model, torch.tensor(meta_tokens)
         hook = core.get_input_embeddings().register_forward_hook(
             lambda module, arguments, output: torch.cat([output[:, :length], appended.expand(len(rows), -1, -1)], dim=1)
@@ -158,6 +140,28 @@ class Transformers:
         hook.remove()
         read = states[:, length : length + 16] if side == "query" else states[:, length + 16 :]
         return torch.nn.functional.normalize(read, dim=-1).numpy()
+
+
+def by_kind(items: list, vectors) -> np.ndarray:
+    """Vectors of items with an image and of those without, each kind in a batch: transformers skips layers for the latter alone."""
+    found = {}
+    for kind in (False, True):
+        rows = [row for row, item in enumerate(items) if isinstance(item, dict) == kind]
+        found |= zip(rows, vectors([items[row] for row in rows]), strict=True)
+    return np.stack([found[row] for row in range(len(items))])
+
+
+def see(images, items: list) -> dict:
+    """The pictures of items, each alone in its row, by an image processor of transformers; `num_tiles` is how many each has."""
+    return dict(images([[item["image"]] for item in items], return_tensors="pt"))
+
+
+def looks(seen: dict, mask) -> dict:
+    """What the model takes: prompts begin with the image token, so all of their tokens look at the image's tiles, and so do the
+    Meta Tokens behind them; padding does not."""
+    counts = np.array(seen.pop("num_tiles"))
+    tiles = np.arange(seen["pixel_values"].shape[2]) < counts[:, :, None]
+    return seen | {"cross_attention_mask": mask[:, :, None, None] * mask.new_tensor(tiles)[:, None]}
 
 
 def string(item, side: str) -> str:

@@ -14,7 +14,7 @@ from metaembed_jax.backbones.llama_vision.inputs import arrange, fit, patchify
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import ShapeClass, blank, collate
 from tests.backbones.llama_vision.reference import BEGIN, CONFIGURATIONS, END, IMAGE, TALL, configuration, string, write_tokenizer
-from tests.backbones.qwen2_5_vl_reference import noise
+from tests.backbones.qwen2_5_vl.reference import noise
 
 TEXTS = ["a red car", "  two  spaces ", "\n\nlines\n", "été 漢字 👩‍👩‍👧 Ωμέγα", "Query: again", "", "\x00\u200b", "مرحبا"]
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]

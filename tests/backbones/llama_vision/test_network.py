@@ -10,7 +10,7 @@ from flax import nnx
 
 from metaembed_jax.backbones.llama_vision.vision import APART, attend_around_padding
 from metaembed_jax.inputs.examples import ShapeClass, collate
-from tests.backbones.llama_vision.reference import CONFIGURATIONS, LARGE, SMALL, TALL, WIDE, Transformers, read, reference
+from tests.backbones.llama_vision.reference import CONFIGURATIONS, LARGE, SMALL, TALL, WIDE, Transformers, read, reference, see
 
 torch = pytest.importorskip("torch")
 modeling = pytest.importorskip("transformers.models.mllama.modeling_mllama")
@@ -29,7 +29,7 @@ class Case:
         examples = [self.ours.processor.candidate({"image": picture}) for picture in PICTURES]
         most = max(example.patches for example in examples)
         self.batch = collate(examples, ShapeClass(64, most), self.ours.config.layout)
-        self.seen = self.theirs.see(PICTURES)
+        self.seen = see(self.theirs.images, [{"image": picture} for picture in PICTURES])
         self.counts = [count for [count] in self.seen.pop("num_tiles")]
         self.ratios = self.seen["aspect_ratio_ids"]
 
