@@ -130,7 +130,7 @@ class _Counter:
         recomputed = is_stack and part.scanned and self._recomputes and passes_back
         again = float(maps[0] + memory[0]) - last + attention + rotations
         extra = rotations * (1 + passes_back) + again * recomputed
-        to_keys = not part.memory or before or memory[1] > 0  # keys and values that nothing trains get no gradient
+        to_keys = not part.memory or before or bool(memory[1])  # keys and values that nothing trains get no gradient
         total = _linear(maps, passes_back) + _linear(memory, before)
         return total + Flops(attention, (1 + to_keys) * attention * passes_back, extra)
 
