@@ -1,7 +1,7 @@
 """What budgets and types keep of a trained index, and what they cost: `python benchmarks/budgets.py --run=runs/tiny`.
 
-Encodes all icons with a run, and the names of its test split as queries. The measure is what a full search of float32 vectors finds:
-how much of its ten best does an index of another type find, and how much of an index's own ten best does a search by fewer vectors or
+Encodes all icons with a run, and the names of its test split as queries. The measure is what a full search finds: how much of the
+ten best of float32 vectors does an index of another type find, and how much of its own ten best does a search by fewer vectors or
 in stages? How many items must survive a first stage is chosen on the names of the validation split. Times are medians of turns, of
 all queries at once and of one.
 """
