@@ -111,7 +111,7 @@ def _blocked(query_QRD, document_NRD, document_mask, document_scale):
     return jax.lax.platform_dependent(*arrays, tpu=maxsim_tpu.score, default=_xla)
 
 
-def _xla(query_QRD, document_NRD, *factors):
+def _xla(query_QRD, document_NRD, document_mask=None, document_scale=None):
     queries, documents = query_QRD.shape[0], document_NRD.shape[0]
     at_once = min(max(QUERY_ROWS // query_QRD.shape[1], 1), queries)
     query_QRD = jnp.pad(query_QRD, [(0, -queries % at_once), (0, 0), (0, 0)])
@@ -121,7 +121,7 @@ def _xla(query_QRD, document_NRD, *factors):
     def score_block(number, scores_QN):
         # The last block begins early enough to be whole: filling it up instead would copy all documents.
         first = jnp.minimum(number * size, documents - size)
-        block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size), (document_NRD, *factors))
+        block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size), (document_NRD, document_mask, document_scale))
         scores = jax.lax.map(lambda query_bRD: _score(query_bRD, *block), query_blocks)  # [query blocks, b, size]
         scores = scores.reshape(-1, size)[:queries]
         return jax.lax.dynamic_update_slice_in_dim(scores_QN, scores, first, axis=1)
