@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import metaembed_jax as me
 from metaembed_jax.late_interaction import levels
+from metaembed_jax.retrieval import checked
 from metaembed_jax.retrieval import search as module
 from metaembed_jax.retrieval.items import to_int8
 from metaembed_jax.sharding import make_mesh
@@ -47,6 +48,8 @@ def test_blocks_parts_and_queries_that_do_not_divide(monkeypatch):
     for name, value in {"PART_ITEMS": 8, "BLOCK_NUMBERS": 16 * 16 * 4, "QUERY_ROWS": 32}.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(levels, "QUERY_ROWS", 8)
+    monkeypatch.setattr(checked, "KEPT", 0)
+    monkeypatch.setattr(checked, "SCATTERED", 3)
     rng = np.random.default_rng(0)
     query, candidate = exact(rng, 21, 4, 16), exact(rng, 133, 4, 16)
     index = me.Index.build(candidate[:50], map(str, range(50)), dtype="float32", mesh=ONE)
