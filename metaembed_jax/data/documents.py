@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path, PurePath
 
-from metaembed_jax.data.images import open_image
 from metaembed_jax.data.pdf import PdfReader
 from metaembed_jax.data.sources.files import ImageFolder, read_image_file
 from metaembed_jax.data.sources.tables import Table, new_id, open_table
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.images import open_image
 
 IMAGES = frozenset(".avif .bmp .gif .jpeg .jpg .png .tif .tiff .webp".split())  # of those with several pictures, the first one
 TABLES = frozenset((".jsonl", ".parquet"))

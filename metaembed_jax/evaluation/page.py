@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from metaembed_jax.data.images import open_image
 from metaembed_jax.evaluation.report import write_file
 from metaembed_jax.evaluation.tables import Table
 from metaembed_jax.evaluation.worst import SHOWN, Example
+from metaembed_jax.inputs.images import open_image
 
 SIDE = 256  # pixels of a thumbnail's longest side
 LONGEST = 300  # characters that are shown of a text

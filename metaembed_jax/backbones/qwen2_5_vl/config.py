@@ -1,12 +1,13 @@
 """The architecture of Qwen2.5-VL (arXiv 2502.13923), from a checkpoint's config.json and back."""
 
 import dataclasses
-import math
-import typing
+from pathlib import Path
 
+from metaembed_jax.backbones.fields import check_depth, check_sizes, free, normalisation, part, pick, require
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.examples import ArraySpec, Layout
 
-MOST_LAYERS = 1000
+TITLE = "Qwen2.5-VL"
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -23,7 +24,7 @@ class VisionConfig:
     fullatt_block_indexes: tuple[int, ...]
     patch_size: int = 14
     spatial_merge_size: int = 2
-    window_size: int = 112
+    window_size: int = free(112)  # boards have larger pages than the icons that a run starts from
     image_mean: tuple[float, float, float] = IMAGE_MEAN
     image_std: tuple[float, float, float] = IMAGE_STD
 
@@ -55,6 +56,33 @@ class Config:
     text_config: TextConfig
     vision_config: VisionConfig
 
+    @property
+    def width(self) -> int:
+        """Of the states of the language model."""
+        return self.text_config.hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding table."""
+        return self.text_config.vocab_size
+
+    @property
+    def layout(self) -> Layout:
+        """The arrays of a batch; see `inputs` for what they hold."""
+        return Layout(
+            tokens={"positions": ArraySpec((3,), "int32"), "visual_index": ArraySpec((), "int32", fill=-1)},
+            patches={
+                "patches": ArraySpec((3 * self.vision_config.patch_size**2,), "uint8"),
+                "patch_positions": ArraySpec((2,), "int32"),
+                "patch_mask": ArraySpec((), "bool"),
+            },
+        )
+
+    @property
+    def patch_multiple(self) -> int:
+        """An image is whole windows."""
+        return self.vision_config.window_patches
+
     @classmethod
     def from_huggingface(cls, config: dict) -> "Config":
         """From the content of a checkpoint's config.json, in either layout in circulation (flat, or with `text_config`).
@@ -62,11 +90,11 @@ class Config:
         Raises:
           UserError: a field is missing, or asks for what Qwen2.5-VL checkpoints never had.
         """
-        text = {**config, **_part(config, "text_config")}
-        rope = {**_part(text, "rope_scaling"), **_part(text, "rope_parameters")}
+        text = {**config, **part(config, "text_config")}
+        rope = {**part(text, "rope_scaling"), **part(text, "rope_parameters")}
         text.setdefault("mrope_section", rope.get("mrope_section"))
         text.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
-        vision = _part(config, "vision_config")
+        vision = part(config, "vision_config")
         fixed = (
             ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
             ("hidden_act of text", text.get("hidden_act", "silu"), ("silu",)),
@@ -75,11 +103,24 @@ class Config:
             ("temporal_patch_size", vision.get("temporal_patch_size", 2), (2,)),
         )
         for name, value, known in fixed:
-            if value not in known:
-                raise UserError(f"config.json: {name} is {value!r}; Qwen2.5-VL has {known[0]!r}")
-        chosen = cls(_pick(TextConfig, text, "text_config"), _pick(VisionConfig, vision, "vision_config"))
+            require(name, value, known, TITLE)
+        chosen = cls(pick(TextConfig, text, "text_config", TITLE), pick(VisionConfig, vision, "vision_config", TITLE))
         chosen.check()
         return chosen
+
+    def with_preprocessor(self, preprocessor: dict, place: Path) -> "Config":
+        """With the mean and standard deviation of pixels that a preprocessor_config.json has.
+
+        Raises:
+          UserError: they are none, or its patches are others than this model's; names `place`.
+        """
+        check_sizes({key: preprocessor.get(key) for key in ("patch_size", "merge_size")})
+        vision = self.vision_config
+        ours = (preprocessor.get("patch_size") or 14, preprocessor.get("merge_size") or 2)
+        if ours != (theirs := (vision.patch_size, vision.spatial_merge_size)):
+            raise UserError(f"{place}: patch and merge sizes are {ours} in preprocessor_config.json and {theirs} in config.json")
+        vision = dataclasses.replace(vision, **normalisation(preprocessor, place, TITLE))
+        return dataclasses.replace(self, vision_config=vision)
 
     def to_huggingface(self, vocabulary: int, token_ids: dict[str, int]) -> dict:
         """The content of config.json; the way back from `from_huggingface`.
@@ -112,8 +153,7 @@ class Config:
           UserError: names the fields and their values.
         """
         text, vision = self.text_config, self.vision_config
-        if (deepest := max(text.num_hidden_layers, vision.depth)) > MOST_LAYERS:
-            raise UserError(f"config.json: {deepest} layers; at most {MOST_LAYERS} are read")
+        check_depth(text.num_hidden_layers, vision.depth)
         half_head, rest = divmod(text.hidden_size, 2 * text.num_attention_heads)
         if rest or text.num_attention_heads % text.num_key_value_heads:
             heads = f"{text.num_attention_heads} attention heads and {text.num_key_value_heads} key-value heads"
@@ -128,32 +168,3 @@ class Config:
             raise UserError(
                 f"vision_config: out_hidden_size {vision.out_hidden_size} is not the text's hidden_size, {text.hidden_size}"
             )
-
-
-def _part(config: dict, key: str) -> dict:
-    part = config.get(key)
-    if part is not None and not isinstance(part, dict):
-        raise UserError(f"config.json: {key} is {part!r}, not an object of keys and values")
-    return part or {}
-
-
-def _fits(value, kind) -> bool:
-    """Whether a value of a config.json can be a field's: positive numbers, and in tuples numbers from 0."""
-    if kind is int:
-        return type(value) is int and 0 < value < 2**31
-    if kind is float:
-        return type(value) in (int, float) and 0 < value < math.inf
-    kinds = (int,) if typing.get_args(kind)[0] is int else (int, float)
-    return isinstance(value, list | tuple) and all(type(part) in kinds and 0 <= part < math.inf for part in value)
-
-
-def _pick(kind: type, values: dict, name: str):
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    missing = [field for field, spec in fields.items() if values.get(field) is None and spec.default is dataclasses.MISSING]
-    if missing:
-        raise UserError(f"{name} of a Qwen2.5-VL config lacks {', '.join(missing)}")
-    chosen = {field: values[field] for field in fields if values.get(field) is not None}
-    for field, value in chosen.items():
-        if not _fits(value, fields[field].type):
-            raise UserError(f"{name} of a Qwen2.5-VL config: {field} is {value!r}, which cannot be")
-    return kind(**{field: tuple(value) if isinstance(value, list) else value for field, value in chosen.items()})

@@ -1,0 +1,57 @@
+"""Images as they come from others: opened, upright and RGB, with the very pixels that transformers reads."""
+
+import io
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from metaembed_jax.errors import UserError
+
+MAX_SOURCE_PIXELS = 64_000_000  # of an image as it is opened, before it is decoded
+MAX_ASPECT_RATIO = 200  # beyond it some families' processors refuse an image, so preparation does
+
+
+def open_image(image: bytes | str | Path | Image.Image, name: str) -> Image.Image:
+    """Decodes to RGB as transformers does. An image that is open, and RGB, comes back itself.
+
+    Encoded bytes and files are turned upright by their EXIF orientation (as `transformers.image_utils.load_image`); an image
+    that is open already stays as it is. Transparency of any kind is composited onto white, every other mode goes through
+    Pillow's `convert("RGB")` (as `transformers.image_transforms.convert_to_rgb`): 16 bits are clipped to 8, not scaled. Of an
+    animation the first frame counts.
+
+    Raises:
+      UserError: names `name` and why: unreadable, truncated, empty, or more than `MAX_SOURCE_PIXELS`, found before decoding.
+    """
+    encoded = not isinstance(image, Image.Image)
+    try:
+        if encoded:
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(image))
+        check_size(image, name)
+        if encoded:
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+    except UserError:
+        raise
+    except Exception as error:  # decoders of broken bytes raise errors of every kind
+        raise UserError(f"{name}: the image cannot be read ({' '.join(str(error).split())}); repair or remove it") from error
+
+
+def check_size(image: Image.Image, name: str) -> None:
+    """Refuses an opened image, before it is decoded, that has no pixels or more than `MAX_SOURCE_PIXELS`.
+
+    Raises:
+      UserError: names `name` and its size.
+    """
+    width, height = image.size
+    if not 0 < width * height <= MAX_SOURCE_PIXELS:
+        raise UserError(f"{name}: the image is {width}x{height} pixels; from 1 to {MAX_SOURCE_PIXELS} pixels in all are accepted")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and image.info.get("transparency") is None:
+        image.load()  # what convert would do before it copied
+        return image
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

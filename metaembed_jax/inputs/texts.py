@@ -1,0 +1,87 @@
+"""Texts to tokens of a checkpoint's vocabulary: special tokens only where a prompt has them, cuts only in the user's text."""
+
+from collections.abc import Sequence
+
+from tokenizers import Encoding, Tokenizer
+
+from metaembed_jax.errors import UserError
+
+QUERY = "Query: "  # stands before the text of a query
+IMAGE_ALONE = "Describe the image."  # stands for a text beside an image that has none
+
+
+class PromptTokenizer:
+    """A tokenizer that a family writes its prompts with. Survives pickling, for worker processes.
+
+    Args:
+      tokenizer: a checkpoint's; it is copied.
+      special_tokens: that the prompts have.
+      title: of the family, for errors.
+
+    Attributes:
+      ids: of the special tokens.
+
+    Raises:
+      UserError: the tokenizer lacks a special token, or does not mark it as special.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, special_tokens: Sequence[str], title: str):
+        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, because the next lines change it
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.ids: dict[str, int] = {token: self._tokenizer.token_to_id(token) for token in special_tokens}
+        if missing := [token for token, number in self.ids.items() if number is None]:
+            raise UserError(f"the tokenizer lacks {', '.join(missing)}; use a {title} tokenizer.json")
+        if loose := [token for token, number in self.ids.items() if number in self.encode(token)]:
+            raise UserError(f"the tokenizer does not mark {', '.join(loose)} as special; use a {title} tokenizer.json")
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text; what looks like a special token is plain text."""
+        return self._encode(text).ids
+
+    def fit(self, before: str, text: str, after: str, room: int | None, name: str) -> list[int]:
+        """Tokens of before + text + after as one string (merges may cross from one to the other), `room` at most.
+
+        A cut leaves exactly the tokens of a shorter text, so what stands around it stays whole whatever was merged.
+
+        Args:
+          room: tokens that they may take; None for any number.
+          name: of the item, for errors.
+
+        Raises:
+          UserError: the text is not valid Unicode, or what stands around it alone does not fit.
+        """
+        try:
+            encoding = self._encode(before + text + after)
+        except TypeError:  # a lone surrogate
+            raise UserError(f"{name}: the text is not valid Unicode (a lone surrogate); decode it again") from None
+        while room is not None and (excess := len(encoding.ids) - room) > 0:
+            if not text:
+                raise UserError(f"{name}: prompt and image alone are {excess} tokens over the limit; raise it or lower max_pixels")
+            # Of the tokens that begin ahead of `after`; none do where a normaliser drops all there is.
+            starts = [start for start, _ in encoding.offsets if start < len(before) + len(text)] or [len(before)]
+            start = starts[max(len(starts) - excess, 0)] - len(before)
+            text = text[: max(0, min(start, len(text) - 1))]
+            encoding = self._encode(before + text + after)
+        return encoding.ids
+
+    def _encode(self, text: str) -> Encoding:
+        # Set at every call, because pickling drops it. With it, what looks like a special token is plain text.
+        self._tokenizer.encode_special_tokens = True
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def read_item(item: dict, name: str) -> tuple[str, object]:
+    """(text, image or None) of {"text": str, "image": ...}; an absent text is empty.
+
+    Raises:
+      UserError: other keys, neither text nor image, or a text that is none; names `name`.
+    """
+    if unknown := item.keys() - {"text", "image"}:
+        raise UserError(f"{name}: has {', '.join(sorted(map(repr, unknown)))}; an item's keys are 'text' and 'image'")
+    text, image = item.get("text"), item.get("image")
+    if text is None and image is None:
+        raise UserError(f"{name}: has neither text nor image; give at least one")
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{name}: the text is a {type(text).__name__}, not a string")
+    return text or "", image
