@@ -8,7 +8,8 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import ArraySpec, Layout
 
 TITLE = "PaliGemma"
-IMAGE_TOKEN = "<image>"
+PAD_TOKEN, START_TOKEN, IMAGE_TOKEN = "<pad>", "<bos>", "<image>"
+GELU = "gelu_pytorch_tanh"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,28 +75,18 @@ class Config:
         """
         text, vision = fields.part(config, "text_config"), fields.part(config, "vision_config")
         rope = fields.part(text, "rope_parameters")
-        text = {"rope_theta": rope.get("rope_theta")} | {"model_type": "gemma"} | text
+        text = {"rope_theta": rope.get("rope_theta"), "model_type": "gemma"} | text
         chosen = cls(fields.pick(TextConfig, text, "text_config", TITLE), fields.pick(VisionConfig, vision, "vision_config", TITLE))
-        layers, activation = chosen.text_config.num_hidden_layers, "gelu_pytorch_tanh"
-        known = [
+        for name, value, known in (
             ("model_type of text", text["model_type"], ("gemma", "gemma2")),
             ("attention_bias", text.get("attention_bias") or False, (False,)),
             ("rope_type", rope.get("rope_type", "default"), ("default",)),
-            ("hidden_act of vision", vision.get("hidden_act", activation), (activation,)),
+            ("hidden_act of vision", vision.get("hidden_act", GELU), (GELU,)),
             ("num_channels", vision.get("num_channels", 3), (3,)),
             ("projection_dim", config.get("projection_dim", chosen.width), (chosen.width,)),
-        ]
-        if chosen.text_config.is_gemma2:
-            kinds = text.get("layer_types") or layer_types(layers)
-            known += [
-                ("hidden_activation", text.get("hidden_activation", activation), (activation,)),
-                ("layer_types", kinds, (layer_types(layers),)),
-            ]
-            known += [(key, text.get(key, 1) is None, (False,)) for key in ("attn_logit_softcapping", "sliding_window")]
-        else:
-            known += [("hidden_act of text", text.get("hidden_act", activation), (activation, "gelu"))]  # both mean the former
-        for name, value, values in known:
-            fields.require(name, value, values, TITLE)
+            *_fixed(text, chosen.text_config),
+        ):
+            fields.require(name, value, known, TITLE)
         chosen.check()
         return chosen
 
@@ -107,6 +98,7 @@ class Config:
           token_ids: of the special tokens.
         """
         text = dataclasses.asdict(self.text_config) | {"vocab_size": vocabulary}
+        text |= {"pad_token_id": token_ids[PAD_TOKEN], "bos_token_id": token_ids[START_TOKEN]}
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": text.pop("rope_theta")}
         if self.text_config.is_gemma2:
             text["layer_types"] = layer_types(self.text_config.num_hidden_layers)
@@ -181,6 +173,21 @@ class Config:
             raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {heads}")
         if vision.image_size % vision.patch_size:
             raise UserError(f"vision_config: an image_size of {vision.image_size} is no multiple of patch_size {vision.patch_size}")
+
+
+def _fixed(text: dict, chosen: TextConfig) -> list[tuple[str, object, tuple]]:
+    """(name, value, known values) of what one version of Gemma has."""
+    if not chosen.is_gemma2:
+        return [("hidden_act of text", text.get("hidden_act", GELU), (GELU, "gelu"))]  # which here means the same
+    alternating = layer_types(chosen.num_hidden_layers)
+    return [
+        ("hidden_activation", text.get("hidden_activation", GELU), (GELU,)),
+        ("layer_types", text.get("layer_types") or alternating, (alternating,)),
+        *(
+            (key, text.get(key, getattr(chosen, key)), (getattr(chosen, key),))
+            for key in ("attn_logit_softcapping", "sliding_window")
+        ),
+    ]
 
 
 def layer_types(layers: int) -> list[str]:

@@ -16,13 +16,12 @@ from jaxtyping import UInt8
 from PIL import Image
 from tokenizers import Tokenizer
 
-from metaembed_jax.backbones.paligemma.config import IMAGE_TOKEN, TITLE, Config
+from metaembed_jax.backbones.paligemma.config import IMAGE_TOKEN, PAD_TOKEN, START_TOKEN, TITLE, Config
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import Example
 from metaembed_jax.inputs.images import open_image
 from metaembed_jax.inputs.texts import PromptTokenizer, read_item
 
-PAD_TOKEN, START_TOKEN = "<pad>", "<bos>"
 SPECIAL_TOKENS = (PAD_TOKEN, START_TOKEN, IMAGE_TOKEN)
 IMAGE_ALONE = "Describe the image."
 

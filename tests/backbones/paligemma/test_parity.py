@@ -13,7 +13,7 @@ from metaembed_jax.backbones import paligemma
 from metaembed_jax.checkpoints.huggingface import read_backbone, read_json
 from metaembed_jax.inputs.examples import ShapeClass, collate
 from metaembed_jax.sharding import make_mesh, parameter_shardings
-from tests.backbones.paligemma_reference import CANDIDATES, CONFIGURATIONS, QUERIES, reference
+from tests.backbones.paligemma.reference import CANDIDATES, CONFIGURATIONS, QUERIES, reference
 
 TOLERANCE = dict(rtol=0, atol=1e-5)
 

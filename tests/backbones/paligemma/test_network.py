@@ -11,9 +11,9 @@ from PIL import Image
 
 from metaembed_jax.backbones.paligemma.network import positions
 from metaembed_jax.inputs.examples import ShapeClass, collate
-from tests.backbones.paligemma_reference import Transformers, reference
+from tests.backbones.paligemma.reference import Transformers, reference
+from tests.backbones.paligemma.test_parity import load
 from tests.backbones.qwen2_5_vl_reference import SMALL, TALL, WIDE, noise
-from tests.backbones.test_paligemma_parity import load
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
