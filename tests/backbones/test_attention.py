@@ -110,22 +110,23 @@ def tpu_mesh():
     return make_mesh(2, 2, 2, devices=topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
 
 
-def lowered_gradient(mesh, B, T, H, K):
+def lowered_gradient(mesh, B, T, H, K, **kind):
     heads, rows = (NamedSharding(mesh, PartitionSpec(BATCH_AXES, *axes)) for axes in ((None, "tensor"), ()))
     array = jax.ShapeDtypeStruct((B, T, H, K), jnp.bfloat16, sharding=heads)
     mask = jax.ShapeDtypeStruct((B, T), jnp.bool_, sharding=rows)
 
     def loss(query, key, value, mask):
-        return attention(query, key, value, mask, causal=True).astype(jnp.float32).sum()
+        return attention(query, key, value, mask, causal=True, **kind).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(array, array, array, mask)
 
 
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # which cannot hold programs of absent chips
-def test_a_tpu_holds_no_scores_and_gathers_nothing(tpu_mesh):
+@pytest.mark.parametrize("kind", [{}, dict(softcap=50.0, window=600)])
+def test_a_tpu_holds_no_scores_and_gathers_nothing(tpu_mesh, kind):
     B, T, H, K = 8, 1024, 4, 80
-    compiled = lowered_gradient(tpu_mesh, B, T, H, K).compile()
+    compiled = lowered_gradient(tpu_mesh, B, T, H, K, **kind).compile()
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3  # forward, and two backward
     assert "all-" not in compiled.as_text()
     scores = (B // 4) * (H // 2) * T * T * 4
