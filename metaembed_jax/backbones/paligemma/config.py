@@ -161,8 +161,7 @@ class Config:
           UserError: names the fields and their values.
         """
         text, vision = self.text_config, self.vision_config
-        if (deepest := max(text.num_hidden_layers, vision.num_hidden_layers)) > fields.MOST_LAYERS:
-            raise UserError(f"config.json: {deepest} layers; at most {fields.MOST_LAYERS} are read")
+        fields.check_depth(text.num_hidden_layers, vision.num_hidden_layers)
         if text.num_attention_heads % text.num_key_value_heads:
             heads = f"{text.num_attention_heads} attention heads over {text.num_key_value_heads} key-value heads"
             raise UserError(f"text_config: cannot split {heads}")

@@ -13,17 +13,19 @@ import dataclasses
 import numpy as np
 from einops import rearrange
 from jaxtyping import UInt8
+from ml_collections import ConfigDict
 from PIL import Image
 from tokenizers import Tokenizer
 
+from metaembed_jax.backbones.fields import check_processing
 from metaembed_jax.backbones.paligemma.config import IMAGE_TOKEN, PAD_TOKEN, START_TOKEN, TITLE, Config
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import Example
 from metaembed_jax.inputs.images import open_image
-from metaembed_jax.inputs.texts import PromptTokenizer, read_item
+from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, PromptTokenizer, read_item
 
 SPECIAL_TOKENS = (PAD_TOKEN, START_TOKEN, IMAGE_TOKEN)
-IMAGE_ALONE = "Describe the image."
+PROMPT_WORDS = (QUERY, IMAGE_ALONE + "\n")  # what the prompts say around every text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,38 +42,21 @@ class Images:
 
     @classmethod
     def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> "Images":
-        """From the content of preprocessor_config.json.
+        """From the content of preprocessor_config.json. No cap can make images smaller: the model knows one size.
 
         Raises:
-          UserError: a processing that is not PaliGemma's, a size that is not the model's, or one of too many visual tokens.
+          UserError: a processing that is not PaliGemma's, or a size that is not the model's.
         """
-        fixed = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
-        for key, value in fixed.items():
-            if preprocessor.get(key, value) != value:
-                raise UserError(f"preprocessor_config.json: {key}={preprocessor[key]!r} is not supported, only {value!r}")
+        check_processing(preprocessor, {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3})
         side = config.vision_config.image_size
         if (size := preprocessor.get("size") or {"height": 224, "width": 224}) != {"height": side, "width": side}:
             raise UserError(f"preprocessor_config.json: size is {size!r}, and config.json has images of {side} x {side} pixels")
-        return cls._of(config, max_visual_tokens)
+        return cls.from_run(None, config, max_visual_tokens)
 
     @classmethod
-    def from_run(cls, data, config: Config, max_visual_tokens: int | None) -> "Images":
-        """As the model has them; `data`, that section of a run's config, has no say in it.
-
-        Raises:
-          UserError: they have more visual tokens than `max_visual_tokens`.
-        """
-        return cls._of(config, max_visual_tokens)
-
-    @classmethod
-    def _of(cls, config: Config, max_visual_tokens: int | None) -> "Images":
-        vision = config.vision_config
-        if max_visual_tokens is not None and vision.patches > max_visual_tokens:
-            reason = (
-                f"every image of this model is {vision.image_size} x {vision.image_size} pixels, {vision.patches} visual tokens"
-            )
-            raise UserError(f"{reason}, over max_visual_tokens={max_visual_tokens}; raise it, or take a model of smaller images")
-        return cls(vision.image_size, vision.patch_size)
+    def from_run(cls, data: ConfigDict | None, config: Config, max_visual_tokens: int | None) -> "Images":
+        """As the architecture of a run has them; `config.data` has no say in it, as no cap has."""
+        return cls(config.vision_config.image_size, config.vision_config.patch_size)
 
     def to_preprocessor(self, config: Config) -> dict:
         """The content of preprocessor_config.json, which transformers reads."""
@@ -113,7 +98,7 @@ class Processor:
           UserError: nothing to encode, an unreadable image, or no room for prompt and image.
         """
         suffix = [self._tokenizer.ids[PAD_TOKEN]] * 10 + self._tokenizer.encode("\n")
-        return self._example(item, "Query: ", "", suffix, max_tokens, name)
+        return self._example(item, QUERY, "", suffix, max_tokens, name)
 
     def candidate(self, item: dict, *, max_tokens: int | None = None, name: str = "candidate") -> Example:
         """An item of the candidate side; otherwise as `query`."""
