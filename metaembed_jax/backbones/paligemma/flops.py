@@ -1,4 +1,4 @@
-"""The parts of PaliGemma, for counting its arithmetic. P patches, S rows of the prompt, R appended ones, T of both."""
+"""The parts of PaliGemma, for counting its arithmetic. P patches, T rows of prompt and Meta Tokens."""
 
 from metaembed_jax.backbones.paligemma.config import Config, TextConfig, VisionConfig
 from metaembed_jax.backbones.parts import Attention, Part
@@ -23,6 +23,6 @@ def _vision(config: VisionConfig, patches: int) -> tuple[Part, ...]:
 
 def _language(config: TextConfig, T: int) -> Part:
     heads, layers = (config.num_attention_heads, config.num_key_value_heads, config.head_dim), config.num_hidden_layers
-    attention = Attention(layers, T, T, T, *heads)
+    attention = Attention(layers, T, T, T, *heads, prefix=True)
     last = "" if config.is_gemma2 else "mlp.down"  # which a norm of Gemma 2 reads
     return Part("layers", T, config.hidden_size, (attention,), last=last, appended=True)

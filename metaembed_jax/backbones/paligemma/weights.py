@@ -59,5 +59,5 @@ def canonical_key(key: str) -> str:
 
 
 def stored_key(key: str) -> str:
-    """The name of a tensor of `KEYS` in an export: the released one, which every version of transformers reads."""
-    return key
+    """The name of a tensor of `KEYS` in transformers' `PaliGemmaModel`; the way back from `canonical_key`."""
+    return key.replace(LANGUAGE, "language_model.", 1).replace(VISION, "vision_tower.", 1)

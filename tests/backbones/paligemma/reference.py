@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.backbones.qwen2_5_vl_reference import CANDIDATES, HAS_TORCH, QUERIES
+from tests.backbones.qwen2_5_vl.reference import CANDIDATES, HAS_TORCH, QUERIES
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<image>"]
 VOCABULARY = 320

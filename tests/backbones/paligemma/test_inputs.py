@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from metaembed_jax.backbones.paligemma import Images, Processor
 from metaembed_jax.errors import UserError
 from tests.backbones.paligemma.reference import string, write_tokenizer
-from tests.backbones.qwen2_5_vl_reference import noise
+from tests.backbones.qwen2_5_vl.reference import noise
 
 PICTURE = noise(61, 40, 3)
 TEXTS = ["a red car", "  two  spaces ", "\n\nlines\n", "été 漢字 👩‍👩‍👧", "Query: again", "", "\x00\u200b", "ends with a car\n"]

@@ -13,7 +13,7 @@ from metaembed_jax.backbones.paligemma.network import positions
 from metaembed_jax.inputs.examples import ShapeClass, collate
 from tests.backbones.paligemma.reference import Transformers, reference
 from tests.backbones.paligemma.test_parity import load
-from tests.backbones.qwen2_5_vl_reference import SMALL, TALL, WIDE, noise
+from tests.backbones.qwen2_5_vl.reference import SMALL, TALL, WIDE, noise
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
