@@ -10,9 +10,11 @@ from flax import nnx
 from PIL import Image
 
 from metaembed_jax.backbones.paligemma.network import positions
+from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.inputs.examples import ShapeClass, collate
+from metaembed_jax.network import abstract_network
+from metaembed_jax.sharding import make_mesh
 from tests.backbones.paligemma.reference import Transformers, reference
-from tests.backbones.paligemma.test_parity import load
 from tests.backbones.qwen2_5_vl.reference import SMALL, TALL, WIDE, noise
 
 torch = pytest.importorskip("torch")
@@ -28,7 +30,8 @@ class Case:
 
     def __init__(self, name, scratch):
         directory = reference(name, scratch).directory
-        self.config, self.backbone, self.processor = load(directory)
+        network, parameters, self.processor = load(directory, "float32", make_mesh(devices=jax.devices()[:1]), 0, 1024)
+        self.config, self.backbone = network.architecture, nnx.merge(abstract_network(network)[0], parameters).backbone
         self.theirs = Transformers(directory)
         self.core = self.theirs.model.model
         examples = [self.processor.candidate({"image": picture}) for picture in PICTURES]
