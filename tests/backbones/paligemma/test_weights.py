@@ -1,12 +1,20 @@
 """The layouts of PaliGemma checkpoints in circulation, and the names that stock transformers reads."""
 
 import json
+import shutil
 
+import jax
+import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from metaembed_jax.backbones.paligemma import KEYS, UNUSED_KEYS, canonical_key, stored_key
-from tests.backbones.paligemma.reference import reference
+from metaembed_jax.checkpoints.export import export
+from metaembed_jax.checkpoints.loading import load
+from metaembed_jax.model import MetaEmbed
+from metaembed_jax.sharding import make_mesh
+from tests.backbones.paligemma.record import stock_vectors
+from tests.backbones.paligemma.reference import CANDIDATES, QUERIES, reference
 
 torch = pytest.importorskip("torch")
 
@@ -45,7 +53,7 @@ def test_every_layout_has_the_same_names(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["gemma", "gemma2"])
 def test_stock_transformers_reads_the_names_of_an_export(name, tmp_path):
-    from safetensors.torch import save_file
+    from safetensors import torch as torch_files
     from transformers import AutoModel
 
     expected = reference(name, tmp_path)
@@ -54,7 +62,29 @@ def test_stock_transformers_reads_the_names_of_an_export(name, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text(json.dumps(expected.config))
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    torch_files.save_file(tensors, out / "model.safetensors", {"format": "pt"})
     found, report = AutoModel.from_pretrained(out, output_loading_info=True)
     assert not any(report.values())
     assert all(torch.equal(found.state_dict()[key], value) for key, value in model.state_dict().items())
+
+
+def test_an_export_of_the_first_version_computes_the_same_vectors(tmp_path):
+    """That of the second is among the tests of all families."""
+    expected = reference("gemma", tmp_path)
+    export(expected.directory, tmp_path / "out", "transformers")
+    model = MetaEmbed.from_pretrained(expected.directory, dtype="float32")
+    np.testing.assert_allclose(stock_vectors(tmp_path / "out", QUERIES, "query"), model.encode_query(QUERIES), atol=1e-5)
+    np.testing.assert_allclose(
+        stock_vectors(tmp_path / "out", CANDIDATES, "candidate"), model.encode_document(CANDIDATES), atol=1e-5
+    )
+
+
+def test_the_released_layout_gives_the_same_parameters(tmp_path):
+    expected, mesh = reference("gemma2", tmp_path), make_mesh(devices=jax.devices()[:1])
+    released = tmp_path / "released"
+    shutil.copytree(expected.directory, released)
+    tensors = load_file(released / "model.safetensors")
+    renamed = {key.replace("vision_tower.", "vision_tower.vision_model."): tensor for key, tensor in tensors.items()}
+    save_file(renamed | {"language_model.lm_head.weight": np.ones((320, 60), np.float32)}, released / "model.safetensors")
+    found, same = (load(directory, "float32", mesh, 0, 1024)[1] for directory in (released, expected.directory))
+    jax.tree.map(np.testing.assert_array_equal, found, same)
