@@ -34,7 +34,7 @@ from types import ModuleType
 
 from metaembed_jax.errors import UserError
 
-FAMILIES = {"qwen2_5_vl": "qwen2_5_vl"}  # the package of each `model_type` of a config.json
+FAMILIES = {"qwen2_5_vl": "qwen2_5_vl", "paligemma": "paligemma"}  # the package of each `model_type` of a config.json
 
 
 def family(name: str) -> ModuleType:

@@ -49,6 +49,18 @@ def fused_linears(paths: tuple[str, ...], key: str) -> dict[str, Source]:
     return table
 
 
+def patches(key: str) -> Source:
+    """The kernel [D, 3, y, x] of patches. The parameter is [3 * y * x, D], in (channel, y, x) order."""
+
+    def shape(kernel: tuple[int, ...]) -> tuple[int, ...]:
+        side = math.isqrt(kernel[0] // 3)
+        return (kernel[1], 3, side, side)
+
+    return Source(
+        key, shape, lambda tensor: tensor.reshape(len(tensor), -1).T, lambda kernel: kernel.T.reshape(shape(kernel.shape))
+    )
+
+
 def still_patches(key: str) -> Source:
     """The kernel [D, 3, 2, y, x] of patches of two frames, for a still image: its frames are equal, so their kernels are summed.
 

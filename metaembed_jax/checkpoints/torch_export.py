@@ -90,7 +90,8 @@ def _tensors(config: ModelConfig, parameters: dict, first: int, rows: int) -> It
     scale = config.lora.alpha / config.lora.rank
     by_key: dict[str, list] = {}
     for path, source in module.KEYS.items():
-        by_key.setdefault(source.key, []).append((source.part, path, source.write))
+        if path in flat:  # not every version of a family has all
+            by_key.setdefault(source.key, []).append((source.part, path, source.write))
     for key, parts in by_key.items():
         parts = sorted(parts, key=lambda part: part[0])
         for layer in range(flat[parts[0][1]].shape[0]) if "{}" in key else (None,):

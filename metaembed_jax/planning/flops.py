@@ -104,13 +104,13 @@ class _Counter:
         parts = self._family.parts(self._architecture, shape.patches, shape.tokens + appended, read)
         total, before = Flops(0), False  # whether something that trains lies before a part
         for part in parts:
-            total += self._part(part, before)
+            total += self._part(part, before, appended)
             before |= any(_lies_in(path, f"backbone.{part.path}") for path in self._trained)
         head = sum((read * self._map(path) for path in self._kernels("head")), np.zeros(2))
         total += _linear(head, passes_back=True)
         return total + Flops(0, 0, (total.forward + sum(map(_rotations, parts))) * is_mapped)
 
-    def _part(self, part: Part, before: bool) -> Flops:
+    def _part(self, part: Part, before: bool, appended: int) -> Flops:
         prefix = f"backbone.{part.path}"
         trains = any(_lies_in(path, prefix) for path in self._trained)
         is_stack = bool(part.attention)
@@ -125,7 +125,7 @@ class _Counter:
                 maps += flops
             if part.last and path == f"{prefix}.{part.last}.kernel":
                 last = part.rows * self._outputs(path, part.layers)
-        attention, rotations = sum(map(_attention, part.attention)), _rotations(part)
+        attention, rotations = sum(_attention(one, appended) for one in part.attention), _rotations(part)
         recomputed = is_stack and part.scanned and self._recomputes and passes_back
         again = float(maps[0] + memory[0]) - last + attention + rotations
         extra = rotations * (1 + passes_back) + again * recomputed
@@ -156,9 +156,10 @@ def _lies_in(path: str, prefix: str) -> bool:
     return path == prefix or path.startswith(prefix + ".")
 
 
-def _attention(one: Attention) -> float:
+def _attention(one: Attention, appended: int) -> float:
     """Of scores and of mixing by them, forward."""
-    return 4.0 * one.layers * one.queries * one.span * one.heads * one.head_width
+    pairs = (one.queries - appended) ** 2 + appended * one.span if one.prefix else one.queries * one.span
+    return 4.0 * one.layers * pairs * one.heads * one.head_width
 
 
 def _rotations(part: Part) -> float:
