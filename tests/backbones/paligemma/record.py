@@ -1,8 +1,7 @@
 """PaliGemma in the tests of all families: the second, which has all that the first has but the names of some norms."""
 
-from tests.backbones.families import Record
-
 from metaembed_jax.config import load_config
+from tests.backbones.families import Record
 from tests.backbones.paligemma.reference import CANDIDATES, CONFIGURATIONS, QUERIES, string, write_checkpoint
 
 
