@@ -85,7 +85,7 @@ def compiled(score, mesh: Mesh, query: jax.ShapeDtypeStruct, candidate: jax.Shap
 
     @jax.jit
     def on_mesh(query, candidate):
-        one = lambda query, candidate: score(query, candidate, None)  # noqa: E731
+        one = lambda query, candidate: score(query, candidate)  # noqa: E731
         return jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(query, candidate)
 
     with tempfile.TemporaryDirectory() as directory:

@@ -6,8 +6,10 @@
     wide      5,000 candidates of 64 vectors by 8 queries of 16, 3584 wide, as MetaEmbed-7B has them
 
 Peers are maxsim-cpu, colpali-engine's `score_multi_vector`, sentence-transformers' `maxsim`, and plain NumPy, those that are
-installed. Every peer's scores must equal ours first. Times are medians of turns; the share is of the rate that this run measures
-for a large float32 matmul. Extra memory is what a call adds to the peak of a process of its own.
+installed. Every peer's scores must equal ours first. Indexes find the ten best of each query: ours on disk, in each type that it
+stores, and Qdrant embedded (only in the race for one page: it takes a minute to fill). Times are medians of turns; the share is of
+the rate that this run measures for a large float32 matmul. Extra memory is what a call of `maxsim`, and a search of the index, add
+to the peak of a process of its own.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import metaembed_jax as me
 from metaembed_jax.late_interaction.maxsim import maxsim
 
 
@@ -52,6 +55,7 @@ CASES = {
     "wide": Case(8, 16, 5_000, 64, 3584),
 }
 NARROW = 256  # maxsim-cpu fails on wider vectors
+K = 10  # of what an index finds
 
 
 def main() -> None:
@@ -73,10 +77,18 @@ def main() -> None:
         expected = sides["metaembed_jax"]()
         for side, score in sides.items():
             np.testing.assert_allclose(score(), expected, rtol=1e-4, atol=1e-4, err_msg=side)
+        best = -np.sort(-expected, axis=1)[:, :K]
+        searches = indexes(query, candidate, with_qdrant=name == "one page")
+        for side, (search, tolerance) in searches.items():
+            np.testing.assert_allclose(search()[0], best, rtol=tolerance, err_msg=side)
+        sides |= {side: search for side, (search, _) in searches.items()}
         seconds = race(sides | {"matmul": matmul()}, arguments.rounds)
         peak = MATMUL_FLOPS / seconds.pop("matmul")
         sizes = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in case._asdict().items())
-        print(f"{name}: {sizes}; {case.flops / 1e9:.1f} GFLOP, a matmul at {peak / 1e9:.0f} GFLOP/s, extra memory {memory:.0f} MB")
+        print(
+            f"{name}: {sizes}; {case.flops / 1e9:.1f} GFLOP, a matmul at {peak / 1e9:.0f} GFLOP/s, "
+            f"extra memory {memory[0]:.0f} MB, of the index {memory[1]:.0f} MB"
+        )
         for side, value in seconds.items():
             rate, ratio = case.flops / value, value / seconds["metaembed_jax"]
             figures = f"{value * 1e3:9.1f} ms {rate / 1e9:7.1f} GFLOP/s, {rate / peak:4.0%} of the matmul's"
@@ -126,6 +138,20 @@ def contenders(query: np.ndarray, candidate: np.ndarray) -> dict[str, Callable]:
     return sides
 
 
+def indexes(query: np.ndarray, candidate: np.ndarray, with_qdrant: bool) -> dict[str, tuple[Callable, float]]:
+    """Searches for the ten best, and how far their scores may be from exact ones, relatively: by the rounding of what is stored."""
+    built = {dtype: me.Index.build(candidate, dtype=dtype) for dtype in ("float32", "bfloat16", "int8")}
+    tolerances = {"float32": 1e-4, "bfloat16": 1e-2, "int8": 1e-2}
+    found = {f"Index, {dtype}": (functools.partial(one.search, query, K), tolerances[dtype]) for dtype, one in built.items()}
+    if with_qdrant and importlib.util.find_spec("qdrant_client"):
+        from metaembed_jax.retrieval.qdrant import QdrantIndex
+
+        theirs = QdrantIndex.create(":memory:", "race", candidate.shape[2], candidate.shape[1], fingerprint="random")
+        theirs.add([str(n) for n in range(len(candidate))], candidate)
+        found["Qdrant, embedded"] = (functools.partial(theirs.search, query, K), 1e-4)
+    return found
+
+
 @functools.cache
 def colpali() -> Callable | None:
     """Their scoring alone: the package as a whole wants torchvision, which scores nothing."""
@@ -161,16 +187,21 @@ def race(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def extra_memory(case: Case) -> float:
-    """Megabytes by which scoring raises this process's peak, over the vectors and the compiled program."""
+def extra_memory(case: Case) -> tuple[float, float]:
+    """Megabytes by which `maxsim`, and a search of an index, raise a process's peak, over the vectors and the compiled program."""
     query, candidate = vectors(case)
+    index = me.Index.build(candidate)
     placed = jnp.asarray(candidate).block_until_ready()
     del candidate
-    np.asarray(maxsim(query, placed))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmHWM")
-    np.asarray(maxsim(query, placed))
-    return (resident("VmHWM") - before) / 1e6
+
+    def peak(call: Callable) -> float:
+        call()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = resident("VmHWM")
+        call()
+        return (resident("VmHWM") - before) / 1e6
+
+    return peak(lambda: np.asarray(maxsim(query, placed))), peak(lambda: index.search(query, K))
 
 
 def resident(key: str) -> int:

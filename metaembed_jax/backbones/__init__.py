@@ -34,7 +34,8 @@ from types import ModuleType
 
 from metaembed_jax.errors import UserError
 
-FAMILIES = {"mllama": "llama_vision", "qwen2_5_vl": "qwen2_5_vl"}  # the package of each `model_type` of a config.json
+# The package of each `model_type` of a config.json.
+FAMILIES = {"qwen2_5_vl": "qwen2_5_vl", "paligemma": "paligemma", "mllama": "llama_vision"}
 
 
 def family(name: str) -> ModuleType:

@@ -140,7 +140,9 @@ def normalisation(preprocessor: dict, place: Path, title: str) -> dict[str, tupl
 
 
 def _fits(value, kind) -> bool:
-    """Whether a value of a config.json can be a field's: positive numbers, and in tuples numbers from 0."""
+    """Whether a value of a config.json can be a field's: strings, positive numbers, and in tuples numbers from 0."""
+    if kind is str:
+        return isinstance(value, str)
     if kind is int:
         return type(value) is int and 0 < value < 2**31
     if kind is float:

@@ -18,6 +18,7 @@ class Attention(NamedTuple):
       heads, key_heads: of queries, and of keys and values.
       head_width: of each.
       rotates: queries and keys pass `layers.rotate`.
+      prefix: the prompt is multiplied with itself alone; `span` is that of the rows appended to it.
     """
 
     layers: int
@@ -28,6 +29,7 @@ class Attention(NamedTuple):
     key_heads: int
     head_width: int
     rotates: bool = True
+    prefix: bool = False
 
 
 class Part(NamedTuple):

@@ -90,7 +90,8 @@ def _tensors(config: ModelConfig, parameters: dict, first: int, rows: int) -> It
     scale = config.lora.alpha / config.lora.rank
     by_key: dict[str, list] = {}
     for path, source in module.KEYS.items():
-        by_key.setdefault(source.key, []).append((path, source))
+        if path in flat:  # not every version of a family has all
+            by_key.setdefault(source.key, []).append((path, source))
     for key, parts in by_key.items():
         parts = sorted(parts, key=lambda part: part[1].part)
         for layer in range(flat[parts[0][0]].shape[0]) if "{}" in key else (None,):

@@ -43,13 +43,15 @@ def maxsim(
     document_NRD: Float[Array, "N Rc D"],
     budget: Budget | None = None,
     document_mask: Bool[Array, "N Rc"] | None = None,
+    document_scale: Float[Array, "N Rc"] | None = None,
 ) -> Float[Array, "Q N"]:
     """Scores of every query against every document, in float32.
 
     Args:
-      query_QRD, document_NRD: NumPy or JAX, of any float type.
+      query_QRD, document_NRD: NumPy or JAX, of any float type; documents may be int8.
       budget: (r_q, r_c), the vectors to use of each item, from the first; None is all of them.
       document_mask: False marks padding, which wins no maximum. A document of padding alone scores -inf.
+      document_scale: not negative: what each vector of a document is to be multiplied by, as those of int8 are.
 
     Raises:
       UserError: shapes that do not fit together, or a budget beyond the vectors given.
@@ -57,8 +59,9 @@ def maxsim(
     query_QRD, document_NRD = jnp.asarray(query_QRD), jnp.asarray(document_NRD)
     if query_QRD.ndim != 3 or document_NRD.ndim != 3 or query_QRD.shape[2] != document_NRD.shape[2]:
         raise UserError(f"maxsim: query {query_QRD.shape} and document {document_NRD.shape} must be [items, vectors, D] with one D")
-    if document_mask is not None and jnp.shape(document_mask) != document_NRD.shape[:2]:
-        raise UserError(f"maxsim: document_mask {jnp.shape(document_mask)} must be {document_NRD.shape[:2]}, as the documents")
+    for name, given in (("document_mask", document_mask), ("document_scale", document_scale)):
+        if given is not None and jnp.shape(given) != document_NRD.shape[:2]:
+            raise UserError(f"maxsim: {name} {jnp.shape(given)} must be {document_NRD.shape[:2]}, as the documents")
     queries, documents = query_QRD.shape[0], document_NRD.shape[0]
     available = query_QRD.shape[1], document_NRD.shape[1]
     query_vectors, document_vectors = available if budget is None else validate_budget(budget, *available)
@@ -66,7 +69,9 @@ def maxsim(
         return jnp.zeros((queries, documents), jnp.float32)
     if document_mask is not None:
         document_mask = jnp.asarray(document_mask, bool)[:, :document_vectors]
-    return _blocked(query_QRD[:, :query_vectors], document_NRD[:, :document_vectors], document_mask)
+    if document_scale is not None:
+        document_scale = jnp.asarray(document_scale, jnp.float32)[:, :document_vectors]
+    return _blocked(query_QRD[:, :query_vectors], document_NRD[:, :document_vectors], document_mask, document_scale)
 
 
 def maxsim_on(
@@ -91,22 +96,22 @@ def maxsim_on(
     score = jax.shard_map(
         _blocked,
         mesh=mesh,
-        in_specs=(whole, split, whole),
+        in_specs=(whole, split, whole, whole),
         out_specs=PartitionSpec(None, mesh.axis_names),
         check_vma=False,  # which sees into no kernel
     )
-    return np.asarray(jax.jit(score)(query_QRD, document_NRD, None))[:, :documents]
+    return np.asarray(jax.jit(score)(query_QRD, document_NRD, None, None))[:, :documents]
 
 
 @jax.jit
-def _blocked(query_QRD, document_NRD, document_mask):
-    arrays = query_QRD, document_NRD, document_mask
+def _blocked(query_QRD, document_NRD, document_mask, document_scale):
+    arrays = query_QRD, document_NRD, document_mask, document_scale
     if maxsim_tpu.choose_blocks(query_QRD, document_NRD) is None:
         return _xla(*arrays)
     return jax.lax.platform_dependent(*arrays, tpu=maxsim_tpu.score, default=_xla)
 
 
-def _xla(query_QRD, document_NRD, document_mask):
+def _xla(query_QRD, document_NRD, document_mask=None, document_scale=None):
     queries, documents = query_QRD.shape[0], document_NRD.shape[0]
     at_once = min(max(QUERY_ROWS // query_QRD.shape[1], 1), queries)
     query_QRD = jnp.pad(query_QRD, [(0, -queries % at_once), (0, 0), (0, 0)])
@@ -116,8 +121,8 @@ def _xla(query_QRD, document_NRD, document_mask):
     def score_block(number, scores_QN):
         # The last block begins early enough to be whole: filling it up instead would copy all documents.
         first = jnp.minimum(number * size, documents - size)
-        block, mask = (None if x is None else jax.lax.dynamic_slice_in_dim(x, first, size) for x in (document_NRD, document_mask))
-        scores = jax.lax.map(lambda query_bRD: _score(query_bRD, block, mask), query_blocks)  # [query blocks, b, size]
+        block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size), (document_NRD, document_mask, document_scale))
+        scores = jax.lax.map(lambda query_bRD: _score(query_bRD, *block), query_blocks)  # [query blocks, b, size]
         scores = scores.reshape(-1, size)[:queries]
         return jax.lax.dynamic_update_slice_in_dim(scores_QN, scores, first, axis=1)
 
@@ -128,9 +133,11 @@ def _documents_at_once(documents: int, vectors: int, width: int) -> int:
     return min(max(min(CANDIDATE_ROWS, CANDIDATE_NUMBERS // width) // vectors, 1), documents)
 
 
-def _score(query_QRD: Array, document_NRD: Array, document_mask: Array | None) -> Float[Array, "Q N"]:
+def _score(query_QRD: Array, document_NRD: Array, document_mask: Array | None, document_scale: Array | None) -> Float[Array, "Q N"]:
     # Documents last: the maximum over j then runs along whole rows of them.
     similarity_QRJN = product("qid,njd->qijn", query_QRD, document_NRD)
+    if document_scale is not None:
+        similarity_QRJN *= document_scale.T
     if document_mask is not None:
         similarity_QRJN = jnp.where(document_mask.T, similarity_QRJN, -jnp.inf)
     return similarity_QRJN.max(2).sum(1)

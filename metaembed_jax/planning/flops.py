@@ -104,7 +104,8 @@ class _Counter:
         parts = self._family.parts(self._architecture, shape.patches, shape.tokens + appended, read)
         total = Flops(0)
         for number, part in enumerate(parts):
-            total += self._part(part, any(self._trains(one) for one in parts[:number] if one.path != part.path))
+            before = any(self._trains(one) for one in parts[:number] if one.path != part.path)
+            total += self._part(part, before, appended)
         head = sum((read * self._map(path) for path in self._kernels("head")), np.zeros(2))
         total += _linear(head, passes_back=True)
         return total + Flops(0, 0, (total.forward + sum(map(_rotations, parts))) * is_mapped)
@@ -112,7 +113,7 @@ class _Counter:
     def _trains(self, part: Part) -> bool:
         return any(_lies_in(path, f"backbone.{part.path}") for path in self._trained)
 
-    def _part(self, part: Part, before: bool) -> Flops:
+    def _part(self, part: Part, before: bool, appended: int) -> Flops:
         """Of one part; `before`: something that trains lies before its stack."""
         prefix, is_stack = f"backbone.{part.path}", bool(part.attention)
         passes_back = part.appended or before or (self._trains(part) and is_stack)  # the layers of a stack lie before each other
@@ -126,7 +127,7 @@ class _Counter:
                 maps += flops
             if part.last and path == f"{prefix}.{part.last}.kernel" and f"backbone.{part.gate}" not in self._trained:
                 last = part.rows * self._outputs(path, part.layers)
-        attention, rotations = sum(map(_attention, part.attention)), _rotations(part)
+        attention, rotations = sum(_attention(one, appended) for one in part.attention), _rotations(part)
         recomputed = is_stack and part.scanned and self._recomputes and passes_back
         again = float(maps[0] + memory[0]) - last + attention + rotations
         extra = rotations * (1 + passes_back) + again * recomputed
@@ -159,9 +160,10 @@ def _lies_in(path: str, prefix: str) -> bool:
     return path == prefix or path.startswith(prefix + ".")
 
 
-def _attention(one: Attention) -> float:
+def _attention(one: Attention, appended: int) -> float:
     """Of scores and of mixing by them, forward."""
-    return 4.0 * one.layers * one.queries * one.span * one.heads * one.head_width
+    pairs = (one.queries - appended) ** 2 + appended * one.span if one.prefix else one.queries * one.span
+    return 4.0 * one.layers * pairs * one.heads * one.head_width
 
 
 def _rotations(part: Part) -> float:

@@ -19,6 +19,7 @@ from metaembed_jax.errors import UserError
 PIECE = 64 * 1024
 # Places that are read before their memory is given back: the system may map 2 MiB around each.
 SCATTERED = 32
+KEPT = 16 * 2**20  # a file of so few bytes may stay in memory
 
 
 def pieces(size: int) -> int:
@@ -70,6 +71,8 @@ class CheckedFile:
         first, last = rows * self.row_bytes // PIECE, pieces((rows + 1) * self.row_bytes) - 1
         touched = np.unique(np.minimum(first[:, None] + np.arange(int((last - first).max(initial=0)) + 1), last[:, None]))
         self._check(touched[~self._is_good[touched]])
+        if len(self._content) <= KEPT:
+            return self._array[rows]
         found = np.empty((len(rows), *self._array.shape[1:]), self._array.dtype)
         for start in range(0, len(rows), SCATTERED):
             found[start : start + SCATTERED] = self._array[rows[start : start + SCATTERED]]
@@ -85,8 +88,8 @@ class CheckedFile:
         self._check(np.arange(len(self._crcs)))
 
     def release(self) -> None:
-        """Gives the memory back that reading has filled; the system reads again when it is needed."""
-        if isinstance(self._content, mmap.mmap):
+        """Gives the memory back that reading a large file has filled; the system reads again when it is needed."""
+        if len(self._content) > KEPT:
             self._content.madvise(mmap.MADV_DONTNEED)
 
     def _check(self, numbers: np.ndarray) -> None:

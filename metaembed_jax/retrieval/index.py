@@ -64,8 +64,7 @@ class Index:
           metadata: a dict an item, of what JSON can say.
           budget: keep only so many vectors of each item, the first ones. An iterator whose later blocks have items of more vectors
             than the first block needs it.
-          dtype: of the vectors on disk: "bfloat16"; "float32"; or "int8", with a float32 scale for each vector: its largest number
-            becomes 127 or -127, and the others are rounded to the nearest.
+          dtype: of the vectors on disk: "bfloat16"; "float32"; or "int8", with a float32 scale for each vector (`items.to_int8`).
           path: a folder to build it in; an index that is there is replaced when the new one is complete.
           mesh: devices that will search it; all by default.
 

@@ -17,6 +17,7 @@ from metaembed_jax.errors import UserError
 # Vectors have length one, within what bfloat16 (eight bits) makes of them.
 TOLERANCE = 1e-2
 BLOCK = 1024  # items that are checked and written at once
+STRETCHED = 256  # numbers of a vector, over all the ways in which it is rounded to int8
 
 
 class Items(NamedTuple):
@@ -111,14 +112,34 @@ def hashes(ids: Iterable[str]) -> UInt64[np.ndarray, " N"]:
 
 
 def to_int8(vectors_NRD: Float[np.ndarray, "N R D"]) -> tuple[np.ndarray, Float[np.ndarray, "N R"]]:
-    """(int8 [N, R, D], scales): the vector is about int8 * scale.
+    """(int8 [N, R, D], scales): the vector is about int8 * scale. A vector of zeros stays one, with scale 0.
 
-    The largest number of a vector becomes 127 or -127, and every other the nearest whole number, halves to the even one.
-    A vector of zeros stays one, with scale 0.
+    A vector is stretched until its largest number is 127, and rounded, halves to the even number. With the scale, the product of
+    the vector and what is stored of it is that of the vector with itself: what a query finds lies near to it, so an error along the
+    vector would count in full. Narrow vectors are stretched to 126, 125 .. as well, and what is nearest is stored.
     """
-    scales_NR = np.abs(vectors_NRD).max(axis=2, initial=0) / np.float32(127)
-    divisor_NR = np.where(scales_NR > 0, scales_NR, 1)
-    return np.rint(vectors_NRD / divisor_NR[..., None]).astype(np.int8), scales_NR
+    largest_NR1 = np.abs(vectors_NRD).max(axis=2, keepdims=True, initial=0)
+    stretched_NRD = vectors_NRD / np.where(largest_NR1 > 0, largest_NR1, 1)
+    stored_NRD, scales_NR = _rounded(vectors_NRD, stretched_NRD, 127)
+    for largest in range(126, 127 - min(STRETCHED // vectors_NRD.shape[2], 32), -1):
+        numbers_NRD, other_NR = _rounded(vectors_NRD, stretched_NRD, largest)
+        # With such scales, the shorter of two is the nearer one.
+        is_nearer_NR = _squares(numbers_NRD * other_NR[..., None]) < _squares(stored_NRD * scales_NR[..., None])
+        stored_NRD, scales_NR = (
+            np.where(is_nearer_NR[..., None], numbers_NRD, stored_NRD),
+            np.where(is_nearer_NR, other_NR, scales_NR),
+        )
+    return stored_NRD.astype(np.int8), scales_NR
+
+
+def _rounded(vectors_NRD: np.ndarray, stretched_NRD: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
+    numbers_NRD = np.rint(stretched_NRD * np.float32(largest))
+    along_NR = np.einsum("nrd,nrd->nr", numbers_NRD, vectors_NRD)
+    return numbers_NRD, _squares(vectors_NRD) / np.where(along_NR > 0, along_NR, 1)
+
+
+def _squares(vectors_NRD: np.ndarray) -> np.ndarray:
+    return np.einsum("nrd,nrd->nr", vectors_NRD, vectors_NRD)
 
 
 def _pad(arrays: list[np.ndarray] | np.ndarray, ids: list[str], kept: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.stages import Stages, as_stages
+from metaembed_jax.retrieval.items import check_unit
 from metaembed_jax.retrieval.qdrant_collection import clear_errors, connect, is_folder, stored_facts, vectors_config
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ REQUEST_BYTES = 28 << 20
 LARGEST_MULTIVECTOR = 1 << 20
 NUMBER_BYTES = 24  # of a float32 as JSON, at most
 REQUEST_ITEMS, REQUEST_IDS = 64, 1000
-UNIT_TOLERANCE = 1e-2  # of a norm: bfloat16 is within 2e-3
 
 
 class QdrantIndex:
@@ -244,12 +244,8 @@ class QdrantIndex:
             raise UserError(
                 f"{what}: vectors {vectors_NRD.shape}: collection {self.name!r} takes [items, vectors, {self.dimension}]"
             )
-        norms_NR = np.linalg.norm(vectors_NRD, axis=-1)
-        if len(wrong := np.argwhere(~(np.abs(norms_NR - 1) <= UNIT_TOLERANCE))):
-            row, vector = wrong[0]
-            raise UserError(
-                f"{what}: vector {vector} of number {row} has the norm {norms_NR[row, vector]:.4g}; expected unit vectors"
-            )
+        items, vectors, _ = vectors_NRD.shape
+        check_unit(vectors_NRD, np.full(items, vectors), [f"number {row} of the {what}" for row in range(items)])
         return vectors_NRD
 
 

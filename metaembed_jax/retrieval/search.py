@@ -120,8 +120,11 @@ class Searched:
             def part(index: tuple[slice, ...]) -> np.ndarray:
                 start, stop, _ = index[0].indices(size)
                 found = read(positions_n[start:stop])
-                missing = stop - start - len(found)
-                return np.pad(found, [(0, missing)] + [(0, 0)] * len(row), constant_values=-1) if missing else found
+                if len(found) == stop - start:
+                    return found
+                filled = np.full((stop - start, *row), -1, found.dtype)
+                filled[: len(found)] = found
+                return filled
 
             return jax.make_array_from_callback((size, *row), self._split, part)
 

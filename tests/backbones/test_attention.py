@@ -12,11 +12,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from metaembed_jax.backbones.attention import _splash, _xla, attention
 from metaembed_jax.sharding import BATCH_AXES, make_mesh
 
-CASES = {  # B, S, T, H, G, K, causal, dtype, tolerance
-    "grouped": (3, 600, 600, 4, 2, 64, True, "float32", 1e-5),
-    "bfloat16": (3, 600, 600, 4, 2, 64, True, "bfloat16", 2e-2),
-    "keep": (3, 16, 600, 4, 1, 128, True, "float32", 1e-5),
-    "vision": (3, 200, 200, 2, 2, 80, False, "float32", 1e-5),
+CAUSAL = dict(causal=True)
+CASES = {  # B, S, T, H, G, K, kind, dtype, tolerance
+    "grouped": (3, 600, 600, 4, 2, 64, CAUSAL, "float32", 1e-5),
+    "bfloat16": (3, 600, 600, 4, 2, 64, CAUSAL, "bfloat16", 2e-2),
+    "keep": (3, 16, 600, 4, 1, 128, CAUSAL, "float32", 1e-5),
+    "vision": (3, 200, 200, 2, 2, 80, dict(causal=False), "float32", 1e-5),
+    "capped": (3, 200, 200, 4, 2, 72, dict(causal=False, scale=0.3, softcap=1.5), "float32", 1e-5),
+    "window": (3, 300, 300, 4, 2, 64, CAUSAL | dict(window=40), "float32", 1e-5),
+    "keep_capped_window": (3, 80, 600, 4, 1, 64, CAUSAL | dict(scale=0.3, softcap=1.5, window=100), "float32", 1e-5),
 }
 
 
@@ -48,10 +52,10 @@ def assert_close(found, expected, tolerance):
 
 @pytest.mark.parametrize("case", CASES)
 def test_splash_equals_xla(case):
-    *sizes, causal, dtype, tolerance = CASES[case]
+    *sizes, kind, dtype, tolerance = CASES[case]
     inputs = noise(*sizes, dtype)
-    found = output_and_gradients(partial(_splash, causal=causal, interpret=True), *inputs)
-    assert_close(found, output_and_gradients(partial(_xla, causal=causal), *inputs), tolerance)
+    found = output_and_gradients(partial(_splash, **kind, interpret=True), *inputs)
+    assert_close(found, output_and_gradients(partial(_xla, **kind), *inputs), tolerance)
 
 
 @pytest.mark.parametrize("key_heads", [2, 1])
@@ -73,6 +77,21 @@ def test_splash_in_a_scan_on_a_mesh_equals_xla(key_heads):
     assert_close(found, output_and_gradients(stack(_xla), *inputs), 1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_capped_scores(window):
+    """Row by row from the definition, where a query sees a key at all."""
+    B, S, T, H, G, K = 2, 5, 9, 6, 2, 4
+    (query, key, value), mask_BT, _ = noise(B, S, T, H, G, K, "float32")
+    mask_BT = mask_BT | (np.arange(T) >= T - S)
+    found = attention(query, key, value, mask_BT, causal=True, scale=0.7, softcap=1.2, window=window)
+    for b, s, h in np.ndindex(B, S, H):
+        last = T - S + s
+        seen = [t for t in range(last + 1) if mask_BT[b, t] and (window is None or t > last - window)]
+        scores = np.array([1.2 * np.tanh(0.7 * np.dot(query[b, s, h], key[b, t, h // 3]) / 1.2) for t in seen])
+        expected = np.exp(scores) @ np.array([value[b, t, h // 3] for t in seen]) / np.exp(scores).sum()
+        np.testing.assert_allclose(found[b, s, h], expected, rtol=0, atol=1e-5)
+
+
 def test_a_cpu_runs_what_it_ran():
     """To the bit, on a mesh too."""
     arrays, mask_BT, cotangent = noise(4, 130, 130, 2, 2, 8, "float32")
@@ -91,22 +110,23 @@ def tpu_mesh():
     return make_mesh(2, 2, 2, devices=topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
 
 
-def lowered_gradient(mesh, B, T, H, K):
+def lowered_gradient(mesh, B, T, H, K, **kind):
     heads, rows = (NamedSharding(mesh, PartitionSpec(BATCH_AXES, *axes)) for axes in ((None, "tensor"), ()))
     array = jax.ShapeDtypeStruct((B, T, H, K), jnp.bfloat16, sharding=heads)
     mask = jax.ShapeDtypeStruct((B, T), jnp.bool_, sharding=rows)
 
     def loss(query, key, value, mask):
-        return attention(query, key, value, mask, causal=True).astype(jnp.float32).sum()
+        return attention(query, key, value, mask, causal=True, **kind).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(array, array, array, mask)
 
 
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # which cannot hold programs of absent chips
-def test_a_tpu_holds_no_scores_and_gathers_nothing(tpu_mesh):
+@pytest.mark.parametrize("kind", [{}, dict(softcap=50.0, window=600)])
+def test_a_tpu_holds_no_scores_and_gathers_nothing(tpu_mesh, kind):
     B, T, H, K = 8, 1024, 4, 80
-    compiled = lowered_gradient(tpu_mesh, B, T, H, K).compile()
+    compiled = lowered_gradient(tpu_mesh, B, T, H, K, **kind).compile()
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3  # forward, and two backward
     assert "all-" not in compiled.as_text()
     scores = (B // 4) * (H // 2) * T * T * 4

@@ -16,21 +16,43 @@ def vectors(rng, *shape):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     queries=st.integers(0, 4),
     documents=st.integers(0, 9),
     query_vectors=st.integers(1, 3),
     document_vectors=st.integers(1, 5),
+    kind=st.sampled_from(["noise", "ties", "ragged", "masked", "int8"]),
     seed=st.integers(0, 9),
 )
-def test_equals_the_definition(queries, documents, query_vectors, document_vectors, seed):
+def test_equals_the_definition(queries, documents, query_vectors, document_vectors, kind, seed):
+    """Empty, one of each, ties, any mask with vectors that would win behind it, int8 with scales (some of them zero)."""
     rng = np.random.default_rng(seed)
     query, document = vectors(rng, queries, query_vectors, 7), vectors(rng, documents, document_vectors, 7)
-    budget = int(rng.integers(1, query_vectors + 1)), int(rng.integers(1, document_vectors + 1))
-    scores = maxsim(query, document, budget)
+    if kind == "ties":  # sums of such numbers are exact, so equal scores are equal bits
+        query, document = np.sign(query), np.sign(document)
+    r_q, r_c = int(rng.integers(1, query_vectors + 1)), int(rng.integers(1, document_vectors + 1))
+    mask = scale = None
+    if kind == "ragged":
+        mask = np.arange(document_vectors) < rng.integers(0, document_vectors + 1, (documents, 1))
+    if kind == "masked":
+        mask = rng.random((documents, document_vectors)) < 0.5
+    if kind == "int8":
+        document, scale = np.round(document * 127).astype(np.int8), rng.random((documents, document_vectors), np.float32) / 127
+        scale[:, ::3] = 0
+    exact = document.astype(float) if scale is None else document * scale[..., None].astype(float)
+    if mask is not None:
+        document[~mask] = 10
+    expected = np.full((queries, documents), -np.inf)
+    for n in range(documents):
+        kept = exact[n, :r_c] if mask is None else exact[n, :r_c][mask[n, :r_c]]
+        if len(kept):
+            expected[:, n] = maxsim_scores(query[:, :r_q].astype(float), kept[None])[:, 0]
+    scores = maxsim(query, document, (r_q, r_c), mask, scale)
     assert scores.dtype == jnp.float32 and scores.shape == (queries, documents)
-    np.testing.assert_allclose(scores, maxsim_scores(query[:, : budget[0]], document[:, : budget[1]]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
+    if kind == "ties":
+        np.testing.assert_array_equal(scores, expected)
 
 
 @pytest.mark.parametrize(("queries", "documents"), [(1, 1), (7, 10), (8, 12), (70, 210)])
@@ -73,3 +95,5 @@ def test_bad_input_is_refused():
         maxsim(query[0], document)
     with pytest.raises(UserError, match="document_mask"):
         maxsim(query, document, document_mask=np.ones((5, 5), bool))
+    with pytest.raises(UserError, match="document_scale"):
+        maxsim(query, document, document_scale=np.ones((5, 6, 4)))

@@ -221,10 +221,10 @@ def broken(number, vector, value):
         ((["a", "b", "c"], CANDIDATES[:3, :2]), "items have 2 vectors, and collection 'small' stores 4"),
         ((["a", "b", "c"], CANDIDATES[:3, :, :8]), "takes [items, vectors, 32]"),
         ((["a", "b", "c"], [[1.0], [2.0, 3.0], []]), "expected one array of numbers"),
-        ((["a", "b", "c"], broken(1, 2, np.nan)), "vector 2 of number 1 has the norm nan"),
-        ((["a", "b", "c"], broken(2, 0, np.inf)), "vector 0 of number 2 has the norm inf"),
-        ((["a", "b", "c"], broken(0, 3, 1.5)), "vector 3 of number 0 has the norm 1.5"),
-        ((["a", "b", "c"], broken(0, 3, 0)), "vector 3 of number 0 has the norm 0"),
+        ((["a", "b", "c"], broken(1, 2, np.nan)), "vector 2 of number 1 of the items has length nan"),
+        ((["a", "b", "c"], broken(2, 0, np.inf)), "vector 0 of number 2 of the items has length inf"),
+        ((["a", "b", "c"], broken(0, 3, 1.5)), "vector 3 of number 0 of the items has length 1.5"),
+        ((["a", "b", "c"], broken(0, 3, 0)), "vector 3 of number 0 of the items has length 0"),
         ((["a", "b", "c"], CANDIDATES[:3], [{}, {"id": "c"}, {}]), "item 'b': its metadata is {'id': 'c'}"),
         ((["a", "b", "c"], CANDIDATES[:3], [{}, {}, None]), "item 'c': its metadata is None"),
         ((["a", "b", "c"], CANDIDATES[:3], [{}, {"page": {1, 2}}, {}]), "item 'b': its metadata is no JSON"),
@@ -251,7 +251,7 @@ def test_bad_items_are_named_and_nothing_is_written(small, arguments, message):
         ((QUERIES, 10, (32, 64)), "16 a query and 64 a candidate"),
         ((QUERIES[:, :, :16], 10), "takes [items, vectors, 32]"),
         ((QUERIES[0], 10), "takes [items, vectors, 32]"),
-        ((QUERIES * 2, 10), "queries: vector 0 of number 0 has the norm 2"),
+        ((QUERIES * 2, 10), "vector 0 of number 0 of the queries has length 2"),
     ],
 )
 def test_bad_searches_are_refused(index, arguments, message):

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 import metaembed_jax as me
 from metaembed_jax.late_interaction import levels
+from metaembed_jax.retrieval import checked
 from metaembed_jax.retrieval import search as module
+from metaembed_jax.retrieval.items import to_int8
 from metaembed_jax.sharding import make_mesh
 from tests.retrieval import reference
 from tests.retrieval.reference import exact, unit
@@ -46,6 +48,8 @@ def test_blocks_parts_and_queries_that_do_not_divide(monkeypatch):
     for name, value in {"PART_ITEMS": 8, "BLOCK_NUMBERS": 16 * 16 * 4, "QUERY_ROWS": 32}.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(levels, "QUERY_ROWS", 8)
+    monkeypatch.setattr(checked, "KEPT", 0)
+    monkeypatch.setattr(checked, "SCATTERED", 3)
     rng = np.random.default_rng(0)
     query, candidate = exact(rng, 21, 4, 16), exact(rng, 133, 4, 16)
     index = me.Index.build(candidate[:50], map(str, range(50)), dtype="float32", mesh=ONE)
@@ -84,9 +88,28 @@ def test_bfloat16_and_int8_are_scored_as_they_are_stored():
     query, candidate = unit(rng, 3, 4, 32), unit(rng, 60, 9, 32)
     rounded = candidate.astype(ml_dtypes.bfloat16).astype(np.float32)
     assert_found(me.Index.build(candidate, mesh=ONE), query, rounded, 60, (4, 9), [(4, 9)])
-    scale = np.abs(candidate).max(-1, keepdims=True).astype(float) / 127
-    stored = np.round(candidate / scale) * scale  # to even, as NumPy does
+    numbers, scales = to_int8(candidate)
+    stored = numbers * scales.astype(float)[..., None]
     assert_found(me.Index.build(candidate, dtype="int8", mesh=ONE), query, stored, 60, (3, 7), [(3, 7)])
+
+
+@pytest.mark.parametrize("width", [1, 8, 100, 300])
+def test_int8_is_the_nearest_of_its_kind(width):
+    """Against the definition, in float64, for each vector alone."""
+    candidate = unit(np.random.default_rng(7), 30, 5, width)
+    candidate[2, 3] = 0
+    numbers, scales = to_int8(candidate)
+    assert numbers.dtype == np.int8 and scales.dtype == np.float32 and scales[2, 3] == 0 and not numbers[2, 3].any()
+    stored = numbers * scales.astype(float)[..., None]
+    np.testing.assert_allclose(np.sum(stored * candidate, -1), np.sum(candidate.astype(float) ** 2, -1), rtol=1e-6)
+    for vector, ours in zip(candidate.reshape(-1, width).astype(float), stored.reshape(-1, width), strict=True):
+        if vector.any():
+            stretched = [vector / np.abs(vector).max() * largest for largest in range(127, 127 - min(max(256 // width, 1), 32), -1)]
+            tried = [np.round(one) * (vector @ vector) / (np.round(one) @ vector) for one in stretched]
+            error = min(np.linalg.norm(one - vector) for one in tried)
+            np.testing.assert_allclose(
+                np.linalg.norm(ours - vector), error, rtol=2e-2, atol=1e-7
+            )  # lengths in float32 tell no more apart
 
 
 def test_deleted_items_are_not_found():

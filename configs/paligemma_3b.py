@@ -1,0 +1,35 @@
+"""MetaEmbed on PaliGemma-3B at 448 pixels: the recipe of `configs/7b.py`, with its variants."""
+
+from metaembed_jax.config import load_config
+
+
+def get_config(arg=None):
+    """`lora` (the default) or `full`."""
+    config = load_config(f"configs/7b.py:{arg or 'lora'}", {})
+    config.name = config.name.replace("7b", "paligemma_3b")
+    config.init_from = "google/paligemma-3b-pt-448"
+    config.backbone = "paligemma"
+    with config.unlocked():
+        config.architecture = dict(
+            text_config=dict(
+                model_type="gemma",
+                vocab_size=257216,
+                hidden_size=2048,
+                num_hidden_layers=18,
+                num_attention_heads=8,
+                num_key_value_heads=1,
+                intermediate_size=16384,
+            ),
+            vision_config=dict(
+                hidden_size=1152,
+                num_hidden_layers=27,
+                num_attention_heads=16,
+                intermediate_size=4304,
+                image_size=448,
+                patch_size=14,
+            ),
+        )
+    config.data.query_shapes = ((256, 0, 0.5), (1280, 1024, 0.6))
+    config.data.candidate_shapes = ((256, 0, 0.42), (1280, 1024, 0.66))
+    config.microbatch_size, config.mesh.fsdp = 8, 1
+    return config

@@ -1,0 +1,28 @@
+"""The parts of PaliGemma, for counting its arithmetic. P patches, T rows of prompt and Meta Tokens."""
+
+from metaembed_jax.backbones.paligemma.config import Config, TextConfig, VisionConfig
+from metaembed_jax.backbones.parts import Attention, Part
+
+
+def parts(config: Config, patches: int, rows: int, read: int) -> tuple[Part, ...]:
+    """See `backbones.parts`."""
+    return (*(_vision(config.vision_config, patches) if patches else ()), _language(config.text_config, rows))
+
+
+def _vision(config: VisionConfig, patches: int) -> tuple[Part, ...]:
+    P, heads = config.patches, config.num_attention_heads
+    attention = Attention(config.num_hidden_layers, P, P, P, heads, heads, config.hidden_size // heads, rotates=False)
+    return (
+        Part("vision.patch_embedding", P),
+        Part("vision.positions", P),
+        Part("vision.blocks", P, config.hidden_size, (attention,), last="mlp.down"),
+        Part("vision.final_norm", P),
+        Part("vision.projector", P),
+    )
+
+
+def _language(config: TextConfig, T: int) -> Part:
+    heads, layers = (config.num_attention_heads, config.num_key_value_heads, config.head_dim), config.num_hidden_layers
+    attention = Attention(layers, T, T, T, *heads, prefix=True)
+    last = "" if config.is_gemma2 else "mlp.down"  # which a norm of Gemma 2 reads
+    return Part("layers", T, config.hidden_size, (attention,), last=last, appended=True)

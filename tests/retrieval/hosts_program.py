@@ -1,0 +1,21 @@
+"""One host of `test_hosts`: searches an index with all of them."""
+
+import argparse
+
+import numpy as np
+
+import metaembed_jax as me
+from metaembed_jax import hosts
+from metaembed_jax.flags import add_host_flags
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--index")
+parser.add_argument("--queries")
+parser.add_argument("--out")
+add_host_flags(parser)
+flags = parser.parse_args()
+hosts.connect(flags.coordinator, flags.hosts, flags.host)
+index, queries = me.Index.load(flags.index), np.load(flags.queries)
+for number, budget in enumerate(((3, 7), [(1, 1, 50), (4, 9)])):
+    scores, ids = index.search(queries, 20, budget)
+    np.savez(f"{flags.out}-{number}-{flags.host or 0}", scores=scores, ids=ids.astype(str))
