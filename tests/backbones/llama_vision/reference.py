@@ -14,9 +14,9 @@ import pytest
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from metaembed_jax.backbones import llama_vision
-from metaembed_jax.checkpoints.huggingface import read_backbone
-from metaembed_jax.sharding import make_mesh, parameter_shardings
+from metaembed_jax.model import MetaEmbed
+from metaembed_jax.network import abstract_network
+from metaembed_jax.sharding import make_mesh
 from tests.backbones.qwen2_5_vl.reference import HAS_TORCH, noise
 
 BEGIN, END, IMAGE = "<|begin_of_text|>", "<|end_of_text|>", "<|image|>"
@@ -189,17 +189,11 @@ def reference(name: str, scratch: Path) -> SimpleNamespace:
     return SimpleNamespace(directory=directory, config=json.loads((directory / "config.json").read_text()), **np.load(record))
 
 
-def read(directory: Path) -> SimpleNamespace:
-    """Our config, backbone and processor of a checkpoint."""
-    stored = json.loads((directory / "config.json").read_text())
-    preprocessor = directory / "preprocessor_config.json"
-    config = llama_vision.Config.from_huggingface(stored).with_preprocessor(json.loads(preprocessor.read_text()), preprocessor)
-    graph, state = nnx.split(nnx.eval_shape(lambda: llama_vision.Backbone(config, rngs=nnx.Rngs(0))))
-    shardings = parameter_shardings(make_mesh(devices=jax.devices()[:1]), state)
-    wanted = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), nnx.to_pure_dict(state), shardings
-    )
-    parameters = read_backbone(directory, llama_vision, config, wanted)
-    images = llama_vision.Images.from_preprocessor(json.loads(preprocessor.read_text()), config, 1024)
-    processor = llama_vision.Processor(Tokenizer.from_file(str(directory / "tokenizer.json")), images)
-    return SimpleNamespace(config=config, backbone=nnx.merge(graph, parameters), processor=processor)
+def read(directory: Path) -> MetaEmbed:
+    """Our model of a checkpoint."""
+    return MetaEmbed.from_pretrained(directory, dtype="float32", mesh=make_mesh(devices=jax.devices()[:1]))
+
+
+def backbone_of(model: MetaEmbed) -> nnx.Module:
+    """With its weights."""
+    return nnx.merge(abstract_network(model.config)[0], model.parameters).backbone

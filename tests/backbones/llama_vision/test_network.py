@@ -10,7 +10,18 @@ from flax import nnx
 
 from metaembed_jax.backbones.llama_vision.vision import APART, attend_around_padding
 from metaembed_jax.inputs.examples import ShapeClass, collate
-from tests.backbones.llama_vision.reference import CONFIGURATIONS, LARGE, SMALL, TALL, WIDE, Transformers, read, reference, see
+from tests.backbones.llama_vision.reference import (
+    CONFIGURATIONS,
+    LARGE,
+    SMALL,
+    TALL,
+    WIDE,
+    Transformers,
+    backbone_of,
+    read,
+    reference,
+    see,
+)
 
 torch = pytest.importorskip("torch")
 modeling = pytest.importorskip("transformers.models.mllama.modeling_mllama")
@@ -24,11 +35,12 @@ class Case:
 
     def __init__(self, name, scratch):
         directory = reference(name, scratch).directory
-        self.ours, self.theirs = read(directory), Transformers(directory)
-        self.vision, self.tower = self.theirs.model.model.vision_model, self.ours.backbone.vision
-        examples = [self.ours.processor.candidate({"image": picture}) for picture in PICTURES]
+        model, self.theirs = read(directory), Transformers(directory)
+        self.backbone = backbone_of(model)
+        self.vision, self.tower = self.theirs.model.model.vision_model, self.backbone.vision
+        examples = [model.processor.candidate({"image": picture}) for picture in PICTURES]
         most = max(example.patches for example in examples)
-        self.batch = collate(examples, ShapeClass(64, most), self.ours.config.layout)
+        self.batch = collate(examples, ShapeClass(64, most), model.config.architecture.layout)
         self.seen = see(self.theirs.images, [{"image": picture} for picture in PICTURES])
         self.counts = [count for [count] in self.seen.pop("num_tiles")]
         self.ratios = self.seen["aspect_ratio_ids"]
@@ -133,7 +145,7 @@ def test_rotary_angles(case):
     mask_BS = np.arange(300) >= np.array([[0], [41]])
     positions_BS = np.maximum(np.arange(300) - np.array([[0], [41]]), 0)
     expected = run(rotary, np.zeros(1, np.float32), positions_BS)
-    for ours, theirs in zip(case.ours.backbone.rotary(mask_BS), expected, strict=True):
+    for ours, theirs in zip(case.backbone.rotary(mask_BS), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)  # an angle of 300 is 3e-5 from the next one
 
 
@@ -141,12 +153,12 @@ def context(case):
     """A text's states and what layers read of it: mask with left padding, angles."""
     B, S, model = 3, 9, case.theirs.model.model.language_model
     mask_BS = np.arange(S) >= np.array([[0], [4], [2]])
-    return case.noise(B, S, model.config.hidden_size), mask_BS, case.ours.backbone.rotary(mask_BS), model
+    return case.noise(B, S, model.config.hidden_size), mask_BS, case.backbone.rotary(mask_BS), model
 
 
 def layer_and_kind(case, number):
-    (is_crossing_L, states), graph = case.ours.backbone.kinds()
-    layer = layer_of(case.ours.backbone.layers, number)
+    (is_crossing_L, states), graph = case.backbone.kinds()
+    layer = layer_of(case.backbone.layers, number)
     kind = is_crossing_L[number], jax.tree.map(lambda x: x[number], states)
     return jax.jit(lambda x, text, image: layer(x, kind, graph, text, image))
 

@@ -26,8 +26,8 @@ def rewritten(saved, out, tensors):
     return out
 
 
-def flat(backbone):
-    return jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(backbone)))
+def flat(model):
+    return jax.tree.leaves_with_path(model.parameters["backbone"])
 
 
 def as_in_memory(key):
@@ -57,7 +57,7 @@ def test_the_saved_layout_is_the_released_one(saved):
 def test_every_layout_gives_the_same_parameters(saved, tmp_path, rename):
     """With its output layer, and of a model without."""
     tensors = {rename(key): tensor for key, tensor in saved[1].items() if rename is as_in_memory or "lm_head" not in key}
-    expected, found = flat(read(saved[0]).backbone), flat(read(rewritten(saved, tmp_path / "new", tensors)).backbone)
+    expected, found = (flat(read(directory)) for directory in (saved[0], rewritten(saved, tmp_path / "new", tensors)))
     assert len(found) == len(KEYS)
     for (path, ours), (_, theirs) in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path))
