@@ -1,9 +1,9 @@
 """The families of backbones, by the `model_type` of their config.json."""
 
-from metaembed_jax.backbones import qwen2_5_vl
+from metaembed_jax.backbones import qwen2_5_vl, qwen3_vl
 from metaembed_jax.errors import UserError
 
-FAMILIES = {"qwen2_5_vl": qwen2_5_vl}
+FAMILIES = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
 
 
 def family(name: str):

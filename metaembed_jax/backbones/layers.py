@@ -89,6 +89,22 @@ class RMSNorm(nnx.Module):
         return jax.lax.optimization_barrier(x32.astype(x.dtype) * self.scale[...].astype(x.dtype))
 
 
+class LayerNorm(nnx.Module):
+    """Norm of mean and variance, computed in float32 (arXiv 1607.06450)."""
+
+    def __init__(self, width: int, *, epsilon: float, rngs: nnx.Rngs, layers: int | None = None):
+        self.scale = param(rngs, jax.nn.initializers.ones, (width,), (None,), layers)
+        self.bias = param(rngs, jax.nn.initializers.zeros, (width,), (None,), layers)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        # An array of its own, as in RMSNorm.
+        return jax.lax.optimization_barrier((x32 * self.scale[...] + self.bias[...]).astype(x.dtype))
+
+
 class GatedMLP(nnx.Module):
     """down(silu(gate(x)) * up(x)), the feed-forward of LLaMA and its heirs (arXiv 2002.05202)."""
 
@@ -100,6 +116,18 @@ class GatedMLP(nnx.Module):
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         hidden_BSF = jax.nn.silu(self.gate(x_BSD)) * self.up(x_BSD)
         return self.down(constrain(hidden_BSF, "batch", None, "mlp"))
+
+
+class MLP(nnx.Module):
+    """down(activation(up(x))), with biases."""
+
+    def __init__(self, width: int, hidden: int, *, activation: Callable, rngs: nnx.Rngs, layers: int | None = None):
+        self.up = Linear(width, hidden, axes=("embed", "mlp"), bias=True, rngs=rngs, layers=layers)
+        self.down = Linear(hidden, width, axes=("mlp", "embed"), bias=True, rngs=rngs, layers=layers)
+        self.activation = activation
+
+    def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return self.down(constrain(self.activation(self.up(x_BSD)), "batch", None, "mlp"))
 
 
 def rotate(
