@@ -105,29 +105,39 @@ class LayerNorm(nnx.Module):
         return jax.lax.optimization_barrier((x32 * self.scale[...] + self.bias[...]).astype(x.dtype))
 
 
-class GatedMLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)), the feed-forward of LLaMA and its heirs (arXiv 2002.05202)."""
+class MLP(nnx.Module):
+    """down(activation(up(x))), with biases. An `activation` made anew would make each network a new one: give a module's."""
 
-    def __init__(self, width: int, hidden: int, *, bias: bool, rngs: nnx.Rngs, layers: int | None = None):
+    def __init__(self, width: int, hidden: int, *, activation: Callable[[Array], Array], rngs: nnx.Rngs, layers: int | None = None):
+        self.activation = activation
+        self.up = Linear(width, hidden, axes=("embed", "mlp"), bias=True, rngs=rngs, layers=layers)
+        self.down = Linear(hidden, width, axes=("mlp", "embed"), bias=True, rngs=rngs, layers=layers)
+
+    def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return self.down(constrain(self.activation(self.up(x_BSD)), "batch", None, "mlp"))
+
+
+class GatedMLP(nnx.Module):
+    """down(activation(gate(x)) * up(x)), the feed-forward of LLaMA and its heirs (arXiv 2002.05202); `activation` as in `MLP`."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        bias: bool,
+        activation: Callable[[Array], Array] = jax.nn.silu,
+        rngs: nnx.Rngs,
+        layers: int | None = None,
+    ):
+        self.activation = activation
         self.gate = Linear(width, hidden, axes=("embed", "mlp"), bias=bias, rngs=rngs, layers=layers)
         self.up = Linear(width, hidden, axes=("embed", "mlp"), bias=bias, rngs=rngs, layers=layers)
         self.down = Linear(hidden, width, axes=("mlp", "embed"), bias=bias, rngs=rngs, layers=layers)
 
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        hidden_BSF = jax.nn.silu(self.gate(x_BSD)) * self.up(x_BSD)
+        hidden_BSF = self.activation(self.gate(x_BSD)) * self.up(x_BSD)
         return self.down(constrain(hidden_BSF, "batch", None, "mlp"))
-
-
-class MLP(nnx.Module):
-    """down(activation(up(x))), with biases."""
-
-    def __init__(self, width: int, hidden: int, *, activation: Callable, rngs: nnx.Rngs, layers: int | None = None):
-        self.up = Linear(width, hidden, axes=("embed", "mlp"), bias=True, rngs=rngs, layers=layers)
-        self.down = Linear(hidden, width, axes=("mlp", "embed"), bias=True, rngs=rngs, layers=layers)
-        self.activation = activation
-
-    def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return self.down(constrain(self.activation(self.up(x_BSD)), "batch", None, "mlp"))
 
 
 def rotate(

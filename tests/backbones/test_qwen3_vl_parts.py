@@ -82,7 +82,7 @@ def test_images_equal_the_pillow_processor(case):
         np.testing.assert_allclose(ours, frames[:, :, frame].reshape(ours.shape), rtol=0, atol=1e-5)
     vision_utils = pytest.importorskip("transformers.vision_utils")
     positions = vision_utils.get_vision_position_ids(case.seen["image_grid_thw"], 2)
-    np.testing.assert_array_equal(case.flat(case.batch["patch_positions"]), positions.T)
+    np.testing.assert_array_equal(case.flat(case.batch["patch_positions"]), positions)
 
 
 def test_learned_positions_are_stretched_over_the_grid(case):
@@ -161,7 +161,7 @@ def test_mrope_angles(case):
 
 
 def test_mrope_positions(case):
-    model, tokens, mask = case.theirs.model, torch.tensor(case.batch["tokens"]), torch.tensor(case.batch["mask"])
+    model, tokens, mask = case.theirs.model, torch.tensor(case.batch["tokens"]).long(), torch.tensor(case.batch["mask"])
     kinds = (tokens == model.config.image_token_id).int()
     theirs, _ = model.model.get_rope_index(tokens, kinds, case.seen["image_grid_thw"], attention_mask=mask)
     np.testing.assert_array_equal(case.batch["positions"], theirs.swapaxes(0, 1))
