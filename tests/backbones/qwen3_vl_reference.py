@@ -14,7 +14,7 @@ def configuration(
     text = dict(
         vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, intermediate_size=72, rms_norm_eps=eps,
         num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=head_dim, max_position_embeddings=4096,
-        rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=list(sections), mrope_interleaved=True),
+        rope_parameters=dict(rope_type="default", rope_theta=100.0, mrope_section=list(sections), mrope_interleaved=True),
     )  # fmt: skip
     vision = dict(
         depth=depth, hidden_size=vision_width, num_heads=vision_heads, intermediate_size=56, out_hidden_size=width,
@@ -25,17 +25,17 @@ def configuration(
 
 CONFIGURATIONS = {
     "grouped": configuration(
-        heads=(4, 2), head_dim=24, sections=(5, 4, 3), width=64, layers=4, depth=5, taken=(1, 3), table=6, tied=False,
+        heads=(4, 2), head_dim=24, sections=(7, 3, 2), width=64, layers=4, depth=5, taken=(1, 3), table=6, tied=False,
         vision_width=48, vision_heads=3,
     ),
     # So many layers that the last one is not cut off; features from the first layer of the tower and from the last.
     "deep": configuration(
-        heads=(6, 1), head_dim=16, sections=(4, 2, 2), width=80, layers=9, depth=4, taken=(0, 2, 3), table=7, tied=True,
+        heads=(6, 1), head_dim=16, sections=(5, 2, 1), width=80, layers=9, depth=4, taken=(0, 2, 3), table=7, tied=True,
         vision_width=32, vision_heads=2, eps=1e-5,
     ),
     # More features than the language model has layers; a table that is smaller than an image's grid on one side only.
     "shallow": configuration(
-        heads=(3, 3), head_dim=20, sections=(4, 3, 3), width=36, layers=2, depth=3, taken=(0, 1, 2), table=9, tied=True,
+        heads=(3, 3), head_dim=20, sections=(6, 3, 1), width=36, layers=2, depth=3, taken=(0, 1, 2), table=9, tied=True,
         vision_width=40, vision_heads=5, patch=20,
     ),
 }  # fmt: skip
