@@ -7,7 +7,7 @@ import pytest
 
 from metaembed_jax.backbones.qwen3_vl import Config
 from metaembed_jax.errors import UserError
-from tests.backbones.qwen3_vl_reference import CONFIGURATIONS
+from tests.backbones.qwen3_vl.reference import CONFIGURATIONS
 
 # As the 2B model is released.
 RELEASED = {

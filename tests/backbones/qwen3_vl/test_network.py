@@ -17,7 +17,7 @@ from metaembed_jax.inputs.examples import ShapeClass, collate
 from metaembed_jax.network import ModelConfig, abstract_network, abstract_parameters
 from metaembed_jax.sharding import make_mesh
 from tests.backbones.qwen2_5_vl_reference import SMALL, TALL, WIDE, Transformers
-from tests.backbones.qwen3_vl_reference import reference
+from tests.backbones.qwen3_vl.reference import reference
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
