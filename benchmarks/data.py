@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from metaembed_jax.config import default_config
+from metaembed_jax.backbones import qwen2_5_vl
+from metaembed_jax.backbones.qwen2_5_vl.images import patchify
+from metaembed_jax.config import default_config, load_config, model_config
 from metaembed_jax.data import tokenizer
-from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.data.pipeline import iterate, training_batches
-from metaembed_jax.data.prompts import Processor
 from metaembed_jax.data.slots import padding
+from metaembed_jax.inputs.images import open_image
 
 BATCH, SOURCE, WARM = 8, 64, 4  # images; images in all; batches that are not timed
 SHAPES = {"pages": (1280, 5120), "photos": (512, 2048)}
@@ -41,22 +42,22 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12, help="batches of 8 a turn (default: 12)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes (default: 1, then 2)")
     arguments = parser.parse_args()
-    image_config = ImageConfig(28 * 28, 1024 * 28 * 28)
+    sizes = qwen2_5_vl.Images(28 * 28, 1024 * 28 * 28)
     with tempfile.TemporaryDirectory() as scratch:
-        learned = tokenizer.train(["which page is it?"] * 100, Path(scratch) / "tokenizer.json", vocabulary=700)
+        learned = tokenizer.train(["which page is it?"] * 100, Path(scratch) / "tokenizer.json", qwen2_5_vl, vocabulary=700)
     for name, draw in (("pages", page), ("photos", photo)):
         encoded = [draw(number) for number in range(SOURCE)]
         config = run_config(name, WARM + arguments.batches)
         records = [{"query": {"text": "which page is it?"}, "positive": {"image": one}, "source": name} for one in encoded]
-        dataset = training_batches(config, Processor(learned, image_config), [records])
-        largest = difference(encoded[0], dataset, image_config)
+        dataset = training_batches(config, model_config(config).architecture, qwen2_5_vl.Processor(learned, sizes), [records])
+        largest = difference(encoded[0], sizes)
         fractions = ", ".join(f"{key.split('/', 1)[1]} {value:.2f}" for key, value in padding(dataset[0]).items())
         size = np.mean([len(one) for one in encoded]) / 1000
         print(f"{name}: {size:.0f} kB of JPEG; largest difference {largest:.1e}; padding {fractions}")
         for workers in arguments.workers:
             sides = {
                 "metaembed_jax": partial(iterate, dataset, 0, config.steps, workers),
-                "transformers": partial(dataloader, encoded, image_config, workers, config.steps),
+                "transformers": partial(dataloader, encoded, sizes, workers, config.steps),
             }
             rates = {side: [] for side in sides}
             for _ in range(arguments.rounds):
@@ -71,6 +72,8 @@ def main() -> None:
 def run_config(name: str, steps: int):
     """One shape class a side, one image a pair."""
     config = default_config()
+    with config.unlocked():
+        config.architecture = load_config(str(Path(__file__).parents[1] / "configs" / "7b.py"), {}).architecture
     config.data.sources = ((name, 1.0, 0),)
     config.data.query_shapes, config.data.candidate_shapes = ((64, 0),), (SHAPES[name],)
     config.batch_size = config.microbatch_size = BATCH
@@ -106,30 +109,27 @@ class Encoded:
 class Collator:
     """A batch of images by transformers' Pillow processor."""
 
-    def __init__(self, config: ImageConfig):
+    def __init__(self, sizes: qwen2_5_vl.Images):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        self.processor = Qwen2VLImageProcessorPil(size={"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels})
+        self.processor = Qwen2VLImageProcessorPil(size={"shortest_edge": sizes.min_pixels, "longest_edge": sizes.max_pixels})
 
     def __call__(self, images: list[Image.Image]) -> dict:
         return dict(self.processor(images, return_tensors="pt"))
 
 
-def dataloader(encoded: list[bytes], config: ImageConfig, workers: int, batches: int) -> Iterator[dict]:
+def dataloader(encoded: list[bytes], sizes: qwen2_5_vl.Images, workers: int, batches: int) -> Iterator[dict]:
     """Their batches, two ahead for each worker as is the default there."""
     from torch.utils.data import DataLoader
 
     images, options = Encoded(encoded, BATCH * batches), dict(num_workers=workers, multiprocessing_context="spawn")
-    return iter(DataLoader(images, BATCH, collate_fn=Collator(config), **options))
+    return iter(DataLoader(images, BATCH, collate_fn=Collator(sizes), **options))
 
 
-def difference(encoded: bytes, dataset, config: ImageConfig) -> float:
+def difference(encoded: bytes, sizes: qwen2_5_vl.Images) -> float:
     """The largest difference of a normalised number of one image."""
-    from metaembed_jax.data.images import patchify
-    from metaembed_jax.inputs.images import open_image
-
-    theirs = Collator(config)([Image.open(io.BytesIO(encoded)).convert("RGB")])["pixel_values"].numpy().reshape(-1, 3, 2, 196)
-    found = patchify(open_image(encoded, "image"), config)
+    theirs = Collator(sizes)([Image.open(io.BytesIO(encoded)).convert("RGB")])["pixel_values"].numpy().reshape(-1, 3, 2, 196)
+    found = patchify(open_image(encoded, "image"), sizes)
     ours = found.patches.reshape(-1, 4, 588)[found.raster].reshape(-1, 3, 196)
     ours = (ours.astype(np.float32) / 255 - MEAN[:, None]) / STD[:, None]
     return max(float(np.abs(ours - theirs[:, :, frame]).max()) for frame in range(2))

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from metaembed_jax.backbones.qwen2_5_vl_config import IMAGE_MEAN, IMAGE_STD
+from metaembed_jax.backbones.qwen2_5_vl.config import IMAGE_MEAN, IMAGE_STD
 
 QUERY_ROWS = 16
 

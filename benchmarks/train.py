@@ -24,10 +24,11 @@ from PIL import Image
 from qwen2_5_vl_torch import TorchTrainer, write_checkpoint
 
 from metaembed_jax.backbones import qwen2_5_vl
+from metaembed_jax.backbones.qwen2_5_vl.images import patchify
+from metaembed_jax.backbones.qwen2_5_vl.inputs import rope_positions
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.config import default_config, model_config
-from metaembed_jax.data.images import ImageConfig, patchify
-from metaembed_jax.data.prompts import Example, ShapeClass, collate, rope_positions
+from metaembed_jax.inputs.examples import Example, ShapeClass, collate
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
@@ -61,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     config = run_config()
-    batch, meta_tokens = make_batch(), np.random.default_rng(1).standard_normal((80, 256), np.float32)
+    batch, meta_tokens = make_batch(config), np.random.default_rng(1).standard_normal((80, 256), np.float32)
     with tempfile.TemporaryDirectory() as scratch:
         write_checkpoint(Path(scratch), ARCHITECTURE, IMAGE_TOKEN)
         theirs = TorchTrainer(Path(scratch), meta_tokens, batch, config)
@@ -98,26 +99,28 @@ def run_config():
     return config
 
 
-def make_batch() -> dict:
+def make_batch(config) -> dict:
     """One training batch of noise, in the form of `data.pipeline`."""
     random = np.random.default_rng(0)
     images = [Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(PAIRS)]
-    image_config = ImageConfig(SIDE * SIDE, SIDE * SIDE)
+    sizes, layout = qwen2_5_vl.Images(SIDE * SIDE, SIDE * SIDE), model_config(config).architecture.layout
 
     def query() -> Example:
         tokens = random.integers(IMAGE_TOKEN + 1, VOCABULARY, QUERY_TOKENS).astype(np.int32)
-        return Example(tokens, rope_positions(QUERY_TOKENS, 0, None), np.full(QUERY_TOKENS, -1, np.int32), None)
+        visual = np.full(QUERY_TOKENS, -1, np.int32)
+        return Example(tokens, {"positions": rope_positions(QUERY_TOKENS, 0, None), "visual_index": visual}, {})
 
     def candidate(image: Image.Image) -> Example:
-        patches = patchify(image, image_config)
+        patches = patchify(image, sizes)
         tokens = random.integers(IMAGE_TOKEN + 1, VOCABULARY, CANDIDATE_TOKENS).astype(np.int32)
         visual = np.full(CANDIDATE_TOKENS, -1, np.int32)
         units = slice(4, 4 + len(patches.raster))
         tokens[units], visual[units] = IMAGE_TOKEN, patches.raster
-        return Example(tokens, rope_positions(CANDIDATE_TOKENS, units.start, patches), visual, patches)
+        positions = rope_positions(CANDIDATE_TOKENS, units.start, patches.grid)
+        return Example(tokens, {"positions": positions, "visual_index": visual}, patches.arrays)
 
     def side(examples: list[Example], shape: ShapeClass) -> dict:
-        group = {key: x[None] for key, x in collate(examples, shape).items()}
+        group = {key: x[None] for key, x in collate(examples, shape, layout).items()}
         return {"groups": (group,), "order": np.arange(PAIRS, dtype=np.int32)}
 
     queries = side([query() for _ in range(PAIRS)], ShapeClass(QUERY_TOKENS, 0))

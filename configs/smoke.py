@@ -4,9 +4,9 @@ import os
 import tempfile
 from pathlib import Path
 
+from metaembed_jax.backbones import family
 from metaembed_jax.config import default_config, load_config, model_config
 from metaembed_jax.data import tokenizer
-from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.errors import UserError
 
 BASE = "runs/smoke_base"
@@ -48,14 +48,16 @@ def make_base(directory):
     text.vocab_size, text.hidden_size, text.intermediate_size, text.mrope_section = 512, 32, 64, (2, 3, 3)
     vision.hidden_size = vision.out_hidden_size = 32
     vision.intermediate_size = 64
+    config.data.min_pixels = 28 * 28
     network = model_config(config)
     parameters = {"backbone": init_parameters(network, seed=0)["backbone"]}
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         words, made = Path(scratch) / "words.json", Path(scratch) / "model"
-        tokenizer.train(["cloud snow", "airplane lock"], words, vocabulary=500)
+        tokenizer.train(["cloud snow", "airplane lock"], words, family(config.backbone), vocabulary=500)
+        images = family(config.backbone).Images.from_run(config.data, network.architecture, None)
         made.mkdir()
-        write_model(made, network, parameters, words, ImageConfig(28 * 28, 84 * 84, window_size=84), {}, "float32")
+        write_model(made, network, parameters, words, images, {}, "float32")
         try:
             os.replace(made, directory)
         except OSError:  # another host was here first

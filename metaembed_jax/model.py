@@ -18,8 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from metaembed_jax import hosts
-from metaembed_jax.data.prompts import BLANK, Example, Processor, ShapeClass, collate
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.examples import Example, ShapeClass, blank, collate
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.network import ModelConfig, abstract_network
 from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding, put_rows, replicated, row_parts, rows_of
@@ -36,11 +36,11 @@ class MetaEmbed:
     Args:
       config: of the network.
       parameters: nested dicts of arrays, on the mesh.
-      processor: turns items into tokens and patches.
+      processor: turns items into tokens and patches: the family's `Processor`.
       mesh: all devices that encode.
     """
 
-    def __init__(self, config: ModelConfig, parameters: dict, processor: Processor, mesh: Mesh):
+    def __init__(self, config: ModelConfig, parameters: dict, processor: object, mesh: Mesh):
         self.config, self.parameters, self.processor, self.mesh = config, parameters, processor, mesh
         self._encode = make_encode(config, mesh)
 
@@ -144,7 +144,7 @@ class MetaEmbed:
             for first in range(0, -(-len(items) // len(parts)), BATCHES_AHEAD * at_once):
                 stretch = range(first, min(first + BATCHES_AHEAD * at_once, len(rows)))
                 examples = {n: process(as_item(items[rows[n]]), name=f"item {rows[n]}") for n in stretch}
-                alike = _by_shape(examples, self.processor.image_config)
+                alike = _by_shape(examples, self.config.architecture.patch_multiple)
                 for shape, batches in _schedule(alike, at_once):
                     for batch in range(batches):
                         chosen = alike.get(shape, [])[batch * at_once : (batch + 1) * at_once]
@@ -162,8 +162,9 @@ class MetaEmbed:
 
     def _encode_batch(self, examples: list[Example], shape: ShapeClass, side: str, budget: int, rows: int):
         # Every batch has all its rows, so that one program serves, and an item's vectors do not depend on its company.
-        fill = examples[0] if examples else BLANK
-        batch = collate(examples + [fill] * (rows - len(examples)), shape, 3 * self.processor.image_config.patch_size**2)
+        layout = self.config.architecture.layout
+        fill = examples[0] if examples else blank(layout)
+        batch = collate(examples + [fill] * (rows - len(examples)), shape, layout)
         with jax.set_mesh(self.mesh):
             batch = {key: put_rows(x, self.mesh) for key, x in batch.items()}
             vectors_BRD = self._encode(self.parameters, batch, side=side, budget=budget)
@@ -226,16 +227,15 @@ def _sample(parameter: jax.Array) -> jax.Array:
     return parameter[tuple(slice(None, None, math.ceil(size / SAMPLES)) for size in parameter.shape)].astype("bfloat16")
 
 
-def _by_shape(examples: dict[int, Example], image_config) -> dict[ShapeClass, list[int]]:
-    """Rows by padded size. Sizes are few, so that few programs are compiled: tokens in steps, windows four to each doubling."""
-    window = (image_config.window_units * image_config.merge_size) ** 2
+def _by_shape(examples: dict[int, Example], multiple: int) -> dict[ShapeClass, list[int]]:
+    """Rows by padded size. Sizes are few, so that few programs are compiled: tokens in steps, patches in four to each doubling."""
     groups: dict[ShapeClass, list[int]] = {}
     for row, example in examples.items():
         patches = 0
-        if example.patches is not None:
-            windows = len(example.patches.mask) // window
-            step = 2 ** max(math.ceil(math.log2(windows)) - 3, 0)
-            patches = window * step * math.ceil(windows / step)
+        if example.patches:
+            parts = example.patches // multiple
+            step = 2 ** max(math.ceil(math.log2(parts)) - 3, 0)
+            patches = multiple * step * math.ceil(parts / step)
         tokens = TOKEN_BUCKET * math.ceil(len(example.tokens) / TOKEN_BUCKET)
         groups.setdefault(ShapeClass(tokens, patches), []).append(row)
     return groups

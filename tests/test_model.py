@@ -12,13 +12,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 import metaembed_jax as me
-from metaembed_jax.backbones import qwen2_5_vl
+from metaembed_jax.backbones import layers
 from metaembed_jax.checkpoints import base
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.config import default_config, model_config
 from metaembed_jax.network import init_parameters
 from metaembed_jax.sharding import make_mesh
-from tests.backbones.qwen2_5_vl_reference import noise, write_tokenizer
+from tests.backbones.qwen2_5_vl.reference import noise, write_tokenizer
 from tests.checkpoints.huggingface_files import SMALL, random_tensors, write
 
 ITEMS = ["a red car", noise(60, 90, 1), {"text": "where", "image": noise(150, 60, 2)}, "another " * 12, {"text": "b"}]
@@ -145,7 +145,7 @@ def test_the_preprocessor_sets_mean_and_size(directory, tmp_path):
     model = me.MetaEmbed.from_pretrained(changed, max_visual_tokens=9)
     vision = model.config.architecture.vision_config
     assert (vision.image_mean, vision.image_std) == ((0.5, 0.25, 0.75), (1.0, 2.0, 3.0))
-    assert (model.processor.image_config.min_pixels, model.processor.image_config.max_pixels) == (784, 9 * 784)
+    assert (model.processor.images.min_pixels, model.processor.images.max_pixels) == (784, 9 * 784)
 
 
 def make_run(directory):
@@ -174,7 +174,7 @@ def test_a_run(tmp_path):
     narrow = me.MetaEmbed.from_pretrained(tmp_path / "run", max_visual_tokens=16)
     assert narrow.config == dataclasses.replace(model_config(config), dtype="bfloat16")
     assert (narrow.parameters["head"]["kernel"].dtype, narrow.parameters["meta_tokens"].dtype) == ("bfloat16", "float32")
-    assert narrow.processor.image_config.max_pixels == 16 * 784
+    assert narrow.processor.images.max_pixels == 16 * 784
 
     (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
     with pytest.raises(me.UserError, match="has no checkpoints"):
@@ -252,6 +252,6 @@ def test_deep_models_do_not_cut_their_last_layer_off(directory, monkeypatch):
     items = ["a red car", {"image": noise(60, 100, 1)}]
     mesh = make_mesh(devices=jax.devices()[:1])
     expected = me.MetaEmbed.from_pretrained(directory, dtype="float32", mesh=mesh).encode_document(items)
-    monkeypatch.setattr(qwen2_5_vl, "FEW_LAYERS", 0)
+    monkeypatch.setattr(layers, "FEW_LAYERS", 0)
     found = me.MetaEmbed.from_pretrained(directory, dtype="float32", mesh=mesh).encode_document(items)
     np.testing.assert_allclose(found, expected, atol=1e-6)

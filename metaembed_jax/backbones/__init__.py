@@ -1,17 +1,48 @@
-"""The families of backbones, by the `model_type` of their config.json."""
+"""The families of backbones. A family is a package; what it must have is all that the rest of the library knows of it:
 
-from metaembed_jax.backbones import qwen2_5_vl, qwen3_vl
+    TITLE                   its name in messages
+    Config                  the architecture: a frozen dataclass of dataclasses, whose fields have Hugging Face's names
+        .from_huggingface(config)                     from the content of a config.json, all of it checked (see `fields`)
+        .to_huggingface(vocabulary, token_ids)        and back, for a table of so many rows; the ids of all added tokens
+        .with_preprocessor(preprocessor, place)       with what preprocessor_config.json fixes: the mean and deviation of pixels
+        .check()                                      refuses sizes that do not fit each other
+        .width, .vocabulary                           of the language model's states; rows of its embedding table
+        .layout                                       the arrays of a batch: `inputs.examples.Layout`
+        .patch_multiple                               an image has a multiple of so many patches
+    Images                  how an image becomes patches: a frozen dataclass
+        .from_preprocessor(preprocessor, config, max_visual_tokens)
+        .from_run(data, config, max_visual_tokens)    from `config.data` of a run; no cap: None
+        .to_preprocessor(config)                      a preprocessor_config.json that transformers reads
+    Processor(tokenizer, images)                      items to `inputs.examples.Example`s; survives pickling
+        .query(item, *, max_tokens, name), .candidate(...), .images
+    SPECIAL_TOKENS, PAD_TOKEN, PROMPT_WORDS           of its prompts; the last for vocabularies made from scratch
+    Backbone(config, *, rngs)                         the network, an nnx module: parameters with logical axes, of stacks [L, ...]
+        .embedding, .width                            the vocabulary [V, D], and D
+        (batch, suffix_RD, *, keep, dtype, checkpoint, unroll)
+                                                      rows appended to each prompt -> final states [B, keep, D] of the last of them
+    KEYS, UNUSED_KEYS, EMBEDDING_KEY                  the tensor that each parameter is read from (see `conversion`)
+    canonical_key(key), stored_key(key)               from any layout in circulation to the names in KEYS, and on to transformers'
+    parts(config, patches, rows, read)                its arithmetic (see `parts`)
+    USAGE                   text of a model card: how stock transformers computes the vectors
+    SENTENCE_TRANSFORMERS   the file with a module of sentence-transformers, or None
+
+Parameters named `kernel` are those of `layers.Linear`s: they can carry adapters and be int8; `config.trained` names them by path.
+"""
+
+import importlib
+from types import ModuleType
+
 from metaembed_jax.errors import UserError
 
-FAMILIES = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
+FAMILIES = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl"}  # the package of each `model_type` of a config.json
 
 
-def family(name: str):
-    """The module of a family: `Config.from_huggingface`, `Backbone`, and `KEYS`, `UNUSED_KEYS`, `canonical_key` of its checkpoints.
+def family(name: str) -> ModuleType:
+    """The family of a `model_type`.
 
     Raises:
       UserError: no such family.
     """
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"unknown backbone {name!r}: known are {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[name]
+    return importlib.import_module(f"{__name__}.{FAMILIES[name]}")

@@ -10,6 +10,27 @@ from metaembed_jax.errors import UserError
 MOST_LAYERS = 1000  # that a config may ask for
 
 
+def free(default):
+    """A field of a dataclass that no parameter depends on: a run may start from another that has another value."""
+    return dataclasses.field(default=default, metadata={"free": True})
+
+
+def differences(ours, theirs, but_free: bool, start: str = "") -> list[tuple[str, object, object]]:
+    """(name, our value, their value) of the fields in which two dataclasses of one kind differ, those of nested ones too.
+
+    Args:
+      but_free: leave out those that are `free`.
+    """
+    found = []
+    for field in dataclasses.fields(ours):
+        pair = getattr(ours, field.name), getattr(theirs, field.name)
+        if dataclasses.is_dataclass(pair[0]):
+            found += differences(*pair, but_free, f"{start}{field.name}.")
+        elif pair[0] != pair[1] and not (but_free and field.metadata.get("free")):
+            found.append((start + field.name, *pair))
+    return found
+
+
 def part(config: dict, key: str) -> dict:
     """The object under a key of a config.json; {} where there is none.
 
@@ -51,6 +72,51 @@ def require(name: str, value, known: tuple, title: str) -> None:
     """
     if value not in known:
         raise UserError(f"config.json: {name} is {value!r}; {title} has {known[0]!r}")
+
+
+def check_depth(*layers: int) -> None:
+    """Refuses stacks that no model has.
+
+    Raises:
+      UserError: names the deepest.
+    """
+    if (deepest := max(layers)) > MOST_LAYERS:
+        raise UserError(f"config.json: {deepest} layers; at most {MOST_LAYERS} are read")
+
+
+def initializer_range(config: dict) -> float:
+    """The standard deviation of fresh rows of the vocabulary, by a config.json; 0.02 where it has none.
+
+    Raises:
+      UserError: it is no such number.
+    """
+    values = {**config, **part(config, "text_config")}
+    found = values.get("initializer_range")
+    if found is not None and not _fits(found, float):
+        raise UserError(f"config.json: initializer_range is {found!r}, which cannot be")
+    return 0.02 if found is None else found
+
+
+def check_processing(preprocessor: dict, known: dict) -> None:
+    """Refuses a preprocessor_config.json that sets one of the `known` keys to another value.
+
+    Raises:
+      UserError: names the key.
+    """
+    for key, value in known.items():
+        if preprocessor.get(key, value) != value:
+            raise UserError(f"preprocessor_config.json: {key}={preprocessor[key]!r} is not supported, only {value!r}")
+
+
+def check_sizes(sizes: dict) -> None:
+    """Refuses sizes of a preprocessor_config.json that are there and no positive whole numbers.
+
+    Raises:
+      UserError: names the key.
+    """
+    for key, value in sizes.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise UserError(f"preprocessor_config.json: {key} is {value!r}, not a positive whole number")
 
 
 def normalisation(preprocessor: dict, place: Path, title: str) -> dict[str, tuple[float, ...]]:

@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int, Int8
 
 from metaembed_jax.sharding import constrain
 
+FEW_LAYERS = 8  # of more, cutting the last one off copies a stack of weights that is worth more than the rows it saves
+
 
 def param(
     rngs: nnx.Rngs, initializer: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...], layers: int | None = None
@@ -188,7 +190,29 @@ def scan_layers(stack: nnx.Module, x: Array, flags: Int[Array, "L"] | None, *con
     return jax.lax.scan(body, x, (state, flags), unroll=unroll)[0]
 
 
-def split_last(stack: nnx.Module) -> tuple[nnx.Module, nnx.Module]:
-    """A stack without its last layer, and that layer."""
+def read_last(
+    stack: nnx.Module,
+    x_BSD: Float[Array, "B S D"],
+    flags: Int[Array, "L"] | None,
+    *context,
+    keep: int,
+    checkpoint: bool,
+    unroll: int,
+) -> Float[Array, "B keep D"]:
+    """What `scan_layers` gives at the last `keep` positions; layers take `keep` too, to compute those only.
+
+    Of few layers, the last one is computed at those positions alone: its states are read nowhere else.
+    """
     graph, state = nnx.split(stack)
-    return nnx.merge(graph, jax.tree.map(lambda x: x[:-1], state)), nnx.merge(graph, jax.tree.map(lambda x: x[-1], state))
+    layers = jax.tree.leaves(state)[0].shape[0]
+    if not cuts_last(layers):
+        return scan_layers(stack, x_BSD, flags, *context, checkpoint=checkpoint, unroll=unroll)[:, -keep:]
+    body, last = (nnx.merge(graph, jax.tree.map(lambda x, part=part: x[part], state)) for part in (slice(-1), -1))
+    before, flag = (None, None) if flags is None else (flags[:-1], flags[-1])
+    x_BSD = scan_layers(body, x_BSD, before, *context, checkpoint=checkpoint, unroll=unroll)
+    return last(x_BSD, flag, *context, keep=keep)
+
+
+def cuts_last(layers: int) -> bool:
+    """Whether `read_last` computes the last of so many layers by itself."""
+    return layers <= FEW_LAYERS

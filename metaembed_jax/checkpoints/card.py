@@ -2,28 +2,14 @@
 
 import json
 
+from metaembed_jax.backbones import family
 from metaembed_jax.network import ModelConfig
 
 LOAD = {
     "transformers": """\
 The Meta Tokens are in the vocabulary, so that a prompt with their strings behind it is all there is to it.
 
-```python
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer, model = AutoTokenizer.from_pretrained(DIRECTORY), AutoModel.from_pretrained(DIRECTORY)
-prompt = "<|im_start|>user\\nQuery: a red car<|im_end|><|endoftext|>" + "<|endoftext|>" * 10 + "\\n"
-prompt += "".join(f"<|meta_query_{{i}}|>" for i in range({query}))
-states = model(**tokenizer([prompt], return_tensors="pt")).last_hidden_state[:, -{query}:]
-vectors = torch.nn.functional.normalize(states{head}, dim=-1)  # [1, {query}, {width}], nested
-```
-
-A candidate's prompt is `<|im_start|>user\\n{{text}}<|im_end|><|endoftext|>`, or with an image
-`<|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>Describe the image.<|im_end|><|endoftext|>`, with one
-`<|image_pad|>` for each visual token; behind it come the {query} query tokens and then `<|meta_candidate_0|>` to
-`<|meta_candidate_{last}|>`, whose states are its vectors.""",
+{usage}""",
     "sentence-transformers": """\
 ```python
 from sentence_transformers import MultiVectorEncoder
@@ -53,11 +39,11 @@ def model_card(kind: str, config: ModelConfig, about: dict, results: dict | None
       about: name, base or start, groups, sources and steps of the run, as far as they are known.
       results: the content of the run's results.json.
     """
-    width = config.embedding_dim or config.architecture.text_config.hidden_size
+    width = config.embedding_dim or config.architecture.width
     head = ' @ load_file(f"{DIRECTORY}/head.safetensors")["weight"].T' if config.embedding_dim else ""
-    load = LOAD[kind].format(
-        query=config.query_tokens, last=config.candidate_tokens - 1, width=width, head=head, base=json.dumps(about.get("base", ""))
-    )
+    facts = dict(query=config.query_tokens, last=config.candidate_tokens - 1, width=width, head=head)
+    usage = family(config.backbone).USAGE.format(**facts)
+    load = LOAD[kind].format(usage=usage, base=json.dumps(about.get("base", "")), **facts)
     lines = ["---", "tags: [metaembed, multi-vector, late-interaction, retrieval]"]
     lines += [f"library_name: {kind}", *([f"base_model: {json.dumps(about['base'])}"] if about.get("base") else []), "---", ""]
     lines += [f"# {about.get('name', 'MetaEmbed')}", ""]

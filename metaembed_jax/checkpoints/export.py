@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
+from metaembed_jax.backbones import family
 from metaembed_jax.checkpoints import peft_export, torch_export
 from metaembed_jax.checkpoints.base import find
 from metaembed_jax.checkpoints.card import model_card
@@ -24,13 +25,10 @@ from metaembed_jax.checkpoints.huggingface import read_json
 from metaembed_jax.checkpoints.loading import load, read_about, run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config import EXPORTS, model_config, names_config
-from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.report import read_results
 from metaembed_jax.network import ModelConfig, abstract_parameters
 from metaembed_jax.sharding import make_mesh
-
-MODULE = Path(__file__).with_name("sentence_transformers_module.py")
 
 
 class Trained(NamedTuple):
@@ -40,7 +38,7 @@ class Trained(NamedTuple):
       config: of the network, whose dtype is that of the tensors to write.
       parameters: of the network, on all devices.
       tokenizer: the file of the vocabulary.
-      images: how images become patches.
+      images: how images become patches: the family's `Images`.
       about: what the exported config.json says of it: groups, temperature, base.
       results: results.json of its run, if there is one.
     """
@@ -48,7 +46,7 @@ class Trained(NamedTuple):
     config: ModelConfig
     parameters: dict
     tokenizer: Path
-    images: ImageConfig
+    images: object
     about: dict
     results: dict | None
 
@@ -98,11 +96,11 @@ def read_trained(directory: Path, dtype: str | None) -> Trained:
         dtype = dtype or (found if found in ("float32", "bfloat16") else "float32")
         config, parameters, processor = load(directory, dtype, mesh, 0, 1024)
         about = read_about(directory)
-        return Trained(config, parameters, directory / "tokenizer.json", processor.image_config, about, None)
+        return Trained(config, parameters, directory / "tokenizer.json", processor.images, about, None)
     run = read_config(directory)
     config = dataclasses.replace(model_config(run), dtype=dtype or run.dtype, int8=False)
     _, parameters = run_parameters(directory, run, abstract_parameters(config, mesh))
-    images = run_processor(run, directory / "tokenizer.json").image_config
+    images = run_processor(run, directory / "tokenizer.json").images
     about = {"groups": [list(group) for group in run.groups], "temperature": run.temperature, "name": run.name, "steps": run.steps}
     about |= {"sources": [list(entry) for entry in run.data.sources]} | _origin(directory, run)
     results = directory / "results.json"
@@ -126,8 +124,11 @@ def _transformers(out: Path, trained: Trained) -> None:
 
 
 def _sentence_transformers(out: Path, trained: Trained) -> None:
+    known = family(trained.config.backbone)
+    if known.SENTENCE_TRANSFORMERS is None:
+        raise UserError(f"--format=sentence-transformers: there is no module for {known.TITLE} models; use --format=transformers")
     _transformers(out, trained)
-    shutil.copyfile(MODULE, out / "metaembed.py")
+    shutil.copyfile(known.SENTENCE_TRANSFORMERS, out / "metaembed.py")
     modules = [{"idx": 0, "name": "0", "path": "", "type": "metaembed.MetaEmbed"}]
     settings = {"model_type": "MultiVectorEncoder", "similarity_fn_name": "maxsim", "prompts": {}}
     (out / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")

@@ -1,7 +1,6 @@
 """From a path to a network that can encode: runs of `train.py`, and Hugging Face directories of vision-language models."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 import jax
@@ -11,21 +10,20 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from metaembed_jax.backbones import family
+from metaembed_jax.backbones.fields import initializer_range
 from metaembed_jax.checkpoints.base import find, open_recorded
 from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, read_backbone, read_head, read_json, read_vocabulary_rows
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config import model_config
-from metaembed_jax.data.images import ImageConfig
-from metaembed_jax.data.prompts import Processor
 from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig, abstract_parameters
 from metaembed_jax.trained import join, paths, split, trained_paths
 
 
-def load(path: str | Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int) -> tuple[ModelConfig, dict, Processor]:
-    """The network's config, its parameters on the mesh, and what turns items into its input.
+def load(path: str | Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int) -> tuple[ModelConfig, dict, object]:
+    """The network's config, its parameters on the mesh, and the family's `Processor`, which turns items into its input.
 
     Args:
       path: a run of `train.py` (its best checkpoint is read), a Hugging Face directory, or the id of one on the hub.
@@ -44,8 +42,8 @@ def load(path: str | Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens:
     raise UserError(f"{directory}: is neither a run (it has no run.json) nor a Hugging Face model (it has no config.json)")
 
 
-def run_processor(run: ConfigDict, tokenizer: Path, max_visual_tokens: int | None = None) -> Processor:
-    """Prompts and images as the config of a run has them.
+def run_processor(run: ConfigDict, tokenizer: Path, max_visual_tokens: int | None = None):
+    """Prompts and images as the config of a run has them: the family's `Processor`.
 
     Args:
       tokenizer: the file of the vocabulary.
@@ -55,10 +53,7 @@ def run_processor(run: ConfigDict, tokenizer: Path, max_visual_tokens: int | Non
       UserError: the vocabulary cannot be read, or is larger than the model's.
     """
     config = model_config(run)
-    vision, largest = config.architecture.vision_config, run.data.max_pixels
-    if max_visual_tokens is not None:
-        largest = min(largest, max_visual_tokens * (vision.patch_size * vision.spatial_merge_size) ** 2)
-    images = ImageConfig(run.data.min_pixels, largest, vision.patch_size, vision.spatial_merge_size, vision.window_size)
+    images = family(config.backbone).Images.from_run(run.data, config.architecture, max_visual_tokens)
     return _processor(tokenizer, images, config)
 
 
@@ -121,10 +116,8 @@ def base_architecture(directory: Path) -> tuple[str, object, dict]:
     """
     stored = read_json(directory / "config.json")
     backbone = stored.get("model_type", "")
-    architecture = family(backbone).Config.from_huggingface(stored)
-    preprocessor = _read_preprocessor(directory)
-    vision = dataclasses.replace(architecture.vision_config, **_normalisation(directory, preprocessor))
-    return backbone, dataclasses.replace(architecture, vision_config=vision), preprocessor
+    architecture, preprocessor = family(backbone).Config.from_huggingface(stored), _read_preprocessor(directory)
+    return backbone, architecture.with_preprocessor(preprocessor, directory), preprocessor
 
 
 def read_about(directory: Path) -> dict:
@@ -167,7 +160,7 @@ def exported_parameters(directory: Path, backbone: str, about: dict, wanted: dic
     return found
 
 
-def _load_run(directory: Path, dtype: str, mesh: Mesh, max_visual_tokens: int) -> tuple[ModelConfig, dict, Processor]:
+def _load_run(directory: Path, dtype: str, mesh: Mesh, max_visual_tokens: int) -> tuple[ModelConfig, dict, object]:
     run = read_config(directory)
     config = dataclasses.replace(model_config(run), dtype=dtype)
     processor = run_processor(run, directory / "tokenizer.json", max_visual_tokens)
@@ -176,24 +169,19 @@ def _load_run(directory: Path, dtype: str, mesh: Mesh, max_visual_tokens: int) -
 
 def _load_huggingface(
     directory: Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int
-) -> tuple[ModelConfig, dict, Processor]:
+) -> tuple[ModelConfig, dict, object]:
     backbone, architecture, preprocessor = base_architecture(directory)
-    stored, vision = read_json(directory / "config.json"), architecture.vision_config
     about = read_about(directory)
     known = {key: about[key] for key in ("query_tokens", "candidate_tokens", "embedding_dim") if about}
     config = ModelConfig(backbone, architecture, dtype=dtype, **known)
-    images = ImageConfig.from_preprocessor(preprocessor, max_visual_tokens, vision.window_size)
-    if (images.patch_size, images.merge_size) != (vision.patch_size, vision.spatial_merge_size):
-        ours, theirs = (images.patch_size, images.merge_size), (vision.patch_size, vision.spatial_merge_size)
-        raise UserError(f"{directory}: patch and merge sizes are {ours} in preprocessor_config.json and {theirs} in config.json")
+    images = family(backbone).Images.from_preprocessor(preprocessor, architecture, max_visual_tokens)
     processor = _processor(directory / "tokenizer.json", images, config)
 
     abstract = abstract_parameters(config, mesh)
     parameters = {"backbone": read_backbone(directory, family(backbone), architecture, abstract["backbone"])}
     if about:
         return config, parameters | exported_parameters(directory, backbone, about, abstract), processor
-    tokens, text = abstract["meta_tokens"], stored.get("text_config") or {}
-    scale = text.get("initializer_range", stored.get("initializer_range", 0.02))
+    tokens, scale = abstract["meta_tokens"], initializer_range(read_json(directory / "config.json"))
     # NumPy's generator gives the same rows on any mesh and with any version of JAX.
     fresh = scale * np.random.default_rng(seed).standard_normal(tokens.shape, np.float32)
     parameters["meta_tokens"] = jax.device_put(fresh.astype(np.float32), tokens.sharding)
@@ -210,19 +198,6 @@ def _read_preprocessor(directory: Path) -> dict:
     return found
 
 
-def _normalisation(directory: Path, preprocessor: dict) -> dict[str, tuple[float, ...]]:
-    """`image_mean` and `image_std`, as far as the preprocessor sets them."""
-    chosen = {key: preprocessor[key] for key in ("image_mean", "image_std") if preprocessor.get(key) is not None}
-    for key, values in chosen.items():
-        numbers = isinstance(values, list) and all(type(value) in (int, float) and math.isfinite(value) for value in values)
-        if not numbers or len(values) != 3 or (key == "image_std" and min(values) <= 0):
-            raise UserError(f"{directory}: the preprocessor's {key} is {values!r}, not three numbers (above zero for image_std)")
-    factor = preprocessor.get("rescale_factor", 1 / 255)
-    if type(factor) is not float or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise UserError(f"{directory}: the preprocessor's rescale_factor is {factor!r}; Qwen2.5-VL has 1/255")
-    return {key: tuple(map(float, values)) for key, values in chosen.items()}
-
-
 def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
@@ -230,14 +205,14 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def _processor(path: Path, images: ImageConfig, config: ModelConfig) -> Processor:
+def _processor(path: Path, images: object, config: ModelConfig):
     tokenizer = _read_tokenizer(path)
-    highest, rows = max(tokenizer.get_vocab().values(), default=-1), config.architecture.text_config.vocab_size
+    highest, rows = max(tokenizer.get_vocab().values(), default=-1), config.architecture.vocabulary
     if highest >= rows:
         raise UserError(
             f"{path}: has token {highest}, and the model's vocabulary has {rows} rows; the two are not of one checkpoint"
         )
     try:
-        return Processor(tokenizer, images)
+        return family(config.backbone).Processor(tokenizer, images)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

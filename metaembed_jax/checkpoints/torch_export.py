@@ -23,8 +23,6 @@ from tqdm import tqdm
 
 from metaembed_jax.backbones import family
 from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, INDEX, SINGLE
-from metaembed_jax.data.images import ImageConfig
-from metaembed_jax.data.prompts import SPECIAL_TOKENS
 from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig
@@ -38,7 +36,7 @@ def write_model(
     config: ModelConfig,
     parameters: dict,
     tokenizer: Path,
-    images: ImageConfig,
+    images: object,
     about: dict,
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
@@ -48,18 +46,19 @@ def write_model(
     Args:
       parameters: of the network, without int8 kernels; of a backbone alone it writes what is released of one.
       tokenizer: the file of the vocabulary.
+      images: how images become patches: the family's `Images`.
       about: what config.json is to say about the model, beside its Meta Tokens.
       dtype: of the stored tensors, "float32" or "bfloat16".
     """
     names = meta_token_names(config.query_tokens, config.candidate_tokens) if "meta_tokens" in parameters else []
-    first, ids = _write_vocabulary(out, names, tokenizer)
+    first, ids = _write_vocabulary(out, names, tokenizer, family(config.backbone).PAD_TOKEN)
     rows = max(parameters["backbone"]["embedding"].shape[0], first + len(names))
     stored = config.architecture.to_huggingface(rows, ids) | {"dtype": dtype}
     if names:
         counts = {"query_tokens": config.query_tokens, "candidate_tokens": config.candidate_tokens}
         stored[ABOUT] = about | counts | {"first_token": first, "embedding_dim": config.embedding_dim}
     _write_json(out / "config.json", stored)
-    _write_json(out / "preprocessor_config.json", _preprocessor(config, images))
+    _write_json(out / "preprocessor_config.json", images.to_preprocessor(config.architecture))
     tensors, kind = _tensors(config, parameters, first, rows), jnp.dtype(dtype)
     _write_tensors(out, ((key, np.ascontiguousarray(tensor.astype(kind))) for key, tensor in tensors), shard_bytes)
     if "head" in parameters:
@@ -103,8 +102,8 @@ def _tensors(config: ModelConfig, parameters: dict, first: int, rows: int) -> It
             yield module.stored_key(key.format(layer)), tensor
 
 
-def _write_vocabulary(out: Path, names: list[str], file: Path) -> tuple[int, dict[str, int]]:
-    """Writes the tokenizer with the Meta Tokens. Returns the first one's id (0 if there are none), and those of special tokens."""
+def _write_vocabulary(out: Path, names: list[str], file: Path, pad_token: str) -> tuple[int, dict[str, int]]:
+    """Writes the tokenizer with the Meta Tokens. Returns the id of the first (0 if there are none), and of all added tokens."""
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     tokenizer.no_padding()
@@ -114,25 +113,9 @@ def _write_vocabulary(out: Path, names: list[str], file: Path) -> tuple[int, dic
     first = ids[0] if ids else 0
     if ids != list(range(first, first + len(ids))):
         raise UserError(f"{file}: has some of {names[0]} .. {names[-1]} already, in other places; export the model it came from")
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|endoftext|>", "padding_side": "left"}
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad_token, "padding_side": "left"}
     _write_json(out / "tokenizer_config.json", kind)
-    special = {token: tokenizer.token_to_id(token) for token in (*SPECIAL_TOKENS, "<|video_pad|>")}
-    return first, {token: number for token, number in special.items() if number is not None}
-
-
-def _preprocessor(config: ModelConfig, images: ImageConfig) -> dict:
-    vision = config.architecture.vision_config
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-        "size": {"shortest_edge": images.min_pixels, "longest_edge": images.max_pixels},
-        "patch_size": images.patch_size,
-        "temporal_patch_size": 2,
-        "merge_size": images.merge_size,
-        "image_mean": list(vision.image_mean),
-        "image_std": list(vision.image_std),
-        "rescale_factor": 1 / 255,
-    }
+    return first, {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
 
 
 def _write_tensors(directory: Path, tensors: Iterator[tuple[str, np.ndarray]], limit: int) -> None:

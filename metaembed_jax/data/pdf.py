@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from metaembed_jax.data.images import MAX_ASPECT_RATIO
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.images import MAX_ASPECT_RATIO
 
 PAGE_PIXELS = 1024 * 28 * 28  # of a drawn page, about: what 1,024 visual tokens show
 _alone = threading.Lock()  # PDFium works in one thread of a process at a time

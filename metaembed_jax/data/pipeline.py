@@ -19,20 +19,26 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from metaembed_jax.data.mixture import Reference, mixture
-from metaembed_jax.data.prompts import Processor
 from metaembed_jax.data.slots import Slots, fill, slots
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.examples import Layout
 from metaembed_jax.processes import end_with_parent
 
 AHEAD = 2  # batches that a thread makes before they are asked for
 
 
 def training_batches(
-    config: ConfigDict, processor: Processor, sources: Sequence[Sequence], rows: Int[np.ndarray, " n"] | None = None
+    config: ConfigDict,
+    architecture: object,
+    processor: object,
+    sources: Sequence[Sequence],
+    rows: Int[np.ndarray, " n"] | None = None,
 ) -> grain.MapDataset:
     """The dataset whose element n is the global batch of step n, or this host's part of it.
 
     Args:
+      architecture: the family's `Config`.
+      processor: the family's `Processor`.
       sources: one for each entry of `config.data.sources`, in its order.
       rows: of each microbatch, those that this host makes; all by default.
 
@@ -46,13 +52,14 @@ def training_batches(
     Raises:
       UserError: as `mixture` and `slots`.
     """
-    window = (processor.image_config.window_units * processor.image_config.merge_size) ** 2
+    multiple = architecture.patch_multiple
     rows = np.arange(config.microbatch_size) if rows is None else rows
     pairs, items = config.batch_size, config.batch_size * (1 + config.data.negatives)
-    queries = slots(config, "query_shapes", pairs, window, rows)
-    candidates = slots(config, "candidate_shapes", items, window, rows)
+    queries = slots(config, "query_shapes", pairs, multiple, rows)
+    candidates = slots(config, "candidate_shapes", items, multiple, rows)
     make = _BatchMaker(
         processor=processor,
+        layout=architecture.layout,
         sources=tuple(sources),
         names=tuple(name for name, *_ in config.data.sources),
         negatives=config.data.negatives,
@@ -101,7 +108,8 @@ def _start_worker(worker: int, workers: int) -> None:
 class _BatchMaker:
     """Reads the records of a step and puts their items into arrays of fixed shapes."""
 
-    processor: Processor
+    processor: object
+    layout: Layout
     sources: tuple[Sequence, ...]
     names: tuple[str, ...]
     negatives: int
@@ -115,12 +123,11 @@ class _BatchMaker:
         positives = [(record["positive"], f"{label}, positive") for record, label in zip(records, labels, strict=True)]
         negatives = [item for record, label in zip(records, labels, strict=True) for item in self._negatives(record, label)]
         mask = np.array([item is not None for item in negatives], bool).reshape(len(records), self.negatives)
-        patch_dim = 3 * self.processor.image_config.patch_size**2
         return {
             "negative_mask": mask,
             "source": np.array([reference.source for reference in references], np.int32),
-            "query": fill(queries, self.processor.query, self.queries, patch_dim),
-            "candidate": fill(positives + negatives, self.processor.candidate, self.candidates, patch_dim),
+            "query": fill(queries, self.processor.query, self.queries, self.layout),
+            "candidate": fill(positives + negatives, self.processor.candidate, self.candidates, self.layout),
         }
 
     def _read(self, reference: Reference, step: int) -> dict:

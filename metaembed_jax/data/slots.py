@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
-from metaembed_jax.data.prompts import BLANK, Example, ShapeClass, collate
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.examples import Example, Layout, ShapeClass, blank, collate
 
 
 class Slots(NamedTuple):
@@ -46,21 +46,25 @@ class Slots(NamedTuple):
         return sum(count for count, shape in zip(rows, self.shapes, strict=True) if shape.patches), sum(rows)
 
 
-def slots(config: ConfigDict, key: str, items: int, window: int, here: Int[np.ndarray, " n"]) -> Slots:
-    """Reads shape classes (tokens, patches) or (tokens, patches, share); `items` are those of a side, `window` patches of one.
+def slots(config: ConfigDict, key: str, items: int, multiple: int, here: Int[np.ndarray, " n"]) -> Slots:
+    """Reads shape classes (tokens, patches) or (tokens, patches, share); `items` are those of a side.
 
     A step has rows of a class for that share of the items, in whole microbatches, and `mixture` sees to it that they suffice.
     Without a share there are rows for all: any mixture fits, at the price of empty rows where there are several classes.
 
+    Args:
+      multiple: an image has a multiple of so many patches.
+      here: of each microbatch, the rows that this host makes.
+
     Raises:
-      UserError: sizes that are no whole windows, a share of nothing, or a microbatch that does not divide the items.
+      UserError: no such number of patches, a share of nothing, or a microbatch that does not divide the items.
     """
     shapes, size = config.data[key], config.microbatch_size
     if items % size:
         raise UserError(f"config.data.{key}: {items} items are no whole microbatches of config.microbatch_size={size}")
     for _, patches, *_ in shapes:
-        if patches % window:
-            raise UserError(f"config.data.{key}: {patches} patches are not whole windows of {window}, as this model has them")
+        if patches % multiple:
+            raise UserError(f"config.data.{key}: {patches} patches are no multiple of {multiple}, as this model has them")
     shares = [shape[2] if len(shape) == 3 else 1.0 for shape in shapes]
     if wrong := [share for share in shares if not 0 < share <= 1]:
         raise UserError(f"config.data.{key}: the share {wrong[0]} of a class must be above 0, and at most 1")
@@ -85,15 +89,15 @@ def place(fits_NC: Bool[np.ndarray, "N C"], room: Sequence[int]) -> Int[np.ndarr
     return places_N2
 
 
-def fill(items: list[tuple[dict, str] | None], encode: Callable[..., Example], slots: Slots, patch_dim: int) -> dict:
+def fill(items: list[tuple[dict, str] | None], encode: Callable[..., Example], slots: Slots, layout: Layout) -> dict:
     """Puts the items of one side into rows, and collates those rows of each shape class that this host makes.
 
     Every host knows all places: where one class is for images and at most one for texts, without decoding what the others make.
 
     Args:
       items: (item, its name in errors) in order; None has any place, and there is nothing for it.
-      encode: an item to an example; see `prompts.Processor.query`.
-      patch_dim: numbers in a patch.
+      encode: an item to an example: `query` or `candidate` of the family's `Processor`.
+      layout: of a batch.
 
     Returns:
       {"groups": (dict of [M, b, ...] arrays of each class, ...), "order": int32 [N]}; see `pipeline.training_batches`.
@@ -129,11 +133,11 @@ def fill(items: list[tuple[dict, str] | None], encode: Callable[..., Example], s
     for number, (shape, microbatches) in enumerate(zip(slots.shapes, slots.microbatches, strict=True)):
         rows = np.arange(microbatches * slots.size).reshape(microbatches, slots.size)[:, slots.rows]
         chosen = [taken.get((number, row)) for row in rows.ravel().tolist()]
-        made = [BLANK if one is None else example(one) for one in chosen]
+        made = [blank(layout) if one is None else example(one) for one in chosen]
         for one, found in zip(chosen, made, strict=True):
             if one is not None and any(np.array(_size(found)) > shape):
                 raise UserError(_no_place(items[one][1], found, slots, room))
-        arrays = collate(made, shape, patch_dim)
+        arrays = collate(made, shape, layout)
         groups.append({key: value.reshape(*rows.shape, *value.shape[1:]) for key, value in arrays.items()})
     first_row = np.concatenate([[0], np.cumsum(room)])
     return {"groups": tuple(groups), "order": (first_row[places_N2[:, 0]] + places_N2[:, 1]).astype(np.int32)}
@@ -157,7 +161,7 @@ def _has_image(named_item: tuple[dict, str]) -> bool:
 
 
 def _size(example: Example) -> ShapeClass:
-    return ShapeClass(len(example.tokens), 0 if example.patches is None else len(example.patches.mask))
+    return ShapeClass(len(example.tokens), example.patches)
 
 
 def _no_place(name: str, example: Example, slots: Slots, room: list[int]) -> str:

@@ -1,13 +1,13 @@
-"""A byte-level BPE vocabulary for models trained from scratch, with Qwen2.5-VL's special tokens; the names of Meta Tokens."""
+"""A byte-level BPE vocabulary for models trained from scratch, with a family's special tokens; the names of Meta Tokens."""
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-PROMPT_WORDS = ("user\n", "Query: ", "Describe the image.")  # what the prompts say around every text
+from metaembed_jax.inputs.texts import QUERY
 
 
 def meta_token_names(query_tokens: int, candidate_tokens: int) -> list[str]:
@@ -16,10 +16,10 @@ def meta_token_names(query_tokens: int, candidate_tokens: int) -> list[str]:
     return [f"<|meta_{side}_{number}|>" for side, count in sides for number in range(count)]
 
 
-def train(texts: Iterable[str], path: str | Path, vocabulary: int = 2048) -> Tokenizer:
+def train(texts: Iterable[str], path: str | Path, family: ModuleType, vocabulary: int = 2048) -> Tokenizer:
     """Learns at most `vocabulary` tokens from `texts` and writes them to `path` (a tokenizer.json), atomically.
 
-    Each text is seen as it stands in the query prompt, after "Query: ", so its first word carries a space as its others do. The
+    Each text is seen as it stands in the query prompt, after its prefix, so its first word carries a space as its others do. The
     256 bytes and the special tokens are among the tokens, so any string can be encoded.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -27,13 +27,13 @@ def train(texts: Iterable[str], path: str | Path, vocabulary: int = 2048) -> Tok
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(family.SPECIAL_TOKENS),
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    corpus = [f"Query: {text}" for text in texts]
+    corpus = [QUERY + text for text in texts]
     # The words of the prompts are in every input, so they count as often as the texts.
-    tokenizer.train_from_iterator(corpus + list(PROMPT_WORDS) * len(corpus), trainer)
+    tokenizer.train_from_iterator(corpus + list(family.PROMPT_WORDS) * len(corpus), trainer)
     temporary = Path(f"{path}.tmp")
     tokenizer.save(str(temporary))
     os.replace(temporary, path)

@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from metaembed_jax.errors import UserError
 
 MAX_SOURCE_PIXELS = 64_000_000  # of an image as it is opened, before it is decoded
+MAX_ASPECT_RATIO = 200  # beyond it some families' processors refuse an image, so preparation does
 
 
 def open_image(image: bytes | str | Path | Image.Image, name: str) -> Image.Image:

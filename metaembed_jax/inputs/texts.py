@@ -6,6 +6,9 @@ from tokenizers import Encoding, Tokenizer
 
 from metaembed_jax.errors import UserError
 
+QUERY = "Query: "  # stands before the text of a query
+IMAGE_ALONE = "Describe the image."  # stands for a text beside an image that has none
+
 
 class PromptTokenizer:
     """A tokenizer that a family writes its prompts with. Survives pickling, for worker processes.

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from metaembed_jax.backbones import family
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning.chips import Chip, Topology
@@ -127,11 +128,13 @@ def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:
     return seconds
 
 
-def _branches(config: ConfigDict) -> tuple[float, float]:
-    """The only conditional there is chooses between windows and the whole image, for each vision block."""
-    vision = model_config(config).architecture.vision_config
-    full = len(set(vision.fullatt_block_indexes) & set(range(vision.depth))) / vision.depth
-    return 1 - full, full
+def _branches(config: ConfigDict) -> tuple[float, ...]:
+    """How often each branch of a conditional runs: the only ones there are choose the kind of attention in a layer of a stack."""
+    architecture = model_config(config).architecture
+    for part in family(config.backbone).parts(architecture, architecture.patch_multiple, 1, 1):
+        if len(part.attention) > 1:
+            return tuple(one.layers / part.layers for one in part.attention)
+    return ()
 
 
 def shard_bytes(tree) -> int:

@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from metaembed_jax.config import model_config
-from metaembed_jax.data.prompts import BLANK, ShapeClass, collate
 from metaembed_jax.data.slots import Slots, slots
+from metaembed_jax.inputs.examples import Layout, ShapeClass, blank, collate
 from metaembed_jax.late_interaction.topk import top_k
 from metaembed_jax.model import BATCH_SIZE, make_encode
 from metaembed_jax.network import abstract_parameters
@@ -62,7 +62,7 @@ def encode_program(config: ConfigDict, mesh: Mesh) -> Program:
     parameters = abstract_parameters(network, mesh)
     shape = ShapeClass(*max(config.data.candidate_shapes)[:2])
     rows = BATCH_SIZE * batch_shards(mesh)
-    arrays = collate([BLANK], shape, _patch_dim(config)).items()
+    arrays = _row(shape, network.architecture.layout).items()
     batch = {
         key: _abstract((rows, *x.shape[1:]), x.dtype, named_sharding(mesh, ("batch",) + (None,) * (x.ndim - 1)))
         for key, x in arrays
@@ -80,7 +80,7 @@ def encode_program(config: ConfigDict, mesh: Mesh) -> Program:
 
 def search_program(config: ConfigDict, mesh: Mesh) -> Program:
     """Exact search of `SEARCH_QUERIES` among at least `SEARCH_CANDIDATES` of all vectors, in bfloat16."""
-    width = config.embedding_dim or model_config(config).architecture.text_config.hidden_size
+    width = config.embedding_dim or model_config(config).architecture.width
     candidates = -(-SEARCH_CANDIDATES // mesh.size) * mesh.size
     everywhere = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
     query = _abstract((SEARCH_QUERIES, config.query_tokens, width), jnp.bfloat16, replicated(mesh))
@@ -103,28 +103,30 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict:
     Raises:
       UserError: the shape classes do not fit the network or the batch.
     """
-    window = model_config(config).architecture.vision_config.window_patches
+    architecture = model_config(config).architecture
+    multiple, layout = architecture.patch_multiple, architecture.layout
     pairs, items = config.batch_size, config.batch_size * (1 + config.data.negatives)
     rows = np.arange(config.microbatch_size)
     batch = {
-        "query": _side(slots(config, "query_shapes", pairs, window, rows), pairs, _patch_dim(config)),
-        "candidate": _side(slots(config, "candidate_shapes", items, window, rows), items, _patch_dim(config)),
+        "query": _side(slots(config, "query_shapes", pairs, multiple, rows), pairs, layout),
+        "candidate": _side(slots(config, "candidate_shapes", items, multiple, rows), items, layout),
         "negative_mask": jax.ShapeDtypeStruct((pairs, config.data.negatives), bool),
         "source": jax.ShapeDtypeStruct((pairs,), jnp.int32),
     }
     return jax.tree.map_with_path(lambda path, x: _abstract(x.shape, x.dtype, batch_sharding(mesh, path, len(x.shape))), batch)
 
 
-def _side(rows: Slots, items: int, patch_dim: int) -> dict:
+def _side(rows: Slots, items: int, layout: Layout) -> dict:
     groups = []
     for shape, microbatches in zip(rows.shapes, rows.microbatches, strict=True):
-        arrays = collate([BLANK], shape, patch_dim).items()
+        arrays = _row(shape, layout).items()
         groups.append({key: jax.ShapeDtypeStruct((microbatches, rows.size, *x.shape[1:]), x.dtype) for key, x in arrays})
     return {"groups": tuple(groups), "order": jax.ShapeDtypeStruct((items,), jnp.int32)}
 
 
-def _patch_dim(config: ConfigDict) -> int:
-    return 3 * model_config(config).architecture.vision_config.patch_size ** 2
+def _row(shape: ShapeClass, layout: Layout) -> dict[str, np.ndarray]:
+    """The arrays of a batch of one item."""
+    return collate([blank(layout)], shape, layout)
 
 
 def _abstract(shape: tuple[int, ...], dtype, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

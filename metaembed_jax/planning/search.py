@@ -2,11 +2,14 @@
 
 import copy
 import itertools
+import math
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from metaembed_jax.backbones import family
+from metaembed_jax.backbones.parts import Part
 from metaembed_jax.config import model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning.chips import Topology
@@ -73,7 +76,8 @@ def candidates(config: ConfigDict, where: Topology) -> list[Candidate]:
     Raises:
       UserError: there are none.
     """
-    devices, heads = len(where.devices), model_config(config).architecture.text_config.num_key_value_heads
+    devices = len(where.devices)
+    heads = math.gcd(*(one.key_heads for part in _parts(config) if part.appended for one in part.attention))
     found = []
     for fsdp, tensor in itertools.product(_divisors(devices), _divisors(heads)):
         if devices % (fsdp * tensor):
@@ -91,15 +95,10 @@ def candidates(config: ConfigDict, where: Topology) -> list[Candidate]:
 
 def _candidate(config: ConfigDict, where: Topology, weights: int, held: int) -> Candidate:
     """Counts the arithmetic, and the traffic of weights over `fsdp` and of activations over `tensor`."""
-    mesh, chip, model = config.mesh, where.chip, model_config(config).architecture
-    text, vision = model.text_config, model.vision_config
-    shapes = [shape for key in ("query_shapes", "candidate_shapes") for shape in config.data[key]]
-    tokens, patches = (max(shape[part] for shape in shapes) for part in (0, 1))
+    mesh, chip = config.mesh, where.chip
     rows = config.microbatch_size // (mesh.data * mesh.fsdp)
-    tokens += config.query_tokens + config.candidate_tokens
-    layers = tokens * text.hidden_size * text.num_hidden_layers + patches * vision.hidden_size * vision.depth
-    kept = KEPT_WIDTH * rows * layers
-    encoded = config.batch_size // config.microbatch_size * len(shapes)
+    kept = KEPT_WIDTH * rows * sum(part.rows * part.width * part.layers for part in _parts(config))
+    encoded = config.batch_size // config.microbatch_size * len(_shapes(config))
     reduced = 2 * 2 * kept * (mesh.tensor - 1) / mesh.tensor  # two all-reduces a layer, each of twice its bytes
     sent = encoded * PASSES * (weights * (mesh.fsdp - 1) + reduced)
     seconds = max(
@@ -107,6 +106,17 @@ def _candidate(config: ConfigDict, where: Topology, weights: int, held: int) -> 
         sent * chip.devices / (chip.ici_bandwidth / 2),
     )
     return Candidate(seconds, mesh.data, mesh.fsdp, mesh.tensor, config.microbatch_size, held, kept)
+
+
+def _parts(config: ConfigDict) -> tuple[Part, ...]:
+    """Of the network, for the longest item with the most patches."""
+    tokens, patches = (max(shape[part] for shape in _shapes(config)) for part in (0, 1))
+    rows = tokens + config.query_tokens + config.candidate_tokens
+    return family(config.backbone).parts(model_config(config).architecture, patches, rows, config.candidate_tokens)
+
+
+def _shapes(config: ConfigDict) -> list[tuple]:
+    return [shape for key in ("query_shapes", "candidate_shapes") for shape in config.data[key]]
 
 
 def _laid_out(config: ConfigDict, mesh: tuple[int, int, int], microbatch: int) -> ConfigDict:

@@ -85,7 +85,7 @@ def _train_one(config: ConfigDict, workdir: Path, stop: Callable[[], bool]) -> b
         state = initial_state(config, trainer, checkpoints, start)
         print(describe(state), flush=True)
         model = MetaEmbed(model_config(config), state.network_parameters(), processor, mesh)
-        dataset = training_batches(config, processor, records, rows_here(mesh, config.microbatch_size))
+        dataset = training_batches(config, model.config.architecture, processor, records, rows_here(mesh, config.microbatch_size))
         finished = _train(config, trainer, state, dataset, model, checkpoints, workdir, stop)
         if finished:
             _finish(config, trainer, checkpoints, model, workdir)

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from metaembed_jax.backbones import family
+from metaembed_jax.backbones.fields import differences
 from metaembed_jax.checkpoints.base import Base, find, open_base, open_recorded
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture, best_parameters, exported_parameters, read_about
@@ -23,7 +24,6 @@ from metaembed_jax.training.step import Trainer, TrainState
 
 # What a run's Meta Tokens, and adapters, mean; the shape says it of all else.
 TOKEN_KEYS, LORA_KEYS = ("query_tokens", "candidate_tokens"), ("lora.rank", "lora.alpha")
-WINDOW = "vision_config.window_size"  # a run may start from another with other windows: boards has larger pages than tiny
 
 
 class Start(NamedTuple):
@@ -84,7 +84,7 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
         directory = workdir
     if (directory / "run.json").is_file():
         other = read_config(directory)
-        _fill_architecture(config, other.backbone, other.architecture.to_dict(), directory, free=WINDOW)
+        _fill_architecture(config, other.backbone, other.architecture.to_dict(), directory, but_free=True)
         both_adapted = lora_patterns(config.trained) and lora_patterns(other.trained)
         check_model(directory, config, TOKEN_KEYS + (LORA_KEYS if both_adapted else ()))
         record = read_base(directory)
@@ -171,17 +171,16 @@ def _read_exported(config: ConfigDict, base: Base, wanted: dict) -> dict:
     return exported_parameters(base.directory, config.backbone, about, wanted)
 
 
-def _fill_architecture(config: ConfigDict, backbone: str, found: dict, directory: Path, free: str = "") -> None:
+def _fill_architecture(config: ConfigDict, backbone: str, found: dict, directory: Path, but_free: bool = False) -> None:
     if not config.architecture:
         with config.unlocked():
             config.backbone, config.architecture = backbone, ConfigDict(found)
         return
-    make = family(backbone).Config.from_huggingface
-    ours, theirs = (flatten_dict(dataclasses.asdict(make(x)), sep=".") for x in (config.architecture.to_dict(), found))
-    different = [key for key in ours if ours[key] != theirs[key] and key != free]
-    if config.backbone != backbone or different:
-        key = different[0] if different else "backbone"
-        mine, other = (ours[key], theirs[key]) if different else (config.backbone, backbone)
+    different = [("backbone", config.backbone, backbone)]
+    if config.backbone == backbone:
+        make = family(backbone).Config.from_huggingface
+        different = differences(make(config.architecture.to_dict()), make(found), but_free)
+    for key, mine, other in different[:1]:
         raise UserError(f"{directory}: has {key}={other!r}, and config.architecture has {mine!r}; leave the architecture empty")
 
 

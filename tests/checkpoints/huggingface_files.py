@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.backbones.qwen2_5_vl_reference import configuration, write_tokenizer
+from tests.backbones.qwen2_5_vl.reference import configuration, write_tokenizer
 
 SMALL = configuration(heads=(4, 2), sections=(1, 2, 1), width=32, layers=2, depth=3, full=(1,), tied=False)
 

@@ -19,7 +19,7 @@ from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer
-from tests.backbones.qwen2_5_vl_reference import string
+from tests.backbones.qwen2_5_vl.reference import string
 
 
 def noise(height, width, seed):
@@ -225,7 +225,7 @@ def test_a_wrong_record_of_meta_tokens_is_refused(run, tmp_path):
 def test_large_models_are_written_in_shards(run, tmp_path):
     model = MetaEmbed.from_pretrained(run["plain"], dtype="float32")
     parameters = {key: value for key, value in model.parameters.items() if key != "head"}
-    images = model.processor.image_config
+    images = model.processor.images
     write_model(tmp_path, model.config, parameters, run["plain"] / "tokenizer.json", images, {}, "float32", shard_bytes=50_000)
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
+from metaembed_jax.backbones import qwen2_5_vl
+from metaembed_jax.config import load_config, model_config
 from metaembed_jax.data import sources, tokenizer
-from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.data.pipeline import iterate, training_batches
-from metaembed_jax.data.prompts import Processor
 from metaembed_jax.data.slots import padding, place
 from metaembed_jax.data.sources import icons
 from metaembed_jax.errors import UserError
@@ -29,8 +29,8 @@ WORDS = [f"word{number}" for number in range(200)]
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
-    learned = tokenizer.train(WORDS, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json", vocabulary=700)
-    return Processor(learned, ImageConfig(28 * 28, 224 * 224))
+    learned = tokenizer.train(WORDS, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json", qwen2_5_vl, vocabulary=700)
+    return qwen2_5_vl.Processor(learned, qwen2_5_vl.Images(28 * 28, 224 * 224))
 
 
 def config(batch=8, microbatch=None, shapes=((64, 64),), names=(("a", 1.0, 0),), negatives=0, seed=0, **data):
@@ -46,6 +46,11 @@ def config(batch=8, microbatch=None, shapes=((64, 64),), names=(("a", 1.0, 0),),
         **data,
     }
     return ConfigDict({"seed": seed, "steps": 200, "batch_size": batch, "microbatch_size": microbatch or batch, "data": data})
+
+
+def dataset_of(settings, processor, sources, rows=None):
+    architecture = model_config(load_config("configs/7b.py", {})).architecture
+    return training_batches(settings, architecture, processor, sources, rows)
 
 
 def png(number, height=56, width=84):
@@ -91,9 +96,7 @@ def expected(items, encode):
     found = []
     for item in items:
         example = encode(item)
-        found.append(
-            (tuple(example.tokens.tolist()), 0 if example.patches is None else int(example.patches.patches.astype(int).sum()))
-        )
+        found.append((tuple(example.tokens.tolist()), int(example.patch_arrays.get("patches", np.zeros(1)).astype(int).sum())))
     return found
 
 
@@ -105,17 +108,17 @@ def equal(a, b):
 
 def test_batch_n_is_a_pure_function_of_config_and_n(processor):
     records = [record(number) for number in range(30)]
-    one, two = (training_batches(config(), processor, [records]) for _ in range(2))
+    one, two = (dataset_of(config(), processor, [records]) for _ in range(2))
     one[17]  # whatever was asked before
     for step in (0, 3, 4, 11):
         assert equal(one[step], two[step])
     assert not equal(one[3], one[4])
-    assert not equal(one[3], training_batches(config(seed=1), processor, [records])[3])
+    assert not equal(one[3], dataset_of(config(seed=1), processor, [records])[3])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_iterating_from_any_step_gives_the_same_batches(processor, workers):
-    dataset = training_batches(config(), processor, [[record(number) for number in range(30)]])
+    dataset = dataset_of(config(), processor, [[record(number) for number in range(30)]])
     step = 5
     for batch in iterate(dataset, 5, 12, workers):
         assert equal(batch, dataset[step])
@@ -127,8 +130,8 @@ def test_an_error_in_a_worker_and_a_worker_that_is_killed_are_named(processor):
     records = [record(number) for number in range(8)]
     records[3] = record(3, positive={"image": b"broken"})
     with pytest.raises(UserError, match="source 'a', row 3, positive: the image cannot be read"):
-        list(iterate(training_batches(config(), processor, [records]), 0, 2, workers=1))
-    batches = iterate(training_batches(config(), processor, [[record(number) for number in range(8)]]), 0, 200, workers=1)
+        list(iterate(dataset_of(config(), processor, [records]), 0, 2, workers=1))
+    batches = iterate(dataset_of(config(), processor, [[record(number) for number in range(8)]]), 0, 200, workers=1)
     next(batches)
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -163,7 +166,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own(processor):
     source = Watched([record(number) for number in range(10)])
-    dataset = training_batches(config(batch=4), processor, [source])
+    dataset = dataset_of(config(batch=4), processor, [source])
     for step in range(10):  # 40 draws: 4 epochs
         dataset[step]
     epochs = [[row for _, epoch, row in source.asked if epoch == wanted] for wanted in range(4)]
@@ -174,7 +177,7 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(processor):
 
 def test_sources_are_mixed_by_weight_in_sub_batches_of_one_source(processor):
     three, one = Watched([record(number) for number in range(7)]), Watched([record(100 + number, "b") for number in range(5)])
-    dataset = training_batches(config(batch=8, microbatch=2, names=(("a", 3.0, 0), ("b", 1.0, 0))), processor, [three, one])
+    dataset = dataset_of(config(batch=8, microbatch=2, names=(("a", 3.0, 0), ("b", 1.0, 0))), processor, [three, one])
     names = {tuple(processor.query({"text": word}).tokens.tolist()): int(word[4:]) >= 100 for word in WORDS}
     for step in range(5):
         of_b = np.array([names[tokens] for tokens, _ in rows_in_order(dataset[step]["query"])]).reshape(4, 2)
@@ -183,13 +186,13 @@ def test_sources_are_mixed_by_weight_in_sub_batches_of_one_source(processor):
 
 
 def test_patches_that_are_no_whole_windows_are_refused(processor):
-    with pytest.raises(UserError, match="candidate_shapes: 96 patches are not whole windows of 64"):
-        training_batches(config(shapes=((64, 96),)), processor, [[record(0)]])
+    with pytest.raises(UserError, match="candidate_shapes: 96 patches are no multiple of 64"):
+        dataset_of(config(shapes=((64, 96),)), processor, [[record(0)]])
 
 
 def test_a_cap_leaves_the_same_rows_in_every_epoch(processor):
     source = Watched([record(number) for number in range(20)])
-    dataset = training_batches(config(batch=4, names=(("a", 1.0, 12),)), processor, [source])
+    dataset = dataset_of(config(batch=4, names=(("a", 1.0, 12),)), processor, [source])
     for step in range(6):
         dataset[step]
     first, second = ([row for _, epoch, row in source.asked if epoch == wanted] for wanted in range(2))
@@ -202,7 +205,7 @@ def test_queries_and_positives_are_in_pair_order_then_negatives_pair_by_pair(pro
         for number in range(12)
     ]
     source = Watched(records)
-    batch = training_batches(config(batch=8, microbatch=4, negatives=2), processor, [source])[0]
+    batch = dataset_of(config(batch=8, microbatch=4, negatives=2), processor, [source])[0]
     drawn = [records[row] for _, _, row in source.asked]
     assert batch["query"]["groups"][0]["tokens"].shape == (2, 4, 48)
     assert batch["candidate"]["groups"][0]["patches"].shape == (6, 4, 64, 588)
@@ -219,7 +222,7 @@ def test_items_go_to_the_smallest_shape_class_that_fits(processor):
     ]
     shapes = ((24, 0), (28, 64), (64, 128))
     source = Watched(records)
-    dataset = training_batches(config(batch=8, microbatch=4, shapes=shapes), processor, [source])
+    dataset = dataset_of(config(batch=8, microbatch=4, shapes=shapes), processor, [source])
     for step in range(4):
         side = dataset[step]["candidate"]
         drawn = [records[row]["positive"] for at, _, row in source.asked if at == step]
@@ -236,19 +239,19 @@ def test_items_go_to_the_smallest_shape_class_that_fits(processor):
 
 def test_a_full_class_passes_items_on_to_a_larger_one_and_no_place_at_all_is_named(processor):
     records = [record(number, positive={"text": WORDS[number]}) for number in range(8)]
-    side = training_batches(config(shapes=((24, 0, 0.5), (64, 64, 0.5)), microbatch=4), processor, [records])[0]["candidate"]
+    side = dataset_of(config(shapes=((24, 0, 0.5), (64, 64, 0.5)), microbatch=4), processor, [records])[0]["candidate"]
     assert np.bincount(side["order"] // 4).tolist() == [4, 4]
     pictures = [record(number) for number in range(8)]
     with pytest.raises(UserError, match=r"source 'a', row \d, positive: \d+ tokens and 64 patches find no place"):
-        training_batches(config(shapes=((24, 0, 0.5), (64, 64, 0.5)), microbatch=4), processor, [pictures])[0]
+        dataset_of(config(shapes=((24, 0, 0.5), (64, 64, 0.5)), microbatch=4), processor, [pictures])[0]
     with pytest.raises(UserError, match=r"source 'a', row \d, positive: .* and 64 patches find no place"):
-        training_batches(config(shapes=((64, 0),)), processor, [pictures])[0]
+        dataset_of(config(shapes=((64, 0),)), processor, [pictures])[0]
     with pytest.raises(UserError, match=r"on average it has 8.0 items in candidate_shapes, for 4 rows"):
-        training_batches(config(shapes=((64, 64, 0.5),), microbatch=4), processor, [pictures])
+        dataset_of(config(shapes=((64, 64, 0.5),), microbatch=4), processor, [pictures])
     with pytest.raises(UserError, match="candidate_shapes: the share 0.0 of a class must be above 0"):
-        training_batches(config(shapes=((24, 0, 0.0), (64, 64))), processor, [pictures])
+        dataset_of(config(shapes=((24, 0, 0.0), (64, 64))), processor, [pictures])
     with pytest.raises(UserError, match="query_shapes: 8 items are no whole microbatches of config.microbatch_size=6"):
-        training_batches(config(microbatch=6), processor, [pictures])
+        dataset_of(config(microbatch=6), processor, [pictures])
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 12), min_size=3, max_size=3))
@@ -270,7 +273,7 @@ def test_the_parts_of_two_hosts_make_the_whole_batch(processor, shapes):
     records = [record(number, positive={"text": WORDS[number]} if number % 3 else None) for number in range(20)]
     settings = config(batch=8, microbatch=4, shapes=shapes)
     places = (None, np.array([0, 2]), np.array([1, 3]))
-    whole, *parts = (training_batches(settings, processor, [records], rows)[2] for rows in places)
+    whole, *parts = (dataset_of(settings, processor, [records], rows)[2] for rows in places)
     for side in ("query", "candidate"):
         assert all(np.array_equal(whole[side]["order"], part[side]["order"]) for part in parts)
         pairs = parts[0][side]["groups"], parts[1][side]["groups"]
@@ -288,7 +291,7 @@ def test_too_long_a_text_is_cut_but_never_image_or_prompt(processor):
         }
         for number in range(8)
     ]
-    batch = training_batches(config(shapes=((30, 64),)), processor, [records])[0]
+    batch = dataset_of(config(shapes=((30, 64),)), processor, [records])[0]
     queries, candidates = batch["query"]["groups"][0], batch["candidate"]["groups"][0]
     assert (queries["mask"].sum(-1) > 40).all()
     assert ((candidates["visual_index"] >= 0).sum(-1) == 6).all()
@@ -299,7 +302,7 @@ def test_too_long_a_text_is_cut_but_never_image_or_prompt(processor):
 def test_an_unreadable_image_is_named_by_source_and_row(processor, broken):
     records = [record(number) for number in range(8)]
     records[3] = record(3, positive={"image": broken})
-    dataset = training_batches(config(names=(("pages", 1.0, 0),)), processor, [records])
+    dataset = dataset_of(config(names=(("pages", 1.0, 0),)), processor, [records])
     with pytest.raises(UserError, match="source 'pages', row 3, positive: the image cannot be read"):
         dataset[0]
     with pytest.raises(UserError, match="source 'pages', row 3, positive: the image cannot be read"):
@@ -310,7 +313,7 @@ def test_an_unreadable_image_is_named_by_source_and_row(processor, broken):
 def test_lacking_hard_negatives_are_masked_and_take_no_row(processor, shapes):
     records = [record(number, negatives=[{"text": WORDS[number + 50]}] * (number % 3)) for number in range(8)]
     source = Watched(records)
-    batch = training_batches(config(negatives=2, shapes=shapes), processor, [source])[0]
+    batch = dataset_of(config(negatives=2, shapes=shapes), processor, [source])[0]
     drawn = [row for _, _, row in source.asked]
     np.testing.assert_array_equal(batch["negative_mask"], [[place < row % 3 for place in range(2)] for row in drawn])
     rows = sum(int((group["mask"].sum(axis=-1) > 1).sum()) for group in batch["candidate"]["groups"])
@@ -321,36 +324,38 @@ def test_lacking_hard_negatives_are_masked_and_take_no_row(processor, shapes):
 def test_sub_batches_are_of_one_source_and_say_which(processor):
     sources = [[record(number) for number in range(start, start + 24)] for start in (0, 24)]
     mixed = config(batch=16, microbatch=8, names=(("a", 1.0, 0), ("b", 3.0, 0)), sub_batch=4)
-    dataset = training_batches(mixed, processor, sources)
+    dataset = dataset_of(mixed, processor, sources)
     drawn = np.concatenate([dataset[step]["source"] for step in range(8)])
     assert (drawn.reshape(-1, 4) == drawn[::4, None]).all()
     assert np.bincount(drawn).tolist() == [32, 96]
     with pytest.raises(UserError, match="config.batch_size=16 must be a multiple of config.data.sub_batch=5"):
-        training_batches(config(batch=16, sub_batch=5), processor, sources[:1])
+        dataset_of(config(batch=16, sub_batch=5), processor, sources[:1])
 
 
 def test_an_empty_source_is_named(processor):
     with pytest.raises(UserError, match="source 'a' has no training records"):
-        training_batches(config(), processor, [[]])
+        dataset_of(config(), processor, [[]])
     with pytest.raises(UserError, match="config.data.sources: the weight of 'a' is 0"):
-        training_batches(config(names=(("a", 0, 0),)), processor, [[record(0)]])
+        dataset_of(config(names=(("a", 0, 0),)), processor, [[record(0)]])
 
 
 def test_the_curriculum_follows_the_step(processor, data_dir):
     curriculum = ((2, 1, 1), (0, 2, 9))
     settings = config(batch=4, shapes=((96, 256),), names=(("boards", 1.0, 0),), dir=str(data_dir), curriculum=curriculum)
-    dataset = training_batches(settings, processor, sources.training_records(settings))
+    dataset = dataset_of(settings, processor, sources.training_records(settings))
 
     def asked(step):
-        return [processor._tokenizer.decode(list(tokens)).count(", ") for tokens, _ in rows_in_order(dataset[step]["query"])]
+        return [
+            processor._tokenizer._tokenizer.decode(list(tokens)).count(", ") for tokens, _ in rows_in_order(dataset[step]["query"])
+        ]
 
     assert sum(asked(0) + asked(1)) == 0 < sum(asked(2) + asked(3) + asked(4))
-    assert equal(dataset[7], training_batches(settings, processor, sources.training_records(settings))[7])
+    assert equal(dataset[7], dataset_of(settings, processor, sources.training_records(settings))[7])
 
 
 def test_icons_train_with_and_without_augmentation(processor, data_dir):
     plain, varied = (
-        training_batches(settings, processor, sources.training_records(settings))
+        dataset_of(settings, processor, sources.training_records(settings))
         for settings in (config(names=(("icons", 1.0, 0),), dir=str(data_dir), augment=augment) for augment in (False, True))
     )
     later = -(-icons.PLAIN_EPOCHS * len(sources.training_records(config(names=(("icons", 1.0, 0),), dir=str(data_dir)))[0]) // 8)

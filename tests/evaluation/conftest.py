@@ -3,10 +3,9 @@
 import jax
 import pytest
 
+from metaembed_jax.backbones import qwen2_5_vl
 from metaembed_jax.config import load_config, model_config
 from metaembed_jax.data import tokenizer
-from metaembed_jax.data.images import ImageConfig
-from metaembed_jax.data.prompts import Processor
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import init_parameters
 from metaembed_jax.sharding import make_mesh
@@ -15,11 +14,13 @@ from metaembed_jax.sharding import make_mesh
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     config = load_config("tests/training/small.py", {})
-    learned = tokenizer.train(["answer", "text"], tmp_path_factory.mktemp("tokenizer") / "tokenizer.json", vocabulary=700)
+    learned = tokenizer.train(
+        ["answer", "text"], tmp_path_factory.mktemp("tokenizer") / "tokenizer.json", qwen2_5_vl, vocabulary=700
+    )
     parameters = init_parameters(model_config(config), 0)
     return MetaEmbed(
         model_config(config),
         parameters,
-        Processor(learned, ImageConfig(28 * 28, 84 * 84, window_size=84)),
+        qwen2_5_vl.Processor(learned, qwen2_5_vl.Images(28 * 28, 84 * 84, window_size=84)),
         make_mesh(devices=jax.devices()[:1]),
     )

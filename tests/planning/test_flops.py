@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from metaembed_jax.config import load_config
-from metaembed_jax.data.prompts import ShapeClass
+from metaembed_jax.inputs.examples import ShapeClass
 from metaembed_jax.planning.flops import encode_flops, train_flops
 from metaembed_jax.planning.programs import abstract_batch
 from metaembed_jax.training.step import make_trainer, run_mesh

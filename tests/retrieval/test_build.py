@@ -13,7 +13,7 @@ from metaembed_jax import cli
 from metaembed_jax.flags import run_main
 from metaembed_jax.retrieval import build, store
 from metaembed_jax.sharding import make_mesh
-from tests.backbones.qwen2_5_vl_reference import noise
+from tests.backbones.qwen2_5_vl.reference import noise
 from tests.checkpoints.huggingface_files import random_tensors, write
 
 ONE = make_mesh(devices=jax.devices()[:1])

@@ -6,7 +6,7 @@ import numpy as np
 
 from metaembed_jax import hosts
 from metaembed_jax.checkpoints.loading import run_processor
-from metaembed_jax.config import load_config
+from metaembed_jax.config import load_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.flags import add_host_flags
@@ -22,8 +22,9 @@ flags = parser.parse_args()
 hosts.connect(flags.coordinator, flags.hosts, flags.host)
 config = load_config("configs/tiny.py", {"data.dir": flags.data, "init_from": ""})
 mesh = make_mesh()
-processor = run_processor(config, find_start(config).tokenizer)
-dataset = training_batches(config, processor, sources.training_records(config), rows_here(mesh, config.microbatch_size))
+architecture, processor = model_config(config).architecture, run_processor(config, find_start(config).tokenizer)
+rows = rows_here(mesh, config.microbatch_size)
+dataset = training_batches(config, architecture, processor, sources.training_records(config), rows)
 trainer = make_trainer(config, mesh)
 state, found = trainer.init(), {"losses": []}
 for step in range(10):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from metaembed_jax.checkpoints.loading import run_processor
-from metaembed_jax.config import load_config
+from metaembed_jax.config import load_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.training.start import find_start
@@ -164,7 +164,8 @@ def test_any_layout_gives_the_same_losses_and_batches(data_dir, tmp_path):
 
 def assert_whole_batches(data_dir, parts):
     config = load_config("configs/tiny.py", {"data.dir": str(data_dir), "init_from": ""})
-    dataset = training_batches(config, run_processor(config, find_start(config).tokenizer), sources.training_records(config))
+    architecture, processor = model_config(config).architecture, run_processor(config, find_start(config).tokenizer)
+    dataset = training_batches(config, architecture, processor, sources.training_records(config))
     for step in range(10):
         for side in ("query", "candidate"):
             expected = dataset[step][side]

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from metaembed_jax.backbones import qwen2_5_vl
 from metaembed_jax.backbones.layers import Linear, quantize
 from metaembed_jax.backbones.lora import Lora, LoraConfig, dropout_keys, keep
 from metaembed_jax.checkpoints.loading import run_parameters, run_processor
@@ -20,7 +21,6 @@ from metaembed_jax.checkpoints.torch_export import write_model
 from metaembed_jax.checkpoints.workdir import claim
 from metaembed_jax.config import load_config, model_config
 from metaembed_jax.data import sources
-from metaembed_jax.data.images import ImageConfig
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.command import evaluate_checkpoint
@@ -70,7 +70,8 @@ def started(config, workdir, mesh=None):
     checkpoints = RunCheckpoints(workdir)
     state = initial_state(config, trainer, checkpoints, start)
     checkpoints.close()
-    dataset = training_batches(config, run_processor(config, start.tokenizer), sources.training_records(config))
+    architecture, processor = model_config(config).architecture, run_processor(config, start.tokenizer)
+    dataset = training_batches(config, architecture, processor, sources.training_records(config))
     return trainer, state, dataset
 
 
@@ -216,7 +217,7 @@ def test_int8_base_gives_nearly_the_same_losses(config, tmp_path):
     network = model_config(load_config("configs/tiny.py", {}))
     backbone, words = {"backbone": init_parameters(network, seed=0)["backbone"]}, find_start(config).tokenizer
     config.init_from, config.architecture = str(tmp_path), {}
-    write_model(tmp_path, network, backbone, words, ImageConfig(28 * 28, 84 * 84, window_size=84), {}, "float32")
+    write_model(tmp_path, network, backbone, words, qwen2_5_vl.Images(28 * 28, 84 * 84, window_size=84), {}, "float32")
     config.steps, losses = 20, {}
     config.optimizer.learning_rate, config.lora.dropout = 1e-4, 0.0  # the recipe's rate, and nothing random
     for dtype in ("bfloat16", "int8"):

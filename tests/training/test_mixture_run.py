@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metaembed_jax.checkpoints.loading import run_processor
-from metaembed_jax.config import load_config
+from metaembed_jax.config import load_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.training.loop import train
@@ -68,7 +68,8 @@ def test_the_published_mixture_trains_and_goes_on_where_it_was_killed(mixed_conf
 def test_its_sub_batches_are_of_one_source_and_negatives_are_where_rows_have_them(mixed_config):
     start = find_start(mixed_config)
     records = sources.training_records(mixed_config)
-    dataset = training_batches(mixed_config, run_processor(mixed_config, start.tokenizer), records)
+    architecture, processor = model_config(mixed_config).architecture, run_processor(mixed_config, start.tokenizer)
+    dataset = training_batches(mixed_config, architecture, processor, records)
     names = [name for name, *_ in mixed_config.data.sources]
     with_negatives = {number for number, name in enumerate(names[2:], 2) if name not in IMAGE_TO_IMAGE + TEXT_TO_IMAGE}
     for step in range(4):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from metaembed_jax.checkpoints.loading import run_processor
+from metaembed_jax.config import model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.sharding import make_mesh
@@ -20,7 +21,8 @@ def dataset(small_config):
 
 
 def make_dataset(config):
-    return training_batches(config, run_processor(config, find_start(config).tokenizer), sources.training_records(config))
+    architecture, processor = model_config(config).architecture, run_processor(config, find_start(config).tokenizer)
+    return training_batches(config, architecture, processor, sources.training_records(config))
 
 
 def relative_norm(a, b):

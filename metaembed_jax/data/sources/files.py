@@ -11,9 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, UnidentifiedImageError
 
-from metaembed_jax.data.images import MAX_ASPECT_RATIO
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.images import check_size
+from metaembed_jax.inputs.images import MAX_ASPECT_RATIO, check_size
 
 LARGEST_FILE = 128 * 2**20  # bytes of an encoded image
 

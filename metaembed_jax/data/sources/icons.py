@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from metaembed_jax.backbones import family
+from metaembed_jax.config import default_config
 from metaembed_jax.data import tokenizer
 from metaembed_jax.data.sources import records
 from metaembed_jax.errors import UserError
@@ -182,7 +184,8 @@ def prepare(data_dir: str | Path) -> dict:
     icons = list(render_all())
     records.write(Icons(icons=icons, data_dir=str(data_dir), file_format="array_record"))
     train_names = sorted({icon.name for icon in icons if split_of(icon.name) == "train"})
-    tokenizer.train(train_names, directory / "tokenizer.json")
+    # Models that are trained from scratch are of the default family; others start with a vocabulary of their own.
+    tokenizer.train(train_names, directory / "tokenizer.json", family(default_config().backbone))
     in_split = {split: [icon for icon in icons if split_of(icon.name) == split] for split in records.SPLITS}
     marker = {
         "version": VERSION,

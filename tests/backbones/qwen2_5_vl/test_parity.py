@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 import metaembed_jax as me
-from metaembed_jax.data.prompts import ShapeClass
+from metaembed_jax.inputs.examples import ShapeClass
 from metaembed_jax.model import as_item
 from metaembed_jax.sharding import make_mesh
-from tests.backbones.qwen2_5_vl_reference import CANDIDATES, CONFIGURATIONS, QUERIES, TALL, reference
+from tests.backbones.qwen2_5_vl.reference import CANDIDATES, CONFIGURATIONS, QUERIES, TALL, reference
 
 TOLERANCE = dict(rtol=0, atol=1e-5)  # float32 leaves 4e-7
 ROWS = 8  # of a batch

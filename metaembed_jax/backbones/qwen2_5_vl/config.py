@@ -1,9 +1,11 @@
 """The architecture of Qwen2.5-VL (arXiv 2502.13923), from a checkpoint's config.json and back."""
 
 import dataclasses
+from pathlib import Path
 
-from metaembed_jax.backbones.fields import MOST_LAYERS, part, pick, require
+from metaembed_jax.backbones.fields import check_depth, check_sizes, free, normalisation, part, pick, require
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.examples import ArraySpec, Layout
 
 TITLE = "Qwen2.5-VL"
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -22,7 +24,7 @@ class VisionConfig:
     fullatt_block_indexes: tuple[int, ...]
     patch_size: int = 14
     spatial_merge_size: int = 2
-    window_size: int = 112
+    window_size: int = free(112)  # boards have larger pages than the icons that a run starts from
     image_mean: tuple[float, float, float] = IMAGE_MEAN
     image_std: tuple[float, float, float] = IMAGE_STD
 
@@ -54,6 +56,33 @@ class Config:
     text_config: TextConfig
     vision_config: VisionConfig
 
+    @property
+    def width(self) -> int:
+        """Of the states of the language model."""
+        return self.text_config.hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding table."""
+        return self.text_config.vocab_size
+
+    @property
+    def layout(self) -> Layout:
+        """The arrays of a batch; see `inputs` for what they hold."""
+        return Layout(
+            tokens={"positions": ArraySpec((3,), "int32"), "visual_index": ArraySpec((), "int32", fill=-1)},
+            patches={
+                "patches": ArraySpec((3 * self.vision_config.patch_size**2,), "uint8"),
+                "patch_positions": ArraySpec((2,), "int32"),
+                "patch_mask": ArraySpec((), "bool"),
+            },
+        )
+
+    @property
+    def patch_multiple(self) -> int:
+        """An image is whole windows."""
+        return self.vision_config.window_patches
+
     @classmethod
     def from_huggingface(cls, config: dict) -> "Config":
         """From the content of a checkpoint's config.json, in either layout in circulation (flat, or with `text_config`).
@@ -78,6 +107,20 @@ class Config:
         chosen = cls(pick(TextConfig, text, "text_config", TITLE), pick(VisionConfig, vision, "vision_config", TITLE))
         chosen.check()
         return chosen
+
+    def with_preprocessor(self, preprocessor: dict, place: Path) -> "Config":
+        """With the mean and standard deviation of pixels that a preprocessor_config.json has.
+
+        Raises:
+          UserError: they are none, or its patches are others than this model's; names `place`.
+        """
+        check_sizes({key: preprocessor.get(key) for key in ("patch_size", "merge_size")})
+        vision = self.vision_config
+        ours = (preprocessor.get("patch_size") or 14, preprocessor.get("merge_size") or 2)
+        if ours != (theirs := (vision.patch_size, vision.spatial_merge_size)):
+            raise UserError(f"{place}: patch and merge sizes are {ours} in preprocessor_config.json and {theirs} in config.json")
+        vision = dataclasses.replace(vision, **normalisation(preprocessor, place, TITLE))
+        return dataclasses.replace(self, vision_config=vision)
 
     def to_huggingface(self, vocabulary: int, token_ids: dict[str, int]) -> dict:
         """The content of config.json; the way back from `from_huggingface`.
@@ -110,8 +153,7 @@ class Config:
           UserError: names the fields and their values.
         """
         text, vision = self.text_config, self.vision_config
-        if (deepest := max(text.num_hidden_layers, vision.depth)) > MOST_LAYERS:
-            raise UserError(f"config.json: {deepest} layers; at most {MOST_LAYERS} are read")
+        check_depth(text.num_hidden_layers, vision.depth)
         half_head, rest = divmod(text.hidden_size, 2 * text.num_attention_heads)
         if rest or text.num_attention_heads % text.num_key_value_heads:
             heads = f"{text.num_attention_heads} attention heads and {text.num_key_value_heads} key-value heads"

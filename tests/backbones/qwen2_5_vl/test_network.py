@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metaembed_jax.backbones.qwen2_5_vl import extend_positions
+from metaembed_jax.backbones.qwen2_5_vl.images import patchify
+from metaembed_jax.backbones.qwen2_5_vl.network import extend_positions
 from metaembed_jax.checkpoints.loading import load
-from metaembed_jax.data.prompts import ShapeClass, collate
+from metaembed_jax.inputs.examples import ShapeClass, collate
 from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
-from tests.backbones.qwen2_5_vl_reference import SMALL, TALL, WIDE, Transformers, reference
+from tests.backbones.qwen2_5_vl.reference import SMALL, TALL, WIDE, Transformers, reference
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -31,17 +32,17 @@ class Case:
         self.backbone = nnx.merge(abstract_network(config)[0], parameters).backbone
         self.theirs = Transformers(directory)
         self.examples = [self.processor.candidate({"image": picture}) for picture in PICTURES]
-        self.batch = collate(self.examples, ShapeClass(64, max(len(example.patches.mask) for example in self.examples)))
+        self.rasters = [patchify(picture, self.processor.images).raster for picture in PICTURES]
+        shape = ShapeClass(64, max(example.patches for example in self.examples))
+        self.batch = collate(self.examples, shape, config.architecture.layout)
         self.seen = self.theirs.images(PICTURES, return_tensors="pt")
 
     def in_raster_order(self, values_BPD):
         """Rows of our patches in the order in which transformers' processor gives them."""
         return np.concatenate(
             [
-                np.asarray(values)[: len(example.patches.mask)]
-                .reshape(-1, 4, values.shape[-1])[example.patches.raster]
-                .reshape(-1, values.shape[-1])
-                for values, example in zip(values_BPD, self.examples, strict=True)
+                np.asarray(values).reshape(-1, 4, values.shape[-1])[raster].reshape(-1, values.shape[-1])
+                for values, raster in zip(values_BPD, self.rasters, strict=True)
             ]
         )
 
@@ -109,7 +110,7 @@ def test_merger(case):
 def test_whole_vision_tower(case):
     tower = jax.jit(functools.partial(case.backbone.vision, dtype=jnp.float32, checkpoint=False, unroll=1))
     units_BUD = tower(*(case.batch[key] for key in ("patches", "patch_positions", "patch_mask")))
-    ours = np.concatenate([units[example.patches.raster] for units, example in zip(units_BUD, case.examples, strict=True)])
+    ours = np.concatenate([units[raster] for units, raster in zip(units_BUD, case.rasters, strict=True)])
     theirs = run(case.theirs.model.model.visual, case.seen["pixel_values"], case.seen["image_grid_thw"]).pooler_output
     np.testing.assert_allclose(ours, theirs, **TOLERANCE)
 

@@ -14,22 +14,19 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from metaembed_jax.backbones.attention import attention
-from metaembed_jax.backbones.conversion import fused_linears, linear, same, still_patches
 from metaembed_jax.backbones.layers import (
     GatedMLP,
     Linear,
     RMSNorm,
     inverse_frequencies,
     param,
+    read_last,
     rotate,
     scan_layers,
     split_heads,
-    split_last,
 )
-from metaembed_jax.backbones.qwen2_5_vl_config import Config, TextConfig, VisionConfig
+from metaembed_jax.backbones.qwen2_5_vl.config import Config, TextConfig, VisionConfig
 from metaembed_jax.sharding import constrain
-
-FEW_LAYERS = 8  # of more, cutting the last one off copies a stack of weights that is worth more than the rows it saves
 
 
 class VisionBlock(nnx.Module):
@@ -161,7 +158,7 @@ class Backbone(nnx.Module):
     @property
     def width(self) -> int:
         """The hidden size D."""
-        return self.config.text_config.hidden_size
+        return self.config.width
 
     def __call__(
         self, batch: dict[str, Array], suffix_RD: Float[Array, "R D"], *, keep: int, dtype, checkpoint: bool, unroll: int
@@ -182,16 +179,8 @@ class Backbone(nnx.Module):
         mask_BS = jnp.pad(batch["mask"], ((0, 0), (0, R)), constant_values=True)
         cos, sin = self.rotary(extend_positions(batch["positions"], R))
         with jax.named_scope("language"):
-            return self.final_norm(self.read(x_BSD, keep, mask_BS, cos, sin, checkpoint=checkpoint, unroll=unroll))
-
-    def read(self, x_BSD: Float[Array, "B S D"], keep: int, *context, checkpoint: bool, unroll: int) -> Float[Array, "B keep D"]:
-        """The states at the last `keep` positions after all layers."""
-        if self.config.text_config.num_hidden_layers > FEW_LAYERS:
-            return scan_layers(self.layers, x_BSD, None, *context, checkpoint=checkpoint, unroll=unroll)[:, -keep:]
-        # The last layer's states are read at a few rows only, so only those are computed.
-        body, last = split_last(self.layers)
-        x_BSD = scan_layers(body, x_BSD, None, *context, checkpoint=checkpoint, unroll=unroll)
-        return last(x_BSD, None, *context, keep=keep)
+            x_BSD = read_last(self.layers, x_BSD, None, mask_BS, cos, sin, keep=keep, checkpoint=checkpoint, unroll=unroll)
+            return self.final_norm(x_BSD)
 
     def embed(self, batch: dict[str, Array], dtype, checkpoint: bool, unroll: int) -> Float[Array, "B S D"]:
         """Rows of the vocabulary, with the units of the image where `visual_index` points at one."""
@@ -220,50 +209,3 @@ def extend_positions(positions_B3S: Int[Array, "B 3 S"], rows: int) -> Int[Array
     start_B11 = positions_B3S.max(axis=(1, 2), keepdims=True) + 1
     suffix = jnp.broadcast_to(start_B11 + jnp.arange(rows), (positions_B3S.shape[0], 3, rows))
     return jnp.concatenate([positions_B3S, suffix], axis=-1)
-
-
-# Every parameter, and the tensor of a checkpoint that it is read from.
-KEYS = {
-    "embedding": same("model.embed_tokens.weight"),
-    "final_norm.scale": same("model.norm.weight"),
-    "layers.input_norm.scale": same("model.layers.{}.input_layernorm.weight"),
-    "layers.mlp_norm.scale": same("model.layers.{}.post_attention_layernorm.weight"),
-    **linear("layers.query", "model.layers.{}.self_attn.q_proj", bias=True),
-    **linear("layers.key", "model.layers.{}.self_attn.k_proj", bias=True),
-    **linear("layers.value", "model.layers.{}.self_attn.v_proj", bias=True),
-    **linear("layers.output", "model.layers.{}.self_attn.o_proj", bias=False),
-    **linear("layers.mlp.gate", "model.layers.{}.mlp.gate_proj", bias=False),
-    **linear("layers.mlp.up", "model.layers.{}.mlp.up_proj", bias=False),
-    **linear("layers.mlp.down", "model.layers.{}.mlp.down_proj", bias=False),
-    "vision.patch_embedding.kernel": still_patches("visual.patch_embed.proj.weight"),
-    "vision.blocks.norm1.scale": same("visual.blocks.{}.norm1.weight"),
-    "vision.blocks.norm2.scale": same("visual.blocks.{}.norm2.weight"),
-    **fused_linears(("vision.blocks.query", "vision.blocks.key", "vision.blocks.value"), "visual.blocks.{}.attn.qkv"),
-    **linear("vision.blocks.output", "visual.blocks.{}.attn.proj", bias=True),
-    **linear("vision.blocks.mlp.gate", "visual.blocks.{}.mlp.gate_proj", bias=True),
-    **linear("vision.blocks.mlp.up", "visual.blocks.{}.mlp.up_proj", bias=True),
-    **linear("vision.blocks.mlp.down", "visual.blocks.{}.mlp.down_proj", bias=True),
-    "vision.merger_norm.scale": same("visual.merger.ln_q.weight"),
-    **linear("vision.merger_up", "visual.merger.mlp.0", bias=True),
-    **linear("vision.merger_down", "visual.merger.mlp.2", bias=True),
-}
-
-EMBEDDING_KEY = KEYS["embedding"].key
-UNUSED_KEYS = ("lm_head.weight",)  # predicts tokens; stored where it is not tied to the embedding
-
-
-def canonical_key(key: str) -> str:
-    """The name in `KEYS` of a tensor of any layout in circulation.
-
-    They are `model.layers` and `visual` (as released), `model.language_model.layers` and `model.visual`, and, of a model without
-    its output layer, `language_model.layers` and `visual`.
-    """
-    for new, old in (("model.language_model.", "model."), ("model.visual.", "visual."), ("language_model.", "model.")):
-        if key.startswith(new):
-            return old + key.removeprefix(new)
-    return key
-
-
-def stored_key(key: str) -> str:
-    """The name of a tensor of `KEYS` in transformers' `Qwen2_5_VLModel`; the way back from `canonical_key`."""
-    return key if key.startswith("visual.") else key.replace("model.", "language_model.", 1)

@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from metaembed_jax.data.images import ImageConfig, patchify
-from metaembed_jax.data.prompts import SPECIAL_TOKENS, Processor, ShapeClass, collate
+from metaembed_jax.backbones.qwen2_5_vl import SPECIAL_TOKENS, Config, Images, Processor
+from metaembed_jax.backbones.qwen2_5_vl.images import patchify
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.examples import ShapeClass, collate
+from tests.backbones.qwen2_5_vl.reference import CONFIGURATIONS
 
-CONFIG = ImageConfig(min_pixels=56 * 56, max_pixels=60 * 28 * 28)
+CONFIG = Images(min_pixels=56 * 56, max_pixels=60 * 28 * 28)
+LAYOUT = Config.from_huggingface(CONFIGURATIONS["grouped"]).layout
 CORPUS = ["user\nQuery: a red car", "Describe the image.", "user\nQuery: été 漢字 naïve", "Query: Query: airplane lock\n\n  snow"]
 TEXTS = [
     "a red car",
@@ -105,7 +108,7 @@ def test_special_strings_of_the_user_stay_text(text):
         counts = {token: (example.tokens == number).sum() for token, number in IDS.items()}
         expected = dict.fromkeys(SPECIAL_TOKENS, 1) | {"<|image_pad|>": 4}
         assert counts == expected
-        assert (example.visual_index >= 0).tolist() == (example.tokens == IDS["<|image_pad|>"]).tolist()
+        assert (example.token_arrays["visual_index"] >= 0).tolist() == (example.tokens == IDS["<|image_pad|>"]).tolist()
         start = example.tokens.tolist().index(IDS["<|vision_end|>"]) + 1
         assert TOKENIZER.decode(example.tokens[start:-2].tolist(), skip_special_tokens=False) == (text or "Describe the image.")
 
@@ -132,9 +135,9 @@ def test_positions_equal_get_rope_index(size, text):
         PROCESSOR.candidate({"image": noise(*size[::-1])}),
         PROCESSOR.query({"text": text}),
     ]
-    batch = collate(examples, ShapeClass(200, 4 * 64 * 16))
+    batch = collate(examples, ShapeClass(200, 4 * 64 * 16), LAYOUT)
     kinds = (batch["tokens"] == IDS["<|image_pad|>"]) & batch["mask"]
-    grids = [[1, 2 * example.patches.grid[0], 2 * example.patches.grid[1]] for example in examples if example.patches]
+    grids = [[1, *(2 * side for side in patchify(noise(*shape), CONFIG).grid)] for shape in (size, size[::-1])]
     positions, _ = reference.get_rope_index(
         model,
         torch.tensor(batch["tokens"]).long(),
@@ -150,12 +153,12 @@ def test_positions_equal_get_rope_index(size, text):
 def test_image_tokens_point_at_their_units_in_window_order():
     image = noise(28 * 7, 28 * 5)
     example = PROCESSOR.candidate({"image": image, "text": "a"})
-    assert example.patches.grid == (5, 7)
-    tokens = example.visual_index >= 0
-    corners = example.patches.positions.reshape(-1, 4, 2)[example.visual_index[tokens], 0] // 2
+    assert patchify(image, CONFIG).grid == (5, 7)
+    tokens = example.token_arrays["visual_index"] >= 0
+    corners = example.patch_arrays["patch_positions"].reshape(-1, 4, 2)[example.token_arrays["visual_index"][tokens], 0] // 2
     np.testing.assert_array_equal(corners, np.stack(np.divmod(np.arange(35), 7), axis=1))
     start = np.flatnonzero(tokens)[0]
-    np.testing.assert_array_equal(example.positions[1:, tokens].T - start, corners)
+    np.testing.assert_array_equal(example.token_arrays["positions"][1:, tokens].T - start, corners)
 
 
 @settings(max_examples=100, deadline=None)
@@ -210,43 +213,22 @@ def test_bad_items_are_named(item, message):
         PROCESSOR.query(item, name="icons row 9")
 
 
-def test_collate_pads_tokens_on_the_left_and_patches_at_the_end():
-    examples = [
-        PROCESSOR.query({"text": "a red car"}),
-        PROCESSOR.query({"text": "cloud", "image": noise(130, 90)}),
-        PROCESSOR.candidate({"image": noise(90, 200)}),
-    ]
-    batch = collate(examples, ShapeClass(tokens=80, patches=256))
+def test_a_batch_is_the_one_that_the_network_reads():
+    examples = [PROCESSOR.query({"text": "a red car"}), PROCESSOR.candidate({"image": noise(90, 200)})]
+    batch = collate(examples, ShapeClass(tokens=80, patches=256), LAYOUT)
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
-        "tokens": ((3, 80), "int32"),
-        "positions": ((3, 3, 80), "int32"),
-        "mask": ((3, 80), "bool"),
-        "visual_index": ((3, 80), "int32"),
-        "patches": ((3, 256, 588), "uint8"),
-        "patch_positions": ((3, 256, 2), "int32"),
-        "patch_mask": ((3, 256), "bool"),
+        "tokens": ((2, 80), "int32"),
+        "positions": ((2, 3, 80), "int32"),
+        "mask": ((2, 80), "bool"),
+        "visual_index": ((2, 80), "int32"),
+        "patches": ((2, 256, 588), "uint8"),
+        "patch_positions": ((2, 256, 2), "int32"),
+        "patch_mask": ((2, 256), "bool"),
     }
-    for row, one in enumerate(examples):
-        n = len(one.tokens)
-        np.testing.assert_array_equal(batch["tokens"][row, -n:], one.tokens)
-        np.testing.assert_array_equal(batch["positions"][row, :, -n:], one.positions)
-        np.testing.assert_array_equal(batch["visual_index"][row, -n:], one.visual_index)
-        assert batch["mask"][row].tolist() == [False] * (80 - n) + [True] * n
-        assert (batch["visual_index"][row, :-n] == -1).all()
-        p = len(one.patches.mask) if one.patches else 0
-        if p:
-            np.testing.assert_array_equal(batch["patches"][row, :p], one.patches.patches)
-            np.testing.assert_array_equal(batch["patch_positions"][row, :p], one.patches.positions)
-            np.testing.assert_array_equal(batch["patch_mask"][row, :p], one.patches.mask)
-        assert not batch["patch_mask"][row, p:].any() and not batch["patches"][row, p:].any()
-    assert set(collate(examples[:1], ShapeClass(80, 0))) == {"tokens", "positions", "mask", "visual_index"}
-
-
-@pytest.mark.parametrize("shape", [ShapeClass(80, 0), ShapeClass(80, 64), ShapeClass(20, 256)])
-def test_collate_refuses_what_does_not_fit(shape):
-    examples = [PROCESSOR.candidate({"text": "a"}), PROCESSOR.candidate({"image": noise(130, 90)})]
-    with pytest.raises(UserError, match=f"^row 1 .* holds {shape.tokens} and {shape.patches}"):
-        collate(examples, shape)
+    assert (batch["visual_index"][~batch["mask"]] == -1).all() and batch["mask"][:, -1].all()
+    patches = patchify(noise(90, 200), CONFIG)
+    for name, array in patches.arrays.items():
+        np.testing.assert_array_equal(batch[name][1, : len(array)], array)
 
 
 def test_a_tokenizer_of_another_family_is_refused():

@@ -22,15 +22,17 @@ from typing import NamedTuple
 import numpy as np
 from einops import rearrange
 from jaxtyping import Bool, Int, UInt8
+from ml_collections import ConfigDict
 from PIL import Image
 
+from metaembed_jax.backbones.fields import check_processing, check_sizes
+from metaembed_jax.backbones.qwen2_5_vl.config import Config
 from metaembed_jax.errors import UserError
-
-MAX_ASPECT_RATIO = 200  # beyond it transformers' processor refuses an image
+from metaembed_jax.inputs.images import MAX_ASPECT_RATIO
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageConfig:
+class Images:
     """How images become patches.
 
     Attributes:
@@ -63,26 +65,56 @@ class ImageConfig:
         return self.window_size // self.unit_size
 
     @classmethod
-    def from_preprocessor(cls, preprocessor: dict, max_visual_tokens: int = 1024, window_size: int = 112) -> "ImageConfig":
+    def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> "Images":
         """From the content of preprocessor_config.json, where sizes stand as `min_pixels` or as `size.shortest_edge`.
 
+        Args:
+          config: of the architecture, which says how large patches, units and windows are.
+          max_visual_tokens: cap on the visual tokens of an image.
+
         Raises:
-          UserError: bounds that exclude each other, or a processing that is not Qwen's.
+          UserError: bounds that exclude each other, or a processing that is not this family's.
         """
-        fixed = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
-        for key, value in fixed.items():
-            if preprocessor.get(key, value) != value:
-                raise UserError(f"preprocessor_config.json: {key}={preprocessor[key]!r} is not supported, only {value!r}")
+        check_processing(
+            preprocessor, {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
+        )
         size = preprocessor.get("size") or {}
-        whole = {key: preprocessor[key] for key in ("min_pixels", "max_pixels", "patch_size", "merge_size") if key in preprocessor}
-        for key, value in (whole | size if isinstance(size, dict) else {"size": size}).items():
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"preprocessor_config.json: {key} is {value!r}, not a positive whole number")
-        smallest = preprocessor.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge") or 56 * 56
-        largest = preprocessor.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge") or 1280 * 28 * 28
-        patch_size, merge_size = preprocessor.get("patch_size") or 14, preprocessor.get("merge_size") or 2
-        largest = min(largest, max_visual_tokens * (patch_size * merge_size) ** 2)
-        return cls(smallest, largest, patch_size, merge_size, window_size)
+        whole = {key: preprocessor.get(key) for key in ("min_pixels", "max_pixels")}
+        check_sizes(whole | size if isinstance(size, dict) else {"size": size})
+        smallest = whole["min_pixels"] or size.get("min_pixels") or size.get("shortest_edge") or 56 * 56
+        largest = whole["max_pixels"] or size.get("max_pixels") or size.get("longest_edge") or 1280 * 28 * 28
+        return cls._of(config, smallest, largest, max_visual_tokens)
+
+    @classmethod
+    def from_run(cls, data: ConfigDict, config: Config, max_visual_tokens: int | None) -> "Images":
+        """From `config.data` of a run; see `from_preprocessor`.
+
+        Raises:
+          UserError: bounds that exclude each other.
+        """
+        return cls._of(config, data.min_pixels, data.max_pixels, max_visual_tokens)
+
+    @classmethod
+    def _of(cls, config: Config, smallest: int, largest: int, max_visual_tokens: int | None) -> "Images":
+        vision = config.vision_config
+        if max_visual_tokens is not None:
+            largest = min(largest, max_visual_tokens * (vision.patch_size * vision.spatial_merge_size) ** 2)
+        return cls(smallest, largest, vision.patch_size, vision.spatial_merge_size, vision.window_size)
+
+    def to_preprocessor(self, config: Config) -> dict:
+        """The content of preprocessor_config.json; the way back from `from_preprocessor`."""
+        vision = config.vision_config
+        return {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+            "patch_size": self.patch_size,
+            "temporal_patch_size": 2,
+            "merge_size": self.merge_size,
+            "image_mean": list(vision.image_mean),
+            "image_std": list(vision.image_std),
+            "rescale_factor": 1 / 255,
+        }
 
 
 class Patches(NamedTuple):
@@ -101,6 +133,11 @@ class Patches(NamedTuple):
     mask: Bool[np.ndarray, "P"]
     grid: tuple[int, int]
     raster: Int[np.ndarray, "U"]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those that the network reads, by their names in a batch."""
+        return {"patches": self.patches, "patch_positions": self.positions, "patch_mask": self.mask}
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -123,7 +160,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rows * factor, columns * factor
 
 
-def window_layout(rows: int, columns: int, config: ImageConfig) -> Int[np.ndarray, "slots"]:
+def window_layout(rows: int, columns: int, config: Images) -> Int[np.ndarray, "slots"]:
     """The raster number of the unit in each slot of window order, -1 in padding (drawn at the top of this file)."""
     side = config.window_units
     units = np.full((-(-rows // side) * side, -(-columns // side) * side), -1, np.int32)
@@ -131,7 +168,7 @@ def window_layout(rows: int, columns: int, config: ImageConfig) -> Int[np.ndarra
     return rearrange(units, "(r y) (c x) -> (r c y x)", y=side, x=side)
 
 
-def patchify(image: Image.Image, config: ImageConfig, name: str = "image") -> Patches:
+def patchify(image: Image.Image, config: Images, name: str = "image") -> Patches:
     """Resizes an RGB image and cuts it into patches, ordered by window and padded.
 
     Raises:

@@ -1,36 +1,24 @@
 """Images against transformers' Pillow processor and window index, and as properties."""
 
-import io
-import struct
-import zlib
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from metaembed_jax.data.images import ImageConfig, patchify, smart_resize, window_layout
+from metaembed_jax.backbones.qwen2_5_vl import Config, Images
+from metaembed_jax.backbones.qwen2_5_vl.images import patchify, smart_resize, window_layout
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs import images
-from metaembed_jax.inputs.images import open_image
+from tests.backbones.qwen2_5_vl.reference import CONFIGURATIONS
 
-CONFIG = ImageConfig(min_pixels=56 * 56, max_pixels=40 * 28 * 28)
+CONFIG = Images(min_pixels=56 * 56, max_pixels=40 * 28 * 28)
+ARCHITECTURE = Config.from_huggingface(CONFIGURATIONS["grouped"])
 MEAN, STD = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 SIDES = st.integers(1, 400)
 
 
-def noise(width, height, mode="RGB", seed=0):
-    bands = len(Image.new(mode, (1, 1)).getbands())
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, bands), dtype=np.uint8)
-    layers = [Image.fromarray(pixels[..., band]) for band in range(bands)]
-    return Image.merge(mode, layers) if bands > 1 else layers[0]
-
-
-def encode(image, format="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def reference(image, config=CONFIG):
@@ -47,9 +35,9 @@ def normalised(patches):
     return (raster.astype(np.float32) / 255 - np.float32(MEAN)[:, None]) / np.float32(STD)[:, None]
 
 
-def assert_equals_reference(image, opened, config=CONFIG):
+def assert_equals_reference(image, config=CONFIG):
     expected, grid = reference(image, config)
-    patches = patchify(opened, config)
+    patches = patchify(image, config)
     assert (1, 2 * patches.grid[0], 2 * patches.grid[1]) == tuple(grid)
     ours = normalised(patches)
     for frame in range(2):
@@ -58,38 +46,7 @@ def assert_equals_reference(image, opened, config=CONFIG):
 
 @pytest.mark.parametrize("size", [(37, 91), (301, 203), (28, 28), (1, 1), (1, 200), (199, 1), (800, 61), (113, 560), (57, 56)])
 def test_patches_equal_the_pillow_processor_of_transformers(size):
-    image = noise(*size)
-    assert_equals_reference(image, open_image(image, "x"))
-    assert_equals_reference(image, open_image(encode(image), "x"))
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "1", "P", "I;16", "palette with transparency"])
-def test_every_mode_is_converted_as_by_transformers(mode):
-    image = noise(83, 47)
-    if mode == "I;16":
-        image = Image.fromarray(np.random.default_rng(0).integers(0, 600, (47, 83)).astype(np.uint16))
-    elif mode == "palette with transparency":
-        image = image.quantize(16)
-        image.info["transparency"] = 3
-    elif mode in ("1", "P"):
-        image = image.convert(mode)
-    else:
-        image = noise(83, 47, mode)
-    assert_equals_reference(image, open_image(image, "x"))
-    assert open_image(image, "x").mode == "RGB"
-
-
-def test_files_are_turned_upright_and_open_images_are_not(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
-    data = encode(noise(90, 40), "JPEG", exif=exif)
-    path = tmp_path / "turned.jpg"
-    path.write_bytes(data)
-    for image in (data, path, str(path)):
-        assert open_image(image, "x").size == (40, 90)
-        assert_equals_reference(str(path), open_image(image, "x"))
-    assert open_image(Image.open(path), "x").size == (90, 40)
-    assert_equals_reference(Image.open(path), open_image(Image.open(path), "x"))
+    assert_equals_reference(noise(*size))
 
 
 @settings(max_examples=200, deadline=None)
@@ -109,7 +66,7 @@ def test_smart_resize_equals_transformers(height, width, smallest, more):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 14), st.integers(1, 14), st.sampled_from([56, 84, 112]))
 def test_windows_hold_every_unit_once_and_its_own_neighbours(rows, columns, window_size):
-    config = ImageConfig(1, 10**6, window_size=window_size)
+    config = Images(1, 10**6, window_size=window_size)
     side = window_size // 28
     layout = window_layout(rows, columns, config)
     assert sorted(layout[layout >= 0]) == list(range(rows * columns))
@@ -137,7 +94,7 @@ def test_window_order_is_that_of_transformers_without_the_padding(rows, columns)
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 11), st.integers(1, 11), st.integers(0, 2**31))
 def test_each_patch_is_the_square_of_the_image_that_its_position_names(rows, columns, seed):
-    config = ImageConfig(1, 10**7)
+    config = Images(1, 10**7)
     image = noise(columns * 28, rows * 28, seed=seed)  # so that nothing is resized
     patches = patchify(image, config)
     assert patches.grid == (rows, columns)
@@ -161,35 +118,7 @@ def test_dtypes_of_patches():
     assert dtypes == [np.uint8, np.int32, np.bool_, np.int32]
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
-    whole = encode(noise(200, 100), "JPEG")
-    for image in (whole[: len(whole) // 2], b"", b"not an image", tmp_path / "absent.png", encode(noise(99, 99))[:3000]):
-        with pytest.raises(UserError, match="^icons row 7: the image cannot be read") as error:
-            open_image(image, "icons row 7")
-        assert "\n" not in str(error.value)
-
-
-def test_size_is_bounded_before_decoding(monkeypatch):
-    data = encode(noise(50, 40))
-    monkeypatch.setattr(images, "MAX_SOURCE_PIXELS", 1999)
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(UserError, match="^row 3: the image is 50x40 pixels"):
-        open_image(data, "row 3")
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [9_000, 60_000])
-def test_a_decompression_bomb_is_refused(side):
-    data = bytearray(encode(Image.new("L", (5, 5))))
-    data[16:24] = struct.pack(">II", side, side)  # the size in the header of a PNG, and its checksum
-    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    with pytest.raises(UserError, match="^row 3: the image .*pixels"):
-        open_image(bytes(data), "row 3")
-
-
-def test_empty_and_thin_images_are_refused_by_name():
-    with pytest.raises(UserError, match="^row 3: the image is 0x5"):
-        open_image(Image.new("RGB", (0, 5)), "row 3")
+def test_thin_images_are_refused_by_name():
     with pytest.raises(UserError, match="^row 3: one side of a 201x1 image is over 200 times"):
         patchify(noise(201, 1), CONFIG, "row 3")
 
@@ -204,12 +133,14 @@ def test_empty_and_thin_images_are_refused_by_name():
     ],
 )
 def test_bounds_come_from_the_preprocessor(preprocessor, expected):
-    config = ImageConfig.from_preprocessor(preprocessor)
-    assert (config.min_pixels, config.max_pixels) == expected
-    assert ImageConfig.from_preprocessor(preprocessor, max_visual_tokens=5).max_pixels == 5 * 784
+    images = Images.from_preprocessor(preprocessor, ARCHITECTURE, 1024)
+    assert (images.min_pixels, images.max_pixels) == expected
+    assert Images.from_preprocessor(preprocessor, ARCHITECTURE, 5).max_pixels == 5 * 784
+    again = images.to_preprocessor(ARCHITECTURE)
+    assert Images.from_preprocessor(again, ARCHITECTURE.with_preprocessor(again, "here"), 10**6) == images
 
 
 @pytest.mark.parametrize("preprocessor", [{"min_pixels": 10**9}, {"resample": 2}, {"do_resize": False}])
 def test_a_preprocessor_of_another_kind_is_refused(preprocessor):
     with pytest.raises(UserError):
-        ImageConfig.from_preprocessor(preprocessor)
+        Images.from_preprocessor(preprocessor, ARCHITECTURE, 1024)

@@ -1,0 +1,61 @@
+"""What a family says of its arithmetic: the parts of its network, from which `planning.flops` counts a step.
+
+A family's `parts(config, patches, rows, read)` gives them for one item of a batch, in the order in which data pass: what trains in
+one makes every later one pass gradients back. `patches` are those of the shape class (0: the vision tower does not run), `rows` its
+tokens with the Meta Tokens behind them, of which `read` are read. Padding and what a mask hides are computed, so they count.
+"""
+
+from typing import NamedTuple
+
+
+class Attention(NamedTuple):
+    """Attention in some layers of a part.
+
+    Attributes:
+      layers: how many.
+      queries, keys: rows of each.
+      span: keys that each query is multiplied with.
+      heads, key_heads: of queries, and of keys and values.
+      head_width: of each.
+      rotates: queries and keys pass `layers.rotate`.
+    """
+
+    layers: int
+    queries: int
+    keys: int
+    span: int
+    heads: int
+    key_heads: int
+    head_width: int
+    rotates: bool = True
+
+
+class Part(NamedTuple):
+    """A stretch of the network: a linear map, or layers of a stack, one for each that `attention` counts.
+
+    Attributes:
+      path: of its parameters in the backbone, or their first names.
+      rows: that pass its linear maps.
+      width: of a stack, that of the states between its layers.
+      attention: of a stack, one for each kind. Between several, a conditional in the layer chooses; its branches are in this order.
+      other_rows: of linear maps, by their names, that not all `rows` pass.
+      memory: names of linear maps that read an earlier part instead of the layer before: keys and values of cross-attention.
+      last: name of the map at the end of each layer, if nothing but the sum with its input reads it: nothing computes it again.
+      scanned: by `scan_layers`, which may compute layers again in the backward pass.
+      appended: Meta Tokens are among the rows; as they train, gradients pass back.
+    """
+
+    path: str
+    rows: float
+    width: int = 0
+    attention: tuple[Attention, ...] = ()
+    other_rows: dict[str, float] = {}
+    memory: tuple[str, ...] = ()
+    last: str = ""
+    scanned: bool = True
+    appended: bool = False
+
+    @property
+    def layers(self) -> int:
+        """Of the stack, that are meant; 0 where it is none."""
+        return sum(one.layers for one in self.attention)

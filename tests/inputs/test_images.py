@@ -1,0 +1,100 @@
+"""Opening of images against what transformers reads of them."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metaembed_jax.errors import UserError
+from metaembed_jax.inputs import images
+from metaembed_jax.inputs.images import open_image
+
+
+def noise(width, height, mode="RGB", seed=0):
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, bands), dtype=np.uint8)
+    layers = [Image.fromarray(pixels[..., band]) for band in range(bands)]
+    return Image.merge(mode, layers) if bands > 1 else layers[0]
+
+
+def encode(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def reference(image):
+    """The pixels that every image processor of transformers starts from, of an open image or a file."""
+    pytest.importorskip("torch")
+    transforms, utils = (pytest.importorskip(f"transformers.{name}") for name in ("image_transforms", "image_utils"))
+    return np.asarray(utils.load_image(image)) if isinstance(image, str) else transforms.convert_to_rgb(image, return_numpy=True)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "1", "P", "I;16", "palette with transparency"])
+def test_every_mode_is_converted_as_by_transformers(mode):
+    image = noise(83, 47)
+    if mode == "I;16":
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 600, (47, 83)).astype(np.uint16))
+    elif mode == "palette with transparency":
+        image = image.quantize(16)
+        image.info["transparency"] = 3
+    elif mode in ("1", "P"):
+        image = image.convert(mode)
+    else:
+        image = noise(83, 47, mode)
+    opened = open_image(image, "x")
+    assert opened.mode == "RGB"
+    np.testing.assert_array_equal(opened, reference(image))
+
+
+def test_files_are_turned_upright_and_open_images_are_not(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    data = encode(noise(90, 40), "JPEG", exif=exif)
+    path = tmp_path / "turned.jpg"
+    path.write_bytes(data)
+    for image in (data, path, str(path)):
+        assert open_image(image, "x").size == (40, 90)
+        np.testing.assert_array_equal(open_image(image, "x"), reference(str(path)))
+    assert open_image(Image.open(path), "x").size == (90, 40)
+    np.testing.assert_array_equal(open_image(Image.open(path), "x"), reference(Image.open(path)))
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    whole = encode(noise(200, 100), "JPEG")
+    for image in (whole[: len(whole) // 2], b"", b"not an image", tmp_path / "absent.png", encode(noise(99, 99))[:3000]):
+        with pytest.raises(UserError, match="^icons row 7: the image cannot be read") as error:
+            open_image(image, "icons row 7")
+        assert "\n" not in str(error.value)
+
+
+def test_size_is_bounded_before_decoding(monkeypatch):
+    data = encode(noise(50, 40))
+    monkeypatch.setattr(images, "MAX_SOURCE_PIXELS", 1999)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(UserError, match="^row 3: the image is 50x40 pixels"):
+        open_image(data, "row 3")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9_000, 60_000])
+def test_a_decompression_bomb_is_refused(side):
+    data = bytearray(encode(Image.new("L", (5, 5))))
+    data[16:24] = struct.pack(">II", side, side)  # the size in the header of a PNG, and its checksum
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(UserError, match="^row 3: the image .*pixels"):
+        open_image(bytes(data), "row 3")
+
+
+def test_an_open_rgb_image_comes_back_itself():
+    image = noise(30, 20)
+    assert open_image(image, "x") is image
+    np.testing.assert_array_equal(open_image(encode(image), "x"), image)
+
+
+def test_images_without_pixels_are_refused_by_name():
+    with pytest.raises(UserError, match="^row 3: the image is 0x5"):
+        open_image(Image.new("RGB", (0, 5)), "row 3")
