@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
-from metaembed_jax.backbones.fields import MOST_LAYERS, normalisation, part, pick, require
-from metaembed_jax.backbones.qwen_inputs import layout
+from metaembed_jax.backbones.fields import part, pick, require
+from metaembed_jax.backbones.qwen.config import QwenConfig, token_fields
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.examples import Layout
 
 TITLE = "Qwen3-VL"
 
@@ -51,9 +49,10 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(QwenConfig):
     """Everything that fixes the architecture."""
 
+    title = TITLE
     text_config: TextConfig
     vision_config: VisionConfig
 
@@ -104,48 +103,13 @@ class Config:
             "architectures": ["Qwen3VLModel"],
             "text_config": text | {"rope_parameters": rope},
             "vision_config": vision,
-            "image_token_id": token_ids["<|image_pad|>"],
-            "video_token_id": token_ids.get("<|video_pad|>", vocabulary),  # none: a number that no token has
-            "vision_start_token_id": token_ids["<|vision_start|>"],
-            "vision_end_token_id": token_ids["<|vision_end|>"],
+            **token_fields(token_ids, vocabulary),
         }
-
-    def with_preprocessor(self, preprocessor: dict, place: Path) -> "Config":
-        """With the mean and deviation of pixels that a checkpoint's preprocessor sets.
-
-        Args:
-          place: of the preprocessor, for errors.
-
-        Raises:
-          UserError: patches or pixels that are not this model's.
-        """
-        vision = self.vision_config
-        sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size, "temporal_patch_size": 2}
-        for key, value in sizes.items():
-            if preprocessor.get(key, value) != value:
-                raise UserError(f"{place}: the preprocessor's {key} is {preprocessor[key]!r}; the model has {value}")
-        chosen = normalisation(preprocessor, place, TITLE)
-        return dataclasses.replace(self, vision_config=dataclasses.replace(vision, **chosen))
-
-    @property
-    def width(self) -> int:
-        """The hidden size D."""
-        return self.text_config.hidden_size
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the embedding table."""
-        return self.text_config.vocab_size
 
     @property
     def patch_multiple(self) -> int:
-        """Patches come in units."""
+        """An image is whole units."""
         return self.vision_config.spatial_merge_size**2
-
-    @property
-    def layout(self) -> Layout:
-        """The arrays of a batch."""
-        return layout(self.vision_config.patch_size)
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other.
@@ -153,25 +117,11 @@ class Config:
         Raises:
           UserError: names the fields and their values.
         """
-        text, vision = self.text_config, self.vision_config
-        if (deepest := max(text.num_hidden_layers, vision.depth)) > MOST_LAYERS:
-            raise UserError(f"config.json: {deepest} layers; at most {MOST_LAYERS} are read")
-        if text.num_attention_heads % text.num_key_value_heads:
-            heads = f"{text.num_key_value_heads} key-value heads"
-            raise UserError(f"text_config: {text.num_attention_heads} attention heads cannot share {heads}")
-        if len(text.mrope_section) != 3 or 2 * sum(text.mrope_section) != text.head_dim:
-            wanted = f"three numbers that add up to half of head_dim, {text.head_dim}"
-            raise UserError(f"text_config: mrope_section {text.mrope_section} must be {wanted}")
-        if vision.hidden_size % (4 * vision.num_heads):
-            heads = f"{vision.num_heads} heads, each a multiple of 4 wide"
-            raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {heads}")
+        super().check()
+        vision = self.vision_config
         if vision.table_side**2 != vision.num_position_embeddings:
             raise UserError(f"vision_config: num_position_embeddings {vision.num_position_embeddings} is no square number")
         taken = vision.deepstack_visual_indexes
         if not taken or list(taken) != sorted(set(taken)) or taken[-1] >= vision.depth:
             wanted = f"ascending numbers of its {vision.depth} layers, at least one"
             raise UserError(f"vision_config: deepstack_visual_indexes {taken} must be {wanted}")
-        if vision.out_hidden_size != text.hidden_size:
-            raise UserError(
-                f"vision_config: out_hidden_size {vision.out_hidden_size} is not the text's hidden_size, {text.hidden_size}"
-            )

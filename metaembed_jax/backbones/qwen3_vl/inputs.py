@@ -1,18 +1,16 @@
-"""The prompts and images of Qwen3-VL: those of the other Qwen-VL families, with patches in units one after the other."""
+"""The prompts and images of Qwen3-VL: those of every Qwen-VL, with units in raster order and no padding among them."""
 
+from metaembed_jax.backbones.qwen import images, inputs
 from metaembed_jax.backbones.qwen3_vl.config import TITLE
-from metaembed_jax.backbones.qwen_inputs import PAD_TOKEN, SPECIAL_TOKENS, QwenImages, QwenProcessor
-
-__all__ = ["PAD_TOKEN", "SPECIAL_TOKENS", "Images", "Processor"]
 
 
-class Images(QwenImages):
+class Images(images.Images):
     """How images become patches."""
 
     processor_class = "Qwen3VLProcessor"
 
 
-class Processor(QwenProcessor):
-    """Turns items into examples with a checkpoint's tokenizer."""
+class Processor(inputs.Processor):
+    """Turns items into examples."""
 
     title = TITLE

@@ -24,18 +24,15 @@ from metaembed_jax.backbones.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
-    inverse_frequencies,
     param,
     rotate,
     scan_layers,
     split_heads,
-    split_last,
 )
-from metaembed_jax.backbones.qwen3_vl.config import Config, TextConfig, VisionConfig
-from metaembed_jax.backbones.qwen_vision import extend_positions, normalised, patch_angles, place_units
+from metaembed_jax.backbones.qwen import network
+from metaembed_jax.backbones.qwen.network import normalised, patch_angles, place_units
+from metaembed_jax.backbones.qwen3_vl.config import TextConfig, VisionConfig
 from metaembed_jax.sharding import constrain
-
-FEW_LAYERS = 8  # of more, cutting the last one off copies a stack of weights that is worth more than the rows it saves
 
 
 class VisionBlock(nnx.Module):
@@ -167,85 +164,28 @@ class DecoderLayer(nnx.Module):
         if features_NBSD is not None:
             # A number past the end reads the last feature. Read by its number, it gets its gradient in place.
             feature_BSD = jax.lax.dynamic_index_in_dim(features_NBSD, number, keepdims=False)
-            x_BSD = x_BSD + jnp.where(number < len(features_NBSD), feature_BSD, 0)
+            x_BSD = x_BSD + jnp.where(number < len(features_NBSD), feature_BSD[:, -keep:], 0)
         return constrain(x_BSD, "batch", None, None)
 
 
-class Backbone(nnx.Module):
-    """Vision tower and language model; what it returns are the last hidden states of the rows appended to each prompt."""
+class Backbone(network.Backbone):
+    """Qwen-VL's backbone with DeepStack."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.config = config
-        text = config.text_config
-        self.vision = VisionTower(config.vision_config, rngs=rngs)
-        self.embedding = param(rngs, jax.nn.initializers.normal(0.02), (text.vocab_size, text.hidden_size), ("vocabulary", "embed"))
-        self.layers = DecoderLayer(text, rngs=rngs, layers=text.num_hidden_layers)
-        self.final_norm = RMSNorm(text.hidden_size, epsilon=text.rms_norm_eps, rngs=rngs)
+    tower, layer = VisionTower, DecoderLayer
 
-    @property
-    def width(self) -> int:
-        """The hidden size D."""
-        return self.config.width
+    def place(self, seen, index_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], tuple]:
+        """The units stand for the image tokens; DeepStack's [N, B, S, D] in the same places, and zero elsewhere, are for layers."""
+        units_BUD, units_NBUD = seen
+        features_NBSD = jax.vmap(place_units, in_axes=(0, None, None))(units_NBUD, index_BS, jnp.zeros((), x_BSD.dtype))
+        return place_units(units_BUD, index_BS, x_BSD), (constrain(features_NBSD, None, "batch", None, None),)
 
-    def __call__(
-        self, batch: dict[str, Array], suffix_RD: Float[Array, "R D"], *, keep: int, dtype, checkpoint: bool, unroll: int
-    ) -> Float[Array, "B keep D"]:
-        """Last-layer states, after the final norm, of the last `keep` of the rows `suffix_RD` appended to every prompt.
+    @staticmethod
+    def mrope_axes(sections: tuple[int, int, int]) -> Int[np.ndarray, "K/2"]:
+        """Interleaved: of every three frequencies one turns with time, one with the row, one with the column.
 
-        Args:
-          batch: `tokens` [B, S], `positions` [B, 3, S], `mask` [B, S], `visual_index` [B, S], left-padded; with images also
-            `patches` [B, P, X] uint8, `patch_positions` [B, P, 2], `patch_mask` [B, P].
-          suffix_RD: rows that stand in the embedding table's place after the prompt.
-          dtype: of activations and matmuls.
-          checkpoint, unroll: as in `scan_layers`.
+        Past the end of the section of rows, or of columns, its frequencies turn with time.
         """
-        x_BSD, features_NBSD = self.embed(batch, dtype, checkpoint, unroll)
-        B, R = x_BSD.shape[0], suffix_RD.shape[0]
-        suffix_BRD = jnp.broadcast_to(suffix_RD.astype(dtype), (B, *suffix_RD.shape))
-        x_BSD = constrain(jnp.concatenate([x_BSD, suffix_BRD], axis=1), "batch", None, None)
-        mask_BS = jnp.pad(batch["mask"], ((0, 0), (0, R)), constant_values=True)
-        context = [mask_BS, *self.rotary(extend_positions(batch["positions"], R))]
-        if features_NBSD is not None:
-            features_NBSD = jnp.pad(features_NBSD, ((0, 0), (0, 0), (0, R), (0, 0)))
-            context.append(constrain(features_NBSD, None, "batch", None, None))
-        with jax.named_scope("language"):
-            return self.final_norm(self.read(x_BSD, keep, *context, checkpoint=checkpoint, unroll=unroll))
-
-    def read(self, x_BSD: Float[Array, "B S D"], keep: int, *context, checkpoint: bool, unroll: int) -> Float[Array, "B keep D"]:
-        """The states at the last `keep` positions after all layers."""
-        numbers = np.arange(self.config.text_config.num_hidden_layers, dtype=np.int32)
-        if len(numbers) > FEW_LAYERS:
-            return scan_layers(self.layers, x_BSD, numbers, *context, checkpoint=checkpoint, unroll=unroll)[:, -keep:]
-        # The last layer's states are read at a few rows only, so only those are computed; no feature is added there.
-        body, last = split_last(self.layers)
-        x_BSD = scan_layers(body, x_BSD, numbers[:-1], *context, checkpoint=checkpoint, unroll=unroll)
-        return last(x_BSD, None, *context[:3], keep=keep)
-
-    def embed(self, batch: dict[str, Array], dtype, checkpoint: bool, unroll: int):
-        """Rows of the vocabulary [B, S, D], with the units of the image where `visual_index` points at one, and [N, B, S, D].
-
-        The latter are DeepStack's units in the same places, and zero elsewhere; None for a batch of text alone.
-        """
-        x_BSD = jnp.take(self.embedding[...].astype(dtype), batch["tokens"], axis=0)
-        if "patches" not in batch:
-            return x_BSD, None
-        patches = (batch["patches"], batch["patch_positions"], batch["patch_mask"])
-        with jax.named_scope("vision"):
-            units_BUD, units_NBUD = self.vision(*patches, dtype=dtype, checkpoint=checkpoint, unroll=unroll)
-        index_BS = batch["visual_index"]
-        features = jax.vmap(place_units, in_axes=(0, None, None))(units_NBUD, index_BS, jnp.zeros((), dtype))
-        return place_units(units_BUD, index_BS, x_BSD), features
-
-    def rotary(self, positions_B3S: Int[Array, "B 3 S"]) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
-        """Interleaved M-RoPE: of every three frequencies one turns with time, one with the row, one with the column.
-
-        Where a section of rows or columns has ended, frequencies turn with time.
-        """
-        text = self.config.text_config
-        frequencies = inverse_frequencies(text.head_dim, text.rope_theta)
-        axis = np.zeros(len(frequencies), np.int32)
-        for number in (1, 2):
-            axis[number : 3 * text.mrope_section[number] : 3] = number
-        angles = jnp.take(positions_B3S, axis, axis=1).swapaxes(1, 2).astype(jnp.float32) * frequencies
-        angles = jnp.concatenate([angles, angles], axis=-1)
-        return jnp.cos(angles), jnp.sin(angles)
+        axes = np.zeros(sum(sections), np.int32)
+        for axis in (1, 2):
+            axes[axis : 3 * sections[axis] : 3] = axis
+        return axes

@@ -3,8 +3,8 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.backbones import qwen2_5_vl_reference
-from tests.backbones.qwen2_5_vl_reference import VOCABULARY
+from tests.backbones.qwen2_5_vl import reference as qwen2_5_vl
+from tests.backbones.qwen2_5_vl.reference import VOCABULARY
 
 
 def configuration(
@@ -42,5 +42,5 @@ CONFIGURATIONS = {
 
 
 def reference(name: str, scratch: Path) -> SimpleNamespace:
-    """As `qwen2_5_vl_reference.reference`."""
-    return qwen2_5_vl_reference.reference(name, scratch, CONFIGURATIONS)
+    """As `qwen2_5_vl.reference.reference`."""
+    return qwen2_5_vl.reference(name, scratch, CONFIGURATIONS)

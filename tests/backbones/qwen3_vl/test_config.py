@@ -59,7 +59,7 @@ def test_out_and_in_again(stored):
         ("text_config", "attention_bias", True, "attention_bias of text is True"),
         ("text_config", "rope_scaling", {"rope_type": "yarn", "mrope_section": [24, 20, 20]}, "rope_type of text is 'yarn'"),
         ("text_config", "rope_scaling", {"mrope_interleaved": False, "mrope_section": [24, 20, 20]}, "mrope_interleaved is False"),
-        ("text_config", "head_dim", 96, "mrope_section (24, 20, 20) must be three numbers that add up to half of head_dim, 96"),
+        ("text_config", "head_dim", 96, "mrope_section (24, 20, 20) must be three numbers that add up to half a head's width, 96"),
         ("text_config", "num_key_value_heads", 5, "16 attention heads cannot share 5 key-value heads"),
         ("text_config", "num_hidden_layers", 10**6, "1000000 layers"),
         ("vision_config", "hidden_act", "silu", "hidden_act of vision is 'silu'"),
@@ -79,8 +79,9 @@ def test_what_never_was_is_refused(part, key, value, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("key, value", [("patch_size", 14), ("merge_size", 4), ("temporal_patch_size", 1)])
-def test_a_preprocessor_of_another_model_is_refused(key, value):
+@pytest.mark.parametrize("sizes", [{"patch_size": 14}, {"patch_size": 16, "merge_size": 4}, {}])
+def test_a_preprocessor_of_another_model_is_refused(sizes):
+    """Without sizes it is one for patches of 14 pixels: so transformers reads it."""
     config = Config.from_huggingface(RELEASED)
-    with pytest.raises(UserError, match=f"{key} is {value}; the model has"):
-        config.with_preprocessor({key: value}, Path("preprocessor_config.json"))
+    with pytest.raises(UserError, match="patch and merge sizes are .* in preprocessor_config.json and .16, 2. in config.json"):
+        config.with_preprocessor(sizes, Path("preprocessor_config.json"))

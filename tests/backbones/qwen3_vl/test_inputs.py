@@ -6,8 +6,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from metaembed_jax.backbones import qwen3_vl
+from metaembed_jax.backbones.qwen.images import patchify
 from metaembed_jax.inputs.examples import ShapeClass, collate
-from tests.backbones.qwen2_5_vl_reference import string, write_tokenizer
+from tests.backbones.qwen2_5_vl.reference import string, write_tokenizer
 from tests.backbones.qwen3_vl.test_config import RELEASED
 
 CONFIG = qwen3_vl.Config.from_huggingface(RELEASED)
@@ -67,7 +68,7 @@ def test_patches_equal_the_pillow_processor_of_transformers(processor, size):
     module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     theirs = module.Qwen2VLImageProcessorPil(**{key: SMALL[key] for key in ("size", "patch_size", "image_mean", "image_std")})
     expected = theirs(noise(*size), return_tensors="np")
-    patches = processor.images.patchify(noise(*size))
+    patches = patchify(noise(*size), processor.images)
     assert (1, 2 * patches.grid[0], 2 * patches.grid[1]) == tuple(expected["image_grid_thw"][0])
     ours = (patches.patches.reshape(-1, 3, 256).astype(np.float32) / 255 - 0.5) / 0.5
     for frame in range(2):

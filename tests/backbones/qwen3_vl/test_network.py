@@ -11,12 +11,12 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from metaembed_jax.backbones import qwen3_vl
-from metaembed_jax.backbones.qwen_vision import normalised, patch_angles
+from metaembed_jax.backbones.qwen.network import normalised, patch_angles
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.inputs.examples import ShapeClass, collate
 from metaembed_jax.network import ModelConfig, abstract_network, abstract_parameters
 from metaembed_jax.sharding import make_mesh
-from tests.backbones.qwen2_5_vl_reference import SMALL, TALL, WIDE, Transformers
+from tests.backbones.qwen2_5_vl.reference import SMALL, TALL, WIDE, Transformers
 from tests.backbones.qwen3_vl.reference import reference
 
 torch = pytest.importorskip("torch")

@@ -9,7 +9,7 @@ from metaembed_jax.backbones.qwen3_vl.network import VisionTower
 from metaembed_jax.inputs.examples import ShapeClass
 from metaembed_jax.model import as_item
 from metaembed_jax.sharding import make_mesh
-from tests.backbones.qwen2_5_vl_reference import CANDIDATES, QUERIES, TEXTS
+from tests.backbones.qwen2_5_vl.reference import CANDIDATES, QUERIES, TEXTS
 from tests.backbones.qwen3_vl.reference import CONFIGURATIONS, reference
 
 TOLERANCE = dict(rtol=0, atol=1e-5)  # float32 leaves 9e-7
