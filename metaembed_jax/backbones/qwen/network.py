@@ -55,7 +55,7 @@ class Backbone(nnx.Module):
         how = {"checkpoint": checkpoint, "unroll": unroll}
         x_BSD = jnp.take(self.embedding[...].astype(dtype), batch["tokens"], axis=0)
         R, suffix_BRD = len(suffix_RD), jnp.broadcast_to(suffix_RD.astype(dtype), (len(x_BSD), *suffix_RD.shape))
-        x_BSD = jnp.concatenate([x_BSD, suffix_BRD], axis=1)
+        x_BSD = jnp.concatenate([constrain(x_BSD, "batch", None, None), suffix_BRD], axis=1)
         mask_BS = jnp.pad(batch["mask"], ((0, 0), (0, R)), constant_values=True)
         context = (mask_BS, *self.rotary(extend_positions(batch["positions"], R)))
         if "patches" in batch:
