@@ -19,7 +19,7 @@ from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer
-from tests.backbones.qwen2_5_vl.reference import string
+from tests.backbones.qwen2_5_vl.record import stock_vectors
 
 
 def noise(height, width, seed):
@@ -102,33 +102,8 @@ def test_stock_transformers_computes_the_same_vectors(run, ours, tmp_path, name)
     pytest.importorskip("torch")
     export(run[name], tmp_path / "out", "transformers")
     for side in ("query", "candidate"):
-        found = stock_vectors(tmp_path / "out", side)
+        found = stock_vectors(tmp_path / "out", ITEMS, side)
         np.testing.assert_allclose(found, ours[name][side], atol=1e-4)
-
-
-def stock_vectors(directory, side, model=None):
-    """One left-padded batch of prompts with the strings of the Meta Tokens."""
-    import torch
-    from safetensors.torch import load_file
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    model = AutoModel.from_pretrained(directory).eval() if model is None else model
-    tokenizer, images = AutoTokenizer.from_pretrained(directory), Qwen2VLImageProcessorPil.from_pretrained(directory)
-    items = [item if isinstance(item, str | dict) else {"image": item} for item in ITEMS]
-    seen = images([item["image"] for item in items if isinstance(item, dict)], return_tensors="pt")
-    counts = iter((seen["image_grid_thw"].prod(-1) // 4).tolist())
-    suffix = "".join(f"<|meta_query_{number}|>" for number in range(16))
-    suffix += "".join(f"<|meta_candidate_{number}|>" for number in range(64)) if side == "candidate" else ""
-    prompts = [string(item, side, counts) + suffix for item in items]
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-    kinds = (batch["input_ids"] == model.config.image_token_id).int()
-    with torch.no_grad():
-        states = model(**batch, **seen, mm_token_type_ids=kinds).last_hidden_state
-    states = states[:, -(16 if side == "query" else 64) :]
-    if (directory / "head.safetensors").is_file():
-        states = states @ load_file(directory / "head.safetensors")["weight"].T
-    return torch.nn.functional.normalize(states, dim=-1).numpy()
 
 
 @pytest.mark.parametrize("name", ["head", "plain"])
@@ -175,7 +150,7 @@ def test_peft_applies_the_adapter_to_the_base(run, ours, tmp_path):
     with torch.no_grad():
         core.get_input_embeddings().weight[first : first + 80] = meta_tokens
     for side in ("query", "candidate"):
-        np.testing.assert_allclose(stock_vectors(tmp_path / "merged", side, core), ours["plain"][side], atol=1e-4)
+        np.testing.assert_allclose(stock_vectors(tmp_path / "merged", ITEMS, side, core), ours["plain"][side], atol=1e-4)
 
 
 def test_a_run_starts_from_the_transformers_export_with_its_meta_tokens_and_head(run, tmp_path, data_dir):

@@ -1,28 +1,18 @@
 """FLOPs in closed form against counts by hand, and against the program that JAX traces."""
 
-import importlib.util
 from pathlib import Path
 
-import jax
 import pytest
 
 from metaembed_jax.config import load_config
 from metaembed_jax.inputs.examples import ShapeClass
 from metaembed_jax.planning.flops import encode_flops, train_flops
-from metaembed_jax.planning.programs import abstract_batch
-from metaembed_jax.training.step import make_trainer, run_mesh
+from tests.planning.tracing import traced_flops
 
 ROOT = Path(__file__).parents[2]
 SMALL = str(ROOT / "tests" / "training" / "small.py")
 LORA = load_config(str(ROOT / "configs" / "7b.py"), {}).trained
 MERGER = (("meta_tokens", "full"), ("head.*", "full"), ("backbone.vision.merger_up.kernel", "full"))
-
-
-def _traced_flops():
-    spec = importlib.util.spec_from_file_location("flops", ROOT / "benchmarks" / "flops.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.traced_flops
 
 
 def test_hand_count():
@@ -63,12 +53,7 @@ def test_equals_what_jax_traces(trained, layers, microbatch, checkpoint):
     config = load_config(SMALL, {"data.negatives": "1", "microbatch_size": str(microbatch)})
     config.trained, config.checkpoint_layers = trained, checkpoint
     config.architecture.text_config.num_hidden_layers = layers
-    mesh = run_mesh(config, jax.devices()[:1])
-    trainer, batch = make_trainer(config, mesh), abstract_batch(config, mesh)
-    step = jax.jit(jax.value_and_grad(trainer.loss, has_aux=True))
-    with jax.set_mesh(mesh):
-        traced = _traced_flops()(step, trainer.abstract.parameters, trainer.abstract.frozen, batch, trainer.abstract.step)
-    assert sum(train_flops(config)) == traced
+    assert sum(train_flops(config)) == traced_flops(config)
 
 
 def test_windows_cost_less_than_whole_images():

@@ -1,0 +1,39 @@
+"""What a family brings to the tests that all families pass: `tests/backbones/<family>/record.py` holds its `RECORD`."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from metaembed_jax.backbones import FAMILIES
+
+
+class Record(NamedTuple):
+    """A small model, its items, and the reference.
+
+    Attributes:
+      write: makes a directory as transformers saves it: random weights (norms, biases and gates too), tokenizer.json and
+        preprocessor; several layers of each kind.
+      queries, candidates: items: texts, images of different shapes, both; at least eight of each.
+      tokens, patches: of a shape class that holds all of them.
+      pixels: least and most of an image, for `config.data`.
+      vectors: (directory of an export, items, side) -> unit vectors, by stock transformers from the strings of prompts and Meta
+        Tokens, all items in one left-padded batch.
+      lora: `config.trained` of the recipe.
+    """
+
+    write: Callable[[Path], None]
+    queries: Sequence
+    candidates: Sequence
+    tokens: int
+    patches: int
+    pixels: tuple[int, int]
+    vectors: Callable[[Path, Sequence, str], np.ndarray]
+    lora: Sequence[tuple[str, str]]
+
+
+def record(model_type: str) -> Record:
+    """Of a family of the registry."""
+    return importlib.import_module(f"tests.backbones.{FAMILIES[model_type]}.record").RECORD

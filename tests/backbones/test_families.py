@@ -1,0 +1,184 @@
+"""What every family does: strict loading, export to stock transformers and back, any mesh, adapters, FLOPs, the TPU's compiler."""
+
+import re
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+
+from metaembed_jax.backbones import FAMILIES, family
+from metaembed_jax.checkpoints.export import export
+from metaembed_jax.checkpoints.huggingface import read_backbone
+from metaembed_jax.checkpoints.loading import base_architecture, run_processor
+from metaembed_jax.checkpoints.runs import RunCheckpoints
+from metaembed_jax.config import default_config, model_config
+from metaembed_jax.data.pipeline import training_batches
+from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.examples import ShapeClass
+from metaembed_jax.model import MetaEmbed, as_item
+from metaembed_jax.planning.compiling import compile_program
+from metaembed_jax.planning.flops import train_flops
+from metaembed_jax.sharding import make_mesh
+from metaembed_jax.training.start import find_start, initial_state
+from metaembed_jax.training.step import make_trainer, put_batch
+from tests.backbones.families import record
+from tests.planning.tracing import traced_flops
+
+ROWS = 8  # of a batch
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    """The family, its record, and the directory of its small model."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    found, directory = record(request.param), tmp_path_factory.mktemp(request.param) / "model"
+    found.write(directory)
+    return SimpleNamespace(family=family(request.param), record=found, directory=directory)
+
+
+@pytest.fixture(scope="module")
+def ours(case):
+    """The vectors of its items, with fresh Meta Tokens."""
+    return vectors(case, case.directory)
+
+
+def vectors(case, directory):
+    model = MetaEmbed.from_pretrained(directory, dtype="float32", mesh=make_mesh(devices=jax.devices()[:1]))
+    queries = model.encode_query(case.record.queries, batch_size=ROWS)
+    return {"query": queries, "candidate": model.encode_document(case.record.candidates, batch_size=ROWS)}
+
+
+def assert_same(found, expected, tolerance):
+    for side in ("query", "candidate"):
+        np.testing.assert_allclose(found[side], expected[side], atol=tolerance)
+
+
+def tensors(directory):
+    return {key: tensor for file in sorted(directory.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+def test_every_tensor_must_be_there_and_no_other(case, tmp_path):
+    _, architecture, _ = base_architecture(case.directory)
+    whole = tensors(case.directory)
+
+    def read(changed):
+        save_file(changed, tmp_path / "model.safetensors")
+        return read_backbone(tmp_path, case.family, architecture, {})
+
+    read(whole)
+    kinds = {re.sub(r"\.\d+\.", ".{}.", key): key for key in whole}  # one tensor of each
+    used = sorted(key for key in kinds.values() if case.family.canonical_key(key) not in case.family.UNUSED_KEYS)
+    for key in used[::4]:
+        with pytest.raises(UserError, match=re.escape(case.family.canonical_key(key))):
+            read({name: tensor for name, tensor in whole.items() if name != key})
+        with pytest.raises(UserError, match=rf"{re.escape(key)} has shape .* config.json asks for"):
+            read(whole | {key: whole[key][..., None]})
+    with pytest.raises(UserError, match="some.other.weight of shape .* is no tensor of this model"):
+        read(whole | {"some.other.weight": np.ones(3, np.float32)})
+
+
+def test_names_of_tensors_and_back(case):
+    for source in case.family.KEYS.values():
+        assert case.family.canonical_key(case.family.stored_key(source.key)) == source.key
+
+
+def test_stock_transformers_computes_the_vectors_of_an_export(case, ours, tmp_path):
+    export(case.directory, tmp_path / "one", "transformers")
+    items = {"query": case.record.queries, "candidate": case.record.candidates}
+    assert_same({side: case.record.vectors(tmp_path / "one", items[side], side) for side in items}, ours, 1e-4)
+
+    assert_same(vectors(case, tmp_path / "one"), ours, 1e-5)
+    export(tmp_path / "one", tmp_path / "two", "transformers")
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one.keys() == two.keys() and all(np.array_equal(one[key], two[key]) for key in one)
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_the_model_card_says_how_to_compute_them(case, tmp_path):
+    export(case.directory, tmp_path / "out", "transformers")
+    card = (tmp_path / "out" / "README.md").read_text()
+    program = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    known = {"DIRECTORY": str(tmp_path / "out")}
+    exec(program, known)
+    model = MetaEmbed.from_pretrained(tmp_path / "out", dtype="float32")
+    np.testing.assert_allclose(known["vectors"].detach().numpy(), model.encode_query(["a red car"]), atol=1e-4)
+
+
+def test_sentence_transformers_computes_them_or_is_refused(case, ours, tmp_path):
+    if case.family.SENTENCE_TRANSFORMERS is None:
+        with pytest.raises(UserError, match=f"there is no module for {case.family.TITLE} models; use --format=transformers"):
+            export(case.directory, tmp_path / "out", "sentence-transformers")
+        return
+    module = pytest.importorskip("sentence_transformers")
+    export(case.directory, tmp_path / "out", "sentence-transformers")
+    model = module.MultiVectorEncoder(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
+    queries, documents = model.encode_query(list(case.record.queries)), model.encode_document(list(case.record.candidates))
+    assert_same({"query": np.stack(queries), "candidate": np.stack(documents)}, ours, 1e-4)
+
+
+def test_eight_devices_give_what_one_gives(case, ours):
+    """Texts and images in one batch."""
+    model = MetaEmbed.from_pretrained(case.directory, dtype="float32", mesh=make_mesh(2, 2, 2))
+    examples = [model.processor.candidate(as_item(item)) for item in case.record.candidates]
+    shape, rows = ShapeClass(case.record.tokens, case.record.patches), 4 * -(-len(examples) // 4)
+    found = model._encode_batch(examples, shape, "candidate", 64, rows)[: len(examples)]
+    np.testing.assert_allclose(found, ours["candidate"], atol=1e-5)
+
+
+def training_config(case, patches):
+    """Adapters on the small model; queries are texts, candidates both."""
+    config, found = default_config(), case.record
+    config.init_from, config.dtype, config.trained = str(case.directory), "float32", found.lora
+    config.lora.rank, config.lora.dropout = 4, 0.0
+    config.data.sources = (("noise", 1.0, 0),)
+    config.data.query_shapes, config.data.candidate_shapes = ((found.tokens, 0),), ((found.tokens, patches),)
+    config.data.min_pixels, config.data.max_pixels = found.pixels
+    config.batch_size, config.microbatch_size, config.steps = 8, 8, 3
+    config.optimizer.warmup_steps, config.optimizer.learning_rate, config.temperature = 0, 1e-4, 0.15
+    return config
+
+
+def test_three_steps_train_every_adapter_and_nothing_else(case, tmp_path):
+    config, found = training_config(case, case.record.patches), case.record
+    start, trainer = find_start(config), make_trainer(config, make_mesh(devices=jax.devices()[:1]))
+    checkpoints = RunCheckpoints(tmp_path)
+    state = initial_state(config, trainer, checkpoints, start)
+    checkpoints.close()
+    frozen = jax.device_get(state.frozen)
+    candidates = map(as_item, found.candidates)
+    records = [{"query": {"text": f"number {number}"}, "positive": item} for number, item in enumerate(candidates)]
+    processor = run_processor(config, start.tokenizer)
+    dataset, losses = training_batches(config, model_config(config).architecture, processor, [records]), []
+    for step in range(config.steps):
+        state, figures = trainer.step(state, put_batch(dataset[step], trainer.mesh))
+        losses.append(float(figures["loss"]))
+    assert losses[-1] < losses[0]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.frozen), frozen)
+    adapters = {path: x for path, x in flatten_dict(jax.device_get(state.parameters), sep=".").items() if path.endswith(".lora.b")}
+    assert adapters
+    for path, b in adapters.items():  # they start at zero: one that gradients do not reach stays there
+        assert np.abs(b).reshape(len(b), -1).max(axis=1).min() > 0, path
+
+
+@pytest.mark.parametrize("trained, checkpoint, microbatch", [("lora", True, 4), ("full", False, 8), ("meta_tokens", True, 8)])
+def test_flops_equal_what_jax_traces(case, trained, checkpoint, microbatch):
+    """With the least image there is: a conditional would count as its dearest branch, and there its branches cost the same."""
+    config = training_config(case, base_architecture(case.directory)[1].patch_multiple)
+    find_start(config)
+    tables = {"lora": case.record.lora, "full": (("*", "full"),), "meta_tokens": (("meta_tokens", "full"),)}
+    config.trained, config.checkpoint_layers, config.microbatch_size = tables[trained], checkpoint, microbatch
+    assert sum(train_flops(config)) == traced_flops(config)
+
+
+def test_a_tpu_compiles_its_step(case):
+    pytest.importorskip("libtpu")
+    config = training_config(case, case.record.patches)
+    find_start(config)
+    config.dtype = "bfloat16"
+    found = compile_program(config, "train", "v6e:1x1")
+    assert not found.error and found.text.startswith("HloModule")

@@ -1,0 +1,27 @@
+"""The FLOPs of a config's loss and gradient, as JAX traces them."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+
+from metaembed_jax.planning.programs import abstract_batch
+from metaembed_jax.training.step import make_trainer, run_mesh
+
+
+def traced_flops(config):
+    """Of one step, without the optimizer."""
+    mesh = run_mesh(config, jax.devices()[:1])
+    trainer, batch = make_trainer(config, mesh), abstract_batch(config, mesh)
+    step = jax.jit(jax.value_and_grad(trainer.loss, has_aux=True))
+    with jax.set_mesh(mesh):
+        return _benchmark().traced_flops(step, trainer.abstract.parameters, trainer.abstract.frozen, batch, trainer.abstract.step)
+
+
+def _benchmark():
+    """benchmarks/flops.py, which is no part of a package."""
+    file = Path(__file__).parents[2] / "benchmarks" / "flops.py"
+    spec = importlib.util.spec_from_file_location("flops", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
