@@ -1,28 +1,25 @@
 """Each part of the backbone against the module of transformers that it stands for."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tokenizers import Tokenizer
 
-from metaembed_jax.backbones import qwen3_vl
 from metaembed_jax.backbones.qwen.network import normalised, patch_angles
-from metaembed_jax.checkpoints.huggingface import read_backbone
+from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.inputs.examples import ShapeClass, collate
-from metaembed_jax.network import ModelConfig, abstract_network, abstract_parameters
+from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
 from tests.backbones.qwen2_5_vl.reference import SMALL, TALL, WIDE, Transformers
+from tests.backbones.qwen2_5_vl.test_network import TOLERANCE, layer_of, run
 from tests.backbones.qwen3_vl.reference import reference
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-TOLERANCE = dict(rtol=2e-5, atol=2e-5)
 PICTURES = [TALL, WIDE, SMALL]
 
 
@@ -31,19 +28,12 @@ class Case:
 
     def __init__(self, name, scratch):
         directory = reference(name, scratch).directory
-        preprocessor = json.loads((directory / "preprocessor_config.json").read_text())
-        config = qwen3_vl.Config.from_huggingface(json.loads((directory / "config.json").read_text()))
-        config = config.with_preprocessor(preprocessor, directory)
-        images = qwen3_vl.Images.from_preprocessor(preprocessor, config, 1024)
-        self.processor = qwen3_vl.Processor(Tokenizer.from_file(str(directory / "tokenizer.json")), images)
-        model = ModelConfig("qwen3_vl", config, dtype="float32")
-        structure, state, _ = abstract_network(model)
-        wanted = abstract_parameters(model, make_mesh(devices=jax.devices()[:1]))["backbone"]
-        parameters = nnx.to_pure_dict(state) | {"backbone": read_backbone(directory, qwen3_vl, config, wanted)}
-        self.backbone = nnx.merge(structure, parameters).backbone
+        config, parameters, processor = load(directory, "float32", make_mesh(devices=jax.devices()[:1]), 0, 1024)
+        self.backbone = nnx.merge(abstract_network(config)[0], parameters).backbone
         self.theirs = Transformers(directory)
-        self.examples = [self.processor.candidate({"image": picture}) for picture in PICTURES]
-        self.batch = collate(self.examples, ShapeClass(64, max(example.patches for example in self.examples)), config.layout)
+        examples = [processor.candidate({"image": picture}) for picture in PICTURES]
+        shape = ShapeClass(64, max(example.patches for example in examples))
+        self.batch = collate(examples, shape, config.architecture.layout)
         self.seen = self.theirs.images(PICTURES, return_tensors="pt")
         self.visual = self.theirs.model.model.visual
 
@@ -61,16 +51,6 @@ class Case:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     return Case("grouped", tmp_path_factory.mktemp("references"))
-
-
-def layer_of(stack, number):
-    graph, state = nnx.split(stack)
-    return nnx.merge(graph, jax.tree.map(lambda x: x[number], state))
-
-
-def run(module, *arguments, **keywords):
-    with torch.no_grad():
-        return module(*(torch.tensor(np.asarray(x)) for x in arguments), **keywords)
 
 
 def test_images_equal_the_pillow_processor(case):
@@ -119,12 +99,11 @@ def test_vision_block(case):
     vision_utils = pytest.importorskip("transformers.vision_utils")
     vision = case.visual.config
     lengths = vision_utils.get_vision_cu_seqlens(case.seen["image_grid_thw"])
-    x_BPD, kept_NBPD = case.noise(*case.batch["patch_mask"].shape, vision.hidden_size), jnp.zeros((3, 1, 1, 1))
-    kept_NBPD = jnp.broadcast_to(kept_NBPD, (3, *x_BPD.shape))
+    x_BPD = case.noise(*case.batch["patch_mask"].shape, vision.hidden_size)
     angles = patch_angles(case.batch["patch_positions"], vision.hidden_size // vision.num_heads)
     number = 2
     block = jax.jit(layer_of(case.backbone.vision.blocks, number))
-    ours, kept_NBPD = block((x_BPD, kept_NBPD), 1, case.batch["patch_mask"], *angles)
+    ours, kept_NBPD = block((x_BPD, jnp.zeros((3, *x_BPD.shape))), 1, case.batch["patch_mask"], *angles)
     flat_angles = tuple(torch.tensor(case.flat(angle)) for angle in angles)
     theirs = run(case.visual.blocks[number], case.flat(x_BPD), cu_seqlens=lengths, position_embeddings=flat_angles)
     np.testing.assert_allclose(case.flat(ours), theirs, **TOLERANCE)
@@ -187,7 +166,6 @@ def test_decoder_layer(case, keep):
     )
     kept = mask_BS[:, -keep:]
     np.testing.assert_allclose(np.asarray(ours)[kept], theirs.numpy()[:, -keep:][kept], **TOLERANCE)
-    if not keep:
-        for number, feature in enumerate((*features_NBSD, 0)):
-            added = layer(x_BSD, number, mask_BS, *angles, features_NBSD)
-            np.testing.assert_allclose(added, ours + feature, **TOLERANCE)
+    for number, feature_BSD in enumerate((*features_NBSD, np.zeros_like(x_BSD))):
+        added = layer(x_BSD, number, mask_BS, *angles, features_NBSD)
+        np.testing.assert_allclose(added, ours + feature_BSD[:, -keep:], **TOLERANCE)
