@@ -36,6 +36,11 @@ def linear(path: str, key: str, *, bias: bool) -> dict[str, Source]:
     return table | ({f"{path}.bias": same(f"{key}.bias")} if bias else {})
 
 
+def norm(path: str, key: str) -> dict[str, Source]:
+    """A `LayerNorm`."""
+    return {f"{path}.scale": same(f"{key}.weight"), f"{path}.bias": same(f"{key}.bias")}
+
+
 def fused_linears(paths: tuple[str, ...], key: str) -> dict[str, Source]:
     """Equally wide `Linear`s with biases, whose outputs lie behind each other in one tensor."""
     count, table = len(paths), {}
