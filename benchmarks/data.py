@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from metaembed_jax.backbones import qwen2_5_vl
-from metaembed_jax.backbones.qwen2_5_vl.images import patchify
+from metaembed_jax.backbones.qwen.images import patchify
 from metaembed_jax.config import default_config, load_config, model_config
 from metaembed_jax.data import tokenizer
 from metaembed_jax.data.pipeline import iterate, training_batches

@@ -24,8 +24,8 @@ from PIL import Image
 from qwen2_5_vl_torch import TorchTrainer, write_checkpoint
 
 from metaembed_jax.backbones import qwen2_5_vl
-from metaembed_jax.backbones.qwen2_5_vl.images import patchify
-from metaembed_jax.backbones.qwen2_5_vl.inputs import rope_positions
+from metaembed_jax.backbones.qwen.images import patchify
+from metaembed_jax.backbones.qwen.inputs import rope_positions
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.config import default_config, model_config
 from metaembed_jax.inputs.examples import Example, ShapeClass, collate

@@ -16,9 +16,12 @@ RELEASES = [
     ("3b", "v6e:1x1"),
     ("7b", "v5e:8x8"),
     ("7b", "v5p:2x2x2"),
+    ("qwen3_vl_2b", "v5e:2x4"),
+    ("qwen3_vl_8b", "v5e:8x8"),
     ("32b", "v5p:4x4x4"),
     ("32b", "v6e:8x8"),
     ("paligemma_3b", "v5e:2x4"),
+    ("llama_vision_11b", "v5p:2x2x2"),
 ]
 
 

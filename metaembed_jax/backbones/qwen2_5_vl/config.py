@@ -1,11 +1,10 @@
 """The architecture of Qwen2.5-VL (arXiv 2502.13923), from a checkpoint's config.json and back."""
 
 import dataclasses
-from pathlib import Path
 
-from metaembed_jax.backbones.fields import check_depth, check_sizes, free, normalisation, part, pick, require
+from metaembed_jax.backbones.fields import free, part, pick, require
+from metaembed_jax.backbones.qwen.config import QwenConfig, token_fields
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.examples import ArraySpec, Layout
 
 TITLE = "Qwen2.5-VL"
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -48,35 +47,19 @@ class TextConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
 
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(QwenConfig):
     """Everything that fixes the architecture."""
 
+    title = TITLE
     text_config: TextConfig
     vision_config: VisionConfig
-
-    @property
-    def width(self) -> int:
-        """Of the states of the language model."""
-        return self.text_config.hidden_size
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the embedding table."""
-        return self.text_config.vocab_size
-
-    @property
-    def layout(self) -> Layout:
-        """The arrays of a batch; see `inputs` for what they hold."""
-        return Layout(
-            tokens={"positions": ArraySpec((3,), "int32"), "visual_index": ArraySpec((), "int32", fill=-1)},
-            patches={
-                "patches": ArraySpec((3 * self.vision_config.patch_size**2,), "uint8"),
-                "patch_positions": ArraySpec((2,), "int32"),
-                "patch_mask": ArraySpec((), "bool"),
-            },
-        )
 
     @property
     def patch_multiple(self) -> int:
@@ -108,20 +91,6 @@ class Config:
         chosen.check()
         return chosen
 
-    def with_preprocessor(self, preprocessor: dict, place: Path) -> "Config":
-        """With the mean and standard deviation of pixels that a preprocessor_config.json has.
-
-        Raises:
-          UserError: they are none, or its patches are others than this model's; names `place`.
-        """
-        check_sizes({key: preprocessor.get(key) for key in ("patch_size", "merge_size")})
-        vision = self.vision_config
-        ours = (preprocessor.get("patch_size") or 14, preprocessor.get("merge_size") or 2)
-        if ours != (theirs := (vision.patch_size, vision.spatial_merge_size)):
-            raise UserError(f"{place}: patch and merge sizes are {ours} in preprocessor_config.json and {theirs} in config.json")
-        vision = dataclasses.replace(vision, **normalisation(preprocessor, place, TITLE))
-        return dataclasses.replace(self, vision_config=vision)
-
     def to_huggingface(self, vocabulary: int, token_ids: dict[str, int]) -> dict:
         """The content of config.json; the way back from `from_huggingface`.
 
@@ -140,10 +109,7 @@ class Config:
             "architectures": ["Qwen2_5_VLModel"],
             "text_config": text | {"rope_parameters": rope},
             "vision_config": vision,
-            "image_token_id": token_ids["<|image_pad|>"],
-            "video_token_id": token_ids.get("<|video_pad|>", vocabulary),  # none: a number that no token has
-            "vision_start_token_id": token_ids["<|vision_start|>"],
-            "vision_end_token_id": token_ids["<|vision_end|>"],
+            **token_fields(token_ids, vocabulary),
         }
 
     def check(self) -> None:
@@ -152,19 +118,8 @@ class Config:
         Raises:
           UserError: names the fields and their values.
         """
-        text, vision = self.text_config, self.vision_config
-        check_depth(text.num_hidden_layers, vision.depth)
-        half_head, rest = divmod(text.hidden_size, 2 * text.num_attention_heads)
-        if rest or text.num_attention_heads % text.num_key_value_heads:
-            heads = f"{text.num_attention_heads} attention heads and {text.num_key_value_heads} key-value heads"
+        text = self.text_config
+        if text.hidden_size % text.num_attention_heads:
+            heads = f"{text.num_attention_heads} attention heads"
             raise UserError(f"text_config: a hidden_size of {text.hidden_size} cannot be split over {heads}")
-        if len(text.mrope_section) != 3 or sum(text.mrope_section) != half_head:
-            wanted = f"three numbers that add up to half a head's width, {half_head}"
-            raise UserError(f"text_config: mrope_section {text.mrope_section} must be {wanted}")
-        if vision.hidden_size % (4 * vision.num_heads):
-            heads = f"{vision.num_heads} heads, each a multiple of 4 wide"
-            raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {heads}")
-        if vision.out_hidden_size != text.hidden_size:
-            raise UserError(
-                f"vision_config: out_hidden_size {vision.out_hidden_size} is not the text's hidden_size, {text.hidden_size}"
-            )
+        super().check()

@@ -10,6 +10,7 @@ Patches come from the host ordered by window, every window padded to its full si
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -18,14 +19,13 @@ from metaembed_jax.backbones.layers import (
     GatedMLP,
     Linear,
     RMSNorm,
-    inverse_frequencies,
-    param,
-    read_last,
     rotate,
     scan_layers,
     split_heads,
 )
-from metaembed_jax.backbones.qwen2_5_vl.config import Config, TextConfig, VisionConfig
+from metaembed_jax.backbones.qwen import network
+from metaembed_jax.backbones.qwen.network import normalised, patch_angles
+from metaembed_jax.backbones.qwen2_5_vl.config import TextConfig, VisionConfig
 from metaembed_jax.sharding import constrain
 
 
@@ -88,26 +88,15 @@ class VisionTower(nnx.Module):
     ) -> Float[Array, "B U D"]:
         """The units in window order; those of padding hold finite numbers that nothing reads."""
         x_BPD = self.embed_patches(patches_BPX, dtype)
-        cos, sin = self.rotary(positions_BP2)
+        cos, sin = patch_angles(positions_BP2, self.config.hidden_size // self.config.num_heads)
         full = jnp.isin(jnp.arange(self.config.depth), jnp.asarray(self.config.fullatt_block_indexes, jnp.int32))
         x_BPD = scan_layers(self.blocks, x_BPD, full, mask_BP, cos, sin, checkpoint=checkpoint, unroll=unroll)
         return self.merge(x_BPD)
 
     def embed_patches(self, patches_BPX: UInt8[Array, "B P X"], dtype) -> Float[Array, "B P D"]:
         """uint8 pixels to normalised floats, then the patch kernel (the temporal kernel, summed over two equal frames)."""
-        pixels = patches_BPX.astype(jnp.float32).reshape(*patches_BPX.shape[:2], 3, -1) / 255.0
-        mean, std = (jnp.asarray(values, jnp.float32)[:, None] for values in (self.config.image_mean, self.config.image_std))
-        return constrain(
-            self.patch_embedding(((pixels - mean) / std).reshape(patches_BPX.shape).astype(dtype)), "batch", None, None
-        )
-
-    def rotary(self, positions_BP2: Int[Array, "B P 2"]) -> tuple[Float[Array, "B P K"], Float[Array, "B P K"]]:
-        """Half of the angles turn with the row of a patch, half with its column."""
-        half = self.config.hidden_size // self.config.num_heads // 2
-        angles = positions_BP2[..., None].astype(jnp.float32) * inverse_frequencies(half, 10000.0)
-        angles = angles.reshape(*positions_BP2.shape[:2], half)
-        angles = jnp.concatenate([angles, angles], axis=-1)
-        return jnp.cos(angles), jnp.sin(angles)
+        pixels = normalised(patches_BPX, self.config.image_mean, self.config.image_std)
+        return constrain(self.patch_embedding(pixels.astype(dtype)), "batch", None, None)
 
     def merge(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B U D"]:
         """Each 2x2 block of patches becomes one unit of the language model's width."""
@@ -121,9 +110,8 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, layers: int):
         width = config.hidden_size
-        head_width = width // config.num_attention_heads
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
-        key_value_width = self.key_value_heads * head_width
+        key_value_width = self.key_value_heads * config.head_dim
         self.input_norm = RMSNorm(width, epsilon=config.rms_norm_eps, rngs=rngs, layers=layers)
         self.mlp_norm = RMSNorm(width, epsilon=config.rms_norm_eps, rngs=rngs, layers=layers)
         self.query = Linear(width, width, axes=("embed", "heads"), bias=True, rngs=rngs, layers=layers)
@@ -144,68 +132,12 @@ class DecoderLayer(nnx.Module):
         return constrain(x_BSD + self.mlp(self.mlp_norm(x_BSD)), "batch", None, None)
 
 
-class Backbone(nnx.Module):
-    """Vision tower and language model; what it returns are the last hidden states of the rows appended to each prompt."""
+class Backbone(network.Backbone):
+    """Qwen-VL's backbone."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.config = config
-        text = config.text_config
-        self.vision = VisionTower(config.vision_config, rngs=rngs)
-        self.embedding = param(rngs, jax.nn.initializers.normal(0.02), (text.vocab_size, text.hidden_size), ("vocabulary", "embed"))
-        self.layers = DecoderLayer(text, rngs=rngs, layers=text.num_hidden_layers)
-        self.final_norm = RMSNorm(text.hidden_size, epsilon=text.rms_norm_eps, rngs=rngs)
+    tower, layer = VisionTower, DecoderLayer
 
-    @property
-    def width(self) -> int:
-        """The hidden size D."""
-        return self.config.width
-
-    def __call__(
-        self, batch: dict[str, Array], suffix_RD: Float[Array, "R D"], *, keep: int, dtype, checkpoint: bool, unroll: int
-    ) -> Float[Array, "B keep D"]:
-        """Last-layer states, after the final norm, of the last `keep` of the rows `suffix_RD` appended to every prompt.
-
-        Args:
-          batch: `tokens` [B, S], `positions` [B, 3, S], `mask` [B, S], `visual_index` [B, S], left-padded; with images also
-            `patches` [B, P, X] uint8, `patch_positions` [B, P, 2], `patch_mask` [B, P].
-          suffix_RD: rows that stand in the embedding table's place after the prompt.
-          dtype: of activations and matmuls.
-          checkpoint, unroll: as in `scan_layers`.
-        """
-        x_BSD = self.embed(batch, dtype, checkpoint, unroll)
-        B, R = x_BSD.shape[0], suffix_RD.shape[0]
-        suffix_BRD = jnp.broadcast_to(suffix_RD.astype(dtype), (B, *suffix_RD.shape))
-        x_BSD = constrain(jnp.concatenate([x_BSD, suffix_BRD], axis=1), "batch", None, None)
-        mask_BS = jnp.pad(batch["mask"], ((0, 0), (0, R)), constant_values=True)
-        cos, sin = self.rotary(extend_positions(batch["positions"], R))
-        with jax.named_scope("language"):
-            x_BSD = read_last(self.layers, x_BSD, None, mask_BS, cos, sin, keep=keep, checkpoint=checkpoint, unroll=unroll)
-            return self.final_norm(x_BSD)
-
-    def embed(self, batch: dict[str, Array], dtype, checkpoint: bool, unroll: int) -> Float[Array, "B S D"]:
-        """Rows of the vocabulary, with the units of the image where `visual_index` points at one."""
-        x_BSD = jnp.take(self.embedding[...].astype(dtype), batch["tokens"], axis=0)
-        if "patches" not in batch:
-            return x_BSD
-        patches = (batch["patches"], batch["patch_positions"], batch["patch_mask"])
-        with jax.named_scope("vision"):
-            units_BUD = self.vision(*patches, dtype=dtype, checkpoint=checkpoint, unroll=unroll)
-        index_BS = batch["visual_index"]
-        placed_BSD = jnp.take_along_axis(units_BUD, jnp.maximum(index_BS, 0)[..., None], axis=1)
-        return jnp.where(index_BS[..., None] >= 0, placed_BSD, x_BSD)
-
-    def rotary(self, positions_B3S: Int[Array, "B 3 S"]) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
-        """M-RoPE: consecutive sections of the frequencies turn with time, row and column."""
-        text = self.config.text_config
-        frequencies = inverse_frequencies(text.hidden_size // text.num_attention_heads, text.rope_theta)
-        axis = jnp.repeat(jnp.arange(3), jnp.asarray(text.mrope_section), total_repeat_length=frequencies.shape[0])
-        angles = jnp.take(positions_B3S, axis, axis=1).swapaxes(1, 2).astype(jnp.float32) * frequencies
-        angles = jnp.concatenate([angles, angles], axis=-1)
-        return jnp.cos(angles), jnp.sin(angles)
-
-
-def extend_positions(positions_B3S: Int[Array, "B 3 S"], rows: int) -> Int[Array, "B 3 S+rows"]:
-    """Appended rows count on as text: one past the largest position of the prompt, alike on all three axes."""
-    start_B11 = positions_B3S.max(axis=(1, 2), keepdims=True) + 1
-    suffix = jnp.broadcast_to(start_B11 + jnp.arange(rows), (positions_B3S.shape[0], 3, rows))
-    return jnp.concatenate([positions_B3S, suffix], axis=-1)
+    @staticmethod
+    def mrope_axes(sections: tuple[int, int, int]) -> Int[np.ndarray, "K/2"]:
+        """Consecutive sections of the frequencies turn with time, row and column."""
+        return np.repeat(np.arange(3), sections)

@@ -1,4 +1,4 @@
-"""What transformers computes for random Qwen2.5-VL checkpoints, written from the method's description alone.
+"""What transformers computes for random checkpoints of a Qwen-VL family, written from the method's description alone.
 
 torch does not exist for every Python that the package supports. With METAEMBED_REFERENCES=FOLDER, checkpoints and vectors are
 written there by a run that has torch, and read from there by one that has not.
@@ -39,7 +39,7 @@ def configuration(*, heads, sections, width, layers, depth, full, tied, window=1
         depth=depth, hidden_size=vision_width, num_heads=vision_heads, intermediate_size=56, out_hidden_size=width,
         fullatt_block_indexes=list(full), window_size=window,
     )  # fmt: skip
-    return dict(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    return dict(model_type="qwen2_5_vl", text_config=text, vision_config=vision, tie_word_embeddings=tied)
 
 
 CONFIGURATIONS = {
@@ -86,14 +86,14 @@ def write_tokenizer(directory: Path) -> None:
 def write_checkpoint(directory: Path, configuration: dict) -> None:
     """A directory as `save_pretrained` leaves it. Norms and biases are random too: at ones and zeros they hide faults."""
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     directory.mkdir(parents=True, exist_ok=True)
     write_tokenizer(directory)
     ids = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
-    model = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model(
             **configuration,
             image_token_id=ids["<|image_pad|>"],
             video_token_id=ids["<|video_pad|>"],
@@ -107,25 +107,25 @@ def write_checkpoint(directory: Path, configuration: dict) -> None:
             values = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
                 values = 0.4 * values + (0.0 if name.endswith("bias") else 1.0)
-            elif "embed_tokens" not in name:
+            elif "embed_tokens" not in name and "pos_embed" not in name:
                 values = values / parameter[0].numel() ** 0.5
             parameter.copy_(values)
     # Several shards with an index, or one file.
     model.save_pretrained(directory, max_shard_size="5GB" if configuration["tie_word_embeddings"] else "200KB")
     mean, std = [0.4, 0.5, 0.55], [0.2, 0.3, 0.25]
-    Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 4 * 784, "longest_edge": 64 * 784}, image_mean=mean, image_std=std
-    ).save_pretrained(directory)
+    patch = model.config.vision_config.patch_size
+    size = {"shortest_edge": 4 * (2 * patch) ** 2, "longest_edge": 64 * (2 * patch) ** 2}
+    Qwen2VLImageProcessorPil(size=size, patch_size=patch, image_mean=mean, image_std=std).save_pretrained(directory)
 
 
 class Transformers:
     """A checkpoint in transformers, with rows of Meta Tokens put in by a hook on its embedding layer."""
 
     def __init__(self, directory: Path):
-        from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype="float32").eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(directory, dtype="float32").eval()
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
         self.images = Qwen2VLImageProcessorPil.from_pretrained(directory)
 
@@ -166,16 +166,17 @@ def string(item, side: str, counts) -> str:
     return f"<|im_start|>user\n{visual}{prefix}{item.get('text', 'Describe the image.')}<|im_end|><|endoftext|>{suffix}"
 
 
-def reference(name: str, scratch: Path) -> SimpleNamespace:
+def reference(name: str, scratch: Path, configurations: dict = CONFIGURATIONS) -> SimpleNamespace:
     """The directory of a checkpoint, Meta Tokens, and the vectors of QUERIES and CANDIDATES with them."""
-    directory = Path(os.environ.get("METAEMBED_REFERENCES", scratch)) / name
+    configuration = configurations[name]
+    directory = Path(os.environ.get("METAEMBED_REFERENCES", scratch)) / configuration["model_type"] / name
     record = directory / "vectors.npz"  # written last
     if not record.is_file():
         if not HAS_TORCH:
             pytest.skip("needs torch and transformers, or METAEMBED_REFERENCES with what a run with them wrote")
-        write_checkpoint(directory, CONFIGURATIONS[name])
+        write_checkpoint(directory, configuration)
         model = Transformers(directory)
-        width = CONFIGURATIONS[name]["text_config"]["hidden_size"]
+        width = configuration["text_config"]["hidden_size"]
         meta_tokens = np.random.default_rng(7).normal(size=(80, width)).astype(np.float32)
         vectors = {side: model.vectors(items, side, meta_tokens) for side, items in (("query", QUERIES), ("candidate", CANDIDATES))}
         np.savez(directory / "vectors.tmp.npz", meta_tokens=meta_tokens, **vectors)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from metaembed_jax.backbones.qwen.images import patchify, smart_resize
 from metaembed_jax.backbones.qwen2_5_vl import Config, Images
-from metaembed_jax.backbones.qwen2_5_vl.images import patchify, smart_resize, window_layout
 from metaembed_jax.errors import UserError
 from tests.backbones.qwen2_5_vl.reference import CONFIGURATIONS
 
@@ -68,7 +68,7 @@ def test_smart_resize_equals_transformers(height, width, smallest, more):
 def test_windows_hold_every_unit_once_and_its_own_neighbours(rows, columns, window_size):
     config = Images(1, 10**6, window_size=window_size)
     side = window_size // 28
-    layout = window_layout(rows, columns, config)
+    layout = config.order(rows, columns)
     assert sorted(layout[layout >= 0]) == list(range(rows * columns))
     windows = layout.reshape(-1, side * side)
     assert len(windows) == -(-rows // side) * -(-columns // side)
@@ -85,7 +85,7 @@ def test_window_order_is_that_of_transformers_without_the_padding(rows, columns)
     torch = pytest.importorskip("torch")
     vision = pytest.importorskip("transformers.vision_utils")
     index, bounds = vision.get_vision_window_index(torch.tensor([[1, 2 * rows, 2 * columns]]), 2, 112, 14)
-    layout = window_layout(rows, columns, CONFIG)
+    layout = CONFIG.order(rows, columns)
     np.testing.assert_array_equal(layout[layout >= 0], index.numpy())
     filled = (layout.reshape(-1, 16) >= 0).sum(axis=1) * 4
     np.testing.assert_array_equal(np.cumsum(filled), torch.unique_consecutive(torch.as_tensor(bounds))[1:].numpy())

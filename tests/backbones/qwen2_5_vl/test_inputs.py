@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from metaembed_jax.backbones.qwen.images import patchify
 from metaembed_jax.backbones.qwen2_5_vl import SPECIAL_TOKENS, Config, Images, Processor
-from metaembed_jax.backbones.qwen2_5_vl.images import patchify
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import ShapeClass, collate
 from tests.backbones.qwen2_5_vl.reference import CONFIGURATIONS

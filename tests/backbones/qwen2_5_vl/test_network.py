@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metaembed_jax.backbones.qwen2_5_vl.images import patchify
-from metaembed_jax.backbones.qwen2_5_vl.network import extend_positions
+from metaembed_jax.backbones.qwen.images import patchify
+from metaembed_jax.backbones.qwen.network import extend_positions, patch_angles
 from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.inputs.examples import ShapeClass, collate
 from metaembed_jax.network import abstract_network
@@ -35,6 +35,8 @@ class Case:
         self.rasters = [patchify(picture, self.processor.images).raster for picture in PICTURES]
         shape = ShapeClass(64, max(example.patches for example in self.examples))
         self.batch = collate(self.examples, shape, config.architecture.layout)
+        vision = config.architecture.vision_config
+        self.vision_head = vision.hidden_size // vision.num_heads
         self.seen = self.theirs.images(PICTURES, return_tensors="pt")
 
     def in_raster_order(self, values_BPD):
@@ -79,7 +81,7 @@ def test_vision_rotary_angles(case):
     vision_utils = pytest.importorskip("transformers.vision_utils")
     positions = vision_utils.get_vision_position_ids(case.seen["image_grid_thw"], 2)
     expected = run(case.theirs.model.model.visual.rotary_pos_emb, case.seen["pixel_values"], positions)
-    for ours, theirs in zip(case.backbone.vision.rotary(case.batch["patch_positions"]), expected, strict=True):
+    for ours, theirs in zip(patch_angles(case.batch["patch_positions"], case.vision_head), expected, strict=True):
         np.testing.assert_allclose(case.in_raster_order(ours), theirs, **TOLERANCE)
 
 
@@ -92,7 +94,7 @@ def test_vision_block(case, full):
     else:
         lengths = torch.unique_consecutive(vision_utils.get_vision_window_index(grid, 2, visual.window_size, 14)[1])
     x_BPD = case.noise(*case.batch["patch_mask"].shape, visual.config.hidden_size)
-    angles = case.backbone.vision.rotary(case.batch["patch_positions"])
+    angles = patch_angles(case.batch["patch_positions"], case.vision_head)
     number = 2
     ours = jax.jit(layer_of(case.backbone.vision.blocks, number))(x_BPD, full, case.batch["patch_mask"], *angles)
     flat_angles = tuple(torch.tensor(case.in_window_order(angle)) for angle in angles)

@@ -1,4 +1,4 @@
-"""What an export of a Qwen2.5-VL says to its users, and the code that it ships."""
+"""What an export of a Qwen-VL says to its users, and the code that it ships."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""MetaEmbed for sentence-transformers: prompts, Meta Tokens and their read-out, around a stock Qwen2.5-VL.
+"""MetaEmbed for sentence-transformers: prompts, Meta Tokens and their read-out, around a stock Qwen-VL.
 
     from sentence_transformers import MultiVectorEncoder
     model = MultiVectorEncoder(DIRECTORY, trust_remote_code=True)

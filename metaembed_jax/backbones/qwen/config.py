@@ -1,0 +1,83 @@
+"""What the configs of the Qwen-VL families share."""
+
+import dataclasses
+from pathlib import Path
+from typing import ClassVar, Self
+
+from metaembed_jax.backbones.fields import check_depth, check_sizes, normalisation
+from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.examples import ArraySpec, Layout
+
+
+class QwenConfig:
+    """A base for frozen dataclasses with a `text_config` and a `vision_config`; `title` is the family's name."""
+
+    title: ClassVar[str]
+
+    @property
+    def width(self) -> int:
+        """Of the states of the language model."""
+        return self.text_config.hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding table."""
+        return self.text_config.vocab_size
+
+    @property
+    def layout(self) -> Layout:
+        """The arrays of a batch; see `inputs` for what they hold."""
+        return Layout(
+            tokens={"positions": ArraySpec((3,), "int32"), "visual_index": ArraySpec((), "int32", fill=-1)},
+            patches={
+                "patches": ArraySpec((3 * self.vision_config.patch_size**2,), "uint8"),
+                "patch_positions": ArraySpec((2,), "int32"),
+                "patch_mask": ArraySpec((), "bool"),
+            },
+        )
+
+    def with_preprocessor(self, preprocessor: dict, place: Path) -> Self:
+        """With the mean and standard deviation of pixels that a preprocessor_config.json has.
+
+        Raises:
+          UserError: they are none, or its patches are others than this model's; names `place`.
+        """
+        check_sizes({key: preprocessor.get(key) for key in ("patch_size", "merge_size")})
+        vision = self.vision_config
+        ours = (preprocessor.get("patch_size") or 14, preprocessor.get("merge_size") or 2)  # of transformers' class, if it has none
+        if ours != (theirs := (vision.patch_size, vision.spatial_merge_size)):
+            raise UserError(f"{place}: patch and merge sizes are {ours} in preprocessor_config.json and {theirs} in config.json")
+        vision = dataclasses.replace(vision, **normalisation(preprocessor, place, self.title))
+        return dataclasses.replace(self, vision_config=vision)
+
+    def check(self) -> None:
+        """Refuses sizes that do not fit each other.
+
+        Raises:
+          UserError: names the fields and their values.
+        """
+        text, vision = self.text_config, self.vision_config
+        check_depth(text.num_hidden_layers, vision.depth)
+        if text.num_attention_heads % text.num_key_value_heads:
+            heads = f"{text.num_key_value_heads} key-value heads"
+            raise UserError(f"text_config: {text.num_attention_heads} attention heads cannot share {heads}")
+        if len(text.mrope_section) != 3 or 2 * sum(text.mrope_section) != text.head_dim:
+            wanted = f"three numbers that add up to half a head's width, {text.head_dim}"
+            raise UserError(f"text_config: mrope_section {text.mrope_section} must be {wanted}")
+        if vision.hidden_size % (4 * vision.num_heads):
+            heads = f"{vision.num_heads} heads, each a multiple of 4 wide"
+            raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {heads}")
+        if vision.out_hidden_size != text.hidden_size:
+            raise UserError(
+                f"vision_config: out_hidden_size {vision.out_hidden_size} is not the text's hidden_size, {text.hidden_size}"
+            )
+
+
+def token_fields(token_ids: dict[str, int], vocabulary: int) -> dict[str, int]:
+    """The fields of a config.json that say which tokens stand for what is seen."""
+    return {
+        "image_token_id": token_ids["<|image_pad|>"],
+        "video_token_id": token_ids.get("<|video_pad|>", vocabulary),  # none: a number that no token has
+        "vision_start_token_id": token_ids["<|vision_start|>"],
+        "vision_end_token_id": token_ids["<|vision_end|>"],
+    }

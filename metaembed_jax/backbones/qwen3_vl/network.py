@@ -1,0 +1,191 @@
+"""Qwen3-VL (arXiv 2511.21631), dense. Correct is what transformers' `modeling_qwen3_vl.py` computes from the same checkpoint.
+
+B batch, S prompt tokens, R appended rows, P patches, U units (merged 2x2 patches), N DeepStack features, D width, H heads,
+G key/value heads, K head width, L layers, X numbers in a patch.
+
+DeepStack (arXiv 2406.04334): the states of the tower after some of its layers are merged too, each by a merger of its own, and
+added to the image tokens after the first layers of the language model:
+
+    tower     0 .. 5 .. 11 .. 17 .. 23 -> merger -> the image tokens' embeddings
+                   |     |     |
+    language       0     1     2   3 ..
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from metaembed_jax.backbones.attention import attention
+from metaembed_jax.backbones.layers import (
+    MLP,
+    GatedMLP,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    param,
+    rotate,
+    scan_layers,
+    split_heads,
+)
+from metaembed_jax.backbones.qwen import network
+from metaembed_jax.backbones.qwen.network import normalised, patch_angles, place_units
+from metaembed_jax.backbones.qwen3_vl.config import TextConfig, VisionConfig
+from metaembed_jax.sharding import constrain
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm attention over all patches of an image, and a feed-forward, all with biases."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, layers: int):
+        width = config.hidden_size
+        self.heads = config.num_heads
+        self.norm1 = LayerNorm(width, epsilon=1e-6, rngs=rngs, layers=layers)
+        self.norm2 = LayerNorm(width, epsilon=1e-6, rngs=rngs, layers=layers)
+        self.query = Linear(width, width, axes=("embed", "heads"), bias=True, rngs=rngs, layers=layers)
+        self.key = Linear(width, width, axes=("embed", "heads"), bias=True, rngs=rngs, layers=layers)
+        self.value = Linear(width, width, axes=("embed", "heads"), bias=True, rngs=rngs, layers=layers)
+        self.output = Linear(width, width, axes=("heads", "embed"), bias=True, rngs=rngs, layers=layers)
+        self.mlp = MLP(width, config.intermediate_size, activation=jax.nn.gelu, rngs=rngs, layers=layers)
+
+    def __call__(self, carried, slot, mask_BP, cos_BPK, sin_BPK):
+        """The states after the layer, and the states to keep with these in their `slot` (the last one is for what nobody keeps)."""
+        x_BPD, kept_NBPD = carried
+        normed = self.norm1(x_BPD)
+        query, key, value = (split_heads(project(normed), self.heads) for project in (self.query, self.key, self.value))
+        mixed = attention(rotate(query, cos_BPK, sin_BPK), rotate(key, cos_BPK, sin_BPK), value, mask_BP, causal=False)
+        x_BPD = x_BPD + self.output(mixed.reshape(x_BPD.shape))
+        x_BPD = constrain(x_BPD + self.mlp(self.norm2(x_BPD)), "batch", None, None)
+        return x_BPD, jax.lax.dynamic_update_index_in_dim(kept_NBPD, x_BPD, slot, 0)
+
+
+class Merger(nnx.Module):
+    """Each 2x2 block of patches becomes one unit of the language model's width; normed before they are joined, or after."""
+
+    def __init__(self, config: VisionConfig, *, norm_joined: bool, rngs: nnx.Rngs, layers: int | None = None):
+        self.joined, self.norm_joined = config.hidden_size * config.spatial_merge_size**2, norm_joined
+        self.norm = LayerNorm(self.joined if norm_joined else config.hidden_size, epsilon=1e-6, rngs=rngs, layers=layers)
+        self.up = Linear(self.joined, self.joined, axes=("embed", "mlp"), bias=True, rngs=rngs, layers=layers)
+        self.down = Linear(self.joined, config.out_hidden_size, axes=("mlp", "embed"), bias=True, rngs=rngs, layers=layers)
+
+    def __call__(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B U D"]:
+        joined = (x_BPD.shape[0], -1, self.joined)
+        normed = self.norm(x_BPD.reshape(joined)) if self.norm_joined else self.norm(x_BPD).reshape(joined)
+        return self.down(jax.nn.gelu(self.up(normed), approximate=False))
+
+
+class VisionTower(nnx.Module):
+    """Patches of one image per row to language-width units."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, table = config.hidden_size, (config.num_position_embeddings, config.hidden_size)
+        self.patch_embedding = Linear(3 * config.patch_size**2, width, axes=("patch", "embed"), bias=True, rngs=rngs)
+        self.position_table = param(rngs, jax.nn.initializers.normal(0.02), table, (None, "embed"))
+        self.blocks = VisionBlock(config, rngs=rngs, layers=config.depth)
+        self.merger = Merger(config, norm_joined=False, rngs=rngs)
+        self.deepstack = Merger(config, norm_joined=True, rngs=rngs, layers=len(config.deepstack_visual_indexes))
+
+    def __call__(
+        self,
+        patches_BPX: UInt8[Array, "B P X"],
+        positions_BP2: Int[Array, "B P 2"],
+        mask_BP: Bool[Array, "B P"],
+        *,
+        dtype,
+        checkpoint: bool,
+        unroll: int,
+    ) -> tuple[Float[Array, "B U D"], Float[Array, "N B U D"]]:
+        """The units, and those of DeepStack; those of padding hold finite numbers that nothing reads."""
+        taken = self.config.deepstack_visual_indexes
+        slots = np.full(self.config.depth, len(taken), np.int32)
+        slots[list(taken)] = np.arange(len(taken))
+        x_BPD = self.embed_patches(patches_BPX, positions_BP2, dtype)
+        kept_NBPD = constrain(jnp.zeros((len(taken) + 1, *x_BPD.shape), dtype), None, "batch", None, None)
+        context = (mask_BP, *patch_angles(positions_BP2, self.config.hidden_size // self.config.num_heads))
+        carried = scan_layers(self.blocks, (x_BPD, kept_NBPD), slots, *context, checkpoint=checkpoint, unroll=unroll)
+        x_BPD, kept_NBPD = carried
+        return self.merger(x_BPD), self.merge_kept(kept_NBPD[:-1])
+
+    def embed_patches(self, patches_BPX: UInt8[Array, "B P X"], positions_BP2: Int[Array, "B P 2"], dtype) -> Float[Array, "B P D"]:
+        """The patch kernel on normalised pixels (the temporal kernel, summed over two equal frames), and learned positions."""
+        pixels = normalised(patches_BPX, self.config.image_mean, self.config.image_std)
+        x_BPD = self.patch_embedding(pixels.astype(dtype)) + self.learned_positions(positions_BP2).astype(dtype)
+        return constrain(x_BPD, "batch", None, None)
+
+    def learned_positions(self, positions_BP2: Int[Array, "B P 2"]) -> Float[Array, "B P D"]:
+        """The square table of positions, stretched over each image's grid: corners meet corners, and between rows it is linear."""
+        side = self.config.table_side
+        size_B12 = positions_BP2.max(axis=1, keepdims=True) + 1
+        place_BP2 = positions_BP2.astype(jnp.float32) * (side - 1) / jnp.maximum(size_B12 - 1, 1)
+        corner_BP2 = jnp.floor(place_BP2)
+        beyond_BP2 = place_BP2 - corner_BP2
+        total_BPD = 0.0
+        for corner in np.ndindex(2, 2):
+            row_BP, column_BP = jnp.moveaxis(jnp.minimum(corner_BP2.astype(jnp.int32) + jnp.asarray(corner), side - 1), -1, 0)
+            weight_BP = jnp.where(jnp.asarray(corner), beyond_BP2, 1 - beyond_BP2).prod(axis=-1)
+            total_BPD += weight_BP[..., None] * jnp.take(self.position_table[...], row_BP * side + column_BP, axis=0)
+        return total_BPD
+
+    def merge_kept(self, kept_NBPD: Float[Array, "N B P D"]) -> Float[Array, "N B U D"]:
+        """Each of the kept states through its merger."""
+        graph, state = nnx.split(self.deepstack)
+        return jax.lax.map(lambda one: nnx.merge(graph, one[0])(one[1]), (state, kept_NBPD))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm causal attention with grouped heads, queries and keys normed, and a gated feed-forward, all without biases."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, layers: int):
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        query_width, key_value_width = self.heads * config.head_dim, self.key_value_heads * config.head_dim
+        self.input_norm = RMSNorm(width, epsilon=eps, rngs=rngs, layers=layers)
+        self.mlp_norm = RMSNorm(width, epsilon=eps, rngs=rngs, layers=layers)
+        self.query_norm = RMSNorm(config.head_dim, epsilon=eps, rngs=rngs, layers=layers)
+        self.key_norm = RMSNorm(config.head_dim, epsilon=eps, rngs=rngs, layers=layers)
+        self.query = Linear(width, query_width, axes=("embed", "heads"), bias=False, rngs=rngs, layers=layers)
+        self.key = Linear(width, key_value_width, axes=("embed", "heads"), bias=False, rngs=rngs, layers=layers)
+        self.value = Linear(width, key_value_width, axes=("embed", "heads"), bias=False, rngs=rngs, layers=layers)
+        self.output = Linear(query_width, width, axes=("heads", "embed"), bias=False, rngs=rngs, layers=layers)
+        self.mlp = GatedMLP(width, config.intermediate_size, bias=False, rngs=rngs, layers=layers)
+
+    def __call__(self, x_BSD, number, mask_BS, cos_BSK, sin_BSK, features_NBSD=None, keep: int = 0):
+        """The layer's output at the last `keep` positions (all by default), with its feature, if it is one of the first N."""
+        normed = self.input_norm(x_BSD)
+        key_BSGK = rotate(self.key_norm(split_heads(self.key(normed), self.key_value_heads)), cos_BSK, sin_BSK)
+        value_BSGK = split_heads(self.value(normed), self.key_value_heads)
+        x_BSD, normed, cos_BSK, sin_BSK = (rows[:, -keep:] for rows in (x_BSD, normed, cos_BSK, sin_BSK))
+        query_BSHK = rotate(self.query_norm(split_heads(self.query(normed), self.heads)), cos_BSK, sin_BSK)
+        mixed = attention(query_BSHK, key_BSGK, value_BSGK, mask_BS, causal=True)
+        x_BSD = x_BSD + self.output(mixed.reshape(*x_BSD.shape[:2], -1))
+        x_BSD = x_BSD + self.mlp(self.mlp_norm(x_BSD))
+        if features_NBSD is not None:
+            # A number past the end reads the last feature. Read by its number, it gets its gradient in place.
+            feature_BSD = jax.lax.dynamic_index_in_dim(features_NBSD, number, keepdims=False)
+            x_BSD = x_BSD + jnp.where(number < len(features_NBSD), feature_BSD[:, -keep:], 0)
+        return constrain(x_BSD, "batch", None, None)
+
+
+class Backbone(network.Backbone):
+    """Qwen-VL's backbone with DeepStack."""
+
+    tower, layer = VisionTower, DecoderLayer
+
+    def place(self, seen, index_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], tuple]:
+        """The units stand for the image tokens; DeepStack's [N, B, S, D] in the same places, and zero elsewhere, are for layers."""
+        units_BUD, units_NBUD = seen
+        features_NBSD = jax.vmap(place_units, in_axes=(0, None, None))(units_NBUD, index_BS, jnp.zeros((), x_BSD.dtype))
+        return place_units(units_BUD, index_BS, x_BSD), (constrain(features_NBSD, None, "batch", None, None),)
+
+    @staticmethod
+    def mrope_axes(sections: tuple[int, int, int]) -> Int[np.ndarray, "K/2"]:
+        """Interleaved: of every three frequencies one turns with time, one with the row, one with the column.
+
+        Past the end of the section of rows, or of columns, its frequencies turn with time.
+        """
+        axes = np.zeros(sum(sections), np.int32)
+        for axis in (1, 2):
+            axes[axis : 3 * sections[axis] : 3] = axis
+        return axes

@@ -1,0 +1,90 @@
+"""Prompts against the strings of the recipe tokenized whole, and images against transformers' Pillow processor."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer
+
+from metaembed_jax.backbones import qwen3_vl
+from metaembed_jax.backbones.qwen.images import patchify
+from metaembed_jax.inputs.examples import ShapeClass, collate
+from tests.backbones.qwen2_5_vl.reference import string, write_tokenizer
+from tests.backbones.qwen3_vl.test_config import RELEASED
+
+CONFIG = qwen3_vl.Config.from_huggingface(RELEASED)
+# As the 2B model is released.
+PREPROCESSOR = {
+    "size": {"longest_edge": 16777216, "shortest_edge": 65536}, "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "processor_class": "Qwen3VLProcessor",
+    "image_processor_type": "Qwen2VLImageProcessorFast",
+}  # fmt: skip
+SMALL = PREPROCESSOR | {"size": {"longest_edge": 40 * 1024, "shortest_edge": 4 * 1024}}
+TEXTS = ["a red car", "  two  spaces ", "été 漢字 👩‍👩‍👧", "\n\nlines\n", ""]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory)
+    return Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer):
+    return qwen3_vl.Processor(tokenizer, qwen3_vl.Images.from_preprocessor(SMALL, CONFIG, 1024))
+
+
+def noise(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_prompts_are_the_strings_of_the_recipe(processor, tokenizer, text):
+    image = noise(130, 70)  # 4x2 visual tokens
+    beside = {"text": text, "image": image} if text else {"image": image}
+    for side, process in (("query", processor.query), ("candidate", processor.candidate)):
+        for given, known in (
+            (text, {"text": text}),
+            (beside, {"text": text, "image": image}),
+            ({"image": image}, {"image": image}),
+        ):
+            expected = tokenizer.encode(string(given, side, iter([8])), add_special_tokens=False).ids
+            assert process(known).tokens.tolist() == expected
+
+
+def test_units_are_in_raster_order(processor):
+    """Without windows there is no padding among patches, and image tokens point at one unit after the other."""
+    example = processor.query({"text": "a", "image": noise(130, 70)})
+    index = example.token_arrays["visual_index"]
+    assert index[index >= 0].tolist() == list(range(8))
+    assert example.patch_arrays["patch_mask"].all() and example.patches == 32
+    assert example.patch_arrays["patch_positions"][:6].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3]]
+    batch = collate([example], ShapeClass(64, 40), CONFIG.layout)
+    assert batch["patches"].shape == (1, 40, 768) and batch["patch_mask"].sum() == 32
+
+
+@pytest.mark.parametrize("size", [(37, 91), (301, 203), (32, 32), (1, 1), (1, 200), (199, 1), (800, 61), (64, 65)])
+def test_patches_equal_the_pillow_processor_of_transformers(processor, size):
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    theirs = module.Qwen2VLImageProcessorPil(**{key: SMALL[key] for key in ("size", "patch_size", "image_mean", "image_std")})
+    expected = theirs(noise(*size), return_tensors="np")
+    patches = patchify(noise(*size), processor.images)
+    assert (1, 2 * patches.grid[0], 2 * patches.grid[1]) == tuple(expected["image_grid_thw"][0])
+    ours = (patches.patches.reshape(-1, 3, 256).astype(np.float32) / 255 - 0.5) / 0.5
+    for frame in range(2):
+        np.testing.assert_allclose(ours, expected["pixel_values"].reshape(-1, 3, 2, 256)[:, :, frame], rtol=0, atol=1e-5)
+
+
+def test_the_class_that_transformers_chooses():
+    auto = pytest.importorskip("transformers.models.auto.image_processing_auto")
+    assert auto.IMAGE_PROCESSOR_MAPPING_NAMES["qwen3_vl"]["pil"] == "Qwen2VLImageProcessorPil"
+
+
+def test_the_released_preprocessor():
+    images = qwen3_vl.Images.from_preprocessor(PREPROCESSOR, CONFIG, 1024)
+    assert (images.min_pixels, images.max_pixels, images.unit_size) == (64 * 1024, 1024 * 1024, 32)
+    written = images.to_preprocessor(CONFIG)
+    assert qwen3_vl.Images.from_preprocessor(written, CONFIG, 1024) == images
+    assert {key: written[key] for key in PREPROCESSOR if key != "size"} == {
+        key: value for key, value in PREPROCESSOR.items() if key != "size"
+    } | {"image_processor_type": "Qwen2VLImageProcessor"}
