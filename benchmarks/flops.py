@@ -1,26 +1,33 @@
 """Floating-point operations of a JAX function, counted in its jaxpr: matrix products only, loops multiplied out."""
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def traced_flops(function: Callable, *arguments) -> int:
-    """FLOPs of all matrix products of one call of a jitted function: two for each multiplication and addition."""
-    return _count(function.trace(*arguments).jaxpr.jaxpr)
+def traced_flops(function: Callable, *arguments, branches: Sequence[float] = ()) -> float:
+    """FLOPs of all matrix products of one call of a jitted function: two for each multiplication and addition.
+
+    Args:
+      branches: how often each branch of a conditional runs, as shares of 1. Of conditionals with another number of branches, the
+        dearest is counted.
+    """
+    return _count(function.trace(*arguments).jaxpr.jaxpr, branches)
 
 
-def _count(jaxpr: Jaxpr) -> int:
+def _count(jaxpr: Jaxpr, branches: Sequence[float]) -> float:
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             width = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * math.prod(equation.outvars[0].aval.shape) * width
-        inner = [_count(body) for body in _bodies(equation.params)]
-        if equation.primitive.name == "cond":  # one branch runs: the dearest is counted
-            total += max(inner, default=0)
+        inner = [_count(body, branches) for body in _bodies(equation.params)]
+        if equation.primitive.name == "cond":
+            is_chosen = len(inner) == len(branches) and not equation.params.get("branches_platforms")
+            total += sum(map(operator.mul, inner, branches)) if is_chosen else max(inner, default=0)
         else:
             total += sum(inner) * equation.params.get("length", 1)
     return total

@@ -34,7 +34,8 @@ from types import ModuleType
 
 from metaembed_jax.errors import UserError
 
-FAMILIES = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "paligemma": "paligemma"}  # the package of each `model_type`
+# The package of each `model_type` of a config.json.
+FAMILIES = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "paligemma": "paligemma", "mllama": "llama_vision"}
 
 
 def family(name: str) -> ModuleType:

@@ -11,11 +11,12 @@ class Source(NamedTuple):
     """The tensor that a parameter is read from, and how it is written back.
 
     Attributes:
-      key: its name in the files, with `{}` for the layer's number where the parameter is a stack.
+      key: its name in the files, with `{}` for what tells the layers apart where the parameter is a stack.
       shape: from the shape of the parameter (of one layer) to that of the tensor.
       read: from the tensor to the parameter (of one layer), both NumPy.
       write: from the parameter to the tensor, or to its part of it.
       part: the place of that part among all parts, which lie behind each other on the tensor's first axis.
+      places: from the family's `Config` and a layer's number in the stack to what each `{}` stands for; None: to the number.
     """
 
     key: str
@@ -23,6 +24,11 @@ class Source(NamedTuple):
     read: Callable[[np.ndarray], np.ndarray]
     write: Callable[[np.ndarray], np.ndarray]
     part: int = 0
+    places: Callable[[object, int], tuple] | None = None
+
+    def name(self, architecture: object, layer: int) -> str:
+        """The key for a layer of a stack; for what is no stack, the key."""
+        return self.key.format(*(self.places(architecture, layer) if self.places else (layer,)))
 
 
 def same(key: str) -> Source:

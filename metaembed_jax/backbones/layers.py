@@ -190,6 +190,34 @@ def scan_layers(stack: nnx.Module, x: Array, flags: Int[Array, "L"] | None, *con
     return jax.lax.scan(body, x, (state, flags), unroll=unroll)[0]
 
 
+def scan_and_keep(
+    stack: nnx.Module, x: Array, kept: tuple[int, ...], *context, checkpoint: bool, unroll: int
+) -> tuple[Array, Float[Array, "kept ..."]]:
+    """`scan_layers` without flags, and the states after the layers with these numbers.
+
+    They are written into one array as the loop comes by; given out by every layer, there would be L of them in memory.
+    """
+    graph, state = nnx.split(stack)
+    places = np.full(jax.tree.leaves(state)[0].shape[0], len(kept))  # the last place takes what nobody asked for
+    places[list(kept)] = np.arange(len(kept))
+
+    def run(x, layer_state):
+        return nnx.merge(graph, layer_state)(x, None, *context)
+
+    if checkpoint:
+        run = jax.checkpoint(run)
+
+    def body(carry, layer):
+        x, states = carry
+        layer_state, place = layer
+        x = run(x, layer_state)
+        return (x, jax.lax.dynamic_update_index_in_dim(states, x, place, 0)), None
+
+    states = jnp.zeros((len(kept) + 1, *x.shape), x.dtype)
+    (x, states), _ = jax.lax.scan(body, (x, states), (state, places), unroll=unroll)
+    return x, states[:-1]
+
+
 def read_last(
     stack: nnx.Module,
     x_BSD: Float[Array, "B S D"],

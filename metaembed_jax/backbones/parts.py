@@ -39,10 +39,12 @@ class Part(NamedTuple):
       path: of its parameters in the backbone, or their first names.
       rows: that pass its linear maps.
       width: of a stack, that of the states between its layers.
-      attention: of a stack, one for each kind. Between several, a conditional in the layer chooses; its branches are in this order.
+      attention: of a stack, one for each kind. Between several, which may be of several parts with one path, a conditional in the
+        layer chooses; its branches are in this order.
       other_rows: of linear maps, by their names, that not all `rows` pass.
       memory: names of linear maps that read an earlier part instead of the layer before: keys and values of cross-attention.
       last: name of the map at the end of each layer, if nothing but the sum with its input reads it: nothing computes it again.
+      gate: path of the parameter, if there is one, that what `last` gives is multiplied with; where it trains, that is read.
       scanned: by `scan_layers`, which may compute layers again in the backward pass.
       appended: Meta Tokens are among the rows; as they train, gradients pass back.
     """
@@ -54,6 +56,7 @@ class Part(NamedTuple):
     other_rows: dict[str, float] = {}
     memory: tuple[str, ...] = ()
     last: str = ""
+    gate: str = ""
     scanned: bool = True
     appended: bool = False
 

@@ -64,21 +64,25 @@ def read_backbone(directory: Path, family: ModuleType, architecture: object, wan
     stored = _open_tensors(directory, family.canonical_key)
     used = set(family.UNUSED_KEYS)
     for path, shape in shapes.items():
-        used |= _check(directory, stored, path, shape, family.KEYS[path])
+        used |= _check(directory, stored, path, shape, family.KEYS[path], architecture)
     for key, tensor in stored.items():
         if key not in used:
             name = f"{tensor.file}: {tensor.key} of shape {tensor.shape}"
             raise UserError(f"{name} is no tensor of this model; is config.json of this checkpoint?")
     wanted, parameters = flatten_dict(wanted, sep="."), {}
+
+    def read(path: str, leaves: list[jax.ShapeDtypeStruct], turn: Callable) -> list[jax.Array]:
+        return _read(stored, family.KEYS[path], architecture, leaves, turn)
+
     for path in tqdm(sorted(wanted), desc=f"reading {directory.name}", unit="parameter", delay=2):
         if path.endswith(SCALE):
             continue
         if wanted[path].dtype == jnp.int8:
             pair = (path, path + SCALE)
-            parameters |= zip(pair, _read(stored, family.KEYS[path], [wanted[name] for name in pair], quantize), strict=True)
+            parameters |= zip(pair, read(path, [wanted[name] for name in pair], quantize), strict=True)
         else:
             cast = wanted[path].dtype
-            [parameters[path]] = _read(stored, family.KEYS[path], [wanted[path]], lambda x, cast=cast: [x.astype(cast)])
+            [parameters[path]] = read(path, [wanted[path]], lambda x, cast=cast: [x.astype(cast)])
     return unflatten_dict(parameters, sep=".")
 
 
@@ -124,15 +128,17 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def _names(source: Source, shape: tuple[int, ...]) -> tuple[list[str], tuple[int, ...]]:
+def _names(source: Source, architecture: object, shape: tuple[int, ...]) -> tuple[list[str], tuple[int, ...]]:
     """The tensors that fill a parameter (one for each layer of a stack), and the shape that each must have."""
     if "{}" not in source.key:
         return [source.key], source.shape(shape)
-    return [source.key.format(layer) for layer in range(shape[0])], source.shape(shape[1:])
+    return [source.name(architecture, layer) for layer in range(shape[0])], source.shape(shape[1:])
 
 
-def _check(directory: Path, stored: dict[str, Stored], path: str, wanted: tuple[int, ...], source: Source) -> set[str]:
-    names, shape = _names(source, wanted)
+def _check(
+    directory: Path, stored: dict[str, Stored], path: str, wanted: tuple[int, ...], source: Source, architecture: object
+) -> set[str]:
+    names, shape = _names(source, architecture, wanted)
     for name in names:
         if name not in stored:
             needed = f"the model needs it for {path} {wanted}"
@@ -143,9 +149,11 @@ def _check(directory: Path, stored: dict[str, Stored], path: str, wanted: tuple[
     return set(names)
 
 
-def _read(stored: dict[str, Stored], source: Source, wanted: list[jax.ShapeDtypeStruct], turn: Callable) -> list[jax.Array]:
+def _read(
+    stored: dict[str, Stored], source: Source, architecture: object, wanted: list[jax.ShapeDtypeStruct], turn: Callable
+) -> list[jax.Array]:
     """Fills parameters from one source; `turn` makes their values (of one layer) from the tensor as the family reads it."""
-    names, _ = _names(source, wanted[0].shape)
+    names, _ = _names(source, architecture, wanted[0].shape)
     if "{}" not in source.key:
         values = turn(source.read(stored[names[0]].read()))
         return [_put(value, leaf.sharding) for value, leaf in zip(values, wanted, strict=True)]

@@ -34,7 +34,7 @@ def write_adapter(out: Path, config: ModelConfig, parameters: dict, about: dict)
         if "{}" not in source.key:
             a_LIr, b_LrO = a_LIr[None], b_LrO[None]
         for layer, (a, b) in enumerate(zip(a_LIr, b_LrO, strict=True)):
-            name = module.stored_key(source.key.format(layer)).removesuffix(".weight")
+            name = module.stored_key(source.name(config.architecture, layer)).removesuffix(".weight")
             targets.append(name)
             tensors[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
             tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(b.T)

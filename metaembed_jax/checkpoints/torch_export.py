@@ -91,16 +91,16 @@ def _tensors(config: ModelConfig, parameters: dict, first: int, rows: int) -> It
     by_key: dict[str, list] = {}
     for path, source in module.KEYS.items():
         if path in flat:  # not every version of a family has all
-            by_key.setdefault(source.key, []).append((source.part, path, source.write))
+            by_key.setdefault(source.key, []).append((path, source))
     for key, parts in by_key.items():
-        parts = sorted(parts, key=lambda part: part[0])
-        for layer in range(flat[parts[0][1]].shape[0]) if "{}" in key else (None,):
-            tensor = np.concatenate([write(merged(flat, path, layer, scale)) for _, path, write in parts])
+        parts = sorted(parts, key=lambda part: part[1].part)
+        for layer in range(flat[parts[0][0]].shape[0]) if "{}" in key else (None,):
+            tensor = np.concatenate([source.write(merged(flat, path, layer, scale)) for path, source in parts])
             if key == module.EMBEDDING_KEY:
                 tensor = np.concatenate([tensor, np.zeros((rows - len(tensor), tensor.shape[1]), np.float32)])
                 if len(meta_tokens):
                     tensor[first : first + len(meta_tokens)] = meta_tokens
-            yield module.stored_key(key.format(layer)), tensor
+            yield module.stored_key(parts[0][1].name(config.architecture, layer)), tensor
 
 
 def _write_vocabulary(out: Path, names: list[str], file: Path, pad_token: str) -> tuple[int, dict[str, int]]:

@@ -102,19 +102,21 @@ class _Counter:
           is_mapped: one of several microbatches, each of which is computed again in the backward pass.
         """
         parts = self._family.parts(self._architecture, shape.patches, shape.tokens + appended, read)
-        total, before = Flops(0), False  # whether something that trains lies before a part
-        for part in parts:
+        total = Flops(0)
+        for number, part in enumerate(parts):
+            before = any(self._trains(one) for one in parts[:number] if one.path != part.path)
             total += self._part(part, before, appended)
-            before |= any(_lies_in(path, f"backbone.{part.path}") for path in self._trained)
         head = sum((read * self._map(path) for path in self._kernels("head")), np.zeros(2))
         total += _linear(head, passes_back=True)
         return total + Flops(0, 0, (total.forward + sum(map(_rotations, parts))) * is_mapped)
 
+    def _trains(self, part: Part) -> bool:
+        return any(_lies_in(path, f"backbone.{part.path}") for path in self._trained)
+
     def _part(self, part: Part, before: bool, appended: int) -> Flops:
-        prefix = f"backbone.{part.path}"
-        trains = any(_lies_in(path, prefix) for path in self._trained)
-        is_stack = bool(part.attention)
-        passes_back = part.appended or before or (trains and is_stack)  # the layers of a stack lie before each other
+        """Of one part; `before`: something that trains lies before its stack."""
+        prefix, is_stack = f"backbone.{part.path}", bool(part.attention)
+        passes_back = part.appended or before or (self._trains(part) and is_stack)  # the layers of a stack lie before each other
         maps, memory, last = np.zeros(2), np.zeros(2), 0.0
         for path in self._kernels(prefix):
             name = path.split(".")[-2]
@@ -123,13 +125,15 @@ class _Counter:
                 memory += flops
             else:
                 maps += flops
-            if part.last and path == f"{prefix}.{part.last}.kernel":
+            if part.last and path == f"{prefix}.{part.last}.kernel" and f"backbone.{part.gate}" not in self._trained:
                 last = part.rows * self._outputs(path, part.layers)
         attention, rotations = sum(_attention(one, appended) for one in part.attention), _rotations(part)
         recomputed = is_stack and part.scanned and self._recomputes and passes_back
         again = float(maps[0] + memory[0]) - last + attention + rotations
         extra = rotations * (1 + passes_back) + again * recomputed
-        return _linear(maps, passes_back) + _linear(memory, before) + Flops(attention, 2 * attention * passes_back, extra)
+        to_keys = not part.memory or before or bool(memory[1])  # keys and values that nothing trains get no gradient
+        total = _linear(maps, passes_back) + _linear(memory, before)
+        return total + Flops(attention, (1 + to_keys) * attention * passes_back, extra)
 
     def _map(self, path: str, layers: int | None = None) -> np.ndarray:
         """[forward, gradient of the kernel] of a linear map, FLOPs a row: of so many layers of a stack, or of all there are."""

@@ -109,7 +109,7 @@ def _measure(config: ConfigDict, what: str, where: Topology, program: Program, m
         memory = held | {"temporaries": needed - sum(held.values())}
         return _Measured(memory, UNKNOWN, "what was compiled, which is nothing", arrays)
     memory = held | {"padding": compiled.arguments - sum(held.values()), "temporaries": compiled.temporaries}
-    cost = count(compiled.text, mesh.size, _branches(config))
+    cost = count(compiled.text, mesh.size, branches(config))
     return _Measured(memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else "")
 
 
@@ -128,12 +128,14 @@ def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:
     return seconds
 
 
-def _branches(config: ConfigDict) -> tuple[float, ...]:
+def branches(config: ConfigDict) -> tuple[float, ...]:
     """How often each branch of a conditional runs: the only ones there are choose the kind of attention in a layer of a stack."""
     architecture = model_config(config).architecture
-    for part in family(config.backbone).parts(architecture, architecture.patch_multiple, 1, 1):
-        if len(part.attention) > 1:
-            return tuple(one.layers / part.layers for one in part.attention)
+    parts = [part for part in family(config.backbone).parts(architecture, architecture.patch_multiple, 1, 1) if part.scanned]
+    for part in parts:
+        kinds = [one.layers for other in parts if other.path == part.path for one in other.attention]
+        if len(kinds) > 1:
+            return tuple(layers / sum(kinds) for layers in kinds)
     return ()
 
 

@@ -167,12 +167,12 @@ def test_three_steps_train_every_adapter_and_nothing_else(case, tmp_path):
 
 @pytest.mark.parametrize("trained, checkpoint, microbatch", [("lora", True, 4), ("full", False, 8), ("meta_tokens", True, 8)])
 def test_flops_equal_what_jax_traces(case, trained, checkpoint, microbatch):
-    """With the least image there is: a conditional would count as its dearest branch, and there its branches cost the same."""
-    config = training_config(case, base_architecture(case.directory)[1].patch_multiple)
+    """The branches of a conditional count as often as they run."""
+    config = training_config(case, case.record.patches)
     find_start(config)
     tables = {"lora": case.record.lora, "full": (("*", "full"),), "meta_tokens": (("meta_tokens", "full"),)}
     config.trained, config.checkpoint_layers, config.microbatch_size = tables[trained], checkpoint, microbatch
-    assert sum(train_flops(config)) == traced_flops(config)
+    assert sum(train_flops(config)) == pytest.approx(traced_flops(config), rel=1e-9)  # shares are not exact
 
 
 def test_a_tpu_compiles_its_step(case):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from metaembed_jax.planning.measure import branches
 from metaembed_jax.planning.programs import abstract_batch
 from metaembed_jax.training.step import make_trainer, run_mesh
 
@@ -15,7 +16,8 @@ def traced_flops(config):
     trainer, batch = make_trainer(config, mesh), abstract_batch(config, mesh)
     step = jax.jit(jax.value_and_grad(trainer.loss, has_aux=True))
     with jax.set_mesh(mesh):
-        return _benchmark().traced_flops(step, trainer.abstract.parameters, trainer.abstract.frozen, batch, trainer.abstract.step)
+        arguments = trainer.abstract.parameters, trainer.abstract.frozen, batch, trainer.abstract.step
+        return _benchmark().traced_flops(step, *arguments, branches=branches(config))
 
 
 def _benchmark():

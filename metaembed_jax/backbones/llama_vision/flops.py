@@ -1,0 +1,54 @@
+"""The parts of Llama-3.2-Vision, for counting its arithmetic. P patches, Q tokens of all tiles an image may have, filled up, T of
+the class's tiles, S rows of text."""
+
+from metaembed_jax.backbones.llama_vision.config import Config, TextConfig, VisionConfig
+from metaembed_jax.backbones.llama_vision.vision import FILLED_TO
+from metaembed_jax.backbones.parts import Attention, Part
+
+
+def parts(config: Config, patches: int, rows: int, read: int) -> tuple[Part, ...]:
+    """See `backbones.parts`."""
+    vision = config.vision_config
+    patches = min(patches, vision.max_num_tiles * vision.tile_patches)
+    T = patches // vision.tile_patches * (vision.tile_patches + 1)
+    return (*(_vision(vision, patches, T) if patches else ()), *_language(config.text_config, rows, T))
+
+
+def _vision(config: VisionConfig, P: int, T: int) -> tuple[Part, ...]:
+    Q = config.max_num_tiles * FILLED_TO * -(-(config.tile_patches + 1) // FILLED_TO)
+    # Heads have a number more, which keeps padding apart.
+    heads = (config.attention_heads, config.attention_heads, config.hidden_size // config.attention_heads + 1)
+    local, whole = (
+        Attention(layers, Q, Q, Q, *heads, rotates=False) for layers in (config.num_hidden_layers, config.num_global_layers)
+    )
+    return (
+        Part("vision.patch_embedding", P),
+        *(Part(f"vision.{name}", 0) for name in ("before_tiles", "class_embedding", "position_embedding", "tile_positions")),
+        Part("vision.norm_before", 0),
+        Part("vision.layers", Q, config.hidden_size, (local,), last="mlp.down"),
+        *(Part(f"vision.{name}", 0) for name in ("norm_after", "after_tiles")),
+        Part("vision.global_layers", Q, config.hidden_size, (whole,), last="mlp.down", gate="vision.global_layers.mlp_gate"),
+        Part("vision.projector", T),
+    )
+
+
+def _language(config: TextConfig, S: int, T: int) -> tuple[Part, ...]:
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
+    crossings = len(config.cross_attention_layers)
+    over_text = Part(
+        "layers",
+        S,
+        config.hidden_size,
+        (Attention(config.num_hidden_layers - crossings, S, S, S, *heads),),
+        last="mlp.down",
+        gate="crossing.mlp_gate" if T else "",
+        appended=True,
+    )
+    if not T:
+        return (over_text,)
+    over_image = over_text._replace(
+        attention=(Attention(crossings, S, T, T, *heads, rotates=False),),
+        other_rows={"key": T, "value": T},
+        memory=("key", "value"),
+    )
+    return (over_text, over_image)

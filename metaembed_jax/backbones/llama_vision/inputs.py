@@ -1,0 +1,168 @@
+"""Texts and images to what Llama-3.2-Vision reads: its prompts, and images cut into tiles.
+
+    text          <|begin_of_text|>{prefix}{text}<|end_of_text|>
+    image + text  <|image|><|begin_of_text|>{prefix}{text}<|end_of_text|>
+    image         the same, with "Describe the image." for the text
+
+`prefix` is "Query: " for queries, which end with ten more <|end_of_text|> and "\\n", and empty for candidates. Meta Tokens are no
+part of it: the network appends them.
+
+P patches, X numbers in a patch.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from einops import rearrange
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+from PIL import Image
+from tokenizers import Tokenizer
+
+from metaembed_jax.backbones.fields import check_processing
+from metaembed_jax.backbones.llama_vision.config import BEGIN, END, IMAGE, TITLE, Config
+from metaembed_jax.inputs.examples import Example
+from metaembed_jax.inputs.images import open_image
+from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, PromptTokenizer, read_item
+
+SPECIAL_TOKENS = (BEGIN, END, IMAGE)
+PAD_TOKEN = END
+PROMPT_WORDS = (QUERY, IMAGE_ALONE)  # what the prompts say around every text
+PROCESSING = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"), True) | {"resample": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """How images become patches: an image is laid on a canvas of tiles, scaled to it without distortion.
+
+    An image takes no place in the sequence and its tiles are few, so no bound on pixels or visual tokens has a meaning here.
+
+    Attributes:
+      tile_size, patch_size: sides, in pixels.
+      arrangements: (rows, columns) of tiles that a canvas may have.
+    """
+
+    tile_size: int
+    patch_size: int
+    arrangements: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> "Images":
+        """From the content of preprocessor_config.json, which must ask for what the architecture reads.
+
+        Raises:
+          UserError: it asks for something else.
+        """
+        check_processing(preprocessor, PROCESSING | _sizes(config))
+        return cls._of(config)
+
+    @classmethod
+    def from_run(cls, data: ConfigDict, config: Config, max_visual_tokens: int | None) -> "Images":
+        """As the architecture has them; nothing in a run's config changes that."""
+        return cls._of(config)
+
+    @classmethod
+    def _of(cls, config: Config) -> "Images":
+        vision = config.vision_config
+        return cls(vision.image_size, vision.patch_size, tuple(vision.arrangements))
+
+    def to_preprocessor(self, config: Config) -> dict:
+        """The content of preprocessor_config.json; the way back from `from_preprocessor`."""
+        vision = config.vision_config
+        return {
+            "image_processor_type": "MllamaImageProcessor",
+            "processor_class": "MllamaProcessor",
+            **PROCESSING,
+            **_sizes(config),
+            "image_mean": list(vision.image_mean),
+            "image_std": list(vision.image_std),
+            "rescale_factor": 1 / 255,
+        }
+
+
+def _sizes(config: Config) -> dict:
+    """The keys of preprocessor_config.json that the architecture fixes."""
+    vision = config.vision_config
+    return {"size": {"height": vision.image_size, "width": vision.image_size}, "max_image_tiles": vision.max_num_tiles}
+
+
+class Processor:
+    """Turns items into examples with a checkpoint's tokenizer. Survives pickling, for worker processes."""
+
+    def __init__(self, tokenizer: Tokenizer, images: Images):
+        self.images = images
+        self._tokenizer = PromptTokenizer(tokenizer, SPECIAL_TOKENS, TITLE)
+        self._newline = self._tokenizer.encode("\n")
+
+    def query(self, item: dict, *, max_tokens: int | None = None, name: str = "query") -> Example:
+        """An item of the query side: {"text": str, "image": PIL image or encoded bytes}, either or both.
+
+        Args:
+          item: text that is empty beside an image counts as absent. Special strings in it are plain text.
+          max_tokens: what is longer loses the end of the user's text, never prompt or image tokens.
+          name: of the item, for errors.
+
+        Raises:
+          UserError: nothing to encode, an unreadable image, or no room for the prompt.
+        """
+        return self._example(item, QUERY, [self._tokenizer.ids[END]] * 10 + self._newline, max_tokens, name)
+
+    def candidate(self, item: dict, *, max_tokens: int | None = None, name: str = "candidate") -> Example:
+        """An item of the candidate side; otherwise as `query`."""
+        return self._example(item, "", [], max_tokens, name)
+
+    def _example(self, item: dict, prefix: str, suffix: list[int], max_tokens: int | None, name: str) -> Example:
+        text, image = read_item(item, name)
+        ids, arrays = self._tokenizer.ids, {}
+        head, tail = [ids[BEGIN]], [ids[END], *suffix]
+        if image is not None:
+            arrays = patchify(open_image(image, name), self.images)
+            head = [ids[IMAGE], *head]
+            prefix = prefix if text else prefix + IMAGE_ALONE
+        room = None if max_tokens is None else max_tokens - len(head) - len(tail)
+        tokens = head + self._tokenizer.fit(prefix, text, "", room, name) + tail
+        return Example(np.array(tokens, np.int32), {}, arrays)
+
+
+def patchify(image: Image.Image, images: Images) -> dict[str, np.ndarray]:
+    """An RGB image, scaled, laid on black and cut into tiles, each in raster order, and they into patches.
+
+    Returns:
+      patches [P, X] uint8, each in (channel, y, x) order; patch_mask [P] bool, all true; aspect_ratio [P] int32, all alike.
+    """
+    rows, columns = arrange(image.height, image.width, images)
+    height, width = fit(image.height, image.width, (rows, columns), images.tile_size)
+    canvas = np.zeros((rows * images.tile_size, columns * images.tile_size, 3), np.uint8)
+    canvas[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    side = dict(r=rows, c=columns, y=images.patch_size, x=images.patch_size)
+    patches: UInt8[np.ndarray, "P X"] = rearrange(canvas, "(r i y) (c j x) k -> (r c i j) (k y x)", **side)
+    ratio = images.arrangements.index((rows, columns)) + 1
+    return {
+        "patches": patches,
+        "patch_mask": np.ones(len(patches), bool),
+        "aspect_ratio": np.full(len(patches), ratio, np.int32),
+    }
+
+
+def arrange(height: int, width: int, images: Images) -> tuple[int, int]:
+    """The rows and columns of tiles for an image: those that enlarge it least, or if it must shrink, shrink it least.
+
+    Of several the smallest canvas, and of several the first, are chosen; the rule of `transformers.models.mllama`.
+    """
+
+    def rank(arrangement: tuple[int, int]) -> tuple[bool, float, int]:
+        scale = min(arrangement[0] * images.tile_size / height, arrangement[1] * images.tile_size / width)
+        return scale < 1, scale if scale >= 1 else -scale, math.prod(arrangement)
+
+    return min(images.arrangements, key=rank)
+
+
+def fit(height: int, width: int, arrangement: tuple[int, int], tile_size: int) -> tuple[int, int]:
+    """The size of an image on its canvas: inside of it, the aspect ratio kept, enlarged to a tile's side at most."""
+    most_height, most_width = (
+        min(max(side, tile_size), count * tile_size) for side, count in zip((height, width), arrangement, strict=True)
+    )
+    if most_width / width < most_height / height:
+        return min(math.floor(height * (most_width / width)) or 1, most_height), most_width
+    return most_height, min(math.floor(width * (most_height / height)) or 1, most_width)

@@ -1,0 +1,92 @@
+"""The tensors of Llama-3.2-Vision checkpoints, and the parameters that they fill."""
+
+from metaembed_jax.backbones.conversion import Source, linear, norm, patches, same
+from metaembed_jax.backbones.llama_vision.config import Config
+
+LAYER = "language_model.layers.{}"
+
+
+def _attention(path: str, name: str) -> dict[str, Source]:
+    """A map of all layers, whose tensors are named after what a layer attends to."""
+
+    def places(architecture: Config, layer: int) -> tuple[int, str]:
+        return layer, "cross_attn" if layer in architecture.text_config.cross_attention_layers else "self_attn"
+
+    return {path: source._replace(places=places) for path, source in linear(path, LAYER + ".{}." + name, bias=False).items()}
+
+
+def _crossing(name: str) -> Source:
+    """What only cross-attention layers have: a stack of them alone, which the files count among all layers."""
+    return same(f"{LAYER}.{name}")._replace(
+        places=lambda architecture, layer: (architecture.text_config.cross_attention_layers[layer],)
+    )
+
+
+def _vision_layers(path: str, key: str) -> dict[str, Source]:
+    return {
+        **norm(f"{path}.attention_norm", f"{key}.input_layernorm"),
+        **norm(f"{path}.mlp_norm", f"{key}.post_attention_layernorm"),
+        **linear(f"{path}.query", f"{key}.self_attn.q_proj", bias=False),
+        **linear(f"{path}.key", f"{key}.self_attn.k_proj", bias=False),
+        **linear(f"{path}.value", f"{key}.self_attn.v_proj", bias=False),
+        **linear(f"{path}.output", f"{key}.self_attn.o_proj", bias=False),
+        **linear(f"{path}.mlp.up", f"{key}.mlp.fc1", bias=True),
+        **linear(f"{path}.mlp.down", f"{key}.mlp.fc2", bias=True),
+    }
+
+
+# Every parameter, and the tensor of a checkpoint that it is read from.
+KEYS = {
+    "embedding": same("language_model.embed_tokens.weight"),
+    "final_norm.scale": same("language_model.norm.weight"),
+    "layers.input_norm.scale": same(f"{LAYER}.input_layernorm.weight"),
+    "layers.mlp_norm.scale": same(f"{LAYER}.post_attention_layernorm.weight"),
+    **_attention("layers.query", "q_proj"),
+    **_attention("layers.key", "k_proj"),
+    **_attention("layers.value", "v_proj"),
+    **_attention("layers.output", "o_proj"),
+    **linear("layers.mlp.gate", f"{LAYER}.mlp.gate_proj", bias=False),
+    **linear("layers.mlp.up", f"{LAYER}.mlp.up_proj", bias=False),
+    **linear("layers.mlp.down", f"{LAYER}.mlp.down_proj", bias=False),
+    "crossing.query_norm.scale": _crossing("cross_attn.q_norm.weight"),
+    "crossing.key_norm.scale": _crossing("cross_attn.k_norm.weight"),
+    "crossing.attention_gate": _crossing("cross_attn_attn_gate"),
+    "crossing.mlp_gate": _crossing("cross_attn_mlp_gate"),
+    "vision.patch_embedding.kernel": patches("vision_model.patch_embedding.weight"),
+    "vision.class_embedding": same("vision_model.class_embedding"),
+    "vision.before_tiles.embedding": same("vision_model.pre_tile_positional_embedding.embedding.weight"),
+    "vision.before_tiles.gate": same("vision_model.pre_tile_positional_embedding.gate"),
+    "vision.position_embedding": same("vision_model.gated_positional_embedding.embedding"),
+    "vision.tile_positions.embedding": same("vision_model.gated_positional_embedding.tile_embedding.weight"),
+    "vision.tile_positions.gate": same("vision_model.gated_positional_embedding.gate"),
+    **norm("vision.norm_before", "vision_model.layernorm_pre"),
+    **_vision_layers("vision.layers", "vision_model.transformer.layers.{}"),
+    **norm("vision.norm_after", "vision_model.layernorm_post"),
+    "vision.after_tiles.embedding": same("vision_model.post_tile_positional_embedding.embedding.weight"),
+    "vision.after_tiles.gate": same("vision_model.post_tile_positional_embedding.gate"),
+    **_vision_layers("vision.global_layers", "vision_model.global_transformer.layers.{}"),
+    "vision.global_layers.attention_gate": same("vision_model.global_transformer.layers.{}.gate_attn"),
+    "vision.global_layers.mlp_gate": same("vision_model.global_transformer.layers.{}.gate_ffn"),
+    **linear("vision.projector", "multi_modal_projector", bias=True),
+}
+
+EMBEDDING_KEY = KEYS["embedding"].key
+UNUSED_KEYS = ("lm_head.weight",)  # predicts tokens
+
+
+def canonical_key(key: str) -> str:
+    """The name in `KEYS` of a tensor of any layout in circulation; it is the one of transformers' `MllamaModel`.
+
+    They are `language_model.model.layers` and `vision_model` (as released, and as transformers saves what can generate),
+    `model.language_model.layers` and `model.vision_model` (as it names that in memory), and, of a model without its output layer,
+    `language_model.layers` and `vision_model`.
+    """
+    for new, old in (("model.", ""), ("language_model.model.", "language_model."), ("language_model.lm_head.", "lm_head.")):
+        if key.startswith(new):
+            return old + key.removeprefix(new)
+    return key
+
+
+def stored_key(key: str) -> str:
+    """The name of a tensor of `KEYS` in transformers' `MllamaModel`; the way back from `canonical_key`."""
+    return key

@@ -1,0 +1,47 @@
+"""Llama-3.2-Vision in the tests of all families."""
+
+from metaembed_jax.config import load_config
+from tests.backbones.families import Record
+from tests.backbones.llama_vision.reference import (
+    CANDIDATES,
+    CONFIGURATIONS,
+    QUERIES,
+    by_kind,
+    looks,
+    see,
+    string,
+    write_checkpoint,
+)
+
+
+def stock_vectors(directory, items, side):
+    """Of an export: items with an image and those without in batches of their own, as transformers can compute them."""
+    import torch
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
+    images = AutoImageProcessor.from_pretrained(directory, backend="pil")
+    suffix = "".join(f"<|meta_query_{number}|>" for number in range(16))
+    suffix += "".join(f"<|meta_candidate_{number}|>" for number in range(64)) if side == "candidate" else ""
+
+    def vectors(items):
+        prompts = [string(item, side) + suffix for item in items]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        seen = looks(see(images, items), batch["attention_mask"]) if isinstance(items[0], dict) else {}
+        with torch.no_grad():
+            states = model(**batch, **seen, use_cache=False).last_hidden_state
+        return torch.nn.functional.normalize(states[:, -(16 if side == "query" else 64) :], dim=-1).numpy()
+
+    return by_kind(items, vectors)
+
+
+RECORD = Record(
+    write=lambda directory: write_checkpoint(directory, CONFIGURATIONS["irregular"]),
+    queries=QUERIES,
+    candidates=CANDIDATES,
+    tokens=64,
+    patches=3 * 16,
+    pixels=(1, 1),  # which say nothing here
+    vectors=stock_vectors,
+    lora=load_config("configs/llama_vision_11b.py", {}).trained,
+)

@@ -1,0 +1,188 @@
+"""Images against transformers' Pillow processor, prompts against the strings of the recipe tokenized whole."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models
+
+from metaembed_jax.backbones.llama_vision import SPECIAL_TOKENS, Config, Images, Processor
+from metaembed_jax.backbones.llama_vision.inputs import arrange, fit, patchify
+from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.examples import ShapeClass, blank, collate
+from tests.backbones.llama_vision.reference import BEGIN, CONFIGURATIONS, END, IMAGE, TALL, configuration, string, write_tokenizer
+from tests.backbones.qwen2_5_vl.reference import noise
+
+TEXTS = ["a red car", "  two  spaces ", "\n\nlines\n", "été 漢字 👩‍👩‍👧 Ωμέγα", "Query: again", "", "\x00\u200b", "مرحبا"]
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+def sized(side, tiles, patch=14):
+    return Config.from_huggingface(
+        configuration(heads=(2, 2), width=32, layers=2, crossings=(1,), scaled=True, vision=(1, 1), vision_width=24, vision_heads=4,
+                      kept=(0,), side=side, tiles=tiles, patch=patch)
+    )  # fmt: skip
+
+
+CONFIG = sized(42, 4)
+IMAGES = Images.from_run(None, CONFIG, None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory)
+    return Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer):
+    return Processor(tokenizer, IMAGES)
+
+
+def theirs(side, tiles):
+    module = pytest.importorskip("transformers.models.mllama.image_processing_pil_mllama")
+    size = {"height": side, "width": side}
+    return module.MllamaImageProcessorPil(size=size, max_image_tiles=tiles, image_mean=MEAN, image_std=STD)
+
+
+@pytest.mark.parametrize("side, tiles, patch", [(42, 4, 14), (560, 4, 14), (40, 3, 10), (28, 6, 14)])
+@pytest.mark.parametrize("size", [(37, 91), (203, 301), (28, 28), (1, 1), (1, 200), (199, 1), (61, 800), (1130, 560), (2000, 1999)])
+def test_tiles_equal_the_pillow_processor_of_transformers(side, tiles, patch, size):
+    config, image = sized(side, tiles, patch), noise(*size, seed=sum(size))
+    seen = theirs(side, tiles)([[image]], return_tensors="np")
+    found = patchify(image, Images.from_run(None, config, None))
+    [[count]] = seen["num_tiles"]
+    assert len(found["patches"]) == count * config.patch_multiple
+    across = side // patch
+    patches = found["patches"].reshape(count, across, across, 3, patch, patch).transpose(0, 3, 1, 4, 2, 5)
+    pixels = patches.reshape(count, 3, side, side).astype(np.float32) / 255
+    pixels = (pixels - np.float32(MEAN)[:, None, None]) / np.float32(STD)[:, None, None]
+    np.testing.assert_allclose(pixels, seen["pixel_values"][0, 0, :count], rtol=0, atol=1e-5)
+    assert not seen["pixel_values"][0, 0, count:].any()
+    assert found["aspect_ratio"].tolist() == [seen["aspect_ratio_ids"][0, 0]] * len(found["patches"])
+    assert found["patch_mask"].all() and seen["aspect_ratio_mask"][0, 0].sum() == count
+    assert {name: array.dtype.name for name, array in found.items()} == {
+        name: spec.dtype for name, spec in config.layout.patches.items()
+    }
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 9), st.sampled_from([42, 224, 448, 560]))
+@example(560, 1120, 4, 560)
+@example(561, 560, 4, 560)
+@example(1120, 1120, 4, 560)  # several canvases that it fills alike
+@example(3000, 1, 4, 560)
+def test_canvas_and_size_equal_transformers(height, width, tiles, side):
+    module = pytest.importorskip("transformers.models.mllama.image_processing_pil_mllama")
+    canvas = module.get_optimal_tiled_canvas(height, width, tiles, side)
+    images = Images(side, 14, tuple(module.get_all_supported_aspect_ratios(tiles)))
+    arrangement = arrange(height, width, images)
+    assert (arrangement[0] * side, arrangement[1] * side) == tuple(canvas)
+    assert fit(height, width, arrangement, side) == module.get_image_size_fit_to_canvas(height, width, *canvas, side)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 6, 9])
+def test_arrangements_are_numbered_as_by_transformers(tiles):
+    module = pytest.importorskip("transformers.models.mllama.image_processing_pil_mllama")
+    assert sized(42, tiles).vision_config.arrangements == module.get_all_supported_aspect_ratios(tiles)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("side", ["query", "candidate"])
+def test_prompts_are_the_strings_of_the_recipe(tokenizer, processor, text, side):
+    process, end = getattr(processor, side), END * 11 + "\n" if side == "query" else END
+    prefix = "Query: " if side == "query" else ""
+    for item, expected in [
+        ({"text": text}, f"{BEGIN}{prefix}{text}{end}"),
+        ({"text": text, "image": TALL}, f"{IMAGE}{BEGIN}{prefix}{text or 'Describe the image.'}{end}"),
+        ({"image": TALL}, f"{IMAGE}{BEGIN}{prefix}Describe the image.{end}"),
+    ]:
+        assert process(item).tokens.tolist() == tokenizer.encode(expected, add_special_tokens=False).ids
+    if text:  # the reference for parity has them too
+        assert string(text, side) == f"{BEGIN}{prefix}{text}{end}"
+        assert string({"text": text, "image": TALL}, side) == f"{IMAGE}{BEGIN}{prefix}{text}{end}"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "a red", " ", "<|", "image|>", "é"]), max_size=6).map("".join))
+def test_special_strings_of_the_user_stay_text(tokenizer, processor, text):
+    for one in (processor, pickle.loads(pickle.dumps(processor))):
+        tokens = one.candidate({"text": text, "image": TALL}).tokens.tolist()
+        assert [tokens.count(tokenizer.token_to_id(token)) for token in SPECIAL_TOKENS] == [1, 1, 1]
+        assert tokenizer.decode(tokens[2:-1], skip_special_tokens=False) == (text or "Describe the image.")
+
+
+@pytest.mark.parametrize("spare", [0, 1, 5])
+def test_truncation_cuts_only_the_end_of_the_users_text(tokenizer, processor, spare):
+    words = "a red car " * 20
+    for side in ("query", "candidate"):
+        process = getattr(processor, side)
+        least = len(process({"text": "x", "image": TALL}).tokens) - 1
+        found = process({"text": words, "image": TALL}, max_tokens=least + spare).tokens.tolist()
+        wholes = [string({"text": words[:n], "image": TALL}, side) for n in range(len(words))]
+        assert len(found) == least + spare
+        assert found in [tokenizer.encode(whole, add_special_tokens=False).ids for whole in wholes]
+        with pytest.raises(UserError, match="^row 3: prompt and image alone are 1 tokens over"):
+            process({"text": words, "image": TALL}, max_tokens=least - 1, name="row 3")
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [({}, "neither text nor image"), ({"text": "\ud800"}, "not valid Unicode"), ({"image": b"junk"}, "cannot be read")],
+)
+def test_bad_items_are_named(processor, item, message):
+    with pytest.raises(UserError, match=f"^icons row 9: .*{message}"):
+        processor.query(item, name="icons row 9")
+
+
+def test_batches_hold_items_with_and_without_images(processor):
+    examples = [processor.query({"text": "a red car"}), processor.candidate({"image": TALL}), blank(CONFIG.layout)]
+    tiles = examples[1].patches // CONFIG.patch_multiple
+    batch = collate(examples, ShapeClass(32, (tiles + 1) * CONFIG.patch_multiple), CONFIG.layout)
+    assert (batch["aspect_ratio"] > 0).sum(axis=1).tolist() == [0, examples[1].patches, 0]
+    assert set(collate(examples[:1], ShapeClass(32, 0), CONFIG.layout)) == {"tokens", "mask"}
+
+
+def test_a_tokenizer_of_another_family_is_refused():
+    with pytest.raises(UserError, match="lacks .*image.*Llama-3.2-Vision"):
+        Processor(Tokenizer(models.BPE()), IMAGES)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in SPECIAL_TOKENS])
+    with pytest.raises(UserError, match="does not mark .*image"):
+        Processor(tokenizer, IMAGES)
+
+
+def test_what_is_written_for_transformers_is_what_it_writes(tmp_path):
+    """And comes back as the same."""
+    stored = IMAGES.to_preprocessor(CONFIG)
+    assert Images.from_preprocessor(stored, CONFIG, 1024) == IMAGES
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored))
+    read = type(theirs(42, 4)).from_pretrained(tmp_path)
+    expected, found = (one([[TALL]], return_tensors="np")["pixel_values"] for one in (theirs(42, 4), read))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "preprocessor",
+    [
+        {"do_resize": False},
+        {"do_pad": False},
+        {"resample": 3},
+        {"max_image_tiles": 3},
+        {"size": {"height": 42, "width": 56}},
+        {"size": {"shortest_edge": 42}},
+        {"size": 42},
+    ],
+)
+def test_a_preprocessor_of_another_kind_is_refused(preprocessor):
+    with pytest.raises(UserError, match=f"preprocessor_config.json: {next(iter(preprocessor))}="):
+        Images.from_preprocessor(preprocessor, CONFIG, 1024)
+
+
+def test_every_configuration_has_its_own_sizes():
+    sizes = {(c["vision_config"]["image_size"], c["vision_config"]["max_num_tiles"]) for c in CONFIGURATIONS.values()}
+    assert len(sizes) == len(CONFIGURATIONS)
