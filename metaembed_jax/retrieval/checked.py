@@ -9,6 +9,7 @@ import os
 import stat
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int
@@ -105,22 +106,37 @@ class CheckedFile:
 
 
 def map_file(path: Path, size: int) -> mmap.mmap | bytes:
-    """The content of a file, mapped into memory. No link is followed: a file of an index lies in its folder."""
+    """The content of a file, mapped into memory; raises as `open_regular`."""
+    with open_regular(path) as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise UserError(f"{path} is damaged: it has {found} bytes and not {size}; build the index again")
+        if size == 0:
+            return b""  # which cannot be mapped
+        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file to read. No link is followed: a file of an index lies in its folder.
+
+    Raises:
+      UserError: it is something else, or cannot be read.
+      FileNotFoundError: there is none.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        file = open(path, "rb", opener=_open)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
-            raise UserError(f"{path} is damaged: it has {found.st_size} bytes and not {size}; build the index again")
-        if size == 0:
-            return b""  # which cannot be mapped
-        return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
-    finally:
-        os.close(descriptor)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path} cannot be read (it is no file)")
+    return file
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would wait for one who writes
 
 
 class CheckedWriter:
