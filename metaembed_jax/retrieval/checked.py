@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.report import clear_errors
 
 # A search in stages reads single items from all over: small pieces, so that it checks little beside them.
 PIECE = 64 * 1024
@@ -140,16 +141,22 @@ def _open(path: str, flags: int) -> int:
 
 
 class CheckedWriter:
-    """A new file, and the CRC-32 of each of its pieces."""
+    """A new file, and the CRC-32 of each of its pieces.
+
+    Raises:
+      UserError: from all that it does, where the disk is full or cannot be written.
+    """
 
     def __init__(self, path: Path):
-        self.size, self.crcs = 0, []
-        self._file = path.open("xb")
+        self.path, self.size, self.crcs = path, 0, []
+        with clear_errors(path):
+            self._file = path.open("xb")
 
     def write(self, data) -> None:
         """Appends bytes, or an array's."""
         data = memoryview(np.ascontiguousarray(data).view(np.uint8).reshape(-1) if isinstance(data, np.ndarray) else data)
-        self._file.write(data)
+        with clear_errors(self.path):
+            self._file.write(data)
         while len(data):
             room = -self.size % PIECE or PIECE
             if room == PIECE:
@@ -160,6 +167,7 @@ class CheckedWriter:
 
     def close(self) -> None:
         """What was written is on the disk when this returns."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with clear_errors(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()

@@ -102,8 +102,7 @@ class Index:
         folder = Path(path)
         if folder.resolve() == self.folder.resolve():
             return
-        with store.writing(folder):
-            store.clean(folder, *store.manifests_in(folder))
+        with store.changing(folder):
             segments = tuple(copied(folder, segment) for segment in self._segments)
             store.commit(folder, dataclasses.replace(self._manifest, segments=segments))
 
@@ -250,13 +249,10 @@ class Index:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Path]:
-        """Holds the folder, and has the newest that is in it; what was written and not committed is removed."""
-        with store.writing(self.folder) as folder:
+        """Holds the folder, and has the newest that is in it."""
+        with store.changing(self.folder) as folder:
             self._take(*store.open_index(folder))
-            try:
-                yield folder
-            finally:
-                store.clean(folder, *store.manifests_in(folder))
+            yield folder
 
     def _commit(self, segments: tuple[Segment, ...]) -> None:
         store.commit(self.folder, dataclasses.replace(self._manifest, segments=segments))
@@ -303,8 +299,7 @@ class Index:
 def _made(path: str | os.PathLike | None, mesh: Mesh | None, make: Callable[[Path], Manifest]) -> Index:
     """An index in a folder, of what `make` writes there; in a temporary folder if there is no path."""
     if path is not None:
-        with store.writing(Path(path)) as folder:
-            store.clean(folder, *store.manifests_in(folder))
+        with store.changing(Path(path)) as folder:
             store.commit(folder, make(folder))
         return Index(folder, mesh)
     folder = Path(tempfile.mkdtemp(prefix="metaembed-index-"))

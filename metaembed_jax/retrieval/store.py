@@ -71,6 +71,21 @@ def writing(folder: Path) -> Iterator[Path]:
         yield folder
 
 
+@contextlib.contextmanager
+def changing(folder: Path) -> Iterator[Path]:
+    """`writing`, where all that was written and not committed, before or now, is removed.
+
+    Raises:
+      UserError: as `writing`, or the index that is there is damaged.
+    """
+    with writing(folder):
+        clean(folder, *manifests_in(folder))
+        try:
+            yield folder
+        finally:
+            clean(folder, *manifests_in(folder))
+
+
 def is_index(folder: Path) -> bool:
     """Whether a folder holds an index, or what became of one that was never finished."""
     if any((folder / name).is_file() for name in (MANIFEST, DRAFT)):

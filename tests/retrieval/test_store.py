@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import time
 import zlib
@@ -109,6 +110,28 @@ def test_a_failed_change_leaves_nothing(folder):
     with pytest.raises(me.UserError, match="length"):
         index.add(iter([(["a"], np.eye(8)[None]), (["b"], 2 * np.eye(8)[None])]))
     assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_nothing(folder, tmp_path):
+    """Files that may not grow beyond some bytes fail as those of a full disk do."""
+    vectors, ids = unit(np.random.default_rng(0), 2000, 9, 8), [f"new {n}" for n in range(2000)]
+    index, large = me.Index.load(folder, mesh=ONE), me.Index.build(vectors, ids, mesh=ONE)
+    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    changes = (
+        lambda: index.add(vectors, ids),
+        lambda: me.Index.build(vectors, ids, path=folder, mesh=ONE),
+        lambda: large.save(folder),
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for change in changes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        try:
+            with pytest.raises(me.UserError, match="cannot write .*/index/.*File too large; free space"):
+                change()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+    assert len(me.Index.load(folder, mesh=ONE)) == 20
 
 
 def test_saving_and_loading(folder, tmp_path):
