@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.stages import Stages, as_stages
-from metaembed_jax.retrieval.items import check_unit
+from metaembed_jax.retrieval.items import as_array, check_unit
 from metaembed_jax.retrieval.qdrant_collection import clear_errors, connect, is_folder, stored_facts, vectors_config
 
 if TYPE_CHECKING:
@@ -236,14 +236,12 @@ class QdrantIndex:
         return PointStruct(id=point, vector=vectors, payload=json.loads(payload))
 
     def _checked(self, vectors_NRD, what: str) -> Float[np.ndarray, "N R D"]:
-        try:
-            vectors_NRD = np.asarray(vectors_NRD, np.float32)
-        except (TypeError, ValueError):
-            raise UserError(f"{what}: expected one array of numbers, [items, vectors, {self.dimension}]") from None
+        vectors_NRD = as_array(vectors_NRD, what)
         if vectors_NRD.ndim != 3 or vectors_NRD.shape[1] < 1 or vectors_NRD.shape[2] != self.dimension:
             raise UserError(
                 f"{what}: vectors {vectors_NRD.shape}: collection {self.name!r} takes [items, vectors, {self.dimension}]"
             )
+        vectors_NRD = vectors_NRD.astype(np.float32)
         items, vectors, _ = vectors_NRD.shape
         check_unit(vectors_NRD, np.full(items, vectors), [f"number {row} of the {what}" for row in range(items)])
         return vectors_NRD

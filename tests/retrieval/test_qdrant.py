@@ -220,7 +220,7 @@ def broken(number, vector, value):
         ((["a", "b", "c"], CANDIDATES[:3], [{}]), "metadata of 1"),
         ((["a", "b", "c"], CANDIDATES[:3, :2]), "items have 2 vectors, and collection 'small' stores 4"),
         ((["a", "b", "c"], CANDIDATES[:3, :, :8]), "takes [items, vectors, 32]"),
-        ((["a", "b", "c"], [[1.0], [2.0, 3.0], []]), "expected one array of numbers"),
+        ((["a", "b", "c"], [[1.0], [2.0, 3.0], []]), "items: expected an array of numbers"),
         ((["a", "b", "c"], broken(1, 2, np.nan)), "vector 2 of number 1 of the items has length nan"),
         ((["a", "b", "c"], broken(2, 0, np.inf)), "vector 0 of number 2 of the items has length inf"),
         ((["a", "b", "c"], broken(0, 3, 1.5)), "vector 3 of number 0 of the items has length 1.5"),
