@@ -90,8 +90,9 @@ def is_index(folder: Path) -> bool:
     """Whether a folder holds an index, or what became of one that was never finished."""
     if any((folder / name).is_file() for name in (MANIFEST, DRAFT)):
         return True
-    # Others have files that are called "lock", too, and what is no segment is theirs.
-    return (folder / LOCK).is_file() and all(path.name == LOCK or _is_segment(path) for path in folder.iterdir())
+    # Others have files that are called "lock", too.
+    ours = (path.name == LOCK or _is_segment(path) or _is_part(path) for path in folder.iterdir())
+    return (folder / LOCK).is_file() and all(ours)
 
 
 def read_draft(folder: Path, job: str) -> Manifest | None:
@@ -126,7 +127,7 @@ def clean(folder: Path, *manifests: Manifest | None) -> None:
     for path in folder.iterdir():
         if _is_segment(path) and path.name not in named:
             shutil.rmtree(path)
-        elif path.name.startswith((f".{MANIFEST}.", f".{DRAFT}.")) and path.name.endswith(".part") and path.is_file():
+        elif _is_part(path):
             path.unlink()
 
 
@@ -146,6 +147,10 @@ def manifests_in(folder: Path) -> list[Manifest]:
 
 def _is_segment(path: Path) -> bool:
     return bool(NAME.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
+
+
+def _is_part(path: Path) -> bool:
+    return path.name.startswith((f".{MANIFEST}.", f".{DRAFT}.")) and path.name.endswith(".part") and path.is_file()
 
 
 def _replace(path: Path, manifest: Manifest) -> None:

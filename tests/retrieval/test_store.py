@@ -274,6 +274,12 @@ def test_only_segments_are_removed(folder, tmp_path):
     assert other.is_dir()
 
 
+def test_what_was_killed_before_its_first_manifest_is_begun_again(folder):
+    (folder / "manifest.json").rename(folder / ".manifest.json.1.part")
+    index = me.Index.build(unit(np.random.default_rng(0), 3, 1, 8), path=folder, mesh=ONE)
+    assert len(index) == 3 and len(list(folder.iterdir())) == 3
+
+
 def refile(folder, name, content):
     """Another file in the first segment, with checksums that fit."""
     path = folder / "manifest.json"
