@@ -41,7 +41,7 @@ class Index:
     """
 
     def __init__(self, folder: Path, mesh: Mesh | None = None):
-        self.folder, self._mesh = folder, mesh
+        self.folder, self._mesh = folder.absolute(), mesh  # wherever the process goes
         self._take(*store.open_index(folder))
 
     @classmethod

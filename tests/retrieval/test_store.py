@@ -104,6 +104,15 @@ def test_a_change_is_made_to_the_newest_index(folder):
         second.delete(["7"])
 
 
+def test_the_process_may_go_elsewhere(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    index = me.Index.load("index", mesh=ONE)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    index.delete(["1"])
+    assert len(me.Index.load(folder, mesh=ONE)) == 19 and not list((tmp_path / "empty").iterdir())
+
+
 def test_a_failed_change_leaves_nothing(folder):
     before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
     index = me.Index.load(folder, mesh=ONE)
