@@ -26,11 +26,20 @@ def locked(file: Path, busy: str) -> Iterator[None]:
     """Holds a lock, which ends with the process at the latest. The file stays.
 
     Raises:
-      UserError: another process holds it; says `busy`.
+      UserError: another process holds it; says `busy`. Or there can be no such file.
     """
-    with file.open("a") as lock:
+    try:
+        lock = open(file, "a", opener=_open)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror})") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(busy) from None
         yield
+
+
+def _open(path: str, flags: int) -> int:
+    """Neither leaves the folder by a link, nor waits for one who reads a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

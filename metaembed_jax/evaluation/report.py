@@ -1,8 +1,9 @@
 """What people see of a sweep: a table in the terminal, results.json, and a picture of quality against cost."""
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from metaembed_jax.errors import UserError
@@ -71,16 +72,24 @@ def write_file(path: Path, content: bytes) -> None:
     """Writes beside the path, then renames: a reader or a crash never meets half a file."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another place") from error
+        with clear_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
     finally:
         _remove(part)
+
+
+@contextlib.contextmanager
+def clear_errors(path: Path) -> Iterator[None]:
+    """What the system says of a disk becomes a `UserError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another place") from error
 
 
 def _remove(path: Path) -> None:

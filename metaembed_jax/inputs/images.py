@@ -3,7 +3,7 @@
 import io
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from metaembed_jax.errors import UserError
 
@@ -32,6 +32,8 @@ def open_image(image: bytes | str | Path | Image.Image, name: str) -> Image.Imag
         return _to_rgb(image)
     except UserError:
         raise
+    except UnidentifiedImageError as error:  # whose own words name a place in memory
+        raise UserError(f"{name}: the image cannot be read (it is of no known format); repair or remove it") from error
     except Exception as error:  # decoders of broken bytes raise errors of every kind
         raise UserError(f"{name}: the image cannot be read ({' '.join(str(error).split())}); repair or remove it") from error
 

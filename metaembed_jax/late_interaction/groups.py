@@ -36,7 +36,7 @@ def validate_budget(budget: Sequence[int], query_vectors: int, candidate_vectors
     try:
         query, candidate = (int(size) for size in budget)
         whole = query >= 1 and candidate >= 1 and [query, candidate] == list(budget)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         whole = False
     if not whole:
         raise UserError(f"budget {budget!r}: expected a pair (r_q, r_c) of whole numbers from 1")

@@ -56,22 +56,34 @@ def maxsim(
     Raises:
       UserError: shapes that do not fit together, or a budget beyond the vectors given.
     """
-    query_QRD, document_NRD = jnp.asarray(query_QRD), jnp.asarray(document_NRD)
+    query_QRD, document_NRD = _as_array(query_QRD, "query"), _as_array(document_NRD, "document")
     if query_QRD.ndim != 3 or document_NRD.ndim != 3 or query_QRD.shape[2] != document_NRD.shape[2]:
         raise UserError(f"maxsim: query {query_QRD.shape} and document {document_NRD.shape} must be [items, vectors, D] with one D")
     for name, given in (("document_mask", document_mask), ("document_scale", document_scale)):
-        if given is not None and jnp.shape(given) != document_NRD.shape[:2]:
-            raise UserError(f"maxsim: {name} {jnp.shape(given)} must be {document_NRD.shape[:2]}, as the documents")
+        if given is not None and np.shape(given) != document_NRD.shape[:2]:
+            raise UserError(f"maxsim: {name} {np.shape(given)} must be {document_NRD.shape[:2]}, as the documents")
     queries, documents = query_QRD.shape[0], document_NRD.shape[0]
     available = query_QRD.shape[1], document_NRD.shape[1]
     query_vectors, document_vectors = available if budget is None else validate_budget(budget, *available)
     if queries == 0 or documents == 0:
         return jnp.zeros((queries, documents), jnp.float32)
+    if 0 in (query_vectors, document_vectors, query_QRD.shape[2]):
+        raise UserError(f"maxsim: query {query_QRD.shape} and document {document_NRD.shape}: an item has no vectors")
     if document_mask is not None:
         document_mask = jnp.asarray(document_mask, bool)[:, :document_vectors]
     if document_scale is not None:
         document_scale = jnp.asarray(document_scale, jnp.float32)[:, :document_vectors]
     return _blocked(query_QRD[:, :query_vectors], document_NRD[:, :document_vectors], document_mask, document_scale)
+
+
+def _as_array(given, name: str) -> Array:
+    try:
+        array = jnp.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"maxsim: {name} is no array of numbers ({error})") from error
+    if jnp.iscomplexobj(array):
+        raise UserError(f"maxsim: {name} is of complex numbers; expected real ones")
+    return array
 
 
 def maxsim_on(

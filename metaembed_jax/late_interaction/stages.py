@@ -23,15 +23,16 @@ def as_stages(budget: Sequence, query_vectors: int, candidate_vectors: int) -> S
     Raises:
       UserError: neither of these, or beyond the vectors there are.
     """
-    stages = [budget] if budget and not isinstance(budget[0], Sequence) else list(budget)
+    stages = [] if isinstance(budget, str) or not np.iterable(budget) else list(budget)
     if not stages:
-        raise UserError("no stage given; write a pair (r_q, r_c), or stages [(1, 1, 1000), (16, 64)]")
-    *earlier, last = stages
+        raise UserError(f"budget {budget!r}: no stage given; write a pair (r_q, r_c), or stages [(1, 1, 1000), (16, 64)]")
+    *earlier, last = stages if np.iterable(stages[0]) else [stages]
     checked = []
     for stage in earlier:
-        if len(stage) != 3 or not isinstance(stage[2], int) or stage[2] < 1:
-            raise UserError(f"stage {stage}: expected (r_q, r_c, survivors), where the next stage scores so many of them again")
-        checked.append((*validate_budget(stage[:2], query_vectors, candidate_vectors), stage[2]))
+        sizes = tuple(stage) if np.iterable(stage) else ()
+        if len(sizes) != 3 or not isinstance(sizes[2], int | np.integer) or sizes[2] < 1:
+            raise UserError(f"stage {stage!r}: expected (r_q, r_c, survivors), where the next stage scores so many of them again")
+        checked.append((*validate_budget(sizes[:2], query_vectors, candidate_vectors), int(sizes[2])))
     return *checked, validate_budget(last, query_vectors, candidate_vectors)
 
 

@@ -55,8 +55,8 @@ def index_documents(
     check_dtype(dtype)
     folder, most = Path(path), model.config.vectors("candidate")
     budget = most if budget is None else budget
-    if not 1 <= budget <= most:
-        raise UserError(f"budget={budget}: this model has 1 to {most} candidate vectors")
+    if type(budget) is not int or not 1 <= budget <= most:
+        raise UserError(f"budget={budget!r}: this model has 1 to {most} candidate vectors")
     if not len(documents):
         raise UserError("there is nothing to index: no document was given")
     about = {"name": name, "fingerprint": model.fingerprint}

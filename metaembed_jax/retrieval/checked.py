@@ -9,11 +9,13 @@ import os
 import stat
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.report import clear_errors
 
 # A search in stages reads single items from all over: small pieces, so that it checks little beside them.
 PIECE = 64 * 1024
@@ -105,35 +107,56 @@ class CheckedFile:
 
 
 def map_file(path: Path, size: int) -> mmap.mmap | bytes:
-    """The content of a file, mapped into memory. No link is followed: a file of an index lies in its folder."""
+    """The content of a file, mapped into memory; raises as `open_regular`."""
+    with open_regular(path) as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise UserError(f"{path} is damaged: it has {found} bytes and not {size}; build the index again")
+        if size == 0:
+            return b""  # which cannot be mapped
+        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file to read. No link is followed: a file of an index lies in its folder.
+
+    Raises:
+      UserError: it is something else, or cannot be read.
+      FileNotFoundError: there is none.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        file = open(path, "rb", opener=_open)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
-            raise UserError(f"{path} is damaged: it has {found.st_size} bytes and not {size}; build the index again")
-        if size == 0:
-            return b""  # which cannot be mapped
-        return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
-    finally:
-        os.close(descriptor)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path} cannot be read (it is no file)")
+    return file
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would wait for one who writes
 
 
 class CheckedWriter:
-    """A new file, and the CRC-32 of each of its pieces."""
+    """A new file, and the CRC-32 of each of its pieces.
+
+    Raises:
+      UserError: from all that it does, where the disk is full or cannot be written.
+    """
 
     def __init__(self, path: Path):
-        self.size, self.crcs = 0, []
-        self._file = path.open("xb")
+        self.path, self.size, self.crcs = path, 0, []
+        with clear_errors(path):
+            self._file = path.open("xb")
 
     def write(self, data) -> None:
         """Appends bytes, or an array's."""
         data = memoryview(np.ascontiguousarray(data).view(np.uint8).reshape(-1) if isinstance(data, np.ndarray) else data)
-        self._file.write(data)
+        with clear_errors(self.path):
+            self._file.write(data)
         while len(data):
             room = -self.size % PIECE or PIECE
             if room == PIECE:
@@ -144,6 +167,7 @@ class CheckedWriter:
 
     def close(self) -> None:
         """What was written is on the disk when this returns."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with clear_errors(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()

@@ -52,10 +52,10 @@ def search(folder: Path, query: str | None, image: Path | None, budget: str | No
         raise UserError(f"--budget={budget}: one search at a time")
     stages = searches[0]
     query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0], batch_size=1)
-    scores, ids = made.search(query_QRD, min(SHOWN, len(made)) if k is None else k, stages)
+    most = min([SHOWN, len(made), *(stage[2] for stage in stages[:-1])])
+    scores, ids = made.search(query_QRD, most if k is None else k, stages)
     for place, (score, found) in enumerate(zip(scores[0].tolist(), ids[0], strict=True), 1):
-        about = made.metadata(found)
-        where = about.get("path", "") + (f", page {about['page']}" if "page" in about else "")
-        print(
-            f"{place:3}  {score:8.4f}  " + "  ".join(map(printable, filter(None, (found, where, about.get("text", "")[:LONGEST]))))
-        )
+        about = {key: str(value) for key, value in made.metadata(found).items() if value is not None}  # of `Index.add`, anything
+        where = ", ".join(filter(None, (about.get("path"), "page" in about and f"page {about['page']}")))
+        shown = filter(None, (found, where, about.get("text", "")[:LONGEST]))
+        print(f"{place:3}  {score:8.4f}  " + "  ".join(map(printable, shown)))

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import Stages, as_stages
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
-from metaembed_jax.retrieval.items import as_blocks, check_unit, longest, make_items
+from metaembed_jax.retrieval.items import as_array, as_blocks, as_ids, check_unit, longest, make_items
 from metaembed_jax.retrieval.manifest import DTYPES, Manifest, Segment, levels_of
 from metaembed_jax.retrieval.search import Searched, survivors
 from metaembed_jax.retrieval.segment import SegmentFiles
@@ -40,7 +41,7 @@ class Index:
     """
 
     def __init__(self, folder: Path, mesh: Mesh | None = None):
-        self.folder, self._mesh = folder, mesh
+        self.folder, self._mesh = folder.absolute(), mesh  # wherever the process goes
         self._take(*store.open_index(folder))
 
     @classmethod
@@ -102,8 +103,7 @@ class Index:
         folder = Path(path)
         if folder.resolve() == self.folder.resolve():
             return
-        with store.writing(folder):
-            store.clean(folder, *store.manifests_in(folder))
+        with store.changing(folder):
             segments = tuple(copied(folder, segment) for segment in self._segments)
             store.commit(folder, dataclasses.replace(self._manifest, segments=segments))
 
@@ -123,7 +123,7 @@ class Index:
         """
         query_QRD, stages = self._checked(query_QRD, budget)
         self._check_k(k, stages)
-        scores, positions = self._searched.find(query_QRD, k, stages)
+        scores, positions = self._searched.find(query_QRD, int(k), stages)
         unique, places = np.unique(positions, return_inverse=True)
         names = np.array([*map(self._id, unique.tolist()), None], object)[:-1]  # NumPy would make an array of another type
         return scores, names[places.reshape(positions.shape)]
@@ -148,11 +148,13 @@ class Index:
         Raises:
           UserError: as `search`, or there are no queries, or no such share.
         """
-        if not 0 < recall <= 1 or not len(query_QRD):
-            raise UserError(f"recall={recall!r} of {len(query_QRD)} queries: expected a share above 0, and a query at least")
         (query_QRD, wanted), (_, stage) = (self._checked(query_QRD, budget) for budget in (last, first))
+        if not isinstance(recall, Real) or not 0 < recall <= 1 or not len(query_QRD):
+            raise UserError(f"recall={recall!r} of {len(query_QRD)} queries: expected a share above 0, and a query at least")
+        if len(stage) > 1 or len(wanted) > 1:
+            raise UserError(f"first={first!r}, last={last!r}: expected a budget (r_q, r_c) each; how many survive is what is asked")
         self._check_k(k, wanted)
-        return survivors(self._searched, query_QRD, stage, wanted, k, recall)
+        return survivors(self._searched, query_QRD, stage, wanted, int(k), float(recall))
 
     def check_model(self, model: MetaEmbed) -> None:
         """Whether a model is the one whose vectors are here.
@@ -174,7 +176,7 @@ class Index:
           UserError: there is no item of this id.
         """
         for segment in self._segments:
-            for row in segment.find([name]).values():
+            for row in segment.find(as_ids([name])).values():
                 return segment.metadata(row)
         raise UserError(f"there is no item {name!r} in {self.folder}")
 
@@ -202,7 +204,7 @@ class Index:
         Raises:
           UserError: there is no item of an id; then none is deleted.
         """
-        ids = [ids] if isinstance(ids, str) else list(ids)
+        ids = as_ids([ids] if isinstance(ids, str) else ids)
         with self._changing():
             found = [segment.find(ids) for segment in self._segments]
             if unknown := set(ids).difference(*found):
@@ -250,13 +252,10 @@ class Index:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Path]:
-        """Holds the folder, and has the newest that is in it; what was written and not committed is removed."""
-        with store.writing(self.folder) as folder:
+        """Holds the folder, and has the newest that is in it."""
+        with store.changing(self.folder) as folder:
             self._take(*store.open_index(folder))
-            try:
-                yield folder
-            finally:
-                store.clean(folder, *store.manifests_in(folder))
+            yield folder
 
     def _commit(self, segments: tuple[Segment, ...]) -> None:
         store.commit(self.folder, dataclasses.replace(self._manifest, segments=segments))
@@ -284,7 +283,7 @@ class Index:
 
     def _checked(self, query_QRD, budget) -> tuple[np.ndarray, Stages]:
         """The queries as float32, and the stages."""
-        query_QRD = np.asarray(query_QRD)
+        query_QRD = as_array(query_QRD, "queries")
         if query_QRD.ndim != 3 or query_QRD.shape[2] != self._manifest.width or not query_QRD.shape[1]:
             raise UserError(
                 f"queries have the shape {query_QRD.shape}: this index takes [queries, vectors, {self._manifest.width}]"
@@ -303,8 +302,7 @@ class Index:
 def _made(path: str | os.PathLike | None, mesh: Mesh | None, make: Callable[[Path], Manifest]) -> Index:
     """An index in a folder, of what `make` writes there; in a temporary folder if there is no path."""
     if path is not None:
-        with store.writing(Path(path)) as folder:
-            store.clean(folder, *store.manifests_in(folder))
+        with store.changing(Path(path)) as folder:
             store.commit(folder, make(folder))
         return Index(folder, mesh)
     folder = Path(tempfile.mkdtemp(prefix="metaembed-index-"))
@@ -320,5 +318,5 @@ def _made(path: str | os.PathLike | None, mesh: Mesh | None, make: Callable[[Pat
 
 def check_dtype(dtype: str) -> None:
     """Raises UserError where an index has no such type."""
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}")

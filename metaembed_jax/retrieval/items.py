@@ -46,16 +46,43 @@ def make_items(vectors, ids: Sequence[str], metadata: Sequence[dict | None] | No
     Raises:
       UserError: names the item that has something wrong.
     """
-    ids = list(ids)
-    for number, name in enumerate(ids):
-        if not isinstance(name, str) or not name or not _is_encodable(name):
-            raise UserError(f"id {name!r} of item {number}: ids are texts, and not empty; write str(id)")
-    if len(vectors) != len(ids):
-        raise UserError(f"there are {len(ids)} ids for {len(vectors)} items; give one for each")
-    arrays = [np.asarray(one) for one in vectors] if isinstance(vectors, Sequence) else np.asarray(vectors)
+    ids = as_ids(ids)
+    arrays = vectors if isinstance(vectors, Sequence) else as_array(vectors, "vectors")
+    if len(arrays) != len(ids):
+        raise UserError(f"there are {len(ids)} ids for {len(arrays)} items; give one for each")
+    if isinstance(arrays, Sequence):
+        arrays = [as_array(one, f"the vectors of item {name!r}") for one, name in zip(arrays, ids, strict=True)]
     vectors_NRD, counts_N = _pad(arrays, ids, vectors_kept)
     check_unit(vectors_NRD, counts_N, [f"item {name!r}" for name in ids])
     return Items(ids, vectors_NRD, counts_N, _as_json(ids, metadata))
+
+
+def as_ids(ids: Iterable[str]) -> list[str]:
+    """A list of ids.
+
+    Raises:
+      UserError: it is none, or an id is no text, or empty.
+    """
+    ids = _as_list(ids, "ids")
+    for number, name in enumerate(ids):
+        if not isinstance(name, str) or not name or not _is_encodable(name):
+            raise UserError(f"id {name!r} of item {number}: ids are texts, and not empty; write str(id)")
+    return ids
+
+
+def as_array(given, what: str) -> np.ndarray:
+    """An array of numbers, of any type that can become float32.
+
+    Raises:
+      UserError: it is something else.
+    """
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # tensors of others say why they are none in many ways
+        raise UserError(f"{what}: expected an array of numbers ({error})") from error
+    if not array.ndim or not np.can_cast(array.dtype, np.float32, "same_kind"):
+        raise UserError(f"{what}: expected an array of real numbers, not a {type(given).__name__} of {array.dtype}")
+    return array
 
 
 def check_unit(vectors_NRD: Float[np.ndarray, "N R D"], counts_N: Int[np.ndarray, " N"], names: Sequence[str]) -> None:
@@ -89,9 +116,10 @@ def as_blocks(vectors, ids: Iterable[str] | None, metadata: Sequence | None) -> 
                 raise UserError(f"block {number} is no tuple (ids, vectors) or (ids, vectors, metadata)")
             yield (*block, None)[:3]
         return
-    if not np.iterable(vectors) or not hasattr(vectors, "__len__"):
+    if not np.iterable(vectors) or not hasattr(vectors, "__len__") or isinstance(vectors, dict | set | str):
         raise UserError(f"vectors are a {type(vectors).__name__}, not an array, a list or an iterator")
-    ids = list(map(str, range(len(vectors))) if ids is None else ids)
+    ids = list(map(str, range(len(vectors)))) if ids is None else _as_list(ids, "ids")
+    metadata = None if metadata is None else _as_list(metadata, "metadata")
     for name, given in (("ids", ids), ("metadata", metadata)):
         if given is not None and len(given) != len(vectors):
             raise UserError(f"{name}: there are {len(given)} for {len(vectors)} items; give one for each")
@@ -166,7 +194,7 @@ def _pad(arrays: list[np.ndarray] | np.ndarray, ids: list[str], kept: int | None
 
 
 def _as_json(ids: list[str], metadata: Sequence[dict | None] | None) -> list[str]:
-    metadata = [None] * len(ids) if metadata is None else list(metadata)
+    metadata = [None] * len(ids) if metadata is None else _as_list(metadata, "metadata")
     if len(metadata) != len(ids):
         raise UserError(f"there is metadata for {len(metadata)} of {len(ids)} items; give a dict for each, or None")
     texts = []
@@ -175,9 +203,15 @@ def _as_json(ids: list[str], metadata: Sequence[dict | None] | None) -> list[str
             raise UserError(f"the metadata of item {name!r} is a {type(one).__name__}, not a dict")
         try:
             texts.append(json.dumps(one or {}, allow_nan=False))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"the metadata of item {name!r} cannot be written as JSON ({error})") from error
     return texts
+
+
+def _as_list(given: Iterable, what: str) -> list:
+    if isinstance(given, dict | str) or not np.iterable(given):
+        raise UserError(f"{what} are a {type(given).__name__}, not a list")
+    return list(given)
 
 
 def _is_encodable(name: str) -> bool:

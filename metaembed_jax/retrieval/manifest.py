@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.retrieval.checked import open_regular
 
 FORMAT = 1
 DTYPES = {"bfloat16": 2, "float32": 4, "int8": 1}  # bytes of a number
@@ -75,31 +76,33 @@ def level_names(manifest: Manifest) -> list[str]:
 def encode(manifest: Manifest) -> bytes:
     """The manifest as the content of its file."""
     index = {"format": FORMAT, **dataclasses.asdict(manifest)}
-    return (json.dumps({"sha256": _digest(index), "index": index}, indent=1, ensure_ascii=False) + "\n").encode()
+    text = json.dumps({"sha256": _digest(index), "index": index}, indent=1, ensure_ascii=False)
+    return (text + "\n").encode(errors="surrogatepass")  # as a path to a model has where it is no text
 
 
 def decode(path: Path) -> Manifest:
     """Reads a manifest.
 
     Raises:
-      UserError: the file is damaged, or of another version.
+      UserError: the file is damaged, is no file, or of another version.
       FileNotFoundError: it is not there.
     """
+    with open_regular(path) as file:
+        content = file.read(LARGEST + 1)
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError("too large")
-        stored = json.loads(path.read_bytes())
+        _need(len(content) <= LARGEST, "too large")
+        stored = json.loads(content)
         index, digest = stored["index"], stored["sha256"]
-        if digest != _digest(index):
-            raise ValueError("its checksum does not fit")
+        _need(digest == _digest(index), "its checksum does not fit")
+        _need(isinstance(index, dict), "no index")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({_reason(error)}); build the index again") from error
+        raise UserError(f"{path} is damaged ({_reason(error)}); remove it and build the index again") from error
     if index.pop("format", None) != FORMAT:
-        raise UserError(f"{path} is of another version of this program; build the index again")
+        raise UserError(f"{path} is of another version of this program; remove it and build the index again")
     try:
         return _checked(index)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} makes no sense ({_reason(error)}); build the index again") from error
+        raise UserError(f"{path} makes no sense ({_reason(error)}); remove it and build the index again") from error
 
 
 def _checked(index: dict) -> Manifest:

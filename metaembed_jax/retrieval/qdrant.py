@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.stages import Stages, as_stages
-from metaembed_jax.retrieval.items import check_unit
+from metaembed_jax.retrieval.items import as_array, check_unit
 from metaembed_jax.retrieval.qdrant_collection import clear_errors, connect, is_folder, stored_facts, vectors_config
 
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ class QdrantIndex:
         Raises:
           UserError: Qdrant is not installed or does not answer, or the collection is there and of other vectors.
         """
+        for size in (dimension, candidate_vectors):
+            if not isinstance(size, int | np.integer):
+                raise UserError(f"{size!r}: dimension and candidate_vectors are whole numbers")
+        dimension, candidate_vectors = int(dimension), int(candidate_vectors)  # which go to Qdrant as JSON
         if dimension < 1 or candidate_vectors < 1 or dimension * candidate_vectors > LARGEST_MULTIVECTOR:
             raise UserError(
                 f"{candidate_vectors} vectors of {dimension} numbers an item: Qdrant stores 1 to {LARGEST_MULTIVECTOR:,} numbers; "
@@ -172,7 +176,7 @@ class QdrantIndex:
             raise UserError(
                 f"items have {vectors_NRD.shape[1]} vectors, and collection {self.name!r} stores {self.candidate_vectors}"
             )
-        metadata = [{}] * len(ids) if metadata is None else metadata
+        metadata = [{}] * len(ids) if metadata is None else list(metadata)
         if not len(ids) == len(vectors_NRD) == len(metadata):
             raise UserError(
                 f"{len(ids)} ids, vectors of {len(vectors_NRD)} items, metadata of {len(metadata)}: expected as many of each"
@@ -214,8 +218,9 @@ class QdrantIndex:
                 f"and the first alone; choose one of these, or create another with candidate_vectors={other[0]}"
             )
         most = min((stage[2] for stage in stages[:-1]), default=k)
-        if not isinstance(k, int) or not 1 <= k <= most:
+        if not isinstance(k, int | np.integer) or not 1 <= k <= most:
             raise UserError(f"k={k!r}: expected a whole number from 1, and of no more than survive the stages before the last one")
+        k = int(k)
         scores_Qk = np.full((len(query_QRD), k), -np.inf, np.float32)
         ids_Qk = np.full((len(query_QRD), k), None, object)
         for rows in _requests([NUMBER_BYTES * len(stages) * query_QRD.shape[1] * self.dimension] * len(query_QRD)):
@@ -236,14 +241,12 @@ class QdrantIndex:
         return PointStruct(id=point, vector=vectors, payload=json.loads(payload))
 
     def _checked(self, vectors_NRD, what: str) -> Float[np.ndarray, "N R D"]:
-        try:
-            vectors_NRD = np.asarray(vectors_NRD, np.float32)
-        except (TypeError, ValueError):
-            raise UserError(f"{what}: expected one array of numbers, [items, vectors, {self.dimension}]") from None
+        vectors_NRD = as_array(vectors_NRD, what)
         if vectors_NRD.ndim != 3 or vectors_NRD.shape[1] < 1 or vectors_NRD.shape[2] != self.dimension:
             raise UserError(
                 f"{what}: vectors {vectors_NRD.shape}: collection {self.name!r} takes [items, vectors, {self.dimension}]"
             )
+        vectors_NRD = vectors_NRD.astype(np.float32)
         items, vectors, _ = vectors_NRD.shape
         check_unit(vectors_NRD, np.full(items, vectors), [f"number {row} of the {what}" for row in range(items)])
         return vectors_NRD
@@ -271,7 +274,7 @@ def _points(ids: Sequence[str]) -> list[str]:
     Raises:
       UserError: an id that is no text, or is there twice.
     """
-    if isinstance(ids, str):
+    if isinstance(ids, str) or not hasattr(ids, "__len__"):
         raise UserError(f"ids={ids!r}: expected a list of ids")
     numbers: dict[str, int] = {}
     for number, item in enumerate(ids):

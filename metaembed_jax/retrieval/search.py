@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
+from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction import levels
 from metaembed_jax.late_interaction.levels import Block, merge_block, no_best
 from metaembed_jax.late_interaction.stages import Stages
@@ -101,7 +102,11 @@ class Searched:
         for block in self._blocks(positions_N, part * self.mesh.size, parts, vectors):
             jax.block_until_ready(best)  # else blocks pile up where reading is faster than scoring
             best = merge_block(query_QRD, block, best, part, self.mesh)
-        return tuple(np.asarray(x)[:queries, :k].copy() for x in best)
+        scores_Qk, positions_Qk = (np.asarray(x)[:queries, :k].copy() for x in best)
+        if not np.isfinite(scores_Qk).all():  # nothing that was checked when it was added scores so
+            folder = self.segments[0].folder.parent
+            raise UserError(f"{folder}: an item has no vectors, or NaN or infinities in them; build the index again")
+        return scores_Qk, positions_Qk
 
     def _blocks(self, positions_N: np.ndarray, step: int, steps: int, vectors: int) -> Iterator[Block]:
         """Blocks of 1, 2, 4 .. `steps` times `step` candidates."""

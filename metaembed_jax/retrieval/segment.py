@@ -83,10 +83,14 @@ class SegmentFiles:
 
     def metadata(self, row: int) -> dict:
         """What is known of an item."""
+        text = self._text("metadata", "metadata-ends", row)
         try:
-            return json.loads(self._text("metadata", "metadata-ends", row))
-        except ValueError as error:
-            raise UserError(f"{self.folder / 'metadata'}: item {row} has no JSON there; build the index again") from error
+            about = json.loads(text)
+        except (ValueError, RecursionError):
+            about = None
+        if not isinstance(about, dict):
+            raise UserError(f"{self.folder / 'metadata'}: item {row} has no JSON object there; build the index again")
+        return about
 
     def find(self, ids: Sequence[str]) -> dict[str, int]:
         """The rows of those ids that are here, and not deleted."""
@@ -119,7 +123,12 @@ class SegmentFiles:
             rows = start + np.flatnonzero(self.is_alive[start : start + at_once])
             levels, scales = ([file.take(rows) for file in files] for files in (self.levels, self.scales))
             texts = [self._text("metadata", "metadata-ends", row) for row in rows.tolist()]
-            yield self.ids(rows), levels, scales, self.counts.take(rows), texts
+            counts = self.counts.take(rows)
+            if (counts < self.about.fewest).any():
+                raise UserError(
+                    f"{self.folder / 'counts'}: an item has fewer vectors than the manifest says; build the index again"
+                )
+            yield self.ids(rows), levels, scales, counts, texts
             self.release()
 
     def _text(self, blob: str, ends: str, row: int) -> str:

@@ -33,7 +33,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     try:
         return decode(folder / MANIFEST)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise UserError(f"{folder} is no index: it has no {MANIFEST}") from None
 
 
@@ -61,16 +61,38 @@ def writing(folder: Path) -> Iterator[Path]:
     Raises:
       UserError: another process writes the index, or the folder holds something else.
     """
-    if folder.exists() and not is_index(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is no index: choose another place")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if folder.exists() and not is_index(folder) and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is no index: choose another place")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be an index ({error.strerror}); choose another place") from error
     with locked(folder / LOCK, f"{folder} is being written by another process; wait for it to end"):
         yield folder
 
 
+@contextlib.contextmanager
+def changing(folder: Path) -> Iterator[Path]:
+    """`writing`, where all that was written and not committed, before or now, is removed.
+
+    Raises:
+      UserError: as `writing`, or the index that is there is damaged.
+    """
+    with writing(folder):
+        clean(folder, *manifests_in(folder))
+        try:
+            yield folder
+        finally:
+            clean(folder, *manifests_in(folder))
+
+
 def is_index(folder: Path) -> bool:
     """Whether a folder holds an index, or what became of one that was never finished."""
-    return any((folder / name).is_file() for name in (MANIFEST, DRAFT, LOCK))
+    if any((folder / name).is_file() for name in (MANIFEST, DRAFT)):
+        return True
+    # Others have files that are called "lock", too.
+    ours = (path.name == LOCK or _is_segment(path) or _is_part(path) for path in folder.iterdir())
+    return (folder / LOCK).is_file() and all(ours)
 
 
 def read_draft(folder: Path, job: str) -> Manifest | None:
@@ -103,9 +125,9 @@ def clean(folder: Path, *manifests: Manifest | None) -> None:
     """Removes segments that none of the manifests names, and files that were never finished; nothing else."""
     named = {one.name for manifest in manifests if manifest for one in manifest.segments}
     for path in folder.iterdir():
-        if NAME.fullmatch(path.name) and path.name not in named and not path.is_symlink():
+        if _is_segment(path) and path.name not in named:
             shutil.rmtree(path)
-        elif path.name.startswith((f".{MANIFEST}.", f".{DRAFT}.")) and path.name.endswith(".part"):
+        elif _is_part(path):
             path.unlink()
 
 
@@ -121,6 +143,14 @@ def manifests_in(folder: Path) -> list[Manifest]:
     with contextlib.suppress(FileNotFoundError, UserError):  # a draft is only worth the time it saves
         found.append(decode(folder / DRAFT))
     return found
+
+
+def _is_segment(path: Path) -> bool:
+    return bool(NAME.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
+
+
+def _is_part(path: Path) -> bool:
+    return path.name.startswith((f".{MANIFEST}.", f".{DRAFT}.")) and path.name.endswith(".part") and path.is_file()
 
 
 def _replace(path: Path, manifest: Manifest) -> None:

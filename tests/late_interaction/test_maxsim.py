@@ -86,13 +86,21 @@ def test_runs_under_jit_and_takes_bfloat16():
 
 def test_bad_input_is_refused():
     query, document = np.zeros((2, 3, 4)), np.zeros((5, 6, 4))
-    for budget in ((4, 6), (3, 7), (0, 1), (1,), 3, (1.5, 2)):
+    for budget in ((4, 6), (3, 7), (0, 1), (1,), 3, (1.5, 2), (float("inf"), 1)):
         with pytest.raises(UserError, match="budget"):
             maxsim(query, document, budget)
     with pytest.raises(UserError, match="one D"):
         maxsim(query[..., :3], document)
     with pytest.raises(UserError, match="one D"):
         maxsim(query[0], document)
+    for pair in ((query[:, :0], document), (query, document[:, :0]), (query[..., :0], document[..., :0])):
+        with pytest.raises(UserError, match="an item has no vectors"):
+            maxsim(*pair)
+    for wrong in ([[[1.0]], [[1.0], [2.0]]], "text", None, document.astype(object)):
+        with pytest.raises(UserError, match="document is no array of numbers"):
+            maxsim(query, wrong)
+    with pytest.raises(UserError, match="query is of complex numbers"):
+        maxsim(query * 1j, document)
     with pytest.raises(UserError, match="document_mask"):
         maxsim(query, document, document_mask=np.ones((5, 5), bool))
     with pytest.raises(UserError, match="document_scale"):

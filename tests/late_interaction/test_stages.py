@@ -49,6 +49,9 @@ def test_as_stages():
     assert as_stages((4, 8), 16, 64) == ((4, 8),)
     assert as_stages([(1, 1, 1000), [16, 64]], 16, 64) == ((1, 1, 1000), (16, 64))
     assert as_stages(((4, 8),), 16, 64) == ((4, 8),)
+    assert as_stages(np.array([4, 8]), 16, 64) == as_stages(np.array([[4, 8]]), 16, 64) == ((4, 8),)
+    staged = as_stages([np.array([1, 1, 5]), (np.int64(4), 8)], 16, 64)
+    assert staged == ((1, 1, 5), (4, 8)) and all(type(size) is int for stage in staged for size in stage)
     assert largest_budget([((1, 9, 50), (2, 4)), ((3, 1),)]) == (3, 9)
 
 
@@ -59,6 +62,13 @@ def test_as_stages():
         (),
         (4,),
         (4, 8, 10),
+        5,
+        None,
+        "4:8",
+        {4: 8},
+        (float("inf"), 8),
+        [(1, 1, 5), 7, (4, 8)],
+        [(1, 1, 5), None],
         [(1, 1), (4, 8)],
         [(1, 1, 0), (4, 8)],
         [(1, 1, 5.0), (4, 8)],

@@ -1,5 +1,6 @@
 """A process that changes an index without end. Every state of the index is one of `states`."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ def states() -> set[tuple[str, ...]]:
 
 def write_forever(folder: Path, is_built) -> None:
     """Sets the event when the index is there."""
+    tempfile.tempdir = str(folder.parent)  # a killed process leaves its temporary index
     while True:
         for number in range(len(SIZES)):
             ids, array = whole(number)

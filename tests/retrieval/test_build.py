@@ -164,6 +164,7 @@ def test_commands(directory, table, tmp_path, monkeypatch, capsys):
     assert shown.endswith(r"row 3  text 3 \x1b[1m\u202e")
     lines = run(monkeypatch, capsys, *searched, f"--image={tmp_path / 'a.png'}", "-k", 3, "--budget=1:1:5>4:16").splitlines()
     assert len(lines) == 3
+    assert len(run(monkeypatch, capsys, *searched, "text 3", "--budget=1:1:5>4:16").splitlines()) == 5
     for arguments, message in [
         ((), "nothing to search for"),
         (("a", "-k", 11), "k=11 must be between 1 and 10"),
@@ -174,6 +175,10 @@ def test_commands(directory, table, tmp_path, monkeypatch, capsys):
         ((f"--image={tmp_path / 'none.png'}",), "none.png cannot be read"),
     ]:
         assert message in run(monkeypatch, capsys, *searched, *arguments)
+    by_hand, vector = me.Index.load(tmp_path / "index", mesh=ONE), np.eye(1, 32, dtype=np.float32)[None]
+    by_hand.delete([f"row {n}" for n in range(9)])
+    by_hand.add(vector, ["by hand"], metadata=[{"path": None, "page": 3, "text": 7}])
+    assert any(line.endswith("by hand  page 3  7") for line in run(monkeypatch, capsys, *searched, "a").splitlines())
     other = write(tmp_path / "other", {key: -x for key, x in random_tensors().items()})
     assert "holds vectors of another model" in run(monkeypatch, capsys, *searched, "a", f"--model={other}")
     me.Index.build(np.eye(32, dtype=np.float32)[None], path=tmp_path / "arrays", mesh=ONE)

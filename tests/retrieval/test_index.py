@@ -1,5 +1,7 @@
 """Building and changing an index: what goes in, and what is refused."""
 
+import functools
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -112,6 +114,15 @@ EYE = np.eye(8, dtype=np.float32)[None]
         ((iter([(["a"], EYE[:, :2]), (["b"], EYE)]),), "item 'b' has 8 vectors, and the index keeps 2; say with budget="),
         ((iter([(["a"],)]),), "block 0 is no tuple"),
         ((iter([(["a"], EYE)]), ["a"]), "blocks bring their ids"),
+        ((iter([(5, EYE)]),), "ids are a int, not a list"),
+        ((iter([(["a"], 5)]),), "vectors: expected an array of real numbers, not a int"),
+        ((iter([(["a"], EYE, 5)]),), "metadata are a int, not a list"),
+        ((EYE, "a"), "ids are a str, not a list"),
+        (({"a": EYE[0]},), "vectors are a dict, not an array"),
+        ((EYE.astype(str),), "vectors: expected an array of real numbers"),
+        ((EYE * 1j,), "vectors: expected an array of real numbers, not a ndarray of complex64"),
+        (([EYE[0], "text"], ["a", "b"]), "the vectors of item 'b': expected an array of real numbers"),
+        (([[[1.0], [0.6, 0.8]]], ["a"]), "the vectors of item 'a': expected an array of numbers"),
     ],
 )
 def test_bad_items_are_refused(arguments, message, tmp_path):
@@ -125,11 +136,14 @@ def test_bad_items_are_refused(arguments, message, tmp_path):
     "options, message",
     [
         ({"dtype": "float16"}, "dtype='float16': expected bfloat16, float32, int8"),
+        ({"dtype": ["int8"]}, "expected bfloat16, float32, int8"),
         ({"budget": 0}, "budget=0"),
         ({"metadata": [{"a": np.nan}]}, "metadata of item 'a' cannot be written as JSON"),
         ({"metadata": [{"a": object()}]}, "metadata of item 'a' cannot be written as JSON"),
         ({"metadata": ["text"]}, "is a str, not a dict"),
         ({"metadata": []}, "metadata: there are 0 for 1 items"),
+        ({"metadata": {"a": 1}}, "metadata are a dict, not a list"),
+        ({"metadata": [functools.reduce(lambda deep, _: {"a": deep}, range(9999), {})]}, "of item 'a' cannot be written as JSON"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -142,6 +156,9 @@ def test_bad_options_are_refused(options, message):
     [
         (np.eye(7)[None], 1, None, r"shape \(1, 7, 7\).*\[queries, vectors, 8\]"),
         (EYE[0], 1, None, "have the shape"),
+        ([[[1.0] * 8], []], 1, None, "queries: expected an array of numbers"),
+        (EYE.astype(complex), 1, None, "queries: expected an array of real numbers, not a ndarray of complex128"),
+        (EYE, 1, 5, "budget 5: no stage given.*stores 9 vectors an item"),
         (2 * EYE, 1, None, "vector 0 of query 0 has length 2, not 1"),
         (np.concatenate([EYE, np.full((1, 8, 8), np.inf)]), 1, None, "query 1 .* NaN or infinities"),
         (EYE, 13, None, "k=13 must be between 1 and 12, the number of items"),
@@ -170,4 +187,9 @@ def test_bad_changes_are_refused(index, vectors):
         index.add(np.eye(7)[None], ["new"])
     with pytest.raises(me.UserError, match="there is no item 'new'"):
         index.metadata("new")
+    for wrong in ([5], ["\ud800"], 5, None):
+        with pytest.raises(me.UserError, match="ids are"):
+            index.delete(wrong)
+    with pytest.raises(me.UserError, match="id 5 of item 0: ids are texts"):
+        index.metadata(5)
     assert len(index) == 12

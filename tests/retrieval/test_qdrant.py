@@ -216,11 +216,14 @@ def broken(number, vector, value):
         ((["a", 2, "c"], CANDIDATES[:3]), "id 2 at number 1"),
         ((["a", "b", "\ud800"], CANDIDATES[:3]), "has a character that is none"),
         (("abc", CANDIDATES[:3]), "expected a list of ids"),
+        ((3, CANDIDATES[:3]), "expected a list of ids"),
+        ((iter("abc"), CANDIDATES[:3]), "expected a list of ids"),
+        ((["a", "b", "c"], CANDIDATES[:3] * 1j), "items: expected an array of real numbers"),
         ((["a", "b"], CANDIDATES[:3]), "2 ids, vectors of 3 items, metadata of 2"),
         ((["a", "b", "c"], CANDIDATES[:3], [{}]), "metadata of 1"),
         ((["a", "b", "c"], CANDIDATES[:3, :2]), "items have 2 vectors, and collection 'small' stores 4"),
         ((["a", "b", "c"], CANDIDATES[:3, :, :8]), "takes [items, vectors, 32]"),
-        ((["a", "b", "c"], [[1.0], [2.0, 3.0], []]), "expected one array of numbers"),
+        ((["a", "b", "c"], [[1.0], [2.0, 3.0], []]), "items: expected an array of numbers"),
         ((["a", "b", "c"], broken(1, 2, np.nan)), "vector 2 of number 1 of the items has length nan"),
         ((["a", "b", "c"], broken(2, 0, np.inf)), "vector 0 of number 2 of the items has length inf"),
         ((["a", "b", "c"], broken(0, 3, 1.5)), "vector 3 of number 0 of the items has length 1.5"),
@@ -284,6 +287,15 @@ def test_a_collection_of_other_vectors_is_refused():
 def test_vectors_beyond_what_qdrant_takes_are_refused():
     with pytest.raises(UserError, match="lower candidate_vectors"):
         QdrantIndex.create(":memory:", "wide", 32768, 64)
+    for sizes in ((8.5, 4), (8, "4")):
+        with pytest.raises(UserError, match="are whole numbers"):
+            QdrantIndex.create(":memory:", "odd", *sizes)
+
+
+def test_numbers_of_numpy_are_taken():
+    index = QdrantIndex.create(":memory:", "numpy", np.int64(32), np.int32(4))
+    index.add(["a", "b"], CANDIDATES[:2, :4])
+    assert index.search(QUERIES[:1], np.int64(2), np.array([16, 4]))[1].shape == (1, 2)
 
 
 def test_unknown_items_are_named(small):

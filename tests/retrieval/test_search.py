@@ -143,11 +143,21 @@ def test_survivors_for_a_recall():
             return np.mean([name in row for wanted, row in zip(best, staged, strict=True) for name in wanted])
 
         assert kept(found) >= recall and (found == 5 or kept(found - 1) < recall)
-    for options, message in (({"recall": 0}, "recall=0"), ({"recall": 1.1}, "recall=1.1"), ({"k": 89}, "k=89"), ({"k": 0}, "k=0")):
+    assert index.survivors(query, (1, 1), (4, 9), k=np.int8(12)) == index.survivors(query, (1, 1), (4, 9), k=12)
+    for options, message in (
+        ({"recall": 0}, "recall=0"),
+        ({"recall": 1.1}, "recall=1.1"),
+        ({"recall": "all"}, "recall='all'"),
+        ({"k": 89}, "k=89"),
+        ({"k": 0}, "k=0"),
+    ):
         with pytest.raises(me.UserError, match=message):
             index.survivors(query, (1, 1), (4, 9), **options)
     with pytest.raises(me.UserError, match="of 0 queries"):
         index.survivors(query[:0], (1, 1), (4, 9))
+    for first, last in (([(1, 1, 20), (2, 2)], (4, 9)), ((1, 1), [(1, 1, 20), (4, 9)])):
+        with pytest.raises(me.UserError, match="how many survive is what is asked"):
+            index.survivors(query, first, last)
 
 
 def test_few_programs_are_compiled():

@@ -1,10 +1,13 @@
 """Indexes on disk: crashes, writers and readers at once, damage."""
 
+import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import time
+import zlib
 
 import jax
 import numpy as np
@@ -19,6 +22,7 @@ from tests.retrieval.reference import unit
 
 ONE = make_mesh(devices=jax.devices()[:1])
 KILLS = 20
+NAN = 0x7FC0  # as bfloat16
 
 
 @pytest.fixture
@@ -100,12 +104,43 @@ def test_a_change_is_made_to_the_newest_index(folder):
         second.delete(["7"])
 
 
+def test_the_process_may_go_elsewhere(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    index = me.Index.load("index", mesh=ONE)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    index.delete(["1"])
+    assert len(me.Index.load(folder, mesh=ONE)) == 19 and not list((tmp_path / "empty").iterdir())
+
+
 def test_a_failed_change_leaves_nothing(folder):
     before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
     index = me.Index.load(folder, mesh=ONE)
     with pytest.raises(me.UserError, match="length"):
         index.add(iter([(["a"], np.eye(8)[None]), (["b"], 2 * np.eye(8)[None])]))
     assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_nothing(folder, tmp_path):
+    """Files that may not grow beyond some bytes fail as those of a full disk do."""
+    vectors, ids = unit(np.random.default_rng(0), 2000, 9, 8), [f"new {n}" for n in range(2000)]
+    index, large = me.Index.load(folder, mesh=ONE), me.Index.build(vectors, ids, mesh=ONE)
+    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    changes = (
+        lambda: index.add(vectors, ids),
+        lambda: me.Index.build(vectors, ids, path=folder, mesh=ONE),
+        lambda: large.save(folder),
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for change in changes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        try:
+            with pytest.raises(me.UserError, match="cannot write .*/index/.*File too large; free space"):
+                change()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+    assert len(me.Index.load(folder, mesh=ONE)) == 20
 
 
 def test_saving_and_loading(folder, tmp_path):
@@ -190,7 +225,8 @@ def test_manifests_that_lie(folder, tmp_path):
         with pytest.raises(me.UserError, match=message):
             me.Index.load(folder, mesh=ONE)
         (folder / "manifest.json").write_text(content)
-    for broken in ("", "[]", "{}", content[:-40], content.replace("20", "21"), "[" * 10**5):
+    lists = json.dumps({"sha256": manifests._digest([]), "index": []})
+    for broken in ("", "[]", "{}", content[:-40], content.replace("20", "21"), "[" * 10**5, lists):
         (folder / "manifest.json").write_text(broken)
         with pytest.raises(me.UserError, match="manifest.json is damaged"):
             me.Index.load(folder, mesh=ONE)
@@ -210,6 +246,102 @@ def test_links_are_not_followed(folder, tmp_path):
     file.parent.symlink_to(tmp_path / "segment")
     with pytest.raises(me.UserError, match="is a link"):
         me.Index.load(folder, mesh=ONE)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "vectors-0-1", "checksums"])
+def test_what_is_no_file_is_not_read(folder, name):
+    """Neither the end of a pipe nor that of a device is waited for."""
+    file = next(folder.rglob(name))
+    for make in (os.mkfifo, os.mkdir, lambda file: os.symlink("/dev/zero", file), lambda file: os.symlink(file, file)):
+        file.unlink() if file.is_file() or file.is_symlink() or file.is_fifo() else file.rmdir()
+        make(file)
+        with pytest.raises(me.UserError, match=f"{name} cannot be read"):
+            me.Index.load(folder, mesh=ONE)
+
+
+def test_a_lock_leads_nowhere(folder, tmp_path):
+    index = me.Index.load(folder, mesh=ONE)
+    for make in (os.mkfifo, lambda file: os.symlink(tmp_path / "elsewhere", file)):
+        (folder / "lock").unlink()
+        make(folder / "lock")
+        with pytest.raises(me.UserError, match="lock cannot be written"):
+            index.delete(["1"])
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_only_segments_are_removed(folder, tmp_path):
+    (folder / "0123456789abcdef").touch()
+    (folder / ".manifest.json.1.part").mkdir()
+    me.Index.load(folder, mesh=ONE).compact()
+    assert (folder / "0123456789abcdef").is_file() and (folder / ".manifest.json.1.part").is_dir()
+    other = tmp_path / "other" / "fedcba9876543210"
+    other.mkdir(parents=True)
+    for name in ("lock", "notes.txt"):
+        (tmp_path / "other" / name).touch()
+    with pytest.raises(me.UserError, match="other exists and is no index"):
+        me.Index.build(unit(np.random.default_rng(0), 1, 1, 8), path=tmp_path / "other", mesh=ONE)
+    assert other.is_dir()
+
+
+def test_what_was_killed_before_its_first_manifest_is_begun_again(folder):
+    (folder / "manifest.json").rename(folder / ".manifest.json.1.part")
+    index = me.Index.build(unit(np.random.default_rng(0), 3, 1, 8), path=folder, mesh=ONE)
+    assert len(index) == 3 and len(list(folder.iterdir())) == 3
+
+
+def refile(folder, name, content):
+    """Another file in the first segment, with checksums that fit."""
+    path = folder / "manifest.json"
+    index = json.loads(path.read_text())["index"]
+    segment = index["segments"][0]
+    (folder / segment["name"] / name).write_bytes(content)
+    segment["sizes"][name] = len(content)
+    contents = [(folder / segment["name"] / one).read_bytes() for one in sorted(segment["sizes"])]
+    crcs = np.array([zlib.crc32(one) for one in contents if one], np.uint32).tobytes()  # each of one piece
+    (folder / segment["name"] / "checksums").write_bytes(crcs)
+    segment["checksums"] = hashlib.sha256(crcs).hexdigest()
+    rewrite(folder, **index)
+
+
+@pytest.mark.parametrize("name, number", [("counts", np.zeros(20, np.int32)), ("vectors-0-1", np.full((20, 8), NAN, np.uint16))])
+def test_vectors_that_are_none_are_not_found(folder, name, number):
+    refile(folder, name, number.tobytes())
+    index = me.Index.load(folder, mesh=ONE)
+    query = unit(np.random.default_rng(0), 2, 4, 8)
+    for search in (lambda: index.search(query, 3), lambda: index.survivors(query, (1, 1), (4, 9), k=3)):
+        with pytest.raises(me.UserError, match="no vectors, or NaN or infinities"):
+            search()
+
+
+def test_no_index_is_made_of_counts_that_lie(folder):
+    refile(folder, "counts", np.zeros(20, np.int32).tobytes())
+    with pytest.raises(me.UserError, match="counts: an item has fewer vectors"):
+        me.Index.load(folder, mesh=ONE).compact()
+    assert len(me.Index.load(folder, mesh=ONE)) == 20
+
+
+def test_metadata_that_is_no_object(folder):
+    for content in (b"5" * 20, b"[" * 50_000):
+        refile(folder, "metadata", content)
+        refile(folder, "metadata-ends", np.linspace(0, len(content), 21, dtype=np.int64)[1:].tobytes())
+        with pytest.raises(me.UserError, match="metadata: item 3 has no JSON object"):
+            me.Index.load(folder, mesh=ONE).metadata("3")
+
+
+def test_an_index_of_a_model_whose_path_is_no_text(folder):
+    """A file's name may be any bytes."""
+    rewrite(folder, model={"name": os.fsdecode(b"/models/\xff"), "fingerprint": "f"})
+    index = me.Index.load(folder, mesh=ONE)
+    index.compact()
+    assert os.fsencode(index.model) == b"/models/\xff"
+
+
+def test_places_where_no_index_can_be(folder, tmp_path):
+    for place in (tmp_path / ("x" * 300), folder / "manifest.json" / "index"):
+        with pytest.raises(me.UserError, match="cannot be an index"):
+            me.Index.load(folder, mesh=ONE).save(place)
+        with pytest.raises(me.UserError, match="cannot be read"):
+            me.Index.load(place, mesh=ONE)
 
 
 def test_a_file_that_is_cut(folder):
