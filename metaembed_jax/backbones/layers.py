@@ -213,7 +213,7 @@ def scan_and_keep(
         x = run(x, layer_state)
         return (x, jax.lax.dynamic_update_index_in_dim(states, x, place, 0)), None
 
-    states = jnp.zeros((len(kept) + 1, *x.shape), x.dtype)
+    states = constrain(jnp.zeros((len(kept) + 1, *x.shape), x.dtype), None, "batch", *[None] * (x.ndim - 1))
     (x, states), _ = jax.lax.scan(body, (x, states), (state, places), unroll=unroll)
     return x, states[:-1]
 

@@ -26,7 +26,7 @@ from metaembed_jax.backbones.layers import (
     RMSNorm,
     param,
     rotate,
-    scan_layers,
+    scan_and_keep,
     split_heads,
 )
 from metaembed_jax.backbones.qwen import network
@@ -49,15 +49,12 @@ class VisionBlock(nnx.Module):
         self.output = Linear(width, width, axes=("heads", "embed"), bias=True, rngs=rngs, layers=layers)
         self.mlp = MLP(width, config.intermediate_size, activation=jax.nn.gelu, rngs=rngs, layers=layers)
 
-    def __call__(self, carried, slot, mask_BP, cos_BPK, sin_BPK):
-        """The states after the layer, and the states to keep with these in their `slot` (the last one is for what nobody keeps)."""
-        x_BPD, kept_NBPD = carried
+    def __call__(self, x_BPD, _, mask_BP, cos_BPK, sin_BPK):
         normed = self.norm1(x_BPD)
         query, key, value = (split_heads(project(normed), self.heads) for project in (self.query, self.key, self.value))
         mixed = attention(rotate(query, cos_BPK, sin_BPK), rotate(key, cos_BPK, sin_BPK), value, mask_BP, causal=False)
         x_BPD = x_BPD + self.output(mixed.reshape(x_BPD.shape))
-        x_BPD = constrain(x_BPD + self.mlp(self.norm2(x_BPD)), "batch", None, None)
-        return x_BPD, jax.lax.dynamic_update_index_in_dim(kept_NBPD, x_BPD, slot, 0)
+        return constrain(x_BPD + self.mlp(self.norm2(x_BPD)), "batch", None, None)
 
 
 class Merger(nnx.Module):
@@ -98,15 +95,11 @@ class VisionTower(nnx.Module):
         unroll: int,
     ) -> tuple[Float[Array, "B U D"], Float[Array, "N B U D"]]:
         """The units, and those of DeepStack; those of padding hold finite numbers that nothing reads."""
-        taken = self.config.deepstack_visual_indexes
-        slots = np.full(self.config.depth, len(taken), np.int32)
-        slots[list(taken)] = np.arange(len(taken))
         x_BPD = self.embed_patches(patches_BPX, positions_BP2, dtype)
-        kept_NBPD = constrain(jnp.zeros((len(taken) + 1, *x_BPD.shape), dtype), None, "batch", None, None)
         context = (mask_BP, *patch_angles(positions_BP2, self.config.hidden_size // self.config.num_heads))
-        carried = scan_layers(self.blocks, (x_BPD, kept_NBPD), slots, *context, checkpoint=checkpoint, unroll=unroll)
-        x_BPD, kept_NBPD = carried
-        return self.merger(x_BPD), self.merge_kept(kept_NBPD[:-1])
+        taken, how = self.config.deepstack_visual_indexes, {"checkpoint": checkpoint, "unroll": unroll}
+        x_BPD, kept_NBPD = scan_and_keep(self.blocks, x_BPD, taken, *context, **how)
+        return self.merger(x_BPD), self.merge_kept(kept_NBPD)
 
     def embed_patches(self, patches_BPX: UInt8[Array, "B P X"], positions_BP2: Int[Array, "B P 2"], dtype) -> Float[Array, "B P D"]:
         """The patch kernel on normalised pixels (the temporal kernel, summed over two equal frames), and learned positions."""
