@@ -1,23 +1,18 @@
-"""What transformers computes for random Llama-3.2-Vision checkpoints, written from the method's description alone.
+"""What transformers computes for random Llama-3.2-Vision checkpoints, written from the method's description alone."""
 
-METAEMBED_REFERENCES as in `qwen2_5_vl_reference`.
-"""
-
-import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
-import pytest
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
-from tests.backbones.qwen2_5_vl.reference import HAS_TORCH, noise
+from tests.backbones.qwen2_5_vl.reference import noise
+from tests.backbones.references import kept
 
 BEGIN, END, IMAGE = "<|begin_of_text|>", "<|end_of_text|>", "<|image|>"
 VOCABULARY = 300  # the image token is one more
@@ -174,19 +169,8 @@ def string(item, side: str) -> str:
 
 def reference(name: str, scratch: Path) -> SimpleNamespace:
     """The directory of a checkpoint, Meta Tokens, and the vectors of QUERIES and CANDIDATES with them."""
-    directory = Path(os.environ.get("METAEMBED_REFERENCES", scratch)) / f"llama_vision_{name}"
-    record = directory / "vectors.npz"  # written last
-    if not record.is_file():
-        if not HAS_TORCH:
-            pytest.skip("needs torch and transformers, or METAEMBED_REFERENCES with what a run with them wrote")
-        write_checkpoint(directory, CONFIGURATIONS[name])
-        model = Transformers(directory)
-        width = CONFIGURATIONS[name]["text_config"]["hidden_size"]
-        meta_tokens = np.random.default_rng(7).normal(size=(80, width)).astype(np.float32)
-        vectors = {side: model.vectors(items, side, meta_tokens) for side, items in (("query", QUERIES), ("candidate", CANDIDATES))}
-        np.savez(directory / "vectors.tmp.npz", meta_tokens=meta_tokens, **vectors)
-        os.replace(directory / "vectors.tmp.npz", record)
-    return SimpleNamespace(directory=directory, config=json.loads((directory / "config.json").read_text()), **np.load(record))
+    items = {"query": QUERIES, "candidate": CANDIDATES}
+    return kept(f"llama_vision/{name}", scratch, CONFIGURATIONS[name], write_checkpoint, Transformers, items)
 
 
 def read(directory: Path) -> MetaEmbed:

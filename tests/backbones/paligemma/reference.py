@@ -1,18 +1,13 @@
-"""What transformers computes for random PaliGemma checkpoints, written from the method's description alone.
+"""What transformers computes for random PaliGemma checkpoints, written from the method's description alone."""
 
-As in qwen2_5_vl_reference.py, METAEMBED_REFERENCES=FOLDER keeps it for Pythons without torch.
-"""
-
-import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.backbones.qwen2_5_vl.reference import CANDIDATES, HAS_TORCH, QUERIES
+from tests.backbones.qwen2_5_vl.reference import CANDIDATES, QUERIES
+from tests.backbones.references import kept
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<image>"]
 VOCABULARY = 320
@@ -135,16 +130,5 @@ def string(item, side: str, visual: int) -> str:
 
 def reference(name: str, scratch: Path) -> SimpleNamespace:
     """The directory of a checkpoint, Meta Tokens, and the vectors of QUERIES and CANDIDATES with them."""
-    directory = Path(os.environ.get("METAEMBED_REFERENCES", scratch)) / f"paligemma_{name}"
-    record = directory / "vectors.npz"  # written last
-    if not record.is_file():
-        if not HAS_TORCH:
-            pytest.skip("needs torch and transformers, or METAEMBED_REFERENCES with what a run with them wrote")
-        write_checkpoint(directory, CONFIGURATIONS[name])
-        model = Transformers(directory)
-        width = CONFIGURATIONS[name]["text_config"]["hidden_size"]
-        meta_tokens = 0.2 * np.random.default_rng(7).normal(size=(80, width)).astype(np.float32)
-        vectors = {side: model.vectors(items, side, meta_tokens) for side, items in (("query", QUERIES), ("candidate", CANDIDATES))}
-        np.savez(directory / "vectors.tmp.npz", meta_tokens=meta_tokens, **vectors)
-        os.replace(directory / "vectors.tmp.npz", record)
-    return SimpleNamespace(directory=directory, config=json.loads((directory / "config.json").read_text()), **np.load(record))
+    items = {"query": QUERIES, "candidate": CANDIDATES}
+    return kept(f"paligemma/{name}", scratch, CONFIGURATIONS[name], write_checkpoint, Transformers, items, scale=0.2)

@@ -1,19 +1,13 @@
-"""What transformers computes for random checkpoints of a Qwen-VL family, written from the method's description alone.
+"""What transformers computes for random checkpoints of a Qwen-VL family, written from the method's description alone."""
 
-torch does not exist for every Python that the package supports. With METAEMBED_REFERENCES=FOLDER, checkpoints and vectors are
-written there by a run that has torch, and read from there by one that has not.
-"""
-
-import importlib.util
-import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.backbones.references import kept
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -25,7 +19,6 @@ SPECIAL_TOKENS = [
     "<|video_pad|>",
 ]
 VOCABULARY = 320
-HAS_TORCH = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
 
 
 def configuration(*, heads, sections, width, layers, depth, full, tied, window=112, eps=1e-6, vision_width=32, vision_heads=2):
@@ -169,16 +162,5 @@ def string(item, side: str, counts) -> str:
 def reference(name: str, scratch: Path, configurations: dict = CONFIGURATIONS) -> SimpleNamespace:
     """The directory of a checkpoint, Meta Tokens, and the vectors of QUERIES and CANDIDATES with them."""
     configuration = configurations[name]
-    directory = Path(os.environ.get("METAEMBED_REFERENCES", scratch)) / configuration["model_type"] / name
-    record = directory / "vectors.npz"  # written last
-    if not record.is_file():
-        if not HAS_TORCH:
-            pytest.skip("needs torch and transformers, or METAEMBED_REFERENCES with what a run with them wrote")
-        write_checkpoint(directory, configuration)
-        model = Transformers(directory)
-        width = configuration["text_config"]["hidden_size"]
-        meta_tokens = np.random.default_rng(7).normal(size=(80, width)).astype(np.float32)
-        vectors = {side: model.vectors(items, side, meta_tokens) for side, items in (("query", QUERIES), ("candidate", CANDIDATES))}
-        np.savez(directory / "vectors.tmp.npz", meta_tokens=meta_tokens, **vectors)
-        os.replace(directory / "vectors.tmp.npz", record)
-    return SimpleNamespace(directory=directory, config=json.loads((directory / "config.json").read_text()), **np.load(record))
+    name = f"{configuration['model_type']}/{name}"
+    return kept(name, scratch, configuration, write_checkpoint, Transformers, {"query": QUERIES, "candidate": CANDIDATES})
