@@ -8,8 +8,8 @@ from metaembed_jax.training.profile import Stopwatch, Trace
 
 
 def test_seconds_add_up():
-    watch = Stopwatch()
     began = time.monotonic()
+    watch = Stopwatch()
     with watch.spending("input"):
         time.sleep(0.05)
     with watch.spending("checkpoint"):
