@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from metaembed_jax.backbones.llama_vision.vision import APART, attend_around_padding
 from metaembed_jax.inputs.examples import ShapeClass, collate
@@ -22,11 +21,11 @@ from tests.backbones.llama_vision.reference import (
     reference,
     see,
 )
+from tests.backbones.modules import TOLERANCE, layer_of, run
 
 torch = pytest.importorskip("torch")
 modeling = pytest.importorskip("transformers.models.mllama.modeling_mllama")
 
-TOLERANCE = dict(rtol=2e-5, atol=2e-5)
 PICTURES = [TALL, WIDE, SMALL, LARGE]
 
 
@@ -63,16 +62,6 @@ class Case:
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
 def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp("references"))
-
-
-def layer_of(stack, number):
-    graph, state = nnx.split(stack)
-    return nnx.merge(graph, jax.tree.map(lambda x: x[number], state))
-
-
-def run(module, *arguments, **keywords):
-    with torch.no_grad():
-        return module(*(torch.tensor(np.asarray(x)) for x in arguments), **keywords)
 
 
 def test_patch_embedding(case):

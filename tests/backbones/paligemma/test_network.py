@@ -14,13 +14,13 @@ from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.inputs.examples import ShapeClass, collate
 from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
+from tests.backbones.modules import TOLERANCE, layer_of, run
 from tests.backbones.paligemma.reference import Transformers, reference
 from tests.backbones.qwen2_5_vl.reference import SMALL, TALL, WIDE, noise
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-TOLERANCE = dict(rtol=2e-5, atol=2e-5)
 PICTURES = [TALL, WIDE, SMALL]
 S, ROWS = 9, 31  # prompt tokens and appended rows: together more than the window of 24
 
@@ -46,16 +46,6 @@ def case(request, tmp_path_factory):
 
 def values(*shape):
     return np.random.default_rng(5).normal(size=shape).astype(np.float32)
-
-
-def layer_of(stack, number):
-    graph, state = nnx.split(stack)
-    return nnx.merge(graph, jax.tree.map(lambda x: x[number], state))
-
-
-def run(module, *arguments, **keywords):
-    with torch.no_grad():
-        return module(*(torch.tensor(np.asarray(x)) for x in arguments), **keywords)
 
 
 def test_pixels(case):

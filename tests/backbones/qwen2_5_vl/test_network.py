@@ -14,12 +14,12 @@ from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.inputs.examples import ShapeClass, collate
 from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
+from tests.backbones.modules import TOLERANCE, layer_of, run
 from tests.backbones.qwen2_5_vl.reference import SMALL, TALL, WIDE, Transformers, reference
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-TOLERANCE = dict(rtol=2e-5, atol=2e-5)
 PICTURES = [TALL, WIDE, SMALL]
 
 
@@ -59,16 +59,6 @@ class Case:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     return Case("grouped", tmp_path_factory.mktemp("references"))
-
-
-def layer_of(stack, number):
-    graph, state = nnx.split(stack)
-    return nnx.merge(graph, jax.tree.map(lambda x: x[number], state))
-
-
-def run(module, *arguments, **keywords):
-    with torch.no_grad():
-        return module(*(torch.tensor(np.asarray(x)) for x in arguments), **keywords)
 
 
 def test_patch_embedding(case):

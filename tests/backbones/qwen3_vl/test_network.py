@@ -13,8 +13,8 @@ from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.inputs.examples import ShapeClass, collate
 from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
+from tests.backbones.modules import TOLERANCE, layer_of, run
 from tests.backbones.qwen2_5_vl.reference import SMALL, TALL, WIDE, Transformers
-from tests.backbones.qwen2_5_vl.test_network import TOLERANCE, layer_of, run
 from tests.backbones.qwen3_vl.reference import reference
 
 torch = pytest.importorskip("torch")
