@@ -147,10 +147,16 @@ def to_int8(vectors_NRD: Float[np.ndarray, "N R D"]) -> tuple[np.ndarray, Float[
     vector would count in full. Narrow vectors are stretched to 126, 125 .. as well, and what is nearest is stored.
     """
     largest_NR1 = np.abs(vectors_NRD).max(axis=2, keepdims=True, initial=0)
-    stretched_NRD = vectors_NRD / np.where(largest_NR1 > 0, largest_NR1, 1)
-    stored_NRD, scales_NR = _rounded(vectors_NRD, stretched_NRD, 127)
+    stretched_NRD, square_NR = vectors_NRD / np.where(largest_NR1 > 0, largest_NR1, 1), _squares(vectors_NRD)
+
+    def rounded(largest: int) -> tuple[np.ndarray, np.ndarray]:
+        numbers_NRD = np.rint(stretched_NRD * np.float32(largest))
+        along_NR = np.einsum("nrd,nrd->nr", numbers_NRD, vectors_NRD)
+        return numbers_NRD, square_NR / np.where(along_NR > 0, along_NR, 1)
+
+    stored_NRD, scales_NR = rounded(127)
     for largest in range(126, 127 - min(STRETCHED // vectors_NRD.shape[2], 32), -1):
-        numbers_NRD, other_NR = _rounded(vectors_NRD, stretched_NRD, largest)
+        numbers_NRD, other_NR = rounded(largest)
         # With such scales, the shorter of two is the nearer one.
         is_nearer_NR = _squares(numbers_NRD * other_NR[..., None]) < _squares(stored_NRD * scales_NR[..., None])
         stored_NRD, scales_NR = (
@@ -158,12 +164,6 @@ def to_int8(vectors_NRD: Float[np.ndarray, "N R D"]) -> tuple[np.ndarray, Float[
             np.where(is_nearer_NR, other_NR, scales_NR),
         )
     return stored_NRD.astype(np.int8), scales_NR
-
-
-def _rounded(vectors_NRD: np.ndarray, stretched_NRD: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
-    numbers_NRD = np.rint(stretched_NRD * np.float32(largest))
-    along_NR = np.einsum("nrd,nrd->nr", numbers_NRD, vectors_NRD)
-    return numbers_NRD, _squares(vectors_NRD) / np.where(along_NR > 0, along_NR, 1)
 
 
 def _squares(vectors_NRD: np.ndarray) -> np.ndarray:
