@@ -1,9 +1,9 @@
 """The architecture of Llama-3.2-Vision (arXiv 2407.21783; transformers' `mllama`), from a checkpoint's config.json and back."""
 
 import dataclasses
-from pathlib import Path
 
 from metaembed_jax.backbones import fields
+from metaembed_jax.backbones.config import FamilyConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import ArraySpec, Layout
 
@@ -67,9 +67,10 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(FamilyConfig):
     """Everything that fixes the architecture."""
 
+    title = TITLE
     text_config: TextConfig
     vision_config: VisionConfig
 
@@ -87,7 +88,7 @@ class Config:
             raise UserError(f"text_config of a {TITLE} config: rope_scaling lacks {', '.join(missing)}")
         text = {"rope_theta": rope.get("rope_theta")} | text
         text |= {key: rope[key] for key in ROPE if kind == "llama3"}
-        chosen = cls(fields.pick(TextConfig, text, "text_config", TITLE), fields.pick(VisionConfig, vision, "vision_config", TITLE))
+        chosen = cls.pick(text, vision)
         chosen.check()
         ratios = [list(arrangement) for arrangement in chosen.vision_config.arrangements]
         for name, value, known in (
@@ -110,9 +111,7 @@ class Config:
         text = dataclasses.asdict(self.text_config) | {"vocab_size": vocabulary - MORE_ROWS, "model_type": "mllama_text_model"}
         rope = {key: text.pop(key) for key in (*ROPE, "rope_theta")} | {"rope_type": "llama3"}
         end = token_ids[END]
-        vision = dataclasses.asdict(self.vision_config) | {"model_type": "mllama_vision_model"}
-        for key in ("image_mean", "image_std"):
-            vision.pop(key)
+        vision = self.stored_vision() | {"model_type": "mllama_vision_model"}
         return {
             "model_type": "mllama",
             "architectures": ["MllamaModel"],
@@ -121,23 +120,6 @@ class Config:
             "vision_config": vision | {"supported_aspect_ratios": self.vision_config.arrangements},
             "image_token_index": token_ids[IMAGE],
         }
-
-    def with_preprocessor(self, preprocessor: dict, place: Path) -> "Config":
-        """With the mean and deviation of pixels that a preprocessor_config.json sets.
-
-        Args:
-          place: of the preprocessor, for errors.
-
-        Raises:
-          UserError: it is not this family's.
-        """
-        pixels = fields.normalisation(preprocessor, place, TITLE)
-        return dataclasses.replace(self, vision_config=dataclasses.replace(self.vision_config, **pixels))
-
-    @property
-    def width(self) -> int:
-        """The hidden size of the language model."""
-        return self.text_config.hidden_size
 
     @property
     def vocabulary(self) -> int:

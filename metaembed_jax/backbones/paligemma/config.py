@@ -1,9 +1,9 @@
 """The architecture of PaliGemma 1 and 2 (arXiv 2407.07726, 2412.03555), from a checkpoint's config.json and back."""
 
 import dataclasses
-from pathlib import Path
 
 from metaembed_jax.backbones import fields
+from metaembed_jax.backbones.config import FamilyConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import ArraySpec, Layout
 
@@ -60,9 +60,10 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(FamilyConfig):
     """Everything that fixes the architecture."""
 
+    title = TITLE
     text_config: TextConfig
     vision_config: VisionConfig
 
@@ -76,7 +77,7 @@ class Config:
         text, vision = fields.part(config, "text_config"), fields.part(config, "vision_config")
         rope = fields.part(text, "rope_parameters")
         text = {"rope_theta": rope.get("rope_theta"), "model_type": "gemma"} | text
-        chosen = cls(fields.pick(TextConfig, text, "text_config", TITLE), fields.pick(VisionConfig, vision, "vision_config", TITLE))
+        chosen = cls.pick(text, vision)
         for name, value, known in (
             ("model_type of text", text["model_type"], ("gemma", "gemma2")),
             ("attention_bias", text.get("attention_bias") or False, (False,)),
@@ -105,9 +106,7 @@ class Config:
         else:
             for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "sliding_window"):
                 text.pop(key)
-        vision = dataclasses.asdict(self.vision_config) | {"model_type": "siglip_vision_model", "vision_use_head": False}
-        for key in ("image_mean", "image_std"):
-            vision.pop(key)
+        vision = self.stored_vision() | {"model_type": "siglip_vision_model", "vision_use_head": False}
         return {
             "model_type": "paligemma",
             "architectures": ["PaliGemmaModel"],
@@ -117,28 +116,6 @@ class Config:
             "hidden_size": self.width,
             "image_token_index": token_ids[IMAGE_TOKEN],
         }
-
-    def with_preprocessor(self, preprocessor: dict, place: Path) -> "Config":
-        """With the mean and deviation of pixels that a preprocessor_config.json sets.
-
-        Args:
-          place: of the preprocessor, for errors.
-
-        Raises:
-          UserError: it is not this family's.
-        """
-        pixels = fields.normalisation(preprocessor, place, TITLE)
-        return dataclasses.replace(self, vision_config=dataclasses.replace(self.vision_config, **pixels))
-
-    @property
-    def width(self) -> int:
-        """The hidden size of the language model."""
-        return self.text_config.hidden_size
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the embedding table."""
-        return self.text_config.vocab_size
 
     @property
     def patch_multiple(self) -> int:

@@ -1,28 +1,16 @@
 """What the configs of the Qwen-VL families share."""
 
-import dataclasses
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
-from metaembed_jax.backbones.fields import check_depth, check_sizes, normalisation
+from metaembed_jax.backbones.config import FamilyConfig
+from metaembed_jax.backbones.fields import check_depth, check_sizes
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import ArraySpec, Layout
 
 
-class QwenConfig:
-    """A base for frozen dataclasses with a `text_config` and a `vision_config`; `title` is the family's name."""
-
-    title: ClassVar[str]
-
-    @property
-    def width(self) -> int:
-        """Of the states of the language model."""
-        return self.text_config.hidden_size
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the embedding table."""
-        return self.text_config.vocab_size
+class QwenConfig(FamilyConfig):
+    """A base for the families' own."""
 
     @property
     def layout(self) -> Layout:
@@ -47,8 +35,7 @@ class QwenConfig:
         ours = (preprocessor.get("patch_size") or 14, preprocessor.get("merge_size") or 2)  # of transformers' class, if it has none
         if ours != (theirs := (vision.patch_size, vision.spatial_merge_size)):
             raise UserError(f"{place}: patch and merge sizes are {ours} in preprocessor_config.json and {theirs} in config.json")
-        vision = dataclasses.replace(vision, **normalisation(preprocessor, place, self.title))
-        return dataclasses.replace(self, vision_config=vision)
+        return super().with_preprocessor(preprocessor, place)
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other.

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from metaembed_jax.backbones.fields import free, part, pick, require
+from metaembed_jax.backbones.fields import free, part, require
 from metaembed_jax.backbones.qwen.config import QwenConfig, token_fields
 from metaembed_jax.errors import UserError
 
@@ -87,7 +87,7 @@ class Config(QwenConfig):
         )
         for name, value, known in fixed:
             require(name, value, known, TITLE)
-        chosen = cls(pick(TextConfig, text, "text_config", TITLE), pick(VisionConfig, vision, "vision_config", TITLE))
+        chosen = cls.pick(text, vision)
         chosen.check()
         return chosen
 
@@ -101,9 +101,7 @@ class Config(QwenConfig):
         text = dataclasses.asdict(self.text_config) | {"vocab_size": vocabulary, "model_type": "qwen2_5_vl_text"}
         sections, theta = text.pop("mrope_section"), text.pop("rope_theta")
         rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": list(sections)}
-        vision = dataclasses.asdict(self.vision_config) | {"model_type": "qwen2_5_vl"}
-        for key in ("image_mean", "image_std"):
-            vision.pop(key)
+        vision = self.stored_vision() | {"model_type": "qwen2_5_vl"}
         return {
             "model_type": "qwen2_5_vl",
             "architectures": ["Qwen2_5_VLModel"],

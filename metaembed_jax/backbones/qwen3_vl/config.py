@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from metaembed_jax.backbones.fields import part, pick, require
+from metaembed_jax.backbones.fields import part, require
 from metaembed_jax.backbones.qwen.config import QwenConfig, token_fields
 from metaembed_jax.errors import UserError
 
@@ -81,7 +81,7 @@ class Config(QwenConfig):
         )
         for name, value, known in fixed:
             require(name, value, (known,), TITLE)
-        chosen = cls(pick(TextConfig, text, "text_config", TITLE), pick(VisionConfig, vision, "vision_config", TITLE))
+        chosen = cls.pick(text, vision)
         chosen.check()
         return chosen
 
@@ -95,9 +95,7 @@ class Config(QwenConfig):
         text = dataclasses.asdict(self.text_config) | {"vocab_size": vocabulary, "model_type": "qwen3_vl_text"}
         rope = {"rope_type": "default", "mrope_interleaved": True}
         rope |= {"rope_theta": text.pop("rope_theta"), "mrope_section": list(text.pop("mrope_section"))}
-        vision = dataclasses.asdict(self.vision_config) | {"model_type": "qwen3_vl_vision"}
-        for key in ("image_mean", "image_std"):
-            vision.pop(key)
+        vision = self.stored_vision() | {"model_type": "qwen3_vl_vision"}
         return {
             "model_type": "qwen3_vl",
             "architectures": ["Qwen3VLModel"],

@@ -1,0 +1,55 @@
+"""What the configs of all families share."""
+
+import dataclasses
+from pathlib import Path
+from typing import ClassVar, Self
+
+from metaembed_jax.backbones.fields import normalisation, pick
+
+
+class FamilyConfig:
+    """A base for frozen dataclasses of a `text_config` and a `vision_config`; `title` is the family's name.
+
+    The former has a `hidden_size` and a `vocab_size`, the latter `image_mean` and `image_std`.
+    """
+
+    title: ClassVar[str]
+
+    @classmethod
+    def pick(cls, text: dict, vision: dict) -> Self:
+        """From the content of `text_config` and `vision_config` in a config.json.
+
+        Raises:
+          UserError: a field is missing or cannot be.
+        """
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        given = {"text_config": text, "vision_config": vision}
+        return cls(**{name: pick(kinds[name], values, name, cls.title) for name, values in given.items()})
+
+    @property
+    def width(self) -> int:
+        """Of the states of the language model."""
+        return self.text_config.hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding table."""
+        return self.text_config.vocab_size
+
+    def stored_vision(self) -> dict:
+        """The content of `vision_config` in a config.json, where pixels' mean and deviation have no place."""
+        return {
+            key: value for key, value in dataclasses.asdict(self.vision_config).items() if key not in ("image_mean", "image_std")
+        }
+
+    def with_preprocessor(self, preprocessor: dict, place: Path) -> Self:
+        """With the mean and deviation of pixels that a preprocessor_config.json sets.
+
+        Args:
+          place: of the preprocessor, for errors.
+
+        Raises:
+          UserError: they are none.
+        """
+        vision = dataclasses.replace(self.vision_config, **normalisation(preprocessor, place, self.title))
+        return dataclasses.replace(self, vision_config=vision)
