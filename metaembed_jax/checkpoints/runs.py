@@ -20,6 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from metaembed_jax import hosts
 from metaembed_jax.errors import UserError
 
+WHOLE_BELOW = 2**20  # bytes of a slice: cutting up a small array for all devices that hold it takes longer than writing it
 UNREADABLE = (ValueError, OSError, KeyError, RuntimeError, json.JSONDecodeError)
 
 
@@ -42,7 +43,9 @@ class RunCheckpoints:
         if hosts.is_first():
             _set_aside_torn(self.directory)
         hosts.wait_for_all("torn checkpoints are set aside")
-        handlers = {name: ocp.StandardCheckpointHandler() for name in ("parameters", "optimizer")}
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=WHOLE_BELOW)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=registry) for name in ("parameters", "optimizer")}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
@@ -62,7 +65,7 @@ class RunCheckpoints:
         """
         if step in self._manager.all_steps():
             return
-        items = ocp.args.Composite(parameters=ocp.args.StandardSave(parameters), optimizer=ocp.args.StandardSave(optimizer))
+        items = ocp.args.Composite(parameters=ocp.args.PyTreeSave(parameters), optimizer=ocp.args.PyTreeSave(optimizer))
         self._writing(
             lambda: self._manager.save(step, args=items, metrics=None if metric is None else {"metric": metric}, force=True)
         )
@@ -84,9 +87,7 @@ class RunCheckpoints:
         for step in self.steps():
             try:
                 self._check_shapes(step, parameters)
-                items = ocp.args.Composite(
-                    parameters=ocp.args.StandardRestore(parameters), optimizer=ocp.args.StandardRestore(optimizer)
-                )
+                items = ocp.args.Composite(parameters=_onto(parameters), optimizer=_onto(optimizer))
                 restored = self._manager.restore(step, args=items)
                 return step, restored["parameters"], restored["optimizer"]
             except (UserError, jax.errors.JaxRuntimeError):  # devices without memory say nothing about the files
@@ -105,9 +106,7 @@ class RunCheckpoints:
         """
         try:
             self._check_shapes(step, parameters)
-            return self._manager.restore(step, args=ocp.args.Composite(parameters=ocp.args.StandardRestore(parameters)))[
-                "parameters"
-            ]
+            return self._manager.restore(step, args=ocp.args.Composite(parameters=_onto(parameters)))["parameters"]
         except (UserError, jax.errors.JaxRuntimeError):
             raise
         except UNREADABLE as error:
@@ -146,6 +145,11 @@ class RunCheckpoints:
             # Read from the disk: the manager already counts the one that failed, and no longer what it would have replaced.
             kept = ", ".join(map(str, sorted(self._manager.all_steps(read=True), reverse=True))) or "none"
             raise UserError(f"{self.directory}: saving failed ({_reason(error)}); checkpoints kept: {kept}") from error
+
+
+def _onto(tree) -> ocp.args.PyTreeRestore:
+    """How Orbax restores arrays onto the dtypes and shardings of a tree."""
+    return ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
 
 
 def _set_aside_torn(directory: Path) -> None:
