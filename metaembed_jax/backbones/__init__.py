@@ -35,7 +35,13 @@ from types import ModuleType
 from metaembed_jax.errors import UserError
 
 # The package of each `model_type` of a config.json.
-FAMILIES = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "paligemma": "paligemma", "mllama": "llama_vision"}
+FAMILIES = {
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+    "paligemma": "paligemma",
+    "mllama": "llama_vision",
+    "idefics3": "smolvlm",
+}
 
 
 def family(name: str) -> ModuleType:

@@ -21,6 +21,7 @@ RELEASES = [
     ("32b", "v5p:4x4x4"),
     ("32b", "v6e:8x8"),
     ("paligemma_3b", "v5e:2x4"),
+    ("smolvlm_256m", "v5e:1x1"),
     ("llama_vision_11b", "v5p:2x2x2"),
 ]
 

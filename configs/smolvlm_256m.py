@@ -1,0 +1,40 @@
+"""MetaEmbed on SmolVLM-256M, the smallest of the backbones: the recipe of `configs/7b.py`, with its variants.
+
+Pages are up to three tiles of 512 pixels on a side, and the whole page as one more: 640 visual tokens of 10,240 patches.
+"""
+
+from metaembed_jax.config import load_config
+
+
+def get_config(arg=None):
+    """`lora` (the default) or `full`."""
+    config = load_config(f"configs/7b.py:{arg or 'lora'}", {})
+    config.name = config.name.replace("7b", "smolvlm_256m")
+    config.backbone, config.init_from = "idefics3", "HuggingFaceTB/SmolVLM-256M-Instruct"
+    with config.unlocked():
+        config.architecture = dict(
+            scale_factor=4,
+            text_config=dict(
+                vocab_size=49280,
+                hidden_size=576,
+                num_hidden_layers=30,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                intermediate_size=1536,
+                rms_norm_eps=1e-5,
+                rope_theta=100000.0,
+            ),
+            vision_config=dict(
+                hidden_size=768,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                intermediate_size=3072,
+                image_size=512,
+                patch_size=16,
+            ),
+        )
+    config.data.max_pixels = (3 * 512) ** 2
+    config.data.query_shapes = ((256, 0, 0.5), (960, 10240, 0.6))
+    config.data.candidate_shapes = ((256, 0, 0.42), (960, 10240, 0.66))
+    config.microbatch_size, config.mesh.fsdp = 8, 1
+    return config

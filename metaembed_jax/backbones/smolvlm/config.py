@@ -1,0 +1,160 @@
+"""The architecture of SmolVLM (arXiv 2504.05299; transformers' `idefics3`), from a checkpoint's config.json and back."""
+
+import dataclasses
+
+from metaembed_jax.backbones import fields
+from metaembed_jax.backbones.config import FamilyConfig
+from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.examples import ArraySpec, Layout
+
+TITLE = "SmolVLM"
+START, PAD, END, FRAME, IMAGE = "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>"
+GELU = "gelu_pytorch_tanh"
+MOST_PATCHES = 32  # on a tile's side, as released
+SHARED = (19, 25, 29, 31)  # so many on a side are too many for transformers' rounding, which gives two of them one position
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The fields of Hugging Face's `vision_config`, under their names there; defaults are those of its class in transformers.
+
+    `scale_factor` stands beside `vision_config` there.
+    """
+
+    hidden_size: int = 1152
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 32
+    layer_norm_eps: float = 1e-6
+    scale_factor: int = 2
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @property
+    def side(self) -> int:
+        """Patches on a side of a tile; pixels that do not fill one are not read."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tile_patches(self) -> int:
+        """Patches of a tile."""
+        return self.side**2
+
+    @property
+    def tile_units(self) -> int:
+        """Visual tokens of a tile, each a square of patches."""
+        return (self.side // self.scale_factor) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    @property
+    def head_width(self) -> int:
+        """Of each attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(FamilyConfig):
+    """Everything that fixes the architecture."""
+
+    title = TITLE
+    text_config: TextConfig
+    vision_config: VisionConfig
+
+    @classmethod
+    def from_huggingface(cls, config: dict) -> "Config":
+        """From the content of a checkpoint's config.json.
+
+        Raises:
+          UserError: a field is missing, or asks for what SmolVLM checkpoints never had.
+        """
+        text, vision = fields.part(config, "text_config"), fields.part(config, "vision_config")
+        rope = {**fields.part(text, "rope_scaling"), **fields.part(text, "rope_parameters")}
+        text = {key: value for key, value in text.items() if value is not None}
+        text = {"rope_theta": rope.get("rope_theta"), "num_key_value_heads": text.get("num_attention_heads")} | text
+        vision = {"scale_factor": config.get("scale_factor")} | vision
+        chosen = cls.pick(text, vision)
+        chosen.check()
+        for name, value, known in (
+            ("model_type of text", text.get("model_type", "llama"), ("llama",)),
+            ("head_dim", text.get("head_dim", chosen.text_config.head_width), (chosen.text_config.head_width,)),
+            ("attention_bias", text.get("attention_bias", False), (False,)),
+            ("mlp_bias", text.get("mlp_bias", False), (False,)),
+            ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
+            ("hidden_act of text", text.get("hidden_act", "silu"), ("silu",)),
+            ("hidden_act of vision", vision.get("hidden_act", GELU), (GELU,)),
+            ("num_channels", vision.get("num_channels", 3), (3,)),
+        ):
+            fields.require(name, value, known, TITLE)
+        return chosen
+
+    def to_huggingface(self, vocabulary: int, token_ids: dict[str, int]) -> dict:
+        """The content of config.json; the way back from `from_huggingface`.
+
+        Args:
+          vocabulary: rows of the embedding table, which may have grown.
+          token_ids: of the special tokens.
+        """
+        text = dataclasses.asdict(self.text_config) | {"vocab_size": vocabulary, "model_type": "llama"}
+        text |= {"rope_parameters": {"rope_type": "default", "rope_theta": text.pop("rope_theta")}}
+        text |= {"bos_token_id": token_ids[START], "eos_token_id": token_ids[END], "pad_token_id": token_ids[PAD]}
+        vision = self.stored_vision() | {"model_type": "idefics3_vision"}
+        return {
+            "model_type": "idefics3",
+            "architectures": ["Idefics3Model"],
+            "scale_factor": vision.pop("scale_factor"),
+            "text_config": text,
+            "vision_config": vision,
+            "image_token_id": token_ids[IMAGE],
+            "pad_token_id": token_ids[PAD],
+        }
+
+    @property
+    def patch_multiple(self) -> int:
+        """Patches of a tile; an image has whole tiles."""
+        return self.vision_config.tile_patches
+
+    @property
+    def layout(self) -> Layout:
+        """`visual_index` is the unit that stands in a token's place, -1 elsewhere; `patches` are pixels, tile after tile."""
+        pixels = 3 * self.vision_config.patch_size**2
+        return Layout(
+            {"visual_index": ArraySpec((), "int32", -1)},
+            {"patches": ArraySpec((pixels,), "uint8"), "patch_mask": ArraySpec((), "bool")},
+        )
+
+    def check(self) -> None:
+        """Refuses sizes that do not fit each other.
+
+        Raises:
+          UserError: names the fields and their values.
+        """
+        text, vision = self.text_config, self.vision_config
+        fields.check_depth(text.num_hidden_layers, vision.num_hidden_layers)
+        if text.hidden_size % (2 * text.num_attention_heads) or text.num_attention_heads % text.num_key_value_heads:
+            heads = f"{text.num_attention_heads} attention heads and {text.num_key_value_heads} key-value heads"
+            raise UserError(f"text_config: a hidden_size of {text.hidden_size} cannot be split over {heads}")
+        if vision.hidden_size % vision.num_attention_heads:
+            heads = f"{vision.num_attention_heads} heads"
+            raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {heads}")
+        if vision.image_size % 2:  # processors make sides even, which could be a tile more
+            raise UserError(f"vision_config: an image_size of {vision.image_size} is odd, and tiles have even sides")
+        side = f"an image_size of {vision.image_size} has {vision.side} patches of patch_size {vision.patch_size} on a side"
+        if not 0 < vision.side <= MOST_PATCHES or vision.side in SHARED:
+            raise UserError(f"vision_config: {side}; 1 to {MOST_PATCHES} are read, but for {', '.join(map(str, SHARED))}")
+        if vision.side % vision.scale_factor:
+            raise UserError(f"vision_config: {side}, no multiple of scale_factor {vision.scale_factor}")

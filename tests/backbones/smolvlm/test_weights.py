@@ -1,0 +1,31 @@
+"""The layouts of SmolVLM checkpoints in circulation, and the names that stock transformers reads."""
+
+import pytest
+from safetensors.numpy import load_file
+
+from metaembed_jax.backbones.smolvlm import KEYS, UNUSED_KEYS, canonical_key, stored_key
+from tests.backbones.smolvlm.reference import CONFIGURATIONS, write_checkpoint
+
+pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_layout_has_the_same_names(name, tmp_path):
+    """As released (which is as transformers writes it), and of a model without its output layer, which is how exports have it."""
+    from transformers import Idefics3ForConditionalGeneration
+
+    configuration = CONFIGURATIONS[name]
+    write_checkpoint(tmp_path, configuration)
+    depth = {"layers": configuration["text_config"], "vision.blocks": configuration["vision_config"]}
+    depth = {path: config["num_hidden_layers"] for path, config in depth.items()}
+    wanted = {
+        source.key.format(layer)
+        for path, source in KEYS.items()
+        for layer in range(next((count for start, count in depth.items() if path.startswith(start)), 1))
+    }
+    saved = {key for file in tmp_path.glob("*.safetensors") for key in load_file(file)}
+    assert ("lm_head.weight" in saved) == (name == "marked") and "model.text_model.norm.weight" in saved
+    core = dict(Idefics3ForConditionalGeneration.from_pretrained(tmp_path).model.named_parameters()).keys()
+    for layout in (saved, core):
+        assert {canonical_key(key) for key in layout} - set(UNUSED_KEYS) == wanted
+    assert core == {stored_key(key) for key in wanted}
