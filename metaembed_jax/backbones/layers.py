@@ -166,7 +166,8 @@ def split_heads(x_BSD: Float[Array, "B S D"], heads: int) -> Float[Array, "B S H
 
 def inverse_frequencies(width: int, theta: float) -> Float[Array, "half"]:
     """theta^(-2i / width) for i < width / 2, float32."""
-    return 1.0 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    # As a float: JAX takes no whole number past 32 bits, and a config.json may write one.
+    return 1.0 / float(theta) ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
 
 
 def scan_layers(stack: nnx.Module, x: Array, flags: Int[Array, "L"] | None, *context, checkpoint: bool, unroll: int) -> Array:
