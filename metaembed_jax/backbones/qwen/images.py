@@ -68,7 +68,9 @@ class Images:
         )
         size = preprocessor.get("size") or {}
         whole = {key: preprocessor.get(key) for key in ("min_pixels", "max_pixels")}
-        check_sizes(whole | size if isinstance(size, dict) else {"size": size})
+        if not isinstance(size, dict):
+            raise UserError(f"preprocessor_config.json: size is {size!r}, not an object of keys and values")
+        check_sizes(whole | size)
         smallest = whole["min_pixels"] or size.get("min_pixels") or size.get("shortest_edge") or 56 * 56
         largest = whole["max_pixels"] or size.get("max_pixels") or size.get("longest_edge") or 1280 * 28 * 28
         return cls.of(config, smallest, largest, max_visual_tokens)

@@ -140,7 +140,7 @@ def test_bounds_come_from_the_preprocessor(preprocessor, expected):
     assert Images.from_preprocessor(again, ARCHITECTURE.with_preprocessor(again, "here"), 10**6) == images
 
 
-@pytest.mark.parametrize("preprocessor", [{"min_pixels": 10**9}, {"resample": 2}, {"do_resize": False}])
+@pytest.mark.parametrize("preprocessor", [{"min_pixels": 10**9}, {"resample": 2}, {"do_resize": False}, {"size": 784}])
 def test_a_preprocessor_of_another_kind_is_refused(preprocessor):
     with pytest.raises(UserError):
         Images.from_preprocessor(preprocessor, ARCHITECTURE, 1024)
