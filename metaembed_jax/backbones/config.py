@@ -6,6 +6,9 @@ from typing import ClassVar, Self
 
 from metaembed_jax.backbones.fields import normalisation, pick
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
 
 class FamilyConfig:
     """A base for frozen dataclasses of a `text_config` and a `vision_config`; `title` is the family's name.
@@ -14,6 +17,7 @@ class FamilyConfig:
     """
 
     title: ClassVar[str]
+    unset_pixels: ClassVar[dict] = {"image_mean": HALF, "image_std": HALF}  # of transformers' class, where a preprocessor sets none
 
     @classmethod
     def pick(cls, text: dict, vision: dict) -> Self:
@@ -43,7 +47,7 @@ class FamilyConfig:
         }
 
     def with_preprocessor(self, preprocessor: dict, place: Path) -> Self:
-        """With the mean and deviation of pixels that a preprocessor_config.json sets.
+        """With the mean and deviation of pixels that transformers reads in a preprocessor_config.json.
 
         Args:
           place: of the preprocessor, for errors.
@@ -51,5 +55,5 @@ class FamilyConfig:
         Raises:
           UserError: they are none.
         """
-        vision = dataclasses.replace(self.vision_config, **normalisation(preprocessor, place, self.title))
-        return dataclasses.replace(self, vision_config=vision)
+        pixels = self.unset_pixels | normalisation(preprocessor, place, self.title)
+        return dataclasses.replace(self, vision_config=dataclasses.replace(self.vision_config, **pixels))

@@ -43,6 +43,19 @@ def part(config: dict, key: str) -> dict:
     return found or {}
 
 
+def rotary(text: dict) -> dict:
+    """What a text_config says of rotary positions, with `rope_theta` (None: nothing) and `rope_type`, as transformers reads it.
+
+    `rope_scaling` is the older name of `rope_parameters`, and counts where both are there; `rope_theta` beside it, and `type`, are
+    older too, and count where it has none.
+
+    Raises:
+      UserError: it is no object.
+    """
+    found = part(text, "rope_scaling") or part(text, "rope_parameters")
+    return {"rope_theta": text.get("rope_theta"), "rope_type": found.get("type", "default")} | found
+
+
 def pick(kind: type, values: dict, name: str, title: str):
     """A dataclass from those values that are its fields; what is absent or null has its default.
 

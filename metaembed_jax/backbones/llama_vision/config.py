@@ -3,7 +3,7 @@
 import dataclasses
 
 from metaembed_jax.backbones import fields
-from metaembed_jax.backbones.config import FamilyConfig
+from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD, FamilyConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import ArraySpec, Layout
 
@@ -29,8 +29,8 @@ class VisionConfig:
     max_num_tiles: int = 4
     patch_size: int = 14
     norm_eps: float = 1e-5
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
 
     @property
     def tile_patches(self) -> int:
@@ -82,11 +82,11 @@ class Config(FamilyConfig):
           UserError: a field is missing, or asks for what Llama-3.2-Vision checkpoints never had.
         """
         text, vision = fields.part(config, "text_config"), fields.part(config, "vision_config")
-        rope = {**fields.part(text, "rope_scaling"), **fields.part(text, "rope_parameters")}
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        rope = fields.rotary(text)
+        kind = rope["rope_type"]
         if kind == "llama3" and (missing := [key for key in ROPE if rope.get(key) is None]):
             raise UserError(f"text_config of a {TITLE} config: rope_scaling lacks {', '.join(missing)}")
-        text = {"rope_theta": rope.get("rope_theta")} | text
+        text = text | {"rope_theta": rope["rope_theta"]}
         text |= {key: rope[key] for key in ROPE if kind == "llama3"}
         chosen = cls.pick(text, vision)
         chosen.check()

@@ -3,7 +3,7 @@
 import dataclasses
 
 from metaembed_jax.backbones import fields
-from metaembed_jax.backbones.config import FamilyConfig
+from metaembed_jax.backbones.config import HALF, FamilyConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import ArraySpec, Layout
 
@@ -23,8 +23,8 @@ class VisionConfig:
     image_size: int = 224
     patch_size: int = 16
     layer_norm_eps: float = 1e-6
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_mean: tuple[float, float, float] = HALF
+    image_std: tuple[float, float, float] = HALF
 
     @property
     def patches(self) -> int:
@@ -75,13 +75,13 @@ class Config(FamilyConfig):
           UserError: a field is missing, or asks for what PaliGemma checkpoints never had.
         """
         text, vision = fields.part(config, "text_config"), fields.part(config, "vision_config")
-        rope = fields.part(text, "rope_parameters")
-        text = {"rope_theta": rope.get("rope_theta"), "model_type": "gemma"} | text
+        rope = fields.rotary(text)
+        text = {"model_type": "gemma"} | text | {"rope_theta": rope["rope_theta"]}
         chosen = cls.pick(text, vision)
         for name, value, known in (
             ("model_type of text", text["model_type"], ("gemma", "gemma2")),
             ("attention_bias", text.get("attention_bias") or False, (False,)),
-            ("rope_type", rope.get("rope_type", "default"), ("default",)),
+            ("rope_type", rope["rope_type"], ("default",)),
             ("hidden_act of vision", vision.get("hidden_act", GELU), (GELU,)),
             ("num_channels", vision.get("num_channels", 3), (3,)),
             ("projection_dim", config.get("projection_dim", chosen.width), (chosen.width,)),

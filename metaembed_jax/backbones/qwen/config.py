@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Self
 
-from metaembed_jax.backbones.config import FamilyConfig
+from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD, FamilyConfig
 from metaembed_jax.backbones.fields import check_depth, check_sizes
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import ArraySpec, Layout
@@ -11,6 +11,8 @@ from metaembed_jax.inputs.examples import ArraySpec, Layout
 
 class QwenConfig(FamilyConfig):
     """A base for the families' own."""
+
+    unset_pixels = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 
     @property
     def layout(self) -> Layout:

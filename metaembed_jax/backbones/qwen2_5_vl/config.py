@@ -2,13 +2,12 @@
 
 import dataclasses
 
-from metaembed_jax.backbones.fields import free, part, require
+from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD
+from metaembed_jax.backbones.fields import free, part, require, rotary
 from metaembed_jax.backbones.qwen.config import QwenConfig, token_fields
 from metaembed_jax.errors import UserError
 
 TITLE = "Qwen2.5-VL"
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +23,8 @@ class VisionConfig:
     patch_size: int = 14
     spatial_merge_size: int = 2
     window_size: int = free(112)  # boards have larger pages than the icons that a run starts from
-    image_mean: tuple[float, float, float] = IMAGE_MEAN
-    image_std: tuple[float, float, float] = IMAGE_STD
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
 
     @property
     def window_patches(self) -> int:
@@ -74,15 +73,14 @@ class Config(QwenConfig):
           UserError: a field is missing, or asks for what Qwen2.5-VL checkpoints never had.
         """
         text = {**config, **part(config, "text_config")}
-        rope = {**part(text, "rope_scaling"), **part(text, "rope_parameters")}
-        text.setdefault("mrope_section", rope.get("mrope_section"))
-        text.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
+        rope = rotary(text)
+        text |= {"rope_theta": rope["rope_theta"], "mrope_section": rope.get("mrope_section", text.get("mrope_section"))}
         vision = part(config, "vision_config")
         fixed = (
             ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
             ("hidden_act of text", text.get("hidden_act", "silu"), ("silu",)),
             ("hidden_act of vision", vision.get("hidden_act", "silu"), ("silu",)),
-            ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+            ("rope_type", rope["rope_type"], ("default", "mrope")),
             ("temporal_patch_size", vision.get("temporal_patch_size", 2), (2,)),
         )
         for name, value, known in fixed:

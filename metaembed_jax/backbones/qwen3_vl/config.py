@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from metaembed_jax.backbones.fields import part, require
+from metaembed_jax.backbones.config import HALF
+from metaembed_jax.backbones.fields import part, require, rotary
 from metaembed_jax.backbones.qwen.config import QwenConfig, token_fields
 from metaembed_jax.errors import UserError
 
@@ -23,8 +24,8 @@ class VisionConfig:
     num_position_embeddings: int = 2304
     patch_size: int = 16
     spatial_merge_size: int = 2
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_mean: tuple[float, float, float] = HALF
+    image_std: tuple[float, float, float] = HALF
 
     @property
     def table_side(self) -> int:
@@ -64,14 +65,13 @@ class Config(QwenConfig):
           UserError: a field is missing, or asks for what Qwen3-VL checkpoints never had.
         """
         text, vision = dict(part(config, "text_config")), part(config, "vision_config")
-        rope = {**part(text, "rope_scaling"), **part(text, "rope_parameters")}
-        for key in ("mrope_section", "rope_theta"):
-            text.setdefault(key, rope.get(key))
+        rope = rotary(text)
+        text |= {"rope_theta": rope["rope_theta"], "mrope_section": rope.get("mrope_section", text.get("mrope_section"))}
         vision_rope = part(vision, "rope_parameters")
         fixed = (
             ("attention_bias of text", text.get("attention_bias") or False, False),
             ("hidden_act of text", text.get("hidden_act", "silu"), "silu"),
-            ("rope_type of text", rope.get("rope_type", "default"), "default"),
+            ("rope_type of text", rope["rope_type"], "default"),
             ("mrope_interleaved", rope.get("mrope_interleaved", True), True),
             ("hidden_act of vision", vision.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
             ("rope_theta of vision", vision_rope.get("rope_theta", 10000.0), 10000.0),

@@ -3,7 +3,7 @@
 import dataclasses
 
 from metaembed_jax.backbones import fields
-from metaembed_jax.backbones.config import FamilyConfig
+from metaembed_jax.backbones.config import HALF, FamilyConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import ArraySpec, Layout
 
@@ -29,8 +29,8 @@ class VisionConfig:
     patch_size: int = 32
     layer_norm_eps: float = 1e-6
     scale_factor: int = 2
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_mean: tuple[float, float, float] = HALF
+    image_std: tuple[float, float, float] = HALF
 
     @property
     def side(self) -> int:
@@ -83,9 +83,9 @@ class Config(FamilyConfig):
           UserError: a field is missing, or asks for what SmolVLM checkpoints never had.
         """
         text, vision = fields.part(config, "text_config"), fields.part(config, "vision_config")
-        rope = {**fields.part(text, "rope_scaling"), **fields.part(text, "rope_parameters")}
+        rope = fields.rotary(text)
         text = {key: value for key, value in text.items() if value is not None}
-        text = {"rope_theta": rope.get("rope_theta"), "num_key_value_heads": text.get("num_attention_heads")} | text
+        text = {"num_key_value_heads": text.get("num_attention_heads")} | text | {"rope_theta": rope["rope_theta"]}
         vision = {"scale_factor": config.get("scale_factor")} | vision
         chosen = cls.pick(text, vision)
         chosen.check()
@@ -94,7 +94,7 @@ class Config(FamilyConfig):
             ("head_dim", text.get("head_dim", chosen.text_config.head_width), (chosen.text_config.head_width,)),
             ("attention_bias", text.get("attention_bias", False), (False,)),
             ("mlp_bias", text.get("mlp_bias", False), (False,)),
-            ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
+            ("rope_type", rope["rope_type"], ("default",)),
             ("hidden_act of text", text.get("hidden_act", "silu"), ("silu",)),
             ("hidden_act of vision", vision.get("hidden_act", GELU), (GELU,)),
             ("num_channels", vision.get("num_channels", 3), (3,)),
