@@ -21,13 +21,21 @@ model.similarity(queries, documents)
 ```""",
     "peft": """\
 ```python
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 model = PeftModel.from_pretrained(AutoModel.from_pretrained({base}), DIRECTORY)
-meta_tokens = load_file(DIRECTORY + "/metaembed.safetensors")["meta_tokens"]  # to be appended to the input embeddings of a prompt
-```""",
+table = model.get_input_embeddings()
+first = len(table.weight)
+beside = load_file(DIRECTORY + "/metaembed.safetensors")
+table.weight = torch.nn.Parameter(torch.cat([table.weight, beside["meta_tokens"].to(table.weight.dtype)]))
+```
+
+The Meta Tokens are now the tokens `first` and on: {query} of queries, then those of candidates. They are rows of the embedding
+table, not what comes out of it: some models scale that. The README of a `transformers` export has the prompts. Where `beside` has a
+`head`, states are multiplied with it, `states @ beside["head"].T`, before they become unit vectors.""",
 }
 
 

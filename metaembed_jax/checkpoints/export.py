@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.report import read_results
 from metaembed_jax.network import ModelConfig, abstract_parameters
 from metaembed_jax.sharding import make_mesh
+from metaembed_jax.trained import LORA, paths, trained_paths
 
 
 class Trained(NamedTuple):
@@ -39,6 +41,7 @@ class Trained(NamedTuple):
       parameters: of the network, on all devices.
       tokenizer: the file of the vocabulary.
       images: how images become patches: the family's `Images`.
+      paths: of the parameters that its run trained; none of a directory.
       about: what the exported config.json says of it: groups, temperature, base.
       results: results.json of its run, if there is one.
     """
@@ -47,6 +50,7 @@ class Trained(NamedTuple):
     parameters: dict
     tokenizer: Path
     images: object
+    paths: frozenset[str]
     about: dict
     results: dict | None
 
@@ -68,6 +72,7 @@ def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = Non
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out")
     trained, out = read_trained(find(checkpoint), dtype), out.resolve()
+    check_format(kind, trained.config.backbone, trained.paths)
     scratch = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         scratch.mkdir(parents=True)
@@ -85,6 +90,33 @@ def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = Non
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_format(kind: str, backbone: str, trained: Collection[str]) -> None:
+    """Refuses a format that a model cannot be written in.
+
+    Args:
+      kind: a key of `FORMATS`.
+      trained: paths of the parameters that its run trained.
+
+    Raises:
+      UserError: names the format, and what of the model it has no place for.
+    """
+    known = family(backbone)
+    if kind == "sentence-transformers" and known.SENTENCE_TRANSFORMERS is None:
+        raise UserError(f"--format=sentence-transformers: there is no module for {known.TITLE} models; use --format=transformers")
+    if kind != "peft":
+        return
+    adapted = sorted(path for path in trained if path.endswith(LORA + "a"))
+    if not adapted:
+        raise UserError("--format=peft: this model has no adapters (nothing in its config.trained says lora); use transformers")
+    for path in adapted:
+        key = peft_export.adapted_source(known, path.removeprefix("backbone.")).key
+        if sum(other.key == key for other in known.KEYS.values()) > 1:
+            raise UserError(f"--format=peft: {path} adapts a part of {key}, which PEFT cannot; use --format=transformers")
+    for path in sorted(trained):
+        if path.startswith("backbone.") and LORA not in path:
+            raise UserError(f"--format=peft: {path} trains in full, and an adapter has no place for it; use --format=transformers")
+
+
 def read_trained(directory: Path, dtype: str | None) -> Trained:
     """Reads a run or a Hugging Face directory; what was frozen as int8 comes from its base in full."""
     mesh = make_mesh(data=1, fsdp=-1)
@@ -96,16 +128,19 @@ def read_trained(directory: Path, dtype: str | None) -> Trained:
         dtype = dtype or (found if found in ("float32", "bfloat16") else "float32")
         config, parameters, processor = load(directory, dtype, mesh, 0, 1024)
         about = read_about(directory)
-        return Trained(config, parameters, directory / "tokenizer.json", processor.images, about, None)
+        return Trained(config, parameters, directory / "tokenizer.json", processor.images, frozenset(), about, None)
     run = read_config(directory)
     config = dataclasses.replace(model_config(run), dtype=dtype or run.dtype, int8=False)
-    _, parameters = run_parameters(directory, run, abstract_parameters(config, mesh))
+    abstract = abstract_parameters(config, mesh)
+    _, parameters = run_parameters(directory, run, abstract)
     images = run_processor(run, directory / "tokenizer.json").images
     about = {"groups": [list(group) for group in run.groups], "temperature": run.temperature, "name": run.name, "steps": run.steps}
     about |= {"sources": [list(entry) for entry in run.data.sources]} | _origin(directory, run)
     results = directory / "results.json"
     found = read_results(results) if results.is_file() else None
-    return Trained(config, parameters, directory / "tokenizer.json", images, about, found)
+    return Trained(
+        config, parameters, directory / "tokenizer.json", images, trained_paths(run.trained, paths(abstract)), about, found
+    )
 
 
 def _origin(directory: Path, run: ConfigDict) -> dict[str, str]:
@@ -124,11 +159,8 @@ def _transformers(out: Path, trained: Trained) -> None:
 
 
 def _sentence_transformers(out: Path, trained: Trained) -> None:
-    known = family(trained.config.backbone)
-    if known.SENTENCE_TRANSFORMERS is None:
-        raise UserError(f"--format=sentence-transformers: there is no module for {known.TITLE} models; use --format=transformers")
     _transformers(out, trained)
-    shutil.copyfile(known.SENTENCE_TRANSFORMERS, out / "metaembed.py")
+    shutil.copyfile(family(trained.config.backbone).SENTENCE_TRANSFORMERS, out / "metaembed.py")
     modules = [{"idx": 0, "name": "0", "path": "", "type": "metaembed.MetaEmbed"}]
     settings = {"model_type": "MultiVectorEncoder", "similarity_fn_name": "maxsim", "prompts": {}}
     (out / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")
@@ -136,8 +168,6 @@ def _sentence_transformers(out: Path, trained: Trained) -> None:
 
 
 def _peft(out: Path, trained: Trained) -> None:
-    if not trained.config.lora.kernels:
-        raise UserError("--format=peft: this model has no adapters (nothing in its config.trained says lora); use transformers")
     peft_export.write_adapter(out, trained.config, trained.parameters, trained.about)
 
 

@@ -7,29 +7,24 @@ metaembed.json                                    their numbers, and the budgets
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from metaembed_jax.backbones import family
-from metaembed_jax.errors import UserError
+from metaembed_jax.backbones.conversion import Source
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.trained import LORA
 
 
 def write_adapter(out: Path, config: ModelConfig, parameters: dict, about: dict) -> None:
-    """Writes everything but the README.md into a folder that exists; float32.
-
-    Raises:
-      UserError: an adapter of a map that is only a part of one in torch.
-    """
+    """Writes everything but the README.md into a folder that exists; float32."""
     module, flat = family(config.backbone), flatten_dict(parameters["backbone"], sep=".")
     tensors, targets = {}, []
     for path in sorted(path for path in flat if path.endswith(LORA + "a")):
-        source = module.KEYS[path.removesuffix(LORA + "a") + ".kernel"]
-        if sum(other.key == source.key for other in module.KEYS.values()) > 1:
-            raise UserError(f"--format=peft: {path} adapts a part of {source.key}, which PEFT cannot; use --format=transformers")
+        source = adapted_source(module, path)
         a_LIr, b_LrO = (np.asarray(flat[path[:-1] + name], np.float32) for name in "ab")
         if "{}" not in source.key:
             a_LIr, b_LrO = a_LIr[None], b_LrO[None]
@@ -57,3 +52,12 @@ def write_adapter(out: Path, config: ModelConfig, parameters: dict, about: dict)
     save_file(beside, out / "metaembed.safetensors", {"format": "pt"})
     counts = {"query_tokens": config.query_tokens, "candidate_tokens": config.candidate_tokens}
     (out / "metaembed.json").write_text(json.dumps(about | counts | {"embedding_dim": config.embedding_dim}, indent=2) + "\n")
+
+
+def adapted_source(family: ModuleType, path: str) -> Source:
+    """The tensor that an adapter is for.
+
+    Args:
+      path: in the backbone, of the adapter's `a`.
+    """
+    return family.KEYS[path.removesuffix(LORA + "a") + ".kernel"]

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from metaembed_jax import hosts
-from metaembed_jax.checkpoints.export import export
+from metaembed_jax.checkpoints.export import check_format, export
 from metaembed_jax.checkpoints.loading import run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import agree, check_workdir, claim, default_workdir, has_checkpoints, is_finished
@@ -69,7 +69,12 @@ def _check(config: ConfigDict, workdir: Path) -> None:
     mesh = run_mesh(config)
     check_workdir(workdir, config)
     if config.architecture:
-        make_trainer(config, mesh)
+        _check_exports(config, make_trainer(config, mesh))
+
+
+def _check_exports(config: ConfigDict, trainer: Trainer) -> None:
+    for kind in config.exports:
+        check_format(kind, config.backbone, paths(trainer.abstract.parameters))
 
 
 def _train_one(config: ConfigDict, workdir: Path, stop: Callable[[], bool]) -> bool:
@@ -78,6 +83,7 @@ def _train_one(config: ConfigDict, workdir: Path, stop: Callable[[], bool]) -> b
     start = find_start(config, workdir)
     processor = run_processor(config, start.tokenizer)
     trainer = make_trainer(config, mesh)
+    _check_exports(config, trainer)
     base = start.base if trainer.abstract.frozen else None
     hosts.first_then_others(lambda: claim(workdir, config, start.tokenizer, base))
     checkpoints = RunCheckpoints(workdir, config.keep_checkpoints)

@@ -19,8 +19,8 @@ class Record(NamedTuple):
       queries, candidates: items: texts, images of different shapes, both; at least eight of each.
       tokens, patches: of a shape class that holds all of them.
       pixels: least and most of an image, for `config.data`.
-      vectors: (directory of an export, items, side) -> unit vectors, by stock transformers from the strings of prompts and Meta
-        Tokens, all items in one left-padded batch.
+      vectors: (directory of an export, items, side, model) -> unit vectors, by stock transformers from the strings of prompts and
+        Meta Tokens, all items in one left-padded batch. The model is another than that of the directory, if it is given.
       lora: `config.trained` of the recipe.
     """
 
@@ -30,7 +30,7 @@ class Record(NamedTuple):
     tokens: int
     patches: int
     pixels: tuple[int, int]
-    vectors: Callable[[Path, Sequence, str], np.ndarray]
+    vectors: Callable[..., np.ndarray]
     lora: Sequence[tuple[str, str]]
 
 

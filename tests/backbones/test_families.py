@@ -1,5 +1,6 @@
 """What every family does: strict loading, export to stock transformers and back, any mesh, adapters, FLOPs, the TPU's compiler."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -22,9 +23,11 @@ from metaembed_jax.model import MetaEmbed, as_item
 from metaembed_jax.planning.compiling import compile_program
 from metaembed_jax.planning.flops import train_flops
 from metaembed_jax.sharding import make_mesh
+from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer, put_batch
 from tests.backbones.families import record
+from tests.checkpoints.runs import save_noise
 from tests.planning.tracing import traced_flops
 
 ROWS = 8  # of a batch
@@ -109,10 +112,31 @@ def test_the_model_card_says_how_to_compute_them(case, tmp_path):
     np.testing.assert_allclose(known["vectors"].detach().numpy(), model.encode_query(["a red car"]), atol=1e-4)
 
 
+def test_peft_computes_the_vectors_of_a_run_as_its_card_says(case, tmp_path):
+    pytest.importorskip("peft")
+    save_noise(training_config(case, case.record.patches), tmp_path / "run")
+    for kind in ("peft", "transformers"):  # the second for its vocabulary and its images
+        export(tmp_path / "run", tmp_path / kind, kind)
+    known = {"DIRECTORY": str(tmp_path / "peft")}
+    exec(re.search(r"```python\n(.*?)```", (tmp_path / "peft" / "README.md").read_text(), re.DOTALL)[1], known)
+    rows, about = known["table"].weight.data, json.loads((tmp_path / "transformers" / "config.json").read_text())["metaembed"]
+    assert len(rows) == known["first"] + 80
+    rows[about["first_token"] : about["first_token"] + 80] = rows[known["first"] :].clone()  # to where that vocabulary has them
+    model, items = known["model"].base_model.model.eval(), {"query": case.record.queries, "candidate": case.record.candidates}
+    found = {side: case.record.vectors(tmp_path / "transformers", items[side], side, model) for side in items}
+    assert_same(found, vectors(case, tmp_path / "run"), 1e-4)
+
+
 def test_sentence_transformers_computes_them_or_is_refused(case, ours, tmp_path):
     if case.family.SENTENCE_TRANSFORMERS is None:
         with pytest.raises(UserError, match=f"there is no module for {case.family.TITLE} models; use --format=transformers"):
             export(case.directory, tmp_path / "out", "sentence-transformers")
+        config = training_config(case, case.record.patches)
+        find_start(config)
+        config.exports = ("sentence-transformers",)
+        with pytest.raises(UserError, match="there is no module"):  # better before the first step than after the last
+            train(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
         return
     module = pytest.importorskip("sentence_transformers")
     export(case.directory, tmp_path / "out", "sentence-transformers")

@@ -11,7 +11,6 @@ from safetensors.numpy import load_file
 from metaembed_jax.checkpoints.export import export
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.torch_export import write_model
-from metaembed_jax.checkpoints.workdir import claim
 from metaembed_jax.config import load_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.model import MetaEmbed
@@ -20,6 +19,7 @@ from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer
 from tests.backbones.qwen2_5_vl.record import stock_vectors
+from tests.checkpoints.runs import save_noise
 
 
 def noise(height, width, seed):
@@ -44,17 +44,6 @@ def run(tmp_path_factory, data_dir):
     train(config_of("16"), folder / "head")
     save_noise(config_of("0"), folder / "plain")
     return {name: folder / name for name in ("head", "plain")}
-
-
-def save_noise(config, workdir):
-    """A run's folder after one step that put noise into all that trains."""
-    start, trainer = find_start(config), make_trainer(config, make_mesh())
-    claim(workdir, config, start.tokenizer, start.base)
-    checkpoints, noise = RunCheckpoints(workdir), np.random.default_rng(0)
-    state = initial_state(config, trainer, checkpoints, start)
-    parameters = jax.tree.map(lambda leaf: leaf + 0.1 * noise.normal(size=leaf.shape).astype(leaf.dtype), state.parameters)
-    checkpoints.save(1, parameters, state.optimizer, None)
-    checkpoints.close()
 
 
 @pytest.fixture(scope="module")
@@ -133,24 +122,18 @@ def test_sentence_transformers_saves_what_it_holds(run, tmp_path):
     np.testing.assert_array_equal(np.stack(saved.encode_query(ITEMS)), np.stack(model.encode_query(ITEMS)))
 
 
-def test_peft_applies_the_adapter_to_the_base(run, ours, tmp_path):
-    peft = pytest.importorskip("peft")
-    import torch
-    from safetensors.torch import load_file
-    from transformers import AutoModel
-
-    export(run["plain"], tmp_path / "out", "peft")
-    export(run["plain"], tmp_path / "merged", "transformers")  # for its vocabulary and its image sizes
-    base = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "out").eval()
-    core = model.base_model.model
-    core.resize_token_embeddings(json.loads((tmp_path / "merged" / "config.json").read_text())["text_config"]["vocab_size"])
-    first = json.loads((tmp_path / "merged" / "config.json").read_text())["metaembed"]["first_token"]
-    meta_tokens = load_file(tmp_path / "out" / "metaembed.safetensors")["meta_tokens"]
-    with torch.no_grad():
-        core.get_input_embeddings().weight[first : first + 80] = meta_tokens
-    for side in ("query", "candidate"):
-        np.testing.assert_allclose(stock_vectors(tmp_path / "merged", ITEMS, side, core), ours["plain"][side], atol=1e-4)
+def test_peft_has_no_place_for_what_trained_in_full(run, tmp_path, data_dir):
+    overrides = {"data.dir": str(data_dir), "steps": "4", "optimizer.warmup_steps": "1"}
+    config = load_config(f"configs/smoke.py:{run['plain'].parent / 'base'}", overrides)
+    config.exports, config.trained = ("transformers", "peft"), (*config.trained, ("backbone.vision.merger.*", "full"))
+    message = r"--format=peft: backbone\.vision\.merger\..* trains in full, and an adapter has no place for it"
+    with pytest.raises(UserError, match=message):  # better before the first step than after the last
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    save_noise(config, tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "run", tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_starts_from_the_transformers_export_with_its_meta_tokens_and_head(run, tmp_path, data_dir):
@@ -213,6 +196,7 @@ def test_every_export_has_a_card(run, tmp_path):
         export(run["head"], tmp_path / kind, kind)
         card = (tmp_path / kind / "README.md").read_text()
         assert "(1, 1), (2, 4), (4, 8), (8, 16), (16, 64)" in card and "## Load" in card and "| (16, 64) |" in card
+    assert 'states @ beside["head"].T' in card  # of the last one, peft
     assert not list(tmp_path.glob("*.tmp"))
 
 

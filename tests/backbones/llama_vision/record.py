@@ -14,12 +14,16 @@ from tests.backbones.llama_vision.reference import (
 )
 
 
-def stock_vectors(directory, items, side):
-    """Of an export: items with an image and those without in batches of their own, as transformers can compute them."""
+def stock_vectors(directory, items, side, model=None):
+    """Of an export, or of another `model` with its tokenizer.
+
+    Items with an image and those without are in batches of their own, as transformers can compute them.
+    """
     import torch
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    model, tokenizer = AutoModel.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
+    model = AutoModel.from_pretrained(directory).eval() if model is None else model
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     images = AutoImageProcessor.from_pretrained(directory, backend="pil")
     suffix = "".join(f"<|meta_query_{number}|>" for number in range(16))
     suffix += "".join(f"<|meta_candidate_{number}|>" for number in range(64)) if side == "candidate" else ""

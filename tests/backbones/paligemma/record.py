@@ -5,13 +5,14 @@ from tests.backbones.families import Record
 from tests.backbones.paligemma.reference import CANDIDATES, CONFIGURATIONS, QUERIES, string, write_checkpoint
 
 
-def stock_vectors(directory, items, side):
-    """Of an export without a head."""
+def stock_vectors(directory, items, side, model=None):
+    """Of an export without a head, or of another `model` with its tokenizer."""
     import torch
     from transformers import AutoModel, AutoTokenizer
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    model, tokenizer = AutoModel.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
+    model = AutoModel.from_pretrained(directory).eval() if model is None else model
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     seen = SiglipImageProcessorPil.from_pretrained(directory)(
         [item["image"] for item in items if isinstance(item, dict)], return_tensors="pt"
     )
