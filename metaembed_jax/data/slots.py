@@ -170,5 +170,5 @@ def _no_place(name: str, example: Example, slots: Slots, room: list[int]) -> str
     held = ", ".join(f"{shape.tokens} tokens and {shape.patches} patches x {rows} rows" for shape, rows in classes)
     return (
         f"{name}: {tokens} tokens and {patches} patches find no place in the batch's shape classes ({held}): "
-        "enlarge one or lower max_pixels"
+        "enlarge one, or lower max_pixels (some families ignore it)"
     )

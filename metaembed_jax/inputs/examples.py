@@ -91,7 +91,7 @@ def collate(examples: Sequence[Example], shape: ShapeClass, layout: Layout) -> d
         n, p = len(example.tokens), example.patches
         if n > S or p > P:
             sizes = f"{n} tokens and {p} patches; its shape class holds {S} and {P}"
-            raise UserError(f"row {row} of the batch has {sizes}: enlarge the class or lower max_pixels")
+            raise UserError(f"row {row} of the batch has {sizes}: enlarge the class, or lower max_pixels (some families ignore it)")
         batch["tokens"][row, S - n :] = example.tokens
         batch["mask"][row, S - n :] = True
         for name, array in example.token_arrays.items():

@@ -57,7 +57,8 @@ class PromptTokenizer:
             raise UserError(f"{name}: the text is not valid Unicode (a lone surrogate); decode it again") from None
         while room is not None and (excess := len(encoding.ids) - room) > 0:
             if not text:
-                raise UserError(f"{name}: prompt and image alone are {excess} tokens over the limit; raise it or lower max_pixels")
+                remedy = "raise it, or lower max_pixels (some families ignore it)"
+                raise UserError(f"{name}: prompt and image alone are {excess} tokens over the limit; {remedy}")
             # Of the tokens that begin ahead of `after`; none do where a normaliser drops all there is.
             starts = [start for start, _ in encoding.offsets if start < len(before) + len(text)] or [len(before)]
             start = starts[max(len(starts) - excess, 0)] - len(before)
