@@ -204,6 +204,13 @@ def test_a_path_that_does_not_exist(name):
         me.MetaEmbed.from_pretrained(name)
 
 
+def test_a_directory_without_a_preprocessor_is_refused(directory, tmp_path):
+    changed = copy(directory, tmp_path)
+    (changed / "preprocessor_config.json").unlink()
+    with pytest.raises(me.UserError, match="has no preprocessor_config.json, which says how images are read"):
+        me.MetaEmbed.from_pretrained(changed)
+
+
 def test_what_does_not_fit_together_is_refused(directory, tmp_path):
     def refused(message, file, **changes):
         changed = copy(directory, tmp_path)
@@ -231,7 +238,8 @@ def test_what_does_not_fit_together_is_refused(directory, tmp_path):
     refused("rescale_factor is None", "preprocessor_config.json", rescale_factor=None)
     refused("image_mean is .*not three numbers", "preprocessor_config.json", image_mean=[0, float("nan"), 0])
     refused("patch_size is '14', not a positive", "preprocessor_config.json", patch_size="14")
-    refused("size is 'large', not a positive", "preprocessor_config.json", size="large")
+    refused("size is 'large', not an object", "preprocessor_config.json", size="large")
+    refused("size is 784, not an object", "preprocessor_config.json", size=784)
     refused("shortest_edge is -1, not a positive", "preprocessor_config.json", size={"shortest_edge": -1})
     refused("unknown backbone \\['llama'\\]", "config.json", model_type=["llama"])
     refused("vision_config is 'x', not an object", "config.json", vision_config="x")

@@ -192,6 +192,8 @@ def _read_preprocessor(directory: Path) -> dict:
     if (directory / "preprocessor_config.json").is_file():
         return read_json(directory / "preprocessor_config.json")
     # transformers 5 saves one file for all parts of a processor.
+    if not (directory / "processor_config.json").is_file():
+        raise UserError(f"{directory}: has no preprocessor_config.json, which says how images are read; download it again")
     found = read_json(directory / "processor_config.json").get("image_processor")
     if not isinstance(found, dict):
         raise UserError(f"{directory / 'processor_config.json'}: image_processor is {found!r}, not an object of keys and values")
