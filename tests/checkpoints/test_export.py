@@ -125,8 +125,8 @@ def test_sentence_transformers_saves_what_it_holds(run, tmp_path):
 def test_peft_has_no_place_for_what_trained_in_full(run, tmp_path, data_dir):
     overrides = {"data.dir": str(data_dir), "steps": "4", "optimizer.warmup_steps": "1"}
     config = load_config(f"configs/smoke.py:{run['plain'].parent / 'base'}", overrides)
-    config.exports, config.trained = ("transformers", "peft"), (*config.trained, ("backbone.vision.merger.*", "full"))
-    message = r"--format=peft: backbone\.vision\.merger\..* trains in full, and an adapter has no place for it"
+    config.exports, config.trained = ("transformers", "peft"), (*config.trained, ("backbone.vision.merger_*", "full"))
+    message = r"--format=peft: backbone\.vision\.merger_.* trains in full, and an adapter has no place for it"
     with pytest.raises(UserError, match=message):  # better before the first step than after the last
         train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
