@@ -21,11 +21,11 @@ os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several processes may compile at once
 
 # Files that take minutes start first: one that starts last keeps a single process busy while the others have nothing to do.
-LONG = ("test_families.py", "test_hosts.py", "test_notebook.py", "test_mixture_run.py", "test_run.py", "test_lora.py", "test_export.py")
+LONG = ("test_families", "test_hosts", "test_notebook", "test_mixture_run", "test_run", "test_lora", "test_export")
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 SMALL_FONTS = ("fontawesome6-regular", "codicon")
