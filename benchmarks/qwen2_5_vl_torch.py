@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from metaembed_jax.backbones.qwen2_5_vl.config import IMAGE_MEAN, IMAGE_STD
+from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD
 
 QUERY_ROWS = 16
 
@@ -108,7 +108,7 @@ class TorchTrainer:
             items, patches, _ = group["patches"].shape
             side = int(patches**0.5)
             pixels = group["patches"].astype(np.float32).reshape(items * patches, 3, 1, -1) / 255
-            mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+            mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
             two_frames = np.repeat((pixels - mean) / std, 2, axis=2)
             inputs["pixel_values"] = torch.tensor(two_frames.reshape(items * patches, -1))
             inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * items)
