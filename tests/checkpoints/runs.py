@@ -16,6 +16,6 @@ def save_noise(config, workdir):
     claim(workdir, config, start.tokenizer, start.base)
     checkpoints, noise = RunCheckpoints(workdir), np.random.default_rng(0)
     state = initial_state(config, trainer, checkpoints, start)
-    parameters = jax.tree.map(lambda leaf: leaf + 0.1 * noise.normal(size=leaf.shape).astype(leaf.dtype), state.parameters)
+    parameters = jax.tree.map(lambda leaf: leaf + 0.05 * noise.normal(size=leaf.shape).astype(leaf.dtype), state.parameters)
     checkpoints.save(1, parameters, state.optimizer, None)
     checkpoints.close()

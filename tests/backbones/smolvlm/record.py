@@ -5,12 +5,12 @@ from tests.backbones.families import Record
 from tests.backbones.smolvlm.reference import CANDIDATES, CONFIGURATIONS, QUERIES, process, stock_processor, write_checkpoint
 
 
-def stock_vectors(directory, items, side):
-    """Of an export without a head."""
+def stock_vectors(directory, items, side, model=None):
+    """Of an export without a head, or of another `model` with its tokenizer."""
     import torch
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(directory).eval()
+    model = AutoModel.from_pretrained(directory).eval() if model is None else model
     suffix = "".join(f"<|meta_query_{number}|>" for number in range(16))
     suffix += "".join(f"<|meta_candidate_{number}|>" for number in range(64)) if side == "candidate" else ""
     with torch.no_grad():
