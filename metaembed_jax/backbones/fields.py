@@ -97,6 +97,31 @@ def check_depth(*layers: int) -> None:
         raise UserError(f"config.json: {deepest} layers; at most {MOST_LAYERS} are read")
 
 
+def check_heads(part: str, width: int, heads: int, multiple: int = 1) -> None:
+    """Refuses states that heads cannot share evenly.
+
+    Args:
+      part: of config.json, for errors.
+      multiple: of which a head's width must be one.
+
+    Raises:
+      UserError: names the sizes.
+    """
+    if width % (multiple * heads):
+        wanted = f"{heads} heads" + (f", each a multiple of {multiple} wide" if multiple > 1 else "")
+        raise UserError(f"{part}: a hidden_size of {width} cannot be split over {wanted}")
+
+
+def check_key_value_heads(heads: int, key_value_heads: int) -> None:
+    """Refuses attention heads that cannot share keys and values evenly.
+
+    Raises:
+      UserError: names both counts.
+    """
+    if heads % key_value_heads:
+        raise UserError(f"text_config: {heads} attention heads cannot share {key_value_heads} key-value heads")
+
+
 def initializer_range(config: dict) -> float:
     """The standard deviation of fresh rows of the vocabulary, by a config.json; 0.02 where it has none.
 

@@ -151,15 +151,12 @@ class Config(FamilyConfig):
         ):
             if not layers or list(layers) != sorted(set(layers)) or layers[-1] >= depth:
                 raise UserError(f"config.json: {name} {list(layers)} must be some of {depth} layers, counted from 0, in order")
-        if text.hidden_size % (2 * text.num_attention_heads) or text.num_attention_heads % text.num_key_value_heads:
-            heads = f"{text.num_attention_heads} attention heads and {text.num_key_value_heads} key-value heads"
-            raise UserError(f"text_config: a hidden_size of {text.hidden_size} cannot be split over {heads}")
+        fields.check_heads("text_config", text.hidden_size, text.num_attention_heads, multiple=2)
+        fields.check_key_value_heads(text.num_attention_heads, text.num_key_value_heads)
         if text.high_freq_factor <= text.low_freq_factor:
             factors = f"high_freq_factor {text.high_freq_factor} must be above low_freq_factor {text.low_freq_factor}"
             raise UserError(f"text_config: {factors}")
-        if vision.hidden_size % vision.attention_heads:
-            heads = f"{vision.attention_heads} heads"
-            raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {heads}")
+        fields.check_heads("vision_config", vision.hidden_size, vision.attention_heads)
         if vision.image_size % vision.patch_size:
             raise UserError(f"vision_config: an image_size of {vision.image_size} is no multiple of patch_size {vision.patch_size}")
         if vision.max_num_tiles > MOST_TILES:

@@ -18,13 +18,13 @@ from einops import rearrange
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
-from tokenizers import Tokenizer
 
 from metaembed_jax.backbones.fields import check_processing
 from metaembed_jax.backbones.llama_vision.config import BEGIN, END, IMAGE, TITLE, Config
 from metaembed_jax.inputs.examples import Example
 from metaembed_jax.inputs.images import open_image
-from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, PromptTokenizer, read_item
+from metaembed_jax.inputs.processors import PromptProcessor
+from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, read_item
 
 SPECIAL_TOKENS = (BEGIN, END, IMAGE)
 PAD_TOKEN = END
@@ -87,30 +87,10 @@ def _sizes(config: Config) -> dict:
     return {"size": {"height": vision.image_size, "width": vision.image_size}, "max_image_tiles": vision.max_num_tiles}
 
 
-class Processor:
-    """Turns items into examples with a checkpoint's tokenizer. Survives pickling, for worker processes."""
+class Processor(PromptProcessor):
+    """Turns items into examples with a checkpoint's tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, images: Images):
-        self.images = images
-        self._tokenizer = PromptTokenizer(tokenizer, SPECIAL_TOKENS, TITLE)
-        self._newline = self._tokenizer.encode("\n")
-
-    def query(self, item: dict, *, max_tokens: int | None = None, name: str = "query") -> Example:
-        """An item of the query side: {"text": str, "image": PIL image or encoded bytes}, either or both.
-
-        Args:
-          item: text that is empty beside an image counts as absent. Special strings in it are plain text.
-          max_tokens: what is longer loses the end of the user's text, never prompt or image tokens.
-          name: of the item, for errors.
-
-        Raises:
-          UserError: nothing to encode, an unreadable image, or no room for the prompt.
-        """
-        return self._example(item, QUERY, [self._tokenizer.ids[END]] * 10 + self._newline, max_tokens, name)
-
-    def candidate(self, item: dict, *, max_tokens: int | None = None, name: str = "candidate") -> Example:
-        """An item of the candidate side; otherwise as `query`."""
-        return self._example(item, "", [], max_tokens, name)
+    title, special_tokens, filler = TITLE, SPECIAL_TOKENS, END
 
     def _example(self, item: dict, prefix: str, suffix: list[int], max_tokens: int | None, name: str) -> Example:
         text, image = read_item(item, name)

@@ -139,14 +139,10 @@ class Config(FamilyConfig):
         """
         text, vision = self.text_config, self.vision_config
         fields.check_depth(text.num_hidden_layers, vision.num_hidden_layers)
-        if text.num_attention_heads % text.num_key_value_heads:
-            heads = f"{text.num_attention_heads} attention heads over {text.num_key_value_heads} key-value heads"
-            raise UserError(f"text_config: cannot split {heads}")
+        fields.check_key_value_heads(text.num_attention_heads, text.num_key_value_heads)
         if text.head_dim % 2:
             raise UserError(f"text_config: head_dim {text.head_dim} is odd, and rotary angles come in pairs")
-        if vision.hidden_size % vision.num_attention_heads:
-            heads = f"{vision.num_attention_heads} heads"
-            raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {heads}")
+        fields.check_heads("vision_config", vision.hidden_size, vision.num_attention_heads)
         if vision.image_size % vision.patch_size:
             raise UserError(f"vision_config: an image_size of {vision.image_size} is no multiple of patch_size {vision.patch_size}")
 

@@ -15,14 +15,14 @@ from einops import rearrange
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
-from tokenizers import Tokenizer
 
 from metaembed_jax.backbones.fields import check_processing
 from metaembed_jax.backbones.paligemma.config import IMAGE_TOKEN, PAD_TOKEN, START_TOKEN, TITLE, Config
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import Example
 from metaembed_jax.inputs.images import open_image
-from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, PromptTokenizer, read_item
+from metaembed_jax.inputs.processors import PromptProcessor
+from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, read_item
 
 SPECIAL_TOKENS = (PAD_TOKEN, START_TOKEN, IMAGE_TOKEN)
 PROMPT_WORDS = (QUERY, IMAGE_ALONE + "\n")  # what the prompts say around every text
@@ -79,32 +79,12 @@ def patchify(image: Image.Image, images: Images) -> UInt8[np.ndarray, "P X"]:
     return np.ascontiguousarray(rearrange(np.asarray(square), "(row y) (column x) c -> (row column) (c y x)", y=size, x=size))
 
 
-class Processor:
-    """Turns items into examples with a checkpoint's tokenizer. Survives pickling, for worker processes."""
+class Processor(PromptProcessor):
+    """Turns items into examples with a checkpoint's tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, images: Images):
-        self.images = images
-        self._tokenizer = PromptTokenizer(tokenizer, SPECIAL_TOKENS, TITLE)
+    title, special_tokens, filler = TITLE, SPECIAL_TOKENS, PAD_TOKEN
 
-    def query(self, item: dict, *, max_tokens: int | None = None, name: str = "query") -> Example:
-        """An item of the query side: {"text": str, "image": PIL image or encoded bytes}, either or both.
-
-        Args:
-          item: text that is empty beside an image counts as absent. Special strings in it are plain text.
-          max_tokens: what is longer loses the end of the user's text, never prompt or image tokens.
-          name: of the item, for errors.
-
-        Raises:
-          UserError: nothing to encode, an unreadable image, or no room for prompt and image.
-        """
-        suffix = [self._tokenizer.ids[PAD_TOKEN]] * 10 + self._tokenizer.encode("\n")
-        return self._example(item, QUERY, "", suffix, max_tokens, name)
-
-    def candidate(self, item: dict, *, max_tokens: int | None = None, name: str = "candidate") -> Example:
-        """An item of the candidate side; otherwise as `query`."""
-        return self._example(item, "", "\n", [], max_tokens, name)
-
-    def _example(self, item: dict, prefix: str, end: str, suffix: list[int], max_tokens: int | None, name: str) -> Example:
+    def _example(self, item: dict, prefix: str, suffix: list[int], max_tokens: int | None, name: str) -> Example:
         text, image = read_item(item, name)
         patches = None if image is None else patchify(open_image(image, name), self.images)
         visual = 0 if patches is None else len(patches)
@@ -113,7 +93,7 @@ class Processor:
             prefix += IMAGE_ALONE
 
         room = None if max_tokens is None else max_tokens - len(head) - len(suffix)
-        tokens = np.array(head + self._tokenizer.fit(prefix, text, end, room, name) + suffix, np.int32)
+        tokens = np.array(head + self._tokenizer.fit(prefix, text, "" if suffix else "\n", room, name) + suffix, np.int32)
         visual_index = np.full(len(tokens), -1, np.int32)
         visual_index[:visual] = np.arange(visual)
         arrays = {"patches": patches, "patch_mask": np.ones(visual, bool)} if visual else {}

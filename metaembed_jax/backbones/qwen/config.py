@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Self
 
 from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD, FamilyConfig
-from metaembed_jax.backbones.fields import check_depth, check_sizes
+from metaembed_jax.backbones.fields import check_depth, check_heads, check_key_value_heads, check_sizes
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import ArraySpec, Layout
 
@@ -47,15 +47,11 @@ class QwenConfig(FamilyConfig):
         """
         text, vision = self.text_config, self.vision_config
         check_depth(text.num_hidden_layers, vision.depth)
-        if text.num_attention_heads % text.num_key_value_heads:
-            heads = f"{text.num_key_value_heads} key-value heads"
-            raise UserError(f"text_config: {text.num_attention_heads} attention heads cannot share {heads}")
+        check_key_value_heads(text.num_attention_heads, text.num_key_value_heads)
         if len(text.mrope_section) != 3 or 2 * sum(text.mrope_section) != text.head_dim:
             wanted = f"three numbers that add up to half a head's width, {text.head_dim}"
             raise UserError(f"text_config: mrope_section {text.mrope_section} must be {wanted}")
-        if vision.hidden_size % (4 * vision.num_heads):
-            heads = f"{vision.num_heads} heads, each a multiple of 4 wide"
-            raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {heads}")
+        check_heads("vision_config", vision.hidden_size, vision.num_heads, multiple=4)
         if vision.out_hidden_size != text.hidden_size:
             raise UserError(
                 f"vision_config: out_hidden_size {vision.out_hidden_size} is not the text's hidden_size, {text.hidden_size}"

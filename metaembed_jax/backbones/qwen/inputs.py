@@ -15,49 +15,24 @@ S tokens. An example's arrays, beside its tokens:
                               see `Patches`
 """
 
-from typing import ClassVar
-
 import numpy as np
 from jaxtyping import Int
-from tokenizers import Tokenizer
 
-from metaembed_jax.backbones.qwen.images import Images, patchify
+from metaembed_jax.backbones.qwen.images import patchify
 from metaembed_jax.inputs.examples import Example
 from metaembed_jax.inputs.images import open_image
-from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, PromptTokenizer, read_item
+from metaembed_jax.inputs.processors import PromptProcessor
+from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, read_item
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 PAD_TOKEN = "<|endoftext|>"
 PROMPT_WORDS = ("user\n", QUERY, IMAGE_ALONE)  # what the prompts say around every text
 
 
-class Processor:
-    """Turns items into examples with a checkpoint's tokenizer. Survives pickling, for worker processes."""
+class Processor(PromptProcessor):
+    """A base for the families' own, which have a `title`."""
 
-    title: ClassVar[str]  # of the family
-
-    def __init__(self, tokenizer: Tokenizer, images: Images):
-        self.images = images
-        self._tokenizer = PromptTokenizer(tokenizer, SPECIAL_TOKENS, self.title)
-        self._newline = self._tokenizer.encode("\n")
-
-    def query(self, item: dict, *, max_tokens: int | None = None, name: str = "query") -> Example:
-        """An item of the query side: {"text": str, "image": PIL image or encoded bytes}, either or both.
-
-        Args:
-          item: text that is empty beside an image counts as absent. Special strings in it are plain text.
-          max_tokens: what is longer loses the end of the user's text, never prompt or image tokens.
-          name: of the item, for errors.
-
-        Raises:
-          UserError: nothing to encode, an unreadable image, or no room for prompt and image.
-        """
-        suffix = [self._tokenizer.ids["<|endoftext|>"]] * 10 + self._newline
-        return self._example(item, QUERY, suffix, max_tokens, name)
-
-    def candidate(self, item: dict, *, max_tokens: int | None = None, name: str = "candidate") -> Example:
-        """An item of the candidate side; otherwise as `query`."""
-        return self._example(item, "", [], max_tokens, name)
+    special_tokens, filler = SPECIAL_TOKENS, "<|endoftext|>"
 
     def _example(self, item: dict, prefix: str, suffix: list[int], max_tokens: int | None, name: str) -> Example:
         text, image = read_item(item, name)

@@ -3,9 +3,8 @@
 import dataclasses
 
 from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD
-from metaembed_jax.backbones.fields import free, part, require, rotary
+from metaembed_jax.backbones.fields import check_heads, free, part, require, rotary
 from metaembed_jax.backbones.qwen.config import QwenConfig, token_fields
-from metaembed_jax.errors import UserError
 
 TITLE = "Qwen2.5-VL"
 
@@ -115,7 +114,5 @@ class Config(QwenConfig):
           UserError: names the fields and their values.
         """
         text = self.text_config
-        if text.hidden_size % text.num_attention_heads:
-            heads = f"{text.num_attention_heads} attention heads"
-            raise UserError(f"text_config: a hidden_size of {text.hidden_size} cannot be split over {heads}")
+        check_heads("text_config", text.hidden_size, text.num_attention_heads)
         super().check()

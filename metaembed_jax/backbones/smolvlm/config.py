@@ -145,12 +145,9 @@ class Config(FamilyConfig):
         """
         text, vision = self.text_config, self.vision_config
         fields.check_depth(text.num_hidden_layers, vision.num_hidden_layers)
-        if text.hidden_size % (2 * text.num_attention_heads) or text.num_attention_heads % text.num_key_value_heads:
-            heads = f"{text.num_attention_heads} attention heads and {text.num_key_value_heads} key-value heads"
-            raise UserError(f"text_config: a hidden_size of {text.hidden_size} cannot be split over {heads}")
-        if vision.hidden_size % vision.num_attention_heads:
-            heads = f"{vision.num_attention_heads} heads"
-            raise UserError(f"vision_config: a hidden_size of {vision.hidden_size} cannot be split over {heads}")
+        fields.check_heads("text_config", text.hidden_size, text.num_attention_heads, multiple=2)
+        fields.check_key_value_heads(text.num_attention_heads, text.num_key_value_heads)
+        fields.check_heads("vision_config", vision.hidden_size, vision.num_attention_heads)
         if vision.image_size % 2:  # processors make sides even, which could be a tile more
             raise UserError(f"vision_config: an image_size of {vision.image_size} is odd, and tiles have even sides")
         side = f"an image_size of {vision.image_size} has {vision.side} patches of patch_size {vision.patch_size} on a side"

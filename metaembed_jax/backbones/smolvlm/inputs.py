@@ -21,7 +21,8 @@ from metaembed_jax.backbones.smolvlm.config import END, FRAME, IMAGE, PAD, START
 from metaembed_jax.backbones.smolvlm.images import MOST_TILES, Images, patchify
 from metaembed_jax.inputs.examples import Example
 from metaembed_jax.inputs.images import open_image
-from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, PromptTokenizer, read_item
+from metaembed_jax.inputs.processors import PromptProcessor
+from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, read_item
 
 PAD_TOKEN = PAD
 WHOLE = "<global-img>"
@@ -31,30 +32,14 @@ SPECIAL_TOKENS = (*NEEDED, *MARKERS)  # of a vocabulary made from scratch; a che
 PROMPT_WORDS = ("User: " + QUERY, IMAGE_ALONE)  # what the prompts say around every text
 
 
-class Processor:
-    """Turns items into examples with a checkpoint's tokenizer. Survives pickling, for worker processes."""
+class Processor(PromptProcessor):
+    """Turns items into examples with a checkpoint's tokenizer."""
+
+    title, special_tokens, filler = TITLE, NEEDED, END
 
     def __init__(self, tokenizer: Tokenizer, images: Images):
-        self.images = images
-        self._tokenizer = PromptTokenizer(tokenizer, NEEDED, TITLE)
+        super().__init__(tokenizer, images)
         self._markers = {marker: tokenizer.token_to_id(marker) for marker in MARKERS}
-
-    def query(self, item: dict, *, max_tokens: int | None = None, name: str = "query") -> Example:
-        """An item of the query side: {"text": str, "image": PIL image or encoded bytes}, either or both.
-
-        Args:
-          item: text that is empty beside an image counts as absent. Special strings in it are plain text.
-          max_tokens: what is longer loses the end of the user's text, never prompt or image tokens.
-          name: of the item, for errors.
-
-        Raises:
-          UserError: nothing to encode, an unreadable image, or no room for prompt and image.
-        """
-        return self._example(item, QUERY, [self._tokenizer.ids[END]] * 10 + self._tokenizer.encode("\n"), max_tokens, name)
-
-    def candidate(self, item: dict, *, max_tokens: int | None = None, name: str = "candidate") -> Example:
-        """An item of the candidate side; otherwise as `query`."""
-        return self._example(item, "", [], max_tokens, name)
 
     def _example(self, item: dict, prefix: str, suffix: list[int], max_tokens: int | None, name: str) -> Example:
         text, image = read_item(item, name)

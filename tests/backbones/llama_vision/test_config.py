@@ -86,7 +86,7 @@ def test_transformers_reads_what_is_written(name):
         ("text_config", {"cross_attention_layers": [8, 3]}, "cross_attention_layers"),
         ("text_config", {"cross_attention_layers": []}, "cross_attention_layers"),
         ("text_config", {"cross_attention_layers": [3, 3]}, "cross_attention_layers"),
-        ("text_config", {"num_key_value_heads": 5}, "cannot be split"),
+        ("text_config", {"num_key_value_heads": 5}, "cannot share 5 key-value heads"),
         ("text_config", {"rope_scaling": {"rope_type": "yarn"}}, "rope_type"),
         ("text_config", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
         ("text_config", {"rope_scaling": 8}, "rope_scaling is 8"),

@@ -44,7 +44,7 @@ WRONG = [
     ("text_config", "sliding_window", None, "sliding_window is None; PaliGemma has 4096"),
     ("text_config", "attn_logit_softcapping", None, "attn_logit_softcapping is None; PaliGemma has 50.0"),
     ("text_config", "attn_logit_softcapping", 0, "attn_logit_softcapping is 0, which cannot be"),
-    ("text_config", "num_key_value_heads", 4, "6 attention heads over 4 key-value heads"),
+    ("text_config", "num_key_value_heads", 4, "6 attention heads cannot share 4 key-value heads"),
     ("text_config", "head_dim", 7, "head_dim 7 is odd"),
     ("text_config", "num_hidden_layers", 10**6, "layers"),
     ("text_config", "hidden_size", 64, "projection_dim is 60; PaliGemma has 64"),
