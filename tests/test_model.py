@@ -6,6 +6,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -160,7 +161,7 @@ def make_run(directory):
     checkpoints = RunCheckpoints(directory)
     parameters = [init_parameters(model_config(config), seed) for seed in (1, 2)]
     for step, (saved, metric) in enumerate(zip(parameters, (0.9, 0.1), strict=True)):
-        checkpoints.save(step, saved, {"count": np.zeros(())}, metric)
+        checkpoints.save(step, saved, {"count": jnp.zeros(())}, metric)
     checkpoints.close()
     return config, parameters[0]
 
