@@ -1,30 +1,19 @@
 """What is set before JAX starts, for the whole suite; small data.
 
-Eight fake CPU devices, a TPU's compiler without its host, one compilation cache, no hub; and programs as XLA makes them in the
-least time: the suite compiles for minutes what it then runs for milliseconds.
+Eight fake CPU devices, a TPU's compiler without its host, one compilation cache, no hub; and programs as LLVM makes them without
+optimising: the suite compiles for minutes what it then runs for milliseconds.
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-DEVICES = "--xla_force_host_platform_device_count=8"
-QUICK = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")  # the latter saves a third of all time
-
-
-def is_known(flag: str) -> bool:
-    """Whether XLA has such a flag; the process ends where it has not, and flags come and go."""
-    program = [sys.executable, "-c", "import jax; jax.devices()"]
-    return not subprocess.run(program, env=os.environ | {"XLA_FLAGS": flag}, capture_output=True).returncode
-
-
-if "xla_force_host_platform_device_count" not in (flags := os.environ.get("XLA_FLAGS", "")):
-    os.environ["XLA_FLAGS"] = " ".join([flags, DEVICES, *filter(is_known, QUICK)]).strip()
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # What libtpu would ask of a TPU's host, for compiling without one.
