@@ -1,18 +1,19 @@
-"""What the backbones share: linear maps, norms, gated feed-forwards, rotary angles, and the scan over a stack.
+"""What the backbones share: linear maps, norms, feed-forwards, rotary angles, the way in for images, and the scan over a stack.
 
 A layer is written for one layer and created for a whole stack: every parameter takes a leading `[L]` when `layers=L` is
 given, and `scan_layers` runs the stack with one compiled body.
 
-B batch, S sequence, D model width, F feed-forward width, H heads, K head width, L layers.
+B batch, S sequence, D model width, F feed-forward width, H heads, K head width, L layers, P patches, X numbers in a patch, U units
+(visual tokens).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Float, Int, Int8, UInt8
 
 from metaembed_jax.sharding import constrain
 
@@ -140,6 +141,19 @@ class GatedMLP(nnx.Module):
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         hidden_BSF = self.activation(self.gate(x_BSD)) * self.up(x_BSD)
         return self.down(constrain(hidden_BSF, "batch", None, "mlp"))
+
+
+def normalised(patches_BPX: UInt8[Array, "B P X"], mean: Sequence[float], std: Sequence[float]) -> Float[Array, "B P X"]:
+    """uint8 pixels in (channel, y, x) order as the floats that the patch kernel reads; mean and deviation of each channel."""
+    pixels = patches_BPX.astype(jnp.float32).reshape(*patches_BPX.shape[:2], 3, -1) / 255.0
+    mean, std = (jnp.asarray(values, jnp.float32)[:, None] for values in (mean, std))
+    return ((pixels - mean) / std).reshape(patches_BPX.shape)
+
+
+def place_units(units_BUD: Float[Array, "B U D"], index_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Array:
+    """x, with the unit that `index_BS` points at where it is not negative."""
+    placed_BSD = jnp.take_along_axis(units_BUD, jnp.maximum(index_BS, 0)[..., None], axis=1)
+    return jnp.where(index_BS[..., None] >= 0, placed_BSD, x_BSD)
 
 
 def rotate(

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from metaembed_jax.backbones.attention import attention
-from metaembed_jax.backbones.layers import MLP, LayerNorm, Linear, param, scan_and_keep, scan_layers, split_heads
+from metaembed_jax.backbones.layers import MLP, LayerNorm, Linear, normalised, param, scan_and_keep, scan_layers, split_heads
 from metaembed_jax.backbones.llama_vision.config import VisionConfig
 from metaembed_jax.sharding import constrain
 
@@ -130,9 +130,7 @@ class VisionTower(nnx.Module):
 
     def embed_patches(self, patches_BPX: UInt8[Array, "B P X"], is_image_BP: Bool[Array, "B P"], dtype) -> Float[Array, "B P D"]:
         """uint8 pixels to normalised floats, then the patch kernel. Padding is 0, as of pixels that are 0 when normalised."""
-        pixels = patches_BPX.astype(jnp.float32).reshape(*patches_BPX.shape[:2], 3, -1) / 255.0
-        mean, std = (jnp.asarray(values, jnp.float32)[:, None] for values in (self.config.image_mean, self.config.image_std))
-        pixels = ((pixels - mean) / std).reshape(patches_BPX.shape) * is_image_BP[..., None]
+        pixels = normalised(patches_BPX, self.config.image_mean, self.config.image_std) * is_image_BP[..., None]
         return constrain(self.patch_embedding(pixels.astype(dtype)), "batch", None, None)
 
     def embed(self, patches_BPD: Float[Array, "B P D"], ratio_B: Int[Array, "B"]) -> Float[Array, "B M N D"]:

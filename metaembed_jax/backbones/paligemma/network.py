@@ -36,7 +36,9 @@ from metaembed_jax.backbones.layers import (
     LayerNorm,
     Linear,
     inverse_frequencies,
+    normalised,
     param,
+    place_units,
     rotate,
     scan_layers,
     split_heads,
@@ -87,9 +89,7 @@ class VisionTower(nnx.Module):
 
     def embed_patches(self, patches_BPX: UInt8[Array, "B P X"], dtype) -> Float[Array, "B P D"]:
         """uint8 pixels to normalised floats, then the patch kernel, and what is learned of each place."""
-        pixels = patches_BPX.astype(jnp.float32).reshape(*patches_BPX.shape[:2], 3, -1) / 255.0
-        mean, std = (jnp.asarray(values, jnp.float32)[:, None] for values in (self.config.image_mean, self.config.image_std))
-        x_BPD = self.patch_embedding(((pixels - mean) / std).reshape(patches_BPX.shape).astype(dtype))
+        x_BPD = self.patch_embedding(normalised(patches_BPX, self.config.image_mean, self.config.image_std).astype(dtype))
         return constrain(x_BPD + self.positions[...].astype(dtype), "batch", None, None)
 
 
@@ -208,9 +208,7 @@ class Backbone(nnx.Module):
         with jax.named_scope("vision"):
             patches_BPX = batch["patches"][:, : self.config.vision_config.patches]
             visual_BPD = self.vision(patches_BPX, dtype=dtype, checkpoint=checkpoint, unroll=unroll)
-        index_BS = batch["visual_index"]
-        placed_BSD = jnp.take_along_axis(visual_BPD, jnp.maximum(index_BS, 0)[..., None], axis=1)
-        return jnp.where(index_BS[..., None] >= 0, placed_BSD, x_BSD)
+        return place_units(visual_BPD, batch["visual_index"], x_BSD)
 
     def scaled(self, rows: Float[Array, "... D"], dtype) -> Float[Array, "... D"]:
         """Rows of the vocabulary times the root of their width, which is rounded as they are: 45.25 for 2048 in bfloat16."""

@@ -4,16 +4,15 @@ B batch, S tokens (with the appended rows), R appended rows, P patches, X number
 D width, K head width.
 """
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
-from metaembed_jax.backbones.layers import RMSNorm, inverse_frequencies, param, read_last
+from metaembed_jax.backbones.layers import RMSNorm, inverse_frequencies, param, place_units, read_last
 from metaembed_jax.backbones.qwen.config import QwenConfig
 from metaembed_jax.sharding import constrain
 
@@ -88,24 +87,11 @@ class Backbone(nnx.Module):
         return jnp.cos(angles), jnp.sin(angles)
 
 
-def place_units(units_BUD: Float[Array, "B U D"], index_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Array:
-    """x, with the unit that `index_BS` points at where it is not negative."""
-    placed_BSD = jnp.take_along_axis(units_BUD, jnp.maximum(index_BS, 0)[..., None], axis=1)
-    return jnp.where(index_BS[..., None] >= 0, placed_BSD, x_BSD)
-
-
 def extend_positions(positions_B3S: Int[Array, "B 3 S"], rows: int) -> Int[Array, "B 3 S+rows"]:
     """Appended rows count on as text: one past the largest position of the prompt, alike on all three axes."""
     start_B11 = positions_B3S.max(axis=(1, 2), keepdims=True) + 1
     suffix = jnp.broadcast_to(start_B11 + jnp.arange(rows), (positions_B3S.shape[0], 3, rows))
     return jnp.concatenate([positions_B3S, suffix], axis=-1)
-
-
-def normalised(patches_BPX: UInt8[Array, "B P X"], mean: Sequence[float], std: Sequence[float]) -> Float[Array, "B P X"]:
-    """uint8 pixels in (channel, y, x) order as the floats that the patch kernel reads; mean and std of each channel."""
-    pixels = patches_BPX.astype(jnp.float32).reshape(*patches_BPX.shape[:2], 3, -1) / 255.0
-    mean, std = (jnp.asarray(values, jnp.float32)[:, None] for values in (mean, std))
-    return ((pixels - mean) / std).reshape(patches_BPX.shape)
 
 
 def patch_angles(positions_BP2: Int[Array, "B P 2"], head_width: int) -> tuple[Float[Array, "B P K"], Float[Array, "B P K"]]:

@@ -19,12 +19,13 @@ from metaembed_jax.backbones.layers import (
     GatedMLP,
     Linear,
     RMSNorm,
+    normalised,
     rotate,
     scan_layers,
     split_heads,
 )
 from metaembed_jax.backbones.qwen import network
-from metaembed_jax.backbones.qwen.network import normalised, patch_angles
+from metaembed_jax.backbones.qwen.network import patch_angles
 from metaembed_jax.backbones.qwen2_5_vl.config import TextConfig, VisionConfig
 from metaembed_jax.sharding import constrain
 

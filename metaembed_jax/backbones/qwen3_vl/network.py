@@ -24,13 +24,15 @@ from metaembed_jax.backbones.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
+    normalised,
     param,
+    place_units,
     rotate,
     scan_and_keep,
     split_heads,
 )
 from metaembed_jax.backbones.qwen import network
-from metaembed_jax.backbones.qwen.network import normalised, patch_angles, place_units
+from metaembed_jax.backbones.qwen.network import patch_angles
 from metaembed_jax.backbones.qwen3_vl.config import TextConfig, VisionConfig
 from metaembed_jax.sharding import constrain
 

@@ -20,13 +20,14 @@ from metaembed_jax.backbones.layers import (
     Linear,
     RMSNorm,
     inverse_frequencies,
+    normalised,
     param,
+    place_units,
     rotate,
     scan_layers,
     split_heads,
 )
 from metaembed_jax.backbones.paligemma.network import VisionBlock
-from metaembed_jax.backbones.qwen.network import normalised, place_units
 from metaembed_jax.backbones.smolvlm.config import Config, TextConfig, VisionConfig
 from metaembed_jax.sharding import constrain
 

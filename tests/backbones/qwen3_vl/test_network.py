@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metaembed_jax.backbones.qwen.network import normalised, patch_angles
+from metaembed_jax.backbones.layers import normalised
+from metaembed_jax.backbones.qwen.network import patch_angles
 from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.inputs.examples import ShapeClass, collate
 from metaembed_jax.network import abstract_network
