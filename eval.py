@@ -7,7 +7,8 @@ from pathlib import Path
 from metaembed_jax import hosts
 from metaembed_jax.config import load_config
 from metaembed_jax.evaluation.command import evaluate_checkpoint
-from metaembed_jax.flags import Parser, add_host_flags, parse, run_main
+from metaembed_jax.flags import Parser, parse, run_main
+from metaembed_jax.startup import add_device_flags, add_host_flags, start
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,9 +22,10 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--benchmark", help="mmeb; vidore, or any benchmark or task of mteb; by default the test split")
     parser.add_argument("--from", dest="files", type=Path, help="the folder that the files of mmeb were fetched to")
+    add_device_flags(parser)
     add_host_flags(parser)
     arguments = parse(parser, argv)
-    hosts.connect(arguments.coordinator, arguments.hosts, arguments.host)
+    start(arguments)
     with hosts.speaking_once():
         config = load_config(arguments.config, arguments.overrides)
         out = arguments.out or arguments.checkpoint / "eval"

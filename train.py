@@ -6,7 +6,8 @@ from pathlib import Path
 from metaembed_jax import hosts
 from metaembed_jax.checkpoints.workdir import default_workdir
 from metaembed_jax.config import load_config
-from metaembed_jax.flags import Parser, add_host_flags, parse, run_main
+from metaembed_jax.flags import Parser, parse, run_main
+from metaembed_jax.startup import add_device_flags, add_host_flags, start
 from metaembed_jax.training.loop import train
 
 
@@ -14,9 +15,10 @@ def main(argv: Sequence[str]) -> None:
     """Flags in, one call out."""
     parser = Parser(prog="train.py", description=__doc__)
     parser.add_argument("--workdir", type=Path, help="the folder of the run; runs/<config name> by default")
+    add_device_flags(parser)
     add_host_flags(parser)
     arguments = parse(parser, argv)
-    hosts.connect(arguments.coordinator, arguments.hosts, arguments.host)
+    start(arguments)
     with hosts.speaking_once():
         config = load_config(arguments.config, arguments.overrides)
         train(config, arguments.workdir or default_workdir(config))

@@ -15,6 +15,7 @@ from metaembed_jax.flags import Parser, add_config, run_main, split_overrides
 from metaembed_jax.planning import command as planning
 from metaembed_jax.retrieval import command as retrieval
 from metaembed_jax.retrieval.manifest import DTYPES
+from metaembed_jax.startup import add_device_flags, start
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,11 +62,15 @@ def main(argv: Sequence[str]) -> None:
     search.add_argument("-k", type=int, help="how many to show (default: 10)")
     search.add_argument("--model", help="where the index's model is now (default: where it was)")
     search.set_defaults(run=_search)
+    for command in (out, index, search):
+        add_device_flags(command)
     overrides, rest = split_overrides(argv)
     arguments = parser.parse_args(rest)
     if overrides and "config" not in arguments:
         raise UserError(f"{arguments.command} takes no --config.{next(iter(overrides))}; see --help")
     arguments.overrides = overrides
+    if "cpu" in arguments:
+        start(arguments)
     arguments.run(arguments)
 
 

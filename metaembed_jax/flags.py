@@ -57,16 +57,6 @@ def split_overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return overrides, rest
 
 
-def add_host_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `hosts.connect`, for hosts that no cluster environment introduces to each other."""
-    flags = parser.add_argument_group(
-        "several hosts", "found by themselves on a TPU slice or under Slurm; elsewhere, on each host:"
-    )
-    flags.add_argument("--coordinator", metavar="ADDRESS:PORT", help="of the first host")
-    flags.add_argument("--hosts", type=int, help="how many there are")
-    flags.add_argument("--host", type=int, help="which of them this is, from 0")
-
-
 def printable(text: str) -> str:
     """A text that may come from others' files, for one line of a terminal."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,17 +21,19 @@ import numpy as np
 from jax._src import distributed  # the key-value store that its hosts share has no public name
 from jax.experimental import multihost_utils
 
+from metaembed_jax.cluster import Cluster, find_cluster
 from metaembed_jax.errors import UserError
 
 # Keys of the store that the hosts share.
 FAILED, SEEN, WISH, CALLS = "metaembed/failed", "metaembed/seen/", "metaembed/stop", "metaembed/calls/"
 POLL = 0.5  # seconds between looks at it
+COORDINATOR_SECONDS = 50  # in which the first host is to answer
 GRACE = 10  # seconds in which the others learn why the first one to fail fails
 _said = itertools.count()
 
 
 def connect(coordinator: str | None, hosts: int | None, host: int | None) -> None:
-    """Joins the other hosts of a run: those of the flags, or of a cluster that JAX knows (a TPU slice, Slurm). Else this is alone.
+    """Join the other hosts of a run: those of the flags, or of the cluster that this machine is part of. Else this is alone.
 
     Args:
       coordinator: address:port of the first host.
@@ -38,25 +41,45 @@ def connect(coordinator: str | None, hosts: int | None, host: int | None) -> Non
       host: which of them this is, from 0.
 
     Raises:
-      UserError: some of the three are given and not all, or the others do not come.
+      UserError: some of the three are given and not all, or the first host or the others do not come.
     """
     given = (coordinator, hosts, host)
     if any(flag is not None for flag in given) and None in given:
         raise UserError("--coordinator, --hosts and --host belong together: give all three, or none on a cluster that JAX knows")
-    if coordinator is not None:
-        port = coordinator.rpartition(":")[2]
-        if not port.isdigit() or not 0 <= host < hosts:
-            raise UserError(
-                f"--coordinator={coordinator} --hosts={hosts} --host={host}: expected ADDRESS:PORT and 0 <= host < hosts"
-            )
+    if coordinator is not None and (not coordinator.rpartition(":")[2].isdigit() or not 0 <= host < hosts):
+        raise UserError(f"--coordinator={coordinator} --hosts={hosts} --host={host}: expected ADDRESS:PORT and 0 <= host < hosts")
+    cluster = find_cluster() if coordinator is None else Cluster("--hosts", coordinator, hosts, host)
+    if cluster is None or cluster.hosts == 1:
+        return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `stop_signal`
+    who = f"host {cluster.host} of {cluster.hosts} ({cluster.kind})"
+    if cluster.host == 0:
+        print(f"{who}: waiting for the others at {cluster.coordinator}", file=sys.stderr, flush=True)
+    else:
+        _wait_for_coordinator(cluster.coordinator, who)
     try:
-        jax.distributed.initialize(coordinator, hosts, host)
-    except ValueError:  # no cluster that JAX knows, and nothing given
-        if coordinator is not None:
-            raise
-    except RuntimeError as error:
-        raise UserError(f"host {host} of {hosts}: the hosts did not find each other ({str(error).splitlines()[0]})") from error
+        jax.distributed.initialize(
+            cluster.coordinator, cluster.hosts, cluster.host, cluster.local_devices, cluster_detection_method="deactivate"
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{who}: the hosts did not find each other ({str(error).splitlines()[0]})") from error
+
+
+def _wait_for_coordinator(coordinator: str, who: str) -> None:
+    """Return when the first host answers; JAX itself would wait five minutes, and end in its own words."""
+    address, _, port = coordinator.rpartition(":")
+    until = time.monotonic() + COORDINATOR_SECONDS
+    while True:
+        try:
+            socket.create_connection((address.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{who}: the first host does not answer at {coordinator} ({error.strerror or error}); "
+                    "start the same command there, and let this host reach that port"
+                ) from error
+        time.sleep(POLL)
 
 
 def is_first() -> bool:
@@ -150,7 +173,7 @@ class _Vote:
 @contextlib.contextmanager
 def speaking_once() -> Iterator[None]:
     """Keeps the other hosts silent, and stops all of them, with one message, when one fails."""
-    if jax.process_count() == 1:
+    if distributed.global_state.client is None:  # one host; `jax.process_count` would start the devices, before the config is read
         yield
         return
     finished = threading.Event()

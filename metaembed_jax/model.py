@@ -3,6 +3,7 @@
 N items, R vectors of an item, D width of a vector.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -18,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from metaembed_jax import hosts
+from metaembed_jax.compilation import announced
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import Example, ShapeClass, blank, collate
 from metaembed_jax.late_interaction.maxsim import maxsim
@@ -42,7 +44,7 @@ class MetaEmbed:
 
     def __init__(self, config: ModelConfig, parameters: dict, processor: object, mesh: Mesh):
         self.config, self.parameters, self.processor, self.mesh = config, parameters, processor, mesh
-        self._encode = make_encode(config, mesh)
+        self._encode, self._called = make_encode(config, mesh), set()
 
     @classmethod
     def from_pretrained(
@@ -167,7 +169,9 @@ class MetaEmbed:
         batch = collate(examples + [fill] * (rows - len(examples)), shape, layout)
         with jax.set_mesh(self.mesh):
             batch = {key: put_rows(x, self.mesh) for key, x in batch.items()}
-            vectors_BRD = self._encode(self.parameters, batch, side=side, budget=budget)
+            with announced("the encoder") if (shape, side, budget, rows) not in self._called else contextlib.nullcontext():
+                vectors_BRD = self._encode(self.parameters, batch, side=side, budget=budget)
+            self._called.add((shape, side, budget, rows))
         return rows_of(vectors_BRD)
 
 

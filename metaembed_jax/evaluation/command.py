@@ -10,6 +10,7 @@ from metaembed_jax.checkpoints.loading import run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import agree, check_model, read_config
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
+from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import run
 from metaembed_jax.evaluation.budgets import parse_budgets, parse_searches
@@ -33,6 +34,7 @@ def evaluate_checkpoint(
       UserError: no such run, one of another model, budgets beyond it, or files that are no such benchmark.
     """
     benchmarks = _of_mteb(benchmark, files)
+    check_devices()
     agree(config)
     check_config(config)
     run_config = read_config(checkpoint)
@@ -44,6 +46,7 @@ def evaluate_checkpoint(
     if budgets is not None:
         chosen = (parse_searches if benchmarks else parse_budgets)(budgets, (config.query_tokens, config.candidate_tokens))
     mesh, network = make_mesh(**config.mesh), model_config(config)
+    print(describe_devices(mesh), flush=True)
     if benchmark is None:
         hosts.first_then_others(lambda: [sources.prepare(name, config.data.dir) for name, *_ in config.data.sources])
     abstract, frozen = abstract_parameters(network, mesh), abstract_parameters(network, mesh, config.frozen_dtype)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from metaembed_jax.data.documents import open_documents
 from metaembed_jax.data.sources.files import read_image_file
+from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.budgets import parse_searches
 from metaembed_jax.flags import printable
@@ -25,7 +26,10 @@ def index(model: str, documents: Path, out: Path, budget: int | None, dtype: str
     """
     found, path = open_documents(documents), Path(model).expanduser()
     name = str(path.absolute()) if path.exists() else model
-    made = index_documents(MetaEmbed.from_pretrained(model), found, out, name=name, budget=budget, dtype=dtype, progress=True)
+    check_devices()
+    encoder = MetaEmbed.from_pretrained(model)
+    print(describe_devices(encoder.mesh), flush=True)
+    made = index_documents(encoder, found, out, name=name, budget=budget, dtype=dtype, progress=True)
     print(f"{out}: {len(made):,} items, {made.vectors} vectors each. What a search reads is checked; Index.verify() checks all.")
 
 
@@ -44,6 +48,7 @@ def search(folder: Path, query: str | None, image: Path | None, budget: str | No
     name = model or made.model
     if not name:
         raise UserError(f"{folder} does not record its model; say which with --model")
+    check_devices()
     encoder = MetaEmbed.from_pretrained(name)
     made.check_model(encoder)
     largest = encoder.config.vectors("query"), made.vectors

@@ -17,6 +17,7 @@ from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import iterate, training_batches
 from metaembed_jax.data.slots import padding
+from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import run as evaluation
 from metaembed_jax.model import MetaEmbed
@@ -37,8 +38,10 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     Raises:
       UserError: anything that the user can put right; what was saved stands.
     """
+    check_devices()
     agree(config)
     _check(config, workdir)
+    print(describe_devices(run_mesh(config)), flush=True)
     runs = _needed([*((stage, default_workdir(stage)) for stage in stages(config)[:-1]), (config, workdir)])
     for stage, folder in runs[:-1]:
         _check(stage, folder)

@@ -1,0 +1,112 @@
+"""Who the hosts of a run are, from what the machine says of itself; decided before JAX is told anything.
+
+`jax.distributed.initialize()` detects clusters too, but asks Google's metadata server wherever a TPU is, and fails where none
+answers (Kaggle, Colab, containers): jax-ml/jax#40854. It also gives each Slurm task a single GPU.
+"""
+
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from jax._src.clusters import OmpiCluster, SlurmCluster  # they read an address out of a list of nodes
+
+from metaembed_jax.devices import nvidia_files, tpu_files
+from metaembed_jax.errors import UserError
+
+TPU_PORT = 8482  # as JAX; libtpu has 8476 for itself
+METADATA_SECONDS = 3  # the server is on the machine's own network: it answers in milliseconds, or is not there
+SLURM_KEYS = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+TPU_LISTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # of the hosts of a slice; Kaggle's say "local" and "localhost"
+
+
+class Cluster(NamedTuple):
+    """Several hosts that run one program.
+
+    Attributes:
+      kind: what named them, for messages.
+      coordinator: ADDRESS:PORT of the first host.
+      hosts: how many there are.
+      host: which of them this is, from 0.
+      local_devices: the GPUs of this host that this process takes; None: all.
+    """
+
+    kind: str
+    coordinator: str
+    hosts: int
+    host: int
+    local_devices: list[int] | None = None
+
+
+def find_cluster(root: Path = Path("/")) -> Cluster | None:
+    """Return the cluster that this process is part of, by the variables of Slurm, Open MPI, GKE or a TPU VM; None: it runs alone.
+
+    Args:
+      root: where the device files are, `/` but in tests.
+
+    Raises:
+      UserError: the variables contradict each other.
+    """
+    try:
+        cluster = _slurm(os.environ, root) or _open_mpi(os.environ) or _tpu(os.environ, root)
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(
+            f"the variables of the cluster are not understood ({type(error).__name__}: {error}); "
+            "give --coordinator, --hosts and --host, or unset them to run on this host alone"
+        ) from error
+    return cluster if cluster and cluster.hosts > 1 else None
+
+
+def _slurm(environment: Mapping[str, str], root: Path) -> Cluster | None:
+    if not all(key in environment for key in SLURM_KEYS):  # a shell of sbatch or salloc without srun is one process
+        return None
+    hosts, local = int(environment["SLURM_NTASKS"]), int(environment["SLURM_LOCALID"])
+    coordinator = SlurmCluster.get_coordinator_address(None, environment.get("JAX_COORDINATOR_PORT"))
+    one_task_a_node = hosts == int(environment.get("SLURM_STEP_NUM_NODES", 0))
+    gpus = len(nvidia_files(root))
+    devices = None if one_task_a_node or not gpus else [local]
+    return Cluster("Slurm", coordinator, hosts, int(environment["SLURM_PROCID"]), devices)
+
+
+def _open_mpi(environment: Mapping[str, str]) -> Cluster | None:
+    if "OMPI_MCA_orte_hnp_uri" not in environment:
+        return None
+    coordinator = OmpiCluster.get_coordinator_address(None, environment.get("JAX_COORDINATOR_PORT"))
+    hosts, host, local = (int(environment[f"OMPI_COMM_WORLD_{key}"]) for key in ("SIZE", "RANK", "LOCAL_RANK"))
+    return Cluster("Open MPI", coordinator, hosts, host, [local])
+
+
+def _tpu(environment: Mapping[str, str], root: Path) -> Cluster | None:
+    """Return the hosts of a TPU job: of one slice, or of several that a coordinator of theirs joins."""
+    if not tpu_files(root) or environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+        return None
+    listed = next((environment[key] for key in TPU_LISTS if environment.get(key)), None)
+    if listed is not None:
+        workers, worker, variables = listed.split(","), environment.get("TPU_WORKER_ID", "0"), environment
+    elif "TPU_SKIP_MDS_QUERY" in environment or (worker := _metadata("agent-worker-number", environment)) is None:
+        return None
+    else:
+        workers = _metadata("worker-network-endpoints", environment).split(",")
+        variables = dict(re.findall(r"^(\w+): '?([^'\n]*)'?$", _metadata("tpu-env", environment) or "", re.MULTILINE)) | environment
+    slices = int(variables.get("MEGASCALE_NUM_SLICES") or 1)
+    # An entry is an address, address:port, or name:id:address.
+    addresses = [entry.split(":")[2 if entry.count(":") == 2 else 0] for entry in workers]
+    first = (variables.get("MEGASCALE_COORDINATOR_ADDRESS") or addresses[0]).split(":")[0]
+    host = int(worker) + int(variables.get("MEGASCALE_SLICE_ID") or 0) * len(addresses)
+    kind = "TPU slice" if slices == 1 else f"{slices} TPU slices"
+    return Cluster(kind, f"{first}:{environment.get('JAX_COORDINATOR_PORT', TPU_PORT)}", slices * len(addresses), host)
+
+
+def _metadata(key: str, environment: Mapping[str, str]) -> str | None:
+    """Return an attribute that Google's metadata server has of this machine; None where there is none, or no server."""
+    server = environment.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(f"http://{server}/computeMetadata/v1/instance/attributes/{key}")
+    request.add_header("Metadata-Flavor", "Google")
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=METADATA_SECONDS) as answer:
+            return answer.read(2**20).decode()
+    except (urllib.error.URLError, OSError, ValueError):
+        return None

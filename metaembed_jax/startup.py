@@ -1,0 +1,39 @@
+"""The beginning of every command that computes: flags for its devices, other hosts, compiled programs."""
+
+import argparse
+
+from metaembed_jax import hosts
+from metaembed_jax.compilation import keep_no_programs, keep_programs
+from metaembed_jax.devices import use_cpu
+
+
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `start` reads."""
+    flags = parser.add_argument_group("devices")
+    flags.add_argument("--cpu", action="store_true", help="run on the CPU, even where there are chips")
+    flags.add_argument("--no-compile-cache", action="store_true", help="keep no compiled programs in ~/.cache/metaembed_jax")
+
+
+def add_host_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `hosts.connect`, for hosts that no cluster environment introduces to each other."""
+    flags = parser.add_argument_group(
+        "several hosts", "found by themselves on a TPU slice or under Slurm; elsewhere, on each host:"
+    )
+    flags.add_argument("--coordinator", metavar="ADDRESS:PORT", help="of the first host")
+    flags.add_argument("--hosts", type=int, help="how many there are")
+    flags.add_argument("--host", type=int, help="which of them this is, from 0")
+
+
+def start(arguments: argparse.Namespace) -> None:
+    """Set JAX up as the flags say, and join the other hosts of a run where the command can have some.
+
+    Raises:
+      UserError: as `hosts.connect`.
+    """
+    if arguments.cpu:
+        use_cpu()
+    if arguments.no_compile_cache:
+        keep_no_programs()
+    keep_programs()
+    if "coordinator" in arguments:
+        hosts.connect(arguments.coordinator, arguments.hosts, arguments.host)

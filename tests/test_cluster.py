@@ -1,0 +1,143 @@
+"""One host or many: decided from variables, device files and the metadata server, before JAX is told."""
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from metaembed_jax import hosts
+from metaembed_jax.cluster import Cluster, find_cluster
+from metaembed_jax.errors import UserError
+from tests.several_hosts import ROOT, free_port
+
+KAGGLE = {"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": "localhost"}
+SLURM = {
+    "SLURM_JOB_ID": "4096",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+GKE = {"TPU_WORKER_HOSTNAMES": "w-0.svc,w-1.svc,w-2.svc,w-3.svc", "TPU_WORKER_ID": "2"}
+SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "first.svc:8080"}
+MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+PORT = "node07:61440"
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A machine with four TPU chips and two NVIDIA cards, whose variables say nothing, and that no metadata server knows."""
+    for key in os.environ:
+        if key.startswith(("TPU_", "JAX_", "SLURM_", "OMPI_", "MEGASCALE_")):
+            monkeypatch.delenv(key)
+    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{free_port()}")
+    (tmp_path / "dev").mkdir()
+    for name in ("accel0", "accel1", "accel2", "accel3", "nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / "dev" / name).touch()
+    return tmp_path
+
+
+@pytest.fixture
+def metadata(root, monkeypatch):
+    """Serve attributes as Google's metadata server does; returns them, to be filled."""
+    attributes = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            text = attributes.get(self.path.rpartition("/")[2])
+            self.send_response(404 if text is None else 200)
+            self.end_headers()
+            self.wfile.write((text or "not here").encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_address[1]}")
+    yield attributes
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "environment, cluster",
+    [
+        ({}, None),
+        (KAGGLE, None),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, None),
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_JOB_ID": "4096", "SLURM_NTASKS": "2"}, None),  # sbatch without srun
+        (SLURM, Cluster("Slurm", PORT, 2, 1, [0])),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, Cluster("Slurm", PORT, 2, 1)),
+        (MPI, Cluster("Open MPI", "10.96.0.1:62624", 2, 1, [0])),
+        (GKE, Cluster("TPU slice", "w-0.svc:8482", 4, 2)),
+        (GKE | {"JAX_COORDINATOR_PORT": "99"}, Cluster("TPU slice", "w-0.svc:99", 4, 2)),
+        (GKE | SLICES, Cluster("2 TPU slices", "first.svc:8482", 8, 6)),
+        (KAGGLE | SLICES, Cluster("2 TPU slices", "first.svc:8482", 2, 1)),
+        (GKE | {"JAX_PLATFORMS": "cpu"}, None),
+    ],
+)
+def test_variables(environment, cluster, root, monkeypatch):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert find_cluster(root) == cluster
+
+
+def test_no_chips_no_question(tmp_path, metadata):
+    metadata |= {"agent-worker-number": "1", "worker-network-endpoints": "10.0.0.1,10.0.0.2"}
+    assert find_cluster(tmp_path / "elsewhere") is None
+
+
+def test_metadata_server(root, metadata):
+    attributes = metadata
+    assert find_cluster(root) is None
+    attributes["agent-worker-number"] = "1"
+    attributes["worker-network-endpoints"] = "t:1:10.0.0.1,t:2:10.0.0.2"
+    assert find_cluster(root) == Cluster("TPU slice", "10.0.0.1:8482", 2, 1)
+    attributes["tpu-env"] = (
+        "ZONE: 'a'\nMEGASCALE_NUM_SLICES: '3'\nMEGASCALE_SLICE_ID: '2'\nMEGASCALE_COORDINATOR_ADDRESS: '10.9.0.1'\n"
+    )
+    assert find_cluster(root) == Cluster("3 TPU slices", "10.9.0.1:8482", 6, 5)
+    attributes["worker-network-endpoints"] = "10.0.0.1"
+    attributes["agent-worker-number"], attributes["tpu-env"] = "0", "ZONE: 'a'\n"
+    assert find_cluster(root) is None
+
+
+def test_variables_that_make_no_sense(root, monkeypatch):
+    for key, value in (SLURM | {"SLURM_NTASKS": "two"}).items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match="ValueError: invalid literal .*--coordinator"):
+        find_cluster(root)
+
+
+def test_a_coordinator_that_does_not_answer_is_one_line(monkeypatch):
+    monkeypatch.setattr(hosts, "COORDINATOR_SECONDS", 0.1)
+    port = free_port()
+    with pytest.raises(
+        UserError, match=rf"host 1 of 2 .*: the first host does not answer at localhost:{port} \(Connection refused\)"
+    ):
+        hosts.connect(f"localhost:{port}", 2, 1)
+    assert hosts.COORDINATOR_SECONDS + 5 < 60
+
+
+@pytest.mark.parametrize("program", [["train.py"], ["eval.py", "--checkpoint=nowhere"]])
+def test_kaggle_reaches_its_config(program):
+    """JAX_FORCE_TPU_INIT stands in for the chips; without a metadata server, JAX's own detection ended in a ConnectionError."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TPU_", "JAX_PLATFORMS"))}
+    environment |= KAGGLE | {"JAX_FORCE_TPU_INIT": "1", "GCE_METADATA_IP": f"127.0.0.1:{free_port()}"}
+    command = [sys.executable, *program, "--config=configs/missing.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        "error: configs/missing.py: no such file; a config is FILE[:ARG], such as configs/tiny.py",
+    )
+    assert "Traceback" not in done.stderr and not Path("nowhere").exists()
