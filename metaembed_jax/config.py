@@ -62,7 +62,8 @@ def default_config() -> ConfigDict:
     config.data.page_side = 224  # boards: pixels of a training page
     config.data.curriculum = ()  # boards: ((until step, fewest icons, most icons), ...)
 
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: all devices that the others leave
+    # -1: all devices that the others leave. slices: data goes over so many; 0: what the devices say; 1: any axis may cross slices.
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, slices=0))
     config.batch_size = 32  # pairs a step, over all devices
     config.microbatch_size = 32  # pairs encoded at once
     config.steps = 1000

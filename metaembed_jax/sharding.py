@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.links import arrange
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -30,11 +31,16 @@ RULES = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
-    """A mesh with axes `MESH_AXES`; one size may be -1, which takes all devices that the others leave.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 0, devices: Sequence | None = None) -> Mesh:
+    """Makes a mesh with axes `MESH_AXES` whose neighbours are neighbours on the links between chips.
+
+    Args:
+      data, fsdp, tensor: sizes of the axes; one may be -1, which takes all devices that the others leave.
+      slices: how many slices the devices must be of; 0 and 1 as for `links.arrange`.
+      devices: all by default.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or do not fit its slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -46,7 +52,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence 
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
         raise UserError(f"config.mesh ({named}) does not fit {len(devices)} devices: the sizes must multiply to that number")
-    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(arrange(devices, tuple(sizes), slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:

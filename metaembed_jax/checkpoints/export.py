@@ -119,7 +119,7 @@ def check_format(kind: str, backbone: str, trained: Collection[str]) -> None:
 
 def read_trained(directory: Path, dtype: str | None) -> Trained:
     """Reads a run or a Hugging Face directory; what was frozen as int8 comes from its base in full."""
-    mesh = make_mesh(data=1, fsdp=-1)
+    mesh = make_mesh(data=1, fsdp=-1, slices=1)  # weights are read once: over all devices, whatever joins them
     if not (directory / "run.json").exists():
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory}: is neither a run (it has no run.json) nor a Hugging Face model (it has no config.json)")

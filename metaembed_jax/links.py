@@ -1,0 +1,116 @@
+"""The order of devices in a mesh: neighbours on an axis are neighbours on the links between chips.
+
+Chips of a TPU slice are joined by links (ICI) to the next chip along each side of a box, slices by the data center's network
+(DCN), which is tens of times slower. Collectives over a mesh axis go round the ring of its devices.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh
+
+from metaembed_jax.errors import UserError
+
+
+class Ring(NamedTuple):
+    """The longest of the rings of a mesh axis.
+
+    Attributes:
+      hops: links from device to device, once round.
+      step: links between two neighbours, at most.
+      crossings: steps from one slice to another, which have no links.
+    """
+
+    hops: int
+    step: int
+    crossings: int
+
+
+def arrange(devices: Sequence, sizes: tuple[int, int, int], slices: int = 0) -> np.ndarray:
+    """Returns devices as an array of `sizes` (data, fsdp, tensor).
+
+    In a TPU slice they stand as `mesh_utils.create_device_mesh` puts them, or in their own order where that has shorter rings
+    (JAX has one ring for the eight chips of v5e:2x4, which makes rings of 8 hops for 4 of (4, 2)). Over several slices it is
+    JAX's hybrid mesh: `data` goes over slices, and inside them too if it is larger; fsdp and tensor stay inside. Other
+    platforms keep their order, in which the devices of a host follow each other.
+
+    Args:
+      slices: how many there must be; 0: as many as the devices report; 1: fsdp and tensor may cross slices.
+
+    Raises:
+      UserError: another number of slices, or one that does not divide data.
+    """
+    slices = _count_slices(devices, sizes, slices)
+    if devices[0].platform != "tpu":
+        return mesh_utils.create_device_mesh(sizes, devices)
+    groups: dict[int, list] = {}
+    for device in devices:
+        groups.setdefault(_slice_index(device), []).append(device)
+    if slices < len(groups):
+        return np.asarray(devices).reshape(sizes)
+    inside = (sizes[0] // slices, *sizes[1:])
+    return np.concatenate([_arrange_slice(groups[index], inside) for index in sorted(groups)])
+
+
+def rings(mesh: Mesh) -> dict[str, Ring]:
+    """Returns the rings of a TPU mesh by axis; nothing on other platforms, whose devices have no coordinates.
+
+    Every side of a slice counts as closed: from its last chip to its first is one link. Sides are closed in fact where they are
+    16 chips long (v5e, v6e) or multiples of 4 in whole cubes (v4, v5p, tpu7x); on others the ring goes back over links whose
+    other direction it has used.
+    """
+    if not hasattr(mesh.devices.flat[0], "coords"):
+        return {}
+    return dict(zip(mesh.axis_names, _rings(mesh.devices), strict=True))
+
+
+def _rings(devices: np.ndarray) -> list[Ring]:
+    coordinates = np.array([device.coords for device in devices.flat])
+    sides = np.ptp(coordinates, axis=0) + 1
+    coordinates = coordinates.reshape(*devices.shape, -1)
+    slices = np.array([_slice_index(device) for device in devices.flat]).reshape(devices.shape)
+    longest = []
+    for axis in range(devices.ndim):
+        distances = np.abs(coordinates - np.roll(coordinates, -1, axis))
+        links = np.minimum(distances, sides - distances).sum(-1)
+        is_crossing = slices != np.roll(slices, -1, axis)
+        links[is_crossing] = 0
+        longest.append(Ring(int(links.sum(axis).max()), int(links.max()), int(is_crossing.sum(axis).max())))
+    return longest
+
+
+def _arrange_slice(devices: Sequence, sizes: tuple[int, int, int]) -> np.ndarray:
+    plain = np.asarray(devices).reshape(sizes)
+    try:
+        arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError) as error:
+        warnings.warn(f"the mesh keeps the order of its devices, which may be slow: {' '.join(str(error).split())}", stacklevel=4)
+        return plain
+    return min(arranged, plain, key=lambda order: sum(ring.hops for ring in _rings(order)))
+
+
+def _count_slices(devices: Sequence, sizes: tuple[int, int, int], slices: int) -> int:
+    members = np.unique([_slice_index(device) for device in devices], return_counts=True)[1]
+    reported, data = len(members), sizes[0]
+    if slices not in (0, 1, reported):
+        raise UserError(
+            f"config.mesh.slices={slices}: the devices are of {reported}; expected that number, 0 (as many as there are), "
+            "or 1 (fsdp and tensor may cross slices)"
+        )
+    slices = slices or reported
+    if data % slices and devices[0].platform != "tpu":
+        return 1  # hosts rather than slices: what does not fit in one goes over several
+    if data % slices or len(set(members)) > 1 and slices > 1:
+        raise UserError(
+            f"config.mesh.data={data} does not divide over {slices} slices of {' and '.join(map(str, sorted(set(members))))} "
+            f"devices: expected a multiple of {slices}, and slices of one size; config.mesh.slices=1 lets fsdp and tensor cross"
+        )
+    return slices
+
+
+def _slice_index(device) -> int:
+    """The slice of a device; its host where the platform reports none, and for compile-only TPUs of one slice 0."""
+    return getattr(device, "slice_index", 0 if device.platform == "tpu" else device.process_index)
