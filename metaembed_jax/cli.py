@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     out.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the tensors (default: the one it was trained in)")
     out.set_defaults(run=_export)
     plan = commands.add_parser("plan", help="what a run needs of a TPU slice, and how fast that can be; needs no TPU")
-    plan.add_argument("--topology", required=True, help="the slice, such as v5e:2x4")
+    plan.add_argument("--topology", required=True, help="the slice, such as v5e:2x4, or slices, such as 2xv5e:2x4")
     plan.add_argument("--what", choices=("train", "encode", "search"), default="train", help="the program (default: train)")
     plan.add_argument("--search", action="store_true", help="find the mesh and microbatch that train fastest")
     plan.add_argument("--json", action="store_true", help="print JSON")

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ class Chip:
       hbm_bytes: memory.
       hbm_bandwidth: bytes a second between memory and cores.
       ici_bandwidth: bytes a second over all links to other chips, both directions together.
+      dcn_bandwidth: bytes a second that it may send to other slices: its share of its host's network cards.
       usable_bytes: memory of a device that the compiler gives to a program: the limit in libtpu 0.0.52's own complaint about
         one that is too large.
       devices: how many a chip is to JAX; two cores that work as one are one.
@@ -39,6 +41,7 @@ class Chip:
     hbm_bytes: float
     hbm_bandwidth: float
     ici_bandwidth: float
+    dcn_bandwidth: float
     usable_bytes: float
     source: str
     shapes: tuple[str, ...]
@@ -51,48 +54,55 @@ class Chip:
 GIB = 2**30
 CLOUD = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = {
-    # v4's page has no figure for ICI: six links of 50 GB/s each way (arXiv 2304.01433).
-    "v4": Chip(275e12, 32 * GIB, 1200e9, 600e9, 30.75 * GIB, CLOUD + "v4", SOLID, "v4", cores=2, config="megacore"),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 400e9, 15.75 * GIB, CLOUD + "v5e", FLAT, "v5litepod"),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1200e9, 95.73 * GIB, CLOUD + "v5p", SOLID, "v5p", cores=2),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 800e9, 31.24 * GIB, CLOUD + "v6e", FLAT, "v6e"),
-    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 1200e9, 94.74 * GIB, CLOUD + "tpu7x", SOLID, "tpu7x", cores=2, devices=2),
+    # v4's page has no figure for ICI: six links of 50 GB/s each way (arXiv 2304.01433); nor for DCN: 25 GB/s for a host of four
+    # chips (https://jax-ml.github.io/scaling-book/tpus). The other pages give DCN in bits, v5e's for a pod of 256 chips.
+    "v4": Chip(275e12, 32 * GIB, 1200e9, 600e9, 6.25e9, 30.75 * GIB, CLOUD + "v4", SOLID, "v4", cores=2, config="megacore"),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 400e9, 6.4e12 / 8 / 256, 15.75 * GIB, CLOUD + "v5e", FLAT, "v5litepod"),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1200e9, 50e9 / 8, 95.73 * GIB, CLOUD + "v5p", SOLID, "v5p", cores=2),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 800e9, 100e9 / 8, 31.24 * GIB, CLOUD + "v6e", FLAT, "v6e"),
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 1200e9, 100e9 / 8, 94.74 * GIB, CLOUD + "tpu7x", SOLID, "tpu7x", 2, 2),
 }
 
 
 class Topology(NamedTuple):
-    """A slice.
+    """A slice, or several alike.
 
     Attributes:
-      name: such as v5e:2x4.
+      name: such as v5e:2x4, or 2xv5e:2x4.
       chip: what it is made of.
       devices: as JAX sees them, without anything behind them.
       hosts: how many machines they are attached to.
+      slices: how many slices.
     """
 
     name: str
     chip: Chip
     devices: Sequence
     hosts: int
+    slices: int
 
 
 def topology(name: str) -> Topology:
-    """A slice by its name, `generation:shape`.
+    """Slices by their name, `generation:shape` or `NUMBERxgeneration:shape`.
 
     Raises:
       UserError: there is no such slice, or no libtpu to ask about it.
     """
-    kind, _, shape = name.partition(":")
+    number, kind, shape = re.fullmatch(r"(?:([1-9]\d?)x)?([^:]*):?(.*)", name, re.DOTALL).groups()
+    slices = int(number or 1)
     if kind not in CHIPS or shape not in CHIPS[kind].shapes:  # libtpu ends the process over some that are too large
         known = "; ".join(f"{kind}: {' '.join(chip.shapes)}" for kind, chip in CHIPS.items())
-        raise UserError(f"--topology={name}: no such slice; write generation:shape, such as v5e:2x4. There are {known}")
+        raise UserError(
+            f"--topology={name}: no such slice; write generation:shape, such as v5e:2x4, or 2xv5e:2x4 for two. There are {known}"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu, which holds the TPU's compiler, is not installed: pip install metaembed-jax[tpu]")
     chip = CHIPS[kind]
     more = {"chip_config_name": chip.config} if chip.config else {}
+    more |= {"num_slices": slices} if slices > 1 else {}
     with _quiet(chip, shape):
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
-    return Topology(name, chip, devices, len({device.process_index for device in devices}))
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **more).devices
+    return Topology(name, chip, devices, len({device.process_index for device in devices}), slices)
 
 
 @contextlib.contextmanager

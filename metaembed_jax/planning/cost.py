@@ -2,6 +2,12 @@
 
 Everything is of one device and one call of the program. Traffic is what `traffic` says of each instruction, so it is an upper
 bound where the compiler keeps on the chip what its text does not say.
+
+The compiler cuts a collective over several slices in two: one inside each slice, over links, and one between the devices that
+have the same place in all slices, over the network. The latter is a `send` to the host and a `recv`, which say what they are:
+
+    %send = (f32[8,128]{1,0}, u32[], token[]) send(%x, %after), is_host_transfer=true,
+      frontend_attributes={...,_xla_megascale_target="{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}
 """
 
 import math
@@ -23,7 +29,7 @@ class Item(NamedTuple):
 
     Attributes:
       bytes: of the array; or that a device sends, over all calls.
-      what: its type and sizes; of a collective, its kind and operand.
+      what: its type and sizes; of a collective, its kind and operand, and "between slices" where it is.
       times: how often it is made.
       op_name: where in the Python program it comes from.
     """
@@ -40,7 +46,8 @@ class Cost(NamedTuple):
     Attributes:
       flops: of matrix products and convolutions, and what custom kernels state of themselves.
       hbm_bytes: read from and written to HBM.
-      ici_bytes: that it sends to other devices, by kind of collective, done as a ring.
+      ici_bytes: that it sends to other devices of its slice, by kind of collective, done as a ring.
+      dcn_bytes: that it sends to other slices, likewise.
       unknown: custom kernels that do not state their FLOPs, and loops without a known end, which count as one turn.
       temporaries, collectives: the largest.
     """
@@ -48,12 +55,13 @@ class Cost(NamedTuple):
     flops: float
     hbm_bytes: float
     ici_bytes: dict[str, float]
+    dcn_bytes: dict[str, float]
     unknown: tuple[str, ...]
     temporaries: list[Item]
     collectives: list[Item]
 
 
-def count(text: str, devices: int, branches: Sequence[float] = ()) -> Cost:
+def count(text: str, devices: int, branches: Sequence[float] = (), slices: int = 1) -> Cost:
     """Counts a program.
 
     Args:
@@ -61,24 +69,27 @@ def count(text: str, devices: int, branches: Sequence[float] = ()) -> Cost:
       devices: that it runs on.
       branches: how often each branch of a conditional runs, as shares of 1. Conditionals with another number of branches count
         all of them alike often.
+      slices: that the devices are of.
     """
     module = parse(text)
-    counter = _Counter(module, devices, branches)
+    counter = _Counter(module, devices, branches, slices)
     counter.walk(module.computations[module.entry], 1.0)
     return counter.cost()
 
 
 class _Counter:
-    def __init__(self, module: Module, devices: int, branches: Sequence[float]):
-        self._module, self._devices, self._branches = module, devices, branches
+    def __init__(self, module: Module, devices: int, branches: Sequence[float], slices: int):
+        self._module, self._devices, self._branches, self._slices = module, devices, branches, slices
         self._flops = self._hbm = 0.0
-        self._ici, self._collectives, self._unknown = Counter(), Counter(), set()
+        self._ici, self._dcn, self._collectives, self._unknown = Counter(), Counter(), Counter(), set()
         self._temporaries: dict[tuple[str, str], Item] = {}
 
     def cost(self) -> Cost:
         collectives = [Item(size, *about) for about, size in self._collectives.items()]
         temporaries, collectives = (sorted(x, reverse=True)[:LARGEST] for x in (self._temporaries.values(), collectives))
-        return Cost(self._flops, self._hbm, dict(self._ici), tuple(sorted(self._unknown)), temporaries, collectives)
+        return Cost(
+            self._flops, self._hbm, dict(self._ici), dict(self._dcn), tuple(sorted(self._unknown)), temporaries, collectives
+        )
 
     def walk(self, computation: Computation, times: float, channels: set[str] | None = None) -> None:
         """Adds a computation that runs `times`.
@@ -95,6 +106,8 @@ class _Counter:
                 self._unknown.add(re.sub(r"\.\d+$", "", one.op_name))  # the number counts its calls
             if one.opcode.removesuffix("-start") in COLLECTIVES:
                 self._collective(computation, one, times, channels if is_fused else set())
+            if one.opcode == "send" and (kind := _TRANSFER.search(one.attributes)):
+                self._between_slices(computation, one, times, kind[1].lower().replace("_", "-"))
             for body, share in self._bodies(one):
                 self.walk(body, times * share, channels if is_fused or one.opcode == "fusion" else None)
             if not is_fused:
@@ -146,21 +159,29 @@ class _Counter:
         if channel and channel[0] in channels:
             return
         channels.add(channel[0] if channel else "")
-        kind, group = one.opcode.removesuffix("-start"), _group_size(one.attributes, self._devices)
+        kind, group = one.opcode.removesuffix("-start"), _group_size(one.attributes, self._devices // self._slices)
         operands = [shape for name in one.operands for shape in computation[name].shapes]
-        given = sum(shape.bytes for shape in operands)
-        sent = (
-            times
-            * {
-                "all-gather": given * (group - 1),
-                "all-reduce": 2 * given * (group - 1) / group,
-                "reduce-scatter": given * (group - 1) / group,
-                "all-to-all": given * (group - 1) / group,
-                "collective-permute": given,
-            }[kind]
-        )
+        sent = times * _sent(kind, sum(shape.bytes for shape in operands), group)
         self._ici[kind] += sent
         self._collectives[f"{kind} {' '.join(shape.text for shape in operands)}", times, one.op_name] += sent
+
+    def _between_slices(self, computation: Computation, send: Instruction, times: float, kind: str) -> None:
+        operand = computation[send.operands[0]]
+        sent = times * _sent(kind, operand.bytes, self._slices)
+        self._dcn[kind] += sent
+        self._collectives[f"{kind} between slices {operand.shapes[0].text}", times, operand.op_name] += sent
+
+
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
+def _sent(kind: str, given: int, group: int) -> float:
+    """Returns the bytes that a device sends in a collective of `group` members who each give so many."""
+    if kind == "all-gather":
+        return given * (group - 1)
+    if kind == "all-reduce":
+        return 2 * given * (group - 1) / group
+    return given * (group - 1) / group if kind in ("reduce-scatter", "all-to-all") else given
 
 
 def _group_size(attributes: str, devices: int) -> int:

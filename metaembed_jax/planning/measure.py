@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from metaembed_jax.backbones import family
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.errors import UserError
+from metaembed_jax.links import rings
 from metaembed_jax.planning.chips import Chip, Topology
 from metaembed_jax.planning.compiling import compile_program
 from metaembed_jax.planning.cost import Cost, Item, count
@@ -22,7 +23,7 @@ from metaembed_jax.planning.traced import largest_arrays
 from metaembed_jax.training.start import stages
 from metaembed_jax.training.step import run_mesh
 
-UNKNOWN = Cost(0.0, 0.0, {}, (), [], [])
+UNKNOWN = Cost(0.0, 0.0, {}, {}, (), [], [])
 _OUT_OF_MEMORY = re.compile(r"required[^()]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of")
 
 
@@ -58,7 +59,9 @@ def make_plan(config: ConfigDict, what: str, where: Topology) -> Plan:
         devices=mesh.size,
         devices_per_chip=where.chip.devices,
         hosts=where.hosts,
+        slices=where.slices,
         mesh=dict(mesh.shape),
+        rings={axis: ring._asdict() for axis, ring in rings(mesh).items()},
         microbatch_size=config.microbatch_size,
         parameters={name: _numbers(program.arguments.get(name)) for name in ("trained", "frozen")},
         memory=memory,
@@ -66,6 +69,7 @@ def make_plan(config: ConfigDict, what: str, where: Topology) -> Plan:
         flops=program.flops._asdict() | ({"compiled": cost.flops * mesh.size} if cost.flops else {}),
         hbm_bytes=cost.hbm_bytes,
         ici_bytes=cost.ici_bytes,
+        dcn_bytes=cost.dcn_bytes,
         seconds=_seconds(sum(program.flops) / mesh.size, cost, where.chip),
         peak_flops=where.chip.flops / where.chip.devices,
         items=program.items,
@@ -109,7 +113,7 @@ def _measure(config: ConfigDict, what: str, where: Topology, program: Program, m
         memory = held | {"temporaries": needed - sum(held.values())}
         return _Measured(memory, UNKNOWN, "what was compiled, which is nothing", arrays)
     memory = held | {"padding": compiled.arguments - sum(held.values()), "temporaries": compiled.temporaries}
-    cost = count(compiled.text, mesh.size, branches(config))
+    cost = count(compiled.text, mesh.size, branches(config), where.slices)
     return _Measured(memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else "")
 
 
@@ -125,6 +129,8 @@ def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:
         seconds["HBM"] = cost.hbm_bytes * chip.devices / chip.hbm_bandwidth
         # What a device sends goes in one of the two directions that are published as one figure.
         seconds["ICI"] = sum(cost.ici_bytes.values()) * chip.devices / (chip.ici_bandwidth / 2)
+    if cost.dcn_bytes:
+        seconds["DCN"] = sum(cost.dcn_bytes.values()) * chip.devices / chip.dcn_bandwidth
     return seconds
 
 

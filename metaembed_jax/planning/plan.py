@@ -14,12 +14,13 @@ class Plan:
 
     Attributes:
       devices_per_chip: two only where the cores of a chip are devices of their own.
+      rings: of each axis of the mesh: hops, step and crossings, as `links.Ring` explains.
       parameters: how many, trained and frozen.
       memory: bytes, by what they hold.
       usable_bytes: what the compiler lets a program use.
       flops: of all devices: forward, backward and extra as counted in closed form, and compiled, as found in the program.
-      hbm_bytes, ici_bytes: traffic; the latter by kind of collective.
-      seconds: that the peaks allow, for compute, HBM and ICI.
+      hbm_bytes, ici_bytes, dcn_bytes: traffic to memory, inside a slice and between slices; the latter by kind of collective.
+      seconds: that the peaks allow, for compute, HBM, ICI and, over several slices, DCN.
       items, unit, calls: how many of what a call handles, and how many calls a run is.
       temporaries, collectives: the largest.
       missing: why the compiler's figures are not there, or not all.
@@ -32,7 +33,9 @@ class Plan:
     devices: int
     devices_per_chip: int
     hosts: int
+    slices: int
     mesh: dict[str, int]
+    rings: dict[str, dict[str, int]]
     microbatch_size: int
     parameters: dict[str, int]
     memory: dict[str, int]
@@ -40,6 +43,7 @@ class Plan:
     flops: dict[str, float]
     hbm_bytes: float
     ici_bytes: dict[str, float]
+    dcn_bytes: dict[str, float]
     seconds: dict[str, float]
     peak_flops: float
     items: int
@@ -103,7 +107,7 @@ def knob(plan: Plan, config: ConfigDict) -> str:
     """What takes most of the memory, and which key of the config to change."""
     largest = max(plan.memory, key=plan.memory.get)
     shards = plan.mesh["data"] * plan.mesh["fsdp"]
-    if largest in ("trained", "optimizer", "frozen") and plan.mesh["fsdp"] < plan.devices:
+    if largest in ("trained", "optimizer", "frozen") and plan.mesh["fsdp"] < plan.devices // plan.slices:
         advice = f"raise config.mesh.fsdp={plan.mesh['fsdp']}"
         if largest == "frozen" and config.frozen_dtype != "int8":
             advice += ", or set config.frozen_dtype=int8"

@@ -33,13 +33,21 @@ def _about(plan: Plan, chip: Chip) -> Rows:
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     to_a_chip = "" if chip.devices == 1 else f", {chip.devices} to a chip"
     rates = f"HBM {chip.hbm_bandwidth / 1e9:,.0f} GB/s, ICI {chip.ici_bandwidth / 1e9:,.0f} GB/s both ways"
+    if plan.slices > 1:
+        rates += f", DCN {chip.dcn_bandwidth / 1e9:.3g} GB/s each way"
     return [
         ("program", f"{plan.what} of {plan.config}, compiled in {plan.compile_seconds:.0f} s"),
         ("slice", f"{plan.topology}: {plan.devices} devices{to_a_chip}, {plan.hosts} hosts"),
         ("chip", f"{amount(chip.hbm_bytes).strip()}, {chip.flops / 1e12:,.0f} TFLOP/s, {rates} ({chip.source})"),
         ("mesh", f"{mesh}; microbatches of {plan.microbatch_size}"),
+        ("rings", "; ".join(_ring(axis, ring) for axis, ring in plan.rings.items() if plan.mesh[axis] > 1) or "none"),
         ("parameters", ", ".join(f"{number:,} {kind}" for kind, number in plan.parameters.items())),
     ]
+
+
+def _ring(axis: str, ring: dict[str, int]) -> str:
+    crossings = f", {ring['crossings']} steps between slices" if ring["crossings"] else ""
+    return f"{axis} {ring['hops']} hops, at most {ring['step']} a step{crossings}"
 
 
 def _memory(plan: Plan) -> Rows:
@@ -57,7 +65,8 @@ def _work(plan: Plan) -> Rows:
         )
     if plan.hbm_bytes:
         rows.append(("bytes over HBM", f"{amount(plan.hbm_bytes)} a device"))
-    rows += [(f"bytes over ICI, {kind}", f"{amount(value)} a device") for kind, value in sorted(plan.ici_bytes.items())]
+    for network, sent in (("ICI", plan.ici_bytes), ("DCN", plan.dcn_bytes)):
+        rows += [(f"bytes over {network}, {kind}", f"{amount(value)} a device") for kind, value in sorted(sent.items())]
     return rows + ([("not counted", plan.missing)] if plan.missing else [])
 
 

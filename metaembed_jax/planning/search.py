@@ -80,30 +80,36 @@ def candidates(config: ConfigDict, where: Topology) -> list[Candidate]:
     heads = math.gcd(*(one.key_heads for part in _parts(config) if part.appended for one in part.attention))
     found = []
     for fsdp, tensor in itertools.product(_divisors(devices), _divisors(heads)):
-        if devices % (fsdp * tensor):
+        if devices // where.slices % (fsdp * tensor):  # both stay inside a slice
             continue
         mesh = (devices // (fsdp * tensor), fsdp, tensor)
         sizes = [size for size in _divisors(config.batch_size) if size % (devices // tensor) == 0]
         if sizes:
             state = make_trainer(config, make_mesh(*mesh, devices=where.devices)).abstract
-            weights, held = shard_bytes((state.parameters, state.frozen)), shard_bytes(state)
-            found += [_candidate(_laid_out(config, mesh, size), where, weights, held) for size in sizes]
+            shards = shard_bytes(state.parameters), shard_bytes(state.frozen), shard_bytes(state)
+            found += [_candidate(_laid_out(config, mesh, size), where, *shards) for size in sizes]
     if not found:
         raise UserError(f"--search: no mesh of {devices} devices and no microbatch divide config.batch_size={config.batch_size}")
     return sorted(found)
 
 
-def _candidate(config: ConfigDict, where: Topology, weights: int, held: int) -> Candidate:
-    """Counts the arithmetic, and the traffic of weights over `fsdp` and of activations over `tensor`."""
+def _candidate(config: ConfigDict, where: Topology, trained: int, frozen: int, held: int) -> Candidate:
+    """Counts the arithmetic, and the traffic of weights over `fsdp`, activations over `tensor` and gradients between slices.
+
+    Args:
+      trained, frozen, held: bytes of a device's weights and of its whole state.
+    """
     mesh, chip = config.mesh, where.chip
     rows = config.microbatch_size // (mesh.data * mesh.fsdp)
     kept = KEPT_WIDTH * rows * sum(part.rows * part.width * part.layers for part in _parts(config))
     encoded = config.batch_size // config.microbatch_size * len(_shapes(config))
     reduced = 2 * 2 * kept * (mesh.tensor - 1) / mesh.tensor  # two all-reduces a layer, each of twice its bytes
-    sent = encoded * PASSES * (weights * (mesh.fsdp - 1) + reduced)
+    sent = encoded * PASSES * ((trained + frozen) * (mesh.fsdp - 1) + reduced)
+    between = encoded * 2 * trained * (where.slices - 1) / where.slices
     seconds = max(
         sum(train_flops(config)) / len(where.devices) * chip.devices / chip.flops,
         sent * chip.devices / (chip.ici_bandwidth / 2),
+        between * chip.devices / chip.dcn_bandwidth,
     )
     return Candidate(seconds, mesh.data, mesh.fsdp, mesh.tensor, config.microbatch_size, held, kept)
 

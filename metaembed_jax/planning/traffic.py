@@ -19,6 +19,8 @@ def traffic(module: Module, computation: Computation, one: Instruction) -> int:
         return 2 * one.bytes
     if one.opcode == "dynamic-update-slice":
         return 2 * computation[one.operands[1]].bytes
+    if one.opcode == "send":  # the host reads the operand
+        return computation[one.operands[0]].bytes
     fused = _fused(module, one)
     read = 0
     for position, name in enumerate(one.operands):
@@ -29,7 +31,7 @@ def traffic(module: Module, computation: Computation, one: Instruction) -> int:
 
 def buffers(module: Module, one: Instruction) -> list[Shape]:
     """The arrays that an instruction in no fusion makes anew in HBM."""
-    if one.opcode in FREE or one.opcode == "dynamic-update-slice":
+    if one.opcode in (*FREE, "dynamic-update-slice", "send"):
         return []
     return [shape for shape, _, is_new in _results(module, one) if is_new]
 

@@ -98,6 +98,20 @@ ENTRY %main (a: f32[1024]) -> f32[4096] {
 }
 """
 
+SLICES = """HloModule slices
+
+ENTRY %main (a: f32[1024]) -> f32[4096] {
+  %a = f32[1024]{0:T(1024)} parameter(0), metadata={op_name="jit(f)/gradients"}
+  %after = token[] after-all()
+  %sum = (f32[1024]{0:T(1024)}, u32[]{:S(2)}, token[]) send(%a, %after), channel_id=1, frontend_attributes={KIND="ALL_REDUCE"}
+  %summed = (f32[1024]{0:T(1024)}, u32[]{:S(2)}, token[]) recv(%after), channel_id=2, frontend_attributes={KIND="ALL_REDUCE"}
+  %give = (f32[1024]{0:T(1024)}, u32[]{:S(2)}, token[]) send(%a, %after), channel_id=3, frontend_attributes={KIND="ALL_GATHER"}
+  %given = (f32[4096]{0:T(1024)}, u32[]{:S(2)}, token[]) recv(%after), channel_id=4, frontend_attributes={KIND="ALL_GATHER"}
+  %done = (f32[4096]{0:T(1024)}, token[]) recv-done(%given), channel_id=4
+  ROOT %result = f32[4096]{0:T(1024)} get-tuple-element(%done), index=0
+}
+""".replace("KIND", "_xla_megascale_transfer_type")
+
 BRANCHES = """HloModule branches
 
 %cheap (p: f32[8,8]) -> f32[8,8] {
@@ -166,6 +180,14 @@ def test_collectives_count_what_a_device_sends():
         "all-to-all": 4096 * 3 / 4,
     }
     assert cost.collectives[0] == (4096 * 7, "all-gather f32[1024]", 1, "start")
+
+
+def test_what_crosses_slices_is_not_ici():
+    cost = count(SLICES, devices=64, slices=4)
+    assert cost.ici_bytes == {} and cost.dcn_bytes == {"all-reduce": 2 * 4096 * 3 / 4, "all-gather": 4096 * 3}
+    assert cost.hbm_bytes == 4096 + 4096 + 4096 + 4 * 4096  # a host reads and writes HBM as a device does
+    assert cost.collectives[0] == (4096 * 3, "all-gather between slices f32[1024]", 1, "jit(f)/gradients")
+    assert [item.what for item in cost.temporaries[:2]] == ["f32[4096]", "f32[1024]"]
 
 
 def test_branches_count_by_their_shares():

@@ -14,6 +14,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.planning import report, search
 from metaembed_jax.planning.chips import CHIPS, topology
 from metaembed_jax.planning.measure import make_plan
+from metaembed_jax.sharding import MESH_AXES
 
 ROOT = Path(__file__).parents[2]
 SMALL = str(ROOT / "tests" / "training" / "small.py")
@@ -63,9 +64,39 @@ def test_report(plan, config, where):
     text = report.describe(plan, config, where)
     first, *_ = text.splitlines()
     assert first.startswith("fits: 0.0") and first.endswith(" to spare")
-    for word in ("4 devices, 1 hosts", "data=2, fsdp=2, tensor=1", "chip-hours", "largest temporaries", "largest collectives"):
+    for word in (
+        "4 devices, 1 hosts",
+        "data=2, fsdp=2, tensor=1",
+        "data 2 hops, at most 1 a step; fsdp 2 hops",
+        "chip-hours",
+        "largest temporaries",
+        "largest collectives",
+    ):
         assert word in text
     assert json.loads(json.dumps(plan.to_json()))["fits"] is True
+
+
+def test_two_slices(config):
+    """fsdp stays inside a slice, data goes over both, and so do sums of gradients and the vectors that the loss gathers."""
+    with config.unlocked():
+        config = config.copy_and_resolve_references()
+    config.mesh.data, config.mesh.fsdp = 4, 8
+    config.batch_size = config.microbatch_size = 32
+    where = topology("2xv5e:4x4")
+    plan = make_plan(config, "train", where)
+    assert plan.fits and plan.slices == 2 and plan.hosts == 8
+    assert plan.rings["data"]["crossings"] == 2 and plan.rings["fsdp"]["crossings"] == 0
+    # Of what a slice has summed a device sends its sixteenth, padded to tiles; and it sends the vectors of its pair alone.
+    assert plan.dcn_bytes == pytest.approx({"all-reduce": 1.19e5, "all-gather": 2.46e4, "reduce-scatter": 8.2e3}, rel=0.2)
+    assert plan.dcn_bytes["all-reduce"] > 4 * plan.parameters["trained"] / 16
+    assert plan.seconds["DCN"] == pytest.approx(sum(plan.dcn_bytes.values()) / where.chip.dcn_bandwidth)
+    text = report.describe(plan, config, where)
+    assert "data 4 hops, at most 2 a step, 2 steps between slices" in text and "bytes over DCN, all-reduce" in text
+
+
+def test_search_keeps_fsdp_in_a_slice(config):
+    found = search.candidates(config, topology("2xv5e:2x2"))
+    assert {one.mesh for one in found} == {(8, 1, 1), (4, 2, 1), (2, 4, 1)}
 
 
 def test_tiny_compiles_for_v5e():
@@ -95,11 +126,11 @@ def test_search_compiles_little_and_keeps_what_fits(plan, config, where, monkeyp
     tried = []
 
     def compile_at_once(config, what, where):
-        tried.append((*config.mesh.values(), config.microbatch_size))
-        size = config.microbatch_size
+        sizes, size = {axis: config.mesh[axis] for axis in MESH_AXES}, config.microbatch_size
+        tried.append((*sizes.values(), size))
         memory = plan.memory | {"temporaries": int(where.chip.usable_bytes * size / 8.5)}
         seconds = {"compute": config.mesh.fsdp / size}
-        return dataclasses.replace(plan, memory=memory, seconds=seconds, mesh=dict(config.mesh), microbatch_size=size)
+        return dataclasses.replace(plan, memory=memory, seconds=seconds, mesh=sizes, microbatch_size=size)
 
     monkeypatch.setattr(search, "make_plan", compile_at_once)
     plans = search.search(config, where)
@@ -113,6 +144,9 @@ def test_search_compiles_little_and_keeps_what_fits(plan, config, where, monkeyp
 WRONG = [
     (["--topology=v9:1x1"], r"--topology=v9:1x1: no such slice.*v5e: 1x1 2x2 2x4"),
     (["--topology=v5e:32x32"], "no such slice"),
+    (["--topology=0xv5e:2x2"], "no such slice"),
+    (["--topology=2xv5e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=8"], "config.mesh.data=1 does not divide over 2 slices"),
+    (["--topology=v5e:2x2", "--config.mesh.slices=2"], "config.mesh.slices=2: the devices are of 1"),
     (["--topology=v5e:2x4", "--config.mesh.data=3"], r"config.mesh \(data=3, fsdp=1, tensor=1\) does not fit 8 devices"),
     (["--topology=v5e:4x8"], "config.microbatch_size=16 does not divide over the mesh"),
     (["--topology=v5e:2x2", "--config.microbatch_size=5"], "microbatch_size=5 does not divide config.batch_size=16"),
