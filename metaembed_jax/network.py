@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from metaembed_jax.backbones import family
 from metaembed_jax.backbones.layers import Linear, param, store_int8
 from metaembed_jax.backbones.lora import DropoutKey, LoraConfig, add_lora
+from metaembed_jax.precision import float32_products
 from metaembed_jax.sharding import parameter_shardings
 
 SIDES = ("query", "candidate")
@@ -75,7 +76,10 @@ class Network(nnx.Module):
 
     def __call__(self, batch: dict[str, Array], side: str, budget: int | None = None) -> Float[Array, "B R D"]:
         """The first `budget` vectors of each item of a side (all by default), float32, each of length one."""
-        r = self.config.vectors(side) if budget is None else budget
+        with float32_products(self.config.dtype):
+            return self._unit_vectors(batch, side, self.config.vectors(side) if budget is None else budget)
+
+    def _unit_vectors(self, batch, side, r):
         rows = r if side == "query" else self.config.query_tokens + r
         states_BRM = self.backbone(
             batch,

@@ -7,6 +7,7 @@ arXiv 2205.14135) holds one block of them at a time, forward and backward, and s
 B batch, S queries, T keys, H heads, G key/value heads, K head width.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -22,6 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Bool, Float
 
+from metaembed_jax.precision import float32_products
 from metaembed_jax.sharding import named_sharding
 
 SMALLEST_BLOCK = 128  # a row of a TPU's vector registers; the kernel takes no less
@@ -133,8 +135,28 @@ def _splash_on_one_device(
         q_seq_shards=1,
         interpret=interpret,
     )
-    mixed_BHSK = jax.vmap(kernel)(query_BHSK, key_BGTK, value_BGTK, segments)
+    attend = _in_float32(_each_row) if query_BSHK.dtype == jnp.float32 else _each_row
+    mixed_BHSK = attend(kernel, query_BHSK, key_BGTK, value_BGTK, segments)
     return jnp.swapaxes(mixed_BHSK, 1, 2)[:, :S]
+
+
+def _each_row(kernel, *arrays):
+    return jax.vmap(kernel)(*arrays)
+
+
+def _in_float32(function: Callable) -> Callable:
+    """A function with float32 products, in its backward pass too, where a `custom_vjp` in it would not see the caller's context."""
+
+    def traced(function):
+        def call(*arrays):
+            with float32_products(jnp.float32):
+                return function(*arrays)
+
+        return call
+
+    in_float32 = jax.custom_vjp(traced(function))
+    in_float32.defvjp(traced(partial(jax.vjp, function)), traced(lambda pull, cotangent: pull(cotangent)))
+    return in_float32
 
 
 def _block(length: int) -> int:

@@ -166,8 +166,7 @@ def rotate(
     """
     width = x_BSHK.shape[-1]
     turn_KK = np.eye(width, k=width // 2) - np.eye(width, k=-width // 2)
-    precision = jax.lax.Precision.HIGHEST if x_BSHK.dtype == jnp.float32 else None
-    turned = jnp.einsum("bshk,kj->bshj", x_BSHK, jnp.asarray(turn_KK, x_BSHK.dtype), precision=precision)
+    turned = jnp.einsum("bshk,kj->bshj", x_BSHK, jnp.asarray(turn_KK, x_BSHK.dtype))
     x32, turned32 = x_BSHK.astype(jnp.float32), turned.astype(jnp.float32)
     # A conversion of the gradient to float32 would move from here into the attention, and double what that writes.
     return jax.lax.optimization_barrier((x32 * cos_BSK[:, :, None] + turned32 * sin_BSK[:, :, None]).astype(x_BSHK.dtype))

@@ -21,6 +21,7 @@ from metaembed_jax.config import model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
+from metaembed_jax.precision import float32_products
 from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding, put_rows, put_whole, replicated
 from metaembed_jax.trained import join, paths, split, trained_paths
 from metaembed_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
@@ -205,7 +206,7 @@ def make_trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters, state.frozen, batch, state.step)
-        with jax.named_scope("optimizer"):
+        with jax.named_scope("optimizer"), float32_products(config.dtype):  # Muon's products
             updates, moments = optimizer.update(gradients, state.optimizer, state.parameters)
             parameters = optax.apply_updates(state.parameters, updates)
         metrics = {"loss": value, **metrics, "gradient_norm": optax.global_norm(gradients), "learning_rate": schedule(state.step)}

@@ -22,11 +22,13 @@ from metaembed_jax.inputs.examples import ShapeClass
 from metaembed_jax.model import MetaEmbed, as_item
 from metaembed_jax.planning.compiling import compile_program
 from metaembed_jax.planning.flops import train_flops
+from metaembed_jax.planning.programs import encode_program, train_program
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer, put_batch
 from tests.backbones.families import record
+from tests.backbones.products import equations, products, rounded, rounded_in_kernels
 from tests.checkpoints.runs import save_noise
 from tests.planning.tracing import traced_flops
 
@@ -197,6 +199,22 @@ def test_flops_equal_what_jax_traces(case, trained, checkpoint, microbatch):
     tables = {"lora": case.record.lora, "full": (("*", "full"),), "meta_tokens": (("meta_tokens", "full"),)}
     config.trained, config.checkpoint_layers, config.microbatch_size = tables[trained], checkpoint, microbatch
     assert sum(train_flops(config)) == pytest.approx(traced_flops(config), rel=1e-9)  # shares are not exact
+
+
+def test_no_chip_rounds_a_float32_product(case):
+    """In a step that trains adapters, and a kernel with Muon, and in encoding."""
+    config = training_config(case, case.record.patches)
+    config.trained = (*case.record.lora, ("backbone.vision.patch_embedding.kernel", "full"))
+    config.optimizer.algorithm, config.microbatch_size = "muon", 4
+    find_start(config)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        for traced in (train_program(config, mesh).trace(), encode_program(config, mesh).trace()):
+            kernels = [equation for equation in equations(traced.jaxpr.jaxpr) if equation.primitive.name == "pallas_call"]
+            assert kernels and not rounded_in_kernels(traced.jaxpr.jaxpr)
+            for platform in ("tpu", "cuda"):
+                text = traced.lower(lowering_platforms=(platform,)).as_text()
+                assert len(products(text)) > 30 and not rounded(text)
 
 
 def test_a_tpu_compiles_its_step(case):
