@@ -28,9 +28,9 @@ from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer, put_batch
 from tests.backbones.families import record
-from tests.backbones.products import equations, products, rounded, rounded_in_kernels
 from tests.checkpoints.runs import save_noise
 from tests.planning.tracing import traced_flops
+from tests.products import equations, products, rounded, rounded_in_kernels
 
 ROWS = 8  # of a batch
 

@@ -9,6 +9,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction import maxsim as module
 from metaembed_jax.late_interaction.maxsim import maxsim
 from tests.late_interaction.reference import maxsim_scores
+from tests.products import products, rounded, rounded_in_kernels
 
 
 def vectors(rng, *shape):
@@ -82,6 +83,16 @@ def test_runs_under_jit_and_takes_bfloat16():
     expected = maxsim_scores(np.asarray(query[:, :1], np.float32), np.asarray(document[:, :3], np.float32))
     assert scores.dtype == jnp.float32
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+def test_no_chip_rounds_float32():
+    """The search's program, which holds the TPU's kernel too."""
+    vectors = jax.ShapeDtypeStruct((32, 16, 128), jnp.float32)
+    traced = jax.jit(maxsim).trace(vectors, vectors)
+    assert not rounded_in_kernels(traced.jaxpr.jaxpr)
+    for platform in ("tpu", "cuda"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert not rounded(text) and (products(text) or "tpu_custom_call" in text)
 
 
 def test_bad_input_is_refused():
