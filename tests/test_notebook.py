@@ -1,6 +1,8 @@
 """The quickstart notebook runs top to bottom."""
 
 import os
+import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import nbformat
@@ -25,3 +27,17 @@ def test_quickstart(tmp_path, monkeypatch):
     client.execute()
     pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
     assert len(pictures) == 3, "the plot and two searches"
+
+
+@pytest.mark.parametrize(
+    "device, project", [("/dev/accel0", ".[tpu]"), ("/dev/vfio/0", ".[tpu]"), ("/dev/nvidia0", ".[cuda]"), ("/dev/null", ".")]
+)
+def test_first_cell_installs_what_drives_the_chips(device, project, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.run", lambda command, check: (commands.append(command), Path(command[-1]).mkdir(exist_ok=True)))
+    monkeypatch.setattr("glob.glob", lambda pattern: [device] if fnmatchcase(device, pattern) else [])
+    monkeypatch.setattr("sys.path", list(sys.path))
+    cell = next(cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code")
+    exec(cell.source.replace('REPOSITORY = ""', 'REPOSITORY = "somewhere"'), {})
+    assert [command[-1] for command in commands] == ["metaembed_jax_checkout", project]
