@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from metaembed_jax.backbones import family
 from metaembed_jax.backbones.layers import Linear, param, store_int8
-from metaembed_jax.backbones.lora import DropoutKey, LoraConfig, add_lora
+from metaembed_jax.backbones.lora import Dropout, LoraConfig, add_lora
 from metaembed_jax.precision import float32_products
 from metaembed_jax.sharding import parameter_shardings
 
@@ -94,12 +94,12 @@ class Network(nnx.Module):
 
 
 def abstract_network(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The structure of a network, its parameters as shapes with logical axes, and its dropout keys as shapes, for no memory.
+    """The structure of a network, its parameters as shapes with logical axes, and its `Dropout` as shapes, for no memory.
 
-    `nnx.merge(structure, parameters, keys)` with nested dicts of arrays is a network that can be called; `keys` are empty, and
+    `nnx.merge(structure, parameters, dropout)` with nested dicts of arrays is a network that can be called; `dropout` is empty, and
     may be left out, unless `config.lora.dropout` is above 0.
     """
-    return nnx.split(nnx.eval_shape(lambda: Network(config, rngs=nnx.Rngs(0))), nnx.Param, DropoutKey)
+    return nnx.split(nnx.eval_shape(lambda: Network(config, rngs=nnx.Rngs(0))), nnx.Param, Dropout)
 
 
 def abstract_parameters(config: ModelConfig, mesh: Mesh, large: str = "") -> dict:

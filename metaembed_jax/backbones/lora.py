@@ -7,13 +7,14 @@ are those of its kernel.
 """
 
 import dataclasses
-import math
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, UInt32
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from metaembed_jax.backbones.layers import Linear, param
 from metaembed_jax.errors import UserError
@@ -36,8 +37,8 @@ class LoraConfig:
     dropout: float = 0.0
 
 
-class DropoutKey(nnx.Variable):
-    """The random key of an adapter's dropout, one for each layer of a stack: no parameter, every step brings new ones."""
+class Dropout(nnx.Variable):
+    """The random key of an adapter's dropout, or the items it drops from; both for each layer of a stack. No parameter."""
 
 
 class Lora(nnx.Module):
@@ -51,44 +52,52 @@ class Lora(nnx.Module):
         self.a = param(rngs, gaussian, (inputs, config.rank), (in_axis, None), layers)
         self.b = param(rngs, jax.nn.initializers.zeros, (config.rank, outputs), (None, out_axis), layers)
         self.scale, self.dropout = config.alpha / config.rank, config.dropout
-        self.key = DropoutKey(jnp.zeros((*stack, 2), jnp.uint32)) if config.dropout else None
+        self.key = Dropout(jnp.zeros((*stack, 2), jnp.uint32)) if config.dropout else None
+        self.items = Dropout(jnp.zeros((*stack, 1), jnp.int32)) if config.dropout else None
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
         scale = self.scale
         if self.key is not None:
-            kept = keep(self.key[...], 1 - self.dropout, x.shape)
+            kept = keep(self.key[...], self.items[...], 1 - self.dropout, x.shape)
             x, scale = jnp.where(kept, x, 0), scale / (1 - self.dropout)
         return (x @ self.a[...].astype(x.dtype) * scale) @ self.b[...].astype(x.dtype)
 
 
-def keep(key: UInt32[Array, "2"], share: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """True for about a share of all elements: those whose row and column, hashed with the key, come out below it.
+def keep(key: UInt32[Array, "2"], items_B: Int[Array, "B"], share: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    """True for about a share of all elements: those whose item, row in the item and column, hashed with the key, come out below it.
 
     It stands in for `jax.random.bernoulli`, whose twenty rounds for a number are no small matter where every adapter of every layer
-    asks for as many numbers as it has inputs. As a function of the place it is the same on any mesh.
+    asks for as many numbers as it has inputs. As a function of the item and the place in it, it is the same on any mesh and in
+    any microbatch.
 
-    Rows (all axes but the last) and columns are hashed by MurmurHash3's finaliser (Appleby, public domain), once for each word of
-    the key; what is left for an element is to mix its row's hash with its column's. Four layers of configs/3b.py's language model,
-    8 rows of 1360, compiled for v6e: 58 s with every place hashed in full, 39 s so, 45 s before without dropout.
+    Rows (all axes but the last) and columns are hashed by MurmurHash3's finaliser (Appleby, public domain), twice each; what is
+    left for an element is to mix its row's hash with its column's. Four layers of configs/3b.py's language model, 8 rows of 1360,
+    compiled for v6e: 58 s with every place hashed in full, 39 s so, 45 s before without dropout.
+
+    Args:
+      items_B: a number for each item of the batch.
+      shape: of what is dropped from. Its first axis is the batch, or the batch times the tiles of an item.
     """
-    rows = jnp.uint32(0)
-    for axis, size in enumerate(shape[:-1]):
-        rows = rows * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, (*shape[:-1], 1), axis)
-    columns = math.prod(shape[:-1]) + jnp.arange(shape[-1], dtype=jnp.uint32)
-    # Hashed once, not anew for every element.
-    rows, columns = jax.lax.optimization_barrier((_hash(rows, key), _hash(columns, key)))
+    within = (len(items_B), shape[0] // len(items_B), *shape[1:-1], 1)
+    places = jnp.uint32(0)
+    for axis, size in enumerate(within[1:], 1):
+        places = places * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, (1, *within[1:]), axis)
+    item_words = _hash(items_B.astype(jnp.uint32), key).reshape(-1, *[1] * (len(within) - 1))
+    rows = _hash(places, (key[0], item_words)).reshape(*shape[:-1], 1)
+    columns = _hash(jnp.uint32(2**31) + jnp.arange(shape[-1], dtype=jnp.uint32), key)
+    rows, columns = jax.lax.optimization_barrier((rows, columns))  # hashed once, not again for every element
     mixed = rows ^ columns
     mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x2C1B3C6D)
     return mixed < jnp.uint32(min(round(share * 2**32), 2**32 - 1))
 
 
-def _hash(place: UInt32[Array, "..."], key: UInt32[Array, "2"]) -> UInt32[Array, "..."]:
-    for word in key:
-        place = place ^ word
-        place = (place ^ (place >> 16)) * jnp.uint32(0x85EBCA6B)
-        place = (place ^ (place >> 13)) * jnp.uint32(0xC2B2AE35)
-        place = place ^ (place >> 16)
-    return place
+def _hash(number: UInt32[Array, "..."], words: Iterable[UInt32[Array, "..."]]) -> UInt32[Array, "..."]:
+    for word in words:
+        number = number ^ word
+        number = (number ^ (number >> 16)) * jnp.uint32(0x85EBCA6B)
+        number = (number ^ (number >> 13)) * jnp.uint32(0xC2B2AE35)
+        number = number ^ (number >> 16)
+    return number
 
 
 def add_lora(network: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
@@ -106,12 +115,15 @@ def add_lora(network: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None
             linears[path].lora = nnx.data(Lora(linears[path], config, rngs=rngs))
 
 
-def dropout_keys(abstract: dict, key: jax.Array) -> dict:
-    """Fresh keys for every adapter, as nested dicts like `abstract` (shapes [2], or [L, 2] for a stack)."""
-    leaves, structure = jax.tree.flatten(abstract)
-    keys = jax.random.split(key, max(len(leaves), 1))
+def dropout_keys(abstract: dict, key: jax.Array) -> dict[tuple[str, ...], UInt32[Array, "..."]]:
+    """Returns fresh keys for every adapter by its path in `abstract`: [2], or [L, 2] for a stack."""
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract).items() if path[-1] == "key"}
+    keys = jax.random.split(key, max(len(shapes), 1))
+    split = [jax.random.split(key, shape[0]) if len(shape) == 2 else key for shape, key in zip(shapes.values(), keys, strict=False)]
+    return dict(zip(shapes, map(jax.random.key_data, split), strict=True))
 
-    def of(leaf, key):
-        return jax.random.key_data(jax.random.split(key, leaf.shape[0]) if len(leaf.shape) == 2 else key)
 
-    return structure.unflatten(map(of, leaves, keys))
+def dropout_of(keys: dict[tuple[str, ...], UInt32[Array, "..."]], items_B: Int[Array, "B"]) -> dict:
+    """Returns the `Dropout` variables of a network as nested dicts: keys of `dropout_keys`, and the items of a batch."""
+    items = {(*path[:-1], "items"): jnp.broadcast_to(items_B, (*key.shape[:-1], len(items_B))) for path, key in keys.items()}
+    return unflatten_dict(keys | items)

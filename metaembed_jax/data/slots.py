@@ -100,7 +100,8 @@ def fill(items: list[tuple[dict, str] | None], encode: Callable[..., Example], s
       layout: of a batch.
 
     Returns:
-      {"groups": (dict of [M, b, ...] arrays of each class, ...), "order": int32 [N]}; see `pipeline.training_batches`.
+      {"groups": (dict of [M, b, ...] arrays of each class, ...), "order": int32 [N]}; see `pipeline.training_batches`. Beside the
+      arrays of the layout is `item`: the number among `items` of what a row holds.
 
     Raises:
       UserError: an item does not fit, or its classes are full.
@@ -137,7 +138,7 @@ def fill(items: list[tuple[dict, str] | None], encode: Callable[..., Example], s
         for one, found in zip(chosen, made, strict=True):
             if one is not None and any(np.array(_size(found)) > shape):
                 raise UserError(_no_place(items[one][1], found, slots, room))
-        arrays = collate(made, shape, layout)
+        arrays = collate(made, shape, layout) | {"item": np.array([0 if one is None else one for one in chosen], np.int32)}
         groups.append({key: value.reshape(*rows.shape, *value.shape[1:]) for key, value in arrays.items()})
     first_row = np.concatenate([[0], np.cumsum(room)])
     return {"groups": tuple(groups), "order": (first_row[places_N2[:, 0]] + places_N2[:, 1]).astype(np.int32)}

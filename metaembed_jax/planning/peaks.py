@@ -35,8 +35,8 @@ TPU_KINDS = {
     "TPU7x": "tpu7x",
 }
 NVIDIA = "https://www.nvidia.com/en-us/data-center/"
-# The words that a card's `device_kind` holds, special cases before general ones. NVIDIA publishes most of its figures with sparsity,
-# which doubles them: these are the dense halves. A form factor that is not named is SXM.
+# The words that a card's `device_kind` holds, special cases before general ones. NVIDIA publishes most of its figures with
+# sparsity, which doubles them: these are the dense halves. A form factor that is not named is SXM.
 CARDS = (
     (("B200",), Peak(2250e12, 8000e9, 180e9, NVIDIA + "hgx")),
     (("H200", "NVL"), Peak(835.5e12, 4800e9, 141e9, NVIDIA + "h200")),

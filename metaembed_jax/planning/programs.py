@@ -119,8 +119,8 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict:
 def _side(rows: Slots, items: int, layout: Layout) -> dict:
     groups = []
     for shape, microbatches in zip(rows.shapes, rows.microbatches, strict=True):
-        arrays = _row(shape, layout).items()
-        groups.append({key: jax.ShapeDtypeStruct((microbatches, rows.size, *x.shape[1:]), x.dtype) for key, x in arrays})
+        arrays = _row(shape, layout) | {"item": np.zeros(1, np.int32)}
+        groups.append({key: jax.ShapeDtypeStruct((microbatches, rows.size, *x.shape[1:]), x.dtype) for key, x in arrays.items()})
     return {"groups": tuple(groups), "order": jax.ShapeDtypeStruct((items,), jnp.int32)}
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from metaembed_jax.backbones.lora import dropout_keys
+from metaembed_jax.backbones.lora import dropout_keys, dropout_of
 from metaembed_jax.config import model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
@@ -51,54 +51,50 @@ class TrainState:
         return join(self.parameters, self.frozen)
 
 
-def encode(apply: Callable, side_batch: dict, side: str, budget: int, key: Array, dtype: str) -> Float[Array, "N R D"]:
+def encode(apply: Callable, side_batch: dict, side: str, budget: int, dtype: str) -> Float[Array, "N R D"]:
     """Vectors of one side, in pair order.
 
     Microbatches are mapped over with a checkpointed encoder: the backward pass recomputes one microbatch at a time, so memory
     follows the microbatch while the gradient is the whole batch's (GradCache, arXiv 2101.06983).
 
     Args:
-      apply: `(key) -> network`, whose dropout (if any) comes from the key.
+      apply: `(items) -> network`, whose dropout (if any) belongs to the items, in whatever microbatch they are.
       side_batch: `groups`, one dict of `[M, b, ...]` arrays for each shape class, and `order` [N].
-      key: of this side's dropout at this step.
       dtype: of the vectors.
     """
 
-    def encoder(microbatch_and_key):
-        microbatch, key = microbatch_and_key
-        return apply(key)(microbatch, side, budget).astype(dtype)
+    def encoder(microbatch):
+        return apply(microbatch["item"])(microbatch, side, budget).astype(dtype)
 
-    def encode_group(group, key):
+    def encode_group(group):
         microbatches, size = group["tokens"].shape[:2]
         if microbatches == 1:
-            return encoder((jax.tree.map(lambda x: x[0], group), key))
-        vectors_MbRD = jax.lax.map(jax.checkpoint(encoder), (group, jax.random.split(key, microbatches)))
+            return encoder(jax.tree.map(lambda x: x[0], group))
+        vectors_MbRD = jax.lax.map(jax.checkpoint(encoder), group)
         return vectors_MbRD.reshape(microbatches * size, *vectors_MbRD.shape[2:])
 
-    groups = side_batch["groups"]
-    keys = jax.random.split(key, len(groups))
-    vectors = jnp.concatenate([encode_group(group, key) for group, key in zip(groups, keys, strict=True)])
-    return vectors[side_batch["order"]]
+    return jnp.concatenate([encode_group(group) for group in side_batch["groups"]])[side_batch["order"]]
 
 
 def make_loss(config: ConfigDict, mesh: Mesh) -> Callable:
     """`loss(parameters, frozen, batch, step) -> (scalar, metrics)` of a run's configuration; `step` seeds the dropout."""
-    graph, _, abstract_keys = abstract_network(model_config(config, training=True))
-    abstract_keys = nnx.to_pure_dict(abstract_keys)
+    graph, _, abstract_dropout = abstract_network(model_config(config, training=True))
+    abstract_dropout = nnx.to_pure_dict(abstract_dropout)
     query_budget, candidate_budget = (max(group[side] for group in config.groups) for side in (0, 1))
 
     def loss(parameters: dict, frozen: dict, batch: dict, step: Array) -> tuple[Array, dict[str, Array]]:
         everything = join(parameters, frozen)
 
-        def apply(key):
-            return nnx.merge(graph, everything, dropout_keys(abstract_keys, key))
+        def network_of(key):
+            keys = dropout_keys(abstract_dropout, key)
+            return lambda items: nnx.merge(graph, everything, dropout_of(keys, items))
 
         query_key, candidate_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
         # A bfloat16 model's vectors go on as bfloat16: half the bytes to gather and hold, and a similarity is one product on a TPU,
         # not six. Beside the noise of such a model (taken as 1 %), the rounding took the gradient's error from 2.9 to 3.4 % at
         # most; among items nearly all alike, from 30 to 51 %.
-        query_BRD = encode(apply, batch["query"], "query", query_budget, query_key, config.dtype)
-        candidate_NRD = encode(apply, batch["candidate"], "candidate", candidate_budget, candidate_key, config.dtype)
+        query_BRD = encode(network_of(query_key), batch["query"], "query", query_budget, config.dtype)
+        candidate_NRD = encode(network_of(candidate_key), batch["candidate"], "candidate", candidate_budget, config.dtype)
         pairs = query_BRD.shape[0]
         positive_BRD, negatives = candidate_NRD[:pairs], None
         if candidate_NRD.shape[0] > pairs:

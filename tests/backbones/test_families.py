@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from metaembed_jax.backbones import FAMILIES, family
+from metaembed_jax.backbones.lora import dropout_keys, dropout_of
 from metaembed_jax.checkpoints.export import export
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture, run_processor
@@ -20,13 +22,14 @@ from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import ShapeClass
 from metaembed_jax.model import MetaEmbed, as_item
+from metaembed_jax.network import abstract_network
 from metaembed_jax.planning.compiling import compile_program
 from metaembed_jax.planning.flops import train_flops
 from metaembed_jax.planning.programs import encode_program, train_program
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import find_start, initial_state
-from metaembed_jax.training.step import make_trainer, put_batch
+from metaembed_jax.training.step import encode, make_trainer, put_batch
 from tests.backbones.families import record
 from tests.checkpoints.runs import save_noise
 from tests.planning.tracing import traced_flops
@@ -189,6 +192,36 @@ def test_three_steps_train_every_adapter_and_nothing_else(case, tmp_path):
     assert adapters
     for path, b in adapters.items():  # they start at zero: one that gradients do not reach stays there
         assert np.abs(b).reshape(len(b), -1).max(axis=1).min() > 0, path
+
+
+def test_dropout_belongs_to_an_item_wherever_it_is(case):
+    """With an adapter on every kernel: in two microbatches, and in another order, so that items change microbatch and row."""
+    config = training_config(case, case.record.patches)
+    start = find_start(config)
+    config.trained, config.lora.dropout = (("*", "full"), ("backbone.*.kernel", "lora")), 0.5
+    config.microbatch_size, config.unroll_layers = 4, 1
+    graph, shapes, abstract = abstract_network(model_config(config, training=True))
+    noise = np.random.default_rng(0)
+    flat = flatten_dict(nnx.to_pure_dict(shapes), sep=".")
+    parameters = {path: (noise.normal(size=x.shape) * 0.1 + path.endswith("scale")).astype(np.float32) for path, x in flat.items()}
+    keys = dropout_keys(nnx.to_pure_dict(abstract), jax.random.key(0))
+
+    @jax.jit
+    def encoded(parameters, side):
+        tree = unflatten_dict(parameters, sep=".")
+        return encode(lambda items: nnx.merge(graph, tree, dropout_of(keys, items)), side, "candidate", 4, "float32")
+
+    records = [{"query": {"text": "x"}, "positive": as_item(item)} for item in case.record.candidates]
+    dataset = training_batches(config, model_config(config).architecture, run_processor(config, start.tokenizer), [records])
+    side = dataset[0]["candidate"]
+    (rows,) = side["groups"]
+    order = np.random.default_rng(1).permutation(ROWS)
+    mixed = {key: x.reshape(ROWS, *x.shape[2:])[order].reshape(x.shape) for key, x in rows.items()}
+    expected = encoded(parameters, side)
+    found = encoded(parameters, {"groups": (mixed,), "order": np.argsort(order)[side["order"]]})
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    others = encoded(parameters, side | {"groups": (rows | {"item": rows["item"] + 1},)})
+    assert (np.abs(others - expected).max(axis=(1, 2)) > 1e-3).all()
 
 
 @pytest.mark.parametrize("trained, checkpoint, microbatch", [("lora", True, 4), ("full", False, 8), ("meta_tokens", True, 8)])

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from metaembed_jax.backbones import qwen2_5_vl
 from metaembed_jax.backbones.layers import Linear, quantize
-from metaembed_jax.backbones.lora import Lora, LoraConfig, dropout_keys, keep
+from metaembed_jax.backbones.lora import Lora, LoraConfig, dropout_keys, dropout_of, keep
 from metaembed_jax.checkpoints.loading import run_parameters, run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.torch_export import write_model
@@ -248,6 +248,7 @@ def test_adapters_add_their_product_and_drop_their_input():
     plain = linear(x)
     adapter = Lora(linear, LoraConfig(rank=3, alpha=6.0, dropout=0.25), rngs=nnx.Rngs(2))
     adapter.b[...] = jax.random.normal(jax.random.key(3), (3, 5))
+    adapter.items.set_value(jnp.arange(4000))
     linear.lora = nnx.data(adapter)
     product = np.asarray(adapter.a[...]) @ np.asarray(adapter.b[...]) * 2
     kept = linear(jnp.eye(6)[None].repeat(4000, 0)) - linear.bias[...] - linear.kernel[...]
@@ -262,7 +263,7 @@ def test_what_is_kept_is_like_chance():
     """Against the binomial: the share, and the likeness to a neighbour in each direction and to other keys' masks."""
     shape, share = (4, 300, 700), 0.9
     masks = {
-        (first, second): np.asarray(keep(jnp.array([first, second], jnp.uint32), share, shape))
+        (first, second): np.asarray(keep(jnp.array([first, second], jnp.uint32), jnp.array([0, 1, 2, 77]), share, shape))
         for first in (0, 1, 2**31)
         for second in (0, 1, 77)
     }
@@ -275,20 +276,28 @@ def test_what_is_kept_is_like_chance():
     assert max(abs((one * other).mean()) for one, other in pairs) < limit
 
 
-def test_any_mesh_keeps_the_same():
-    mesh, shape = make_mesh(data=2, fsdp=2, tensor=2), (8, 6, 10)
+def test_any_mesh_and_any_microbatch_keep_the_same_of_an_item():
+    mesh, shape, items = make_mesh(data=2, fsdp=2, tensor=2), (8, 6, 10), jnp.arange(8)
     key = jnp.array([5, 6], jnp.uint32)
-    split = jax.jit(lambda key: keep(key, 0.5, shape), out_shardings=named_sharding(mesh, ("batch", None, "mlp")))
-    np.testing.assert_array_equal(split(key), keep(key, 0.5, shape))
-    assert keep(key, 1.0, shape).all() and not keep(key, 0.0, shape).any()
+    whole = keep(key, items, 0.5, shape)
+    split = jax.jit(lambda key: keep(key, items, 0.5, shape), out_shardings=named_sharding(mesh, ("batch", None, "mlp")))
+    np.testing.assert_array_equal(split(key), whole)
+    np.testing.assert_array_equal(keep(key, jnp.array([5, 2]), 0.5, (2, 6, 10)), whole[jnp.array([5, 2])])
+    tiles = keep(key, jnp.array([5, 2]), 0.5, (6, 2, 10))  # each item as three tiles of two rows
+    np.testing.assert_array_equal(tiles, whole[jnp.array([5, 2])].reshape(6, 2, 10))
+    assert keep(key, items, 1.0, shape).all() and not keep(key, items, 0.0, shape).any()
 
 
 def test_every_adapter_and_layer_has_a_key_of_its_own():
-    abstract = {"a": jax.ShapeDtypeStruct((3, 2), jnp.uint32), "b": {"c": jax.ShapeDtypeStruct((2,), jnp.uint32)}}
-    keys = dropout_keys(abstract, jax.random.key(0))
-    rows = np.concatenate([np.asarray(keys["a"]), np.asarray(keys["b"]["c"])[None]])
+    def adapter(*stack):
+        return {"key": jax.ShapeDtypeStruct((*stack, 2), jnp.uint32), "items": jax.ShapeDtypeStruct((*stack, 1), jnp.int32)}
+
+    keys = dropout_keys({"a": adapter(3), "b": {"c": adapter()}}, jax.random.key(0))
+    rows = np.concatenate([np.asarray(keys["a", "key"]), np.asarray(keys["b", "c", "key"])[None]])
     assert len({tuple(row) for row in rows.tolist()}) == 4
-    assert dropout_keys({}, jax.random.key(0)) == {}
+    shapes = jax.tree.map(np.shape, dropout_of(keys, jnp.arange(5)))
+    assert shapes == {"a": {"key": (3, 2), "items": (3, 5)}, "b": {"c": {"key": (2,), "items": (5,)}}}
+    assert dropout_of(dropout_keys({}, jax.random.key(0)), jnp.arange(5)) == {}
 
 
 @pytest.mark.parametrize(
