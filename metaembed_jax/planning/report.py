@@ -34,7 +34,7 @@ def _about(plan: Plan, chip: Chip) -> Rows:
     to_a_chip = "" if chip.devices == 1 else f", {chip.devices} to a chip"
     rates = f"HBM {chip.hbm_bandwidth / 1e9:,.0f} GB/s, ICI {chip.ici_bandwidth / 1e9:,.0f} GB/s both ways"
     if plan.slices > 1:
-        rates += f", DCN {chip.dcn_bandwidth / 1e9:.3g} GB/s each way"
+        rates += f", DCN {chip.dcn_bandwidth / 1e9:.4g} GB/s each way"
     return [
         ("program", f"{plan.what} of {plan.config}, compiled in {plan.compile_seconds:.0f} s"),
         ("slice", f"{plan.topology}: {plan.devices} devices{to_a_chip}, {plan.hosts} hosts"),

@@ -6,7 +6,7 @@ import numpy as np
 
 import metaembed_jax as me
 from metaembed_jax import hosts
-from metaembed_jax.flags import add_host_flags
+from metaembed_jax.startup import add_host_flags
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--index")
