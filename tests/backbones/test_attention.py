@@ -1,5 +1,7 @@
-"""The TPU's kernel, run by Pallas' interpreter, against XLA's attention; and which of the two a program gets."""
+"""Every implementation of attention, as far as a CPU runs it, against the definition; and which of them a program gets."""
 
+import math
+import re
 from functools import partial
 
 import jax
@@ -9,7 +11,12 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from metaembed_jax.backbones.attention import _splash, _xla, attention
+from metaembed_jax.backbones import attention as module
+from metaembed_jax.backbones import attention_xla
+from metaembed_jax.backbones.attention import attention, attention_implementation, on_each_device
+from metaembed_jax.backbones.attention_cudnn import cudnn
+from metaembed_jax.backbones.attention_splash import splash
+from metaembed_jax.backbones.attention_xla import in_blocks, xla
 from metaembed_jax.sharding import BATCH_AXES, make_mesh
 
 CAUSAL = dict(causal=True)
@@ -18,10 +25,19 @@ CASES = {  # B, S, T, H, G, K, kind, dtype, tolerance
     "bfloat16": (3, 600, 600, 4, 2, 64, CAUSAL, "bfloat16", 2e-2),
     "keep": (3, 16, 600, 4, 1, 128, CAUSAL, "float32", 1e-5),
     "vision": (3, 200, 200, 2, 2, 80, dict(causal=False), "float32", 1e-5),
+    "crossed": (2, 133, 200, 14, 2, 81, dict(causal=False, scale=0.1), "float32", 1e-5),
     "capped": (3, 200, 200, 4, 2, 72, dict(causal=False, scale=0.3, softcap=1.5), "float32", 1e-5),
     "window": (3, 300, 300, 4, 2, 64, CAUSAL | dict(window=40), "float32", 1e-5),
     "keep_capped_window": (3, 80, 600, 4, 1, 64, CAUSAL | dict(scale=0.3, softcap=1.5, window=100), "float32", 1e-5),
 }
+# What programs run on a CPU, each with what stands in for its chip.
+IMPLEMENTATIONS = {
+    "splash": partial(splash, interpret=True),
+    "cudnn": partial(cudnn, implementation="xla"),
+    "blocks": in_blocks,
+    "xla": xla,
+}
+FOR_CUDNN = ("grouped", "bfloat16", "vision", "crossed")
 
 
 def noise(B, S, T, H, G, K, dtype):
@@ -50,46 +66,68 @@ def assert_close(found, expected, tolerance):
         assert np.abs(ours - theirs).max() < tolerance * np.abs(theirs).max()
 
 
+def definition(arrays, mask_BT, cotangent, *, causal, scale=None, softcap=None, window=None):
+    """The output, where it is read, and the gradients, in float64."""
+    query, key, value, cotangent = (np.float64(x) for x in (*arrays, cotangent))
+    (B, S, H, K), (_, T, G, _) = query.shape, key.shape
+    scale = K**-0.5 if scale is None else scale
+    positions_S1, keys_T = np.arange(T - S, T)[:, None], np.arange(T)
+    visible = mask_BT[:, None, None, :]
+    if causal:
+        visible = visible & (keys_T <= positions_S1) & (keys_T > positions_S1 - (window or T))
+    key_BTHK, value_BTHK = (np.repeat(x, H // G, axis=2) for x in (key, value))
+    scores = scale * np.einsum("bshk,bthk->bhst", query, key_BTHK)
+    slope = scale
+    if softcap is not None:
+        bent = np.tanh(scores / softcap)
+        scores, slope = softcap * bent, scale * (1 - bent**2)
+    weights = np.exp(scores) * visible
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    toward = np.einsum("bshk,bthk->bhst", cotangent, value_BTHK)
+    toward = weights * (toward - (weights * toward).sum(-1, keepdims=True)) * slope
+    heads = B, T, G, H // G, K
+    return (
+        np.einsum("bhst,bthk->bshk", weights, value_BTHK) * (cotangent != 0),
+        np.einsum("bhst,bthk->bshk", toward, key_BTHK),
+        np.einsum("bhst,bshk->bthk", toward, query).reshape(heads).sum(3),
+        np.einsum("bhst,bshk->bthk", weights, cotangent).reshape(heads).sum(3),
+    )
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Scores of few queries at a time."""
+    monkeypatch.setattr(attention_xla, "SCORE_BYTES", 2**18)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_splash_equals_xla(case):
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_each_equals_the_definition(name, case, small_blocks):
     *sizes, kind, dtype, tolerance = CASES[case]
+    if name == "cudnn" and case not in FOR_CUDNN:
+        return
     inputs = noise(*sizes, dtype)
-    found = output_and_gradients(partial(_splash, **kind, interpret=True), *inputs)
-    assert_close(found, output_and_gradients(partial(_xla, **kind), *inputs), tolerance)
+    found = output_and_gradients(partial(IMPLEMENTATIONS[name], **kind), *inputs)
+    assert_close(found, definition(*inputs, **kind), tolerance)
 
 
-@pytest.mark.parametrize("key_heads", [2, 1])
-def test_splash_in_a_scan_on_a_mesh_equals_xla(key_heads):
+@pytest.mark.parametrize("name, key_heads", [("splash", 2), ("splash", 1), ("cudnn", 2), ("blocks", 2)])
+def test_in_a_scan_on_a_mesh_each_equals_xla(name, key_heads, small_blocks):
     """Two key heads are split over the tensor axis, one cannot be."""
 
     def stack(attend):
         def run(query, key, value, mask_BT):
             def layer(query, _):
-                return attend(query, key, value, mask_BT, causal=True), None
+                return attend(query, key, value, mask_BT), None
 
             return jax.lax.scan(jax.checkpoint(layer), query, None, length=2)[0]
 
         return run
 
-    inputs = noise(4, 130, 130, 2, key_heads, 8, "float32")
+    inputs, kernel = noise(4, 130, 130, 2, key_heads, 8, "float32"), partial(IMPLEMENTATIONS[name], causal=True)
     with jax.set_mesh(make_mesh(2, 2, 2, devices=jax.devices()[:8])):
-        found = output_and_gradients(stack(partial(_splash, interpret=True)), *inputs)
-    assert_close(found, output_and_gradients(stack(_xla), *inputs), 1e-5)
-
-
-@pytest.mark.parametrize("window", [None, 3])
-def test_capped_scores(window):
-    """Row by row from the definition, where a query sees a key at all."""
-    B, S, T, H, G, K = 2, 5, 9, 6, 2, 4
-    (query, key, value), mask_BT, _ = noise(B, S, T, H, G, K, "float32")
-    mask_BT = mask_BT | (np.arange(T) >= T - S)
-    found = attention(query, key, value, mask_BT, causal=True, scale=0.7, softcap=1.2, window=window)
-    for b, s, h in np.ndindex(B, S, H):
-        last = T - S + s
-        seen = [t for t in range(last + 1) if mask_BT[b, t] and (window is None or t > last - window)]
-        scores = np.array([1.2 * np.tanh(0.7 * np.dot(query[b, s, h], key[b, t, h // 3]) / 1.2) for t in seen])
-        expected = np.exp(scores) @ np.array([value[b, t, h // 3] for t in seen]) / np.exp(scores).sum()
-        np.testing.assert_allclose(found[b, s, h], expected, rtol=0, atol=1e-5)
+        found = output_and_gradients(stack(partial(on_each_device, kernel)), *inputs)
+    assert_close(found, output_and_gradients(stack(partial(xla, causal=True)), *inputs), 1e-5)
 
 
 def test_a_cpu_runs_what_it_ran():
@@ -97,7 +135,7 @@ def test_a_cpu_runs_what_it_ran():
     arrays, mask_BT, cotangent = noise(4, 130, 130, 2, 2, 8, "float32")
     with jax.set_mesh(make_mesh(2, 2, 2, devices=jax.devices()[:8])):
         found, expected = (
-            output_and_gradients(partial(attend, causal=True), arrays, mask_BT, cotangent) for attend in (attention, _xla)
+            output_and_gradients(partial(attend, causal=True), arrays, mask_BT, cotangent) for attend in (attention, xla)
         )
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -135,3 +173,69 @@ def test_a_tpu_holds_no_scores_and_gathers_nothing(tpu_mesh, kind):
 
 def test_a_tpu_leaves_short_windows_to_xla(tpu_mesh):
     assert "tpu_custom_call" not in lowered_gradient(tpu_mesh, 8, 64, 4, 80).as_text()
+
+
+PAGE, TEXT = (
+    (1, 5120, 16, 80),
+    (8, 1408, 28, 128),
+)  # queries of configs/7b.py: of one page in a full layer of the tower; of documents
+
+
+@pytest.mark.parametrize(
+    "platform, capability, query, key_heads, dtype, kind, expected",
+    [
+        ("tpu", None, PAGE, 16, "bfloat16", dict(causal=False), "splash"),
+        ("tpu", None, (80, 64, 16, 80), 16, "bfloat16", dict(causal=False), "xla"),
+        ("cpu", None, PAGE, 16, "bfloat16", dict(causal=False), "xla"),
+        ("cuda", None, PAGE, 16, "bfloat16", dict(causal=False), "blocks"),
+        ("cuda", (7, 5), PAGE, 16, "bfloat16", dict(causal=False), "blocks"),
+        ("cuda", (8, 0), PAGE, 16, "bfloat16", dict(causal=False), "cudnn"),
+        ("cuda", (8, 0), PAGE, 16, "float32", dict(causal=False), "blocks"),
+        ("cuda", (8, 0), TEXT, 4, "bfloat16", CAUSAL, "cudnn"),
+        ("cuda", (8, 0), TEXT, 4, "bfloat16", CAUSAL | dict(window=512), "blocks"),
+        ("cuda", (8, 0), TEXT, 4, "bfloat16", CAUSAL | dict(softcap=50.0), "blocks"),
+        ("cuda", (8, 0), (8, 1024, 8, 256), 1, "bfloat16", dict(causal=False), "blocks"),
+        ("cuda", (9, 0), (8, 1024, 8, 256), 1, "bfloat16", dict(causal=False), "cudnn"),
+        ("cuda", (9, 0), (8, 64, 16, 80), 16, "bfloat16", dict(causal=False), "xla"),
+        ("cuda", (9, 0), (1, 200, 4, 64), 4, "float32", CAUSAL, "xla"),
+    ],
+)
+def test_implementation(platform, capability, query, key_heads, dtype, kind, expected, monkeypatch):
+    monkeypatch.setattr(module, "cuda_capability", lambda: capability)
+    B, T, _, K = query
+    assert attention_implementation(platform, query, (B, T, key_heads, K), dtype, **kind) == expected
+
+
+def lowered_for_cuda(attend, query_shape, key_heads, dtype):
+    """The text of output and gradients."""
+    B, T, _, K = query_shape
+    query, key = jax.ShapeDtypeStruct(query_shape, dtype), jax.ShapeDtypeStruct((B, T, key_heads, K), dtype)
+
+    def run(query, key, value, mask_BT):
+        output, pull = jax.vjp(lambda *arrays: attend(*arrays, mask_BT), query, key, value)
+        return output, pull(output)
+
+    traced = jax.jit(run).trace(query, key, key, jax.ShapeDtypeStruct((B, T), bool))
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def largest(text):
+    """Numbers in the largest array."""
+    return max(math.prod(map(int, sizes.split("x")[:-1])) for sizes in re.findall(r"tensor<((?:\d+x)+)", text))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [dict(causal=False), CAUSAL | dict(softcap=50.0, window=600)])
+def test_blocks_hold_the_scores_of_one(dtype, kind):
+    text = lowered_for_cuda(partial(in_blocks, **kind), PAGE, 16, dtype)
+    assert largest(text) <= attention_xla.SCORE_BYTES / 4 < math.prod(PAGE[:3]) * PAGE[1] / 10
+
+
+@pytest.mark.parametrize("query_shape, key_heads, kind", [(PAGE, 16, dict(causal=False)), (TEXT, 4, CAUSAL)])
+def test_cuda_runs_cudnn_forward_and_backward(query_shape, key_heads, kind, monkeypatch):
+    """As it is lowered where there is a card."""
+    monkeypatch.setattr(module, "cuda_capability", lambda: (8, 0))
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 90800)
+    text, kernel = (lowered_for_cuda(partial(f, **kind), query_shape, key_heads, "bfloat16") for f in (attention, cudnn))
+    assert text.count("custom_call @__cudnn$fmha") == kernel.count("custom_call @__cudnn$fmha") == 2
+    assert largest(kernel) <= math.prod(query_shape)

@@ -1,0 +1,53 @@
+"""cuDNN's flash attention on NVIDIA cards, by `jax.nn.dot_product_attention`.
+
+cuDNN knows a row's padding as a length, not as a mask. So each row's keys that may be seen are moved to its front, in their order,
+and with a causal mask its queries with them. JAX's XLA implementation takes the same arguments, and checks this on a CPU; cuDNN
+itself was not run here.
+
+Letters as in `attention`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+WIDTH_MULTIPLE = 8  # of a head: cuDNN takes no other
+
+
+def cudnn(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=None, softcap=None, window=None, implementation="cudnn"):
+    """Run the kernel on one device; see `attention`. With `causal` there are as many queries as keys."""
+    assert softcap is None and window is None and (not causal or query_BSHK.shape[1] == key_BTGK.shape[1])
+    K = query_BSHK.shape[3]
+    arrays = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -K % WIDTH_MULTIPLE))) for x in (query_BSHK, key_BTGK, value_BTGK))
+    order_BT = jnp.argsort(~key_mask_BT, axis=1, stable=True)
+    inverse_BT = jnp.argsort(order_BT, axis=1)
+    query, key, value = arrays
+    mixed_BSHK = jax.nn.dot_product_attention(
+        _reorder(query, order_BT, inverse_BT) if causal else query,
+        _reorder(key, order_BT, inverse_BT),
+        _reorder(value, order_BT, inverse_BT),
+        scale=K**-0.5 if scale is None else scale,
+        is_causal=causal,
+        # A row without a key sees its first one: over nothing, a softmax is not a number.
+        key_value_seq_lengths=jnp.maximum(key_mask_BT.sum(axis=1, dtype=jnp.int32), 1),
+        implementation=implementation,
+    )
+    return (_reorder(mixed_BSHK, inverse_BT, order_BT) if causal else mixed_BSHK)[..., :K]
+
+
+@jax.custom_vjp
+def _reorder(x_BT: Array, order_BT: Int[Array, "B T"], inverse_BT: Int[Array, "B T"]) -> Array:
+    """Rows of x in another order. Its gradient is put in order too, where JAX would add it up."""
+    return jnp.take_along_axis(x_BT, order_BT[:, :, None, None], axis=1)
+
+
+def _forward(x_BT, order_BT, inverse_BT):
+    return _reorder(x_BT, order_BT, inverse_BT), (order_BT, inverse_BT)
+
+
+def _backward(orders, gradient_BT):
+    order_BT, inverse_BT = orders
+    return _reorder(gradient_BT, inverse_BT, order_BT), None, None
+
+
+_reorder.defvjp(_forward, _backward)

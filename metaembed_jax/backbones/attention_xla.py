@@ -1,0 +1,76 @@
+"""Attention as XLA computes it, of all queries at once or of one block of them after another.
+
+Letters as in `attention`; N query heads to a key head, b queries of a block.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+SCORE_BYTES = 128 * 2**20  # of the float32 scores of one block of queries: wide enough to keep a card busy, small beside its memory
+
+
+def xla(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=None, softcap=None, window=None, first=None):
+    """Compute all scores at once; see `attention`.
+
+    Args:
+      first: the position of the first query, which may be traced; None: the queries are the last of the positions.
+    """
+    S, T = query_BSHK.shape[1], key_BTGK.shape[1]
+    mask = key_mask_BT[:, None, None, :]
+    if causal:
+        mask = mask & _visible(T - S if first is None else first, S, T, window)
+    if softcap is not None:
+        return _capped(query_BSHK, key_BTGK, value_BTGK, mask, scale, softcap)
+    return jax.nn.dot_product_attention(query_BSHK, key_BTGK, value_BTGK, mask=mask, scale=scale, implementation="xla")
+
+
+def in_blocks(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=None, softcap=None, window=None):
+    """Compute the scores of one block of queries at a time, and again in the backward pass; see `attention`.
+
+    Compiled for an H100 and not run on one.
+    """
+    S, T = query_BSHK.shape[1], key_BTGK.shape[1]
+    kind = dict(causal=causal, scale=scale, softcap=softcap, window=window)
+    size = queries_at_once(query_BSHK.shape, T)
+    if size >= S:
+        return xla(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, **kind)
+    blocks = -(-S // size)
+    size = -(-S // blocks)
+    filled_BSHK = jnp.pad(query_BSHK, ((0, 0), (0, blocks * size - S), (0, 0), (0, 0)))
+    blocks_nBbHK = jnp.moveaxis(filled_BSHK.reshape(len(filled_BSHK), blocks, size, *filled_BSHK.shape[2:]), 1, 0)
+    # As float32, so that the gradients of all blocks add up in it.
+    key32_BTGK, value32_BTGK = key_BTGK.astype(jnp.float32), value_BTGK.astype(jnp.float32)
+
+    @jax.checkpoint
+    def attend(block):
+        number, query_BbHK = block
+        key, value = key32_BTGK.astype(key_BTGK.dtype), value32_BTGK.astype(value_BTGK.dtype)
+        return xla(query_BbHK, key, value, key_mask_BT, first=T - S + number * size, **kind)
+
+    mixed_nBbHK = jax.lax.map(attend, (jnp.arange(blocks), blocks_nBbHK))
+    return jnp.moveaxis(mixed_nBbHK, 0, 1).reshape(filled_BSHK.shape)[:, :S]
+
+
+def queries_at_once(query_shape: tuple[int, int, int, int], keys: int) -> int:
+    """How many queries' scores fit in `SCORE_BYTES`; at least one."""
+    B, _, H, _ = query_shape
+    return max(SCORE_BYTES // (4 * B * H * keys), 1)
+
+
+def _visible(first: int | Array, S: int, T: int, window: int | None) -> Bool[Array, "S T"]:
+    """Which keys S queries from position `first` on may see."""
+    query_S1, key_T = first + jnp.arange(S)[:, None], jnp.arange(T)
+    visible_ST = key_T <= query_S1
+    return visible_ST if window is None else visible_ST & (key_T > query_S1 - window)
+
+
+def _capped(query_BSHK, key_BTGK, value_BTGK, mask, scale, softcap):
+    """`jax.nn.dot_product_attention` with a soft cap, which it has no option for."""
+    B, S, _, K = query_BSHK.shape
+    query_BSGNK = query_BSHK.reshape(B, S, key_BTGK.shape[2], -1, K)
+    scores_BGNST = jnp.einsum("bsgnk,btgk->bgnst", query_BSGNK, key_BTGK, preferred_element_type=jnp.float32)
+    scores_BGNST = softcap * jnp.tanh(scores_BGNST * ((K**-0.5 if scale is None else scale) / softcap))
+    scores_BGNST = jnp.where(mask[:, None], scores_BGNST, jnp.finfo(jnp.float32).min)
+    weights_BGNST = jax.nn.softmax(scores_BGNST, axis=-1).astype(value_BTGK.dtype)
+    return jnp.einsum("bgnst,btgk->bsgnk", weights_BGNST, value_BTGK).reshape(query_BSHK.shape)
