@@ -21,8 +21,8 @@ from metaembed_jax.sharding import BATCH_AXES, make_mesh
 
 CAUSAL = dict(causal=True)
 CASES = {  # B, S, T, H, G, K, kind, dtype, tolerance
-    "grouped": (3, 600, 600, 4, 2, 64, CAUSAL, "float32", 1e-5),
-    "bfloat16": (3, 600, 600, 4, 2, 64, CAUSAL, "bfloat16", 2e-2),
+    "grouped": (3, 520, 520, 4, 2, 32, CAUSAL, "float32", 1e-5),
+    "bfloat16": (3, 200, 200, 4, 2, 64, CAUSAL, "bfloat16", 2e-2),
     "keep": (3, 16, 600, 4, 1, 128, CAUSAL, "float32", 1e-5),
     "vision": (3, 200, 200, 2, 2, 80, dict(causal=False), "float32", 1e-5),
     "crossed": (2, 133, 200, 14, 2, 81, dict(causal=False, scale=0.1), "float32", 1e-5),
@@ -38,15 +38,16 @@ IMPLEMENTATIONS = {
     "xla": xla,
 }
 FOR_CUDNN = ("grouped", "bfloat16", "vision", "crossed")
+PAIRS = [(name, case) for name in IMPLEMENTATIONS for case in CASES if name != "cudnn" or case in FOR_CUDNN]
 
 
 def noise(B, S, T, H, G, K, dtype):
-    """Queries, keys and values; a mask with more and more left padding, up to all; and a cotangent that reads no padding."""
+    """Queries, keys and values; a mask with holes and more and more left padding, up to all; a cotangent that reads no padding."""
     rng = np.random.default_rng(0)
     query, key, value, cotangent = (
         jnp.asarray(rng.normal(size=shape), dtype) for shape in ((B, S, H, K), (B, T, G, K), (B, T, G, K), (B, S, H, K))
     )
-    mask_BT = np.arange(T) >= np.linspace(0, T, B)[:, None]
+    mask_BT = (np.arange(T) >= np.linspace(0, T, B)[:, None]) & (np.arange(T) % 7 != 3)
     return (query, key, value), mask_BT, cotangent * mask_BT[:, -S:, None, None].astype(dtype)
 
 
@@ -100,12 +101,9 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(attention_xla, "SCORE_BYTES", 2**18)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name, case", PAIRS)
 def test_each_equals_the_definition(name, case, small_blocks):
     *sizes, kind, dtype, tolerance = CASES[case]
-    if name == "cudnn" and case not in FOR_CUDNN:
-        return
     inputs = noise(*sizes, dtype)
     found = output_and_gradients(partial(IMPLEMENTATIONS[name], **kind), *inputs)
     assert_close(found, definition(*inputs, **kind), tolerance)
