@@ -7,7 +7,7 @@ from metaembed_jax.planning.plan import Plan, knob
 
 HELD = "trained frozen optimizer index batch padding temporaries".split()  # in the order of the report
 Rows = list[tuple[str, str]]
-TABLE = "{:27}{:>11}{:>12}{:>9}{:>11}{:>9}{:>8}{:>11}"
+TABLE = "{:27}{:>11}{:>12}{:>9}{:>13}{:>9}{:>8}{:>11}"
 
 
 def verdict(plan: Plan, config: ConfigDict) -> str:
