@@ -52,6 +52,6 @@ def get_config(arg=None):
         )
     if arg != "full":
         config.trained = LORA
-    config.data.query_shapes = ((256, 0, 0.5), (256, 6400, 0.6))
-    config.data.candidate_shapes = ((256, 0, 0.42), (256, 6400, 0.66))
+    config.data.query_shapes = ((256, 0, 6 / 12), (256, 6400, 7 / 12))
+    config.data.candidate_shapes = ((256, 0, 5 / 12), (256, 6400, 8 / 12))
     return config

@@ -50,7 +50,7 @@ def default_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.dir = "data"  # prepared sources; what is missing is prepared
     config.data.sources = (("icons", 1.0, 0),)  # (name in metaembed_jax.data.sources, weight, at most so many pairs; 0: all)
-    config.data.sub_batch = 0  # consecutive pairs of one source; 0: microbatch_size
+    config.data.sub_batch = 0  # consecutive pairs of one source; 0: batch_size
     config.data.negatives = 0  # hard negatives a pair, at most
     config.data.within_source = False  # a query's candidates are the positives of its own source only, not of the whole batch
     config.data.query_shapes = ((64, 0),)  # (tokens, patches) or (tokens, patches, share of the items), smallest first

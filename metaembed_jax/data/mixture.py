@@ -39,7 +39,7 @@ def mixture(config: ConfigDict, sources: Sequence[Sequence], room_K: Sequence[in
     Raises:
       UserError: a source is empty, a weight is not positive, sizes do not divide, or the rows do not hold this mixture.
     """
-    sub_batch = config.data.sub_batch or config.microbatch_size
+    sub_batch = config.data.sub_batch or config.batch_size
     if config.batch_size % sub_batch:
         raise UserError(f"config.batch_size={config.batch_size} must be a multiple of config.data.sub_batch={sub_batch}")
     names, weights, caps = zip(*config.data.sources, strict=True)

@@ -20,12 +20,14 @@ class Slots(NamedTuple):
 
     Attributes:
       shapes: the shape classes, in the config's order (smallest first).
-      microbatches: M of each class.
+      places: rows of each class that items can take, whatever the size of a microbatch.
+      microbatches: M of each class, as many as hold these rows; the rest of the last one stays empty.
       size: items of a microbatch, over all hosts.
       rows: of each microbatch, those that this host makes.
     """
 
     shapes: tuple[ShapeClass, ...]
+    places: tuple[int, ...]
     microbatches: tuple[int, ...]
     size: int
     rows: Int[np.ndarray, " n"]
@@ -42,15 +44,14 @@ class Slots(NamedTuple):
     @property
     def room(self) -> tuple[int, int]:
         """Rows of a step for images, and for all items."""
-        rows = [count * self.size for count in self.microbatches]
-        return sum(count for count, shape in zip(rows, self.shapes, strict=True) if shape.patches), sum(rows)
+        return sum(count for count, shape in zip(self.places, self.shapes, strict=True) if shape.patches), sum(self.places)
 
 
 def slots(config: ConfigDict, key: str, items: int, multiple: int, here: Int[np.ndarray, " n"]) -> Slots:
     """Reads shape classes (tokens, patches) or (tokens, patches, share); `items` are those of a side.
 
-    A step has rows of a class for that share of the items, in whole microbatches, and `mixture` sees to it that they suffice.
-    Without a share there are rows for all: any mixture fits, at the price of empty rows where there are several classes.
+    A step has rows of a class for that share of the items, and `mixture` sees to it that they suffice. Without a share there are
+    rows for all: any mixture fits, at the price of empty rows where there are several classes.
 
     Args:
       multiple: an image has a multiple of so many patches.
@@ -68,8 +69,9 @@ def slots(config: ConfigDict, key: str, items: int, multiple: int, here: Int[np.
     shares = [shape[2] if len(shape) == 3 else 1.0 for shape in shapes]
     if wrong := [share for share in shares if not 0 < share <= 1]:
         raise UserError(f"config.data.{key}: the share {wrong[0]} of a class must be above 0, and at most 1")
-    microbatches = tuple(math.ceil(share * items / size) for share in shares)
-    return Slots(tuple(ShapeClass(*shape[:2]) for shape in shapes), microbatches, size, here)
+    places = tuple(math.ceil(round(share * items, 6)) for share in shares)  # 7/12 of 384 is 224
+    microbatches = tuple(math.ceil(count / size) for count in places)
+    return Slots(tuple(ShapeClass(*shape[:2]) for shape in shapes), places, microbatches, size, here)
 
 
 def place(fits_NC: Bool[np.ndarray, "N C"], room: Sequence[int]) -> Int[np.ndarray, "N 2"]:
@@ -107,7 +109,7 @@ def fill(items: list[tuple[dict, str] | None], encode: Callable[..., Example], s
       UserError: an item does not fit, or its classes are full.
     """
     present = [number for number, one in enumerate(items) if one is not None]
-    room = [count * slots.size for count in slots.microbatches]
+    room = list(slots.places)
     limits = {number: slots.longest(_has_image(items[number])) for number in present}
     examples: dict[int, Example] = {}
 
@@ -140,7 +142,7 @@ def fill(items: list[tuple[dict, str] | None], encode: Callable[..., Example], s
                 raise UserError(_no_place(items[one][1], found, slots, room))
         arrays = collate(made, shape, layout) | {"item": np.array([0 if one is None else one for one in chosen], np.int32)}
         groups.append({key: value.reshape(*rows.shape, *value.shape[1:]) for key, value in arrays.items()})
-    first_row = np.concatenate([[0], np.cumsum(room)])
+    first_row = np.concatenate([[0], np.cumsum(slots.microbatches) * slots.size])
     return {"groups": tuple(groups), "order": (first_row[places_N2[:, 0]] + places_N2[:, 1]).astype(np.int32)}
 
 

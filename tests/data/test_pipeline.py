@@ -177,7 +177,7 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(processor):
 
 def test_sources_are_mixed_by_weight_in_sub_batches_of_one_source(processor):
     three, one = Watched([record(number) for number in range(7)]), Watched([record(100 + number, "b") for number in range(5)])
-    dataset = dataset_of(config(batch=8, microbatch=2, names=(("a", 3.0, 0), ("b", 1.0, 0))), processor, [three, one])
+    dataset = dataset_of(config(batch=8, sub_batch=2, names=(("a", 3.0, 0), ("b", 1.0, 0))), processor, [three, one])
     names = {tuple(processor.query({"text": word}).tokens.tolist()): int(word[4:]) >= 100 for word in WORDS}
     for step in range(5):
         of_b = np.array([names[tokens] for tokens, _ in rows_in_order(dataset[step]["query"])]).reshape(4, 2)
@@ -319,6 +319,25 @@ def test_lacking_hard_negatives_are_masked_and_take_no_row(processor, shapes):
     rows = sum(int((group["mask"].sum(axis=-1) > 1).sum()) for group in batch["candidate"]["groups"])
     assert rows == 8 + batch["negative_mask"].sum()
     assert batch["candidate"]["order"].shape == (24,) and batch["candidate"]["order"].min() >= 0
+
+
+def test_a_batch_is_the_same_whatever_the_microbatch(processor):
+    """The items, their order, and the class that each one is in: five texts find three rows of their class, and two go on."""
+    texts = [record(number, positive={"text": WORDS[number]}) for number in range(24)]
+    pictures = [record(100 + number) for number in range(24)]
+    settings = dict(names=(("a", 5.0, 0), ("b", 3.0, 0)), sub_batch=1, shapes=((24, 0, 3 / 8), (64, 64, 5 / 8)))
+
+    def placed(microbatch, step):
+        side = dataset_of(config(microbatch=microbatch, **settings), processor, [texts, pictures])[step]["candidate"]
+        sizes = [group["item"].size for group in side["groups"]]
+        item = np.concatenate([group["item"].ravel() for group in side["groups"]])
+        np.testing.assert_array_equal(item[side["order"]], np.arange(8))
+        return rows_in_order(side), np.searchsorted(np.cumsum(sizes), side["order"], side="right").tolist()
+
+    for step in range(3):
+        whole = placed(8, step)
+        assert np.bincount(whole[1]).tolist() == [3, 5]
+        assert all(placed(microbatch, step) == whole for microbatch in (1, 2, 4))
 
 
 def test_sub_batches_are_of_one_source_and_say_which(processor):
