@@ -9,6 +9,7 @@ from metaembed_jax.config import load_config
 from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.flags import Parser, parse, run_main
 from metaembed_jax.startup import add_device_flags, add_host_flags, start
+from metaembed_jax.votes import stop_signal
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     add_host_flags(parser)
     arguments = parse(parser, argv)
     start(arguments)
-    with hosts.speaking_once():
+    with hosts.speaking_once(), stop_signal() as stop, stop.at_once():
         config = load_config(arguments.config, arguments.overrides)
         out = arguments.out or arguments.checkpoint / "eval"
         evaluate_checkpoint(config, arguments.checkpoint, out, arguments.budgets, arguments.benchmark, arguments.files)

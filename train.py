@@ -1,5 +1,9 @@
-"""Trains a MetaEmbed: `python train.py --config=configs/tiny.py`. Run again, it goes on where it stopped."""
+"""Trains a MetaEmbed: `python train.py --config=configs/tiny.py`. Run again, it goes on where it stopped.
 
+SIGTERM saves and ends it with exit code 143, which tells schedulers to start it again.
+"""
+
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +13,7 @@ from metaembed_jax.config import load_config
 from metaembed_jax.flags import Parser, parse, run_main
 from metaembed_jax.startup import add_device_flags, add_host_flags, start
 from metaembed_jax.training.loop import train
+from metaembed_jax.votes import TERMINATED
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,7 +26,9 @@ def main(argv: Sequence[str]) -> None:
     start(arguments)
     with hosts.speaking_once():
         config = load_config(arguments.config, arguments.overrides)
-        train(config, arguments.workdir or default_workdir(config))
+        finished = train(config, arguments.workdir or default_workdir(config))
+    if not finished:
+        sys.exit(TERMINATED)
 
 
 if __name__ == "__main__":

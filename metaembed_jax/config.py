@@ -20,6 +20,58 @@ from metaembed_jax.trained import lora_patterns
 
 EXPORTS = ("transformers", "sentence-transformers", "peft")  # what `metaembed_jax.checkpoints.export` writes
 
+# Keys, or groups of keys, whose values the numbers of a run follow from: a started run keeps them.
+FIXED_KEYS = (
+    "seed",
+    "init_from",
+    "backbone",
+    "architecture",
+    "query_tokens",
+    "candidate_tokens",
+    "meta_token_scale",
+    "embedding_dim",
+    "dtype",
+    "trained",
+    "frozen_dtype",
+    "lora",
+    "groups",
+    "temperature",
+    "normalization",
+    "data.sources",
+    "data.sub_batch",
+    "data.negatives",
+    "data.within_source",
+    "data.query_shapes",
+    "data.candidate_shapes",
+    "data.min_pixels",
+    "data.max_pixels",
+    "data.augment",
+    "data.page_side",
+    "data.curriculum",
+    "batch_size",
+    "optimizer",
+)
+# Those that change nothing but speed, memory, files and what is reported, up to the rounding of float sums: free at every start.
+# `validate_every` also says which steps can be the best.
+FREE_KEYS = (
+    "name",
+    "checkpoint_layers",
+    "unroll_layers",
+    "data.dir",
+    "data.workers",
+    "mesh",
+    "microbatch_size",
+    "log_every",
+    "validate_every",
+    "save_every",
+    "save_minutes",
+    "keep_checkpoints",
+    "trace_steps",
+    "exports",
+)
+# Those that may change as long as what is done stays what it was: the rest of a run is planned again.
+REPLANNED_KEYS = ("steps",)
+
 
 def default_config() -> ConfigDict:
     """Every key there is. Values here are the recipe's; what has no sensible default is empty."""
@@ -81,6 +133,7 @@ def default_config() -> ConfigDict:
     config.log_every = 10  # steps
     config.validate_every = 250
     config.save_every = 250
+    config.save_minutes = 15.0  # by the first host's clock since the last save; 0: by steps only
     config.keep_checkpoints = 2  # besides the best
     config.trace_steps = ()  # (first, last) of the steps to trace for the profiler, into <workdir>/trace
     config.exports = ()  # formats that the best checkpoint is written in at the end, to <workdir>/export
@@ -112,6 +165,11 @@ def load_config(flag: str, overrides: dict[str, str]) -> ConfigDict:
     for key, text in overrides.items():
         _override(config, key, text)
     return config
+
+
+def is_in(key: str, keys: tuple[str, ...]) -> bool:
+    """Whether a key is one of some, or in a group of them."""
+    return any(key == other or key.startswith(f"{other}.") for other in keys)
 
 
 def names_config(text: str) -> bool:
@@ -207,7 +265,7 @@ def check_config(config: ConfigDict) -> None:
     ):
         if not config[key] > 0:
             raise UserError(f"config.{key}={config[key]} must be positive")
-    for key in ("embedding_dim", "meta_token_scale", "data.negatives", "data.sub_batch", "data.workers"):
+    for key in ("embedding_dim", "meta_token_scale", "data.negatives", "data.sub_batch", "data.workers", "save_minutes"):
         if not operator.attrgetter(key)(config) >= 0:
             raise UserError(f"config.{key}={operator.attrgetter(key)(config)} must not be negative")
     if config.batch_size % config.microbatch_size:

@@ -7,9 +7,7 @@ words) is done by the first.
 import atexit
 import contextlib
 import itertools
-import math
 import os
-import signal
 import socket
 import sys
 import threading
@@ -23,10 +21,10 @@ from jax.experimental import multihost_utils
 
 from metaembed_jax.cluster import Cluster, find_cluster
 from metaembed_jax.errors import UserError
+from metaembed_jax.votes import POLL, TERMINATED, Terminated
 
 # Keys of the store that the hosts share.
-FAILED, SEEN, WISH, CALLS = "metaembed/failed", "metaembed/seen/", "metaembed/stop", "metaembed/calls/"
-POLL = 0.5  # seconds between looks at it
+FAILED, SEEN = "metaembed/failed", "metaembed/seen/"
 COORDINATOR_SECONDS = 50  # in which the first host is to answer
 GRACE = 10  # seconds in which the others learn why the first one to fail fails
 _said = itertools.count()
@@ -51,7 +49,7 @@ def connect(coordinator: str | None, hosts: int | None, host: int | None) -> Non
     cluster = find_cluster() if coordinator is None else Cluster("--hosts", coordinator, hosts, host)
     if cluster is None or cluster.hosts == 1:
         return
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `stop_signal`
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `votes.stop_signal`
     who = f"host {cluster.host} of {cluster.hosts} ({cluster.kind})"
     if cluster.host == 0:
         print(f"{who}: waiting for the others at {cluster.coordinator}", file=sys.stderr, flush=True)
@@ -120,60 +118,9 @@ def gather(x: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """A function that says whether to stop, because SIGTERM came to any of the hosts.
-
-    It is asked once a step, and turns true on all hosts at the same call: they agree in the background on one that none has
-    reached yet. (JAX's own agreement would do, were Orbax not to take part in it with step numbers of its own.)
-    """
-    came, finished = threading.Event(), threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
-    try:
-        if jax.process_count() == 1:
-            yield came.is_set
-        else:
-            vote = _Vote()
-            threading.Thread(target=vote.watch, args=(came, finished), daemon=True).start()
-            yield vote.stop
-    finally:
-        finished.set()
-        signal.signal(signal.SIGTERM, before)
-
-
-class _Vote:
-    """On which call of `stop` all hosts stop: one more than the most that any has made when the wish is known to all."""
-
-    def __init__(self):
-        self._lock, self._calls, self._last = threading.Lock(), 0, math.inf
-
-    def stop(self) -> bool:
-        """Whether this call is that one, or after it; waits while the hosts agree."""
-        with self._lock:
-            self._calls += 1
-            return self._calls >= self._last
-
-    def watch(self, came: threading.Event, finished: threading.Event) -> None:
-        """Waits for a wish, its own or another host's. No device is asked: the main thread may hang in a step meanwhile."""
-        client, here = distributed.global_state.client, jax.process_index()
-        while not finished.wait(POLL):
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # not there yet, or another host's is
-                if came.is_set():
-                    client.key_value_set(WISH, "")
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                client.key_value_try_get(WISH)
-                break
-        else:
-            return
-        with self._lock:
-            client.key_value_set(f"{CALLS}{here}", str(self._calls))
-            calls = [int(client.blocking_key_value_get(f"{CALLS}{host}", 60_000)) for host in range(jax.process_count())]
-            self._last = max(calls) + 1
-
-
-@contextlib.contextmanager
 def speaking_once() -> Iterator[None]:
-    """Keeps the other hosts silent, and stops all of them, with one message, when one fails."""
-    if distributed.global_state.client is None:  # one host; `jax.process_count` would start the devices, before the config is read
+    """Keeps the other hosts silent, and stops all of them, with one message and exit code, when one fails or is terminated."""
+    if jax.process_count() == 1:
         yield
         return
     finished = threading.Event()
@@ -185,19 +132,21 @@ def speaking_once() -> Iterator[None]:
         finished.set()
     except BaseException as error:
         finished.set()
-        _tell_others(error)
+        code = error.code if isinstance(error, Terminated) else 2 if isinstance(error, UserError | OSError) else 1
+        _tell_others(error, code)
         # JAX would first wait for the others, which never come to their end.
-        atexit.register(_leave, 2 if isinstance(error, UserError | OSError) else 1)
+        atexit.register(_leave, code)
         raise
 
 
-def _tell_others(error: BaseException) -> None:
+def _tell_others(error: BaseException, code: int) -> None:
     client = distributed.global_state.client
-    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    reason = str(error) if isinstance(error, UserError | Terminated) else f"{type(error).__name__}: {error}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host failed first
-        client.key_value_set(FAILED, f"host {jax.process_index()}: {reason}")
+        client.key_value_set(FAILED, f"{code} host {jax.process_index()}: {reason}")
+    client.key_value_set(f"{SEEN}{jax.process_index()}", "")
     until = time.monotonic() + GRACE
-    while time.monotonic() < until and len(client.key_value_dir_get(SEEN)) < jax.process_count() - 1:
+    while time.monotonic() < until and len(client.key_value_dir_get(SEEN)) < jax.process_count():
         time.sleep(0.2)
 
 
@@ -206,12 +155,12 @@ def _watch(finished: threading.Event) -> None:
     client = distributed.global_state.client
     while not finished.wait(POLL):
         try:
-            reason = client.key_value_try_get(FAILED)
+            code, _, reason = client.key_value_try_get(FAILED).partition(" ")
         except jax.errors.JaxRuntimeError:
             continue
-        print(f"error: {reason}", file=sys.stderr, flush=True)
+        print(reason if int(code) == TERMINATED else f"error: {reason}", file=sys.stderr, flush=True)
         client.key_value_set(f"{SEEN}{jax.process_index()}", "")
-        _leave(2)
+        _leave(int(code))
 
 
 def _leave(code: int) -> None:

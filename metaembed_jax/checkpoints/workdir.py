@@ -1,6 +1,6 @@
 """The folder of a run: what it is a run of, so that no other config ever writes into it.
 
-run.json          the config, and the base where a part of it is frozen
+run.json          the config, what of it changed at which step, and the base where a part of it is frozen
 tokenizer.json    the vocabulary it was trained with
 checkpoints/      see metaembed_jax.checkpoints.runs
 metrics.jsonl     a line every few steps
@@ -18,11 +18,9 @@ from ml_collections import ConfigDict
 from metaembed_jax import hosts
 from metaembed_jax.checkpoints.base import Base
 from metaembed_jax.checkpoints.huggingface import read_json
-from metaembed_jax.config import check_config, default_config
+from metaembed_jax.config import FREE_KEYS, REPLANNED_KEYS, check_config, default_config, is_in
 from metaembed_jax.errors import UserError
 
-# What may change between the parts of one run, because it changes no number.
-FREE_KEYS = ("mesh", "log_every", "keep_checkpoints", "data.dir", "data.workers", "trace_steps")
 # What the numbers of a checkpoint mean.
 MODEL_KEYS = ("backbone", "architecture", "query_tokens", "candidate_tokens", "embedding_dim", "trained", "lora.rank", "lora.alpha")
 
@@ -55,10 +53,32 @@ def claim(workdir: Path, config: ConfigDict, tokenizer: Path, base: Base | None)
         return
     workdir.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(tokenizer, workdir / "tokenizer.json")
-    content = {"config": _plain(config)} | ({"base": {"name": base.name, "fingerprint": base.fingerprint}} if base else {})
-    temporary = workdir / "run.json.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, record)
+    _write_record(workdir, _record(config, base))
+
+
+def record_changes(workdir: Path, config: ConfigDict, base: Base | None, step: int) -> str:
+    """Records the config that a run goes on with, and since which step; the first host writes.
+
+    Returns:
+      What changed, in words; "" where nothing did.
+
+    Raises:
+      UserError: it is to end before where it is.
+    """
+    if step > config.steps:
+        raise UserError(f"config.steps={config.steps}: {workdir} is at step {step} already; expected at least that many")
+    record = read_json(workdir / "run.json")
+    ours, theirs = _flat(_plain(config)), _flat(record["config"])
+    changed = {key: [theirs.get(key), value] for key, value in ours.items() if theirs.get(key) != value}
+    if not changed:
+        return ""
+    record |= _record(config, base) | {"changes": [*record.get("changes", ()), {"step": step, "keys": changed}]}
+    if hosts.is_first():
+        _write_record(workdir, record)
+    words = ", ".join(f"{key} from {before!r} to {after!r}" for key, (before, after) in changed.items())
+    if "steps" in changed and step < config.steps:
+        words += f"; from here on the learning rate is that of a run of {config.steps} steps"
+    return words
 
 
 def agree(config: ConfigDict) -> None:
@@ -83,7 +103,7 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     if (workdir / "run.json").exists():
         filled = () if config.architecture else ("backbone", "architecture")  # by what the run started from
         moved = ("init_from",) if read_base(workdir) else ()  # the fingerprint says whether it is the same
-        if different := _different(_plain(config), _plain(read_config(workdir)), FREE_KEYS + filled + moved):
+        if different := _different(_plain(config), _plain(read_config(workdir)), FREE_KEYS + REPLANNED_KEYS + filled + moved):
             raise UserError(f"{workdir} is a run of another config: {different}; choose another --workdir, or move the folder away")
     elif workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file: choose another --workdir")
@@ -113,8 +133,10 @@ def is_finished(workdir: Path, config: ConfigDict) -> bool:
       UserError: it is another config's run (names the keys), or something else.
     """
     check_workdir(workdir, config)
-    made = [workdir / "results.json", *(workdir / "export" / kind for kind in config.exports)]
-    return all(path.exists() for path in made)
+    results = workdir / "results.json"
+    if not results.exists() or read_json(results).get("config", {}).get("steps") != config.steps:  # or of an earlier end
+        return False
+    return all((workdir / "export" / kind).exists() for kind in config.exports)
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -155,6 +177,16 @@ def read_base(workdir: Path) -> dict | None:
     return base
 
 
+def _record(config: ConfigDict, base: Base | None) -> dict:
+    return {"config": _plain(config)} | ({"base": {"name": base.name, "fingerprint": base.fingerprint}} if base else {})
+
+
+def _write_record(workdir: Path, content: dict) -> None:
+    temporary = workdir / "run.json.tmp"
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, workdir / "run.json")
+
+
 def _plain(config: ConfigDict) -> dict:
     return json.loads(config.to_json())
 
@@ -165,10 +197,10 @@ def _tuples(value):
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _different(ours: dict, theirs: dict, free: tuple[str, ...], only: tuple[str, ...] = ("",)) -> str:
-    """What differs, in words; keys that start with one of `free` may, and only those count that start with one of `only`."""
+def _different(ours: dict, theirs: dict, free: tuple[str, ...], only: tuple[str, ...] = ()) -> str:
+    """What differs, in words; keys that are in `free` may, and where there is `only`, no others than those in it count."""
     ours, theirs = _flat(ours), _flat(theirs)
-    keys = [key for key in sorted(ours.keys() | theirs.keys()) if key.startswith(only) and not key.startswith(free)]
+    keys = [key for key in sorted(ours.keys() | theirs.keys()) if (not only or is_in(key, only)) and not is_in(key, free)]
     different = [key for key in keys if ours.get(key) != theirs.get(key)]
     if not different:
         return ""

@@ -10,6 +10,7 @@ B pairs, K negatives a pair, N items of a side, M microbatches, b items of a mic
 """
 
 import dataclasses
+import signal
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -99,8 +100,12 @@ def iterate(dataset: grain.MapDataset, start: int, stop: int, workers: int = 0) 
 
 
 def _start_worker(worker: int, workers: int) -> None:
-    """Ends a worker with its parent: grain's would outlive one that was killed, and keep its memory."""
+    """Ends a worker with its parent, and with nothing else: grain's would outlive one that was killed, and keep its memory.
 
+    A scheduler's SIGTERM, and Ctrl-C, come to all processes of a run; the parent still needs batches for the step it saves after.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 

@@ -1,8 +1,8 @@
 """A run from its config to its results: one loop around the pure step of `training.step`."""
 
+import contextlib
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,7 +12,16 @@ from metaembed_jax import hosts
 from metaembed_jax.checkpoints.export import check_format, export
 from metaembed_jax.checkpoints.loading import run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
-from metaembed_jax.checkpoints.workdir import agree, check_workdir, claim, default_workdir, has_checkpoints, is_finished
+from metaembed_jax.checkpoints.workdir import (
+    agree,
+    check_workdir,
+    claim,
+    default_workdir,
+    has_checkpoints,
+    is_finished,
+    record_changes,
+)
+from metaembed_jax.compilation import announced
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import iterate, training_batches
@@ -25,31 +34,36 @@ from metaembed_jax.sharding import rows_here
 from metaembed_jax.trained import join, paths, split
 from metaembed_jax.training.metrics import MetricsWriter
 from metaembed_jax.training.profile import Stopwatch, Trace
+from metaembed_jax.training.saving import Saves
+from metaembed_jax.training.speed import Speed, shown
 from metaembed_jax.training.start import describe, find_start, initial_state, stages
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, put_batch, run_mesh
+from metaembed_jax.votes import Stop, stop_signal
 
 
 def train(config: ConfigDict, workdir: Path) -> bool:
     """Trains, or goes on training, until the last step; then evaluates the best checkpoint on the test split.
 
     Returns:
-      False if SIGTERM stopped it: everything is saved, and the same call goes on from there.
+      False if SIGTERM stopped the loop: everything is saved, and the same call goes on from there.
 
     Raises:
       UserError: anything that the user can put right; what was saved stands.
+      Terminated: SIGTERM came before the first step, or after the last one, which is saved; the same call goes on from there.
     """
-    check_devices()
-    agree(config)
-    _check(config, workdir)
-    print(describe_devices(run_mesh(config)), flush=True)
-    runs = _needed([*((stage, default_workdir(stage)) for stage in stages(config)[:-1]), (config, workdir)])
-    for stage, folder in runs[:-1]:
-        _check(stage, folder)
-    with hosts.stop_signal() as stop:
+    with stop_signal() as stop:
+        with stop.at_once():
+            check_devices()
+            agree(config)
+            _check(config, workdir)
+            print(describe_devices(run_mesh(config)), flush=True)
+            runs = _needed([*((stage, default_workdir(stage)) for stage in stages(config)[:-1]), (config, workdir)])
+            for stage, folder in runs[:-1]:
+                _check(stage, folder)
         for stage, folder in runs:
             if stage is not config:
                 print(f"{config.name} starts from {stage.name}, which is trained first, by its own config", flush=True)
-            if stop() or not _train_one(stage, folder, stop):
+            if not _train_one(stage, folder, stop):
                 return False
     return True
 
@@ -80,27 +94,30 @@ def _check_exports(config: ConfigDict, trainer: Trainer) -> None:
         check_format(kind, config.backbone, paths(trainer.abstract.parameters))
 
 
-def _train_one(config: ConfigDict, workdir: Path, stop: Callable[[], bool]) -> bool:
-    mesh = run_mesh(config)
-    records = hosts.first_then_others(lambda: sources.training_records(config))
-    start = find_start(config, workdir)
-    processor = run_processor(config, start.tokenizer)
-    trainer = make_trainer(config, mesh)
-    _check_exports(config, trainer)
-    base = start.base if trainer.abstract.frozen else None
-    hosts.first_then_others(lambda: claim(workdir, config, start.tokenizer, base))
-    checkpoints = RunCheckpoints(workdir, config.keep_checkpoints)
-    try:
-        state = initial_state(config, trainer, checkpoints, start)
-        print(describe(state), flush=True)
-        model = MetaEmbed(model_config(config), state.network_parameters(), processor, mesh)
-        dataset = training_batches(config, model.config.architecture, processor, records, rows_here(mesh, config.microbatch_size))
-        finished = _train(config, trainer, state, dataset, model, checkpoints, workdir, stop)
-        if finished:
+def _train_one(config: ConfigDict, workdir: Path, stop: Stop) -> bool:
+    with contextlib.ExitStack() as stack:
+        with stop.at_once():
+            mesh = run_mesh(config)
+            records = hosts.first_then_others(lambda: sources.training_records(config))
+            start = find_start(config, workdir)
+            processor = run_processor(config, start.tokenizer)
+            trainer = make_trainer(config, mesh)
+            _check_exports(config, trainer)
+            base = start.base if trainer.abstract.frozen else None
+            hosts.first_then_others(lambda: claim(workdir, config, start.tokenizer, base))
+            checkpoints = stack.enter_context(contextlib.closing(RunCheckpoints(workdir, config.keep_checkpoints)))
+            state = initial_state(config, trainer, checkpoints, start)
+            if hosts.is_first() and (changes := record_changes(workdir, config, base, int(state.step))):
+                print(f"going on with other settings: {changes}", flush=True)
+            print(describe(state), flush=True)
+            model = MetaEmbed(model_config(config), state.network_parameters(), processor, mesh)
+            rows = rows_here(mesh, config.microbatch_size)
+            dataset = training_batches(config, model.config.architecture, processor, records, rows)
+        if not _train(config, trainer, state, dataset, model, checkpoints, workdir, stop):
+            return False
+        with stop.at_once():
             _finish(config, trainer, checkpoints, model, workdir)
-    finally:
-        checkpoints.close()
-    return finished
+    return True
 
 
 class _Pending:
@@ -133,40 +150,49 @@ class _Pending:
         self._step, self._figures = step, figures
 
 
-def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbed, checkpoints, workdir: Path, stop) -> bool:
-    first = logged = int(state.step)
+def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbed, checkpoints, workdir: Path, stop: Stop) -> bool:
+    first = int(state.step)
     writer = MetricsWriter(workdir, first, config.steps, silent=not hosts.is_first())
     pending, watch, trace = _Pending(checkpoints), Stopwatch(), Trace(config.trace_steps, workdir)
+    speed, saves = Speed(config, trainer.mesh, first), Saves(config.save_every, config.save_minutes)
     batches = iterate(dataset, first, config.steps, config.data.workers)
+    train_step = None
     try:
-        for step in range(first + 1, config.steps + 1):
-            trace.before(step)
-            with watch.spending("input"):
-                batch = next(batches)
-            state, figures = trainer.step(state, put_batch(batch, trainer.mesh))
-            pending.fetch()
-            pending.put(step, figures)
-            writer.advance()
-            if step % config.log_every == 0 or step == config.steps:
-                measured, spent = pending.fetch(), watch.read()
-                speed = config.batch_size * (step - logged) / (spent["seconds/input"] + spent["seconds/step"])
-                writer.write(step, {**measured, "samples_per_second": speed, **spent, **padding(batch)})
-                writer.show(loss=measured["loss"], accuracy=_largest_accuracy(measured), samples_per_second=speed)
-                logged = step
-            trace.after(step, pending.fetch)
-            validate = step % config.validate_every == 0 or step == config.steps
-            stopping = stop()
-            if validate or stopping or step % config.save_every == 0:
+        with saves.vote.watched():
+            for step in range(first + 1, config.steps + 1):
+                trace.before(step)
+                with watch.spending("input"):
+                    batch = next(batches)
+                arrays = put_batch(batch, trainer.mesh)
+                if train_step is None:
+                    with watch.spending("compile"), announced("the training step"):
+                        train_step = trainer.step.lower(state, arrays).compile()
+                state, figures = train_step(state, arrays)
                 pending.fetch()
-                with watch.spending("validation"):
-                    metric = _validate(config, model, state, step, writer) if validate else None
-                with watch.spending("checkpoint"):
-                    checkpoints.save(step, state.parameters, state.optimizer, metric)
-            if stopping and step < config.steps:
-                checkpoints.wait()
-                writer.say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
-                return False
+                pending.put(step, figures)
+                writer.advance()
+                if step % config.log_every == 0 or step == config.steps:
+                    measured, spent = pending.fetch(), watch.read()
+                    rates = speed.read(step, spent)
+                    writer.write(step, {**measured, **rates, **spent, **padding(batch)})
+                    writer.show(loss=measured["loss"], accuracy=_largest_accuracy(measured), **shown(rates))
+                trace.after(step, pending.fetch)
+                validate = step % config.validate_every == 0 or step == config.steps
+                stopping, saving = stop(), saves.due(step)
+                if validate or stopping or saving:
+                    pending.fetch()
+                    with watch.spending("validation"):
+                        metric = _validate(config, model, state, step, writer) if validate else None
+                    with watch.spending("checkpoint"):
+                        saves.begin()
+                        checkpoints.save(step, state.parameters, state.optimizer, metric)
+                    stopping = stop()  # it may have come during the validation
+                if stopping and step < config.steps:
+                    checkpoints.wait()
+                    writer.say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
+                    return False
         checkpoints.wait()
+        hosts.wait_for_all("trained")  # from here on, one that is terminated ends all
         return True
     finally:
         batches.close()

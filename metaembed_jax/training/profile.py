@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-KINDS = ("input", "step", "validation", "checkpoint")
+KINDS = ("input", "compile", "step", "validation", "checkpoint")
 
 
 class Stopwatch:

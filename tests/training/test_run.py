@@ -29,6 +29,7 @@ from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer
+from metaembed_jax.votes import Terminated
 from tests.evaluation.parsed_page import Page
 
 
@@ -83,9 +84,14 @@ def test_a_run_leaves_its_results(small_config, whole):
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, 9))
-    assert {"loss/1:1", "accuracy/16:64", "gradient_norm", "samples_per_second", "padding/candidate/21:36/patches"} <= lines[
-        0
-    ].keys()
+    assert {
+        "loss/1:1",
+        "accuracy/16:64",
+        "gradient_norm",
+        "samples_per_second",
+        "flops_per_second",
+        "padding/candidate/21:36/patches",
+    } <= lines[0].keys()
 
 
 def test_interrupted_equals_uninterrupted(small_config, whole, tmp_path, monkeypatch):
@@ -110,6 +116,50 @@ def test_sigterm_saves_and_returns(small_config, tmp_path, monkeypatch, capsys):
     checkpoints = RunCheckpoints(tmp_path / "run")
     assert checkpoints.steps()[0] == 3
     checkpoints.close()
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_at_any_other_moment_loses_nothing(small_config, whole, tmp_path, monkeypatch, capsys):
+    """While a run starts, validates and saves, and while the test split is evaluated; a second one while it saves."""
+
+    def terminated_in(module, name, when=lambda *_: True):
+        original = getattr(module, name)
+
+        def call(*arguments, **keys):
+            if when(*arguments):
+                terminate()
+            return original(*arguments, **keys)
+
+        monkeypatch.setattr(module, name, call)
+
+    terminated_in(loop, "initial_state")
+    with pytest.raises(Terminated) as stopped:
+        train(small_config, tmp_path / "run")
+    assert stopped.value.code == 143 and "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    small_config.validate_every, small_config.save_every = 3, 100
+    terminated_in(loop.evaluation, "evaluate", lambda model, config, split, *_: split == "validation")
+    terminated_in(RunCheckpoints, "save")
+    terminated_in(RunCheckpoints, "wait")
+    assert train(small_config, tmp_path / "run") is False
+    assert "stopped by SIGTERM after step 3" in capsys.readouterr().out
+    monkeypatch.undo()
+
+    terminated_in(loop.evaluation, "evaluate", lambda model, config, split, *_: split == "test")
+    small_config.validate_every = 8
+    with pytest.raises(Terminated):
+        train(small_config, tmp_path / "run")
+    assert not (tmp_path / "run/results.json").exists()
+    monkeypatch.undo()
+    assert train(small_config, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "resuming at step 8 of 8" in out and "settings" not in out
+    assert_identical(parameters_of(small_config, whole, 8), parameters_of(small_config, tmp_path / "run", 8))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_another_config_is_refused(small_config, whole):

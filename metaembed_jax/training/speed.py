@@ -1,0 +1,44 @@
+"""How fast a run is: pairs and FLOPs a second, the share of the chips' peak, and the time that is left."""
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from metaembed_jax.planning.flops import train_flops
+from metaembed_jax.planning.peaks import peak
+
+SHOWN = {"samples_per_second": "pairs/s", "flops_per_second": "FLOP/s", "mfu": "MFU"}  # in the terminal
+
+
+class Speed:
+    """Rates since the last reading.
+
+    Args:
+      first: the step that the run goes on from.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, first: int):
+        self._pairs, self._steps, self._last = config.batch_size, config.steps, first
+        self._flops = train_flops(config).model
+        peaks = [peak(device) for device in mesh.devices.flat]
+        self._peak = None if None in peaks else sum(figures.flops for figures in peaks)
+        self._spent, self._done = 0.0, 0
+
+    def read(self, step: int, spent: dict[str, float]) -> dict[str, float]:
+        """Returns the rates from the last reading to `step`, in which the seconds of `profile.Stopwatch.read` were spent.
+
+        Validation and checkpoints count for the time that is left alone. `mfu` (arXiv 2204.02311) counts forward and backward as
+        the mathematics needs them, padding included, against the published bfloat16 peak; it is missing where that is not known.
+        """
+        steps, seconds = step - self._last, spent["seconds/input"] + spent["seconds/step"]
+        self._last = step
+        self._spent, self._done = self._spent + sum(spent.values()) - spent["seconds/compile"], self._done + steps
+        flops = self._flops * steps / seconds
+        rates = {"samples_per_second": self._pairs * steps / seconds, "flops_per_second": flops}
+        if self._peak:
+            rates["mfu"] = flops / self._peak
+        return rates | {"seconds_left": self._spent / self._done * (self._steps - step)}
+
+
+def shown(rates: dict[str, float]) -> dict[str, float]:
+    """Returns those rates that stand beside the bar, by their short names; the bar itself shows the time that is left."""
+    return {short: rates[name] for name, short in SHOWN.items() if name in rates}
