@@ -76,7 +76,7 @@ def test_sigterm_to_one_host_saves_and_stops_all(data_dir, tmp_path):
     with Hosts(2, command) as hosts:
         wait_for(tmp_path / "run/checkpoints/5")
         hosts.processes[1].send_signal(signal.SIGTERM)
-        (out, _), _ = hosts.wait()
+        (out, _), _ = hosts.wait(code=143)
     step = int(out.split("stopped by SIGTERM after step ")[1].split(",")[0])
     assert step < 300 and step in losses(tmp_path / "run")
     after = -(-(step + 1) // 5) * 5

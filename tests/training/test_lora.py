@@ -18,7 +18,7 @@ from metaembed_jax.backbones.lora import Lora, LoraConfig, dropout_keys, dropout
 from metaembed_jax.checkpoints.loading import run_parameters, run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.torch_export import write_model
-from metaembed_jax.checkpoints.workdir import claim
+from metaembed_jax.checkpoints.workdir import claim, is_finished, read_config
 from metaembed_jax.config import load_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import training_batches
@@ -138,6 +138,48 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(config, finished, tmp_path
     found, expected = trained(tmp_path / "run", config), trained(finished, config)
     for path in expected:
         np.testing.assert_array_equal(found[path], expected[path])
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_a_run_goes_on_with_other_microbatches_and_to_more_steps(config, finished, tmp_path, capsys):
+    """With dropout. It starts with microbatches of 8 on eight devices, and ends as if it had had 16 from the first step."""
+    run, batches = tmp_path / "run", iter(range(2))
+    config.microbatch_size, config.checkpoint_layers, config.save_every = 8, False, 1
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(loop, "put_batch", lambda batch, mesh: (next(batches), put_batch(batch, mesh))[1])
+        train(config, run)
+    config.microbatch_size, config.checkpoint_layers, config.save_every = 16, True, 2
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:  # the end is evaluated once, below
+        patch.setattr(loop, "_validate", lambda *_: None)
+        patch.setattr(loop, "_finish", lambda *_: None)
+        train(config, run)
+    changes = "checkpoint_layers from False to True, microbatch_size from 8 to 16, save_every from 1 to 2"
+    assert f"going on with other settings: {changes}\n" in capsys.readouterr().out
+    expected = losses(finished)
+    assert list(losses(run)) == list(expected) == [1, 2, 3, 4]
+    np.testing.assert_allclose(list(losses(run).values()), list(expected.values()), rtol=1e-6)
+
+    config.steps = 6
+    train(config, run)
+    assert "steps from 4 to 6; from here on the learning rate is that of a run of 6 steps\n" in capsys.readouterr().out
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rates = {line["step"]: line["learning_rate"] for line in map(json.loads, lines) if "loss" in line}
+    np.testing.assert_allclose([rates[step] for step in (4, 5, 6)], np.array([1 / 3, 2 / 5, 1 / 5]) * 1e-3, rtol=1e-5)
+    record = json.loads((run / "run.json").read_text())
+    assert record["config"]["steps"] == 6 and record["changes"][-1] == {"step": 4, "keys": {"steps": [4, 6]}}
+    assert record["changes"][0]["keys"]["microbatch_size"] == [8, 16] and set(record["base"]) == {"name", "fingerprint"}
+    assert is_finished(run, config) and read_config(run).steps == 6
+
+    config.steps = 7
+    assert not is_finished(run, config)
+    config.steps = 5
+    with pytest.raises(UserError, match="config.steps=5: .*run is at step 6 already; expected at least that many"):
+        train(config, run)
 
 
 def test_a_run_needs_its_own_base(config, base, finished, tmp_path):

@@ -157,7 +157,7 @@ def test_sigterm_at_any_other_moment_loses_nothing(small_config, whole, tmp_path
     monkeypatch.undo()
     assert train(small_config, tmp_path / "run")
     out = capsys.readouterr().out
-    assert "resuming at step 8 of 8" in out and "settings" not in out
+    assert "resuming at step 8 of 8" in out and out.count("going on with other settings: validate_every from 3 to 8\n") == 1
     assert_identical(parameters_of(small_config, whole, 8), parameters_of(small_config, tmp_path / "run", 8))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
