@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metaembed_jax.check.references import maxsim_scores
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction import maxsim as module
 from metaembed_jax.late_interaction.maxsim import maxsim
-from tests.late_interaction.reference import maxsim_scores
 from tests.products import products, rounded, rounded_in_kernels
 
 
