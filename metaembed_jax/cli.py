@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from metaembed_jax.check import command as checking
 from metaembed_jax.checkpoints.export import FORMATS, export
 from metaembed_jax.config import load_config
 from metaembed_jax.data import sources
@@ -47,6 +48,11 @@ def main(argv: Sequence[str]) -> None:
     plan.add_argument("--json", action="store_true", help="print JSON")
     add_config(plan)
     plan.set_defaults(run=_plan)
+    check = commands.add_parser("check", help="compare what this machine's devices compute with references, and time it")
+    check.add_argument("--only", default="", metavar="WORDS", help="run the lines that have this in their name")
+    check.add_argument("--json", action="store_true", help="print JSON on stdout, and the table on stderr")
+    add_config(check, required=False)
+    check.set_defaults(run=_check)
     index = commands.add_parser("index", help="encode what is to be searched; killed and run again, it goes on where it was")
     index.add_argument("--model", required=True, help="a run of train.py, a Hugging Face directory, or a hub id")
     index.add_argument("--input", type=Path, required=True, help="a folder of images and PDF files, or a .jsonl or .parquet")
@@ -62,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     search.add_argument("-k", type=int, help="how many to show (default: 10)")
     search.add_argument("--model", help="where the index's model is now (default: where it was)")
     search.set_defaults(run=_search)
-    for command in (out, index, search):
+    for command in (out, check, index, search):
         add_device_flags(command)
     overrides, rest = split_overrides(argv)
     arguments = parser.parse_args(rest)
@@ -107,6 +113,14 @@ def _export(arguments: Namespace) -> None:
 def _plan(arguments: Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     if not planning.plan(config, arguments.topology, arguments.what, arguments.search, arguments.json):
+        sys.exit(1)
+
+
+def _check(arguments: Namespace) -> None:
+    if arguments.overrides and not arguments.config:
+        raise UserError(f"--config.{next(iter(arguments.overrides))} changes a config: add --config=FILE")
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    if not checking.check(config, arguments.only, arguments.json):
         sys.exit(1)
 
 

@@ -29,10 +29,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     return arguments
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds `--config` to a parser's flags."""
     parser.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="a file with get_config(arg), such as configs/tiny.py"
+        "--config", required=required, metavar="FILE[:ARG]", help="a file with get_config(arg), such as configs/tiny.py"
     )
     parser.epilog = (
         parser.epilog or ""

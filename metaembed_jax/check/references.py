@@ -48,10 +48,10 @@ def _softmax(scores_ST, mask_ST):
     return weights / np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float64).tiny)
 
 
-def linear(x, kernel, bias, cotangent) -> tuple:
-    """Return x @ kernel + bias and the gradients of x, kernel and bias."""
-    x, kernel, bias, cotangent = (np.asarray(array, np.float64) for array in (x, kernel, bias, cotangent))
-    return x @ kernel + bias, cotangent @ kernel.T, x.T @ cotangent, cotangent.sum(0)
+def linear(x, kernel, cotangent) -> tuple:
+    """Return x @ kernel and the gradients of x and kernel."""
+    x, kernel, cotangent = (np.asarray(array, np.float64) for array in (x, kernel, cotangent))
+    return x @ kernel, cotangent @ kernel.T, x.T @ cotangent
 
 
 def maxsim_scores(query_QRD, document_NRD, mask_NR=None) -> Float[np.ndarray, "Q N"]:

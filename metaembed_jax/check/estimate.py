@@ -1,0 +1,57 @@
+"""What a training step ought to take: the planner's figures for a TPU slice, the peaks' for other chips."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from metaembed_jax.check.network import Subject
+from metaembed_jax.errors import UserError
+from metaembed_jax.planning.chips import topology
+from metaembed_jax.planning.measure import make_plan
+from metaembed_jax.planning.peaks import TPU_KINDS, peak
+
+
+class Estimate(NamedTuple):
+    """A lower bound of a step's time, and its memory.
+
+    Attributes:
+      seconds: at the peaks; None where they are not known.
+      bound: what takes them: compute, HBM or ICI.
+      bytes: of a device; None where only a TPU's compiler would know.
+      source: who says so, or why nobody does.
+    """
+
+    seconds: float | None
+    bound: str
+    bytes: int | None
+    source: str
+
+
+def estimate(subject: Subject) -> Estimate:
+    """Return what `plan` says of a config's step on the TPU slice there is; on other devices, its FLOPs at their peak."""
+    device = subject.mesh.devices.flat[0]
+    peaks = peak(device)
+    if device.platform != "tpu":
+        if peaks is None:
+            return Estimate(None, "", None, f"no peaks are known of {device.device_kind}")
+        return Estimate(subject.flops.model / subject.mesh.size / peaks.flops, "compute", None, "FLOPs at the peak")
+    try:
+        plan = make_plan(subject.config, "train", topology(slice_name(list(subject.mesh.devices.flat))))
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        return Estimate(None, "", None, f"plan: {str(error).splitlines()[0]}")
+    return Estimate(plan.seconds[plan.binds], plan.binds, plan.total_bytes, f"plan --topology={plan.topology}")
+
+
+def slice_name(devices: Sequence[jax.Device]) -> str:
+    """Return the name that `plan` has for the slice of some TPU devices, such as v5e:2x4.
+
+    Raises:
+      UserError: a kind of TPU that `plan` does not know.
+    """
+    kind = TPU_KINDS.get(devices[0].device_kind)
+    if kind is None:
+        raise UserError(f"{devices[0].device_kind} is no TPU that plan knows")
+    sides = [len({device.coords[axis] for device in devices}) for axis in range(3)]
+    flat = kind in ("v5e", "v6e")
+    return f"{kind}:" + "x".join(str(side) for side in (sorted(sides[:2]) if flat else sorted(sides)))

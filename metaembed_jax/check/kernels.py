@@ -1,0 +1,325 @@
+"""The cases that need no network: linear maps, attention, MaxSim and the loss, in both dtypes, against float64 NumPy.
+
+Inputs are a few base rows, repeated until the devices have enough to do: the reference is computed for the base rows, and every
+repetition on every device is compared with it.
+
+B batch, S queries, T keys, H heads, G key heads, K head width; Q queries, N documents, R vectors of an item, D their width.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from metaembed_jax.backbones import attention as attention_module
+from metaembed_jax.backbones.layers import Linear
+from metaembed_jax.backbones.llama_vision import vision
+from metaembed_jax.check import references
+from metaembed_jax.check.case import SHORT, Case
+from metaembed_jax.late_interaction import matryoshka, maxsim
+from metaembed_jax.late_interaction.groups import GROUPS
+from metaembed_jax.sharding import MESH_AXES, make_mesh
+
+# Of float32: what its rounding leaves of sums this long, and far below what a pass in TF32 (5e-4) or bfloat16 (4e-3) makes.
+# Of bfloat16: outputs and the weights of a softmax are rounded to 8 bits; a wrong mask is an error of a tenth and more.
+ATTENTION_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+LINEAR_TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2}
+MAXSIM_TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-5}  # inputs are exact and sums float32, which some units truncate
+LOSS_TOLERANCE = 5e-5  # in any dtype: similarities are float32, and logits are scores / 0.03
+LOSS_GRADIENT_TOLERANCE = {"float32": 5e-5, "bfloat16": 3e-2}  # gradients of bfloat16 vectors are bfloat16
+
+
+class Sizes(NamedTuple):
+    """How much work a line is.
+
+    Attributes:
+      rows: attention's batch on each device, a multiple of two; `window_rows` of 64 keys.
+      length: attention's keys.
+      linear: rows on each device, inputs, outputs.
+      documents: of MaxSim, over all devices.
+      pairs: of the loss, over all devices.
+    """
+
+    rows: int
+    window_rows: int
+    length: int
+    linear: tuple[int, int, int]
+    documents: int
+    pairs: int
+
+
+CPU = Sizes(2, 2, 200, (64, 96, 160), 64, 8)
+CHIP = Sizes(8, 128, 1024, (8192, 4096, 4096), 16384, 128)
+
+
+class Kind(NamedTuple):
+    """Attention as a family uses it.
+
+    Attributes:
+      heads, key_heads, width: H, G, K.
+      queries: 0: as many as keys, else the last so many.
+      keys: 0: `Sizes.length`.
+      window, scale, softcap: as `attention`.
+      pads_left: padding comes first, as in texts; else last, as in images.
+      around_padding: only padding does not see padding, and its keys count.
+    """
+
+    name: str
+    heads: int
+    key_heads: int
+    width: int
+    causal: bool = True
+    queries: int = 0
+    keys: int = 0
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    pads_left: bool = True
+    around_padding: bool = False
+
+
+ATTENTION = (
+    Kind("full 80", 4, 4, 80, causal=False, pads_left=False),  # vision of Qwen2.5-VL
+    Kind("full 72", 4, 4, 72, causal=False, pads_left=False),  # SigLIP: PaliGemma
+    Kind("full 64", 4, 4, 64, causal=False, pads_left=False),  # SmolVLM, Qwen3-VL
+    Kind("windows of 64", 4, 4, 80, causal=False, keys=64, pads_left=False),  # Qwen2.5-VL
+    Kind("around padding", 4, 4, 80, causal=False, pads_left=False, around_padding=True),  # Llama 3.2 Vision
+    Kind("cross", 4, 1, 128, causal=False, queries=96, pads_left=False),  # Llama 3.2 Vision
+    Kind("causal 128", 8, 2, 128),  # Qwen, Llama
+    Kind("causal 64", 6, 2, 64),  # SmolVLM
+    Kind("causal last 80", 8, 1, 64, queries=80),  # PaliGemma
+    Kind("prefix capped", 4, 2, 64, causal=False, scale=0.3, softcap=2.0),  # PaliGemma 2; random scores never reach its cap of 50
+    Kind("local capped", 4, 2, 64, queries=80, window=100, scale=0.3, softcap=2.0),  # PaliGemma 2
+)
+
+
+def kernel_cases(mesh: Mesh, sizes: Sizes) -> Iterator[Case]:
+    """Yield all cases, on all devices of a mesh."""
+    mesh = make_mesh(devices=list(mesh.devices.flat))  # each device has rows of its own
+    for dtype in SHORT:
+        yield linear_case(mesh, sizes, dtype)
+    for kind in ATTENTION:
+        for dtype in SHORT:
+            yield attention_case(mesh, sizes, kind, dtype)
+    for name in ("f32", "bf16", "f32 masked", "bf16 masked", "int8"):
+        yield maxsim_case(mesh, sizes, name)
+    for dtype in SHORT:
+        yield loss_case(mesh, sizes, dtype)
+
+
+def linear_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
+    """A linear map and its gradients, as every layer has them."""
+    rows, inputs, outputs = sizes.linear
+    base, repeats = min(rows, 256), max(rows // 256, 1) * mesh.size
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Linear(inputs, outputs, axes=(None, None), bias=False, rngs=nnx.Rngs(0))))
+    x, cotangent, kernel = noise((base, inputs), (base, outputs), (inputs, outputs))
+
+    def arguments():
+        split, whole = PartitionSpec(MESH_AXES), PartitionSpec()
+        return (
+            *(put(array.astype(jnp.dtype(dtype)), mesh, split, repeats) for array in (x, cotangent)),
+            put(kernel, mesh, whole),
+        )
+
+    def function(x, cotangent, kernel):
+        y, pull = jax.vjp(lambda x, kernel: nnx.merge(graph, {"kernel": kernel})(x), x, kernel)
+        return dict(zip(("output", "d input", "d kernel"), (y, *pull(cotangent)), strict=True))
+
+    def reference():
+        # The kernel is used in the dtype of x.
+        y, dx, dkernel = references.linear(*(rounded(array, dtype) for array in (x, kernel, cotangent)))
+        return {"output": y, "d input": dx, "d kernel": repeats * dkernel}
+
+    products = base * repeats * inputs * outputs
+    moved = (2 * base * repeats * (inputs + outputs)) * itemsize(dtype) + 3 * 4 * inputs * outputs
+    return Case(
+        f"linear {SHORT[dtype]}",
+        jax.jit(function),
+        arguments,
+        reference,
+        LINEAR_TOLERANCE[dtype],
+        6.0 * products,
+        moved,
+        dtype=dtype,
+    )
+
+
+def attention_case(mesh: Mesh, sizes: Sizes, kind: Kind, dtype: str) -> Case:
+    """Attention and its gradients; of two base rows, the second has a third of padding."""
+    T = kind.keys or sizes.length
+    S, H, G, K = kind.queries or T, kind.heads, kind.key_heads, kind.width
+    repeats = (sizes.window_rows if kind.keys else sizes.rows) // 2 * mesh.size
+    query, key, value, cotangent = noise((2, S, H, K), (2, T, G, K), (2, T, G, K), (2, S, H, K))
+    there_BT = np.ones((2, T), bool)
+    there_BT[1, slice(T // 3) if kind.pads_left else slice(T - T // 3, T)] = False
+    mask_BST = references.visible(S, T, kind.causal, kind.window)[None] & there_BT[:, None]
+    if kind.around_padding:
+        mask_BST = there_BT[:, None] | there_BT[:, :, None]
+    else:
+        cotangent = cotangent * mask_BST.any(2)[..., None, None]  # nothing reads a query that sees nothing
+    seen_BS = mask_BST.any(2)
+
+    def arguments():
+        split = PartitionSpec(MESH_AXES)
+        arrays = (array.astype(jnp.dtype(dtype)) for array in (query, key, value, cotangent))
+        return tuple(put(array, mesh, split, repeats) for array in (*arrays, there_BT, seen_BS))
+
+    def function(query, key, value, cotangent, there_BT, seen_BS):
+        def attend(query, key, value):
+            if kind.around_padding:
+                return vision.attend_around_padding(query, key, value, ~there_BT)
+            options = dict(scale=kind.scale, softcap=kind.softcap, window=kind.window)
+            return attention_module.attention(query, key, value, there_BT, kind.causal, **options)
+
+        output, pull = jax.vjp(attend, query, key, value)
+        output = jnp.where(seen_BS[..., None, None], output, 0)
+        return dict(zip(("output", "d query", "d key", "d value"), (output, *pull(cotangent)), strict=True))
+
+    def reference():
+        arrays = (rounded(array, dtype) for array in (query, key, value))
+        outputs = references.attention(*arrays, mask_BST, rounded(cotangent, dtype), kind.scale, kind.softcap)
+        return dict(zip(("output", "d query", "d key", "d value"), outputs, strict=True))
+
+    pairs = references.visible(S, T, kind.causal, kind.window).sum() * 2 * repeats
+    moved = 6 * itemsize(dtype) * (query.size + key.size) * repeats
+    return Case(
+        f"attention {kind.name} {SHORT[dtype]}",
+        jax.jit(function),
+        arguments,
+        reference,
+        ATTENTION_TOLERANCE[dtype],
+        12.0 * pairs * H * K,
+        moved,
+        dtype=dtype,
+    )
+
+
+def maxsim_case(mesh: Mesh, sizes: Sizes, name: str) -> Case:
+    """Scores of documents that are split over the devices: of floats, with padding, of int8 with scales."""
+    queries, (r_q, r_c), width = 32, GROUPS[-1], 128
+    base = min(sizes.documents, 64)
+    repeats = -(-sizes.documents // base // mesh.size) * mesh.size
+    dtype = "bfloat16" if name.startswith("bf16") else "float32"
+    query, document = (unit(x) for x in noise((queries, r_q, width), (base, r_c, width)))
+    query, document = rounded(query, dtype), rounded(document, dtype)
+    mask = scale = None
+    stored = document
+    if name == "int8":
+        stored = np.rint(document * 300).clip(-127, 127).astype(np.int8)
+        scale = np.random.default_rng(1).uniform(0.5, 1.5, (base, r_c)).astype(np.float32) / 300
+        document = stored * scale[..., None].astype(np.float64)
+    if name.endswith("masked"):
+        mask = np.arange(r_c) < np.linspace(1, r_c, base).round()[:, None]
+
+    def arguments():
+        kept = stored if name == "int8" else stored.astype(jnp.dtype(dtype))
+        whole, split = PartitionSpec(), PartitionSpec(MESH_AXES)
+        optional = (None if array is None else put(array, mesh, split, repeats) for array in (mask, scale))
+        return put(query.astype(jnp.dtype(dtype)), mesh, whole), put(kept, mesh, split, repeats), *optional
+
+    def function(query, document, mask, scale):
+        def score(query, document, mask, scale):
+            return maxsim.maxsim(query, document, document_mask=mask, document_scale=scale).T
+
+        split = PartitionSpec(MESH_AXES)
+        specs = dict(in_specs=(PartitionSpec(), split, split, split), out_specs=split, check_vma=False)
+        return {"scores": jax.shard_map(score, mesh=mesh, **specs)(query, document, mask, scale)}
+
+    def reference():
+        return {"scores": references.maxsim_scores(query, document, mask).T}
+
+    documents = base * repeats
+    moved = stored.astype(np.int8 if name == "int8" else jnp.dtype(dtype)).nbytes * repeats + 4 * queries * documents
+    return Case(
+        f"maxsim {name}",
+        jax.jit(function),
+        arguments,
+        reference,
+        MAXSIM_TOLERANCE[dtype],
+        2.0 * queries * r_q * documents * r_c * width,
+        moved,
+        dtype=dtype,
+    )
+
+
+def loss_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
+    """The Matryoshka loss of all groups and its gradients, with one hard negative a pair, pairs split over the devices."""
+    pairs, width = -(-sizes.pairs // mesh.size) * mesh.size, 128
+    vectors = [rounded(x, dtype) for x in alike(pairs, width)]
+
+    def arguments():
+        return tuple(put(x.astype(jnp.dtype(dtype)), mesh, PartitionSpec(MESH_AXES[:2])) for x in vectors)
+
+    def function(*vectors):
+        def loss(*vectors):
+            return matryoshka.matryoshka_loss(*vectors, mesh=mesh)
+
+        (value, metrics), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*vectors)
+        losses = jnp.stack([metrics[f"loss/{r_q}:{r_c}"] for r_q, r_c in GROUPS])
+        return {"loss": value, "losses": losses, "gradient": gradients}
+
+    def reference():
+        loss, gradients, losses, _ = references.matryoshka(*vectors, GROUPS)
+        return {"loss": loss, "losses": losses, "gradient": gradients}
+
+    (r_q, r_c), candidates = GROUPS[-1], pairs + 1
+    return Case(
+        f"loss {SHORT[dtype]}",
+        jax.jit(function),
+        arguments,
+        reference,
+        LOSS_TOLERANCE,
+        6.0 * pairs * candidates * r_q * r_c * width,
+        2.0 * sum(x.size for x in vectors) * itemsize(dtype),
+        tolerances={"gradient": LOSS_GRADIENT_TOLERANCE[dtype]},
+        dtype=dtype,
+    )
+
+
+def alike(pairs: int, width: int) -> tuple[np.ndarray, ...]:
+    """Query, positive and hard negative vectors whose loss is of order 1, and whose maxima nothing comes close to.
+
+    Items are small variations of one set of directions. Documents have each query direction four times, at four strengths in an
+    order of its own, so that each block of the groups wins some maxima; the strengths are too far apart for rounding to choose.
+    """
+    (r_q, r_c), rng = GROUPS[-1], np.random.default_rng(2)
+    directions, other = (unit(rng.normal(size=(count, width))) for count in (r_q, r_c))
+    strength = np.argsort(rng.random((r_q, r_c // r_q)), axis=1).T.ravel() * 0.1 + 0.5
+    near = unit(strength[:, None] * np.tile(directions, (r_c // r_q, 1)) + (1 - strength[:, None]) * other)
+    query = unit(directions + 0.04 * rng.normal(size=(pairs, r_q, width)))
+    of_query = np.tile(query - directions, (1, r_c // r_q, 1))
+    positive = unit(near + 0.06 * of_query + 0.01 * rng.normal(size=(pairs, r_c, width)))
+    negative = unit(near + 0.01 * rng.normal(size=(pairs, 1, r_c, width)))
+    return tuple(x.astype(np.float32) for x in (query, positive, negative))
+
+
+def noise(*shapes: tuple[int, ...]) -> list[np.ndarray]:
+    """Normal float32 numbers, the same on every machine."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape, np.float32) for shape in shapes]
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Vectors of length one."""
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Numbers as a dtype has them, in float32."""
+    return x.astype(jnp.dtype(dtype)).astype(np.float32)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of a number."""
+    return jnp.dtype(dtype).itemsize
+
+
+def put(x: np.ndarray, mesh: Mesh, spec: PartitionSpec, repeats: int = 1) -> jax.Array:
+    """An array on the mesh, its rows repeated there."""
+    whole = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+    tile = jax.jit(lambda x: jnp.tile(x, (repeats,) + (1,) * (x.ndim - 1)), out_shardings=NamedSharding(mesh, spec))
+    return tile(whole)

@@ -1,0 +1,303 @@
+"""The cases of a whole network: encoding of both sides, gradients, a training step, of a small built-in config or a given one.
+
+A reference is computed on one CPU device in float64: the network by the same code, without mesh or microbatches, and the loss with
+its gradient by NumPy. Networks too large for that are timed, and their numbers must be finite.
+
+B pairs, N items of a side, R vectors of an item, D their width.
+"""
+
+import copy
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+from PIL import Image
+
+from metaembed_jax.backbones import family
+from metaembed_jax.check import references
+from metaembed_jax.check.case import SHORT, Case
+from metaembed_jax.checkpoints.loading import run_processor
+from metaembed_jax.config import default_config, model_config
+from metaembed_jax.data import tokenizer
+from metaembed_jax.data.slots import slots
+from metaembed_jax.inputs.examples import Example, ShapeClass, collate
+from metaembed_jax.model import make_encode
+from metaembed_jax.network import SIDES, abstract_network, abstract_parameters, init_parameters
+from metaembed_jax.planning.flops import encode_flops, train_flops
+from metaembed_jax.planning.measure import shard_bytes
+from metaembed_jax.planning.programs import abstract_batch
+from metaembed_jax.sharding import named_sharding, put_rows
+from metaembed_jax.trained import join
+from metaembed_jax.training.step import make_trainer, put_batch, run_mesh
+
+MOST_FLOPS = 1e12  # of a step whose reference is computed on the CPU
+# Of float32: what the CPU's own rounding leaves of a few layers. Of bfloat16: every state is rounded to 8 bits.
+VECTOR_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
+LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03}
+GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
+WORDS = "a drawing of one small red house under many tall trees by the water in early spring light".split()
+
+
+def small_config(devices: int, on_chip: bool, dtype: str) -> ConfigDict:
+    """A Qwen2.5-VL for random weights: small enough for a CPU, or wide enough for a chip's kernels; on as many mesh axes as can be."""
+    config = default_config()
+    config.name, config.dtype = "small", dtype
+    width, head, layers = (512, 128, 4) if on_chip else (32, 16, 2)
+    with config.unlocked():
+        config.architecture = dict(
+            text_config=dict(
+                vocab_size=512,
+                hidden_size=width,
+                num_hidden_layers=layers,
+                num_attention_heads=width // head,
+                num_key_value_heads=2,
+                intermediate_size=2 * width,
+                mrope_section=(head // 8, head * 3 // 16, head * 3 // 16),
+                rope_theta=10000.0,
+            ),
+            vision_config=dict(
+                hidden_size=320 if on_chip else 32,
+                depth=layers,
+                num_heads=4 if on_chip else 2,
+                intermediate_size=640 if on_chip else 64,
+                out_hidden_size=width,
+                fullatt_block_indexes=(1,),
+                window_size=112 if on_chip else 84,
+            ),
+        )
+    config.embedding_dim, config.meta_token_scale = 16, 1.0
+    config.temperature = 0.15  # of weights that know nothing, so that the loss is of order 1
+    config.data.query_shapes = ((64, 0),)
+    config.data.candidate_shapes = ((192, 576),) if on_chip else ((48, 36),)
+    config.data.max_pixels = 14 * 14 * config.data.candidate_shapes[-1][1]
+    config.mesh.tensor = 2 if devices % 2 == 0 else 1
+    config.mesh.fsdp = 2 if devices % 4 == 0 else 1
+    config.batch_size = max(8, devices)
+    config.microbatch_size = config.batch_size // 2 if devices < config.batch_size else config.batch_size
+    config.optimizer.warmup_steps = 1
+    return config
+
+
+class Expected(NamedTuple):
+    """What the reference says of a batch.
+
+    Attributes:
+      vectors: of each side, those of the rows of each shape class.
+      loss, losses: of all groups, and of each.
+      gradient: of all that trains.
+    """
+
+    vectors: dict[str, list[np.ndarray]]
+    loss: float
+    losses: np.ndarray
+    gradient: dict
+
+
+class Subject:
+    """A config's network on all devices, what goes into it, and what ought to come out.
+
+    Args:
+      config: checked; its architecture is filled.
+      devices: of its mesh.
+    """
+
+    def __init__(self, config: ConfigDict, devices: list[jax.Device]):
+        config = copy.deepcopy(config)
+        config.lora.dropout = 0.0  # a reference has other random numbers
+        self.config, self.dtype = config, config.dtype
+        self.name = f"{config.name} {SHORT[config.dtype]}"
+        self.mesh = run_mesh(config, devices)
+        self.trainer = make_trainer(config, self.mesh)
+        self.model = model_config(config)
+        self.flops = train_flops(config)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the CPU computes what is expected."""
+        return sum(self.flops) <= MOST_FLOPS
+
+    @functools.cached_property
+    def batch(self) -> dict:
+        """A training batch of this host, of random texts and images in all rows of all shape classes."""
+        config, architecture = self.config, self.model.architecture
+        items = config.batch_size * (1 + config.data.negatives)
+        rng, batch = np.random.default_rng(0), {}
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "tokenizer.json"
+            tokenizer.train(WORDS, file, family(config.backbone), vocabulary=min(400, architecture.vocabulary))
+            processor = run_processor(config, file)
+        for side, count in zip(SIDES, (config.batch_size, items), strict=True):
+            rows = slots(config, f"{side}_shapes", count, architecture.patch_multiple, np.arange(config.microbatch_size))
+            groups = []
+            for shape, microbatches in zip(rows.shapes, rows.microbatches, strict=True):
+                examples = [random_example(processor, side, shape, rng) for _ in range(microbatches * rows.size)]
+                arrays = collate(examples, shape, architecture.layout).items()
+                groups.append({key: x.reshape(microbatches, rows.size, *x.shape[1:]) for key, x in arrays})
+            batch[side] = {"groups": tuple(groups), "order": np.arange(count, dtype=np.int32)}
+        batch["negative_mask"] = np.ones((config.batch_size, config.data.negatives), bool)
+        batch["source"] = np.zeros(config.batch_size, np.int32)
+        return batch
+
+    def batch_of(self, side: str) -> tuple[ShapeClass, dict]:
+        """The largest shape class of a side, and its first microbatch."""
+        arrays = {key: x[0] for key, x in self.batch[side]["groups"][-1].items()}
+        return ShapeClass(*max(self.config.data[f"{side}_shapes"])[:2]), arrays
+
+    def encode_parameters(self) -> dict:
+        """The parameters, made on the devices, in the dtypes that encoding keeps them in."""
+        abstract = abstract_parameters(self.model, self.mesh)
+
+        def make() -> dict:
+            return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), init_parameters(self.model, self.config.seed), abstract)
+
+        return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+
+    @functools.cached_property
+    def host_parameters(self) -> tuple[dict, dict]:
+        """(what trains, what is frozen) as the devices made them, float32."""
+        state = self.trainer.init()
+        return tuple(jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(x)) for x in (state.parameters, state.frozen))
+
+    @functools.cached_property
+    def expected(self) -> "Expected":
+        """The reference, computed once."""
+        trained, frozen = self.host_parameters
+        config, vectors, pulls = self.config, {}, {}
+        with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+            trained, frozen = as_float64(trained), as_float64(frozen)
+            for side in SIDES:
+                encode = functools.partial(self._exact_vectors, side, frozen)
+                side_vectors, pulls[side] = jax.vjp(jax.jit(encode), trained)
+                vectors[side] = [np.asarray(group, np.float64) for group in side_vectors]
+            query, candidate = (np.concatenate(vectors[side])[self.batch[side]["order"]] for side in SIDES)
+            pairs = len(query)
+            negatives = candidate[pairs:].reshape(pairs, -1, *candidate.shape[1:])
+            loss, gradients, losses, _ = references.matryoshka(
+                query, candidate[:pairs], negatives, config.groups, config.temperature, config.normalization
+            )
+            d_vectors = gradients[0], np.concatenate([gradients[1], gradients[2].reshape(-1, *candidate.shape[1:])])
+            parts = [pulls[side](self._by_group(side, d))[0] for side, d in zip(SIDES, d_vectors, strict=True)]
+            gradient = jax.tree.map(lambda *x: np.asarray(sum(x), np.float64), *parts)
+        return Expected(vectors, loss, losses, gradient)
+
+    def _exact_vectors(self, side: str, frozen: dict, trained: dict) -> list[jax.Array]:
+        """The vectors of all rows of each shape class, in float64."""
+        graph, _, _ = abstract_network(dataclasses.replace(self.model, dtype="float64", checkpoint=False))
+        network = nnx.merge(graph, join(trained, frozen))
+        flat = [{key: x.reshape(-1, *x.shape[2:]) for key, x in group.items()} for group in self.batch[side]["groups"]]
+        return [network(group, side, self.budget(side)) for group in flat]
+
+    def _by_group(self, side: str, d_vectors: np.ndarray) -> list[np.ndarray]:
+        """The gradient of vectors in pair order, as that of the rows of each shape class."""
+        rows = [group["tokens"].shape[0] * group["tokens"].shape[1] for group in self.batch[side]["groups"]]
+        d_rows = np.zeros((sum(rows), *d_vectors.shape[1:]), np.float32)
+        d_rows[self.batch[side]["order"]] = d_vectors
+        return np.split(d_rows, np.cumsum(rows)[:-1])
+
+    def budget(self, side: str) -> int:
+        """The most vectors that the loss reads of a side."""
+        return max(group[SIDES.index(side)] for group in self.config.groups)
+
+
+def random_example(processor, side: str, shape: ShapeClass, rng: np.random.Generator) -> Example:
+    """A text of random length, or where the class has room for it a random image: of the first shape that fits, or square."""
+    process = functools.partial(getattr(processor, side), max_tokens=shape.tokens, name=f"a random {side}")
+    if not shape.patches:
+        return process({"text": " ".join(rng.choice(WORDS, rng.integers(1, max(shape.tokens // 4, 2))))})
+    for height, width in (*rng.integers(80, 400, (4, 2)), (400, 400)):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+        example = process({"text": rng.choice(WORDS), "image": image})
+        if example.patches <= shape.patches and len(example.tokens) <= shape.tokens:
+            break
+    return example
+
+
+def as_float64(parameters: dict) -> dict:
+    """Nested dicts of arrays, in float64."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), parameters)
+
+
+def encode_cases(subject: Subject) -> Iterator[Case]:
+    """Yield encoding of each side, as `MetaEmbed` does it."""
+    encode, mesh, dtype = make_encode(subject.model, subject.mesh), subject.mesh, subject.dtype
+    parameters = abstract_parameters(subject.model, mesh)
+    for side in SIDES:
+        shape, rows = subject.batch_of(side)
+        budget = subject.budget(side)
+        abstract_rows = {
+            key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named_sharding(mesh, ("batch",) + (None,) * (x.ndim - 1)))
+            for key, x in rows.items()
+        }
+
+        def function(parameters, batch, side=side, budget=budget):
+            return {"vectors": encode(parameters, batch, side=side, budget=budget)}
+
+        def arguments(rows=rows):
+            return subject.encode_parameters(), {key: put_rows(x, mesh) for key, x in rows.items()}
+
+        size = len(rows["tokens"])
+
+        def reference(side=side, size=size):
+            return {"vectors": subject.expected.vectors[side][-1][:size]}
+
+        yield Case(
+            f"encode {side}, {subject.name}",
+            jax.jit(function),
+            arguments,
+            reference if subject.is_judged else None,
+            VECTOR_TOLERANCE[dtype],
+            sum(encode_flops(subject.config, shape, size)),
+            mesh.size * shard_bytes((parameters, abstract_rows)),
+            abstract=(parameters, abstract_rows),
+            dtype=dtype,
+        )
+
+
+def step_case(subject: Subject) -> Case:
+    """One step of training, as `train.py` does it. The gradient is read from the first moments that it leaves."""
+    config, trainer = subject.config, subject.trainer
+
+    def read(result):
+        state, metrics = result
+        norm = metrics["gradient_norm"]
+        found = {"loss": metrics["loss"], "losses": group_losses(config, metrics), "gradient norm": norm}
+        if config.optimizer.algorithm == "adamw":
+            scale = jnp.maximum(norm / config.optimizer.clip_norm, 1) / (1 - config.optimizer.b1)
+            moments = optax.tree_utils.tree_get(state.optimizer, "mu")
+            found["gradient"] = jax.tree.map(lambda moment: moment * scale, moments)
+        return found
+
+    def reference():
+        expected = subject.expected
+        norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(expected.gradient)))
+        return {"loss": expected.loss, "losses": expected.losses, "gradient norm": norm, "gradient": expected.gradient}
+
+    abstract = (trainer.abstract, abstract_batch(config, subject.mesh))
+    return Case(
+        f"train step, {subject.name}",
+        trainer.step,
+        lambda: (trainer.init(), put_batch(subject.batch, subject.mesh)),
+        reference if subject.is_judged else None,
+        LOSS_TOLERANCE[subject.dtype],
+        subject.flops.model,
+        subject.mesh.size * shard_bytes(abstract),
+        tolerances={"gradient": GRADIENT_TOLERANCE[subject.dtype]},
+        abstract=abstract,
+        read=read,
+        carries=True,
+        dtype=subject.dtype,
+    )
+
+
+def group_losses(config: ConfigDict, metrics: dict) -> jax.Array:
+    """The loss of each group."""
+    return jnp.stack([metrics[f"loss/{r_q}:{r_c}"] for r_q, r_c in config.groups])
