@@ -36,8 +36,8 @@ from metaembed_jax.planning.flops import encode_flops, train_flops
 from metaembed_jax.planning.measure import shard_bytes
 from metaembed_jax.planning.programs import abstract_batch
 from metaembed_jax.sharding import named_sharding, put_rows
-from metaembed_jax.trained import join
-from metaembed_jax.training.step import make_trainer, put_batch, run_mesh
+from metaembed_jax.trained import join, paths, split
+from metaembed_jax.training.step import TrainState, make_trainer, put_batch, run_mesh
 
 MOST_FLOPS = 1e12  # of a step whose reference is computed on the CPU
 # Of float32: what the CPU's own rounding leaves of a few layers. Of bfloat16: every state is rounded to 8 bits.
@@ -48,7 +48,7 @@ WORDS = "a drawing of one small red house under many tall trees by the water in 
 
 
 def small_config(devices: int, on_chip: bool, dtype: str) -> ConfigDict:
-    """A Qwen2.5-VL for random weights: small enough for a CPU, or wide enough for a chip's kernels; on as many mesh axes as can be."""
+    """A Qwen2.5-VL for random weights: small enough for a CPU, or wide enough for a chip's kernels; on all mesh axes it can be."""
     config = default_config()
     config.name, config.dtype = "small", dtype
     width, head, layers = (512, 128, 4) if on_chip else (32, 16, 2)
@@ -82,7 +82,7 @@ def small_config(devices: int, on_chip: bool, dtype: str) -> ConfigDict:
     config.mesh.tensor = 2 if devices % 2 == 0 else 1
     config.mesh.fsdp = 2 if devices % 4 == 0 else 1
     config.batch_size = max(8, devices)
-    config.microbatch_size = config.batch_size // 2 if devices < config.batch_size else config.batch_size
+    config.microbatch_size = config.batch_size // (2 if on_chip and devices < 8 else 1)  # compiling two takes a CPU longer
     config.optimizer.warmup_steps = 1
     return config
 
@@ -152,28 +152,39 @@ class Subject:
         arrays = {key: x[0] for key, x in self.batch[side]["groups"][-1].items()}
         return ShapeClass(*max(self.config.data[f"{side}_shapes"])[:2]), arrays
 
+    @functools.cached_property
+    def host_parameters(self) -> dict:
+        """All parameters on this host, in the dtypes that training keeps them in."""
+        with jax.default_device(jax.devices("cpu")[0]):
+            made = jax.jit(functools.partial(init_parameters, self.model, self.config.seed))()
+        return jax.tree.map(lambda x, leaf: np.asarray(x.astype(leaf.dtype)), made, self._abstract)
+
+    @property
+    def _abstract(self) -> dict:
+        return join(self.trainer.abstract.parameters, self.trainer.abstract.frozen)
+
     def encode_parameters(self) -> dict:
-        """The parameters, made on the devices, in the dtypes that encoding keeps them in."""
+        """The parameters on the devices, in the dtypes that encoding keeps them in; made there if no reference reads them."""
         abstract = abstract_parameters(self.model, self.mesh)
+        if self.is_judged:
+            return _put(self.host_parameters, abstract)
 
         def make() -> dict:
             return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), init_parameters(self.model, self.config.seed), abstract)
 
         return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
 
-    @functools.cached_property
-    def host_parameters(self) -> tuple[dict, dict]:
-        """(what trains, what is frozen) as the devices made them, float32."""
-        state = self.trainer.init()
-        return tuple(jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(x)) for x in (state.parameters, state.frozen))
+    def state(self) -> TrainState:
+        """The state before the first step."""
+        return self.trainer.init(_put(self.host_parameters, self._abstract) if self.is_judged else None)
 
     @functools.cached_property
     def expected(self) -> "Expected":
         """The reference, computed once."""
-        trained, frozen = self.host_parameters
+        trained, frozen = split(self.host_parameters, paths(self.trainer.abstract.parameters))
         config, vectors, pulls = self.config, {}, {}
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-            trained, frozen = as_float64(trained), as_float64(frozen)
+            trained, frozen = (jax.tree.map(lambda x: np.asarray(x, np.float64), part) for part in (trained, frozen))
             for side in SIDES:
                 encode = functools.partial(self._exact_vectors, side, frozen)
                 side_vectors, pulls[side] = jax.vjp(jax.jit(encode), trained)
@@ -221,9 +232,9 @@ def random_example(processor, side: str, shape: ShapeClass, rng: np.random.Gener
     return example
 
 
-def as_float64(parameters: dict) -> dict:
-    """Nested dicts of arrays, in float64."""
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), parameters)
+def _put(parameters: dict, abstract: dict) -> dict:
+    """Parameters of this host, as the abstract ones are on the devices."""
+    return jax.tree.map(lambda x, leaf: jax.device_put(x.astype(leaf.dtype), leaf.sharding), parameters, abstract)
 
 
 def encode_cases(subject: Subject) -> Iterator[Case]:
@@ -285,7 +296,7 @@ def step_case(subject: Subject) -> Case:
     return Case(
         f"train step, {subject.name}",
         trainer.step,
-        lambda: (trainer.init(), put_batch(subject.batch, subject.mesh)),
+        lambda: (subject.state(), put_batch(subject.batch, subject.mesh)),
         reference if subject.is_judged else None,
         LOSS_TOLERANCE[subject.dtype],
         subject.flops.model,

@@ -9,10 +9,8 @@ import pytest
 
 from metaembed_jax import cli
 from metaembed_jax.backbones import attention, layers
-from metaembed_jax.check import command
-from metaembed_jax.check.references import attention as reference
+from metaembed_jax.check import command, kernels, references
 from metaembed_jax.late_interaction import matryoshka, maxsim
-from metaembed_jax.training import step
 
 
 @pytest.fixture(autouse=True)
@@ -23,80 +21,110 @@ def two_devices(monkeypatch):
 
 
 @pytest.fixture
-def traced_anew():
-    """Let nothing that was traced without a fault, or with one, serve again."""
+def traced_afresh():
+    """Nothing that was traced with a fault, or without, serves again."""
     jax.clear_caches()
     yield
     jax.clear_caches()
 
 
-def test_all_is_right_on_a_cpu(capsys):
-    cli.main(["check", "--json"])
+def test_all_float32_lines_are_right_on_a_cpu(capsys):
+    cli.main(["check", "--only=f32", "--json"])
     stdout, table = capsys.readouterr()
     report = json.loads(stdout)
     assert report["ok"] and report["platform"] == "cpu" and report["devices"].startswith("2 x CPU devices")
     names = [line["name"] for line in report["lines"]]
-    assert len(names) == len(set(names)) == 34
+    assert len(names) == len(set(names)) == 7 + len(kernels.ATTENTION)
     for line in report["lines"]:
         assert line["status"] == "ok" and line["error"] < line["tolerance"] and line["seconds"] > 0 and line["planned_bytes"] > 0
-    for name in names:
-        assert f"ok    {name} " in table
-    assert max(map(len, table.splitlines()[2:])) <= 100 and "all are right" in table
+        assert f"ok    {line['name']} " in table
+    assert max(map(len, table.splitlines()[2:])) <= 100 and table.endswith("all are right\n")
 
 
-def seen_one_too_many(original):
-    def tril(mask, k=0):
-        return original(mask, k=k + 1)
-
-    return tril
+def one_key_too_many(original):
+    return lambda mask, k=0: original(mask, k=k + 1)
 
 
-def rounded(original):
-    def product(equation, x, y):
-        return original(equation, x.astype(jnp.bfloat16), y.astype(jnp.bfloat16))
-
-    return product
+def in_bfloat16(original):
+    return lambda equation, x, y: original(equation, x.astype(jnp.bfloat16), y.astype(jnp.bfloat16))
 
 
-def rounded_input(original):
-    def call(self, x):
-        return original(self, x.astype(jnp.bfloat16).astype(x.dtype))
-
-    return call
+def of_bfloat16(original):
+    return lambda self, x: original(self, x.astype(jnp.bfloat16).astype(x.dtype))
 
 
-def smaller_gradient(original):
-    def coefficients(gradient, winners):
-        return [(winner, 0.99 * coefficient) for winner, coefficient in original(gradient, winners)]
-
-    return coefficients
+def smaller(original):
+    return lambda *arguments: [(winner, 0.99 * coefficient) for winner, coefficient in original(*arguments)]
 
 
 def larger(original):
-    def sums(*arguments):
-        losses, hits = original(*arguments)
-        return 1.001 * losses, hits
-
-    return sums
+    return lambda *arguments: (1.001 * original(*arguments)[0], original(*arguments)[1])
 
 
 FAULTS = {  # what is replaced, by what, lines to run, which of them are wrong
-    "mask": (attention.jnp, "tril", seen_one_too_many, "causal 64 f32", ["attention causal 64 f32"]),
-    "maxsim in bfloat16": (maxsim, "product", rounded, "maxsim f32", ["maxsim f32", "maxsim f32 masked"]),
-    "loss in bfloat16": (matryoshka, "product", rounded, "loss f32", ["loss f32"]),
-    "linear in bfloat16": (layers.Linear, "__call__", rounded_input, "linear", ["linear f32"]),
-    "gradient": (matryoshka, "_block_coefficients", smaller_gradient, "loss f32", ["loss f32"]),
+    "mask": (attention.jnp, "tril", one_key_too_many, "causal 64", ["attention causal 64 f32", "attention causal 64 bf16"]),
+    "maxsim in bfloat16": (maxsim, "product", in_bfloat16, "maxsim f32", ["maxsim f32", "maxsim f32 masked"]),
+    "loss in bfloat16": (matryoshka, "product", in_bfloat16, "loss f32", ["loss f32"]),
+    "linear in bfloat16": (layers.Linear, "__call__", of_bfloat16, "linear", ["linear f32"]),
+    "gradient": (matryoshka, "_block_coefficients", smaller, "loss f32", ["loss f32"]),
     "loss": (matryoshka, "_sums", larger, "loss", ["loss f32", "loss bf16"]),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_named(fault, monkeypatch, capsys, traced_anew):
-    place, name, replacement, only, wrong = FAULTS[fault]
-    monkeypatch.setattr(place, name, replacement(getattr(place, name)))
-    with pytest.raises(SystemExit) as error:
-        cli.main(["check", f"--only={only}"])
-    assert error.value.code == 1
+def test_a_fault_is_named(fault, monkeypatch, capsys, traced_afresh):
+    owner, name, replacement, only, wrong = FAULTS[fault]
+    monkeypatch.setattr(owner, name, replacement(getattr(owner, name)))
+    assert check(f"--only={only}") == 1
     table = capsys.readouterr().out
-    assert [line for line in wrong if f"WRONG {line} " in table] == wrong
-    assert table.count("WRONG ") == len(wrong) and f"not right: {'; '.join(wrong)}\n" in table
+    assert all(f"WRONG {line} " in table for line in wrong) and table.count("WRONG") == len(wrong)
+    assert table.endswith(f"not right: {'; '.join(wrong)}\n")
+
+
+def test_a_line_that_fails_does_not_end_the_command(monkeypatch, capsys, traced_afresh):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand a long dump")
+
+    monkeypatch.setattr(maxsim, "_xla", fail)
+    assert check("--only=f32 masked") == 1 and check("--only=linear") == 0
+    failed, _, right = capsys.readouterr().out.partition("not right: maxsim f32 masked\n")
+    assert "FAIL  maxsim f32 masked" in failed and "      JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory\n" in failed
+    assert "a long dump" not in failed and right.endswith("all are right\n")
+
+
+def test_what_is_too_large_is_not_run(monkeypatch, capsys):
+    monkeypatch.setattr("metaembed_jax.check.case.memory_limit", lambda mesh: 10_000)
+    assert check("--only=encode query") == 1
+    assert "MemoryError: not run: it needs" in capsys.readouterr().out
+
+
+def test_a_name_without_a_line_is_refused(capsys):
+    with pytest.raises(command.UserError, match="--only=nothing: no line has that in its name"):
+        cli.main(["check", "--only=nothing"])
+    with pytest.raises(command.UserError, match="add --config=FILE"):
+        cli.main(["check", "--config.steps=3"])
+
+
+def check(*flags) -> int:
+    """Return the exit code."""
+    try:
+        cli.main(["check", *flags])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_reference_gradients_of_attention_are_finite_differences(softcap):
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=shape) for shape in ((1, 3, 4, 5), (1, 6, 2, 5), (1, 6, 2, 5))]
+    cotangent, mask_BST = rng.normal(size=(1, 3, 4, 5)), references.visible(3, 6, causal=True, window=4)[None]
+    _, *gradients = references.attention(*arrays, mask_BST, cotangent, 0.7, softcap)
+    for number, gradient in enumerate(gradients):
+        for _ in range(10):
+            index, ends = tuple(rng.integers(0, size) for size in gradient.shape), []
+            for sign in (1, -1):
+                moved = [array.copy() for array in arrays]
+                moved[number][index] += sign * 1e-6
+                ends.append((references.attention(*moved, mask_BST, cotangent, 0.7, softcap)[0] * cotangent).sum())
+            assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(gradient[index], rel=1e-6, abs=1e-8)
