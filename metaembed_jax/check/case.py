@@ -36,6 +36,7 @@ class Case(NamedTuple):
       read: result -> {name: array} to compare.
       carries: the result's first part takes the place of the first argument in the next call, which donates it.
       dtype: of the products.
+      implementation: of attention, by its own account; "": the kernels that the lowered program calls.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Case(NamedTuple):
     read: Callable = lambda result: result
     carries: bool = False
     dtype: str = "float32"
+    implementation: str = ""
 
 
 class Result(NamedTuple):
@@ -61,7 +63,7 @@ class Result(NamedTuple):
       problem: why not, in one line; "" where they are.
       error: of the output that comes closest to what is allowed of it, `tolerance`, or exceeds it the most.
       output: its name.
-      implementation: of attention or a kernel in the program: splash, cudnn, pallas or xla.
+      implementation: who computes it: a name of `attention_implementation`, else `kernels_in` the program.
       seconds: of the fastest call.
       compile_seconds: lowering and compiling.
       planned_bytes: of a device, that the compiler reserves: arguments, results, temporaries.
@@ -104,7 +106,7 @@ def _stages(case: Case, result: Result, mesh: Mesh):
     arguments = case.arguments() if case.abstract is None else case.abstract
     start = time.perf_counter()
     lowered = case.function.lower(*arguments)
-    result = result._replace(implementation=implementation(lowered.as_text()))
+    result = result._replace(implementation=case.implementation or kernels_in(lowered.as_text()))
     compiled = lowered.compile()
     result = result._replace(compile_seconds=time.perf_counter() - start, planned_bytes=planned_bytes(compiled))
     yield result
@@ -176,10 +178,10 @@ def best_time(compiled: Callable, arguments: tuple, carries: bool) -> float:
     return min(times)
 
 
-def implementation(text: str) -> str:
-    """Return which kernels a lowered program calls, by the names of their targets."""
-    targets = {"tpu_custom_call": "mosaic", "cudnn": "cudnn", "triton": "pallas", "mosaic_gpu": "pallas"}
-    return "+".join(sorted({kind for target, kind in targets.items() if target in text})) or "xla"
+def kernels_in(text: str) -> str:
+    """Return "pallas" where a lowered program calls kernels of the package's or of JAX's, "cudnn" for cuDNN's, else "xla"."""
+    targets = {"tpu_custom_call": "pallas", "__cudnn": "cudnn"}
+    return "+".join(kind for target, kind in targets.items() if target in text) or "xla"
 
 
 def planned_bytes(compiled) -> int | None:

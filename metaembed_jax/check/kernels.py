@@ -184,6 +184,17 @@ def attention_case(mesh: Mesh, sizes: Sizes, kind: Kind, dtype: str) -> Case:
         outputs = references.attention(*arrays, mask_BST, rounded(cotangent, dtype), kind.scale, kind.softcap)
         return dict(zip(("output", "d query", "d key", "d value"), outputs, strict=True))
 
+    device = mesh.devices.flat[0]
+    implementation = attention_module.attention_implementation(
+        "cuda" if device.platform == "gpu" else device.platform,
+        (2 * repeats, S, H, K + kind.around_padding),
+        (2 * repeats, T, G, K + kind.around_padding),
+        jnp.dtype(dtype),
+        causal=kind.causal,
+        scale=kind.scale,
+        softcap=kind.softcap,
+        window=kind.window,
+    )
     pairs = references.visible(S, T, kind.causal, kind.window).sum() * 2 * repeats
     moved = 6 * itemsize(dtype) * (query.size + key.size) * repeats
     return Case(
@@ -195,6 +206,7 @@ def attention_case(mesh: Mesh, sizes: Sizes, kind: Kind, dtype: str) -> Case:
         12.0 * pairs * H * K,
         moved,
         dtype=dtype,
+        implementation=implementation,
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metaembed_jax import cli
-from metaembed_jax.backbones import attention, layers
+from metaembed_jax.backbones import attention_xla, layers
 from metaembed_jax.check import command, kernels, references
 from metaembed_jax.late_interaction import matryoshka, maxsim
 
@@ -42,7 +42,7 @@ def test_all_float32_lines_are_right_on_a_cpu(capsys):
 
 
 def one_key_too_many(original):
-    return lambda mask, k=0: original(mask, k=k + 1)
+    return lambda first, *sizes: original(first + 1, *sizes)
 
 
 def in_bfloat16(original):
@@ -62,7 +62,7 @@ def larger(original):
 
 
 FAULTS = {  # what is replaced, by what, lines to run, which of them are wrong
-    "mask": (attention.jnp, "tril", one_key_too_many, "causal 64", ["attention causal 64 f32", "attention causal 64 bf16"]),
+    "mask": (attention_xla, "_visible", one_key_too_many, "causal 64", ["attention causal 64 f32", "attention causal 64 bf16"]),
     "maxsim in bfloat16": (maxsim, "product", in_bfloat16, "maxsim f32", ["maxsim f32", "maxsim f32 masked"]),
     "loss in bfloat16": (matryoshka, "product", in_bfloat16, "loss f32", ["loss f32"]),
     "linear in bfloat16": (layers.Linear, "__call__", of_bfloat16, "linear", ["linear f32"]),

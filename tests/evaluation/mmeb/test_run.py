@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from metaembed_jax.check.references import maxsim_scores
 from metaembed_jax.data.sources.files import ImageFolder
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.mmeb import report, run
@@ -14,7 +15,6 @@ from metaembed_jax.evaluation.mmeb.reading import read_task
 from metaembed_jax.evaluation.mmeb.tasks import GROUPS, TASKS
 from tests.data.field_files import mmeb_test_rows, picture, write_mmeb_test, write_parquet
 from tests.evaluation.parsed_page import Page
-from metaembed_jax.check.references import maxsim_scores
 
 BUDGETS = ((1, 1), (16, 64))
 ABOUT = {"config": "small", "checkpoint": "step 8"}

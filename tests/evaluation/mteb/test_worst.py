@@ -7,12 +7,12 @@ import pytest
 
 pytest.importorskip("mteb")
 
+from metaembed_jax.check.references import maxsim_scores  # noqa: E402
 from metaembed_jax.evaluation.mteb import worst  # noqa: E402
 from metaembed_jax.evaluation.mteb.run import evaluate_task  # noqa: E402
 from metaembed_jax.evaluation.mteb.searcher import Scores, Searcher  # noqa: E402
 from metaembed_jax.evaluation.worst import Miss  # noqa: E402
 from tests.evaluation.mteb.pages import OtherPages, Pages, picture  # noqa: E402
-from metaembed_jax.check.references import maxsim_scores  # noqa: E402
 
 
 class Gaps(Pages):
