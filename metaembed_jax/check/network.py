@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +28,8 @@ from metaembed_jax.check.case import SHORT, Case
 from metaembed_jax.checkpoints.loading import run_processor
 from metaembed_jax.config import default_config, model_config
 from metaembed_jax.data import tokenizer
-from metaembed_jax.data.slots import slots
-from metaembed_jax.inputs.examples import Example, ShapeClass, collate
+from metaembed_jax.data.slots import fill, slots
+from metaembed_jax.inputs.examples import Example, ShapeClass
 from metaembed_jax.model import make_encode
 from metaembed_jax.network import SIDES, abstract_network, abstract_parameters, init_parameters
 from metaembed_jax.planning.flops import encode_flops, train_flops
@@ -127,7 +127,7 @@ class Subject:
 
     @functools.cached_property
     def batch(self) -> dict:
-        """A training batch of this host, of random texts and images in all rows of all shape classes."""
+        """A training batch of random texts, and of as many random images as its shape classes have room for."""
         config, architecture = self.config, self.model.architecture
         items = config.batch_size * (1 + config.data.negatives)
         rng, batch = np.random.default_rng(0), {}
@@ -137,19 +137,16 @@ class Subject:
             processor = run_processor(config, file)
         for side, count in zip(SIDES, (config.batch_size, items), strict=True):
             rows = slots(config, f"{side}_shapes", count, architecture.patch_multiple, np.arange(config.microbatch_size))
-            groups = []
-            for shape, microbatches in zip(rows.shapes, rows.microbatches, strict=True):
-                examples = [random_example(processor, side, shape, rng) for _ in range(microbatches * rows.size)]
-                arrays = collate(examples, shape, architecture.layout).items()
-                groups.append({key: x.reshape(microbatches, rows.size, *x.shape[1:]) for key, x in arrays})
-            batch[side] = {"groups": tuple(groups), "order": np.arange(count, dtype=np.int32)}
+            process, (images, _) = getattr(processor, side), rows.room
+            drawn = [random_item(process, rows.shapes[-1 if n < images else 0], rng) for n in range(count)]
+            batch[side] = fill([(item, f"random {side}") for item in drawn], process, rows, architecture.layout)
         batch["negative_mask"] = np.ones((config.batch_size, config.data.negatives), bool)
         batch["source"] = np.zeros(config.batch_size, np.int32)
         return batch
 
     def batch_of(self, side: str) -> tuple[ShapeClass, dict]:
         """The largest shape class of a side, and its first microbatch."""
-        arrays = {key: x[0] for key, x in self.batch[side]["groups"][-1].items()}
+        arrays = {key: x[0] for key, x in self.batch[side]["groups"][-1].items() if key != "item"}
         return ShapeClass(*max(self.config.data[f"{side}_shapes"])[:2]), arrays
 
     @functools.cached_property
@@ -219,17 +216,17 @@ class Subject:
         return max(group[SIDES.index(side)] for group in self.config.groups)
 
 
-def random_example(processor, side: str, shape: ShapeClass, rng: np.random.Generator) -> Example:
-    """A text of random length, or where the class has room for it a random image: of the first shape that fits, or square."""
-    process = functools.partial(getattr(processor, side), max_tokens=shape.tokens, name=f"a random {side}")
+def random_item(process: Callable[..., Example], shape: ShapeClass, rng: np.random.Generator) -> dict:
+    """A text of random length, or where the class has room for it a random image: of the first random size that fits, or square."""
     if not shape.patches:
-        return process({"text": " ".join(rng.choice(WORDS, rng.integers(1, max(shape.tokens // 4, 2))))})
+        return {"text": " ".join(rng.choice(WORDS, rng.integers(1, max(shape.tokens // 4, 2))))}
     for height, width in (*rng.integers(80, 400, (4, 2)), (400, 400)):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-        example = process({"text": rng.choice(WORDS), "image": image})
+        item = {"text": str(rng.choice(WORDS)), "image": image}
+        example = process(item, max_tokens=shape.tokens)
         if example.patches <= shape.patches and len(example.tokens) <= shape.tokens:
             break
-    return example
+    return item
 
 
 def _put(parameters: dict, abstract: dict) -> dict:
