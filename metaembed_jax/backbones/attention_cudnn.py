@@ -1,8 +1,11 @@
 """cuDNN's flash attention on NVIDIA cards, by `jax.nn.dot_product_attention`.
 
-cuDNN knows a row's padding as a length, not as a mask. So each row's keys that may be seen are moved to its front, in their order,
-and with a causal mask its queries with them. JAX's XLA implementation takes the same arguments, and checks this on a CPU; cuDNN
-itself was not run here.
+cuDNN can take a row's padding as a length. So each row's keys that may be seen are moved to its front, in their order, and with a
+causal mask its queries with them. A mask as an array would be one number for each pair, and has made NaN of gradients on Hopper
+cards (https://github.com/pytorch/pytorch/issues/196678).
+
+JAX's XLA implementation takes the same arguments, and with it a CPU checks everything here but cuDNN itself, which was only
+compiled for an H100, not run.
 
 Letters as in `attention`.
 """
@@ -17,22 +20,29 @@ WIDTH_MULTIPLE = 8  # of a head: cuDNN takes no other
 def cudnn(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=None, softcap=None, window=None, implementation="cudnn"):
     """Run the kernel on one device; see `attention`. With `causal` there are as many queries as keys."""
     assert softcap is None and window is None and (not causal or query_BSHK.shape[1] == key_BTGK.shape[1])
-    K = query_BSHK.shape[3]
-    arrays = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -K % WIDTH_MULTIPLE))) for x in (query_BSHK, key_BTGK, value_BTGK))
+    K, T = key_BTGK.shape[3], key_BTGK.shape[1]
+    query, key, value = (_whole_width(x) for x in (query_BSHK, key_BTGK, value_BTGK))
     order_BT = jnp.argsort(~key_mask_BT, axis=1, stable=True)
     inverse_BT = jnp.argsort(order_BT, axis=1)
-    query, key, value = arrays
+    # A row without a key sees its first one: over nothing, a softmax is not a number.
+    lengths_B = jnp.maximum(key_mask_BT.sum(axis=1, dtype=jnp.int32), 1)
+    is_key_BT11 = (jnp.arange(T) < lengths_B[:, None])[..., None, None]
+    # Zeros behind the keys stop whatever the kernel leaves there of a gradient.
+    key, value = (jnp.where(is_key_BT11, _reorder(x, order_BT, inverse_BT), 0) for x in (key, value))
     mixed_BSHK = jax.nn.dot_product_attention(
         _reorder(query, order_BT, inverse_BT) if causal else query,
-        _reorder(key, order_BT, inverse_BT),
-        _reorder(value, order_BT, inverse_BT),
+        key,
+        value,
         scale=K**-0.5 if scale is None else scale,
         is_causal=causal,
-        # A row without a key sees its first one: over nothing, a softmax is not a number.
-        key_value_seq_lengths=jnp.maximum(key_mask_BT.sum(axis=1, dtype=jnp.int32), 1),
+        key_value_seq_lengths=lengths_B,
         implementation=implementation,
     )
     return (_reorder(mixed_BSHK, inverse_BT, order_BT) if causal else mixed_BSHK)[..., :K]
+
+
+def _whole_width(x_BTHK: Array) -> Array:
+    return jnp.pad(x_BTHK, ((0, 0), (0, 0), (0, 0), (0, -x_BTHK.shape[3] % WIDTH_MULTIPLE)))
 
 
 @jax.custom_vjp

@@ -109,6 +109,24 @@ def test_each_equals_the_definition(name, case, small_blocks):
     assert_close(found, definition(*inputs, **kind), tolerance)
 
 
+def test_cudnn_may_leave_anything_behind_the_keys(monkeypatch):
+    """Of a gradient, in the part of a row that a length cuts off."""
+    *sizes, kind, dtype, tolerance = CASES["vision"]
+    attend = jax.nn.dot_product_attention
+
+    def leaving_nan(query, key, value, *, key_value_seq_lengths, **options):
+        behind = (jnp.arange(key.shape[1]) >= key_value_seq_lengths[:, None])[..., None, None]
+        leave = jax.custom_vjp(lambda x, behind: x)
+        leave.defvjp(lambda x, behind: (x, behind), lambda behind, gradient: (jnp.where(behind, jnp.nan, gradient), None))
+        key, value = leave(key, behind), leave(value, behind)
+        return attend(query, key, value, key_value_seq_lengths=key_value_seq_lengths, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", leaving_nan)
+    inputs = noise(*sizes, dtype)
+    found = output_and_gradients(partial(cudnn, **kind, implementation="xla"), *inputs)
+    assert_close(found, definition(*inputs, **kind), tolerance)
+
+
 @pytest.mark.parametrize("name, key_heads", [("splash", 2), ("splash", 1), ("cudnn", 2), ("blocks", 2)])
 def test_in_a_scan_on_a_mesh_each_equals_xla(name, key_heads, small_blocks):
     """Two key heads are split over the tensor axis, one cannot be."""
