@@ -6,8 +6,8 @@
     xla       everywhere else, and where keys or scores are few
 
 XLA alone writes the scores of all pairs to memory, [B, H, S, T]; the others hold a part of them at a time, forward and backward.
-Compiled for v5e, 8 causal sequences of 2048, 16 heads of 128, with gradients: 4128 MiB of temporaries with XLA, 518 MiB with
-splash.
+Temporaries with gradients, as compiled: 8 causal sequences of 2048, 16 heads of 128, for v5e: 4128 MiB with XLA, 518 with splash;
+8 pages of 5120 patches, 16 heads of 80, bfloat16, for an H100: 32,002 MiB with XLA, 1,359 in blocks, 203 with cuDNN.
 
 B batch, S queries, T keys, H heads, G key/value heads, K head width.
 """
