@@ -167,6 +167,7 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
                 if train_step is None:
                     with watch.spending("compile"), announced("the training step"):
                         train_step = trainer.step.lower(state, arrays).compile()
+                    writer.say(f"compiled the training step in {watch.spent('compile'):.1f} s")
                 state, figures = train_step(state, arrays)
                 pending.fetch()
                 pending.put(step, figures)
@@ -191,8 +192,8 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
                     checkpoints.wait()
                     writer.say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
                     return False
-        checkpoints.wait()
-        hosts.wait_for_all("trained")  # from here on, one that is terminated ends all
+            checkpoints.wait()
+            hosts.wait_for_all("trained")  # from here on, one that is terminated ends all
         return True
     finally:
         batches.close()

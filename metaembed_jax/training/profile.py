@@ -23,6 +23,10 @@ class Stopwatch:
         yield
         self._spent[kind] += time.monotonic() - began
 
+    def spent(self, kind: str) -> float:
+        """Seconds of this kind since the last reading."""
+        return self._spent[kind]
+
     def read(self) -> dict[str, float]:
         """{"seconds/input": waited for batches, "seconds/checkpoint": without what the background writes, ...} of `KINDS`."""
         now, spent = time.monotonic(), self._spent

@@ -28,9 +28,9 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def wait_for(path):
+def wait_for(path, pattern="."):
     until = time.monotonic() + 300
-    while not path.exists():
+    while not (path.exists() and (pattern == "." or any(path.glob(pattern)))):
         assert time.monotonic() < until, f"{path} does not come"
         time.sleep(0.05)
 
@@ -72,9 +72,11 @@ def test_two_hosts_evaluate_as_one(whole, data_dir, tmp_path):
 
 
 def test_sigterm_to_one_host_saves_and_stops_all(data_dir, tmp_path):
+    """After a save by the first host's clock; both exit with the code that schedulers start a job again for."""
+    by_clock = training(tmp_path / "run", data_dir, **LONG | {"steps": 300, "save_every": 300, "save_minutes": 0.02})
     command = training(tmp_path / "run", data_dir, **LONG | {"steps": 300})
-    with Hosts(2, command) as hosts:
-        wait_for(tmp_path / "run/checkpoints/5")
+    with Hosts(2, by_clock) as hosts:
+        wait_for(tmp_path / "run/checkpoints", "[0-9]*")
         hosts.processes[1].send_signal(signal.SIGTERM)
         (out, _), _ = hosts.wait(code=143)
     step = int(out.split("stopped by SIGTERM after step ")[1].split(",")[0])
@@ -84,6 +86,15 @@ def test_sigterm_to_one_host_saves_and_stops_all(data_dir, tmp_path):
         wait_for(tmp_path / f"run/checkpoints/{after}")
         assert f"resuming at step {step} of 300" in hosts.kill()[0]
     assert list(losses(tmp_path / "run"))[:after] == list(range(1, after + 1))
+
+
+def test_sigterm_to_one_host_that_starts_stops_all(data_dir, tmp_path):
+    with Hosts(2, training(tmp_path / "run", data_dir)) as hosts:
+        wait_for(tmp_path / "run/tokenizer.json")
+        hosts.processes[1].send_signal(signal.SIGTERM)
+        said = hosts.wait(code=143)
+    assert any("stopped by SIGTERM" in text for host in said for text in host)
+    assert not any("Traceback" in errors or "error:" in errors for _, errors in said)
 
 
 def test_hosts_that_disagree_are_refused(data_dir, tmp_path):

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from html import escape
 from pathlib import Path
 
@@ -108,16 +107,6 @@ def test_interrupted_equals_uninterrupted(small_config, whole, tmp_path, monkeyp
     assert [json.loads(line)["step"] for line in ours] == list(range(1, 9))
 
 
-def test_sigterm_saves_and_returns(small_config, tmp_path, monkeypatch, capsys):
-    stop_at(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert threading.current_thread() is threading.main_thread()
-    assert train(small_config, tmp_path / "run") is False
-    assert "stopped by SIGTERM after step 3" in capsys.readouterr().out
-    checkpoints = RunCheckpoints(tmp_path / "run")
-    assert checkpoints.steps()[0] == 3
-    checkpoints.close()
-
-
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -148,6 +137,9 @@ def test_sigterm_at_any_other_moment_loses_nothing(small_config, whole, tmp_path
     assert train(small_config, tmp_path / "run") is False
     assert "stopped by SIGTERM after step 3" in capsys.readouterr().out
     monkeypatch.undo()
+    checkpoints = RunCheckpoints(tmp_path / "run")
+    assert checkpoints.steps() == [3] and checkpoints.best_step() == 3
+    checkpoints.close()
 
     terminated_in(loop.evaluation, "evaluate", lambda model, config, split, *_: split == "test")
     small_config.validate_every = 8
