@@ -27,7 +27,7 @@ from metaembed_jax.votes import POLL, TERMINATED, Terminated
 FAILED, SEEN = "metaembed/failed", "metaembed/seen/"
 COORDINATOR_SECONDS = 50  # in which the first host is to answer
 GRACE = 10  # seconds in which the others learn why the first one to fail fails
-_said = itertools.count()
+_said, _ending = itertools.count(), threading.Lock()
 
 
 def connect(coordinator: str | None, hosts: int | None, host: int | None) -> None:
@@ -140,13 +140,15 @@ def speaking_once() -> Iterator[None]:
 
 
 def _tell_others(error: BaseException, code: int) -> None:
+    """Tells them why, and waits until they know. If another host failed first, which may be why this one does, ends as that one."""
     client = distributed.global_state.client
     reason = str(error) if isinstance(error, UserError | Terminated) else f"{type(error).__name__}: {error}"
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host failed first
+    try:
         client.key_value_set(FAILED, f"{code} host {jax.process_index()}: {reason}")
-    client.key_value_set(f"{SEEN}{jax.process_index()}", "")
+    except jax.errors.JaxRuntimeError:
+        _follow(client.key_value_try_get(FAILED))
     until = time.monotonic() + GRACE
-    while time.monotonic() < until and len(client.key_value_dir_get(SEEN)) < jax.process_count():
+    while time.monotonic() < until and len(client.key_value_dir_get(SEEN)) < jax.process_count() - 1:
         time.sleep(0.2)
 
 
@@ -154,13 +156,19 @@ def _watch(finished: threading.Event) -> None:
     """Waits for another host's failure. This one may hang in a collective that the other never joins, so it ends at once."""
     client = distributed.global_state.client
     while not finished.wait(POLL):
-        try:
-            code, _, reason = client.key_value_try_get(FAILED).partition(" ")
-        except jax.errors.JaxRuntimeError:
-            continue
-        print(reason if int(code) == TERMINATED else f"error: {reason}", file=sys.stderr, flush=True)
-        client.key_value_set(f"{SEEN}{jax.process_index()}", "")
-        _leave(int(code))
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _follow(client.key_value_try_get(FAILED))
+
+
+def _follow(failure: str) -> None:
+    """Ends this process as another host's failure says."""
+    if not _ending.acquire(blocking=False):
+        time.sleep(GRACE)  # another thread is about to
+    code, _, reason = failure.partition(" ")
+    print(reason if int(code) == TERMINATED else f"error: {reason}", file=sys.stderr, flush=True)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is there any more to be told
+        distributed.global_state.client.key_value_set(f"{SEEN}{jax.process_index()}", "")
+    _leave(int(code))
 
 
 def _leave(code: int) -> None:

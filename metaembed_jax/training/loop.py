@@ -167,6 +167,7 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
                 if train_step is None:
                     with watch.spending("compile"), announced("the training step"):
                         train_step = trainer.step.lower(state, arrays).compile()
+                    writer.unpause()
                     writer.say(f"compiled the training step in {watch.spent('compile'):.1f} s")
                 state, figures = train_step(state, arrays)
                 pending.fetch()

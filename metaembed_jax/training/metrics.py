@@ -64,6 +64,10 @@ class MetricsWriter:
         """One more step is done."""
         self._bar.update()
 
+    def unpause(self) -> None:
+        """Leaves the time since the last step out of the time that the bar expects."""
+        self._bar.unpause()
+
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
         self._bar.write(line)
