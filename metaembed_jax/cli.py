@@ -12,7 +12,8 @@ from metaembed_jax.config import load_config
 from metaembed_jax.data import sources
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import report
-from metaembed_jax.flags import Parser, add_config, run_main, split_overrides
+from metaembed_jax.files import write_bytes
+from metaembed_jax.flags import Parser, add_config, any_path, local_path, model_name, run_main, split_overrides
 from metaembed_jax.planning import command as planning
 from metaembed_jax.retrieval import command as retrieval
 from metaembed_jax.retrieval.manifest import DTYPES
@@ -26,18 +27,18 @@ def main(argv: Sequence[str]) -> None:
     prepare = commands.add_parser("prepare", help="write a source as ArrayRecord, where training and evaluation read it")
     kinds = [f"{kind} (--from: {about})" for kind, (*_, about) in sources.READERS.items()]
     prepare.add_argument("--source", required=True, help="; ".join([*sources.GENERATED, *kinds]))
-    prepare.add_argument("--from", dest="path", type=Path, help="the files to read; none for a source that is generated")
-    prepare.add_argument("--out", type=Path, default=Path("data"), help="the folder of all sources (default: data)")
+    prepare.add_argument("--from", dest="path", type=local_path, help="the files to read; none for a source that is generated")
+    prepare.add_argument("--out", type=local_path, default=Path("data"), help="the folder of all sources (default: data)")
     prepare.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes to read with (default: one a core)")
     prepare.add_argument("--skip", type=_count, default=0, help="bad rows of a source to leave out before an error (default: 0)")
     prepare.set_defaults(run=_prepare)
     plot = commands.add_parser("plot", help="draw quality against budget of several runs in one picture")
-    plot.add_argument("results", type=Path, nargs="+", help="results.json of train.py or eval.py, one for each line")
-    plot.add_argument("--out", type=Path, default=Path("quality.png"), help="the picture (default: quality.png)")
+    plot.add_argument("results", type=any_path, nargs="+", help="results.json of train.py or eval.py, one for each line")
+    plot.add_argument("--out", type=any_path, default=Path("quality.png"), help="the picture (default: quality.png)")
     plot.set_defaults(run=_plot)
     out = commands.add_parser("export", help="write a trained model for transformers, sentence-transformers or peft")
-    out.add_argument("--checkpoint", required=True, help="a run of train.py, or a Hugging Face directory")
-    out.add_argument("--out", type=Path, required=True, help="a folder that is empty or not there yet")
+    out.add_argument("--checkpoint", type=model_name, required=True, help="a run of train.py, or a Hugging Face directory")
+    out.add_argument("--out", type=any_path, required=True, help="a folder that is empty or not there yet")
     out.add_argument("--format", required=True, choices=tuple(FORMATS), help="whose format")
     out.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the tensors (default: the one it was trained in)")
     out.set_defaults(run=_export)
@@ -54,19 +55,19 @@ def main(argv: Sequence[str]) -> None:
     add_config(check, required=False)
     check.set_defaults(run=_check)
     index = commands.add_parser("index", help="encode what is to be searched; killed and run again, it goes on where it was")
-    index.add_argument("--model", required=True, help="a run of train.py, a Hugging Face directory, or a hub id")
-    index.add_argument("--input", type=Path, required=True, help="a folder of images and PDF files, or a .jsonl or .parquet")
-    index.add_argument("--out", type=Path, required=True, help="the index; one that is there is replaced in the end")
+    index.add_argument("--model", type=model_name, required=True, help="a run of train.py, a Hugging Face directory, or a hub id")
+    index.add_argument("--input", type=local_path, required=True, help="a folder of images and PDF files, or a .jsonl or .parquet")
+    index.add_argument("--out", type=local_path, required=True, help="the index; one that is there is replaced in the end")
     index.add_argument("--budget", type=int, help="vectors to keep of each item (default: all)")
     index.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the vectors on disk (default: bfloat16)")
     index.set_defaults(run=_index)
     search = commands.add_parser("search", help="find what fits a text, an image, or both")
-    search.add_argument("--index", type=Path, required=True, help="what the command `index` wrote")
+    search.add_argument("--index", type=local_path, required=True, help="what the command `index` wrote")
     search.add_argument("query", nargs="?", help="a text")
-    search.add_argument("--image", type=Path, help="a file")
+    search.add_argument("--image", type=local_path, help="a file")
     search.add_argument("--budget", help="such as 4:8, or stages, 1:1:1000>16:64 (default: all vectors)")
     search.add_argument("-k", type=int, help="how many to show (default: 10)")
-    search.add_argument("--model", help="where the index's model is now (default: where it was)")
+    search.add_argument("--model", type=model_name, help="where the index's model is now (default: where it was)")
     search.set_defaults(run=_search)
     for command in (out, check, index, search):
         add_device_flags(command)
@@ -101,7 +102,7 @@ def _prepare(arguments: Namespace) -> None:
 
 def _plot(arguments: Namespace) -> None:
     found = [report.read_results(path) for path in arguments.results]
-    report.write_file(arguments.out, report.picture([(results["config"]["name"], results) for results in found]))
+    write_bytes(arguments.out, report.picture([(results["config"]["name"], results) for results in found]))
     print(f"written: {arguments.out}")
 
 

@@ -12,6 +12,8 @@ import filelock
 import jax
 from tqdm import tqdm
 
+from metaembed_jax.files import cache_folder
+
 LARGEST = 8 * 2**30  # bytes; the least recently used programs go first. The programs of a 7b are some 100 MB each
 MOST = 2000  # programs: JAX looks at all of them before it writes one more
 LOCK_SECONDS = 5
@@ -27,7 +29,7 @@ def keep_programs(environment: Mapping[str, str] = os.environ) -> Path | None:
     """
     if environment.get("JAX_COMPILATION_CACHE_DIR") or not jax.config.jax_enable_compilation_cache:
         return None
-    folder = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaembed_jax" / "programs"
+    folder = cache_folder(environment) / "programs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _tidy(folder)

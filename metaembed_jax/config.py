@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from metaembed_jax.backbones import family
 from metaembed_jax.backbones.lora import LoraConfig
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import check_scheme, local_path
 from metaembed_jax.late_interaction.groups import GROUPS, validate_groups
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.trained import lora_patterns
@@ -229,6 +230,8 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       UserError: names the key, its value, and what would do.
     """
+    check_scheme(config.init_from)
+    local_path(config.data.dir)
     validate_groups(config.groups, config.query_tokens, config.candidate_tokens)
     _choice(config, "dtype", ("float32", "bfloat16"))
     _choice(config, "frozen_dtype", ("", "bfloat16", "float32", "int8"))

@@ -1,9 +1,12 @@
 """Flags, and how an error reaches the user: one line, exit code 2."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+from metaembed_jax import files
 from metaembed_jax.errors import UserError
 
 
@@ -57,6 +60,33 @@ def split_overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return overrides, rest
 
 
+def any_path(text: str) -> Path:
+    """The type of a flag whose files may be in a bucket, gs://BUCKET/PATH."""
+    with _complaints():
+        return files.any_path(text)
+
+
+def local_path(text: str) -> Path:
+    """The type of a flag whose files must be on a disk."""
+    with _complaints():
+        return files.local_path(text)
+
+
+def model_name(text: str) -> str:
+    """The type of a flag that is a path of any kind, or the id of a model on the hub."""
+    with _complaints():
+        return files.check_scheme(text)
+
+
+@contextlib.contextmanager
+def _complaints() -> Iterator[None]:
+    """Makes a `UserError` what argparse says of a flag, by its name."""
+    try:
+        yield
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def printable(text: str) -> str:
     """A text that may come from others' files, for one line of a terminal."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
@@ -70,7 +100,13 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # of a path or a disk, in the system's own words
-        print(f"error: {ascii(error.filename) + ': ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        name = f"{ascii(error.filename)}: " if error.filename else ""
+        print(f"error: {name}{error.strerror or printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if (reason := files.bucket_reason(error)) is None:
+            raise
+        print(f"error: {files.BUCKET}: {printable(reason)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -42,7 +42,7 @@ WRONG = [
     (["metaembed_jax", "index", "--model=x", "--input=none", "--out=out"], "none: no such file or folder"),
     (["metaembed_jax", "search", "--index=none", "a"], "none is no index: it has no manifest.json"),
     (["metaembed_jax", "search", "--index=none"], "nothing to search for"),
-    (["metaembed_jax", "plot", "none.json"], "none.json cannot be read"),
+    (["metaembed_jax", "plot", "none.json"], "none.json: cannot be read"),
     (["metaembed_jax", "prepare", "--source=cats"], "no source 'cats'; there are icons, boards"),
 ]
 

@@ -4,16 +4,21 @@ A run's checkpoints hold what trained. Where something did not, `run.json` says 
 is read from there again.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from tqdm import tqdm
 
-from metaembed_jax.checkpoints.huggingface import list_tensors, read_json
+from metaembed_jax import files
+from metaembed_jax.checkpoints.huggingface import list_tensors
 from metaembed_jax.errors import UserError
 
 ROWS, COLUMNS = 64, 256  # of each tensor that the fingerprint reads at most
@@ -40,6 +45,9 @@ def find(name: str | Path) -> Path:
     Raises:
       UserError: there is no such directory, and the hub does not give one.
     """
+    files.check_scheme(os.fspath(name))
+    if files.is_bucket(name):
+        return _find_in_bucket(files.any_path(name))
     try:
         directory = Path(name).expanduser()
         if directory.exists():
@@ -48,6 +56,35 @@ def find(name: str | Path) -> Path:
     except Exception as error:  # of a path the system has its own, and of the net every library below the hub's client
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name}: there is no such directory, and the hub gives no model of this id ({reason})") from error
+
+
+def _find_in_bucket(directory: Path) -> Path:
+    """A run stays where it is. The files of a Hugging Face directory are copied once: safetensors reads from disks alone.
+
+    Raises:
+      UserError: it is neither of the two, or there is no room for the copy.
+    """
+    files.check_bucket(directory)
+    if (directory / "run.json").exists():
+        return directory
+    if not (directory / "config.json").exists():
+        raise UserError(f"{directory}: is neither a run (it has no run.json) nor a Hugging Face model (it has no config.json)")
+    system = files.file_system(directory)
+    stored = [entry for entry in system.ls(os.fspath(directory), detail=True) if entry["name"].endswith((".safetensors", ".json"))]
+    version = [(entry["name"], entry["size"], entry["generation"]) for entry in stored]
+    folder = files.cache_folder() / "models" / files.digest(repr(sorted(version)).encode())
+    if folder.exists():
+        return folder
+    with files.write_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            copy = Path(scratch) / "model"
+            copy.mkdir()
+            for entry in tqdm(stored, f"copying {directory}", unit="file", delay=2):
+                system.get_file(entry["name"], str(copy / entry["name"].rpartition("/")[2]))
+            with contextlib.suppress(OSError):  # another process was here first
+                copy.replace(folder)
+    return folder
 
 
 def open_base(name: str) -> Base:
@@ -59,7 +96,7 @@ def open_base(name: str) -> Base:
     directory = find(name)
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory}: is no Hugging Face model, it has no config.json")
-    stands = Path(name).expanduser().exists()
+    stands = not files.is_bucket(name) and Path(name).expanduser().exists()
     return Base(str(directory.absolute()) if stands else str(name), directory, fingerprint(directory))
 
 
@@ -87,9 +124,9 @@ def fingerprint(directory: Path) -> str:
     Files and their order do not count. All of a large checkpoint would take minutes to read: about `ROWS` rows of a tensor
     are, with `COLUMNS` numbers of each. Weights that were trained further differ there; a single number elsewhere is not seen.
     """
-    stored = {key: value for key, value in read_json(directory / "config.json").items() if key not in WRITERS_KEYS}
+    stored = {key: value for key, value in files.read_json(directory / "config.json").items() if key not in WRITERS_KEYS}
     parts = [digest for file in directory.glob("*.safetensors") for digest in _digests(file)]
-    return hashlib.sha256("".join([json.dumps(stored, sort_keys=True), *sorted(parts)]).encode()).hexdigest()[:16]
+    return files.digest("".join([json.dumps(stored, sort_keys=True), *sorted(parts)]).encode())
 
 
 def _digests(file: Path) -> list[str]:

@@ -4,12 +4,10 @@
     sentence-transformers   the same files, with modules.json and one small module, for MultiVectorEncoder
     peft                    the adapter, for PeftModel.from_pretrained on the base, with Meta Tokens and head beside it
 
-Each is written as `<out>.<process>.tmp` and moved, so that it is whole or not there.
+Each is written next to its place, or on a disk if that is in a bucket, and moved, so that it is whole or not there.
 """
 
 import dataclasses
-import json
-import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -18,11 +16,11 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
+from metaembed_jax import files
 from metaembed_jax.backbones import family
 from metaembed_jax.checkpoints import peft_export, torch_export
 from metaembed_jax.checkpoints.base import find
 from metaembed_jax.checkpoints.card import model_card
-from metaembed_jax.checkpoints.huggingface import read_json
 from metaembed_jax.checkpoints.loading import load, read_about, run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config import EXPORTS, model_config, names_config
@@ -55,12 +53,13 @@ class Trained(NamedTuple):
     results: dict | None
 
 
-def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = None) -> None:
+def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = None, replace: bool = False) -> None:
     """Writes a run (its best checkpoint), or a Hugging Face directory, in another library's format.
 
     Args:
       kind: a key of `FORMATS`.
       dtype: of the stored tensors, "float32" or "bfloat16"; by default the one that the model was trained in.
+      replace: an export that is there is replaced, once the new one is written.
 
     Raises:
       UserError: `out` is not empty or cannot be written, or the model cannot be put into this format.
@@ -69,25 +68,17 @@ def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = Non
         raise UserError(f"--format={kind}: expected {', '.join(FORMATS)}")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another --out")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not replace and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out")
-    trained, out = read_trained(find(checkpoint), dtype), out.resolve()
+    trained, out = read_trained(find(checkpoint), dtype), out if files.is_bucket(out) else out.resolve()
     check_format(kind, trained.config.backbone, trained.paths)
-    scratch = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        scratch.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{scratch}: cannot be made ({error})") from error
-    try:
-        FORMATS[kind](scratch, trained)
-        (scratch / "README.md").write_text(model_card(kind, trained.config, trained.about, trained.results), encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        os.replace(scratch, out)
-    except (OSError, SafetensorError) as error:
+        with files.new_folder(out) as folder:
+            FORMATS[kind](folder, trained)
+            card = model_card(kind, trained.config, trained.about, trained.results)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    except SafetensorError as error:
         raise UserError(f"{out}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_format(kind: str, backbone: str, trained: Collection[str]) -> None:
@@ -123,7 +114,7 @@ def read_trained(directory: Path, dtype: str | None) -> Trained:
     if not (directory / "run.json").exists():
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory}: is neither a run (it has no run.json) nor a Hugging Face model (it has no config.json)")
-        stored = read_json(directory / "config.json")
+        stored = files.read_json(directory / "config.json")
         found = stored.get("dtype") or stored.get("torch_dtype")  # as transformers 5 names it, and as it did before
         dtype = dtype or (found if found in ("float32", "bfloat16") else "float32")
         config, parameters, processor = load(directory, dtype, mesh, 0, 1024)
@@ -149,7 +140,7 @@ def _origin(directory: Path, run: ConfigDict) -> dict[str, str]:
         return {"base": base["name"]}
     if not run.init_from:
         return {}
-    is_run = names_config(run.init_from) or (Path(run.init_from) / "run.json").is_file()
+    is_run = names_config(run.init_from) or (files.any_path(run.init_from) / "run.json").is_file()
     return {"start" if is_run else "base": run.init_from}
 
 
@@ -163,8 +154,8 @@ def _sentence_transformers(out: Path, trained: Trained) -> None:
     shutil.copyfile(family(trained.config.backbone).SENTENCE_TRANSFORMERS, out / "metaembed.py")
     modules = [{"idx": 0, "name": "0", "path": "", "type": "metaembed.MetaEmbed"}]
     settings = {"model_type": "MultiVectorEncoder", "similarity_fn_name": "maxsim", "prompts": {}}
-    (out / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")
-    (out / "config_sentence_transformers.json").write_text(json.dumps(settings, indent=2) + "\n")
+    files.write_json(out / "modules.json", modules)
+    files.write_json(out / "config_sentence_transformers.json", settings)
 
 
 def _peft(out: Path, trained: Trained) -> None:

@@ -5,7 +5,6 @@ shape is checked, all before the first number is read. Only safetensors: other f
 """
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from metaembed_jax.backbones.conversion import Source
 from metaembed_jax.backbones.layers import quantize
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -111,21 +111,6 @@ def read_vocabulary_rows(directory: Path, family: ModuleType, first: int, count:
         raise UserError(f"{directory}: has {rows} rows of {family.EMBEDDING_KEY}, and {first} to {first + count} are wanted")
     with safe_open(tensor.file, "np") as handle:
         return handle.get_slice(tensor.key)[first : first + count]
-
-
-def read_json(path: Path) -> dict:
-    """The content of a JSON file that holds an object.
-
-    Raises:
-      UserError: names the file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not an object of keys and values")
-    return content
 
 
 def _names(source: Source, architecture: object, shape: tuple[int, ...]) -> tuple[list[str], tuple[int, ...]]:

@@ -12,12 +12,14 @@ from tokenizers import Tokenizer
 from metaembed_jax.backbones import family
 from metaembed_jax.backbones.fields import initializer_range
 from metaembed_jax.checkpoints.base import find, open_recorded
-from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, read_backbone, read_head, read_json, read_vocabulary_rows
+from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, read_kept
+from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, read_backbone, read_head, read_vocabulary_rows
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config import model_config
 from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import read_json
 from metaembed_jax.network import ModelConfig, abstract_parameters
 from metaembed_jax.trained import join, paths, split, trained_paths
 
@@ -80,7 +82,7 @@ def best_parameters(run: Path, abstract: dict) -> tuple[int, dict]:
     Raises:
       UserError: the run has no checkpoint, or none of this model.
     """
-    if not (run / "checkpoints").is_dir():
+    if not (run / "checkpoints").exists():
         raise UserError(f"{run}: has no checkpoints yet; train it first")
     checkpoints = RunCheckpoints(run)
     try:
@@ -103,6 +105,8 @@ def frozen_parameters(run: Path, config: ConfigDict, abstract: dict) -> dict:
     record = read_base(run)
     if record is None:
         raise UserError(f"{run}: a part of this model was frozen, and run.json records no base to read it from")
+    if is_kept(run) and fits(run / BASE, abstract):
+        return read_kept(run / BASE, abstract)
     base = open_recorded(run, record)
     module, architecture = family(config.backbone), model_config(config).architecture
     return {"backbone": read_backbone(base.directory, module, architecture, abstract["backbone"])}
@@ -202,7 +206,7 @@ def _read_preprocessor(directory: Path) -> dict:
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path}: cannot be read ({error})") from error
 

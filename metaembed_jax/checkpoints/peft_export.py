@@ -5,7 +5,6 @@ metaembed.safetensors                             "meta_tokens" [16 + 64, hidden
 metaembed.json                                    their numbers, and the budgets they were trained for
 """
 
-import json
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +14,7 @@ from safetensors.numpy import save_file
 
 from metaembed_jax.backbones import family
 from metaembed_jax.backbones.conversion import Source
+from metaembed_jax.files import write_json
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.trained import LORA
 
@@ -45,13 +45,13 @@ def write_adapter(out: Path, config: ModelConfig, parameters: dict, about: dict)
         "target_modules": targets,
         "inference_mode": True,
     }
-    (out / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
+    write_json(out / "adapter_config.json", adapter)
     beside = {"meta_tokens": np.asarray(parameters["meta_tokens"], np.float32)}
     if config.embedding_dim:
         beside["head"] = np.ascontiguousarray(np.asarray(parameters["head"]["kernel"], np.float32).T)
     save_file(beside, out / "metaembed.safetensors", {"format": "pt"})
     counts = {"query_tokens": config.query_tokens, "candidate_tokens": config.candidate_tokens}
-    (out / "metaembed.json").write_text(json.dumps(about | counts | {"embedding_dim": config.embedding_dim}, indent=2) + "\n")
+    write_json(out / "metaembed.json", about | counts | {"embedding_dim": config.embedding_dim})
 
 
 def adapted_source(family: ModuleType, path: str) -> Source:

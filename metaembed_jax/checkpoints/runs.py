@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from metaembed_jax import hosts
+from metaembed_jax import files, hosts
 from metaembed_jax.errors import UserError
 
 WHOLE_BELOW = 2**20  # bytes of a slice: cutting up a small array for all devices that hold it takes longer than writing it
@@ -39,13 +39,11 @@ class RunCheckpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=lambda metrics: metrics["metric"])
-        self.directory = (workdir / "checkpoints").absolute()
+        self.directory = files.absolute(workdir / "checkpoints")
         if hosts.is_first():
             _set_aside_torn(self.directory)
         hosts.wait_for_all("torn checkpoints are set aside")
-        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=WHOLE_BELOW)
-        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-        handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=registry) for name in ("parameters", "optimizer")}
+        handlers = {name: tree_handler() for name in ("parameters", "optimizer")}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
@@ -87,13 +85,13 @@ class RunCheckpoints:
         for step in self.steps():
             try:
                 self._check_shapes(step, parameters)
-                items = ocp.args.Composite(parameters=_onto(parameters), optimizer=_onto(optimizer))
+                items = ocp.args.Composite(parameters=onto(parameters), optimizer=onto(optimizer))
                 restored = self._manager.restore(step, args=items)
                 return step, restored["parameters"], restored["optimizer"]
             except (UserError, jax.errors.JaxRuntimeError):  # devices without memory say nothing about the files
                 raise
             except UNREADABLE as error:
-                report(f"{self.directory / str(step)} cannot be read ({_reason(error)}); falling back to the checkpoint before")
+                report(f"{self.directory / str(step)} cannot be read ({reason_of(error)}); falling back to the checkpoint before")
         if self.steps():
             raise UserError(f"{self.directory}: none of its checkpoints can be read; move the folder away to start anew")
         return None
@@ -106,11 +104,11 @@ class RunCheckpoints:
         """
         try:
             self._check_shapes(step, parameters)
-            return self._manager.restore(step, args=ocp.args.Composite(parameters=_onto(parameters)))["parameters"]
+            return self._manager.restore(step, args=ocp.args.Composite(parameters=onto(parameters)))["parameters"]
         except (UserError, jax.errors.JaxRuntimeError):
             raise
         except UNREADABLE as error:
-            raise UserError(f"{self.directory / str(step)} cannot be read: {_reason(error)}") from error
+            raise UserError(f"{self.directory / str(step)} cannot be read: {reason_of(error)}") from error
 
     def set_aside_after(self, step: int) -> None:
         """Renames checkpoints later than `step`: those that could not be read, which training writes anew."""
@@ -144,10 +142,17 @@ class RunCheckpoints:
         except (OSError, ValueError, RuntimeError) as error:
             # Read from the disk: the manager already counts the one that failed, and no longer what it would have replaced.
             kept = ", ".join(map(str, sorted(self._manager.all_steps(read=True), reverse=True))) or "none"
-            raise UserError(f"{self.directory}: saving failed ({_reason(error)}); checkpoints kept: {kept}") from error
+            raise UserError(f"{self.directory}: saving failed ({reason_of(error)}); checkpoints kept: {kept}") from error
 
 
-def _onto(tree) -> ocp.args.PyTreeRestore:
+def tree_handler() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of a tree of arrays."""
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=WHOLE_BELOW)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def onto(tree) -> ocp.args.PyTreeRestore:
     """How Orbax restores arrays onto the dtypes and shardings of a tree."""
     return ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
 
@@ -159,9 +164,9 @@ def _set_aside_torn(directory: Path) -> None:
         if not step.name.isdigit():
             continue
         try:
-            json.loads(file.read_text(encoding="utf-8"))["metric"]
+            json.loads(file.read_bytes())["metric"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"{file} cannot be read ({_reason(error)})", flush=True)
+            print(f"{file} cannot be read ({reason_of(error)})", flush=True)
             _set_aside(step)
 
 
@@ -172,7 +177,7 @@ def _set_aside(step: Path) -> None:
     try:
         step.rename(aside)
     except OSError as error:
-        raise UserError(f"{step} cannot be read, nor renamed to {aside.name} ({_reason(error)})") from error
+        raise UserError(f"{step} cannot be read, nor renamed to {aside.name} ({reason_of(error)})") from error
     print(f"{step} is set aside as {aside.name}", flush=True)
 
 
@@ -181,7 +186,7 @@ def _leaves(tree: dict) -> list[tuple[str, tuple[int, ...]]]:
     return [(".".join(str(key.key) for key in path), leaf) for path, leaf in flat]
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """One line of an error; of a long chain the last link, where the system's own words stand."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if len(line) < 200 else line.rsplit(": ", 1)[-1][:200]

@@ -9,7 +9,6 @@
 `read_backbone` is the way back.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from metaembed_jax.backbones import family
 from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, INDEX, SINGLE
 from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import write_bytes, write_json
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.trained import LORA
 
@@ -57,8 +57,8 @@ def write_model(
     if names:
         counts = {"query_tokens": config.query_tokens, "candidate_tokens": config.candidate_tokens}
         stored[ABOUT] = about | counts | {"first_token": first, "embedding_dim": config.embedding_dim}
-    _write_json(out / "config.json", stored)
-    _write_json(out / "preprocessor_config.json", images.to_preprocessor(config.architecture))
+    write_json(out / "config.json", stored)
+    write_json(out / "preprocessor_config.json", images.to_preprocessor(config.architecture))
     tensors, kind = _tensors(config, parameters, first, rows), jnp.dtype(dtype)
     _write_tensors(out, ((key, np.ascontiguousarray(tensor.astype(kind))) for key, tensor in tensors), shard_bytes)
     if "head" in parameters:
@@ -105,17 +105,17 @@ def _tensors(config: ModelConfig, parameters: dict, first: int, rows: int) -> It
 
 def _write_vocabulary(out: Path, names: list[str], file: Path, pad_token: str) -> tuple[int, dict[str, int]]:
     """Writes the tokenizer with the Meta Tokens. Returns the id of the first (0 if there are none), and of all added tokens."""
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = Tokenizer.from_buffer(file.read_bytes())
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    write_bytes(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     ids = [tokenizer.token_to_id(name) for name in names]
     first = ids[0] if ids else 0
     if ids != list(range(first, first + len(ids))):
         raise UserError(f"{file}: has some of {names[0]} .. {names[-1]} already, in other places; export the model it came from")
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad_token, "padding_side": "left"}
-    _write_json(out / "tokenizer_config.json", kind)
+    write_json(out / "tokenizer_config.json", kind)
     return first, {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
 
 
@@ -143,8 +143,4 @@ def _write_tensors(directory: Path, tensors: Iterator[tuple[str, np.ndarray]], l
         name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         os.replace(directory / f"{number}.part", directory / name)
         index |= dict.fromkeys(keys, name)
-    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})

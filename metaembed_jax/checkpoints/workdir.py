@@ -4,30 +4,32 @@ run.json          the config, what of it changed at which step, and the base whe
 tokenizer.json    the vocabulary it was trained with
 checkpoints/      see metaembed_jax.checkpoints.runs
 metrics.jsonl     a line every few steps
+base/             in a bucket, the frozen weights: see metaembed_jax.checkpoints.frozen
+lock              held by the run: see metaembed_jax.lease
 results.json, quality.png, report.html    the evaluation on the test split
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from metaembed_jax import hosts
+from metaembed_jax import files, hosts, lease
 from metaembed_jax.checkpoints.base import Base
-from metaembed_jax.checkpoints.huggingface import read_json
 from metaembed_jax.config import FREE_KEYS, REPLANNED_KEYS, check_config, default_config, is_in
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import read_json
 
+BEFORE = ("tokenizer.json", lease.NAME)  # what a run that is being made has before its run.json
+COMMITTED = "commit_success.txt"  # what Orbax writes last into a folder in a bucket
 # What the numbers of a checkpoint mean.
 MODEL_KEYS = ("backbone", "architecture", "query_tokens", "candidate_tokens", "embedding_dim", "trained", "lora.rank", "lora.alpha")
 
 
-def default_workdir(config: ConfigDict) -> Path:
-    """runs/<config name>."""
-    return Path("runs") / config.name
+def default_workdir(config: ConfigDict, later: Path | None = None) -> Path:
+    """runs/<config name>; for a first stage of a run in a bucket, next to `later`, the folder of that."""
+    return (later.parent if later and files.is_bucket(later) else Path("runs")) / config.name
 
 
 def claim(workdir: Path, config: ConfigDict, tokenizer: Path, base: Base | None) -> None:
@@ -51,9 +53,8 @@ def claim(workdir: Path, config: ConfigDict, tokenizer: Path, base: Base | None)
                 f"{base.directory}; choose another --workdir"
             )
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(tokenizer, workdir / "tokenizer.json")
-    _write_record(workdir, _record(config, base))
+    files.write_bytes(workdir / "tokenizer.json", tokenizer.read_bytes())
+    files.write_json(record, _record(config, base))
 
 
 def record_changes(workdir: Path, config: ConfigDict, base: Base | None, step: int) -> str:
@@ -74,7 +75,7 @@ def record_changes(workdir: Path, config: ConfigDict, base: Base | None, step: i
         return ""
     record |= _record(config, base) | {"changes": [*record.get("changes", ()), {"step": step, "keys": changed}]}
     if hosts.is_first():
-        _write_record(workdir, record)
+        files.write_json(workdir / "run.json", record)
     words = ", ".join(f"{key} from {before!r} to {after!r}" for key, (before, after) in changed.items())
     if "steps" in changed and step < config.steps:
         words += f"; from here on the learning rate is that of a run of {config.steps} steps"
@@ -107,7 +108,7 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
             raise UserError(f"{workdir} is a run of another config: {different}; choose another --workdir, or move the folder away")
     elif workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file: choose another --workdir")
-    elif workdir.exists() and any(path.name != "tokenizer.json" and path.suffix != ".tmp" for path in workdir.iterdir()):
+    elif workdir.exists() and any(path.name not in BEFORE and not files.is_part(path) for path in workdir.iterdir()):
         raise UserError(f"{workdir} exists and is no run: choose another --workdir")
 
 
@@ -123,7 +124,12 @@ def check_model(workdir: Path, config: ConfigDict, keys: tuple[str, ...] = MODEL
 
 def has_checkpoints(workdir: Path) -> bool:
     """Whether the folder holds a run that saved something."""
-    return (workdir / "run.json").is_file() and any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    return (workdir / "run.json").is_file() and any(map(is_saved, (workdir / "checkpoints").glob("*")))
+
+
+def is_saved(step: Path) -> bool:
+    """Whether a folder is a checkpoint that was written to its end; in a bucket it has its name before that."""
+    return step.name.isdigit() and (not files.is_bucket(step) or (step / COMMITTED).exists())
 
 
 def is_finished(workdir: Path, config: ConfigDict) -> bool:
@@ -136,7 +142,7 @@ def is_finished(workdir: Path, config: ConfigDict) -> bool:
     results = workdir / "results.json"
     if not results.exists() or read_json(results).get("config", {}).get("steps") != config.steps:  # or of an earlier end
         return False
-    return all((workdir / "export" / kind).exists() for kind in config.exports)
+    return all((workdir / "export" / kind / "README.md").exists() for kind in config.exports)
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -145,7 +151,7 @@ def read_config(workdir: Path) -> ConfigDict:
     Raises:
       UserError: it is no run, or one with other keys than those of `default_config`.
     """
-    record = Path(workdir) / "run.json"
+    record = workdir / "run.json"
     if not record.exists():
         raise UserError(f"{workdir} is no run of train.py: it has no run.json")
     stored = read_json(record).get("config")
@@ -170,7 +176,7 @@ def read_base(workdir: Path) -> dict | None:
     Raises:
       UserError: it is no run, or its record of a base is something else.
     """
-    record = Path(workdir) / "run.json"
+    record = workdir / "run.json"
     base = read_json(record).get("base")
     if base is not None and not (isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("name", "fingerprint"))):
         raise UserError(f"{record}: base is {base!r}, not a name and a fingerprint")
@@ -179,12 +185,6 @@ def read_base(workdir: Path) -> dict | None:
 
 def _record(config: ConfigDict, base: Base | None) -> dict:
     return {"config": _plain(config)} | ({"base": {"name": base.name, "fingerprint": base.fingerprint}} if base else {})
-
-
-def _write_record(workdir: Path, content: dict) -> None:
-    temporary = workdir / "run.json.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, workdir / "run.json")
 
 
 def _plain(config: ConfigDict) -> dict:

@@ -22,6 +22,7 @@ from metaembed_jax.data.pdf import PdfReader
 from metaembed_jax.data.sources.files import ImageFolder, read_image_file
 from metaembed_jax.data.sources.tables import Table, new_id, open_table
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import local_path
 from metaembed_jax.inputs.images import open_image
 
 IMAGES = frozenset(".avif .bmp .gif .jpeg .jpg .png .tif .tiff .webp".split())  # of those with several pictures, the first one
@@ -63,7 +64,7 @@ def open_documents(path: str | Path) -> Documents:
     Raises:
       UserError: there is none, a PDF or table cannot be read, or an id is there twice; names the file, and its row.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         files, left_out = find_files(path)
         if left_out:

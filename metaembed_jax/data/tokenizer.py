@@ -1,12 +1,12 @@
 """A byte-level BPE vocabulary for models trained from scratch, with a family's special tokens; the names of Meta Tokens."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from metaembed_jax.files import write_bytes
 from metaembed_jax.inputs.texts import QUERY
 
 
@@ -34,7 +34,5 @@ def train(texts: Iterable[str], path: str | Path, family: ModuleType, vocabulary
     corpus = [QUERY + text for text in texts]
     # The words of the prompts are in every input, so they count as often as the texts.
     tokenizer.train_from_iterator(corpus + list(family.PROMPT_WORDS) * len(corpus), trainer)
-    temporary = Path(f"{path}.tmp")
-    tokenizer.save(str(temporary))
-    os.replace(temporary, path)
+    write_bytes(Path(path), tokenizer.to_str(pretty=True).encode())
     return tokenizer

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from metaembed_jax.evaluation.page import write_page
 from metaembed_jax.evaluation.records import write_json
-from metaembed_jax.evaluation.report import write_file
 from metaembed_jax.evaluation.tables import Table, as_text
 from metaembed_jax.evaluation.worst import Example
+from metaembed_jax.files import write_bytes
 
 
 def write_benchmark(
@@ -31,5 +31,5 @@ def write_benchmark(
       UserError: as `page.write_page`.
     """
     write_json(out / f"{name}.json", figures)
-    write_file(out / f"{name}.txt", ("\n\n".join(map(as_text, tables)) + "\n").encode(errors="replace"))
+    write_bytes(out / f"{name}.txt", ("\n\n".join(map(as_text, tables)) + "\n").encode(errors="replace"))
     write_page(out / f"{name}.html", title, tables, picture, worst, about)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from metaembed_jax.evaluation.report import write_file
 from metaembed_jax.evaluation.tables import Table
 from metaembed_jax.evaluation.worst import SHOWN, Example
+from metaembed_jax.files import write_bytes
 from metaembed_jax.inputs.images import open_image
 
 SIDE = 256  # pixels of a thumbnail's longest side
@@ -77,7 +77,7 @@ def write_page(
         f"<style>{STYLE}</style>",
     ]
     lines = ["<!DOCTYPE html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *parts, "</body>", "</html>", ""]
-    write_file(path, "\n".join(lines).encode(errors="replace"))  # a file's name may hold what is no character
+    write_bytes(path, "\n".join(lines).encode(errors="replace"))  # a file's name may hold what is no character
 
 
 def _table(table: Table) -> str:

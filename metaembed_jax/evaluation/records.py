@@ -1,17 +1,15 @@
 """What was found, as JSON: written by the first host, and found again by its key."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-from metaembed_jax import hosts
-from metaembed_jax.evaluation.report import write_file
+from metaembed_jax import files, hosts
 
 
 def key_of(*parts) -> str:
     """16 hexadecimal digits that differ where the `repr` of the parts does."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return files.digest(repr(parts).encode())
 
 
 def found_once(path: Path, key: str, find: Callable[[], dict]) -> dict:
@@ -31,16 +29,16 @@ def write_json(path: Path, content: dict) -> None:
     """Writes JSON with sorted keys, on the first host.
 
     Raises:
-      UserError: as `report.write_file`.
+      UserError: as `files.write_bytes`.
     """
     if hosts.is_first():
-        write_file(path, (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        files.write_json(path, content, sort_keys=True)
 
 
 def _read(path: Path) -> str:
     """The text of a JSON object; that of an empty one if there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()
         return text if isinstance(json.loads(text), dict) else "{}"
     except (OSError, ValueError):
         return "{}"

@@ -1,11 +1,9 @@
 """What people see of a sweep: a table in the terminal, results.json, and a picture of quality against cost."""
 
-import contextlib
-import json
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
+from metaembed_jax import files
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.budgets import budget_name
 from metaembed_jax.evaluation.drawing import Curve, Point, Row, draw
@@ -49,54 +47,23 @@ def write_results(path: str | os.PathLike, results: dict, config: dict, data_fin
     """
     record = results | {"config": config, "data_fingerprint": data_fingerprint, "versions": versions}
     try:
-        text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        content = files.to_json(record, sort_keys=True)
     except ValueError as error:
         raise UserError(
             f"{path} not written: the results hold NaN or an infinity; look for it in the metrics and the config"
         ) from error
-    write_file(Path(path), (text + "\n").encode())
+    files.write_bytes(files.any_path(path), content)
 
 
 def read_results(path: str | os.PathLike) -> dict:
     """What `write_results` wrote. Raises UserError when the file is missing or is something else; names it."""
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); train.py and eval.py write such files") from error
-    if not isinstance(results, dict) or not {"directions", "config"} <= results.keys():
+        results = files.read_json(files.any_path(path))
+    except UserError as error:
+        raise UserError(f"{error}; train.py and eval.py write such files") from error
+    if not {"directions", "config"} <= results.keys():
         raise UserError(f"{path} is no results.json of train.py or eval.py")
     return results
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes beside the path, then renames: a reader or a crash never meets half a file."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with clear_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-    finally:
-        _remove(part)
-
-
-@contextlib.contextmanager
-def clear_errors(path: Path) -> Iterator[None]:
-    """What the system says of a disk becomes a `UserError` that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another place") from error
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:  # the write's own error is the one to tell
-        pass
 
 
 def picture(labelled: Sequence[tuple[str, dict]]) -> bytes:

@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 
 from metaembed_jax.data import sources
 from metaembed_jax.evaluation.page import write_page
-from metaembed_jax.evaluation.report import format_table, picture, tables, write_file, write_results
+from metaembed_jax.evaluation.report import format_table, picture, tables, write_results
 from metaembed_jax.evaluation.scoring import score_parts
 from metaembed_jax.evaluation.sweep import sweep
 from metaembed_jax.evaluation.worst import Miss, example
+from metaembed_jax.files import write_bytes
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.model import MetaEmbed
 
@@ -55,7 +56,7 @@ def report(results: dict, config: ConfigDict, out: Path, step: int) -> str:
     fingerprint = sources.prepare(name, config.data.dir)["fingerprint"]
     write_results(out / "results.json", {"step": step, **results}, json.loads(config.to_json()), fingerprint, versions())
     plot = picture([(config.name, results)])
-    write_file(out / "quality.png", plot)
+    write_bytes(out / "quality.png", plot)
     task = sources.retrieval(name, config.data.dir, "test")
     worst = [example(Miss(**miss), task.queries, task.candidates, name) for miss in results["worst"]]
     about = origin(config.name, step) | {"data": f"{name}, {fingerprint}"}

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from metaembed_jax import hosts
 from metaembed_jax.data.documents import Documents
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import digest, local_path
 from metaembed_jax.model import BATCH_SIZE, MetaEmbed
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.index import Index, check_dtype
@@ -53,7 +53,7 @@ def index_documents(
       UserError: a document that cannot be read, a budget beyond the model's, or a folder that is something else or being written.
     """
     check_dtype(dtype)
-    folder, most = Path(path), model.config.vectors("candidate")
+    folder, most = local_path(path), model.config.vectors("candidate")
     budget = most if budget is None else budget
     if type(budget) is not int or not 1 <= budget <= most:
         raise UserError(f"budget={budget!r}: this model has 1 to {most} candidate vectors")
@@ -106,7 +106,7 @@ class Part(Sequence):
 def _job(documents: Documents, *how) -> str:
     """Says which documents are indexed, and how."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in documents.files]
-    return hashlib.sha256(repr((len(documents), files, how)).encode()).hexdigest()[:16]
+    return digest(repr((len(documents), files, how)).encode())
 
 
 def _begin(folder: Path, wanted: Manifest) -> Manifest | None:

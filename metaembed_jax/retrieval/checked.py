@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.report import clear_errors
+from metaembed_jax.files import write_errors
 
 # A search in stages reads single items from all over: small pieces, so that it checks little beside them.
 PIECE = 64 * 1024
@@ -149,13 +149,13 @@ class CheckedWriter:
 
     def __init__(self, path: Path):
         self.path, self.size, self.crcs = path, 0, []
-        with clear_errors(path):
+        with write_errors(path):
             self._file = path.open("xb")
 
     def write(self, data) -> None:
         """Appends bytes, or an array's."""
         data = memoryview(np.ascontiguousarray(data).view(np.uint8).reshape(-1) if isinstance(data, np.ndarray) else data)
-        with clear_errors(self.path):
+        with write_errors(self.path):
             self._file.write(data)
         while len(data):
             room = -self.size % PIECE or PIECE
@@ -167,7 +167,7 @@ class CheckedWriter:
 
     def close(self) -> None:
         """What was written is on the disk when this returns."""
-        with clear_errors(self.path):
+        with write_errors(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()

@@ -7,6 +7,7 @@ from metaembed_jax.data.sources.files import read_image_file
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.budgets import parse_searches
+from metaembed_jax.files import is_bucket
 from metaembed_jax.flags import printable
 from metaembed_jax.inputs.images import open_image
 from metaembed_jax.late_interaction.stages import largest_budget
@@ -24,8 +25,8 @@ def index(model: str, documents: Path, out: Path, budget: int | None, dtype: str
     Raises:
       UserError: of `open_documents`, `MetaEmbed.from_pretrained` and `index_documents`.
     """
-    found, path = open_documents(documents), Path(model).expanduser()
-    name = str(path.absolute()) if path.exists() else model
+    found, path = open_documents(documents), None if is_bucket(model) else Path(model).expanduser()
+    name = str(path.absolute()) if path and path.exists() else model
     check_devices()
     encoder = MetaEmbed.from_pretrained(model)
     print(describe_devices(encoder.mesh), flush=True)

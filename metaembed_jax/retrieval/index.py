@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import local_path
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import Stages, as_stages
 from metaembed_jax.model import MetaEmbed
@@ -92,7 +93,7 @@ class Index:
         Raises:
           UserError: there is none, or it is damaged.
         """
-        return cls(Path(path), mesh)
+        return cls(local_path(path), mesh)
 
     def save(self, path: str | os.PathLike) -> None:
         """Copies the index to a folder; an index that is there is replaced when the copy is complete.
@@ -100,7 +101,7 @@ class Index:
         Raises:
           UserError: the folder holds something else, another process writes there, or this index is damaged.
         """
-        folder = Path(path)
+        folder = local_path(path)
         if folder.resolve() == self.folder.resolve():
             return
         with store.changing(folder):
@@ -302,7 +303,7 @@ class Index:
 def _made(path: str | os.PathLike | None, mesh: Mesh | None, make: Callable[[Path], Manifest]) -> Index:
     """An index in a folder, of what `make` writes there; in a temporary folder if there is no path."""
     if path is not None:
-        with store.changing(Path(path)) as folder:
+        with store.changing(local_path(path)) as folder:
             store.commit(folder, make(folder))
         return Index(folder, mesh)
     folder = Path(tempfile.mkdtemp(prefix="metaembed-index-"))

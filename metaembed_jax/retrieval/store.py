@@ -15,11 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.report import write_file
-from metaembed_jax.processes import locked
+from metaembed_jax.files import PART, locked, sync_folder, write_bytes
 from metaembed_jax.retrieval.manifest import NAME, Manifest, decode, encode
 from metaembed_jax.retrieval.segment import SegmentFiles
-from metaembed_jax.retrieval.writer import sync
 
 MANIFEST, DRAFT, LOCK = "manifest.json", "draft.json", "lock"
 TRIES = 5  # of opening an index that is replaced again and again
@@ -150,10 +148,9 @@ def _is_segment(path: Path) -> bool:
 
 
 def _is_part(path: Path) -> bool:
-    return path.name.startswith((f".{MANIFEST}.", f".{DRAFT}.")) and path.name.endswith(".part") and path.is_file()
+    return path.name.startswith((f".{MANIFEST}.", f".{DRAFT}.")) and path.name.endswith(PART) and path.is_file()
 
 
 def _replace(path: Path, manifest: Manifest) -> None:
-    sync(path.parent)  # the segments' folders are there before what names them
-    write_file(path, encode(manifest))
-    sync(path.parent)
+    sync_folder(path.parent)  # the segments' folders are there before what names them
+    write_bytes(path, encode(manifest))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import sync_folder
 from metaembed_jax.retrieval import manifest as manifests
 from metaembed_jax.retrieval.checked import CheckedWriter
 from metaembed_jax.retrieval.items import Items, hashes, to_int8
@@ -157,18 +158,9 @@ def new_name() -> str:
     return os.urandom(8).hex()
 
 
-def sync(folder: Path) -> None:
-    """What was renamed or made in a folder stays so, even if the machine stops now."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_checksums(folder: Path, content: bytes) -> None:
     """Finishes a segment; its folder is on the disk when this returns."""
     writer = CheckedWriter(folder / CHECKSUMS)
     writer.write(content)
     writer.close()
-    sync(folder)
+    sync_folder(folder)

@@ -2,14 +2,14 @@
 
 import contextlib
 import math
-import shutil
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from metaembed_jax import hosts
+from metaembed_jax import files, hosts, lease
 from metaembed_jax.checkpoints.export import check_format, export
+from metaembed_jax.checkpoints.frozen import keep
 from metaembed_jax.checkpoints.loading import run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import (
@@ -57,7 +57,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
             agree(config)
             _check(config, workdir)
             print(describe_devices(run_mesh(config)), flush=True)
-            runs = _needed([*((stage, default_workdir(stage)) for stage in stages(config)[:-1]), (config, workdir)])
+            runs = _needed([*((stage, default_workdir(stage, workdir)) for stage in stages(config)[:-1]), (config, workdir)])
             for stage, folder in runs[:-1]:
                 _check(stage, folder)
         for stage, folder in runs:
@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
 
 def _needed(runs: list[tuple[ConfigDict, Path]]) -> list[tuple[ConfigDict, Path]]:
     """The last run, and before it those that it still needs: none once it has checkpoints, or the one before is finished."""
-    folders = [folder.resolve() for _, folder in runs]
+    folders = [folder if files.is_bucket(folder) else folder.resolve() for _, folder in runs]
     for (stage, folder), resolved in zip(runs[:-1], folders, strict=False):
         if folders.count(resolved) > 1:
             raise UserError(f"{folder} is the folder of {stage.name}, which this run starts from: choose another --workdir")
@@ -84,6 +84,7 @@ def _check(config: ConfigDict, workdir: Path) -> None:
     """Refuses what cannot be trained: better before hours of a first stage than after."""
     check_config(config)
     mesh = run_mesh(config)
+    files.check_bucket(workdir)
     check_workdir(workdir, config)
     if config.architecture:
         _check_exports(config, make_trainer(config, mesh))
@@ -97,6 +98,8 @@ def _check_exports(config: ConfigDict, trainer: Trainer) -> None:
 def _train_one(config: ConfigDict, workdir: Path, stop: Stop) -> bool:
     with contextlib.ExitStack() as stack:
         with stop.at_once():
+            if hosts.is_first():
+                stack.enter_context(lease.held(workdir))
             mesh = run_mesh(config)
             records = hosts.first_then_others(lambda: sources.training_records(config))
             start = find_start(config, workdir)
@@ -107,6 +110,7 @@ def _train_one(config: ConfigDict, workdir: Path, stop: Stop) -> bool:
             hosts.first_then_others(lambda: claim(workdir, config, start.tokenizer, base))
             checkpoints = stack.enter_context(contextlib.closing(RunCheckpoints(workdir, config.keep_checkpoints)))
             state = initial_state(config, trainer, checkpoints, start)
+            keep(workdir, state.frozen)
             if hosts.is_first() and (changes := record_changes(workdir, config, base, int(state.step))):
                 print(f"going on with other settings: {changes}", flush=True)
             print(describe(state), flush=True)
@@ -187,6 +191,7 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
                         metric = _validate(config, model, state, step, writer) if validate else None
                     with watch.spending("checkpoint"):
                         saves.begin()
+                        writer.flush()  # before what a later start goes on from
                         checkpoints.save(step, state.parameters, state.optimizer, metric)
                     stopping = stop()  # it may have come during the validation
                 if stopping and step < config.steps:
@@ -238,12 +243,10 @@ def _write(config: ConfigDict, results: dict, workdir: Path, step: int) -> None:
         print(f"not exported, since there are several hosts; on one of them: {command}", flush=True)
         return
     for kind in config.exports:
-        out, made = workdir / "export" / kind, workdir / "export" / f"{kind}.new"
-        for left in made.parent.glob(f"{made.name}*"):  # by a run that was killed here
-            shutil.rmtree(left, ignore_errors=True)
-        export(workdir, made, kind)
-        shutil.rmtree(out, ignore_errors=True)  # of this run when it was evaluated before, and only now that there is another
-        made.rename(out)
+        out = workdir / "export" / kind
+        for left in filter(files.is_part, out.parent.glob("*")):  # by a run that was killed here
+            files.remove_folder(left)
+        export(workdir, out, kind, replace=True)
         print(f"written: {out}", flush=True)
 
 

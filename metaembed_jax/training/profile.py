@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from metaembed_jax import files
+
 KINDS = ("input", "compile", "step", "validation", "checkpoint")
 
 
@@ -43,22 +45,23 @@ class Trace:
     """
 
     def __init__(self, steps: tuple[int, ...], workdir: Path):
-        self._steps, self._directory, self._running = steps, workdir / "trace", False
+        self._steps, self._path, self._uploads = steps, workdir / "trace", None
 
     def before(self, step: int) -> None:
         """To be called before a step is dispatched."""
-        if self._steps and self._steps[0] <= step <= self._steps[1] and not self._running:
-            jax.profiler.start_trace(str(self._directory))
-            self._running = True
+        if self._steps and self._steps[0] <= step <= self._steps[1] and self._uploads is None:
+            self._uploads = files.Uploads(self._path)
+            jax.profiler.start_trace(str(self._uploads.folder))
 
     def after(self, step: int, wait: Callable[[], object]) -> None:
         """To be called after a step is dispatched; waits for it if it is the last one to trace."""
-        if self._running and step == self._steps[1]:
+        if self._uploads is not None and step == self._steps[1]:
             wait()
             self.close()
 
     def close(self) -> None:
         """Writes what was traced so far."""
-        if self._running:
+        if self._uploads is not None:
             jax.profiler.stop_trace()
-            self._running = False
+            self._uploads.close()
+            self._uploads = None

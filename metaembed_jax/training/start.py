@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from metaembed_jax.backbones import family
 from metaembed_jax.backbones.fields import differences
 from metaembed_jax.checkpoints.base import Base, find, open_base, open_recorded
+from metaembed_jax.checkpoints.frozen import is_kept, is_kept_base, kept_base, read_kept, stands_alone
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture, best_parameters, exported_parameters, read_about
 from metaembed_jax.checkpoints.runs import RunCheckpoints
@@ -71,7 +72,8 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
     """Finds the start of a run, and fills an empty `config.architecture` from it.
 
     Args:
-      workdir: of the run. Once it has checkpoints, it needs no first stage any more: it has all that it took from there.
+      workdir: of the run. Once it has checkpoints, it needs no first stage any more: it has all that it took from there. In a
+        bucket that is so of any base.
 
     Raises:
       UserError: it is not there, is no model of ours, or has another architecture than the config.
@@ -79,16 +81,18 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
     if not config.init_from:
         return Start(None, None, _tokenizer(Path(config.data.dir) / config.data.sources[0][0]))
     before = stage_before(config)
-    directory = default_workdir(before) if before else find(config.init_from)
-    if before and workdir and has_checkpoints(workdir):
+    if workdir and has_checkpoints(workdir) and (before or stands_alone(workdir, config)):
         directory = workdir
+    else:
+        directory = default_workdir(before, workdir) if before else find(config.init_from)
     if (directory / "run.json").is_file():
         other = read_config(directory)
         _fill_architecture(config, other.backbone, other.architecture.to_dict(), directory, but_free=True)
         both_adapted = lora_patterns(config.trained) and lora_patterns(other.trained)
         check_model(directory, config, TOKEN_KEYS + (LORA_KEYS if both_adapted else ()))
         record = read_base(directory)
-        return Start(directory, open_recorded(directory, record) if record else None, _tokenizer(directory))
+        opens = kept_base if directory == workdir and is_kept(workdir) else open_recorded
+        return Start(directory, opens(directory, record) if record else None, _tokenizer(directory))
     base = open_base(config.init_from)
     backbone, architecture, _ = base_architecture(directory)
     _fill_architecture(config, backbone, dataclasses.asdict(architecture), directory)
@@ -154,6 +158,8 @@ def _read(config: ConfigDict, base: Base | None, wanted: dict) -> dict:
     found = {path: leaf for path, leaf in flat.items() if path.startswith("backbone.") and LORA not in path}
     if not found:
         return {}
+    if is_kept_base(base):
+        return read_kept(base.directory, wanted)
     backbone = unflatten_dict(found, sep=".")["backbone"]
     return {"backbone": read_backbone(base.directory, family(config.backbone), model_config(config).architecture, backbone)}
 

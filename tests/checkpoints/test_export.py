@@ -197,7 +197,7 @@ def test_every_export_has_a_card(run, tmp_path):
         card = (tmp_path / kind / "README.md").read_text()
         assert "(1, 1), (2, 4), (4, 8), (8, 16), (16, 64)" in card and "## Load" in card and "| (16, 64) |" in card
     assert 'states @ beside["head"].T' in card  # of the last one, peft
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_what_cannot_be_exported_is_refused(run, tmp_path):

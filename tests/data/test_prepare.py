@@ -15,7 +15,7 @@ from metaembed_jax.config import default_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.sources import files, records, tables, writing
 from metaembed_jax.errors import UserError
-from metaembed_jax.processes import locked
+from metaembed_jax.files import locked
 from tests.data.field_files import (
     MARK,
     inline,

@@ -156,5 +156,5 @@ def test_the_plot_command_draws_several_runs(tmp_path, results, capsys):
     with Image.open(tmp_path / "both.png") as picture:
         assert picture.size[0] > 1000
     (tmp_path / "icons.json").write_text("[]")
-    with pytest.raises(UserError, match="icons.json is no results.json"):
+    with pytest.raises(UserError, match="icons.json: holds a list, not an object"):
         cli.main(["plot", str(tmp_path / "icons.json")])

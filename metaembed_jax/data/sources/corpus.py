@@ -10,7 +10,6 @@ with its row group, so that every shard would read about all of the corpus; this
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from metaembed_jax.data.sources.files import check_image, inline
 from metaembed_jax.data.sources.tables import Table, new_id
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import write_bytes
 
 CONTENT, PLACES = "corpus.bin", "corpus.json"
 
@@ -47,10 +47,7 @@ class Corpus:
         """
         if not (folder / PLACES).is_file():
             needed = self._needed(rows, name)
-            places = self._write(needed, folder / CONTENT, name)
-            temporary = folder / f"{PLACES}.tmp"
-            temporary.write_text(json.dumps(places))
-            os.replace(temporary, folder / PLACES)
+            write_bytes(folder / PLACES, json.dumps(self._write(needed, folder / CONTENT, name)).encode())
         return Copied(folder, self.table)
 
     def _needed(self, rows: Table, name: str) -> set[str]:

@@ -10,7 +10,6 @@ image that an item lacks is the empty string. Images stay encoded: nothing is de
 import contextlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from tensorflow_datasets.core.decode import DeserializeMethod
 from tensorflow_datasets.proto import tf_example_pb2
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import write_json
 
 SPLITS = ("train", "validation", "test")
 MARKER = "prepared.json"  # written last, so a source that has it is complete
@@ -111,9 +111,7 @@ def read_marker(source_dir: str | Path, version: str) -> dict | None:
 def write_marker(source_dir: str | Path, marker: dict) -> None:
     """Declares a version of a source complete, atomically. marker: what is to be known of it, "version" among it."""
     path = Path(source_dir) / marker["version"] / MARKER
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(marker, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_json(path, marker)
 
 
 def open_split(source_dir: str | Path, version: str, split: str) -> Records:

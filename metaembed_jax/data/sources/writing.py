@@ -31,7 +31,8 @@ from metaembed_jax.data.sources import records
 from metaembed_jax.data.sources.corpus import Corpus, remove_copy
 from metaembed_jax.data.sources.tables import Table, read_columns
 from metaembed_jax.errors import UserError
-from metaembed_jax.processes import end_with_parent, locked
+from metaembed_jax.files import digest, locked, write_json
+from metaembed_jax.processes import end_with_parent
 
 VERSION = "1.0.0"
 SHARD_ROWS = 1024
@@ -105,7 +106,7 @@ def write_part(part: Part, out: Path, workers: int, skips: int) -> dict:
     source_dir = out / part.name
     described = _describe(part)
     if marker := records.read_marker(source_dir, VERSION):
-        if marker["job"] != hashlib.sha256(described.encode()).hexdigest()[:16]:
+        if marker["job"] != digest(described.encode()):
             file = part.table.files[0]
             raise UserError(f"{source_dir}: is prepared already, from other files than {file}; remove it, or choose another --out")
         return marker
@@ -187,7 +188,7 @@ def _write_shard(job: _Job, shard: int) -> dict:
     writers = {split: ArrayRecordWriter(str(file), "group_size:1") for split, file in files.items()}
     about = {"read": 0, "rows": dict.fromkeys(records.SPLITS, 0), "negatives": 0, "bytes": 0, "skipped": []}
     about |= {side: {name: 0 for name, _ in TYPES} for side in ("queries", "positives")}
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     for number, row in enumerate(table.read(first, min(first + SHARD_ROWS, len(table))), first):
         about["read"] += 1
         try:
@@ -200,7 +201,7 @@ def _write_shard(job: _Job, shard: int) -> dict:
         raw = serializer.serialize_example(features.encode_example(records.to_example(made)))
         split = held.get(number, "train")
         writers[split].write(raw)
-        digest.update(_digest(made))
+        content.update(_digest(made))
         about["rows"][split] += 1
         about["bytes"] += len(raw)
         about["negatives"] += len(made["negatives"])
@@ -211,10 +212,8 @@ def _write_shard(job: _Job, shard: int) -> dict:
     if len(about["skipped"]) <= job.skips:
         for split, file in files.items():
             os.replace(file, job.path(split, shard))
-        temporary = job.about(shard).with_suffix(".tmp")
-        temporary.write_text(json.dumps(about | {"digest": digest.hexdigest()}))
-        os.replace(temporary, job.about(shard))
-    return about | {"digest": digest.hexdigest()}
+        write_json(job.about(shard), about | {"digest": content.hexdigest()})
+    return about | {"digest": content.hexdigest()}
 
 
 def _digest(record: dict) -> bytes:
@@ -260,11 +259,10 @@ def _finish(part: Part, directory: Path, done: Sequence[dict]) -> dict:
             values.append(one)
         return sum(values)
 
-    digest = hashlib.sha256("".join(one["digest"] for one in done).encode())
     marker = {
         "version": VERSION,
-        "fingerprint": digest.hexdigest()[:16],
-        "job": hashlib.sha256((directory / "job.json").read_bytes()).hexdigest()[:16],
+        "fingerprint": digest("".join(one["digest"] for one in done).encode()),
+        "job": digest((directory / "job.json").read_bytes()),
         "rows": {split: sum(length) for split, length in lengths.items()},
         **{side: {name: total(side, name) for name, _ in TYPES} for side in ("queries", "positives")},
         "negatives": total("negatives"),

@@ -23,6 +23,7 @@ from metaembed_jax.evaluation.records import found_once, key_of
 from metaembed_jax.evaluation.scoring import score_parts
 from metaembed_jax.evaluation.tables import as_text
 from metaembed_jax.evaluation.worst import Example, Miss, Ranking, example, worst_of, worst_queries
+from metaembed_jax.files import replacing
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.model import MetaEmbed, from_parts
 
@@ -142,12 +143,9 @@ def _encoded(model: MetaEmbed, items: Pictured, side: str, budget: int, cache: P
     """This host's rows and their vectors, from the cache if they are there."""
     path = cache.with_name(f"{cache.name}-{side}-{jax.process_index()}-of-{jax.process_count()}.npz")
     if path.is_file():
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return stored["rows"], stored["vectors"]
     rows, vectors = model.encode_part(items, side, budget=budget, progress=progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    with replacing(path) as file:
         np.savez(file, rows=rows, vectors=vectors)
-    part.replace(path)
     return rows, vectors

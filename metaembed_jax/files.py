@@ -1,0 +1,357 @@
+"""Files of any kind: paths, atomic writes, JSON, digests, and locks.
+
+A path is a `pathlib.Path`, or an `epath.Path` for what is in a bucket (gs://...), which has the same methods. On a disk a file is
+written next to its place and renamed; in a bucket an object appears whole or not at all: one put is enough, and nothing is renamed.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from metaembed_jax.errors import UserError
+
+BUCKET, PART = "gs://", ".part"
+LAST = ("README.md", "config.json", "adapter_config.json")  # files that make a folder a model: uploaded when all else is there
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system that has none, such as a mounted bucket
+REMOTE = {"gcsfs", "google", "aiohttp", "requests", "fsspec"}  # packages whose errors speak of a bucket
+
+
+def any_path(path: str | os.PathLike) -> Path:
+    """A path on a disk or in a bucket.
+
+    Raises:
+      UserError: it has another scheme than gs://, or what reads buckets is not installed.
+    """
+    text = check_scheme(os.fspath(path))
+    if not is_bucket(text):
+        return Path(text)
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{text}: needs gcsfs, which is not installed: pip install 'metaembed-jax[gcs]'")
+    return _bucket_path(text)
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """A path on a disk, for what is read in place or written by libraries that know no buckets: data and indexes.
+
+    Raises:
+      UserError: it is in a bucket; gives the commands that mount or copy it.
+    """
+    text = check_scheme(os.fspath(path))
+    if is_bucket(text):
+        bucket = text.removeprefix(BUCKET).partition("/")[0]
+        raise UserError(
+            f"{text}: data and indexes must be on a disk; copy it, `gcloud storage cp -r {text} DIR`, "
+            f"or mount the bucket to read it, `gcsfuse --implicit-dirs {bucket} DIR`"
+        )
+    return Path(text)
+
+
+def check_scheme(text: str) -> str:
+    """Returns a path, or the id of a model, as it is written.
+
+    Raises:
+      UserError: it has another scheme than gs://, or is what `pathlib.Path` makes of gs://.
+    """
+    if re.match("gs:/(?!/)", text):
+        raise UserError(f"{text}: expected gs://BUCKET/PATH; pathlib.Path drops a slash, so give a str")
+    bucket = text.removeprefix(BUCKET) if is_bucket(text) else None
+    if "://" in (text if bucket is None else bucket):
+        raise UserError(f"{text}: expected a folder or gs://BUCKET/PATH; no other scheme is read or written")
+    if bucket is not None and not bucket.partition("/")[0]:
+        raise UserError(f"{text}: names no bucket; expected gs://BUCKET/PATH")
+    return text
+
+
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is in a bucket."""
+    return os.fspath(path).startswith(BUCKET)
+
+
+def absolute(path: Path) -> Path:
+    """The absolute path; one in a bucket is absolute, which its own `absolute` does not know."""
+    return path if is_bucket(path) else path.absolute()
+
+
+def _bucket_path(text: str) -> Path:
+    # TensorFlow, where a notebook has it, would be imported for its file system and take the devices' memory.
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for the layout of each bucket, by another protocol
+    import fsspec
+    from etils import epath
+
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("cache_timeout", 0)  # other hosts change what a folder lists
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of each error that it raises
+    return epath.Path(text)
+
+
+def file_system(path: Path):
+    """The `GCSFileSystem` of a path in a bucket."""
+    import fsspec
+
+    return fsspec.filesystem("gcs", finalize_on_close=True)  # the very one that epath uses
+
+
+def check_bucket(path: Path) -> None:
+    """Checks that the bucket of a path exists and lists its objects; does nothing for a path on a disk.
+
+    Raises:
+      UserError: it does not exist, cannot be reached, or the credentials do not fit.
+    """
+    if not is_bucket(path):
+        return
+    bucket = os.fspath(path).removeprefix(BUCKET).partition("/")[0]
+    try:
+        file_system(path).call("GET", "b/{}/o", bucket, maxResults=1)
+    except Exception as error:
+        if (reason := bucket_reason(error)) is None:
+            raise
+        raise UserError(f"{BUCKET}{bucket}: {reason}") from error
+
+
+def bucket_reason(error: BaseException) -> str | None:
+    """One line that says why a request to a bucket failed; None for an error of something else."""
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    if type(error).__module__.partition(".")[0] not in REMOTE and not isinstance(error, OSError):
+        return None
+    code = getattr(error, "code", None)
+    if isinstance(error, OSError) and text.startswith("Forbidden") or code in (401, 403) or "auth" in type(error).__module__:
+        return (
+            f"access is denied ({text}); log in with `gcloud auth application-default login`, "
+            "or give the machine's service account the role Storage Object User"
+        )
+    if isinstance(error, FileNotFoundError):
+        return f"no such bucket or object ({text}); make the bucket with `gcloud storage buckets create`, or check its name"
+    return f"cannot be reached ({text})"
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turns an error of a disk or a bucket into a `UserError` that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_bucket(path):
+            if (reason := bucket_reason(error)) is None:
+                raise
+            raise UserError(f"cannot write {path}: {reason}") from error
+        if not isinstance(error, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends: a reader or a crash never meets half of it.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with write_errors(path):
+        part = _new_part(path)
+        try:
+            with part.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if is_bucket(path):
+                file_system(path).put_file(str(part), os.fspath(path))
+            else:
+                part.replace(path)
+                sync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):  # the write's own error is the one to tell
+                part.unlink(missing_ok=True)
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file in a folder is what a killed writer left there."""
+    return path.name.startswith(".") and path.name.endswith(PART)
+
+
+def _new_part(path: Path) -> Path:
+    """Where the content of a file is written before it gets its place."""
+    if is_bucket(path):
+        descriptor, name = tempfile.mkstemp()
+        os.close(descriptor)
+        return Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}{PART}")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole: an older one is replaced or kept.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    if is_bucket(path):
+        with write_errors(path):
+            file_system(path).pipe_file(os.fspath(path), content)
+        return
+    with replacing(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, content: dict | list, sort_keys: bool = False) -> None:
+    """Writes JSON, as `write_bytes` does.
+
+    Raises:
+      UserError: it cannot be written.
+      ValueError: a number is NaN or infinite.
+    """
+    write_bytes(path, to_json(content, sort_keys))
+
+
+def to_json(content: dict | list, sort_keys: bool = False) -> bytes:
+    """JSON as it is stored: indented, with a line feed at its end.
+
+    Raises:
+      ValueError: a number is NaN or infinite.
+    """
+    text = json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode(errors="backslashreplace")  # half of a surrogate pair, as in a file's name, becomes JSON's \udc80
+
+
+def read_json(path: Path) -> dict:
+    """The content of a JSON file that holds an object.
+
+    Raises:
+      UserError: names the file.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not an object of keys and values")
+    return content
+
+
+def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """The user's folder for what can be fetched or computed again."""
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaembed_jax"
+
+
+def digest(content: bytes) -> str:
+    """16 hexadecimal digits of SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when what was renamed or made in a folder stays so, even if the machine stops now."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder with all that it holds, if it is there."""
+    if is_bucket(path):
+        path.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder on a disk that becomes `path`, in place of an older one, when the block ends: it is moved there, or uploaded.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with write_errors(path):
+        if is_bucket(path):
+            with tempfile.TemporaryDirectory() as scratch:
+                yield Path(scratch)
+                remove_folder(path)
+                upload(Path(scratch), path)
+            return
+        scratch = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+        scratch.mkdir(parents=True)
+        try:
+            yield scratch
+            remove_folder(path)
+            scratch.replace(path)
+            sync_folder(path.parent)
+        finally:
+            remove_folder(scratch)
+
+
+def upload(folder: Path, target: Path) -> None:
+    """Copies the files of a folder on a disk into a bucket; those that make it a model come last.
+
+    Raises:
+      UserError: one cannot be written.
+    """
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(paths, key=lambda path: (path.name in LAST, -LAST.index(path.name) if path.name in LAST else 0, path)):
+        goal = target / path.relative_to(folder).as_posix()
+        with write_errors(goal):
+            file_system(target).put_file(str(path), os.fspath(goal))
+
+
+class Uploads:
+    """A folder for libraries that write on disks alone: the folder itself, or one that `send` copies into a bucket.
+
+    Attributes:
+      folder: where to write.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._scratch = path, tempfile.TemporaryDirectory() if is_bucket(path) else None
+        self.folder = Path(self._scratch.name) if self._scratch else path
+
+    def send(self) -> None:
+        """Copies all that is there.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        if self._scratch:
+            upload(self.folder, self._path)
+
+    def close(self) -> None:
+        """Sends, and removes what was only for that."""
+        if self._scratch:
+            self.send()
+            self._scratch.cleanup()
+
+
+@contextlib.contextmanager
+def locked(file: Path, busy: str) -> Iterator[None]:
+    """Holds a lock on a disk, which ends with the process at the latest. The file stays.
+
+    Raises:
+      UserError: another process holds it; says `busy`. Or there can be no such file.
+    """
+    try:
+        lock = open(file, "a", opener=_open)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(busy) from None
+        yield
+
+
+def _open(path: str, flags: int) -> int:
+    """Neither leaves the folder by a link, nor waits for one who reads a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

@@ -1,0 +1,185 @@
+"""One writer of a run's folder at a time, on a disk or in a bucket.
+
+On a disk it is a lock of the system, which ends with the process. A bucket has none, so an object `lock` says who writes. It is
+replaced only where its generation is the expected one, so that of two writers one fails. The holder renews it; who finds it not
+renewed for `EXPIRE` seconds, by the bucket's own clock, takes it over. A run that ends removes it. One that is killed leaves it:
+on the same machine the next one sees that its process is gone and goes on at once; on another, which takes longer than that to
+start, it has expired; else the next one waits for what is left of the time.
+"""
+
+import contextlib
+import email.utils
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from metaembed_jax import files
+from metaembed_jax.errors import UserError
+
+NAME = "lock"
+RENEW, EXPIRE = 15.0, 60.0  # seconds
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Makes a folder, if need be, and holds its lock.
+
+    Raises:
+      UserError: another run writes there, or it cannot be written.
+    """
+    if not files.is_bucket(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        busy = f"{folder} is being written by another run; wait for it to end, or choose another --workdir"
+        with files.locked(folder / NAME, busy):
+            yield
+        return
+    with files.write_errors(folder):
+        lease = _Lease(folder)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+class _State(NamedTuple):
+    """A lease as the bucket has it.
+
+    Attributes:
+      generation: of the object.
+      age: seconds since it was renewed.
+      holder: of `_Lease`.
+    """
+
+    generation: str
+    age: float
+    holder: dict
+
+
+class _Lease:
+    """A lease that a thread renews.
+
+    Raises:
+      UserError: another run holds it.
+    """
+
+    def __init__(self, folder: Path):
+        self._path, self._files = folder / NAME, files.file_system(folder)
+        self._bucket, _, self._key = os.fspath(self._path).removeprefix(files.BUCKET).partition("/")
+        self._holder = {"token": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
+        self._generation = self._take()
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Gives the lease back."""
+        if self._released.is_set():  # lost
+            return
+        self._released.set()
+        self._thread.join()  # or it would renew what is removed
+        with contextlib.suppress(Exception):  # it expires
+            self._files.call("DELETE", "b/{}/o/{}", self._bucket, self._key, ifGenerationMatch=self._generation)
+
+    def _take(self) -> str:
+        first = None
+        while state := self._read():
+            first = first or state
+            if state.generation != first.generation:  # renewed while this waited
+                break
+            if state.age >= EXPIRE or _is_gone(state.holder):
+                with contextlib.suppress(FileExistsError):
+                    return self._put(state.generation)
+                break
+            if state is first:
+                print(
+                    f"{self._path.parent} was written {state.age:.0f} s ago by {_name(state.holder)}; "
+                    f"waiting up to {EXPIRE - state.age:.0f} s to see whether that still runs",
+                    flush=True,
+                )
+            time.sleep(min(2.0, EXPIRE))
+        else:
+            with contextlib.suppress(FileExistsError):
+                return self._put("0")
+            state = self._read()
+        raise UserError(
+            f"{self._path.parent} is being written by another run, {_name(state.holder if state else {})}; "
+            "wait for it to end, or choose another --workdir"
+        )
+
+    def _renew(self) -> None:
+        while not self._released.wait(RENEW):
+            with contextlib.suppress(Exception):  # of the net: the next time may do
+                try:
+                    self._generation = self._put(self._generation)
+                except FileExistsError:
+                    if not self._released.is_set():
+                        self._released.set()
+                        self._stop()
+
+    def _stop(self) -> None:
+        """Ends this process at once: another one took the folder, and two writers would spoil it."""
+        state = None
+        with contextlib.suppress(Exception):
+            state = self._read()
+        print(f"error: {self._path.parent} was taken over by {_name(state.holder if state else {})}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    def _read(self) -> _State | None:
+        try:
+            headers, content = self._files.call("GET", "b/{}/o/{}", self._bucket, self._key)
+            metadata = json.loads(content)
+            now = email.utils.parsedate_to_datetime(headers["Date"])
+            age = (now - datetime.fromisoformat(metadata["updated"])).total_seconds()
+            holder = files.read_json(self._path)
+        except FileNotFoundError:
+            return None
+        except UserError:  # of something else that is called so
+            holder = {}
+        return _State(metadata["generation"], age, holder)
+
+    def _put(self, generation: str) -> str:
+        """Replaces the object of a generation ("0": none) and returns its new one.
+
+        Raises:
+          FileExistsError: it is of another generation, and not this lease.
+        """
+        sections = (json.dumps({"name": self._key}), json.dumps(self._holder))
+        head = "--lease\nContent-Type: application/json; charset=UTF-8\n\n"
+        body = "".join(f"{head}{section}\n" for section in sections) + "--lease--"
+        url = self._files.base.replace("/storage/v1", "/upload/storage/v1") + "b/{}/o"
+        headers = {"Content-Type": 'multipart/related; boundary="lease"'}
+        try:
+            asked = dict(uploadType="multipart", ifGenerationMatch=generation, headers=headers, data=body.encode())
+            return self._files.call("POST", url, self._bucket, **asked, json_out=True)["generation"]
+        except FileExistsError:
+            state = self._read()  # an answer that was lost, and asked for again, meets its own work
+            if state and state.holder.get("token") == self._holder["token"]:
+                return state.generation
+            raise
+
+
+def _machine() -> str:
+    """The started system and the space of its process ids: where a process id can be looked up. Empty where nothing says it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _is_gone(holder: dict) -> bool:
+    """Whether a holder was a process of this machine that has ended."""
+    if not holder.get("machine") or holder["machine"] != _machine():
+        return False
+    return not Path(f"/proc/{holder['pid']}").exists()
+
+
+def _name(holder: dict) -> str:
+    return f"process {holder.get('pid', '?')} of {holder.get('host', '?')}"

@@ -1,0 +1,113 @@
+"""Every path flag of every command: a folder, gs:// where that works, no other scheme; and no file of such a name is made."""
+
+import argparse
+import importlib.util
+import sys
+
+import pytest
+
+from metaembed_jax import cli, files
+from metaembed_jax.config import check_config, load_config
+from metaembed_jax.errors import UserError
+from metaembed_jax.flags import Parser, any_path, local_path, model_name, run_main
+from metaembed_jax.model import MetaEmbed
+from metaembed_jax.retrieval.index import Index
+from tests.test_commands import ROOT, main_of
+
+# Flags that are texts and no paths. A new flag is of one of the types for paths, or is listed here.
+TEXTS = {
+    "--config",
+    "--coordinator",
+    "--budgets",
+    "--budget",
+    "--benchmark",
+    "--source",
+    "--topology",
+    "query",
+    "--only",
+    "--search",
+}
+
+
+class Captured(Exception):
+    """Holds the parser of a command."""
+
+
+def parser_of(main):
+    def capture(parser, *_):
+        raise Captured(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parser, "parse_args", capture)
+        with pytest.raises(Captured) as captured:
+            main(["--config=x"])
+    return captured.value.args[0]
+
+
+def all_flags():
+    """(program, command or "", flag) of every flag that takes a value."""
+    for program, main in (("train.py", main_of("train.py")), ("eval.py", main_of("eval.py")), ("metaembed_jax", cli.main)):
+        parsers = {"": parser_of(main)}
+        for action in parsers[""]._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers = action.choices
+        for command, parser in parsers.items():
+            yield from ((program, command, action) for action in parser._actions if action.nargs != 0)
+
+
+FLAGS = list(all_flags())
+PATHS = [(*where, action) for *where, action in FLAGS if action.type in (any_path, local_path, model_name)]
+
+
+def name_of(action):
+    return action.option_strings[0] if action.option_strings else action.dest
+
+
+def test_every_flag_is_a_path_or_known_to_be_none():
+    assert len(PATHS) >= 16
+    for program, command, action in FLAGS:
+        if action.type is None and action.choices is None:
+            assert name_of(action) in TEXTS, f"{program} {command} {name_of(action)}: give it the type of a path, or list it"
+        assert action.type is not files.Path
+
+
+@pytest.mark.parametrize("program, command, action", PATHS, ids=[" ".join((*where, name_of(flag))) for *where, flag in PATHS])
+def test_other_schemes_and_buckets(program, command, action, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def refused(path):
+        value = f"{action.option_strings[0]}={path}" if action.option_strings else path
+        monkeypatch.setattr(sys, "argv", [program, *([command] if command else []), value])
+        with pytest.raises(SystemExit) as stopped:
+            run_main(main_of(program))
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert not any(tmp_path.iterdir())
+        return line
+
+    for path in ("s3://b/x", "file:///x", "runs/https://x", "gs:/b/x", "gs:///x"):
+        assert f"{name_of(action)}: {path}: " in refused(path)
+    if action.type is local_path:
+        assert "gcloud storage cp -r gs://b/x DIR" in refused("gs://b/x")
+    elif action.type is any_path:
+        assert str(any_path("gs://b/x")) == "gs://b/x"
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert "pip install 'metaembed-jax[gcs]'" in refused("gs://b/x")
+
+
+def test_paths_in_configs_and_calls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key, path, message in (
+        ("init_from", "s3://b/x", "no other scheme"),
+        ("data.dir", "s3://b/x", "no other scheme"),
+        ("data.dir", "gs://b/x", "gcloud storage cp -r gs://b/x DIR"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_config(load_config(f"{ROOT}/tests/training/small.py", {key: path}))
+    with pytest.raises(UserError, match="no other scheme"):
+        MetaEmbed.from_pretrained("s3://b/x")
+    with pytest.raises(UserError, match="pathlib.Path drops a slash"):
+        MetaEmbed.from_pretrained(files.Path("gs://b/x"))
+    with pytest.raises(UserError, match="gcsfuse --implicit-dirs b DIR"):
+        Index.load("gs://b/x")
+    assert not any(tmp_path.iterdir())
