@@ -88,7 +88,7 @@ def attention_implementation(
       platform: "tpu", "cuda", "cpu" or "rocm".
     """
     (S, _, K), T = query_shape[1:], key_shape[1]
-    if T < SMALLEST_BLOCK or platform not in ("tpu", "cuda"):
+    if T < SMALLEST_BLOCK or platform not in ("tpu", "cuda") or np.dtype(dtype) == np.float64:  # which no kernel takes
         return "xla"
     if platform == "tpu":
         return "splash"

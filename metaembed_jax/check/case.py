@@ -1,5 +1,6 @@
 """One line of the table: a function on the devices, its reference, and what comes of running it."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from metaembed_jax.planning.measure import shard_bytes
 
 SHORT = {"float32": "f32", "bfloat16": "bf16"}  # dtypes in names of lines
-LEAST_CALLS, MOST_CALLS, SECONDS = 3, 20, 1.0  # timed after the first, for about so long
+TURNS, TURN_SECONDS, MOST_CALLS = 3, 0.02, 20  # of timing: about so long each, and of no more calls, whose results take memory
 # A leaf of a gradient is judged against no less than this share of the whole gradient's norm: some are 0 but for rounding, as the
 # biases of keys.
 SMALL_SHARE = 0.03
@@ -151,9 +152,10 @@ def error_of(found, expected) -> float:
 
 def _error(found, expected) -> float:
     """The largest difference as a share of the largest expected number."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    difference = found.reshape(-1, *expected.shape) - expected
-    return np.abs(difference).max() / max(np.abs(expected).max(), np.finfo(np.float32).tiny)
+    expected = np.asarray(expected, np.float64)
+    repetitions = np.asarray(found).reshape(-1, *expected.shape)
+    difference = max(np.abs(each.astype(np.float64) - expected).max() for each in repetitions)
+    return difference / max(np.abs(expected).max(), np.finfo(np.float32).tiny)
 
 
 def _tree_error(found: dict, expected: dict) -> float:
@@ -166,16 +168,20 @@ def _tree_error(found: dict, expected: dict) -> float:
 
 
 def best_time(compiled: Callable, arguments: tuple, carries: bool) -> float:
-    """Return the seconds of the fastest call."""
-    times: list[float] = []
-    while len(times) < LEAST_CALLS or (len(times) < MOST_CALLS and sum(times) < SECONDS):
+    """Return the seconds of a call, in the fastest of some turns. Short calls are made in a row, which hides how they start."""
+
+    def turn(calls: int) -> float:
+        nonlocal arguments
         start = time.perf_counter()
-        output = jax.block_until_ready(compiled(*arguments))
-        times.append(time.perf_counter() - start)
-        if carries:
-            arguments = (output[0], *arguments[1:])
-        del output
-    return min(times)
+        for _ in range(calls):
+            output = compiled(*arguments)
+            if carries:
+                arguments = (output[0], *arguments[1:])
+        jax.block_until_ready(output)
+        return (time.perf_counter() - start) / calls
+
+    calls = min(math.ceil(TURN_SECONDS / turn(1)), MOST_CALLS)
+    return min(turn(calls) for _ in range(TURNS))
 
 
 def kernels_in(text: str) -> str:

@@ -93,10 +93,8 @@ def cases(subjects: list[Subject], mesh: Mesh, only: str) -> Iterator[tuple[Case
 
 
 def summary(results: list[Result], planned: Estimate, subject: Subject, peaks: Peak | None, seconds: float) -> Iterator[str]:
-    """Yield what stands below the table: who computes attention, the step beside its estimate, and what is wrong."""
+    """Yield what stands below the table: the step beside its estimate, and what is wrong."""
     yield ""
-    if kinds := table.implementations(results):
-        yield kinds
     step = results[-1]
     if step.name.startswith("train step") and step.seconds:
         yield _about_step(step, planned, subject, peaks)

@@ -183,8 +183,11 @@ class Subject:
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
             trained, frozen = (jax.tree.map(lambda x: np.asarray(x, np.float64), part) for part in (trained, frozen))
             for side in SIDES:
-                encode = functools.partial(self._exact_vectors, side, frozen)
-                side_vectors, pulls[side] = jax.vjp(jax.jit(encode), trained)
+                encode = self._exact(side)
+                groups = [{key: x.reshape(-1, *x.shape[2:]) for key, x in group.items()} for group in self.batch[side]["groups"]]
+                side_vectors, pulls[side] = jax.vjp(
+                    lambda trained, encode=encode, groups=groups: encode(trained, frozen, groups), trained
+                )
                 vectors[side] = [np.asarray(group, np.float64) for group in side_vectors]
             query, candidate = (np.concatenate(vectors[side])[self.batch[side]["order"]] for side in SIDES)
             pairs = len(query)
@@ -197,12 +200,15 @@ class Subject:
             gradient = jax.tree.map(lambda *x: np.asarray(sum(x), np.float64), *parts)
         return Expected(vectors, loss, losses, gradient)
 
-    def _exact_vectors(self, side: str, frozen: dict, trained: dict) -> list[jax.Array]:
-        """The vectors of all rows of each shape class, in float64."""
+    def _exact(self, side: str) -> Callable:
+        """The jitted `(trained, frozen, groups) -> vectors of all rows of each shape class`, in float64."""
         graph, _, _ = abstract_network(dataclasses.replace(self.model, dtype="float64", checkpoint=False))
-        network = nnx.merge(graph, join(trained, frozen))
-        flat = [{key: x.reshape(-1, *x.shape[2:]) for key, x in group.items()} for group in self.batch[side]["groups"]]
-        return [network(group, side, self.budget(side)) for group in flat]
+
+        def encode(trained: dict, frozen: dict, groups: list[dict]) -> list[jax.Array]:
+            network = nnx.merge(graph, join(trained, frozen))
+            return [network(group, side, self.budget(side)) for group in groups]
+
+        return jax.jit(encode)
 
     def _by_group(self, side: str, d_vectors: np.ndarray) -> list[np.ndarray]:
         """The gradient of vectors in pair order, as that of the rows of each shape class."""
@@ -217,16 +223,14 @@ class Subject:
 
 
 def random_item(process: Callable[..., Example], shape: ShapeClass, rng: np.random.Generator) -> dict:
-    """A text of random length, or where the class has room for it a random image: of the first random size that fits, or square."""
-    if not shape.patches:
-        return {"text": " ".join(rng.choice(WORDS, rng.integers(1, max(shape.tokens // 4, 2))))}
-    for height, width in (*rng.integers(80, 400, (4, 2)), (400, 400)):
+    """A random image of the first size that a shape class has room for; a text of random length if it has none."""
+    for height, width in (*rng.integers(80, 400, (4, 2)), (400, 400), (56, 56)) if shape.patches else ():
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
         item = {"text": str(rng.choice(WORDS)), "image": image}
-        example = process(item, max_tokens=shape.tokens)
+        example = process(item)
         if example.patches <= shape.patches and len(example.tokens) <= shape.tokens:
-            break
-    return item
+            return item
+    return {"text": " ".join(rng.choice(WORDS, rng.integers(1, max(shape.tokens // 4, 2))))}
 
 
 def _put(parameters: dict, abstract: dict) -> dict:

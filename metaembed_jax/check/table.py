@@ -1,12 +1,10 @@
 """Results as a table of 100 columns, printed line by line, and as JSON."""
 
 import math
-import textwrap
 
 from metaembed_jax.check.case import Result
 from metaembed_jax.planning.peaks import Peak
 
-WIDTH = 100
 ROW = "{:6}{:30}{:>8}{:>7}{:>8}{:>9}{:>8}{:>8}{:>5}{:>6}{:>5}"
 HEAD = ROW.format("", "", "by", "error", "allowed", "time", "compile", "TFLOP/s", "peak", "GB/s", "peak")
 
@@ -51,16 +49,6 @@ def rates(result: Result, devices: int, peak: Peak | None) -> dict[str, float | 
 def to_json(result: Result, devices: int, peak: Peak | None) -> dict:
     """Return a line as JSON takes it."""
     return result._asdict() | {"status": status(result)} | rates(result, devices, peak)
-
-
-def implementations(results: list[Result]) -> str:
-    """Return which lines of attention run by which kernel."""
-    by: dict[str, list[str]] = {}
-    for result in results:
-        if result.name.startswith("attention ") and result.implementation:
-            by.setdefault(result.implementation, []).append(result.name.removeprefix("attention "))
-    lines = (f"attention by {kind}: {', '.join(names)}" for kind, names in by.items())
-    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
 
 
 def gibibytes(size: float) -> str:
