@@ -23,7 +23,7 @@ class Terminated(SystemExit):
         super().__init__(TERMINATED)
 
     def __str__(self) -> str:
-        return "stopped by SIGTERM; the same command goes on from the last checkpoint"
+        return "stopped by SIGTERM; start the same command again"
 
 
 class Vote:

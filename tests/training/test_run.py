@@ -127,7 +127,7 @@ def test_sigterm_at_any_other_moment_loses_nothing(small_config, whole, tmp_path
     terminated_in(loop, "initial_state")
     with pytest.raises(Terminated) as stopped:
         train(small_config, tmp_path / "run")
-    assert stopped.value.code == 143 and "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
+    assert stopped.value.code == 143 and "stopped by SIGTERM; start the same command again" in capsys.readouterr().err
     monkeypatch.undo()
 
     small_config.validate_every, small_config.save_every = 3, 100
