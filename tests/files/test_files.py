@@ -15,6 +15,8 @@ import pytest
 
 from metaembed_jax import files, lease
 from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, keep, read_kept
+from metaembed_jax.checkpoints.runs import RunCheckpoints
+from metaembed_jax.checkpoints.workdir import COMMITTED, has_checkpoints
 from metaembed_jax.errors import UserError
 from metaembed_jax.sharding import make_mesh, named_sharding
 from metaembed_jax.training.loop import train
@@ -194,3 +196,36 @@ def test_what_is_wrong_with_a_bucket_is_one_line(bucket, small_config, monkeypat
             train(small_config, run)
         assert "\n" not in str(refused.value)
     server.shutdown()
+
+
+def test_torn_checkpoints_in_a_bucket(bucket):
+    run = files.any_path(f"{BUCKET}/torn")
+    files.write_json(run / "run.json", {})
+    kernel = jax.device_put(np.arange(8, dtype=np.float32), named_sharding(make_mesh(), (None,)))
+    abstract = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=kernel.sharding)
+
+    def save(step):
+        checkpoints = RunCheckpoints(run, keep=3)
+        checkpoints.save(step, {"kernel": kernel + step}, {"m": kernel}, None)
+        checkpoints.close()
+
+    def restored(expected):
+        checkpoints, lines = RunCheckpoints(run, keep=3), []
+        step, parameters, _ = checkpoints.restore_latest({"kernel": abstract}, {"m": abstract}, lines.append)
+        checkpoints.set_aside_after(step)
+        checkpoints.close()
+        assert step == expected and np.array_equal(parameters["kernel"], np.arange(8) + step)
+        return lines
+
+    save(1)
+    (run / "checkpoints" / "1" / COMMITTED).unlink()  # killed before the last write
+    assert not has_checkpoints(run)
+    save(1)
+    save(2)
+    assert has_checkpoints(run) and restored(2) == []
+    for path in files.file_system(run).find(f"{run}/checkpoints/2/parameters"):
+        if "/d/" in path:
+            files.write_bytes(files.any_path(f"gs://{path}"), b"damaged")
+    (line,) = restored(1)
+    assert "checkpoints/2 cannot be read" in line
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["1", "2.unreadable"]
