@@ -8,6 +8,7 @@ from metaembed_jax.backbones import family
 from metaembed_jax.config import default_config, load_config, model_config
 from metaembed_jax.data import tokenizer
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import local_path
 
 BASE = "runs/smoke_base"
 
@@ -30,7 +31,7 @@ def get_config(arg=None):
     config.steps, config.optimizer.warmup_steps, config.optimizer.learning_rate = 40, 4, 1e-3
     config.validate_every = config.save_every = 20
     config.exports = ("transformers", "sentence-transformers", "peft")
-    make_base(Path(config.init_from))
+    make_base(local_path(config.init_from))
     return config
 
 

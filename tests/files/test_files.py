@@ -18,6 +18,8 @@ from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, keep, read_kep
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import COMMITTED, has_checkpoints
 from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.mmeb import run as mmeb
+from metaembed_jax.model import MetaEmbed
 from metaembed_jax.sharding import make_mesh, named_sharding
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.metrics import MetricsWriter
@@ -173,7 +175,23 @@ class Refusing(BaseHTTPRequestHandler):
         pass
 
 
+def test_vectors_of_a_benchmark_are_kept_in_a_bucket(bucket):
+    class Model:
+        calls = 0
+
+        def encode_part(self, items, side, budget, progress):
+            self.calls += 1
+            return np.arange(3), np.full((3, budget, 2), self.calls, np.float32)
+
+    model, cache = Model(), files.any_path(f"{BUCKET}/eval/mmeb/embeddings/task-key")
+    first, again = (mmeb._encoded(model, [], "query", 4, cache, False) for _ in range(2))
+    assert model.calls == 1 and np.array_equal(first[1], again[1]) and again[1].shape == (3, 4, 2)
+    assert [path.name for path in cache.parent.iterdir()] == ["task-key-query-0-of-1.npz"]
+
+
 def test_what_is_wrong_with_a_bucket_is_one_line(bucket, small_config, monkeypatch):
+    with pytest.raises(UserError, match=r"gs://bucket/nothing: is neither a run .* nor a Hugging Face model"):
+        MetaEmbed.from_pretrained(f"{BUCKET}/nothing")
     with pytest.raises(UserError, match=r"gs://none: no such bucket"):
         train(small_config, files.any_path("gs://none/run"))
     import gcsfs

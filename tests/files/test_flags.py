@@ -64,7 +64,9 @@ def name_of(action):
 
 
 def test_every_flag_is_a_path_or_known_to_be_none():
-    assert len(PATHS) >= 16
+    on_disks = {f"{command or program} {name_of(action)}" for program, command, action in PATHS if action.type is local_path}
+    expected = {"prepare --from", "prepare --out", "eval.py --from", "index --input", "index --out", "search --index"}
+    assert on_disks == expected | {"search --image"}
     for program, command, action in FLAGS:
         if action.type is None and action.choices is None:
             assert name_of(action) in TEXTS, f"{program} {command} {name_of(action)}: give it the type of a path, or list it"
@@ -111,3 +113,6 @@ def test_paths_in_configs_and_calls(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="gcsfuse --implicit-dirs b DIR"):
         Index.load("gs://b/x")
     assert not any(tmp_path.iterdir())
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="gcloud storage cp -r gs://b/x DIR"):
+        load_config("configs/smoke.py:gs://b/x", {})
