@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from metaembed_jax import files
 from metaembed_jax.checkpoints.base import Base
-from metaembed_jax.checkpoints.runs import UNREADABLE, onto, reason_of, tree_handler
+from metaembed_jax.checkpoints.runs import UNREADABLE, onto, reason_of, stored_tree, tree_handler
 from metaembed_jax.checkpoints.workdir import COMMITTED, read_base, read_config
 from metaembed_jax.errors import UserError
 
@@ -62,9 +62,12 @@ def is_kept_base(base: Base) -> bool:
 
 
 def fits(folder: Path, abstract: dict) -> bool:
-    """Whether kept weights have the paths, shapes and dtypes that are wanted: an export may want others."""
-    metadata = ocp.Checkpointer(tree_handler()).metadata(folder).item_metadata.tree
-    kinds = [jax.tree.map(lambda leaf: (tuple(leaf.shape), str(leaf.dtype)), tree) for tree in (metadata, abstract)]
+    """Whether kept weights can be read, and have the paths, shapes and dtypes that are wanted: an export may want others."""
+    try:
+        trees = stored_tree(folder), abstract
+    except UNREADABLE:
+        return False
+    kinds = [jax.tree.map(lambda leaf: (tuple(leaf.shape), str(leaf.dtype)), tree) for tree in trees]
     return kinds[0] == kinds[1]
 
 

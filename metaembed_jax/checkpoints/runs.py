@@ -124,10 +124,8 @@ class RunCheckpoints:
         self._manager.close()
 
     def _check_shapes(self, step: int, parameters: dict) -> None:
-        metadata = self._manager.item_metadata(step)["parameters"]
-        if metadata is None:
-            raise ValueError("its metadata is missing")
-        found = jax.tree.map(lambda leaf: tuple(leaf.shape), metadata.tree)
+        # The manager's own reader takes what it saved itself to a bucket for unfinished, on all hosts but the first.
+        found = jax.tree.map(lambda leaf: tuple(leaf.shape), stored_tree(self.directory / str(step) / "parameters"))
         found, wanted = dict(_leaves(found)), dict(_leaves(jax.tree.map(lambda leaf: tuple(leaf.shape), parameters)))
         for path in sorted(found.keys() | wanted.keys()):
             if found.get(path) != wanted.get(path):
@@ -150,6 +148,19 @@ def tree_handler() -> ocp.PyTreeCheckpointHandler:
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=WHOLE_BELOW)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def stored_tree(folder: Path) -> dict:
+    """Shapes and dtypes of a tree of arrays as it is stored.
+
+    Raises:
+      ValueError: they cannot be read; any of `UNREADABLE`.
+    """
+    with ocp.Checkpointer(tree_handler()) as checkpointer:
+        metadata = checkpointer.metadata(folder).item_metadata
+    if metadata is None:
+        raise ValueError("its metadata is missing")
+    return metadata.tree
 
 
 def onto(tree) -> ocp.args.PyTreeRestore:
