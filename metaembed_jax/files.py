@@ -74,7 +74,7 @@ def check_scheme(text: str) -> str:
 
 
 def is_bucket(path: str | os.PathLike) -> bool:
-    """Whether a path is in a bucket."""
+    """Return whether a path is in a bucket."""
     return os.fspath(path).startswith(BUCKET)
 
 
@@ -177,7 +177,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def is_part(path: Path) -> bool:
-    """Whether a file in a folder is what a killed writer left there."""
+    """Return whether a file in a folder is what a killed writer left there."""
     return path.name.startswith(".") and path.name.endswith(PART)
 
 

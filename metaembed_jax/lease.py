@@ -175,7 +175,7 @@ def _machine() -> str:
 
 
 def _is_gone(holder: dict) -> bool:
-    """Whether a holder was a process of this machine that has ended."""
+    """Return whether a holder was a process of this machine that has ended."""
     if not holder.get("machine") or holder["machine"] != _machine():
         return False
     return not Path(f"/proc/{holder['pid']}").exists()

@@ -49,3 +49,12 @@ def data_dir(tmp_path_factory):
         patch.setattr(icons, "FONTS", SMALL_FONTS)
         boards.prepare(directory)  # prepares the icons too
     return directory
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """The variables that lead to a bucket in an emulator: one for all tests, for gcsfs keeps the address that it saw."""
+    from tests.files.emulator import emulator
+
+    with emulator() as variables:
+        yield variables

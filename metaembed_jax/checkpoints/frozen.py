@@ -40,12 +40,12 @@ def keep(workdir: Path, frozen: dict) -> None:
 
 
 def is_kept(workdir: Path) -> bool:
-    """Whether the folder of a run has all of its frozen weights."""
+    """Return whether the folder of a run has all of its frozen weights."""
     return files.is_bucket(workdir) and (workdir / BASE / COMMITTED).exists()
 
 
 def stands_alone(workdir: Path, config: ConfigDict) -> bool:
-    """Whether a run in a bucket, which has checkpoints, needs nothing of what `config.init_from` names."""
+    """Return whether a run in a bucket, which has checkpoints, needs nothing of what `config.init_from` names."""
     if not files.is_bucket(workdir) or read_config(workdir).init_from != config.init_from:
         return False
     return read_base(workdir) is None or is_kept(workdir)
@@ -57,12 +57,12 @@ def kept_base(workdir: Path, record: dict) -> Base:
 
 
 def is_kept_base(base: Base) -> bool:
-    """Whether a base is of `kept_base`: all others are on a disk."""
+    """Return whether a base is of `kept_base`: all others are on a disk."""
     return files.is_bucket(base.directory)
 
 
 def fits(folder: Path, abstract: dict) -> bool:
-    """Whether kept weights can be read, and have the paths, shapes and dtypes that are wanted: an export may want others."""
+    """Return whether kept weights can be read, and have the paths, shapes and dtypes that are wanted: an export may want others."""
     try:
         trees = stored_tree(folder), abstract
     except UNREADABLE:

@@ -128,7 +128,7 @@ def has_checkpoints(workdir: Path) -> bool:
 
 
 def is_saved(step: Path) -> bool:
-    """Whether a folder is a checkpoint that was written to its end; in a bucket it has its name before that."""
+    """Return whether a folder is a checkpoint that was written to its end; in a bucket it has its name before that."""
     return step.name.isdigit() and (not files.is_bucket(step) or (step / COMMITTED).exists())
 
 

@@ -1,16 +1,8 @@
-"""A bucket in an emulator, for all tests of a process: gcsfs keeps the address that it first saw."""
+"""The config that other tests train."""
 
 import pytest
 
 from metaembed_jax.config import load_config
-from tests.files.emulator import emulator
-
-
-@pytest.fixture(scope="session")
-def bucket():
-    """The environment variables that lead to it."""
-    with emulator() as variables:
-        yield variables
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ from metaembed_jax.checkpoints.loading import run_processor
 from metaembed_jax.config import load_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.pipeline import training_batches
+from metaembed_jax.files import any_path
 from metaembed_jax.training.start import find_start
+from tests.files.emulator import BUCKET
 from tests.several_hosts import Hosts
 
 SMALL = "tests/training/small.py"
@@ -47,16 +49,17 @@ def whole(data_dir, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_killed_and_resumed_on_another_number_of_hosts(whole, data_dir, tmp_path, before, after):
-    command = training(tmp_path / "run", data_dir, **LONG)
+@pytest.mark.parametrize("before, after, place", [(2, 1, "disk"), (1, 2, "bucket")])
+def test_killed_and_resumed_on_another_number_of_hosts(whole, data_dir, tmp_path, bucket, before, after, place):
+    run = tmp_path / "run" if place == "disk" else any_path(f"{BUCKET}/{tmp_path.name}")
+    command = training(run, data_dir, **LONG)
     with Hosts(before, command) as hosts:
-        wait_for(tmp_path / "run/checkpoints/10")
+        wait_for(run / "checkpoints" / "10")
     with Hosts(after, command) as hosts:
         said = hosts.wait()
     assert "resuming at step" in said[0][0] and not any(out for out, _ in said[1:])  # the first host speaks for all
-    found, expected = losses(tmp_path / "run"), losses(whole)
-    assert list(found) == list(range(1, 31))
+    found, expected = losses(run), losses(whole)
+    assert list(found) == list(range(1, 31)) and (run / "results.json").exists()
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
 
 
