@@ -122,7 +122,8 @@ def check_bucket(path: Path) -> None:
 def bucket_reason(error: BaseException) -> str | None:
     """One line that says why a request to a bucket failed; None for an error of something else."""
     text = " ".join(str(error).split())[:200] or type(error).__name__
-    if type(error).__module__.partition(".")[0] not in REMOTE and not isinstance(error, OSError):
+    of_request = isinstance(error, OSError) and error.errno is None  # as gcsfs raises them; the system's have a number
+    if type(error).__module__.partition(".")[0] not in REMOTE and not of_request:
         return None
     code = getattr(error, "code", None)
     if isinstance(error, OSError) and text.startswith("Forbidden") or code in (401, 403) or "auth" in type(error).__module__:
@@ -140,16 +141,13 @@ def write_errors(path: Path) -> Iterator[None]:
     """Turns an error of a disk or a bucket into a `UserError` that names the file."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        if is_bucket(path):
-            if (reason := bucket_reason(error)) is None:
-                raise
-            raise UserError(f"cannot write {path}: {reason}") from error
-        if not isinstance(error, OSError):
+        reason = bucket_reason(error) if is_bucket(path) else None
+        if reason is None and isinstance(error, OSError):
+            reason = f"{error.strerror or error}; free space or choose another place"
+        if reason is None:
             raise
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from error
+        raise UserError(f"cannot write {path}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -99,14 +99,13 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # of a path or a disk, in the system's own words
-        name = f"{ascii(error.filename)}: " if error.filename else ""
-        print(f"error: {name}{error.strerror or printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
     except Exception as error:
-        if (reason := files.bucket_reason(error)) is None:
+        if reason := files.bucket_reason(error):
+            print(f"error: {files.BUCKET}: {printable(reason)}", file=sys.stderr)
+        elif isinstance(error, OSError):  # of a path or a disk, in the system's own words
+            print(f"error: {ascii(error.filename) + ': ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        else:
             raise
-        print(f"error: {files.BUCKET}: {printable(reason)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -17,6 +17,7 @@ from metaembed_jax.evaluation.budgets import parse_budgets, parse_searches
 from metaembed_jax.evaluation.mmeb import run as mmeb
 from metaembed_jax.evaluation.mteb import run as mteb
 from metaembed_jax.evaluation.mteb import tasks
+from metaembed_jax.files import check_bucket
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_parameters
 from metaembed_jax.sharding import make_mesh
@@ -37,6 +38,7 @@ def evaluate_checkpoint(
     check_devices()
     agree(config)
     check_config(config)
+    check_bucket(checkpoint)
     run_config = read_config(checkpoint)
     if not config.architecture:  # the run has it from what it started from
         with config.unlocked():

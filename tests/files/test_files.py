@@ -18,7 +18,9 @@ from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, keep, read_kep
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import COMMITTED, has_checkpoints
 from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.evaluation.mmeb import run as mmeb
+from metaembed_jax.flags import run_main
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.sharding import make_mesh, named_sharding
 from metaembed_jax.training.loop import train
@@ -189,11 +191,13 @@ def test_vectors_of_a_benchmark_are_kept_in_a_bucket(bucket):
     assert [path.name for path in cache.parent.iterdir()] == ["task-key-query-0-of-1.npz"]
 
 
-def test_what_is_wrong_with_a_bucket_is_one_line(bucket, small_config, monkeypatch):
+def test_what_is_wrong_with_a_bucket_is_one_line(bucket, small_config, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"gs://bucket/nothing: is neither a run .* nor a Hugging Face model"):
         MetaEmbed.from_pretrained(f"{BUCKET}/nothing")
-    with pytest.raises(UserError, match=r"gs://none: no such bucket"):
-        train(small_config, files.any_path("gs://none/run"))
+    nowhere = files.any_path("gs://none/run")
+    for use in (lambda: train(small_config, nowhere), lambda: evaluate_checkpoint(small_config, nowhere, nowhere / "eval", None)):
+        with pytest.raises(UserError, match=r"gs://none: no such bucket"):
+            use()
     import gcsfs
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
@@ -213,6 +217,10 @@ def test_what_is_wrong_with_a_bucket_is_one_line(bucket, small_config, monkeypat
         with pytest.raises(UserError, match=r"gs://bucket: access is denied .*gcloud auth application-default login") as refused:
             train(small_config, run)
         assert "\n" not in str(refused.value)
+        with pytest.raises(SystemExit):
+            run_main(lambda argv: system.ls("gs://bucket/run"))  # where no line of ours expects it
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("error: gs://: access is denied")
     server.shutdown()
 
 
