@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from jax._src import distributed  # who has joined has no public name
 from jax._src.clusters import OmpiCluster, SlurmCluster  # they read an address out of a list of nodes
 
 from metaembed_jax.devices import nvidia_files, tpu_files
@@ -58,6 +59,11 @@ def find_cluster(root: Path = Path("/")) -> Cluster | None:
             "give --coordinator, --hosts and --host, or unset them to run on this host alone"
         ) from error
     return cluster if cluster and cluster.hosts > 1 else None
+
+
+def count_hosts() -> int:
+    """Return how many hosts have joined; `jax.process_count` would start the devices first, before a config is read."""
+    return distributed.global_state.num_processes or 1
 
 
 def _slurm(environment: Mapping[str, str], root: Path) -> Cluster | None:

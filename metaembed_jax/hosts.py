@@ -19,7 +19,7 @@ import numpy as np
 from jax._src import distributed  # the key-value store that its hosts share has no public name
 from jax.experimental import multihost_utils
 
-from metaembed_jax.cluster import Cluster, find_cluster
+from metaembed_jax.cluster import Cluster, count_hosts, find_cluster
 from metaembed_jax.errors import UserError
 from metaembed_jax.votes import POLL, TERMINATED, Terminated
 
@@ -98,13 +98,13 @@ def first_then_others(action: Callable):
 
 def wait_for_all(name: str) -> None:
     """Returns when all hosts are here. The name says where, in errors."""
-    if jax.process_count() > 1:
+    if count_hosts() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def from_first(text: str) -> str:
     """The first host's text, on every host."""
-    if jax.process_count() == 1:
+    if count_hosts() == 1:
         return text
     client, key = distributed.global_state.client, f"metaembed/said/{next(_said)}"
     if is_first():
@@ -114,13 +114,13 @@ def from_first(text: str) -> str:
 
 def gather(x: np.ndarray) -> np.ndarray:
     """Each host's array, of one shape everywhere, stacked along a new first axis: on every host."""
-    return x[None] if jax.process_count() == 1 else multihost_utils.process_allgather(x)
+    return x[None] if count_hosts() == 1 else multihost_utils.process_allgather(x)
 
 
 @contextlib.contextmanager
 def speaking_once() -> Iterator[None]:
     """Keeps the other hosts silent, and stops all of them, with one message and exit code, when one fails or is terminated."""
-    if jax.process_count() == 1:
+    if count_hosts() == 1:
         yield
         return
     finished = threading.Event()
@@ -148,7 +148,7 @@ def _tell_others(error: BaseException, code: int) -> None:
     except jax.errors.JaxRuntimeError:
         _follow(client.key_value_try_get(FAILED))
     until = time.monotonic() + GRACE
-    while time.monotonic() < until and len(client.key_value_dir_get(SEEN)) < jax.process_count() - 1:
+    while time.monotonic() < until and len(client.key_value_dir_get(SEEN)) < count_hosts() - 1:
         time.sleep(0.2)
 
 

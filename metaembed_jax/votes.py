@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 import jax
 from jax._src import distributed  # the key-value store that its hosts share has no public name
 
+from metaembed_jax.cluster import count_hosts
+
 TERMINATED = 128 + signal.SIGTERM  # the exit code that schedulers read as: stopped from outside, start it again
 POLL = 0.5  # seconds between looks at the store
 _numbers = itertools.count()
@@ -40,7 +42,7 @@ class Vote:
 
     def __call__(self) -> bool:
         """Whether this call is the one; waits while the hosts agree. All hosts call it equally often."""
-        if jax.process_count() == 1:
+        if count_hosts() == 1:
             return self._wished()
         with self._lock:
             self._calls += 1
@@ -52,7 +54,7 @@ class Vote:
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """While the hosts can agree."""
-        if jax.process_count() == 1:
+        if count_hosts() == 1:
             yield
             return
         finished = threading.Event()
@@ -78,7 +80,7 @@ class Vote:
             return
         with self._lock:
             client.key_value_set(f"{wish}/{jax.process_index()}", str(self._calls))
-            calls = [int(client.blocking_key_value_get(f"{wish}/{host}", 60_000)) for host in range(jax.process_count())]
+            calls = [int(client.blocking_key_value_get(f"{wish}/{host}", 60_000)) for host in range(count_hosts())]
             self._agreed, self._round = max(calls) + 1, self._round + 1
 
 

@@ -41,9 +41,8 @@ class Store:
 def on_each(monkeypatch):
     """Calls a function of a host's number on all of them at once."""
     here = threading.local()
-    monkeypatch.setattr(votes.jax, "process_count", lambda: HOSTS)
     monkeypatch.setattr(votes.jax, "process_index", lambda: here.number)
-    monkeypatch.setattr(votes.distributed, "global_state", SimpleNamespace(client=Store()))
+    monkeypatch.setattr(votes.distributed, "global_state", SimpleNamespace(client=Store(), num_processes=HOSTS))
 
     def call(function):
         def run(number):
