@@ -1,7 +1,7 @@
-"""Who the hosts of a run are, from what the machine says of itself; decided before JAX is told anything.
+"""The hosts of a run, read from the machine's environment before JAX initializes.
 
-`jax.distributed.initialize()` detects clusters too, but asks Google's metadata server wherever a TPU is, and fails where none
-answers (Kaggle, Colab, containers): jax-ml/jax#40854. It also gives each Slurm task a single GPU.
+`jax.distributed.initialize()` detects clusters too, but it asks Google's metadata server wherever there is a TPU, and fails where
+no server answers (Kaggle, Colab, containers): jax-ml/jax#40854. It also gives each Slurm task a single GPU.
 """
 
 import os
@@ -13,26 +13,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jax._src import distributed  # who has joined has no public name
-from jax._src.clusters import OmpiCluster, SlurmCluster  # they read an address out of a list of nodes
+from jax._src.clusters import OmpiCluster, SlurmCluster  # the parsers of node lists have no public name
 
 from metaembed_jax.devices import nvidia_files, tpu_files
 from metaembed_jax.errors import UserError
 
-TPU_PORT = 8482  # as JAX; libtpu has 8476 for itself
-METADATA_SECONDS = 3  # the server is on the machine's own network: it answers in milliseconds, or is not there
+TPU_PORT = 8482  # JAX's own choice; libtpu uses 8476
+METADATA_SECONDS = 3  # the server is on the machine's own network: it answers in milliseconds or does not exist
 SLURM_KEYS = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-TPU_LISTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # of the hosts of a slice; Kaggle's say "local" and "localhost"
+TPU_LISTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # the hosts of a slice; Kaggle has "local" and "localhost" here
 
 
 class Cluster(NamedTuple):
     """Several hosts that run one program.
 
     Attributes:
-      kind: what named them, for messages.
+      kind: where the hosts were read from, such as Slurm; for messages.
       coordinator: ADDRESS:PORT of the first host.
       hosts: how many there are.
-      host: which of them this is, from 0.
-      local_devices: the GPUs of this host that this process takes; None: all.
+      host: the number of this one, from 0.
+      local_devices: the GPUs of this host that this process uses; None: all.
     """
 
     kind: str
@@ -43,20 +43,20 @@ class Cluster(NamedTuple):
 
 
 def find_cluster(root: Path = Path("/")) -> Cluster | None:
-    """Return the cluster that this process is part of, by the variables of Slurm, Open MPI, GKE or a TPU VM; None: it runs alone.
+    """Return the cluster that this process is part of (Slurm, Open MPI, GKE or TPU VMs); None if it runs alone.
 
     Args:
-      root: where the device files are, `/` but in tests.
+      root: the folder of the device files; `/` except in tests.
 
     Raises:
-      UserError: the variables contradict each other.
+      UserError: malformed variables.
     """
     try:
         cluster = _slurm(os.environ, root) or _open_mpi(os.environ) or _tpu(os.environ, root)
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(
-            f"the variables of the cluster are not understood ({type(error).__name__}: {error}); "
-            "give --coordinator, --hosts and --host, or unset them to run on this host alone"
+            f"malformed environment variables of a cluster ({type(error).__name__}: {error}); "
+            "add --coordinator, --hosts and --host, or unset the variables to run on this host alone"
         ) from error
     return cluster if cluster and cluster.hosts > 1 else None
 
@@ -86,12 +86,12 @@ def _open_mpi(environment: Mapping[str, str]) -> Cluster | None:
 
 
 def _tpu(environment: Mapping[str, str], root: Path) -> Cluster | None:
-    """Return the hosts of a TPU job: of one slice, or of several that a coordinator of theirs joins."""
+    """Return the hosts of a TPU job, on one slice or several."""
     if not tpu_files(root) or environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
         return None
-    listed = next((environment[key] for key in TPU_LISTS if environment.get(key)), None)
-    if listed is not None:
-        workers, worker, variables = listed.split(","), environment.get("TPU_WORKER_ID", "0"), environment
+    hostnames = next((environment[key] for key in TPU_LISTS if environment.get(key)), None)
+    if hostnames is not None:
+        workers, worker, variables = hostnames.split(","), environment.get("TPU_WORKER_ID", "0"), environment
     elif "TPU_SKIP_MDS_QUERY" in environment or (worker := _metadata("agent-worker-number", environment)) is None:
         return None
     else:
@@ -100,19 +100,20 @@ def _tpu(environment: Mapping[str, str], root: Path) -> Cluster | None:
     slices = int(variables.get("MEGASCALE_NUM_SLICES") or 1)
     # An entry is an address, address:port, or name:id:address.
     addresses = [entry.split(":")[2 if entry.count(":") == 2 else 0] for entry in workers]
-    first = (variables.get("MEGASCALE_COORDINATOR_ADDRESS") or addresses[0]).split(":")[0]
+    coordinator = (variables.get("MEGASCALE_COORDINATOR_ADDRESS") or addresses[0]).split(":")[0]
+    port = environment.get("JAX_COORDINATOR_PORT", TPU_PORT)
     host = int(worker) + int(variables.get("MEGASCALE_SLICE_ID") or 0) * len(addresses)
     kind = "TPU slice" if slices == 1 else f"{slices} TPU slices"
-    return Cluster(kind, f"{first}:{environment.get('JAX_COORDINATOR_PORT', TPU_PORT)}", slices * len(addresses), host)
+    return Cluster(kind, f"{coordinator}:{port}", slices * len(addresses), host)
 
 
 def _metadata(key: str, environment: Mapping[str, str]) -> str | None:
-    """Return an attribute that Google's metadata server has of this machine; None where there is none, or no server."""
+    """Return an attribute of this machine from Google's metadata server; None if the server or the attribute does not exist."""
     server = environment.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(f"http://{server}/computeMetadata/v1/instance/attributes/{key}")
     request.add_header("Metadata-Flavor", "Google")
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=METADATA_SECONDS) as answer:
-            return answer.read(2**20).decode()
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=METADATA_SECONDS) as response:
+            return response.read(2**20).decode()
     except (urllib.error.URLError, OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""Compiled programs, kept on disk between processes: JAX's own cache, in the user's cache folder, bounded and mended."""
+"""Compiled programs, kept on disk between processes: JAX's own cache, in the user's cache folder, of bounded size."""
 
 import contextlib
 import os
@@ -14,32 +14,32 @@ from tqdm import tqdm
 
 from metaembed_jax.files import cache_folder
 
-LARGEST = 8 * 2**30  # bytes; the least recently used programs go first. The programs of a 7b are some 100 MB each
-MOST = 2000  # programs: JAX looks at all of them before it writes one more
+MAX_BYTES = 8 * 2**30  # JAX removes the least recently used programs first; those of a 7b have some 100 MB each
+MAX_PROGRAMS = 2000  # JAX looks at all of them each time it writes one
 LOCK_SECONDS = 5
-PATIENCE = 4  # seconds before a compilation is announced
-JAX_FAILURES = ("Error writing persistent compilation cache", "Error reading persistent compilation cache")
+ANNOUNCE_SECONDS = 4  # of a compilation, before a line says so
+CACHE_WARNINGS = ("Error writing persistent compilation cache", "Error reading persistent compilation cache")
 
 
 def keep_programs(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Let JAX keep what it compiles in the user's cache folder, and use it again; return the folder.
+    """Keep compiled programs in the user's cache folder from now on; return the folder, None if nothing is kept there.
 
-    JAX_COMPILATION_CACHE_DIR names another folder, for which JAX's own settings count; JAX_ENABLE_COMPILATION_CACHE=false keeps
-    nothing. A folder that cannot be written costs a line on stderr and no run.
+    With JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE=false, JAX's own settings stand. A folder that is not writable is
+    reported on stderr, and the run goes on.
     """
     if environment.get("JAX_COMPILATION_CACHE_DIR") or not jax.config.jax_enable_compilation_cache:
         return None
     folder = cache_folder(environment) / "programs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _tidy(folder)
+        _prune(folder)
     except (OSError, filelock.Timeout) as error:
-        _say_not_kept(f"{folder}: {getattr(error, 'strerror', None) or error}")
+        _report_failure(f"{folder}: {getattr(error, 'strerror', None) or error}")
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", LARGEST)
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    _tell_failures_in_one_line()
+    _shorten_cache_warnings()
     return folder
 
 
@@ -50,11 +50,11 @@ def keep_no_programs() -> None:
 
 @contextlib.contextmanager
 def announced(program: str) -> Iterator[None]:
-    """Say that a program is being compiled, if what happens inside takes so long that one would wonder."""
+    """Print a line on stderr if the block, which compiles a program, takes longer than `ANNOUNCE_SECONDS`."""
     folder = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
-    kept = f"the next run finds it in {folder}" if folder else "the next run compiles it again"
-    line = f"compiling {program}: seconds for a small model, minutes for a large one; {kept}"
-    timer = threading.Timer(PATIENCE, lambda: tqdm.write(line, file=sys.stderr))
+    outlook = f"the next run finds it in {folder}" if folder else "the next run compiles it again"
+    line = f"compiling {program}: seconds for a small model, minutes for a large one; {outlook}"
+    timer = threading.Timer(ANNOUNCE_SECONDS, lambda: tqdm.write(line, file=sys.stderr))
     timer.daemon = True
     timer.start()
     try:
@@ -63,35 +63,35 @@ def announced(program: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _tidy(folder: Path) -> None:
-    """Remove the programs that were used longest ago, beyond `MOST`, and those that a killed process wrote in part.
+def _prune(folder: Path) -> None:
+    """Remove the least recently used programs beyond `MAX_PROGRAMS`, and those that a killed process left incomplete.
 
-    JAX writes <key>-cache and then <key>-atime, both under the lock. Without the second, it would fail at every later write.
+    JAX writes <key>-cache and then <key>-atime, both under the lock. Where the second is missing, every later write of JAX fails.
     """
     with filelock.FileLock(folder / ".lockfile", timeout=LOCK_SECONDS):
         programs = {
             program: program.with_name(program.name.removesuffix("-cache") + "-atime") for program in folder.glob("*-cache")
         }
-        whole = [program for program, used in programs.items() if used.is_file()]
-        whole.sort(key=lambda program: programs[program].stat().st_mtime, reverse=True)
-        for program in programs.keys() - set(whole[:MOST]):
+        complete = [program for program, access_time in programs.items() if access_time.is_file()]
+        complete.sort(key=lambda program: programs[program].stat().st_mtime, reverse=True)
+        for program in programs.keys() - set(complete[:MAX_PROGRAMS]):
             program.unlink()
             programs[program].unlink(missing_ok=True)
 
 
-def _say_not_kept(reason: str) -> None:
+def _report_failure(reason: str) -> None:
     print(f"compiled programs are not kept ({reason}); the next run compiles again", file=sys.stderr, flush=True)
 
 
-def _tell_failures_in_one_line() -> None:
-    """Replace JAX's warnings about its cache, two lines for each program, by one line; a full disk stops no run."""
+def _shorten_cache_warnings() -> None:
+    """Replace JAX's warnings about its cache, two lines for each program (on a full disk, say), by one line in all."""
     show = warnings.showwarning
 
-    def told(message, category, filename, lineno, file=None, line=None):
-        if not str(message).startswith(JAX_FAILURES):
+    def show_once(message, category, filename, lineno, file=None, line=None):
+        if not str(message).startswith(CACHE_WARNINGS):
             return show(message, category, filename, lineno, file, line)
         if jax.config.jax_enable_compilation_cache:
             keep_no_programs()
-            _say_not_kept(str(message).partition("': ")[2].splitlines()[0])
+            _report_failure(str(message).partition("': ")[2].splitlines()[0])
 
-    warnings.showwarning = told
+    warnings.showwarning = show_once

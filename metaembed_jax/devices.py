@@ -1,8 +1,8 @@
-"""The devices that a run computes on: chips that this machine has, and what JAX makes of them."""
+"""The chips of this machine, and the devices that JAX runs on."""
 
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 
 import jax
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from metaembed_jax.errors import UserError
 
-GOOGLE = "0x1ae0"  # PCI vendor; its network cards have it too, so the device must be one of the TPUs below
+GOOGLE = "0x1ae0"  # a PCI vendor; of its network cards too, so the device must be one of the TPUs below
 TPUS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}  # v2 and v3, v4i, v4, v5p, v5e, v6e, 7x
 INSTALL = {"TPU": "pip install -e '.[tpu]'", "NVIDIA": "pip install -e '.[cuda]'"}
 PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
@@ -18,12 +18,12 @@ PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 
 def tpu_files(root: Path = Path("/")) -> list[str]:
     """Return the device files or PCI addresses of the TPU chips of this machine."""
-    files = [str(file) for file in sorted(root.glob("dev/accel[0-9]*"))]  # v2 to v4; later ones are behind /dev/vfio, as much else
+    files = [str(file) for file in sorted(root.glob("dev/accel[0-9]*"))]  # v2 to v4; later ones use /dev/vfio, as other devices do
     return files or [str(folder) for folder in sorted(root.glob("sys/bus/pci/devices/*")) if _is_tpu(folder)]
 
 
 def nvidia_files(root: Path = Path("/")) -> list[str]:
-    """Return the device files of the NVIDIA cards of this machine; /dev/dxg is Windows' door to its own."""
+    """Return the device files of the NVIDIA cards of this machine; on WSL, /dev/dxg."""
     return [str(file) for pattern in ("dev/nvidia[0-9]*", "dev/dxg") for file in sorted(root.glob(pattern))]
 
 
@@ -35,46 +35,50 @@ def _is_tpu(folder: Path) -> bool:
 
 
 def use_cpu() -> None:
-    """Keep to the CPU in this process, whatever chips there are. To be called before JAX has asked for devices."""
+    """Run this process on the CPU, whatever chips there are. Must be called before JAX asks for devices."""
     jax.config.update("jax_platforms", "cpu")
 
 
 def check_devices(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> None:
-    """Refuse to run on the CPU of a machine whose chips JAX does not see, unless it was told to.
+    """Refuse the CPU of a machine whose chips JAX does not see, unless the user asked for the CPU.
 
     Args:
-      environment: CUDA_VISIBLE_DEVICES there may hide the cards on purpose.
-      root: where the device files are, `/` but in tests.
+      environment: may hide the cards on purpose, by CUDA_VISIBLE_DEVICES.
+      root: the folder of the device files; `/` except in tests.
 
     Raises:
-      UserError: chips that JAX has no plugin for, or that do not start; names them and the line that installs it.
+      UserError: chips without a plugin of JAX (names them, and the line that installs it), or a platform that does not start.
     """
     try:
         platform = jax.default_backend()
-    except (RuntimeError, AssertionError) as error:  # the latter where JAX has no plugin for what JAX_PLATFORMS names
+    except (RuntimeError, AssertionError) as error:  # AssertionError: JAX_PLATFORMS names a plugin that is not installed
         reason = (str(error).strip() or "no plugin of this name is installed").splitlines()[0]
         platforms = jax.config.jax_platforms or "any platform"
         raise UserError(f"JAX does not start {platforms}: {reason}; to run on the CPU, add --cpu") from error
     if platform != "cpu" or (jax.config.jax_platforms or "").split(",")[0] == "cpu":
         return
     hidden = environment.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
-    for maker, files in (("TPU", tpu_files(root)), ("NVIDIA", [] if hidden else nvidia_files(root))):
+    for kind, files in (("TPU", tpu_files(root)), ("NVIDIA", [] if hidden else nvidia_files(root))):
         if files:
             raise UserError(
-                f"this machine has {len(files)} {maker} device{'s'[: len(files) > 1]} ({files[0]}), and JAX sees only the CPU: "
-                f"{INSTALL[maker]}, or run on the CPU with --cpu (or JAX_PLATFORMS=cpu)"
+                f"this machine has {len(files)} {kind} {_plural('device', files)} ({files[0]}), and JAX sees only the CPU: "
+                f"{INSTALL[kind]}, or run on the CPU with --cpu (or JAX_PLATFORMS=cpu)"
             )
 
 
 def describe_devices(mesh: Mesh) -> str:
-    """Return the first line of a run: devices, hosts, the mesh, and the versions that compute."""
+    """Return the first line of a run: its devices, hosts and mesh, and the versions of JAX and its plugins."""
     devices = list(mesh.devices.flat)
-    kind, hosts = devices[0].device_kind, len({device.process_index for device in devices})
+    kind, hosts = devices[0].device_kind, {device.process_index for device in devices}
     if devices[0].platform == "cpu":
-        kind = f"CPU device{'s'[: len(devices) > 1]}, {os.cpu_count()} cores"
+        kind = f"CPU {_plural('device', devices)}, {os.cpu_count()} cores"
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     versions = [f"{name} {version}" for name in ("jax", "jaxlib", *PLUGINS) if (version := _version(name))]
-    return f"{len(devices)} x {kind} on {hosts} host{'s'[: hosts > 1]}; mesh: {axes}; {', '.join(versions)}"
+    return f"{len(devices)} x {kind} on {len(hosts)} {_plural('host', hosts)}; mesh: {axes}; {', '.join(versions)}"
+
+
+def _plural(name: str, items: Sized) -> str:
+    return name if len(items) == 1 else f"{name}s"
 
 
 def _version(name: str) -> str:

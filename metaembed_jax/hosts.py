@@ -25,13 +25,14 @@ from metaembed_jax.votes import POLL, TERMINATED, Terminated
 
 # Keys of the store that the hosts share.
 FAILED, SEEN = "metaembed/failed", "metaembed/seen/"
-COORDINATOR_SECONDS = 50  # in which the first host is to answer
+COORDINATOR_SECONDS = 50  # in which the first host must answer
 GRACE = 10  # seconds in which the others learn why the first one to fail fails
-_said, _ending = itertools.count(), threading.Lock()
+_said = itertools.count()
+_ending = threading.Lock()  # held by the thread that ends the process
 
 
 def connect(coordinator: str | None, hosts: int | None, host: int | None) -> None:
-    """Join the other hosts of a run: those of the flags, or of the cluster that this machine is part of. Else this is alone.
+    """Join the other hosts of a run, by the flags or by the cluster of this machine; without either, this host runs alone.
 
     Args:
       coordinator: address:port of the first host.
@@ -39,43 +40,46 @@ def connect(coordinator: str | None, hosts: int | None, host: int | None) -> Non
       host: which of them this is, from 0.
 
     Raises:
-      UserError: some of the three are given and not all, or the first host or the others do not come.
+      UserError: one or two of the three flags, or a host that does not answer in time.
     """
-    given = (coordinator, hosts, host)
-    if any(flag is not None for flag in given) and None in given:
-        raise UserError("--coordinator, --hosts and --host belong together: give all three, or none on a cluster that JAX knows")
+    flags = (coordinator, hosts, host)
+    if any(flag is not None for flag in flags) and None in flags:
+        raise UserError("--coordinator, --hosts and --host belong together: give all three, or none on a TPU slice or under Slurm")
     if coordinator is not None and (not coordinator.rpartition(":")[2].isdigit() or not 0 <= host < hosts):
         raise UserError(f"--coordinator={coordinator} --hosts={hosts} --host={host}: expected ADDRESS:PORT and 0 <= host < hosts")
     cluster = find_cluster() if coordinator is None else Cluster("--hosts", coordinator, hosts, host)
     if cluster is None or cluster.hosts == 1:
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `votes.stop_signal`
-    who = f"host {cluster.host} of {cluster.hosts} ({cluster.kind})"
+    name = f"host {cluster.host} of {cluster.hosts} ({cluster.kind})"
     if cluster.host == 0:
-        print(f"{who}: waiting for the others at {cluster.coordinator}", file=sys.stderr, flush=True)
+        print(f"{name}: waiting for the others at {cluster.coordinator}", file=sys.stderr, flush=True)
     else:
-        _wait_for_coordinator(cluster.coordinator, who)
+        _wait_for_coordinator(cluster.coordinator, name)
     try:
         jax.distributed.initialize(
             cluster.coordinator, cluster.hosts, cluster.host, cluster.local_devices, cluster_detection_method="deactivate"
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{who}: the hosts did not find each other ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{name}: the hosts did not find each other ({str(error).splitlines()[0]}); "
+            "start the same command on all of them within five minutes"
+        ) from error
 
 
-def _wait_for_coordinator(coordinator: str, who: str) -> None:
-    """Return when the first host answers; JAX itself would wait five minutes, and end in its own words."""
+def _wait_for_coordinator(coordinator: str, name: str) -> None:
+    """Wait until the first host answers; JAX would wait for five minutes, and end with a traceback."""
     address, _, port = coordinator.rpartition(":")
-    until = time.monotonic() + COORDINATOR_SECONDS
+    deadline = time.monotonic() + COORDINATOR_SECONDS
     while True:
         try:
             socket.create_connection((address.strip("[]"), int(port)), timeout=5).close()
             return
         except OSError as error:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise UserError(
-                    f"{who}: the first host does not answer at {coordinator} ({error.strerror or error}); "
-                    "start the same command there, and let this host reach that port"
+                    f"{name}: the first host does not answer at {coordinator} ({error.strerror or error}); "
+                    "start the same command there, and open that port to this host"
                 ) from error
         time.sleep(POLL)
 
@@ -119,7 +123,7 @@ def gather(x: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def speaking_once() -> Iterator[None]:
-    """Keeps the other hosts silent, and stops all of them, with one message and exit code, when one fails or is terminated."""
+    """Keeps all hosts but the first silent; when one fails or is terminated, stops all with its message and exit code."""
     if count_hosts() == 1:
         yield
         return
@@ -140,7 +144,10 @@ def speaking_once() -> Iterator[None]:
 
 
 def _tell_others(error: BaseException, code: int) -> None:
-    """Tells them why, and waits until they know. If another host failed first, which may be why this one does, ends as that one."""
+    """Tells the other hosts why this one fails, and waits until they know.
+
+    If another host failed first, which may be why this one fails, this one ends as that one does.
+    """
     client = distributed.global_state.client
     reason = str(error) if isinstance(error, UserError | Terminated) else f"{type(error).__name__}: {error}"
     try:
@@ -163,10 +170,10 @@ def _watch(finished: threading.Event) -> None:
 def _follow(failure: str) -> None:
     """Ends this process as another host's failure says."""
     if not _ending.acquire(blocking=False):
-        time.sleep(GRACE)  # another thread is about to
+        time.sleep(GRACE)  # another thread ends it
     code, _, reason = failure.partition(" ")
     print(reason if int(code) == TERMINATED else f"error: {reason}", file=sys.stderr, flush=True)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is there any more to be told
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the host that holds the store has ended
         distributed.global_state.client.key_value_set(f"{SEEN}{jax.process_index()}", "")
     _leave(int(code))
 

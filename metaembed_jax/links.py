@@ -1,7 +1,7 @@
 """The order of devices in a mesh: neighbours on an axis are neighbours on the links between chips.
 
-Chips of a TPU slice are joined by links (ICI) to the next chip along each side of a box, slices by the data center's network
-(DCN), which is tens of times slower. Collectives over a mesh axis go round the ring of its devices.
+The chips of a TPU slice form a box, with links (ICI) between neighbours. Slices are joined by the data center's network (DCN),
+which is tens of times slower. A collective over a mesh axis goes round the ring of its devices.
 """
 
 import warnings
@@ -19,9 +19,9 @@ class Ring(NamedTuple):
     """The longest of the rings of a mesh axis.
 
     Attributes:
-      hops: links from device to device, once round.
-      step: links between two neighbours, at most.
-      crossings: steps from one slice to another, which have no links.
+      hops: links that one turn goes over.
+      step: the most links between two neighbours.
+      crossings: steps from one slice to another, which go over no links.
     """
 
     hops: int
@@ -32,16 +32,16 @@ class Ring(NamedTuple):
 def arrange(devices: Sequence, sizes: tuple[int, int, int], slices: int = 0) -> np.ndarray:
     """Returns devices as an array of `sizes` (data, fsdp, tensor).
 
-    In a TPU slice they stand as `mesh_utils.create_device_mesh` puts them, or in their own order where that has shorter rings
-    (JAX has one ring for the eight chips of v5e:2x4, which makes rings of 8 hops for 4 of (4, 2)). Over several slices it is
-    JAX's hybrid mesh: `data` goes over slices, and inside them too if it is larger; fsdp and tensor stay inside. Other
-    platforms keep their order, in which the devices of a host follow each other.
+    The devices of a TPU slice get the order of `mesh_utils.create_device_mesh`, or keep their own where that has shorter rings (on
+    v5e:2x4, JAX's order gives a (4, 2) mesh rings of 8 hops, their own 4). Several slices make JAX's hybrid mesh: `data` goes over
+    slices, and inside them too if it is larger; fsdp and tensor stay inside. Devices of other platforms keep their order, in which
+    those of a host follow each other.
 
     Args:
-      slices: how many there must be; 0: as many as the devices report; 1: fsdp and tensor may cross slices.
+      slices: the expected number; 0: as many as the devices report; 1: fsdp and tensor may cross slices.
 
     Raises:
-      UserError: another number of slices, or one that does not divide data.
+      UserError: another number of slices than the devices report, or one that does not divide data.
     """
     slices = _count_slices(devices, sizes, slices)
     if devices[0].platform != "tpu":
@@ -56,11 +56,11 @@ def arrange(devices: Sequence, sizes: tuple[int, int, int], slices: int = 0) -> 
 
 
 def rings(mesh: Mesh) -> dict[str, Ring]:
-    """Returns the rings of a TPU mesh by axis; nothing on other platforms, whose devices have no coordinates.
+    """Returns the rings of a TPU mesh by axis; none on other platforms, whose devices have no coordinates.
 
-    Every side of a slice counts as closed: from its last chip to its first is one link. Sides are closed in fact where they are
-    16 chips long (v5e, v6e) or multiples of 4 in whole cubes (v4, v5p, tpu7x); on others the ring goes back over links whose
-    other direction it has used.
+    Each side of a slice counts as closed, with one link from its last chip to its first. Real slices have that link on sides of
+    16 chips (v5e, v6e), and on multiples of 4 in whole cubes (v4, v5p, tpu7x); elsewhere the ring returns over the links that it
+    came by, in their other direction.
     """
     if not hasattr(mesh.devices.flat[0], "coords"):
         return {}
@@ -83,13 +83,13 @@ def _rings(devices: np.ndarray) -> list[Ring]:
 
 
 def _arrange_slice(devices: Sequence, sizes: tuple[int, int, int]) -> np.ndarray:
-    plain = np.asarray(devices).reshape(sizes)
+    unchanged = np.asarray(devices).reshape(sizes)
     try:
         arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError) as error:
         warnings.warn(f"the mesh keeps the order of its devices, which may be slow: {' '.join(str(error).split())}", stacklevel=4)
-        return plain
-    return min(arranged, plain, key=lambda order: sum(ring.hops for ring in _rings(order)))
+        return unchanged
+    return min(arranged, unchanged, key=lambda order: sum(ring.hops for ring in _rings(order)))
 
 
 def _count_slices(devices: Sequence, sizes: tuple[int, int, int], slices: int) -> int:
@@ -102,7 +102,7 @@ def _count_slices(devices: Sequence, sizes: tuple[int, int, int], slices: int) -
         )
     slices = slices or reported
     if data % slices and devices[0].platform != "tpu":
-        return 1  # hosts rather than slices: what does not fit in one goes over several
+        return 1  # the "slices" are hosts: an axis that does not fit in one may go over several
     if data % slices or len(set(members)) > 1 and slices > 1:
         raise UserError(
             f"config.mesh.data={data} does not divide over {slices} slices of {' and '.join(map(str, sorted(set(members))))} "
@@ -112,5 +112,5 @@ def _count_slices(devices: Sequence, sizes: tuple[int, int, int], slices: int) -
 
 
 def _slice_index(device) -> int:
-    """The slice of a device; its host where the platform reports none, and for compile-only TPUs of one slice 0."""
+    """Returns the slice of a device; where JAX reports none, 0 for a TPU (compile-only devices of one slice), else the host."""
     return getattr(device, "slice_index", 0 if device.platform == "tpu" else device.process_index)

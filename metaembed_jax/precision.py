@@ -1,6 +1,6 @@
-"""float32 means float32 on every chip.
+"""Products of float32 in float32, on every chip.
 
-Left alone, a TPU rounds the factors of a float32 product to bfloat16, and a recent NVIDIA card to TF32.
+By default, a TPU rounds the factors of a float32 product to bfloat16, and a recent NVIDIA card to TF32.
 """
 
 import contextlib
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 
 def float32_products(dtype) -> contextlib.AbstractContextManager:
-    """A context for tracing what computes in `dtype`: with float32, products that name no precision get the highest.
+    """Return a context for tracing a computation in `dtype`: with float32, products that name no precision get the highest.
 
-    It covers their gradients too, but for a `custom_vjp`: that is traced later, and needs a context of its own.
+    Their gradients get it too, except those of a `custom_vjp`, which is traced later and needs a context of its own.
     """
     if jnp.dtype(dtype) == jnp.float32:
         return jax.default_matmul_precision("highest")

@@ -36,7 +36,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 0, d
 
     Args:
       data, fsdp, tensor: sizes of the axes; one may be -1, which takes all devices that the others leave.
-      slices: how many slices the devices must be of; 0 and 1 as for `links.arrange`.
+      slices: as in `links.arrange`.
       devices: all by default.
 
     Raises:

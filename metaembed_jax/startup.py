@@ -1,4 +1,4 @@
-"""The beginning of every command that computes: flags for its devices, other hosts, compiled programs."""
+"""The start of every command that computes: its devices, the other hosts, compiled programs."""
 
 import argparse
 
@@ -25,7 +25,7 @@ def add_host_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def start(arguments: argparse.Namespace) -> None:
-    """Set JAX up as the flags say, and join the other hosts of a run where the command can have some.
+    """Set up JAX by the flags of `add_device_flags`, and join the other hosts of a command that has `add_host_flags`.
 
     Raises:
       UserError: as `hosts.connect`.

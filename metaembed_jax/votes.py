@@ -1,4 +1,4 @@
-"""What all hosts of a run do at the same step: stop, because SIGTERM came to any of them, or save, by the first one's clock."""
+"""Decisions that all hosts of a run take at the same step: to stop, after SIGTERM to any of them, or to save, by the clock."""
 
 import contextlib
 import itertools
@@ -13,13 +13,13 @@ from jax._src import distributed  # the key-value store that its hosts share has
 
 from metaembed_jax.cluster import count_hosts
 
-TERMINATED = 128 + signal.SIGTERM  # the exit code that schedulers read as: stopped from outside, start it again
+TERMINATED = 128 + signal.SIGTERM  # the exit code by which schedulers know a job that they stopped, to start it again
 POLL = 0.5  # seconds between looks at the store
 _numbers = itertools.count()
 
 
 class Terminated(SystemExit):
-    """SIGTERM came while nothing was unsaved."""
+    """The end of a process that SIGTERM reached while nothing was unsaved."""
 
     def __init__(self):
         super().__init__(TERMINATED)
@@ -29,21 +29,25 @@ class Terminated(SystemExit):
 
 
 class Vote:
-    """True at one call, the same on all hosts, after the wish of any of them; then false until the next wish.
+    """A request of any host, granted on all hosts at the same call; then the next request.
 
-    They agree in the background on a call that none has reached yet, one more than the most that any has made when the wish is
-    known to all. No device is asked: the main thread may hang in a step meanwhile. (JAX's own agreement on preemption would do for
-    one wish, were Orbax not to take part in it with step numbers of its own.)
+    A thread of each host looks for a request. Once all know of one, they agree on a call that none has reached: the next one
+    after the largest number of calls that any host has made. The devices take no part, since the main thread may hang in a step
+    meanwhile. (JAX's own agreement on preemption would do for a single request, but Orbax takes part in it with step numbers of
+    its own.)
+
+    Args:
+      requested: whether this host requests it now.
     """
 
-    def __init__(self, wished: Callable[[], bool]):
-        self._wished, self._lock = wished, threading.Lock()
+    def __init__(self, requested: Callable[[], bool]):
+        self._requested, self._lock = requested, threading.Lock()
         self._name, self._round, self._calls, self._agreed = f"metaembed/vote/{next(_numbers)}", 0, 0, math.inf
 
     def __call__(self) -> bool:
-        """Whether this call is the one; waits while the hosts agree. All hosts call it equally often."""
+        """Return True at the call that the hosts agreed on. Waits while they agree; all hosts must call it equally often."""
         if count_hosts() == 1:
-            return self._wished()
+            return self._requested()
         with self._lock:
             self._calls += 1
             if self._calls < self._agreed:
@@ -53,7 +57,7 @@ class Vote:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """While the hosts can agree."""
+        """Look for requests, in a thread, until the block ends."""
         if count_hosts() == 1:
             yield
             return
@@ -70,65 +74,65 @@ class Vote:
                 self._look()
 
     def _look(self) -> None:
-        client, wish = distributed.global_state.client, f"{self._name}/{self._round}"
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host's wish is there
-            if self._wished():
-                client.key_value_set(wish, "")
+        client, request = distributed.global_state.client, f"{self._name}/{self._round}"
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host's request is in the store already
+            if self._requested():
+                client.key_value_set(request, "")
         try:
-            client.key_value_try_get(wish)
-        except jax.errors.JaxRuntimeError:  # nobody's is
+            client.key_value_try_get(request)
+        except jax.errors.JaxRuntimeError:  # no host's is
             return
         with self._lock:
-            client.key_value_set(f"{wish}/{jax.process_index()}", str(self._calls))
-            calls = [int(client.blocking_key_value_get(f"{wish}/{host}", 60_000)) for host in range(count_hosts())]
+            client.key_value_set(f"{request}/{jax.process_index()}", str(self._calls))
+            calls = [int(client.blocking_key_value_get(f"{request}/{host}", 60_000)) for host in range(count_hosts())]
             self._agreed, self._round = max(calls) + 1, self._round + 1
 
 
 class Stop:
-    """Whether to stop, because SIGTERM came to any of the hosts: asked once a step, and true on all at the same call.
+    """The decision to stop, after SIGTERM to any host: asked once a step, and true on all hosts from the same call on.
 
-    A second SIGTERM changes nothing: what is being saved is saved.
+    A second SIGTERM changes nothing: a save that has begun is completed.
     """
 
     def __init__(self):
-        self._came, self._leaves, self._stops = threading.Event(), False, False
-        self.vote = Vote(self._came.is_set)
+        self._signalled, self._at_once, self._stopping = threading.Event(), False, False
+        self.vote = Vote(self._signalled.is_set)
 
     def __call__(self) -> bool:
-        """Whether to stop; once true, it stays so."""
-        self._stops = self._stops or self.vote()
-        return self._stops
+        """Return whether to stop; once true, always true."""
+        self._stopping = self._stopping or self.vote()
+        return self._stopping
 
-    def signalled(self, *_) -> None:
-        """Notes that SIGTERM came to this host, or leaves."""
-        self._came.set()
-        self._leave()
+    def on_signal(self, *_) -> None:
+        """Record SIGTERM to this host; inside `at_once`, end the process."""
+        self._signalled.set()
+        self._check()
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """While nothing is unsaved, so that nobody needs to be asked.
+        """Stop at once, without a vote, inside the block: nothing there is unsaved.
 
         Raises:
-          Terminated: SIGTERM came to this host, before or now.
+          Terminated: SIGTERM to this host, before or inside the block.
         """
-        self._leaves = True
+        self._at_once = True
         try:
-            self._leave()
+            self._check()
             yield
         finally:
-            self._leaves = False
+            self._at_once = False
 
-    def _leave(self) -> None:
-        if self._leaves and self._came.is_set():
-            self._leaves = False  # a second signal does not disturb what is put in order on the way out
+    def _check(self) -> None:
+        if self._at_once and self._signalled.is_set():
+            self._at_once = False  # a second signal must not interrupt the cleaning up after the first
             raise Terminated
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Stop]:
-    """Whether to stop, from now on by SIGTERM; in the main thread."""
+    """Handle SIGTERM by a `Stop` inside the block; in the main thread only."""
     stop = Stop()
-    before = signal.signal(signal.SIGTERM, stop.signalled)
+    before = signal.signal(signal.SIGTERM, stop.on_signal)
     try:
         with stop.vote.watched():
             yield stop

@@ -1,4 +1,4 @@
-"""One host or many: decided from variables, device files and the metadata server, before JAX is told."""
+"""The cluster that a process is part of, from variables, device files and the metadata server."""
 
 import http.server
 import os
@@ -35,7 +35,7 @@ PORT = "node07:61440"
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A machine with four TPU chips and two NVIDIA cards, whose variables say nothing, and that no metadata server knows."""
+    """A machine with four TPU chips and two NVIDIA cards, no variables of a cluster, and no metadata server."""
     for key in os.environ:
         if key.startswith(("TPU_", "JAX_", "SLURM_", "OMPI_", "MEGASCALE_")):
             monkeypatch.delenv(key)
@@ -48,7 +48,7 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def metadata(root, monkeypatch):
-    """Serve attributes as Google's metadata server does; returns them, to be filled."""
+    """The attributes that a local copy of Google's metadata server serves, to be filled."""
     attributes = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -86,33 +86,32 @@ def metadata(root, monkeypatch):
         (GKE | {"JAX_PLATFORMS": "cpu"}, None),
     ],
 )
-def test_variables(environment, cluster, root, monkeypatch):
+def test_cluster_by_variables(environment, cluster, root, monkeypatch):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     assert find_cluster(root) == cluster
 
 
-def test_no_chips_no_question(tmp_path, metadata):
+def test_a_machine_without_chips_does_not_ask_the_server(tmp_path, metadata):
     metadata |= {"agent-worker-number": "1", "worker-network-endpoints": "10.0.0.1,10.0.0.2"}
     assert find_cluster(tmp_path / "elsewhere") is None
 
 
-def test_metadata_server(root, metadata):
-    attributes = metadata
+def test_cluster_by_the_metadata_server(root, metadata):
     assert find_cluster(root) is None
-    attributes["agent-worker-number"] = "1"
-    attributes["worker-network-endpoints"] = "t:1:10.0.0.1,t:2:10.0.0.2"
+    metadata["agent-worker-number"] = "1"
+    metadata["worker-network-endpoints"] = "t:1:10.0.0.1,t:2:10.0.0.2"
     assert find_cluster(root) == Cluster("TPU slice", "10.0.0.1:8482", 2, 1)
-    attributes["tpu-env"] = (
+    metadata["tpu-env"] = (
         "ZONE: 'a'\nMEGASCALE_NUM_SLICES: '3'\nMEGASCALE_SLICE_ID: '2'\nMEGASCALE_COORDINATOR_ADDRESS: '10.9.0.1'\n"
     )
     assert find_cluster(root) == Cluster("3 TPU slices", "10.9.0.1:8482", 6, 5)
-    attributes["worker-network-endpoints"] = "10.0.0.1"
-    attributes["agent-worker-number"], attributes["tpu-env"] = "0", "ZONE: 'a'\n"
+    metadata["worker-network-endpoints"] = "10.0.0.1"
+    metadata["agent-worker-number"], metadata["tpu-env"] = "0", "ZONE: 'a'\n"
     assert find_cluster(root) is None
 
 
-def test_variables_that_make_no_sense(root, monkeypatch):
+def test_malformed_variables(root, monkeypatch):
     for key, value in (SLURM | {"SLURM_NTASKS": "two"}).items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match="ValueError: invalid literal .*--coordinator"):
@@ -120,18 +119,18 @@ def test_variables_that_make_no_sense(root, monkeypatch):
 
 
 def test_a_coordinator_that_does_not_answer_is_one_line(monkeypatch):
+    assert hosts.COORDINATOR_SECONDS + 5 < 60  # seconds, with the last attempt
     monkeypatch.setattr(hosts, "COORDINATOR_SECONDS", 0.1)
     port = free_port()
     with pytest.raises(
         UserError, match=rf"host 1 of 2 .*: the first host does not answer at localhost:{port} \(Connection refused\)"
     ):
         hosts.connect(f"localhost:{port}", 2, 1)
-    assert hosts.COORDINATOR_SECONDS + 5 < 60
 
 
 @pytest.mark.parametrize("program", [["train.py"], ["eval.py", "--checkpoint=nowhere"]])
 def test_kaggle_reaches_its_config(program):
-    """JAX_FORCE_TPU_INIT stands in for the chips; without a metadata server, JAX's own detection ended in a ConnectionError."""
+    """JAX_FORCE_TPU_INIT stands in for the chips. Without a metadata server, JAX's own detection ends in a ConnectionError."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("TPU_", "JAX_PLATFORMS"))}
     environment |= KAGGLE | {"JAX_FORCE_TPU_INIT": "1", "GCE_METADATA_IP": f"127.0.0.1:{free_port()}"}
     command = [sys.executable, *program, "--config=configs/missing.py"]

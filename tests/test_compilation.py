@@ -1,4 +1,4 @@
-"""Compiled programs, kept on disk between processes."""
+"""The cache of compiled programs."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def test_the_next_process_compiles_nothing(tmp_path):
     assert first == str(folder) and counted.startswith("0 ")
     (_, counted), _ = run(tmp_path)
     assert counted.endswith(" 0") and not counted.startswith("0 ")
-    # A process that was killed while it wrote leaves a program without the time of its last use.
+    # A process that is killed as it writes leaves a program without the time of its last use.
     program = next(folder.glob("jit__lambda*-cache"))
     program.write_bytes(program.read_bytes()[:100])
     program.with_name(program.name.removesuffix("-cache") + "-atime").unlink()
@@ -46,19 +46,19 @@ def test_the_next_process_compiles_nothing(tmp_path):
     assert counted.endswith(" 0")
 
 
-def test_the_longest_unused_go(tmp_path, monkeypatch):
+def test_the_least_recently_used_programs_are_removed(tmp_path, monkeypatch):
     from metaembed_jax import compilation
 
-    monkeypatch.setattr(compilation, "MOST", 2)
+    monkeypatch.setattr(compilation, "MAX_PROGRAMS", 2)
     for age, key in enumerate("abc"):
         (tmp_path / f"{key}-cache").touch()
         (tmp_path / f"{key}-atime").touch()
         os.utime(tmp_path / f"{key}-atime", (1000 - age, 1000 - age))
-    compilation._tidy(tmp_path)
+    compilation._prune(tmp_path)
     assert {file.name for file in tmp_path.glob("?-*")} == {"a-cache", "a-atime", "b-cache", "b-atime"}
 
 
-def test_a_disk_that_takes_nothing_costs_one_line(tmp_path):
+def test_a_folder_that_is_not_writable_costs_one_line(tmp_path):
     (tmp_path / "metaembed_jax").touch()
     (folder, _), errors = run(tmp_path)
     assert folder == "None"
@@ -69,7 +69,7 @@ def test_a_disk_that_takes_nothing_costs_one_line(tmp_path):
 
 
 def test_a_disk_that_fills_up_costs_one_line(tmp_path):
-    """Every file that may still be written is of no more than 100 bytes."""
+    """A limit of 100 bytes to a file stands in for the full disk."""
     full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + PROGRAM.replace(
         "events = []", "events = []; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
     )
@@ -78,14 +78,14 @@ def test_a_disk_that_fills_up_costs_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("variables", [{"JAX_COMPILATION_CACHE_DIR": "elsewhere"}, {"JAX_ENABLE_COMPILATION_CACHE": "false"}])
-def test_what_the_user_decided_stands(tmp_path, variables):
+def test_variables_of_jax_stand(tmp_path, variables):
     variables = {key: str(tmp_path / value) if "DIR" in key else value for key, value in variables.items()}
     (folder, _), _ = run(tmp_path, **variables)
     assert folder == "None" and not (tmp_path / "metaembed_jax").exists()
 
 
 def test_a_long_compilation_is_announced():
-    program = "import time\nfrom metaembed_jax import compilation\ncompilation.PATIENCE = 0.1\n"
+    program = "import time\nfrom metaembed_jax import compilation\ncompilation.ANNOUNCE_SECONDS = 0.1\n"
     program += "with compilation.announced('the encoder'): time.sleep(1)"
     _, errors = run("/nowhere", program)
     assert errors.startswith(

@@ -1,4 +1,4 @@
-"""Chips that are there and not used, and the first line of a run."""
+"""Chips that JAX does not see, and the first line of a run."""
 
 import os
 import subprocess
@@ -15,6 +15,7 @@ from tests.several_hosts import ROOT
 
 
 def machine(root, files=(), pci=()):
+    """Make the device files of a machine in a folder; returns the folder."""
     for name in files:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -28,7 +29,7 @@ def machine(root, files=(), pci=()):
 
 @pytest.fixture
 def undecided():
-    """JAX as it is where JAX_PLATFORMS says nothing."""
+    """JAX without JAX_PLATFORMS."""
     before = jax.config.jax_platforms
     jax.config.update("jax_platforms", None)
     yield
@@ -49,17 +50,16 @@ def test_chips_that_jax_does_not_see(tmp_path, undecided, files, pci, line):
         check_devices({}, machine(tmp_path, files, pci))
 
 
-def test_chips_that_are_not_to_be_used(tmp_path):
-    root = machine(tmp_path, ["dev/accel0", "dev/nvidia0"])
-    check_devices({}, root)  # the suite's JAX_PLATFORMS says cpu
-    jax.config.update("jax_platforms", None)
-    try:
-        check_devices({"CUDA_VISIBLE_DEVICES": ""}, machine(tmp_path / "cards", ["dev/nvidia0"]))
-    finally:
-        jax.config.update("jax_platforms", "cpu")
+def test_a_user_may_ask_for_the_cpu(tmp_path):
+    assert jax.config.jax_platforms == "cpu"
+    check_devices({}, machine(tmp_path, ["dev/accel0", "dev/nvidia0"]))
 
 
-def test_other_files_are_no_chips(tmp_path, undecided):
+def test_a_user_may_hide_the_cards(tmp_path, undecided):
+    check_devices({"CUDA_VISIBLE_DEVICES": ""}, machine(tmp_path, ["dev/nvidia0"]))
+
+
+def test_other_device_files_are_not_chips(tmp_path, undecided):
     root = machine(tmp_path, ["dev/accel/accel0", "dev/vfio/vfio", "dev/nvidiactl"], [("0x1ae0", "0x0042"), ("0x8086", "0x006f")])
     assert tpu_files(root) == nvidia_files(root) == []
     check_devices({}, root)
@@ -74,7 +74,7 @@ def test_first_line():
 
 
 def test_a_platform_that_does_not_start_is_one_line():
-    """A run that JAX_PLATFORMS sends to a GPU that is not there."""
+    """JAX_PLATFORMS asks for a GPU that does not exist; `--cpu` goes before it."""
     command = [sys.executable, "train.py", "--config=tests/training/small.py", "--workdir=nowhere"]
     environment = os.environ | {"JAX_PLATFORMS": "cuda"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
@@ -84,8 +84,8 @@ def test_a_platform_that_does_not_start_is_one_line():
     assert "--config.seed=x: expected int" in forced.stderr
 
 
-def test_the_program_says_it(tmp_path):
-    """As a user of a TPU VM without libtpu sees it."""
+def test_train_names_the_install_line(tmp_path):
+    """On a TPU VM without libtpu."""
     root = machine(tmp_path, ["dev/accel0"])
     lines = [
         "import runpy, sys, pathlib",

@@ -1,4 +1,4 @@
-"""Orders of devices on TPU slices that are not there, and on hosts without slices."""
+"""The order of devices on TPU slices, which the compiler describes, and on hosts without slices."""
 
 import dataclasses
 import itertools
@@ -46,15 +46,15 @@ ROUTES = [
 ]
 
 
-@pytest.mark.parametrize("name, sizes, expected, plain", ROUTES, ids=[route[0] for route in ROUTES])
-def test_rings_are_those_of_create_device_mesh(name, sizes, expected, plain):
+@pytest.mark.parametrize("name, sizes, expected, unchanged", ROUTES, ids=[route[0] for route in ROUTES])
+def test_rings_are_those_of_create_device_mesh(name, sizes, expected, unchanged):
     devices = devices_of(name)
     reference = Mesh(mesh_utils.create_device_mesh(sizes, devices), MESH_AXES)
-    found = rings(make_mesh(*sizes, devices=devices))
-    assert found == rings(reference)
-    assert [found[axis][:2] for axis in ("data", "fsdp")] == expected and found["tensor"] == Ring(0, 0, 0)
-    unordered = rings(Mesh(np.asarray(devices).reshape(sizes), MESH_AXES))
-    assert [unordered[axis][:2] for axis in ("data", "fsdp")] == plain
+    arranged = rings(make_mesh(*sizes, devices=devices))
+    assert arranged == rings(reference)
+    assert [arranged[axis][:2] for axis in ("data", "fsdp")] == expected and arranged["tensor"] == Ring(0, 0, 0)
+    in_order = rings(Mesh(np.asarray(devices).reshape(sizes), MESH_AXES))
+    assert [in_order[axis][:2] for axis in ("data", "fsdp")] == unchanged
 
 
 def test_devices_keep_their_order_where_it_has_shorter_rings():
@@ -71,7 +71,7 @@ def test_fsdp_and_tensor_stay_in_a_slice(two_slices):
     assert make_mesh(slices=2, devices=two_slices).shape["data"] == 32
 
 
-def test_one_slice_lets_fsdp_cross(two_slices):
+def test_one_slice_lets_fsdp_cross_slices(two_slices):
     mesh = make_mesh(1, 32, slices=1, devices=two_slices)
     assert rings(mesh)["fsdp"].crossings == 2
 
@@ -100,7 +100,7 @@ def test_one_slice_is_not_two():
 
 
 def test_hosts_without_slices():
-    """fsdp stays in a host where it fits, and goes over hosts where it does not."""
+    """fsdp stays in a host if it fits there."""
     devices = [Card(n, n // 8) for n in range(16)]
     order = make_mesh(2, 8, devices=devices).devices
     assert [{device.process_index for device in row.flat} for row in order] == [{0}, {1}]
@@ -127,7 +127,7 @@ SHAPES = [("v5e:4x4", 1), ("v5p:2x2x4", 1), ("tpu7x:2x2x2", 1), ("v5e:4x4", 2)]
 
 @pytest.mark.parametrize("name, slices", SHAPES)
 def test_hosts_share_rows_in_any_order(name, slices):
-    """Whatever the mesh, hosts hold equal parts of a batch that do not overlap: what `encode_part` and the loader rely on."""
+    """On any mesh, hosts hold equal parts of a batch that do not overlap, as `encode_part` and the loader need."""
     devices = devices_of(name, slices)
     for fsdp, tensor in itertools.product((1, 2, 4, 8), (1, 2)):
         mesh = make_mesh(-1, fsdp, tensor, devices=devices)
@@ -136,7 +136,7 @@ def test_hosts_share_rows_in_any_order(name, slices):
         np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(64))
 
 
-def test_rows_lie_where_the_mesh_says():
+def test_rows_are_placed_by_the_mesh():
     mesh = make_mesh(2, 2, 2, devices=[jax.devices()[n] for n in (5, 2, 7, 0, 3, 6, 1, 4)])
     x = np.arange(24, dtype=np.float32).reshape(8, 3)
     rows = put_rows(x[rows_here(mesh, 8)], mesh)

@@ -1,4 +1,4 @@
-"""Votes of hosts that are threads here, over a store that is a dictionary."""
+"""Votes of hosts: threads take their place here, and a dictionary that of their store."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ HOSTS = 3
 
 
 class Store:
-    """What the hosts share: keys are set once."""
+    """The store that hosts share: a key is set once."""
 
     def __init__(self):
         self._values, self._changed = {}, threading.Condition()
@@ -39,7 +39,7 @@ class Store:
 
 @pytest.fixture
 def on_each(monkeypatch):
-    """Calls a function of a host's number on all of them at once."""
+    """A call of a function on all hosts at once, with the number of each."""
     here = threading.local()
     monkeypatch.setattr(votes.jax, "process_index", lambda: here.number)
     monkeypatch.setattr(votes.distributed, "global_state", SimpleNamespace(client=Store(), num_processes=HOSTS))
@@ -55,48 +55,48 @@ def on_each(monkeypatch):
     return call
 
 
-def test_all_hosts_act_at_the_same_call_and_again_at_the_next_wish(on_each):
-    wishes, ahead, seen = [threading.Event() for _ in range(HOSTS)], (4, 9, 2), [[] for _ in range(HOSTS)]
-    ballot = [Vote(wish.is_set) for wish in wishes]
-    for vote in ballot[1:]:
-        vote._name = ballot[0]._name  # as in processes of their own
+def test_all_hosts_get_each_request_at_the_same_call(on_each):
+    requests, first_calls, answers = [threading.Event() for _ in range(HOSTS)], (4, 9, 2), [[] for _ in range(HOSTS)]
+    votes_of_hosts = [Vote(request.is_set) for request in requests]
+    for vote in votes_of_hosts[1:]:
+        vote._name = votes_of_hosts[0]._name  # as in processes of their own
 
-    def ask(number, until):
-        while len(seen[number]) < until:
-            seen[number].append(ballot[number]())
+    def call(host, times):
+        while len(answers[host]) < times:
+            answers[host].append(votes_of_hosts[host]())
 
-    on_each(lambda number: ballot[number]._look())  # nobody wishes
-    on_each(lambda number: ask(number, ahead[number]))
-    wishes[2].set()
-    on_each(lambda number: take(ballot[number]))
-    wishes[2].clear()
-    on_each(lambda number: ask(number, 14))
-    wishes[0].set()
-    on_each(lambda number: take(ballot[number]))
-    wishes[0].clear()
-    on_each(lambda number: ask(number, 20))
-    assert all([call for call, acts in enumerate(calls, 1) if acts] == [10, 15] for calls in seen)
+    on_each(lambda host: votes_of_hosts[host]._look())  # there is no request yet
+    on_each(lambda host: call(host, first_calls[host]))
+    requests[2].set()
+    on_each(lambda host: agree(votes_of_hosts[host]))
+    requests[2].clear()
+    on_each(lambda host: call(host, 14))
+    requests[0].set()
+    on_each(lambda host: agree(votes_of_hosts[host]))
+    requests[0].clear()
+    on_each(lambda host: call(host, 20))
+    assert [[number for number, answer in enumerate(calls, 1) if answer] for calls in answers] == [[10, 15]] * HOSTS
 
 
-def take(vote):
-    """Looks until the vote is taken: at the first look, the wish may not be known yet."""
+def agree(vote):
+    """Look until the hosts agree: at the first look, the request may not be in the store yet."""
     while vote._agreed == votes.math.inf:
         vote._look()
 
 
-def test_stop_stays_and_leaves_at_once_only_where_nothing_is_unsaved():
+def test_stop_stays_true_and_raises_only_where_nothing_is_unsaved():
     stop = Stop()
     assert not stop()
     with stop.at_once():
         pass
-    stop.signalled()
+    stop.on_signal()
     assert stop() and stop()
     with pytest.raises(Terminated) as stopped, stop.at_once():
-        raise AssertionError("it would go on")
+        raise AssertionError("the block began")
     assert stopped.value.code == 143
     stop = Stop()
     with pytest.raises(Terminated), stop.at_once():
         try:
-            stop.signalled()
+            stop.on_signal()
         finally:
-            stop.signalled()  # a second one lets what is put in order be
+            stop.on_signal()  # a second signal does not interrupt the cleaning up
