@@ -98,10 +98,10 @@ def _check_exports(config: ConfigDict, trainer: Trainer) -> None:
 def _train_one(config: ConfigDict, workdir: Path, stop: Stop) -> bool:
     with contextlib.ExitStack() as stack:
         with stop.at_once():
-            if hosts.is_first():
-                stack.enter_context(lease.held(workdir))
             mesh = run_mesh(config)
             records = hosts.first_then_others(lambda: sources.training_records(config))
+            if hosts.is_first():  # after the hosts have met: one that refuses the config ends all, and no folder is made
+                stack.enter_context(lease.held(workdir))
             start = find_start(config, workdir)
             processor = run_processor(config, start.tokenizer)
             trainer = make_trainer(config, mesh)
