@@ -1,9 +1,9 @@
-"""Attention by what fits the chip, chosen where a program is lowered.
+"""Attention, by the implementation that suits the chip; chosen when a program is lowered.
 
     splash    TPU: JAX's Pallas kernel (`attention_splash`)
     cudnn     NVIDIA since Ampere: cuDNN's kernel, for bfloat16 and float16 without soft caps and windows (`attention_cudnn`)
     blocks    NVIDIA otherwise: XLA on one block of queries after another (`attention_xla`)
-    xla       everywhere else, and where keys or scores are few
+    xla       other platforms, and few keys or scores
 
 XLA alone writes the scores of all pairs to memory, [B, H, S, T]; the others hold a part of them at a time, forward and backward.
 Temporaries with gradients, as compiled: 8 causal sequences of 2048, 16 heads of 128, for v5e: 4128 MiB with XLA, 518 with splash;
@@ -40,7 +40,7 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Float[Array, "B S H K"]:
-    """Softmax attention with grouped heads; the softmax is float32. A row that may see nothing returns finite numbers.
+    """Softmax attention with grouped heads; the softmax is float32. A query without a visible key gets finite numbers.
 
     With `causal` the queries are the last S of the T positions. For T = 4, S = 2 and a first key of padding:
 
@@ -49,10 +49,10 @@ def attention(
         query 3  . x x x
 
     Args:
-      key_mask_BT: false for keys that nobody may see.
-      scale: what scores are multiplied with; None: K**-0.5.
-      softcap: scores become softcap * tanh(scores / softcap) (arXiv 2408.00118); None: they stay as they are.
-      window: with `causal`, how many keys up to its own a query may see; None: all of them.
+      key_mask_BT: false for keys that no query may see.
+      scale: the factor of the scores; None: K**-0.5.
+      softcap: scores become softcap * tanh(scores / softcap) (arXiv 2408.00118); None: no cap.
+      window: with `causal`, the number of keys, up to its own position, that a query may see; None: all.
     """
     arrays, kind = (query_BSHK, key_BTGK, value_BTGK, key_mask_BT), dict(causal=causal, scale=scale, softcap=softcap, window=window)
     shapes = query_BSHK.shape, key_BTGK.shape, query_BSHK.dtype
@@ -78,41 +78,41 @@ def attention_implementation(
 ) -> str:
     """Name the implementation of `attention` that a platform's program gets: "splash", "cudnn", "blocks" or "xla".
 
-    For "cuda" it depends on this machine's card. Without one, a program for CUDA gets no cuDNN, which JAX refuses to trace.
+    For "cuda" it depends on the card of this machine. Without a card, JAX does not trace cuDNN, and "blocks" takes its place.
 
-    Fewer keys than a block of splash (a vision window has 64) go to XLA everywhere: the kernel would fill them up, and compute four
+    Fewer keys than a block of splash (a vision window has 64) go to XLA everywhere: the kernel would pad them, and compute four
     scores for each. Compiled for v5e, 320 windows, 16 heads of 80, with gradients: 560 MiB of temporaries with XLA, 1362 MiB with
-    splash, and still 644 MiB if windows shared blocks.
+    splash, and 644 MiB if windows shared blocks.
 
     Args:
       platform: "tpu", "cuda", "cpu" or "rocm".
     """
     (S, _, K), T = query_shape[1:], key_shape[1]
-    if T < SMALLEST_BLOCK or platform not in ("tpu", "cuda") or np.dtype(dtype) == np.float64:  # which no kernel takes
+    if T < SMALLEST_BLOCK or platform not in ("tpu", "cuda") or np.dtype(dtype) == np.float64:  # no kernel takes float64
         return "xla"
     if platform == "tpu":
         return "splash"
     capability = cuda_capability()
     if capability is not None and capability >= AMPERE and np.dtype(dtype).itemsize == 2:
-        # cuDNN counts a causal mask from the first query, and its soft cap is not in JAX's interface.
+        # cuDNN aligns a causal mask with the first query, and JAX's interface has no soft cap.
         if softcap is None and window is None and (not causal or S == T) and K <= (256 if capability >= HOPPER else 128):
             return "cudnn"
     return "blocks" if queries_at_once(query_shape, T) < S else "xla"
 
 
 def cuda_capability() -> tuple[int, int] | None:
-    """Return the compute capability of this machine's NVIDIA card, say (9, 0); None without one."""
+    """Return the compute capability of this machine's NVIDIA card, such as (9, 0); None without a card."""
     device = jax.local_devices()[0]
-    numbers = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", ""))) if device.platform == "gpu" else None
-    return numbers and (int(numbers[1]), int(numbers[2]))
+    numbers = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return (int(numbers[1]), int(numbers[2])) if device.platform == "gpu" and numbers else None
 
 
 def on_each_device(kernel: Callable, query_BSHK: Array, key_BTGK: Array, value_BTGK: Array, key_mask_BT: Array) -> Array:
-    """Run a kernel on each device's rows and heads, which the partitioner, blind to what is in a kernel, would gather."""
+    """Run a kernel on each device's own rows and heads; the partitioner, which cannot split a kernel, would gather all of them."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(query_BSHK, key_BTGK, value_BTGK, key_mask_BT)
-    # Where the key heads do not split, neither do the query heads: each must be on its own head's device.
+    # Query heads are split as the key heads are, or not at all: each must be on the device of its key head.
     heads = named_sharding(mesh, ("batch", None, "heads", None), key_BTGK.shape).spec
     rows = named_sharding(mesh, ("batch", None), key_mask_BT.shape).spec
     on_mesh = jax.shard_map(kernel, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)

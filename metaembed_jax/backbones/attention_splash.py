@@ -32,11 +32,11 @@ def splash(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=None,
     (S, H, K), T = query_BSHK.shape[1:], key_BTGK.shape[1]
     query_block, key_block = _block(S), _block(T)
     scaled_BSHK = (query_BSHK.astype(jnp.float32) * (K**-0.5 if scale is None else scale)).astype(query_BSHK.dtype)
-    query_BHSK = jnp.swapaxes(_fill(scaled_BSHK, query_block), 1, 2)
-    key_BGTK, value_BGTK = (jnp.swapaxes(_fill(x, key_block), 1, 2) for x in (key_BTGK, value_BTGK))
-    # Every query looks at segment 1: the keys that are neither padding nor filling.
+    query_BHSK = jnp.swapaxes(_pad(scaled_BSHK, query_block), 1, 2)
+    key_BGTK, value_BGTK = (jnp.swapaxes(_pad(x, key_block), 1, 2) for x in (key_BTGK, value_BTGK))
+    # Every query sees segment 1: the keys that are no padding.
     segments = SegmentIds(
-        q=jnp.ones((query_BHSK.shape[0], query_BHSK.shape[2]), jnp.int32), kv=_fill(key_mask_BT, key_block).astype(jnp.int32)
+        q=jnp.ones((query_BHSK.shape[0], query_BHSK.shape[2]), jnp.int32), kv=_pad(key_mask_BT, key_block).astype(jnp.int32)
     )
     shape = query_BHSK.shape[2], key_BGTK.shape[2]
     if causal:
@@ -51,7 +51,7 @@ def splash(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=None,
         block_q_dq=query_block,
         block_kv_dq=key_block,
     )
-    # Head h reads key head h // (H / G) where it lies; nothing is repeated.
+    # Head h reads key head h // (H / G) in place; nothing is repeated.
     kernel = make_splash_mha(
         MultiHeadMask([mask] * H),
         block_sizes=blocks,
@@ -70,26 +70,26 @@ def _each_row(kernel, *arrays):
 
 
 def _in_float32(function: Callable) -> Callable:
-    """A function with float32 products, in its backward pass too, where a `custom_vjp` in it would not see the caller's context."""
+    """Give a function float32 products in its backward pass too, where a `custom_vjp` does not see the caller's context."""
 
-    def traced(function):
+    def in_context(traced: Callable) -> Callable:
         def call(*arrays):
             with float32_products(jnp.float32):
-                return function(*arrays)
+                return traced(*arrays)
 
         return call
 
-    in_float32 = jax.custom_vjp(traced(function))
-    in_float32.defvjp(traced(partial(jax.vjp, function)), traced(lambda pull, cotangent: pull(cotangent)))
+    in_float32 = jax.custom_vjp(in_context(function))
+    in_float32.defvjp(in_context(partial(jax.vjp, function)), in_context(lambda pull, cotangent: pull(cotangent)))
     return in_float32
 
 
 def _block(length: int) -> int:
-    """The size of equal blocks, as few as can be, that hold a length."""
+    """Return the size of the fewest equal blocks that hold a length."""
     blocks = -(-length // LARGEST_BLOCK)
     return SMALLEST_BLOCK * -(-length // (SMALLEST_BLOCK * blocks))
 
 
-def _fill(x_BS: Array, block: int) -> Array:
-    """Zeros at the end of the second axis, to whole blocks."""
+def _pad(x_BS: Array, block: int) -> Array:
+    """Pad the second axis with zeros to whole blocks."""
     return jnp.pad(x_BS, [(0, 0), (0, -x_BS.shape[1] % block)] + [(0, 0)] * (x_BS.ndim - 2))

@@ -1,13 +1,13 @@
-"""Attention as XLA computes it, of all queries at once or of one block of them after another.
+"""Attention by XLA: all queries at once, or one block of them after another.
 
-Letters as in `attention`; N query heads to a key head, b queries of a block.
+Letters as in `attention`; N query heads of a key head, n blocks, b queries of a block.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-SCORE_BYTES = 128 * 2**20  # of the float32 scores of one block of queries: wide enough to keep a card busy, small beside its memory
+SCORE_BYTES = 128 * 2**20  # float32 scores of a block of queries: enough to keep a card busy, little of its memory
 
 
 def xla(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=None, softcap=None, window=None, first=None):
@@ -28,7 +28,7 @@ def xla(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=None, so
 def in_blocks(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=None, softcap=None, window=None):
     """Compute the scores of one block of queries at a time, and again in the backward pass; see `attention`.
 
-    Compiled for an H100 and not run on one.
+    It was compiled for an H100, and not run on one.
     """
     S, T = query_BSHK.shape[1], key_BTGK.shape[1]
     kind = dict(causal=causal, scale=scale, softcap=softcap, window=window)
@@ -37,9 +37,9 @@ def in_blocks(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=No
         return xla(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, **kind)
     blocks = -(-S // size)
     size = -(-S // blocks)
-    filled_BSHK = jnp.pad(query_BSHK, ((0, 0), (0, blocks * size - S), (0, 0), (0, 0)))
-    blocks_nBbHK = jnp.moveaxis(filled_BSHK.reshape(len(filled_BSHK), blocks, size, *filled_BSHK.shape[2:]), 1, 0)
-    # As float32, so that the gradients of all blocks add up in it.
+    padded_BSHK = jnp.pad(query_BSHK, ((0, 0), (0, blocks * size - S), (0, 0), (0, 0)))
+    blocks_nBbHK = jnp.moveaxis(padded_BSHK.reshape(len(padded_BSHK), blocks, size, *padded_BSHK.shape[2:]), 1, 0)
+    # In float32, so that the sum of all blocks' gradients is too.
     key32_BTGK, value32_BTGK = key_BTGK.astype(jnp.float32), value_BTGK.astype(jnp.float32)
 
     @jax.checkpoint
@@ -49,24 +49,24 @@ def in_blocks(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=No
         return xla(query_BbHK, key, value, key_mask_BT, first=T - S + number * size, **kind)
 
     mixed_nBbHK = jax.lax.map(attend, (jnp.arange(blocks), blocks_nBbHK))
-    return jnp.moveaxis(mixed_nBbHK, 0, 1).reshape(filled_BSHK.shape)[:, :S]
+    return jnp.moveaxis(mixed_nBbHK, 0, 1).reshape(padded_BSHK.shape)[:, :S]
 
 
 def queries_at_once(query_shape: tuple[int, int, int, int], keys: int) -> int:
-    """How many queries' scores fit in `SCORE_BYTES`; at least one."""
+    """Return the number of queries whose scores fit in `SCORE_BYTES`; at least 1."""
     B, _, H, _ = query_shape
     return max(SCORE_BYTES // (4 * B * H * keys), 1)
 
 
 def _visible(first: int | Array, S: int, T: int, window: int | None) -> Bool[Array, "S T"]:
-    """Which keys S queries from position `first` on may see."""
+    """Return the causal mask of S queries from position `first` on."""
     query_S1, key_T = first + jnp.arange(S)[:, None], jnp.arange(T)
     visible_ST = key_T <= query_S1
     return visible_ST if window is None else visible_ST & (key_T > query_S1 - window)
 
 
 def _capped(query_BSHK, key_BTGK, value_BTGK, mask, scale, softcap):
-    """`jax.nn.dot_product_attention` with a soft cap, which it has no option for."""
+    """Compute `jax.nn.dot_product_attention` with a soft cap, an option that it lacks."""
     B, S, _, K = query_BSHK.shape
     query_BSGNK = query_BSHK.reshape(B, S, key_BTGK.shape[2], -1, K)
     scores_BGNST = jnp.einsum("bsgnk,btgk->bgnst", query_BSGNK, key_BTGK, preferred_element_type=jnp.float32)

@@ -38,7 +38,7 @@ class LoraConfig:
 
 
 class Dropout(nnx.Variable):
-    """The random key of an adapter's dropout, or the items it drops from; both for each layer of a stack. No parameter."""
+    """The random key of an adapter's dropout, or the numbers of the items in the batch; for each layer of a stack. No parameter."""
 
 
 class Lora(nnx.Module):
@@ -58,32 +58,31 @@ class Lora(nnx.Module):
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
         scale = self.scale
         if self.key is not None:
-            kept = keep(self.key[...], self.items[...], 1 - self.dropout, x.shape)
-            x, scale = jnp.where(kept, x, 0), scale / (1 - self.dropout)
+            mask = dropout_mask(self.key[...], self.items[...], 1 - self.dropout, x.shape)
+            x, scale = jnp.where(mask, x, 0), scale / (1 - self.dropout)
         return (x @ self.a[...].astype(x.dtype) * scale) @ self.b[...].astype(x.dtype)
 
 
-def keep(key: UInt32[Array, "2"], items_B: Int[Array, "B"], share: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """True for about a share of all elements: those whose item, row in the item and column, hashed with the key, come out below it.
+def dropout_mask(key: UInt32[Array, "2"], items_B: Int[Array, "B"], share: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    """Return a random mask that is true for about `share` of all elements: a hash of key, item, position in the item and column.
 
-    It stands in for `jax.random.bernoulli`, whose twenty rounds for a number are no small matter where every adapter of every layer
-    asks for as many numbers as it has inputs. As a function of the item and the place in it, it is the same on any mesh and in
-    any microbatch.
+    An item has the same mask on any mesh and in any microbatch. `jax.random.bernoulli` would not do that, and its twenty rounds for
+    each number are slow where every adapter of every layer draws as many numbers as it has inputs.
 
-    Rows (all axes but the last) and columns are hashed by MurmurHash3's finaliser (Appleby, public domain), twice each; what is
-    left for an element is to mix its row's hash with its column's. Four layers of configs/3b.py's language model, 8 rows of 1360,
-    compiled for v6e: 58 s with every place hashed in full, 39 s so, 45 s before without dropout.
+    Positions (all axes except the last) and columns are hashed by MurmurHash3's finaliser (Appleby, public domain), twice each; an
+    element only mixes the two. Four layers of configs/3b.py's language model, 8 rows of 1360, compile for v6e in 39 s this way, in 58 s
+    with each element hashed in full; without dropout it was 45 s.
 
     Args:
       items_B: a number for each item of the batch.
-      shape: of what is dropped from. Its first axis is the batch, or the batch times the tiles of an item.
+      shape: of the mask. Its first axis is the batch, or the batch times the tiles of an item.
     """
-    within = (len(items_B), shape[0] // len(items_B), *shape[1:-1], 1)
-    places = jnp.uint32(0)
-    for axis, size in enumerate(within[1:], 1):
-        places = places * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, (1, *within[1:]), axis)
-    item_words = _hash(items_B.astype(jnp.uint32), key).reshape(-1, *[1] * (len(within) - 1))
-    rows = _hash(places, (key[0], item_words)).reshape(*shape[:-1], 1)
+    shape_in_item = (shape[0] // len(items_B), *shape[1:-1], 1)
+    positions = jnp.uint32(0)
+    for axis, size in enumerate(shape_in_item, 1):
+        positions = positions * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, (1, *shape_in_item), axis)
+    item_words = _hash(items_B.astype(jnp.uint32), key).reshape(-1, *[1] * len(shape_in_item))
+    rows = _hash(positions, (key[0], item_words)).reshape(*shape[:-1], 1)
     columns = _hash(jnp.uint32(2**31) + jnp.arange(shape[-1], dtype=jnp.uint32), key)
     rows, columns = jax.lax.optimization_barrier((rows, columns))  # hashed once, not again for every element
     mixed = rows ^ columns
@@ -116,7 +115,7 @@ def add_lora(network: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None
 
 
 def dropout_keys(abstract: dict, key: jax.Array) -> dict[tuple[str, ...], UInt32[Array, "..."]]:
-    """Returns fresh keys for every adapter by its path in `abstract`: [2], or [L, 2] for a stack."""
+    """Returns a fresh key for each adapter by its path in `abstract`: [2], or [L, 2] for a stack."""
     shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract).items() if path[-1] == "key"}
     keys = jax.random.split(key, max(len(shapes), 1))
     split = [jax.random.split(key, shape[0]) if len(shape) == 2 else key for shape, key in zip(shapes.values(), keys, strict=False)]

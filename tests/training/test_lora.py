@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from metaembed_jax.backbones import qwen2_5_vl
 from metaembed_jax.backbones.layers import Linear, quantize
-from metaembed_jax.backbones.lora import Lora, LoraConfig, dropout_keys, dropout_of, keep
+from metaembed_jax.backbones.lora import Lora, LoraConfig, dropout_keys, dropout_mask, dropout_of
 from metaembed_jax.checkpoints.loading import run_parameters, run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.torch_export import write_model
@@ -305,7 +305,7 @@ def test_what_is_kept_is_like_chance():
     """Against the binomial: the share, and the likeness to a neighbour in each direction and to other keys' masks."""
     shape, share = (4, 300, 700), 0.9
     masks = {
-        (first, second): np.asarray(keep(jnp.array([first, second], jnp.uint32), jnp.array([0, 1, 2, 77]), share, shape))
+        (first, second): np.asarray(dropout_mask(jnp.array([first, second], jnp.uint32), jnp.array([0, 1, 2, 77]), share, shape))
         for first in (0, 1, 2**31)
         for second in (0, 1, 77)
     }
@@ -321,13 +321,13 @@ def test_what_is_kept_is_like_chance():
 def test_any_mesh_and_any_microbatch_keep_the_same_of_an_item():
     mesh, shape, items = make_mesh(data=2, fsdp=2, tensor=2), (8, 6, 10), jnp.arange(8)
     key = jnp.array([5, 6], jnp.uint32)
-    whole = keep(key, items, 0.5, shape)
-    split = jax.jit(lambda key: keep(key, items, 0.5, shape), out_shardings=named_sharding(mesh, ("batch", None, "mlp")))
+    whole = dropout_mask(key, items, 0.5, shape)
+    split = jax.jit(lambda key: dropout_mask(key, items, 0.5, shape), out_shardings=named_sharding(mesh, ("batch", None, "mlp")))
     np.testing.assert_array_equal(split(key), whole)
-    np.testing.assert_array_equal(keep(key, jnp.array([5, 2]), 0.5, (2, 6, 10)), whole[jnp.array([5, 2])])
-    tiles = keep(key, jnp.array([5, 2]), 0.5, (6, 2, 10))  # each item as three tiles of two rows
+    np.testing.assert_array_equal(dropout_mask(key, jnp.array([5, 2]), 0.5, (2, 6, 10)), whole[jnp.array([5, 2])])
+    tiles = dropout_mask(key, jnp.array([5, 2]), 0.5, (6, 2, 10))  # each item as three tiles of two rows
     np.testing.assert_array_equal(tiles, whole[jnp.array([5, 2])].reshape(6, 2, 10))
-    assert keep(key, items, 1.0, shape).all() and not keep(key, items, 0.0, shape).any()
+    assert dropout_mask(key, items, 1.0, shape).all() and not dropout_mask(key, items, 0.0, shape).any()
 
 
 def test_every_adapter_and_layer_has_a_key_of_its_own():
