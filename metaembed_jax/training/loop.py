@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -34,7 +35,7 @@ from metaembed_jax.sharding import rows_here
 from metaembed_jax.trained import join, paths, split
 from metaembed_jax.training.metrics import MetricsWriter
 from metaembed_jax.training.profile import Stopwatch, Trace
-from metaembed_jax.training.saving import Saves
+from metaembed_jax.training.saving import SaveSchedule
 from metaembed_jax.training.speed import Speed, shown
 from metaembed_jax.training.start import describe, find_start, initial_state, stages
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, put_batch, run_mesh
@@ -45,7 +46,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     """Trains, or goes on training, until the last step; then evaluates the best checkpoint on the test split.
 
     Returns:
-      False if SIGTERM stopped the loop: everything is saved, and the same call goes on from there.
+      False if SIGTERM stopped it between two steps: everything is saved, and the same call goes on from there.
 
     Raises:
       UserError: anything that the user can put right; what was saved stands.
@@ -100,7 +101,7 @@ def _train_one(config: ConfigDict, workdir: Path, stop: Stop) -> bool:
         with stop.at_once():
             mesh = run_mesh(config)
             records = hosts.first_then_others(lambda: sources.training_records(config))
-            if hosts.is_first():  # after the hosts have met: one that refuses the config ends all, and no folder is made
+            if hosts.is_first():  # only now that all hosts agree: before, it would make a folder for a run that is refused
                 stack.enter_context(lease.held(workdir))
             start = find_start(config, workdir)
             processor = run_processor(config, start.tokenizer)
@@ -158,7 +159,7 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
     first = int(state.step)
     writer = MetricsWriter(workdir, first, config.steps, silent=not hosts.is_first())
     pending, watch, trace = _Pending(checkpoints), Stopwatch(), Trace(config.trace_steps, workdir)
-    speed, saves = Speed(config, trainer.mesh, first), Saves(config.save_every, config.save_minutes)
+    speed, saves = Speed(config, trainer.mesh, first), SaveSchedule(config.save_every, config.save_minutes)
     batches = iterate(dataset, first, config.steps, config.data.workers)
     train_step = None
     try:
@@ -168,20 +169,16 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
                 with watch.spending("input"):
                     batch = next(batches)
                 arrays = put_batch(batch, trainer.mesh)
-                if train_step is None:
-                    with watch.spending("compile"), announced("the training step"):
-                        train_step = trainer.step.lower(state, arrays).compile()
-                    writer.unpause()
-                    writer.say(f"compiled the training step in {watch.spent('compile'):.1f} s")
+                train_step = train_step or _compile(trainer, state, arrays, watch, writer)
                 state, figures = train_step(state, arrays)
                 pending.fetch()
                 pending.put(step, figures)
                 writer.advance()
                 if step % config.log_every == 0 or step == config.steps:
-                    measured, spent = pending.fetch(), watch.read()
+                    figures, spent = pending.fetch(), watch.read()
                     rates = speed.read(step, spent)
-                    writer.write(step, {**measured, **rates, **spent, **padding(batch)})
-                    writer.show(loss=measured["loss"], accuracy=_largest_accuracy(measured), **shown(rates))
+                    writer.write(step, {**figures, **rates, **spent, **padding(batch)})
+                    writer.show(loss=figures["loss"], accuracy=_largest_accuracy(figures), **shown(rates))
                 trace.after(step, pending.fetch)
                 validate = step % config.validate_every == 0 or step == config.steps
                 stopping, saving = stop(), saves.due(step)
@@ -191,20 +188,28 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
                         metric = _validate(config, model, state, step, writer) if validate else None
                     with watch.spending("checkpoint"):
                         saves.begin()
-                        writer.flush()  # before what a later start goes on from
+                        writer.flush()  # before the checkpoint: a run that resumes from it has the lines up to it
                         checkpoints.save(step, state.parameters, state.optimizer, metric)
-                    stopping = stop()  # it may have come during the validation
+                    stopping = stop()  # SIGTERM may have come during the validation
                 if stopping and step < config.steps:
                     checkpoints.wait()
                     writer.say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
                     return False
             checkpoints.wait()
-            hosts.wait_for_all("trained")  # from here on, one that is terminated ends all
+            hosts.wait_for_all("trained")  # from here on, SIGTERM to one host ends all without a vote
         return True
     finally:
         batches.close()
         trace.close()
         writer.close()
+
+
+def _compile(trainer: Trainer, state: TrainState, arrays: dict, watch: Stopwatch, writer: MetricsWriter) -> Callable:
+    with watch.spending("compile"), announced("the training step"):
+        train_step = trainer.step.lower(state, arrays).compile()
+    writer.unpause()
+    writer.say(f"compiled the training step in {watch.spent('compile'):.1f} s")
+    return train_step
 
 
 def _validate(config: ConfigDict, model: MetaEmbed, state: TrainState, step: int, writer: MetricsWriter) -> float:
@@ -244,8 +249,8 @@ def _write(config: ConfigDict, results: dict, workdir: Path, step: int) -> None:
         return
     for kind in config.exports:
         out = workdir / "export" / kind
-        for left in filter(files.is_part, out.parent.glob("*")):  # by a run that was killed here
-            files.remove_folder(left)
+        for part in filter(files.is_part, out.parent.glob("*")):  # of a run that was killed here
+            files.remove_folder(part)
         export(workdir, out, kind, replace=True)
         print(f"written: {out}", flush=True)
 

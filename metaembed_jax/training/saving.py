@@ -1,4 +1,4 @@
-"""When a run saves."""
+"""The schedule of a run's checkpoints."""
 
 import time
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from metaembed_jax import hosts
 from metaembed_jax.votes import Vote
 
 
-class Saves:
-    """At multiples of so many steps, and when so many minutes have gone by since the last save by the first host's clock.
+class SaveSchedule:
+    """Saves at multiples of a number of steps, and some minutes after the last save, by the first host's clock.
 
     Args:
       steps: `config.save_every`.
-      minutes: `config.save_minutes`; 0: the clock has no say.
+      minutes: `config.save_minutes`; 0: by steps only.
       now: the clock, in seconds.
     """
 
@@ -21,12 +21,12 @@ class Saves:
         self.vote = Vote(self._is_time)
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step; asked after each one, and alike on all hosts."""
+        """Returns whether to save after this step, the same on all hosts; must be called after each step."""
         by_clock = self.vote()
         return by_clock or step % self._steps == 0
 
     def begin(self) -> None:
-        """Notes that a save begins, for whatever reason."""
+        """Restarts the minutes; must be called at each save, also at one that was not due."""
         self._last = self._now()
 
     def _is_time(self) -> bool:

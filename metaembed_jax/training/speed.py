@@ -1,4 +1,4 @@
-"""How fast a run is: pairs and FLOPs a second, the share of the chips' peak, and the time that is left."""
+"""The speed of a run: pairs and FLOPs a second, the share of the chips' peak, and the time left."""
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ class Speed:
     """Rates since the last reading.
 
     Args:
-      first: the step that the run goes on from.
+      first: the step that the run resumes from.
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh, first: int):
@@ -24,10 +24,13 @@ class Speed:
         self._spent, self._done = 0.0, 0
 
     def read(self, step: int, spent: dict[str, float]) -> dict[str, float]:
-        """Returns the rates from the last reading to `step`, in which the seconds of `profile.Stopwatch.read` were spent.
+        """Returns the rates from the last reading to `step`.
 
-        Validation and checkpoints count for the time that is left alone. `mfu` (arXiv 2204.02311) counts forward and backward as
-        the mathematics needs them, padding included, against the published bfloat16 peak; it is missing where that is not known.
+        `mfu` (arXiv 2204.02311) is the FLOPs that forward and backward need, padding included and recomputation not, over the
+        published bfloat16 peak; it is missing where the peak is not known. Validation and checkpoints count only in the time left.
+
+        Args:
+          spent: the seconds since the last reading, of `profile.Stopwatch.read`.
         """
         steps, seconds = step - self._last, spent["seconds/input"] + spent["seconds/step"]
         self._last = step
@@ -40,5 +43,5 @@ class Speed:
 
 
 def shown(rates: dict[str, float]) -> dict[str, float]:
-    """Returns those rates that stand beside the bar, by their short names; the bar itself shows the time that is left."""
+    """Returns the rates to show next to the progress bar, by short names; the bar itself shows the time left."""
     return {short: rates[name] for name, short in SHOWN.items() if name in rates}

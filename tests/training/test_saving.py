@@ -1,4 +1,4 @@
-"""When a run saves, by a clock that the test turns."""
+"""The schedule of checkpoints, by a clock that the test sets."""
 
 import json
 
@@ -8,11 +8,11 @@ from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.errors import UserError
 from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
-from metaembed_jax.training.saving import Saves
+from metaembed_jax.training.saving import SaveSchedule
 
 
 class Clock:
-    """Seconds, turned by hand."""
+    """A clock that is set by hand."""
 
     def __init__(self):
         self.seconds = 1000.0
@@ -23,29 +23,29 @@ class Clock:
 
 def test_a_save_is_due_by_steps_and_by_the_clock():
     clock = Clock()
-    saves = Saves(4, 1.5, clock)
+    saves = SaveSchedule(4, 1.5, clock)
     assert [step for step in range(1, 10) if saves.due(step)] == [4, 8]
     clock.seconds += 89
     assert not saves.due(9)
     clock.seconds += 1
-    assert saves.due(9) and saves.due(10)  # until it is done
+    assert saves.due(9) and saves.due(10)  # until a save begins
     saves.begin()
     assert not saves.due(11)
     clock.seconds += 60
-    saves.begin()  # for another reason
+    saves.begin()  # one that was not due
     clock.seconds += 60
     assert not saves.due(13)
 
 
-def test_without_minutes_the_clock_has_no_say():
+def test_without_minutes_saves_follow_the_steps_only():
     clock = Clock()
-    saves = Saves(4, 0.0, clock)
+    saves = SaveSchedule(4, 0.0, clock)
     clock.seconds += 1e9
     assert not saves.due(3) and saves.due(4)
 
 
 def test_a_run_saves_by_the_clock(small_config, tmp_path, monkeypatch):
-    """A clock on which every step takes four minutes; stopped before the end, which would be evaluated."""
+    """Each step takes four minutes of the clock; the data ends before the run does, so that nothing is evaluated."""
     clock, batches = Clock(), iter(range(7))
 
     def put(batch, mesh, original=loop.put_batch):
@@ -54,7 +54,7 @@ def test_a_run_saves_by_the_clock(small_config, tmp_path, monkeypatch):
         return original(batch, mesh)
 
     monkeypatch.setattr(loop, "put_batch", put)
-    monkeypatch.setattr(loop, "Saves", lambda steps, minutes: Saves(steps, minutes, clock))
+    monkeypatch.setattr(loop, "SaveSchedule", lambda steps, minutes: SaveSchedule(steps, minutes, clock))
     small_config.save_every, small_config.keep_checkpoints, small_config.save_minutes = 100, 9, 11.5
     with pytest.raises(StopIteration):
         train(small_config, tmp_path / "run")

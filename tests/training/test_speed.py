@@ -1,4 +1,4 @@
-"""How fast a run says it is."""
+"""The speed that a run reports."""
 
 from types import SimpleNamespace
 
@@ -17,22 +17,21 @@ def mesh(kind):
     return SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)] * 4).reshape(2, 2))
 
 
-def test_rates_and_the_time_that_is_left():
+def test_rates_and_the_time_left():
     config = load_config("tests/training/small.py", {"steps": "100"})
     speed = Speed(config, mesh("TPU v5 lite"), 10)
-    found = speed.read(20, SPENT)
+    rates = speed.read(20, SPENT)
     flops = train_flops(config).model * 10 / 4
-    assert found == {
+    assert rates == {
         "samples_per_second": 16 * 10 / 4,
         "flops_per_second": flops,
         "mfu": pytest.approx(flops / (4 * 197e12)),
         "seconds_left": 80,  # ten steps took ten seconds, without the compilation
     }
-    assert shown(found) == {"pairs/s": 40, "FLOP/s": flops, "MFU": found["mfu"]}
-    quiet = SPENT | {"seconds/compile": 0.0, "seconds/validation": 0.0, "seconds/checkpoint": 0.0}
-    assert speed.read(40, quiet)["samples_per_second"] == 80 and speed.read(41, quiet)["seconds_left"] == pytest.approx(
-        59 * 18 / 31
-    )
+    assert shown(rates) == {"pairs/s": 40, "FLOP/s": flops, "MFU": rates["mfu"]}
+    steps_only = SPENT | {"seconds/compile": 0.0, "seconds/validation": 0.0, "seconds/checkpoint": 0.0}
+    assert speed.read(40, steps_only)["samples_per_second"] == 80
+    assert speed.read(41, steps_only)["seconds_left"] == pytest.approx(59 * 18 / 31)
 
 
 def test_without_a_known_peak_there_is_no_mfu():
