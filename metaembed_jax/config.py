@@ -21,7 +21,7 @@ from metaembed_jax.trained import lora_patterns
 
 EXPORTS = ("transformers", "sentence-transformers", "peft")  # what `metaembed_jax.checkpoints.export` writes
 
-# Keys, or groups of keys, whose values the numbers of a run follow from: a started run keeps them.
+# Keys, or groups of keys, that determine the numbers of a run: a started run keeps them.
 FIXED_KEYS = (
     "seed",
     "init_from",
@@ -52,8 +52,8 @@ FIXED_KEYS = (
     "batch_size",
     "optimizer",
 )
-# Those that change nothing but speed, memory, files and what is reported, up to the rounding of float sums: free at every start.
-# `validate_every` also says which steps can be the best.
+# Keys that change only speed, memory, files and reports, up to the rounding of float sums: each start may change them.
+# `validate_every` also determines which steps can be the best.
 FREE_KEYS = (
     "name",
     "checkpoint_layers",
@@ -70,7 +70,7 @@ FREE_KEYS = (
     "trace_steps",
     "exports",
 )
-# Those that may change as long as what is done stays what it was: the rest of a run is planned again.
+# Keys that a start may change while the steps already taken fit them; the rest of the run is planned again.
 REPLANNED_KEYS = ("steps",)
 
 
@@ -115,7 +115,7 @@ def default_config() -> ConfigDict:
     config.data.page_side = 224  # boards: pixels of a training page
     config.data.curriculum = ()  # boards: ((until step, fewest icons, most icons), ...)
 
-    # -1: all devices that the others leave. slices: data goes over so many; 0: what the devices say; 1: any axis may cross slices.
+    # -1: all devices that the others leave. slices: how many `data` goes over; 0: as the devices report; 1: any axis may cross them.
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, slices=0))
     config.batch_size = 32  # pairs a step, over all devices
     config.microbatch_size = 32  # pairs encoded at once
@@ -134,7 +134,7 @@ def default_config() -> ConfigDict:
     config.log_every = 10  # steps
     config.validate_every = 250
     config.save_every = 250
-    config.save_minutes = 15.0  # by the first host's clock since the last save; 0: by steps only
+    config.save_minutes = 15.0  # since the last save, by the first host's clock; 0: by steps only
     config.keep_checkpoints = 2  # besides the best
     config.trace_steps = ()  # (first, last) of the steps to trace for the profiler, into <workdir>/trace
     config.exports = ()  # formats that the best checkpoint is written in at the end, to <workdir>/export
@@ -169,8 +169,8 @@ def load_config(flag: str, overrides: dict[str, str]) -> ConfigDict:
 
 
 def is_in(key: str, keys: tuple[str, ...]) -> bool:
-    """Whether a key is one of some, or in a group of them."""
-    return any(key == other or key.startswith(f"{other}.") for other in keys)
+    """Whether a key is among `keys`, or in a group among them."""
+    return any(key == entry or key.startswith(f"{entry}.") for entry in keys)
 
 
 def names_config(text: str) -> bool:

@@ -61,26 +61,26 @@ def split_overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def any_path(text: str) -> Path:
-    """The type of a flag whose files may be in a bucket, gs://BUCKET/PATH."""
-    with _complaints():
+    """The type of a flag for a path on a disk or in a bucket, gs://BUCKET/PATH."""
+    with _argument_errors():
         return files.any_path(text)
 
 
 def local_path(text: str) -> Path:
-    """The type of a flag whose files must be on a disk."""
-    with _complaints():
+    """The type of a flag for a path on a disk."""
+    with _argument_errors():
         return files.local_path(text)
 
 
 def model_name(text: str) -> str:
-    """The type of a flag that is a path of any kind, or the id of a model on the hub."""
-    with _complaints():
+    """The type of a flag for a model: a path on a disk or in a bucket, or an id on the hub."""
+    with _argument_errors():
         return files.check_scheme(text)
 
 
 @contextlib.contextmanager
-def _complaints() -> Iterator[None]:
-    """Makes a `UserError` what argparse says of a flag, by its name."""
+def _argument_errors() -> Iterator[None]:
+    """Turns a `UserError` into an error of argparse, which names the flag."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Each key of a config is of one kind."""
+"""The kinds of config keys: fixed, free, and planned again."""
 
 from metaembed_jax.config import FIXED_KEYS, FREE_KEYS, REPLANNED_KEYS, default_config, is_in
 
@@ -9,8 +9,8 @@ def keys(config, prefix=""):
 
 
 def test_each_key_is_of_one_kind():
-    known = list(keys(default_config()))
+    config_keys = list(keys(default_config()))
     kinds = (FIXED_KEYS, FREE_KEYS, REPLANNED_KEYS)
-    assert {key: sum(is_in(key, kind) for kind in kinds) for key in known} == dict.fromkeys(known, 1)
-    for key in (key for kind in kinds for key in kind):
-        assert any(is_in(other, (key,)) for other in known), f"{key} is no key"
+    assert {key: sum(is_in(key, kind) for kind in kinds) for key in config_keys} == dict.fromkeys(config_keys, 1)
+    for entry in (entry for kind in kinds for entry in kind):
+        assert any(is_in(key, (entry,)) for key in config_keys), f"no config key {entry}"

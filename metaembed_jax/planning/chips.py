@@ -26,7 +26,7 @@ class Chip:
       hbm_bytes: memory.
       hbm_bandwidth: bytes a second between memory and cores.
       ici_bandwidth: bytes a second over all links to other chips, both directions together.
-      dcn_bandwidth: bytes a second that it may send to other slices: its share of its host's network cards.
+      dcn_bandwidth: bytes a second that it can send to other slices: its share of its host's network cards.
       usable_bytes: memory of a device that the compiler gives to a program: the limit in libtpu 0.0.52's own complaint about
         one that is too large.
       devices: how many a chip is to JAX; two cores that work as one are one.
@@ -54,8 +54,8 @@ class Chip:
 GIB = 2**30
 CLOUD = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = {
-    # v4's page has no figure for ICI: six links of 50 GB/s each way (arXiv 2304.01433); nor for DCN: 25 GB/s for a host of four
-    # chips (https://jax-ml.github.io/scaling-book/tpus). The other pages give DCN in bits, v5e's for a pod of 256 chips.
+    # v4's page has neither ICI, six links of 50 GB/s each way (arXiv 2304.01433), nor DCN, 25 GB/s for a host of four chips
+    # (https://jax-ml.github.io/scaling-book/tpus). The other pages have DCN in bits, v5e's page for a pod of 256 chips.
     "v4": Chip(275e12, 32 * GIB, 1200e9, 600e9, 6.25e9, 30.75 * GIB, CLOUD + "v4", SOLID, "v4", cores=2, config="megacore"),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 400e9, 6.4e12 / 8 / 256, 15.75 * GIB, CLOUD + "v5e", FLAT, "v5litepod"),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 1200e9, 50e9 / 8, 95.73 * GIB, CLOUD + "v5p", SOLID, "v5p", cores=2),
@@ -65,11 +65,11 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-    """A slice, or several alike.
+    """A slice, or several of one kind.
 
     Attributes:
       name: such as v5e:2x4, or 2xv5e:2x4.
-      chip: what it is made of.
+      chip: of the slices.
       devices: as JAX sees them, without anything behind them.
       hosts: how many machines they are attached to.
       slices: how many slices.
@@ -83,7 +83,7 @@ class Topology(NamedTuple):
 
 
 def topology(name: str) -> Topology:
-    """Slices by their name, `generation:shape` or `NUMBERxgeneration:shape`.
+    """Returns the slices of a name, `generation:shape` or `NUMBERxgeneration:shape`.
 
     Raises:
       UserError: there is no such slice, or no libtpu to ask about it.
@@ -93,7 +93,7 @@ def topology(name: str) -> Topology:
     if kind not in CHIPS or shape not in CHIPS[kind].shapes:  # libtpu ends the process over some that are too large
         known = "; ".join(f"{kind}: {' '.join(chip.shapes)}" for kind, chip in CHIPS.items())
         raise UserError(
-            f"--topology={name}: no such slice; write generation:shape, such as v5e:2x4, or 2xv5e:2x4 for two. There are {known}"
+            f"--topology={name}: no such slice; expected generation:shape, such as v5e:2x4, or 2xv5e:2x4 for two slices, of {known}"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu, which holds the TPU's compiler, is not installed: pip install metaembed-jax[tpu]")

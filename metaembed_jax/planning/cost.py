@@ -3,8 +3,8 @@
 Everything is of one device and one call of the program. Traffic is what `traffic` says of each instruction, so it is an upper
 bound where the compiler keeps on the chip what its text does not say.
 
-The compiler cuts a collective over several slices in two: one inside each slice, over links, and one between the devices that
-have the same place in all slices, over the network. The latter is a `send` to the host and a `recv`, which say what they are:
+The compiler divides a collective over several slices in two: one inside each slice, over links, and one between the devices of the
+same position in all slices, over the network. The latter is a `send` to the host and a `recv`, whose attributes name the kind:
 
     %send = (f32[8,128]{1,0}, u32[], token[]) send(%x, %after), is_host_transfer=true,
       frontend_attributes={...,_xla_megascale_target="{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}
@@ -29,7 +29,7 @@ class Item(NamedTuple):
 
     Attributes:
       bytes: of the array; or that a device sends, over all calls.
-      what: its type and sizes; of a collective, its kind and operand, and "between slices" where it is.
+      what: its type and sizes; of a collective, its kind and operand, with "between slices" if it is one.
       times: how often it is made.
       op_name: where in the Python program it comes from.
     """
@@ -47,7 +47,7 @@ class Cost(NamedTuple):
       flops: of matrix products and convolutions, and what custom kernels state of themselves.
       hbm_bytes: read from and written to HBM.
       ici_bytes: that it sends to other devices of its slice, by kind of collective, done as a ring.
-      dcn_bytes: that it sends to other slices, likewise.
+      dcn_bytes: that it sends to other slices, counted in the same way.
       unknown: custom kernels that do not state their FLOPs, and loops without a known end, which count as one turn.
       temporaries, collectives: the largest.
     """
@@ -69,7 +69,7 @@ def count(text: str, devices: int, branches: Sequence[float] = (), slices: int =
       devices: that it runs on.
       branches: how often each branch of a conditional runs, as shares of 1. Conditionals with another number of branches count
         all of them alike often.
-      slices: that the devices are of.
+      slices: that it runs on.
     """
     module = parse(text)
     counter = _Counter(module, devices, branches, slices)
@@ -175,13 +175,13 @@ class _Counter:
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
-def _sent(kind: str, given: int, group: int) -> float:
-    """Returns the bytes that a device sends in a collective of `group` members who each give so many."""
+def _sent(kind: str, operand: int, group: int) -> float:
+    """Returns the bytes that a device sends in a collective of `group` devices whose operands have `operand` bytes each."""
     if kind == "all-gather":
-        return given * (group - 1)
+        return operand * (group - 1)
     if kind == "all-reduce":
-        return 2 * given * (group - 1) / group
-    return given * (group - 1) / group if kind in ("reduce-scatter", "all-to-all") else given
+        return 2 * operand * (group - 1) / group
+    return operand * (group - 1) / group if kind in ("reduce-scatter", "all-to-all") else operand
 
 
 def _group_size(attributes: str, devices: int) -> int:

@@ -1,4 +1,4 @@
-"""Published peaks of the devices that JAX names: bfloat16 FLOP/s, memory and its bandwidth, of TPUs and NVIDIA cards."""
+"""Published peaks of TPUs and NVIDIA cards by the names that JAX gives them: bfloat16 FLOP/s, memory and its bandwidth."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from metaembed_jax.planning.chips import CHIPS
 
 
 class Peak(NamedTuple):
-    """The peaks of one device as JAX counts them; a TPU v7x chip is two.
+    """The peaks of one device of JAX; a TPU v7x chip is two devices.
 
     Attributes:
       flops: dense bfloat16 operations a second.
@@ -23,7 +23,7 @@ class Peak(NamedTuple):
     source: str
 
 
-# `Device.device_kind` of each generation, by all names that JAX has used.
+# Each `Device.device_kind` that JAX has used for a TPU, and the chip that it is.
 TPU_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -35,8 +35,8 @@ TPU_KINDS = {
     "TPU7x": "tpu7x",
 }
 NVIDIA = "https://www.nvidia.com/en-us/data-center/"
-# The words that a card's `device_kind` holds, special cases before general ones. NVIDIA publishes most of its figures with
-# sparsity, which doubles them: these are the dense halves. A form factor that is not named is SXM.
+# Words of a card's `device_kind`, special cases before general ones; a card that names no form factor is SXM. Most figures of
+# NVIDIA's are for sparse products, which doubles them: these are the halves, for dense products.
 CARDS = (
     (("B200",), Peak(2250e12, 8000e9, 180e9, NVIDIA + "hgx")),
     (("H200", "NVL"), Peak(835.5e12, 4800e9, 141e9, NVIDIA + "h200")),
@@ -48,9 +48,9 @@ CARDS = (
     (("A100", "80GB"), Peak(312e12, 2039e9, 80e9, NVIDIA + "a100")),
     (("A100",), Peak(312e12, 1555e9, 40e9, NVIDIA + "a100")),
     (("L4",), Peak(121e12, 300e9, 24e9, NVIDIA + "l4")),
-    # Of Amazon alone, which publishes the bandwidth; half as many tensor operations a second as NVIDIA's A10 has.
+    # Made for Amazon, which publishes the bandwidth. It has half the tensor operations a second of NVIDIA's A10.
     (("A10G",), Peak(70e12, 600e9, 24e9, "https://aws.amazon.com/ec2/instance-types/g5/")),
-    # No bfloat16 units: the figure is float16's.
+    # It has no bfloat16 units: the figure is for float16.
     (("T4",), Peak(65e12, 320e9, 16e9, NVIDIA + "tesla-t4")),
     (
         ("RTX", "4090"),
@@ -60,7 +60,7 @@ CARDS = (
 
 
 def peak(device: jax.Device) -> Peak | None:
-    """Returns the peaks of a device, or None where they are not known, as those of a CPU."""
+    """Returns the peaks of a device; None if they are not known, as for a CPU."""
     if device.device_kind in TPU_KINDS:
         chip = CHIPS[TPU_KINDS[device.device_kind]]
         return Peak(chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices, chip.hbm_bytes / chip.devices, chip.source)

@@ -14,12 +14,13 @@ class Plan:
 
     Attributes:
       devices_per_chip: two only where the cores of a chip are devices of their own.
-      rings: of each axis of the mesh: hops, step and crossings, as `links.Ring` explains.
+      rings: by axis of the mesh: hops, step and crossings, as in `links.Ring`.
       parameters: how many, trained and frozen.
       memory: bytes, by what they hold.
       usable_bytes: what the compiler lets a program use.
       flops: of all devices: forward, backward and extra as counted in closed form, and compiled, as found in the program.
-      hbm_bytes, ici_bytes, dcn_bytes: traffic to memory, inside a slice and between slices; the latter by kind of collective.
+      hbm_bytes: traffic of memory.
+      ici_bytes, dcn_bytes: traffic inside a slice and between slices, by kind of collective.
       seconds: that the peaks allow, for compute, HBM, ICI and, over several slices, DCN.
       items, unit, calls: how many of what a call handles, and how many calls a run is.
       temporaries, collectives: the largest.

@@ -94,10 +94,10 @@ def candidates(config: ConfigDict, where: Topology) -> list[Candidate]:
 
 
 def _candidate(config: ConfigDict, where: Topology, trained: int, frozen: int, held: int) -> Candidate:
-    """Counts the arithmetic, and the traffic of weights over `fsdp`, activations over `tensor` and gradients between slices.
+    """Estimates seconds by the arithmetic, and the traffic of weights over `fsdp`, activations over `tensor`, gradients over slices.
 
     Args:
-      trained, frozen, held: bytes of a device's weights and of its whole state.
+      trained, frozen, held: bytes on a device, of weights and of the whole state.
     """
     mesh, chip = config.mesh, where.chip
     rows = config.microbatch_size // (mesh.data * mesh.fsdp)

@@ -58,7 +58,7 @@ def encode(apply: Callable, side_batch: dict, side: str, budget: int, dtype: str
     follows the microbatch while the gradient is the whole batch's (GradCache, arXiv 2101.06983).
 
     Args:
-      apply: `(items) -> network`, whose dropout (if any) belongs to the items, in whatever microbatch they are.
+      apply: `(items) -> network`. Its dropout, if any, depends on the numbers of the items and not on their microbatches.
       side_batch: `groups`, one dict of `[M, b, ...]` arrays for each shape class, and `order` [N].
       dtype: of the vectors.
     """
