@@ -115,7 +115,7 @@ def default_config() -> ConfigDict:
     config.data.page_side = 224  # boards: pixels of a training page
     config.data.curriculum = ()  # boards: ((until step, fewest icons, most icons), ...)
 
-    # -1: all devices that the others leave. slices: how many `data` goes over; 0: as the devices report; 1: any axis may cross them.
+    # -1: all devices that the others leave. slices: how many `data` goes over; 0: as the devices report; 1: any axis may cross.
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, slices=0))
     config.batch_size = 32  # pairs a step, over all devices
     config.microbatch_size = 32  # pairs encoded at once

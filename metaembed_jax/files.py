@@ -1,7 +1,7 @@
 """Files of any kind: paths, atomic writes, JSON, digests, and locks.
 
-A path is a `pathlib.Path`, or an `epath.Path` for what is in a bucket (gs://...), which has the same methods. On a disk a file is
-written next to its place and renamed; in a bucket an object appears whole or not at all: one put is enough, and nothing is renamed.
+A path is a `pathlib.Path`, or in a bucket (gs://...) an `epath.Path`, which has the same methods. On a disk a file is written under
+another name and renamed; in a bucket an object appears whole or not at all, so one put is enough.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from typing import BinaryIO
 from metaembed_jax.errors import UserError
 
 BUCKET, PART = "gs://", ".part"
-LAST = ("README.md", "config.json", "adapter_config.json")  # files that make a folder a model: uploaded when all else is there
+LAST = ("README.md", "config.json", "adapter_config.json")  # files that make a folder a model: uploaded after all others
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system that has none, such as a mounted bucket
 REMOTE = {"gcsfs", "google", "aiohttp", "requests", "fsspec"}  # packages whose errors speak of a bucket
 
@@ -175,12 +175,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def is_part(path: Path) -> bool:
-    """Return whether a file in a folder is what a killed writer left there."""
+    """Return whether a file is a part that a killed writer left in a folder."""
     return path.name.startswith(".") and path.name.endswith(PART)
 
 
 def _new_part(path: Path) -> Path:
-    """Where the content of a file is written before it gets its place."""
+    """Makes the path where a file is written before it replaces `path`."""
     if is_bucket(path):
         descriptor, name = tempfile.mkstemp()
         os.close(descriptor)
@@ -239,7 +239,7 @@ def read_json(path: Path) -> dict:
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """The user's folder for what can be fetched or computed again."""
+    """Return the user's cache folder of the project."""
     return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaembed_jax"
 
 
@@ -249,7 +249,7 @@ def digest(content: bytes) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns when what was renamed or made in a folder stays so, even if the machine stops now."""
+    """Waits until renames and new files in a folder are on the disk, so that they survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -304,7 +304,7 @@ def upload(folder: Path, target: Path) -> None:
 
 
 class Uploads:
-    """A folder for libraries that write on disks alone: the folder itself, or one that `send` copies into a bucket.
+    """A folder for libraries that write only to disks: the path itself, or a temporary folder that `send` copies into a bucket.
 
     Attributes:
       folder: where to write.
@@ -315,7 +315,7 @@ class Uploads:
         self.folder = Path(self._scratch.name) if self._scratch else path
 
     def send(self) -> None:
-        """Copies all that is there.
+        """Copies all files into the bucket; does nothing on a disk.
 
         Raises:
           UserError: it cannot be written.
@@ -324,7 +324,7 @@ class Uploads:
             upload(self.folder, self._path)
 
     def close(self) -> None:
-        """Sends, and removes what was only for that."""
+        """Sends, and removes the temporary folder."""
         if self._scratch:
             self.send()
             self._scratch.cleanup()
@@ -335,7 +335,7 @@ def locked(file: Path, busy: str) -> Iterator[None]:
     """Holds a lock on a disk, which ends with the process at the latest. The file stays.
 
     Raises:
-      UserError: another process holds it; says `busy`. Or there can be no such file.
+      UserError: another process holds it, with `busy` as the message; or the file cannot be made.
     """
     try:
         lock = open(file, "a", opener=_open)
@@ -351,5 +351,5 @@ def locked(file: Path, busy: str) -> Iterator[None]:
 
 
 def _open(path: str, flags: int) -> int:
-    """Neither leaves the folder by a link, nor waits for one who reads a pipe."""
+    """Opens a file without following a link out of the folder, or waiting for the reader of a pipe."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

@@ -1,10 +1,10 @@
 """One writer of a run's folder at a time, on a disk or in a bucket.
 
-On a disk it is a lock of the system, which ends with the process. A bucket has none, so an object `lock` says who writes. It is
-replaced only where its generation is the expected one, so that of two writers one fails. The holder renews it; who finds it not
-renewed for `EXPIRE` seconds, by the bucket's own clock, takes it over. A run that ends removes it. One that is killed leaves it:
-on the same machine the next one sees that its process is gone and goes on at once; on another, which takes longer than that to
-start, it has expired; else the next one waits for what is left of the time.
+On a disk it is a lock of the operating system, which ends with the process. A bucket has no locks, so an object `lock` names the
+writer: the lease. It is replaced only where its generation is the expected one, so that one of two writers fails. The holder
+renews it, and a run that finds it not renewed for `EXPIRE` seconds, by the bucket's clock, takes it over. A run that ends removes
+it; a run that is killed leaves it. The next run on the same machine sees that the process has ended, and goes on at once; on
+another machine it waits until the lease expires.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ RENEW, EXPIRE = 15.0, 60.0  # seconds
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Makes a folder, if need be, and holds its lock.
+    """Holds the lock of a folder, which is made if it does not exist.
 
     Raises:
-      UserError: another run writes there, or it cannot be written.
+      UserError: another run writes there, or the folder is not writable.
     """
     if not files.is_bucket(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 class _State(NamedTuple):
-    """A lease as the bucket has it.
+    """The lease in the bucket.
 
     Attributes:
       generation: of the object.
@@ -85,7 +85,7 @@ class _Lease:
             return
         self._released.set()
         self._thread.join()  # or it would renew what is removed
-        with contextlib.suppress(Exception):  # it expires
+        with contextlib.suppress(Exception):  # a lease that is not removed expires
             self._files.call("DELETE", "b/{}/o/{}", self._bucket, self._key, ifGenerationMatch=self._generation)
 
     def _take(self) -> str:
@@ -116,7 +116,7 @@ class _Lease:
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW):
-            with contextlib.suppress(Exception):  # of the net: the next time may do
+            with contextlib.suppress(Exception):  # the network may fail: there is time for another try
                 try:
                     self._generation = self._put(self._generation)
                 except FileExistsError:
@@ -125,7 +125,7 @@ class _Lease:
                         self._stop()
 
     def _stop(self) -> None:
-        """Ends this process at once: another one took the folder, and two writers would spoil it."""
+        """Ends this process at once: another one has taken the folder, and two writers would damage it."""
         state = None
         with contextlib.suppress(Exception):
             state = self._read()
@@ -167,7 +167,7 @@ class _Lease:
 
 
 def _machine() -> str:
-    """The started system and the space of its process ids: where a process id can be looked up. Empty where nothing says it."""
+    """Returns the boot and the namespace in which this machine's process ids are valid; empty if not known."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -1,4 +1,4 @@
-"""One line of the table: a function on the devices, its reference, and what comes of running it."""
+"""A case of the check: a function on the devices and its reference; and its result, a line of the table."""
 
 import math
 import os
@@ -13,31 +13,31 @@ from jax.sharding import Mesh
 from metaembed_jax.planning.measure import shard_bytes
 
 SHORT = {"float32": "f32", "bfloat16": "bf16"}  # dtypes in names of lines
-TURNS, TURN_SECONDS, MOST_CALLS = 3, 0.02, 20  # of timing: about so long each, and of no more calls, whose results take memory
-# A leaf of a gradient is judged against no less than this share of the whole gradient's norm: some are 0 but for rounding, as the
-# biases of keys.
+TURNS, TURN_SECONDS, MAX_CALLS = 3, 0.02, 20  # of timing: the length of a turn, and its calls, whose results take memory
+# The error of a gradient's leaf is a share of the leaf's norm, or of this share of the whole gradient's norm if that is larger:
+# some leaves, such as the biases of keys, are 0 up to rounding.
 SMALL_SHARE = 0.03
 
 Outputs = Mapping[str, object]
 
 
 class Case(NamedTuple):
-    """What is run, and what judges it.
+    """A function to run, and what its outputs are compared with.
 
     Attributes:
       name: of the line.
       function: jitted (it is lowered, compiled and called), `(*arguments) -> result`.
       abstract: the arguments as shapes with shardings; None: those of `arguments`.
       arguments: `() -> tuple` of arrays on the devices.
-      reference: `() -> {name: array}` in float64; where an output has a multiple of its rows, they are compared with each of its
-        repetitions. A value may be a tree of arrays, which is compared by norms. None: outputs must be finite, no more.
-      tolerance: the error that is allowed: the largest difference as a share of the reference's largest number.
-      tolerances: of outputs with another, by their names.
-      flops, bytes: of one call over all devices, at least: what the mathematics needs, and inputs and outputs moved once.
+      reference: `() -> {name: array}` in float64. An output may repeat the rows of its reference. A value may be a tree of arrays,
+        which is compared by norms. None: outputs must only be finite.
+      tolerance: the allowed error: the largest difference as a share of the reference's largest number.
+      tolerances: by name, of outputs with another tolerance.
+      flops, bytes: of one call on all devices: what the mathematics needs, and inputs and outputs moved once.
       read: result -> {name: array} to compare.
-      carries: the result's first part takes the place of the first argument in the next call, which donates it.
+      carries: the function donates its first argument; the first part of its result is that of the next call.
       dtype: of the products.
-      implementation: of attention, by its own account; "": the kernels that the lowered program calls.
+      implementation: a name of `attention_implementation`; "": the kernels that the lowered program calls.
     """
 
     name: str
@@ -56,19 +56,20 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A line of the table; figures are None where there is none.
+    """A line of the table; None stands for a figure that is not known.
 
     Attributes:
       name, dtype, flops, bytes: of the case.
-      ok: the numbers are right; where nothing says what they should be, finite.
-      problem: why not, in one line; "" where they are.
-      error: of the output that comes closest to what is allowed of it, `tolerance`, or exceeds it the most.
+      ok: the numbers are right; without a reference, they are finite.
+      problem: the error in one line; "" if there is none.
+      error: of the output whose error is the largest share of its tolerance.
+      tolerance: of that output.
       output: its name.
-      implementation: who computes it: a name of `attention_implementation`, else `kernels_in` the program.
+      implementation: the case's, else `kernels_in` the lowered program.
       seconds: of the fastest call.
-      compile_seconds: lowering and compiling.
-      planned_bytes: of a device, that the compiler reserves: arguments, results, temporaries.
-      used_bytes: of a device, the most that were ever in use when the line ended; None where no one counts.
+      compile_seconds: of lowering and compiling.
+      planned_bytes: that the compiler reserves on a device, for arguments, results and temporaries.
+      used_bytes: the most that were in use on a device since the command began; None where the runtime does not count them.
     """
 
     name: str
@@ -92,7 +93,7 @@ def run(case: Case, mesh: Mesh) -> Result:
     result = Result(case.name, case.dtype, case.flops, case.bytes)
     try:
         with jax.set_mesh(mesh):
-            for result in _stages(case, result, mesh):  # noqa: B007, B020  the last that came about is returned
+            for result in _stages(case, result, mesh):  # noqa: B007, B020  the last one before an error is returned
                 pass
     except Exception as error:  # compilers and runtimes raise anything; the other lines must still run
         message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -101,7 +102,7 @@ def run(case: Case, mesh: Mesh) -> Result:
 
 
 def _stages(case: Case, result: Result, mesh: Mesh):
-    """The result as far as it is known: after compiling, comparing and timing."""
+    """Yield the result as it fills up: after compiling, comparing and timing."""
     if case.abstract is not None:
         check_room(shard_bytes(case.abstract), mesh)
     arguments = case.arguments() if case.abstract is None else case.abstract
@@ -126,10 +127,10 @@ def _stages(case: Case, result: Result, mesh: Mesh):
 
 
 def judged(case: Case, result: Result, found: Outputs) -> Result:
-    """Fill in whether outputs are right: finite, and as near to the reference as is allowed where there is one."""
-    sick = [name for name, value in found.items() if not _is_finite(value)]
-    if sick:
-        return result._replace(output=sick[0], problem=f"{sick[0]}: NaN or infinities")
+    """Fill in whether the outputs are right: finite, and within their tolerances of the reference, if there is one."""
+    not_finite = [name for name, value in found.items() if not _is_finite(value)]
+    if not_finite:
+        return result._replace(output=not_finite[0], problem=f"{not_finite[0]}: NaN or infinities")
     if case.reference is None:
         return result._replace(ok=True)
     reference = case.reference()
@@ -151,7 +152,7 @@ def error_of(found, expected) -> float:
 
 
 def _error(found, expected) -> float:
-    """The largest difference as a share of the largest expected number."""
+    """Return the largest difference as a share of the largest expected number."""
     expected = np.asarray(expected, np.float64)
     repetitions = np.asarray(found).reshape(-1, *expected.shape)
     difference = max(np.abs(each.astype(np.float64) - expected).max() for each in repetitions)
@@ -159,7 +160,7 @@ def _error(found, expected) -> float:
 
 
 def _tree_error(found: dict, expected: dict) -> float:
-    """The largest norm of a leaf's difference as a share of the leaf's norm, or of `SMALL_SHARE` of the whole's."""
+    """Return the largest norm of a leaf's difference, as a share of the leaf's norm or of `SMALL_SHARE` of the tree's."""
     pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
     norms = [np.linalg.norm(np.asarray(leaf, np.float64)) for _, leaf in pairs]
     floor = max(SMALL_SHARE * np.linalg.norm(norms), np.finfo(np.float32).tiny)
@@ -168,7 +169,7 @@ def _tree_error(found: dict, expected: dict) -> float:
 
 
 def best_time(compiled: Callable, arguments: tuple, carries: bool) -> float:
-    """Return the seconds of a call, in the fastest of some turns. Short calls are made in a row, which hides how they start."""
+    """Return the seconds of a call in the fastest of `TURNS`. A turn makes short calls in a row, which hides their dispatch."""
 
     def turn(calls: int) -> float:
         nonlocal arguments
@@ -180,18 +181,18 @@ def best_time(compiled: Callable, arguments: tuple, carries: bool) -> float:
         jax.block_until_ready(output)
         return (time.perf_counter() - start) / calls
 
-    calls = min(math.ceil(TURN_SECONDS / turn(1)), MOST_CALLS)
+    calls = min(math.ceil(TURN_SECONDS / turn(1)), MAX_CALLS)
     return min(turn(calls) for _ in range(TURNS))
 
 
 def kernels_in(text: str) -> str:
-    """Return "pallas" where a lowered program calls kernels of the package's or of JAX's, "cudnn" for cuDNN's, else "xla"."""
+    """Return "pallas" for a lowered program that calls Pallas kernels, "cudnn" for cuDNN's, else "xla"."""
     targets = {"tpu_custom_call": "pallas", "__cudnn": "cudnn"}
     return "+".join(kind for target, kind in targets.items() if target in text) or "xla"
 
 
 def planned_bytes(compiled) -> int | None:
-    """Return what the compiler reserves on a device, where it says so."""
+    """Return the bytes that the compiler reserves on a device; None if it does not tell."""
     memory = compiled.memory_analysis()
     if memory is None:
         return None
@@ -200,7 +201,7 @@ def planned_bytes(compiled) -> int | None:
 
 
 def used_bytes(mesh: Mesh) -> int | None:
-    """Return the most bytes that were ever in use on one of the devices, where the runtime counts them."""
+    """Return the most bytes that were ever in use on one of the devices; None if the runtime does not count them."""
     stats = [device.memory_stats() or {} for device in mesh.local_devices]
     return max((each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each), default=None)
 
@@ -215,10 +216,10 @@ def memory_limit(mesh: Mesh) -> int:
 
 
 def check_room(planned: int | None, mesh: Mesh) -> None:
-    """Refuse a program that the devices have no room for, before its arguments are made.
+    """Refuse a program that does not fit the devices, before its arguments are made.
 
     Raises:
-      MemoryError: says how much it needs of how much.
+      MemoryError: names the bytes it needs and those there are.
     """
     limit = memory_limit(mesh)
     if planned and planned > limit:

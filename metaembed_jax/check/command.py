@@ -1,4 +1,4 @@
-"""`python -m metaembed_jax check`: runs all cases on the devices there are, and says by its exit code whether they are right."""
+"""`python -m metaembed_jax check`: runs all cases on this machine's devices, next to their references."""
 
 import json
 import sys
@@ -23,19 +23,19 @@ from metaembed_jax.sharding import make_mesh
 
 
 def check(config: ConfigDict | None, only: str = "", as_json: bool = False, devices: Sequence[jax.Device] | None = None) -> bool:
-    """Print a line for each case, as soon as it is known, and what they say together.
+    """Print a line for each case as it ends, and a summary.
 
     Args:
-      config: whose network is run; None: small ones.
-      only: a part of the names of the lines to run; empty for all.
-      as_json: print JSON on stdout when all is done, and the table on stderr.
+      config: of the network to run; None: small networks.
+      only: a part of the names of the lines to run; empty: all.
+      as_json: print the table on stderr, and JSON on stdout at the end.
       devices: all by default.
 
     Returns:
       Whether all lines are right.
 
     Raises:
-      UserError: a config that cannot run on these devices, or no line of such a name.
+      UserError: a config that does not fit the devices, or no line of such a name.
     """
     keep_cpu()
     check_devices()
@@ -43,15 +43,15 @@ def check(config: ConfigDict | None, only: str = "", as_json: bool = False, devi
     devices = jax.devices() if devices is None else devices
     subjects = make_subjects(config, devices)
     mesh, peaks = subjects[-1].mesh, peak(devices[0])
-    print("\n".join([describe_devices(mesh), _about_peaks(peaks, mesh), table.HEAD]), file=file, flush=True)
+    print("\n".join([describe_devices(mesh), _peaks_line(peaks, mesh), table.HEAD]), file=file, flush=True)
     results: list[Result] = []
-    with ThreadPoolExecutor(1) as beside:  # the TPU's compiler works in a process of its own
-        planned = beside.submit(estimate, subjects[-1])
-        for case, on in cases(subjects, mesh, only):
-            results.append(run(case, on))
-            print(table.line(results[-1], on.size, peaks), file=file, flush=True)
+    with ThreadPoolExecutor(1) as pool:  # the TPU's compiler works in a process of its own
+        planned = pool.submit(estimate, subjects[-1])
+        for case, case_mesh in cases(subjects, mesh, only):
+            results.append(run(case, case_mesh))
+            print(table.line(results[-1], case_mesh.size, peaks), file=file, flush=True)
     if not results:
-        raise UserError(f"--only={only}: no line has that in its name")
+        raise UserError(f"--only={only}: no line has that in its name; without --only, all run")
     for line in summary(results, planned.result(), subjects[-1], peaks, time.perf_counter() - start):
         print(line, file=file)
     if as_json:
@@ -60,17 +60,17 @@ def check(config: ConfigDict | None, only: str = "", as_json: bool = False, devi
 
 
 def keep_cpu() -> None:
-    """Let JAX start its CPU backend, which references need, beside the platforms that JAX_PLATFORMS names."""
+    """Add the CPU, which computes references, to the platforms of JAX_PLATFORMS."""
     platforms = jax.config.jax_platforms
     if platforms and "cpu" not in platforms.split(","):
         jax.config.update("jax_platforms", f"{platforms},cpu")
 
 
 def make_subjects(config: ConfigDict | None, devices: Sequence[jax.Device]) -> list[Subject]:
-    """Return the networks to run: the config's, or small ones of each dtype; on a CPU, which has no bfloat16, of float32 alone.
+    """Return the networks to run: the config's, or a small one of each dtype (float32 only on a CPU, which has no bfloat16).
 
     Raises:
-      UserError: the config cannot be run on the devices.
+      UserError: the config does not fit the devices.
     """
     if config is not None:
         measure.check(config)
@@ -81,11 +81,11 @@ def make_subjects(config: ConfigDict | None, devices: Sequence[jax.Device]) -> l
 
 
 def cases(subjects: list[Subject], mesh: Mesh, only: str) -> Iterator[tuple[Case, Mesh]]:
-    """Yield all cases whose name holds `only`, each with the mesh it runs on."""
-    apart = make_mesh(devices=list(mesh.devices.flat))  # each device has rows of its own
-    for case in kernel_cases(apart, CPU if mesh.devices.flat[0].platform == "cpu" else CHIP):
+    """Yield the cases with `only` in their names, each with its mesh."""
+    data_mesh = make_mesh(devices=list(mesh.devices.flat))  # each device has its own rows
+    for case in kernel_cases(data_mesh, CPU if mesh.devices.flat[0].platform == "cpu" else CHIP):
         if only in case.name:
-            yield case, apart
+            yield case, data_mesh
     for subject in subjects:
         for case in (*encode_cases(subject), step_case(subject)):
             if only in case.name:
@@ -93,18 +93,18 @@ def cases(subjects: list[Subject], mesh: Mesh, only: str) -> Iterator[tuple[Case
 
 
 def summary(results: list[Result], planned: Estimate, subject: Subject, peaks: Peak | None, seconds: float) -> Iterator[str]:
-    """Yield what stands below the table: the step beside its estimate, and what is wrong."""
+    """Yield the lines below the table: the train step next to its estimate, and the lines that are wrong."""
     yield ""
     step = results[-1]
     if step.name.startswith("train step") and step.seconds:
-        yield _about_step(step, planned, subject, peaks)
+        yield _step_lines(step, planned, subject, peaks)
     compiling = sum(result.compile_seconds or 0 for result in results)
     wrong = [result.name for result in results if not result.ok]
     verdict = f"not right: {'; '.join(wrong)}" if wrong else "all are right"
     yield f"{len(results)} lines in {seconds:.0f} s, {compiling:.0f} s of them compiling; {verdict}"
 
 
-def _about_step(step: Result, planned: Estimate, subject: Subject, peaks: Peak | None) -> str:
+def _step_lines(step: Result, planned: Estimate, subject: Subject, peaks: Peak | None) -> str:
     text = f"{step.name}: {1e3 * step.seconds:.3g} ms"
     if peaks:
         text += f", MFU {step.flops / subject.mesh.size / step.seconds / peaks.flops:.1%}"
@@ -116,7 +116,7 @@ def _about_step(step: Result, planned: Estimate, subject: Subject, peaks: Peak |
     return f"{text}\nmemory of a device: {', '.join(part for part in memory if part)}"
 
 
-def _about_peaks(peaks: Peak | None, mesh: Mesh) -> str:
+def _peaks_line(peaks: Peak | None, mesh: Mesh) -> str:
     memory = f"{table.gibibytes(memory_limit(mesh))} for programs"
     if peaks is None:
         return f"a device: {memory}; its peaks are not known\n"
@@ -124,7 +124,7 @@ def _about_peaks(peaks: Peak | None, mesh: Mesh) -> str:
 
 
 def to_json(results: list[Result], planned: Estimate, mesh: Mesh, peaks: Peak | None) -> dict:
-    """Return all that the table says, and more digits."""
+    """Return the content of the table, with all digits."""
     device = mesh.devices.flat[0]
     return {
         "ok": all(result.ok for result in results),

@@ -1,4 +1,4 @@
-"""What a training step ought to take: the planner's figures for a TPU slice, the peaks' for other chips."""
+"""An estimate of a training step: by `plan` on a TPU slice, by the published peaks on other chips."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,10 +16,10 @@ class Estimate(NamedTuple):
     """A lower bound of a step's time, and its memory.
 
     Attributes:
-      seconds: at the peaks; None where they are not known.
-      bound: what takes them: compute, HBM or ICI.
-      bytes: of a device; None where only a TPU's compiler would know.
-      source: who says so, or why nobody does.
+      seconds: at the peaks; None if they are not known.
+      bound: the slowest part: compute, HBM or ICI.
+      bytes: of a device; None without a TPU's compiler.
+      source: of the figures, or the reason why there are none.
     """
 
     seconds: float | None
@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(subject: Subject) -> Estimate:
-    """Return what `plan` says of a config's step on the TPU slice there is; on other devices, its FLOPs at their peak."""
+    """Return the figures of `plan` for a config's step on this TPU slice; on other devices, the time of its FLOPs at the peak."""
     device = subject.mesh.devices.flat[0]
     peaks = peak(device)
     if device.platform != "tpu":
@@ -44,14 +44,14 @@ def estimate(subject: Subject) -> Estimate:
 
 
 def slice_name(devices: Sequence[jax.Device]) -> str:
-    """Return the name that `plan` has for the slice of some TPU devices, such as v5e:2x4.
+    """Return `plan`'s name for the slice of TPU devices, such as v5e:2x4.
 
     Raises:
       UserError: a kind of TPU that `plan` does not know.
     """
     kind = TPU_KINDS.get(devices[0].device_kind)
     if kind is None:
-        raise UserError(f"{devices[0].device_kind} is no TPU that plan knows")
+        raise UserError(f"{devices[0].device_kind}: expected one of {', '.join(sorted(TPU_KINDS))}")
     sides = [len({device.coords[axis] for device in devices}) for axis in range(3)]
     flat = kind in ("v5e", "v6e")
     return f"{kind}:" + "x".join(str(side) for side in (sorted(sides[:2]) if flat else sorted(sides)))

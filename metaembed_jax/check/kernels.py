@@ -22,10 +22,10 @@ from metaembed_jax.check import references
 from metaembed_jax.check.case import SHORT, Case
 from metaembed_jax.late_interaction import matryoshka, maxsim
 from metaembed_jax.late_interaction.groups import GROUPS
-from metaembed_jax.sharding import MESH_AXES, make_mesh
+from metaembed_jax.sharding import MESH_AXES
 
-# Of float32: what its rounding leaves of sums this long, and far below what a pass in TF32 (5e-4) or bfloat16 (4e-3) makes.
-# Of bfloat16: outputs and the weights of a softmax are rounded to 8 bits; a wrong mask is an error of a tenth and more.
+# float32: a few times the rounding error of sums of this length, far below that of a pass in TF32 (5e-4) or bfloat16 (4e-3).
+# bfloat16: outputs and softmax weights are rounded to 8 bits; a wrong mask makes an error of a tenth or more.
 ATTENTION_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 LINEAR_TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2}
 MAXSIM_TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-5}  # inputs are exact and sums float32, which some units truncate
@@ -34,7 +34,7 @@ LOSS_GRADIENT_TOLERANCE = {"float32": 5e-5, "bfloat16": 3e-2}  # gradients of bf
 
 
 class Sizes(NamedTuple):
-    """How much work a line is.
+    """The sizes of the cases.
 
     Attributes:
       rows: attention's batch on each device, a multiple of two; `window_rows` of 64 keys.
@@ -98,8 +98,7 @@ ATTENTION = (
 
 
 def kernel_cases(mesh: Mesh, sizes: Sizes) -> Iterator[Case]:
-    """Yield all cases, on all devices of a mesh."""
-    mesh = make_mesh(devices=list(mesh.devices.flat))  # each device has rows of its own
+    """Yield all cases, on a mesh whose only axis above 1 is `data`."""
     for dtype in SHORT:
         yield linear_case(mesh, sizes, dtype)
     for kind in ATTENTION:
@@ -112,7 +111,7 @@ def kernel_cases(mesh: Mesh, sizes: Sizes) -> Iterator[Case]:
 
 
 def linear_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
-    """A linear map and its gradients, as every layer has them."""
+    """Return the case of a linear map and its gradients, as layers compute them."""
     rows, inputs, outputs = sizes.linear
     base, repeats = min(rows, 256), max(rows // 256, 1) * mesh.size
     graph, _ = nnx.split(nnx.eval_shape(lambda: Linear(inputs, outputs, axes=(None, None), bias=False, rngs=nnx.Rngs(0))))
@@ -149,7 +148,7 @@ def linear_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
 
 
 def attention_case(mesh: Mesh, sizes: Sizes, kind: Kind, dtype: str) -> Case:
-    """Attention and its gradients; of two base rows, the second has a third of padding."""
+    """Return the case of attention and its gradients; a third of every second row is padding."""
     T = kind.keys or sizes.length
     S, H, G, K = kind.queries or T, kind.heads, kind.key_heads, kind.width
     repeats = (sizes.window_rows if kind.keys else sizes.rows) // 2 * mesh.size

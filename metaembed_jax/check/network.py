@@ -39,7 +39,7 @@ from metaembed_jax.sharding import named_sharding, put_rows
 from metaembed_jax.trained import join, paths, split
 from metaembed_jax.training.step import TrainState, make_trainer, put_batch, run_mesh
 
-MOST_FLOPS = 1e12  # of a step whose reference is computed on the CPU
+MAX_FLOPS = 1e12  # of a step whose reference is computed on the CPU
 # Of float32: what the CPU's own rounding leaves of a few layers. Of bfloat16: every state is rounded to 8 bits.
 VECTOR_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03}
@@ -48,7 +48,7 @@ WORDS = "a drawing of one small red house under many tall trees by the water in 
 
 
 def small_config(devices: int, on_chip: bool, dtype: str) -> ConfigDict:
-    """A Qwen2.5-VL for random weights: small enough for a CPU, or wide enough for a chip's kernels; on all mesh axes it can be."""
+    """Return the config of a Qwen2.5-VL, small enough for a CPU or wide enough for a chip's kernels, on all mesh axes it can."""
     config = default_config()
     config.name, config.dtype = "small", dtype
     width, head, layers = (512, 128, 4) if on_chip else (32, 16, 2)
@@ -88,12 +88,12 @@ def small_config(devices: int, on_chip: bool, dtype: str) -> ConfigDict:
 
 
 class Expected(NamedTuple):
-    """What the reference says of a batch.
+    """The reference's results for a batch.
 
     Attributes:
-      vectors: of each side, those of the rows of each shape class.
+      vectors: of the rows of each shape class, by side.
       loss, losses: of all groups, and of each.
-      gradient: of all that trains.
+      gradient: of the trained parameters.
     """
 
     vectors: dict[str, list[np.ndarray]]
@@ -103,7 +103,7 @@ class Expected(NamedTuple):
 
 
 class Subject:
-    """A config's network on all devices, what goes into it, and what ought to come out.
+    """A config's network on all devices, its inputs, and the expected results.
 
     Args:
       config: checked; its architecture is filled.
@@ -112,7 +112,7 @@ class Subject:
 
     def __init__(self, config: ConfigDict, devices: list[jax.Device]):
         config = copy.deepcopy(config)
-        config.lora.dropout = 0.0  # a reference has other random numbers
+        config.lora.dropout = 0.0  # the reference draws other random numbers
         self.config, self.dtype = config, config.dtype
         self.name = f"{config.name} {SHORT[config.dtype]}"
         self.mesh = run_mesh(config, devices)
@@ -121,9 +121,9 @@ class Subject:
         self.flops = train_flops(config)
 
     @property
-    def is_judged(self) -> bool:
-        """Whether the CPU computes what is expected."""
-        return sum(self.flops) <= MOST_FLOPS
+    def has_reference(self) -> bool:
+        """Whether the network is small enough for a reference on the CPU."""
+        return sum(self.flops) <= MAX_FLOPS
 
     @functools.cached_property
     def batch(self) -> dict:
@@ -163,7 +163,7 @@ class Subject:
     def encode_parameters(self) -> dict:
         """The parameters on the devices, in the dtypes that encoding keeps them in; made there if no reference reads them."""
         abstract = abstract_parameters(self.model, self.mesh)
-        if self.is_judged:
+        if self.has_reference:
             return _put(self.host_parameters, abstract)
 
         def make() -> dict:
@@ -173,7 +173,7 @@ class Subject:
 
     def state(self) -> TrainState:
         """The state before the first step."""
-        return self.trainer.init(_put(self.host_parameters, self._abstract) if self.is_judged else None)
+        return self.trainer.init(_put(self.host_parameters, self._abstract) if self.has_reference else None)
 
     @functools.cached_property
     def expected(self) -> "Expected":
@@ -239,7 +239,7 @@ def _put(parameters: dict, abstract: dict) -> dict:
 
 
 def encode_cases(subject: Subject) -> Iterator[Case]:
-    """Yield encoding of each side, as `MetaEmbed` does it."""
+    """Yield the cases that encode each side, as `MetaEmbed` does."""
     encode, mesh, dtype = make_encode(subject.model, subject.mesh), subject.mesh, subject.dtype
     parameters = abstract_parameters(subject.model, mesh)
     for side in SIDES:
@@ -265,7 +265,7 @@ def encode_cases(subject: Subject) -> Iterator[Case]:
             f"encode {side}, {subject.name}",
             jax.jit(function),
             arguments,
-            reference if subject.is_judged else None,
+            reference if subject.has_reference else None,
             VECTOR_TOLERANCE[dtype],
             sum(encode_flops(subject.config, shape, size)),
             mesh.size * shard_bytes((parameters, abstract_rows)),
@@ -275,7 +275,7 @@ def encode_cases(subject: Subject) -> Iterator[Case]:
 
 
 def step_case(subject: Subject) -> Case:
-    """One step of training, as `train.py` does it. The gradient is read from the first moments that it leaves."""
+    """Return the case of a training step, as `train.py` computes it. Its gradient is read from the optimizer's first moments."""
     config, trainer = subject.config, subject.trainer
 
     def read(result):
@@ -298,7 +298,7 @@ def step_case(subject: Subject) -> Case:
         f"train step, {subject.name}",
         trainer.step,
         lambda: (subject.state(), put_batch(subject.batch, subject.mesh)),
-        reference if subject.is_judged else None,
+        reference if subject.has_reference else None,
         LOSS_TOLERANCE[subject.dtype],
         subject.flops.model,
         subject.mesh.size * shard_bytes(abstract),

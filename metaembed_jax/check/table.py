@@ -10,7 +10,7 @@ HEAD = ROW.format("", "", "by", "error", "allowed", "time", "compile", "TFLOP/s"
 
 
 def line(result: Result, devices: int, peak: Peak | None) -> str:
-    """Return a line of the table, and below it what is wrong."""
+    """Return a line of the table, with the problem, if any, below it."""
     figures = rates(result, devices, peak)
     row = ROW.format(
         status(result),
@@ -29,12 +29,12 @@ def line(result: Result, devices: int, peak: Peak | None) -> str:
 
 
 def status(result: Result) -> str:
-    """Return ok, WRONG for numbers that are, or FAIL for a line that did not come so far."""
+    """Return "ok", "WRONG" for wrong numbers, or "FAIL" for a line without numbers."""
     return "ok" if result.ok else "WRONG" if result.output else "FAIL"
 
 
 def rates(result: Result, devices: int, peak: Peak | None) -> dict[str, float | None]:
-    """Return what one device does in a second, and its share of the peaks where they are known."""
+    """Return the FLOPs and bytes a second of one device, and their shares of the peaks; None where not known."""
     if result.seconds is None:
         return dict.fromkeys(("flops_per_second", "flops_share", "bytes_per_second", "bytes_share"))
     flops, moved = (amount / devices / result.seconds for amount in (result.flops, result.bytes))
@@ -47,7 +47,7 @@ def rates(result: Result, devices: int, peak: Peak | None) -> dict[str, float | 
 
 
 def to_json(result: Result, devices: int, peak: Peak | None) -> dict:
-    """Return a line as JSON takes it."""
+    """Return a line for JSON."""
     return result._asdict() | {"status": status(result)} | rates(result, devices, peak)
 
 
@@ -57,7 +57,7 @@ def gibibytes(size: float) -> str:
 
 
 def _power(value: float | None) -> str:
-    """A number to its power of ten and one digit: 3e-7."""
+    """Return a number with one digit, such as 3e-7."""
     if value is None or not value:
         return "" if value is None else "0"
     power = math.floor(math.log10(value))

@@ -94,7 +94,7 @@ def candidates(config: ConfigDict, where: Topology) -> list[Candidate]:
 
 
 def _candidate(config: ConfigDict, where: Topology, trained: int, frozen: int, held: int) -> Candidate:
-    """Estimates seconds by the arithmetic, and the traffic of weights over `fsdp`, activations over `tensor`, gradients over slices.
+    """Estimates seconds by the arithmetic, and the traffic of weights (`fsdp`), activations (`tensor`) and gradients (slices).
 
     Args:
       trained, frozen, held: bytes on a device, of weights and of the whole state.
