@@ -1,4 +1,4 @@
-"""Every implementation of attention, as far as a CPU runs it, against the definition; and which of them a program gets."""
+"""Every implementation of attention, as a CPU can run it, against the definition; and the one that each program gets."""
 
 import math
 import re
@@ -30,7 +30,7 @@ CASES = {  # B, S, T, H, G, K, kind, dtype, tolerance
     "window": (3, 300, 300, 4, 2, 64, CAUSAL | dict(window=40), "float32", 1e-5),
     "keep_capped_window": (3, 80, 600, 4, 1, 64, CAUSAL | dict(scale=0.3, softcap=1.5, window=100), "float32", 1e-5),
 }
-# What programs run on a CPU, each with what stands in for its chip.
+# Each implementation with a substitute for its chip.
 IMPLEMENTATIONS = {
     "splash": partial(splash, interpret=True),
     "cudnn": partial(cudnn, implementation="xla"),
@@ -42,7 +42,7 @@ PAIRS = [(name, case) for name in IMPLEMENTATIONS for case in CASES if name != "
 
 
 def noise(B, S, T, H, G, K, dtype):
-    """Queries, keys and values; a mask with holes and more and more left padding, up to all; a cotangent that reads no padding."""
+    """Random queries, keys and values; a mask with holes and growing left padding, up to all; a cotangent that is 0 at padding."""
     rng = np.random.default_rng(0)
     query, key, value, cotangent = (
         jnp.asarray(rng.normal(size=shape), dtype) for shape in ((B, S, H, K), (B, T, G, K), (B, T, G, K), (B, S, H, K))
@@ -52,7 +52,7 @@ def noise(B, S, T, H, G, K, dtype):
 
 
 def output_and_gradients(attend, arrays, mask_BT, cotangent):
-    """What is read of them, float32."""
+    """The output where the cotangent reads it, and the gradients, in float32."""
 
     def run(arrays, mask_BT, cotangent):
         output, pull = jax.vjp(lambda *arrays: attend(*arrays, mask_BT), *arrays)
@@ -68,7 +68,7 @@ def assert_close(found, expected, tolerance):
 
 
 def definition(arrays, mask_BT, cotangent, *, causal, scale=None, softcap=None, window=None):
-    """The output, where it is read, and the gradients, in float64."""
+    """The same by the definition of attention, in float64."""
     query, key, value, cotangent = (np.float64(x) for x in (*arrays, cotangent))
     (B, S, H, K), (_, T, G, _) = query.shape, key.shape
     scale = K**-0.5 if scale is None else scale
@@ -97,7 +97,7 @@ def definition(arrays, mask_BT, cotangent, *, causal, scale=None, softcap=None, 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Scores of few queries at a time."""
+    """Blocks of few queries."""
     monkeypatch.setattr(attention_xla, "SCORE_BYTES", 2**18)
 
 
@@ -109,8 +109,8 @@ def test_each_equals_the_definition(name, case, small_blocks):
     assert_close(found, definition(*inputs, **kind), tolerance)
 
 
-def test_cudnn_may_leave_anything_behind_the_keys(monkeypatch):
-    """Of a gradient, in the part of a row that a length cuts off."""
+def test_cudnn_may_return_nan_gradients_behind_a_length(monkeypatch):
+    """In the part of a row that a length cuts off."""
     *sizes, kind, dtype, tolerance = CASES["vision"]
     attend = jax.nn.dot_product_attention
 
@@ -129,7 +129,7 @@ def test_cudnn_may_leave_anything_behind_the_keys(monkeypatch):
 
 @pytest.mark.parametrize("name, key_heads", [("splash", 2), ("splash", 1), ("cudnn", 2), ("blocks", 2)])
 def test_in_a_scan_on_a_mesh_each_equals_xla(name, key_heads, small_blocks):
-    """Two key heads are split over the tensor axis, one cannot be."""
+    """Two key heads are split over the tensor axis; one cannot be split."""
 
     def stack(attend):
         def run(query, key, value, mask_BT):
@@ -146,8 +146,8 @@ def test_in_a_scan_on_a_mesh_each_equals_xla(name, key_heads, small_blocks):
     assert_close(found, output_and_gradients(stack(partial(xla, causal=True)), *inputs), 1e-5)
 
 
-def test_a_cpu_runs_what_it_ran():
-    """To the bit, on a mesh too."""
+def test_a_cpu_runs_xla():
+    """On a mesh, bit for bit."""
     arrays, mask_BT, cotangent = noise(4, 130, 130, 2, 2, 8, "float32")
     with jax.set_mesh(make_mesh(2, 2, 2, devices=jax.devices()[:8])):
         found, expected = (
@@ -159,7 +159,7 @@ def test_a_cpu_runs_what_it_ran():
 
 @pytest.fixture
 def tpu_mesh():
-    """Eight chips of v5e that are not there."""
+    """Eight chips of v5e, for compiling only."""
     pytest.importorskip("libtpu")
     return make_mesh(2, 2, 2, devices=topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
 
@@ -191,10 +191,8 @@ def test_a_tpu_leaves_short_windows_to_xla(tpu_mesh):
     assert "tpu_custom_call" not in lowered_gradient(tpu_mesh, 8, 64, 4, 80).as_text()
 
 
-PAGE, TEXT = (
-    (1, 5120, 16, 80),
-    (8, 1408, 28, 128),
-)  # queries of configs/7b.py: of one page in a full layer of the tower; of documents
+# Shapes of queries of configs/7b.py: of a page in a full-attention layer of the vision tower, and of documents.
+PAGE, TEXT = (1, 5120, 16, 80), (8, 1408, 28, 128)
 
 
 @pytest.mark.parametrize(
@@ -216,14 +214,14 @@ PAGE, TEXT = (
         ("cuda", (9, 0), (1, 200, 4, 64), 4, "float32", CAUSAL, "xla"),
     ],
 )
-def test_implementation(platform, capability, query, key_heads, dtype, kind, expected, monkeypatch):
+def test_each_platform_gets_its_implementation(platform, capability, query, key_heads, dtype, kind, expected, monkeypatch):
     monkeypatch.setattr(module, "cuda_capability", lambda: capability)
     B, T, _, K = query
     assert attention_implementation(platform, query, (B, T, key_heads, K), dtype, **kind) == expected
 
 
 def lowered_for_cuda(attend, query_shape, key_heads, dtype):
-    """The text of output and gradients."""
+    """The lowered program of output and gradients."""
     B, T, _, K = query_shape
     query, key = jax.ShapeDtypeStruct(query_shape, dtype), jax.ShapeDtypeStruct((B, T, key_heads, K), dtype)
 
@@ -236,20 +234,20 @@ def lowered_for_cuda(attend, query_shape, key_heads, dtype):
 
 
 def largest(text):
-    """Numbers in the largest array."""
+    """The number of elements of the largest array of a program."""
     return max(math.prod(map(int, sizes.split("x")[:-1])) for sizes in re.findall(r"tensor<((?:\d+x)+)", text))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", [dict(causal=False), CAUSAL | dict(softcap=50.0, window=600)])
-def test_blocks_hold_the_scores_of_one(dtype, kind):
+def test_blocks_hold_the_scores_of_one_block(dtype, kind):
     text = lowered_for_cuda(partial(in_blocks, **kind), PAGE, 16, dtype)
     assert largest(text) <= attention_xla.SCORE_BYTES / 4 < math.prod(PAGE[:3]) * PAGE[1] / 10
 
 
 @pytest.mark.parametrize("query_shape, key_heads, kind", [(PAGE, 16, dict(causal=False)), (TEXT, 4, CAUSAL)])
 def test_cuda_runs_cudnn_forward_and_backward(query_shape, key_heads, kind, monkeypatch):
-    """As it is lowered where there is a card."""
+    """With a card's capability and cuDNN's version substituted."""
     monkeypatch.setattr(module, "cuda_capability", lambda: (8, 0))
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 90800)
     text, kernel = (lowered_for_cuda(partial(f, **kind), query_shape, key_heads, "bfloat16") for f in (attention, cudnn))

@@ -1,4 +1,4 @@
-"""Peaks by the names that devices give themselves."""
+"""Published peaks by device kind."""
 
 from types import SimpleNamespace
 
@@ -12,11 +12,11 @@ TERA, GIGA = 1e12, 1e9
 
 
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_every_tpu_that_can_be_planned_for_has_the_peaks_of_its_chip(name):
-    slice_ = topology(name)
-    found = peak(slice_.devices[0])
-    assert found.flops * slice_.chip.devices == slice_.chip.flops
-    assert found.hbm_bytes * slice_.chip.devices == slice_.chip.hbm_bytes
+def test_every_planned_tpu_has_the_peaks_of_its_chip(name):
+    where = topology(name)
+    figures = peak(where.devices[0])
+    assert figures.flops * where.chip.devices == where.chip.flops
+    assert figures.hbm_bytes * where.chip.devices == where.chip.hbm_bytes
 
 
 @pytest.mark.parametrize(
@@ -35,12 +35,12 @@ def test_every_tpu_that_can_be_planned_for_has_the_peaks_of_its_chip(name):
         ("NVIDIA GeForce RTX 4090", 165.2, 1008, 24),
     ],
 )
-def test_cards_of_nvidia(kind, flops, bandwidth, size):
-    found = peak(SimpleNamespace(device_kind=kind))
-    assert (found.flops / TERA, found.hbm_bandwidth / GIGA, found.hbm_bytes / GIGA) == (flops, bandwidth, size)
+def test_nvidia_cards_have_their_peaks(kind, flops, bandwidth, size):
+    figures = peak(SimpleNamespace(device_kind=kind))
+    assert (figures.flops / TERA, figures.hbm_bandwidth / GIGA, figures.hbm_bytes / GIGA) == (flops, bandwidth, size)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA L40S", "NVIDIA GeForce RTX 4080", "TPU v2"])
-def test_others_are_not_guessed(kind):
+def test_unknown_devices_have_no_peaks(kind):
     assert peak(SimpleNamespace(device_kind=kind)) is None
     assert peak(jax.devices()[0]) is None
