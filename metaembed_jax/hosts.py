@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import itertools
 import os
+import signal
 import socket
 import sys
 import threading
@@ -26,6 +27,7 @@ from metaembed_jax.votes import POLL, TERMINATED, Terminated
 # Keys of the store that the hosts share.
 FAILED, SEEN = "metaembed/failed", "metaembed/seen/"
 COORDINATOR_SECONDS = 50  # in which the first host must answer
+START_SECONDS = 300  # in which all must come, as with JAX
 GRACE = 10  # seconds in which the others learn why the first one to fail fails
 _said = itertools.count()
 _ending = threading.Lock()  # held by the thread that ends the process
@@ -45,26 +47,75 @@ def connect(coordinator: str | None, hosts: int | None, host: int | None) -> Non
     flags = (coordinator, hosts, host)
     if any(flag is not None for flag in flags) and None in flags:
         raise UserError("--coordinator, --hosts and --host belong together: give all three, or none on a TPU slice or under Slurm")
-    if coordinator is not None and (not coordinator.rpartition(":")[2].isdigit() or not 0 <= host < hosts):
-        raise UserError(f"--coordinator={coordinator} --hosts={hosts} --host={host}: expected ADDRESS:PORT and 0 <= host < hosts")
     cluster = find_cluster() if coordinator is None else Cluster("--hosts", coordinator, hosts, host)
-    if cluster is None or cluster.hosts == 1:
+    if cluster is None:
+        return
+    _check(cluster)
+    if cluster.hosts == 1:
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `votes.stop_signal`
     name = f"host {cluster.host} of {cluster.hosts} ({cluster.kind})"
     if cluster.host == 0:
+        _check_port(cluster.coordinator, name)
         print(f"{name}: waiting for the others at {cluster.coordinator}", file=sys.stderr, flush=True)
     else:
         _wait_for_coordinator(cluster.coordinator, name)
     try:
-        jax.distributed.initialize(
-            cluster.coordinator, cluster.hosts, cluster.host, cluster.local_devices, cluster_detection_method="deactivate"
-        )
+        with _limited(f"{name}: not all hosts came to {cluster.coordinator} within {START_SECONDS} s; start them all"):
+            jax.distributed.initialize(
+                cluster.coordinator,
+                cluster.hosts,
+                cluster.host,
+                cluster.local_devices,
+                cluster_detection_method="deactivate",
+                initialization_timeout=START_SECONDS + 60,
+            )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{name}: the hosts did not find each other ({str(error).splitlines()[0]}); "
             "start the same command on all of them within five minutes"
         ) from error
+
+
+def _check(cluster: Cluster) -> None:
+    address, _, port = cluster.coordinator.rpartition(":")
+    if address and port.isdecimal() and 0 < int(port) < 2**16 and 0 <= cluster.host < cluster.hosts:
+        return
+    source = "" if cluster.kind == "--hosts" else f" (by the variables of {cluster.kind})"
+    raise UserError(
+        f"--coordinator={cluster.coordinator} --hosts={cluster.hosts} --host={cluster.host}{source}: "
+        "expected ADDRESS:PORT, a port of 1 to 65535, and 0 <= host < hosts"
+    )
+
+
+def _check_port(coordinator: str, name: str) -> None:
+    """Check that the first host can listen; JAX would end in a segmentation fault where another program does."""
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(f"{name}: cannot listen on port {port} ({error.strerror}); choose another one on all hosts") from error
+
+
+@contextlib.contextmanager
+def _limited(reason: str) -> Iterator[None]:
+    """End this process with one line where the hosts do not come, and at once by Ctrl-C: JAX waits in C++, and then aborts."""
+
+    def leave() -> None:
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(START_SECONDS, leave)
+    timer.daemon = True
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def _wait_for_coordinator(coordinator: str, name: str) -> None:

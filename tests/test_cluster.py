@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -126,6 +127,36 @@ def test_a_coordinator_that_does_not_answer_is_one_line(monkeypatch):
         UserError, match=rf"host 1 of 2 .*: the first host does not answer at localhost:{port} \(Connection refused\)"
     ):
         hosts.connect(f"localhost:{port}", 2, 1)
+
+
+@pytest.mark.parametrize("coordinator, host", [("localhost", 0), (":80", 0), ("h:0", 0), ("h:65536", 1), ("h:80", 2)])
+def test_a_coordinator_that_can_be_none(coordinator, host):
+    with pytest.raises(UserError, match=f"--coordinator={coordinator} --hosts=2 --host={host}: expected ADDRESS:PORT, a port"):
+        hosts.connect(coordinator, 2, host)
+
+
+def test_variables_of_no_host(root, monkeypatch):
+    for key, value in (SLURM | {"JAX_COORDINATOR_PORT": "first"}).items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match=r"node07:first .*by the variables of Slurm"):
+        hosts.connect(None, None, None)
+
+
+def test_a_port_that_another_program_has():
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"host 0 of 2 .*cannot listen on port {port} .Address already in use."):
+            hosts.connect(f"localhost:{port}", 2, 0)
+
+
+def test_hosts_that_do_not_come_are_one_line():
+    connect = f"hosts.START_SECONDS = 1; hosts.connect('localhost:{free_port()}', 2, 0)"
+    command = [sys.executable, "-c", f"from metaembed_jax import hosts; {connect}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 2)
+    assert "error: host 0 of 2 (--hosts): not all hosts came to localhost:" in done.stderr
 
 
 @pytest.mark.parametrize("program", [["train.py"], ["eval.py", "--checkpoint=nowhere"]])
