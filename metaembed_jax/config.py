@@ -201,7 +201,7 @@ def _parse(key: str, text: str, old):
         value = text
     if isinstance(old, float) and type(value) is int:
         value = float(value)
-    if type(value) is not type(old):
+    if type(value) is not type(old) or value in (math.inf, -math.inf):  # as of 1e400
         raise UserError(f"--config.{key}={text}: expected {type(old).__name__}, as in {old!r}")
     return value
 

@@ -109,13 +109,14 @@ def _limited(reason: str) -> Iterator[None]:
 
     timer = threading.Timer(START_SECONDS, leave)
     timer.daemon = True
-    interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if before == signal.SIG_IGN else signal.SIG_DFL)
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
-        signal.signal(signal.SIGINT, interrupted)
+        signal.signal(signal.SIGINT, before)
 
 
 def _wait_for_coordinator(coordinator: str, name: str) -> None:

@@ -26,6 +26,7 @@ WRONG = [
     (["train.py", TINY, "--config.init_from=none.py"], "config.init_from: none.py: no such file"),
     (["train.py", TINY, "--stesp=3"], "unrecognized arguments: --stesp=3"),
     (["train.py", TINY, "--config.stesp=3"], "--config.stesp: no such key; there are"),
+    (["train.py", TINY, "--config.save_minutes=1e400"], "--config.save_minutes=1e400: expected float, as in 15.0"),
     (["train.py", TINY, "--config.steps=many"], "--config.steps=many: expected int"),
     (["train.py", TINY, "--config.steps"], "write --config.steps=VALUE"),
     (["train.py", TINY, "--config.optimizer.algorithm=sgd"], "config.optimizer.algorithm='sgd': expected adamw or muon"),

@@ -166,7 +166,8 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
         with saves.vote.watched():
             for step in range(first + 1, config.steps + 1):
                 trace.before(step)
-                with watch.spending("input"):
+                # SIGTERM comes to all processes of a job, and ends workers that are not started up yet: those of the first batch.
+                with watch.spending("input"), stop.at_once() if train_step is None else contextlib.nullcontext():
                     batch = next(batches)
                 arrays = put_batch(batch, trainer.mesh)
                 train_step = train_step or _compile(trainer, state, arrays, watch, writer)

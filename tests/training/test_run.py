@@ -130,6 +130,16 @@ def test_sigterm_at_any_other_moment_loses_nothing(small_config, whole, tmp_path
     assert stopped.value.code == 143 and "stopped by SIGTERM; start the same command again" in capsys.readouterr().err
     monkeypatch.undo()
 
+    def ended_with_the_job(*_):
+        terminate()
+        raise UserError("one of the processes that make batches was ended from outside")
+        yield
+
+    monkeypatch.setattr(loop, "iterate", ended_with_the_job)
+    with pytest.raises(Terminated):
+        train(small_config, tmp_path / "run")
+    monkeypatch.undo()
+
     small_config.validate_every, small_config.save_every = 3, 100
     terminated_in(loop.evaluation, "evaluate", lambda model, config, split, *_: split == "validation")
     terminated_in(RunCheckpoints, "save")
