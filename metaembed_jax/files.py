@@ -24,6 +24,7 @@ from metaembed_jax.errors import UserError
 BUCKET, PART = "gs://", ".part"
 LAST = ("README.md", "config.json", "adapter_config.json")  # files that make a folder a model: uploaded after all others
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system that has none, such as a mounted bucket
+SPECIAL = "?#%|[]*"  # what URLs and patterns mean by them: gcsfs, Orbax and TensorStore then read and write at different places
 REMOTE = {"gcsfs", "google", "aiohttp", "requests", "fsspec"}  # packages whose errors speak of a bucket
 
 
@@ -61,7 +62,8 @@ def check_scheme(text: str) -> str:
     """Returns a path, or the id of a model, as it is written.
 
     Raises:
-      UserError: it has another scheme than gs://, or is what `pathlib.Path` makes of gs://.
+      UserError: it has another scheme than gs://, or is what `pathlib.Path` makes of gs://; or it is a whole bucket, or has a name
+        in it that is not the same for all libraries.
     """
     if re.match("gs:/(?!/)", text):
         raise UserError(f"{text}: expected gs://BUCKET/PATH; pathlib.Path drops a slash, so give a str")
@@ -70,7 +72,17 @@ def check_scheme(text: str) -> str:
         raise UserError(f"{text}: expected a folder or gs://BUCKET/PATH; no other scheme is read or written")
     if bucket is not None and not bucket.partition("/")[0]:
         raise UserError(f"{text}: names no bucket; expected gs://BUCKET/PATH")
+    if bucket is not None:
+        _check_names(text, bucket.partition("/")[2].rstrip("/").split("/"))
     return text
+
+
+def _check_names(text: str, names: list[str]) -> None:
+    if names == [""]:
+        raise UserError(f"{text}: is a whole bucket; expected gs://BUCKET/PATH")
+    for name in names:
+        if name in ("", ".", "..") or not name.isprintable() or any(char in SPECIAL for char in name):
+            raise UserError(f"{text}: expected names in the bucket without {' '.join(SPECIAL)}, and none that is empty, . or ..")
 
 
 def is_bucket(path: str | os.PathLike) -> bool:
@@ -185,6 +197,8 @@ def _new_part(path: Path) -> Path:
         descriptor, name = tempfile.mkstemp()
         os.close(descriptor)
         return Path(name)
+    if not path.name or (path.exists() and not path.is_file()):  # a device would be gone
+        raise UserError(f"cannot write {path}: it is a folder or a device; expected a file, or a place for one")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}{PART}")
 
@@ -232,7 +246,8 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        reason = bucket_reason(error) if is_bucket(path) else None
+        raise UserError(f"{path}: cannot be read ({reason or error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not an object of keys and values")
     return content
@@ -240,7 +255,8 @@ def read_json(path: Path) -> dict:
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the user's cache folder of the project."""
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaembed_jax"
+    folder = Path(environment.get("XDG_CACHE_HOME") or "")
+    return (folder if folder.is_absolute() else Path.home() / ".cache") / "metaembed_jax"  # gs://..., too, would be made here
 
 
 def digest(content: bytes) -> str:
@@ -280,6 +296,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                 upload(Path(scratch), path)
             return
         scratch = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+        remove_folder(scratch)  # of a killed process with this one's id: in containers, all have the same
         scratch.mkdir(parents=True)
         try:
             yield scratch

@@ -176,7 +176,7 @@ def _machine() -> str:
 
 def _is_gone(holder: dict) -> bool:
     """Return whether a holder was a process of this machine that has ended."""
-    if not holder.get("machine") or holder["machine"] != _machine():
+    if not holder.get("machine") or holder["machine"] != _machine() or "pid" not in holder:
         return False
     return not Path(f"/proc/{holder['pid']}").exists()
 

@@ -66,6 +66,7 @@ def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = Non
     """
     if kind not in FORMATS:
         raise UserError(f"--format={kind}: expected {', '.join(FORMATS)}")
+    files.check_bucket(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another --out")
     if out.exists() and not replace and any(out.iterdir()):

@@ -28,7 +28,13 @@ MODEL_KEYS = ("backbone", "architecture", "query_tokens", "candidate_tokens", "e
 
 
 def default_workdir(config: ConfigDict, later: Path | None = None) -> Path:
-    """runs/<config name>; for a first stage of a run in a bucket, next to `later`, the folder of that."""
+    """runs/<config name>; for a first stage of a run in a bucket, next to `later`, the folder of that.
+
+    Raises:
+      UserError: the name is no name of a folder.
+    """
+    if "/" in config.name or config.name in ("", ".", ".."):
+        raise UserError(f"config.name={config.name!r}: expected the name of a folder; set it, or choose a --workdir")
     return (later.parent if later and files.is_bucket(later) else Path("runs")) / config.name
 
 

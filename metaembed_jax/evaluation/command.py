@@ -38,7 +38,8 @@ def evaluate_checkpoint(
     check_devices()
     agree(config)
     check_config(config)
-    check_bucket(checkpoint)
+    for folder in (checkpoint, out):
+        check_bucket(folder)
     run_config = read_config(checkpoint)
     if not config.architecture:  # the run has it from what it started from
         with config.unlocked():

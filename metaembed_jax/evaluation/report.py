@@ -61,7 +61,9 @@ def read_results(path: str | os.PathLike) -> dict:
         results = files.read_json(files.any_path(path))
     except UserError as error:
         raise UserError(f"{error}; train.py and eval.py write such files") from error
-    if not {"directions", "config"} <= results.keys():
+    config, directions = results.get("config"), results.get("directions")
+    named = isinstance(config, dict) and isinstance(config.get("name"), str)
+    if not named or not isinstance(directions, list) or not all(isinstance(direction, dict) for direction in directions):
         raise UserError(f"{path} is no results.json of train.py or eval.py")
     return results
 

@@ -64,11 +64,36 @@ def test_a_folder_is_replaced_whole_or_kept(folder):
     assert (path / "sub" / "b.bin").read_bytes() == b"new"
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("", ".", "..", "/", "folder", "pipe"):
+        with pytest.raises(UserError, match="it is a folder or a device"):
+            files.write_bytes(files.any_path(name), b"x")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_folder_after_a_kill_of_a_process_with_the_same_id(tmp_path):
+    left = tmp_path / f".model.{os.getpid()}{files.PART}"
+    left.mkdir()
+    (left / "torn.bin").touch()
+    with files.new_folder(tmp_path / "model") as scratch:
+        (scratch / "a.bin").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "a.bin"]
+
+
+def test_the_cache_is_at_an_absolute_path():
+    assert files.cache_folder({"XDG_CACHE_HOME": "/x"}) == files.Path("/x/metaembed_jax")
+    for relative in ("", "x", "gs://b/x"):
+        assert files.cache_folder({"XDG_CACHE_HOME": relative}) == files.Path.home() / ".cache" / "metaembed_jax"
+
+
 def test_what_makes_a_folder_a_model_is_uploaded_last(bucket, tmp_path, monkeypatch):
     names = ["README.md", "a.bin", "adapter_config.json", "config.json", "z.bin"]
     for name in names:
         (tmp_path / name).touch()
-    sent, system = [], files.file_system(files.any_path(BUCKET))
+    sent, system = [], files.file_system(files.any_path(f"{BUCKET}/order"))
     monkeypatch.setattr(system, "put_file", lambda path, goal: sent.append(goal.rpartition("/")[2]))
     files.upload(tmp_path, files.any_path(f"{BUCKET}/order"))
     assert sent == ["a.bin", "z.bin", "adapter_config.json", "config.json", "README.md"]

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from metaembed_jax import cli, files
+from metaembed_jax.checkpoints.workdir import default_workdir
 from metaembed_jax.config import check_config, load_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.flags import Parser, any_path, local_path, model_name, run_main
@@ -87,7 +88,8 @@ def test_other_schemes_and_buckets(program, command, action, tmp_path, monkeypat
         assert not any(tmp_path.iterdir())
         return line
 
-    for path in ("s3://b/x", "file:///x", "runs/https://x", "gs:/b/x", "gs:///x"):
+    # The last ones: an export to a whole bucket would replace the bucket; TensorStore writes a?b to a.
+    for path in ("s3://b/x", "file:///x", "runs/https://x", "gs:/b/x", "gs:///x", "gs://b", "gs://b/", "gs://b/a?b", "gs://b/a//b"):
         assert f"{name_of(action)}: {path}: " in refused(path)
     if action.type is local_path:
         assert "gcloud storage cp -r gs://b/x DIR" in refused("gs://b/x")
@@ -106,6 +108,12 @@ def test_paths_in_configs_and_calls(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             check_config(load_config(f"{ROOT}/tests/training/small.py", {key: path}))
+    for char in files.SPECIAL + "\n":
+        with pytest.raises(UserError, match="expected names in the bucket without"):
+            files.any_path(f"gs://b/x/a{char}b")
+    for name in ("gs://b/x", "../x", "..", ""):
+        with pytest.raises(UserError, match="config.name=.*: expected the name of a folder"):
+            default_workdir(load_config(f"{ROOT}/tests/training/small.py", {"name": name}))
     with pytest.raises(UserError, match="no other scheme"):
         MetaEmbed.from_pretrained("s3://b/x")
     with pytest.raises(UserError, match="pathlib.Path drops a slash"):
