@@ -169,7 +169,7 @@ def load_config(flag: str, overrides: dict[str, str]) -> ConfigDict:
 
 
 def is_in(key: str, keys: tuple[str, ...]) -> bool:
-    """Whether a key is among `keys`, or in a group among them."""
+    """Return whether a key is among `keys`, or in a group among them."""
     return any(key == entry or key.startswith(f"{entry}.") for entry in keys)
 
 

@@ -116,25 +116,25 @@ def _stages(case: Case, result: Result, mesh: Mesh):
         check_room(result.planned_bytes, mesh)
         arguments = case.arguments()
     output = compiled(*arguments)
-    found = jax.device_get(case.read(output))
+    outputs = jax.device_get(case.read(output))
     if case.carries:
         arguments = (output[0], *arguments[1:])
     del output
-    result = judged(case, result, found)
+    result = judged(case, result, outputs)
     yield result
     result = result._replace(seconds=best_time(compiled, arguments, case.carries), used_bytes=used_bytes(mesh))
     yield result
 
 
-def judged(case: Case, result: Result, found: Outputs) -> Result:
+def judged(case: Case, result: Result, outputs: Outputs) -> Result:
     """Fill in whether the outputs are right: finite, and within their tolerances of the reference, if there is one."""
-    not_finite = [name for name, value in found.items() if not _is_finite(value)]
+    not_finite = [name for name, value in outputs.items() if not _is_finite(value)]
     if not_finite:
         return result._replace(output=not_finite[0], problem=f"{not_finite[0]}: NaN or infinities")
     if case.reference is None:
         return result._replace(ok=True)
     reference = case.reference()
-    errors = {name: error_of(value, reference[name]) for name, value in found.items()}
+    errors = {name: error_of(value, reference[name]) for name, value in outputs.items()}
     allowed = {name: case.tolerances.get(name, case.tolerance) for name in errors}
     name = max(errors, key=lambda name: errors[name] / allowed[name])
     ok = errors[name] <= allowed[name]
@@ -146,22 +146,22 @@ def _is_finite(value) -> bool:
     return all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(value))
 
 
-def error_of(found, expected) -> float:
+def error_of(outputs, expected) -> float:
     """Return the error of one output."""
-    return float((_tree_error if isinstance(expected, dict | tuple) else _error)(found, expected))
+    return float((_tree_error if isinstance(expected, dict | tuple) else _error)(outputs, expected))
 
 
-def _error(found, expected) -> float:
+def _error(outputs, expected) -> float:
     """Return the largest difference as a share of the largest expected number."""
     expected = np.asarray(expected, np.float64)
-    repetitions = np.asarray(found).reshape(-1, *expected.shape)
+    repetitions = np.asarray(outputs).reshape(-1, *expected.shape)
     difference = max(np.abs(each.astype(np.float64) - expected).max() for each in repetitions)
     return difference / max(np.abs(expected).max(), np.finfo(np.float32).tiny)
 
 
-def _tree_error(found: dict, expected: dict) -> float:
+def _tree_error(outputs: dict, expected: dict) -> float:
     """Return the largest norm of a leaf's difference, as a share of the leaf's norm or of `SMALL_SHARE` of the tree's."""
-    pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+    pairs = list(zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True))
     norms = [np.linalg.norm(np.asarray(leaf, np.float64)) for _, leaf in pairs]
     floor = max(SMALL_SHARE * np.linalg.norm(norms), np.finfo(np.float32).tiny)
     differences = [np.linalg.norm(np.asarray(ours, np.float64) - theirs) for ours, theirs in pairs]

@@ -112,7 +112,7 @@ def terminate():
 
 
 def test_sigterm_at_any_other_moment_loses_nothing(small_config, whole, tmp_path, monkeypatch, capsys):
-    """While a run starts, validates and saves, and while the test split is evaluated; a second one while it saves."""
+    """SIGTERM while a run starts, validates, saves, and evaluates the test split; a second one while it saves."""
 
     def terminated_in(module, name, when=lambda *_: True):
         original = getattr(module, name)
