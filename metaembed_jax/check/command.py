@@ -14,7 +14,7 @@ from metaembed_jax.check import table
 from metaembed_jax.check.case import SHORT, Case, Result, memory_limit, run
 from metaembed_jax.check.estimate import Estimate, estimate
 from metaembed_jax.check.kernels import CHIP, CPU, kernel_cases
-from metaembed_jax.check.network import Subject, encode_cases, small_config, step_case
+from metaembed_jax.check.network import MAX_FLOPS, Subject, encode_cases, small_config, step_case
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning import measure
@@ -72,10 +72,16 @@ def make_subjects(config: ConfigDict | None, devices: Sequence[jax.Device]) -> l
     Raises:
       UserError: the config does not fit the devices.
     """
+    on_chip = devices[0].platform != "cpu"
     if config is not None:
         measure.check(config)
-        return [Subject(config, devices)]
-    on_chip = devices[0].platform != "cpu"
+        subject = Subject(config, devices)
+        if not on_chip and not subject.has_reference:
+            raise UserError(
+                f"{config.name}: a train step takes {sum(subject.flops):.0e} FLOPs, and a CPU gets at most {MAX_FLOPS:.0e}; run it "
+                "on a chip, or set a smaller config.batch_size, config.microbatch_size and data shapes"
+            )
+        return [subject]
     dtypes = SHORT if on_chip else ("float32",)
     return [Subject(small_config(len(devices), on_chip, dtype), devices) for dtype in dtypes]
 

@@ -105,6 +105,11 @@ def test_a_name_without_a_line_is_refused(capsys):
         cli.main(["check", "--config.steps=3"])
 
 
+def test_a_config_too_large_for_a_cpu_is_refused():
+    with pytest.raises(command.UserError, match=r"a train step takes 7e\+15 FLOPs, and a CPU gets at most 1e\+12"):
+        cli.main(["check", "--config=configs/smolvlm_256m.py"])
+
+
 def check(*flags) -> int:
     """Return the exit code."""
     try:
