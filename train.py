@@ -3,7 +3,6 @@
 SIGTERM saves and ends it with exit code 143, which tells schedulers to start it again.
 """
 
-import sys
 from collections.abc import Sequence
 
 from metaembed_jax import hosts
@@ -27,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
         config = load_config(arguments.config, arguments.overrides)
         finished = train(config, arguments.workdir or default_workdir(config))
     if not finished:
-        sys.exit(TERMINATED)
+        hosts.leave(TERMINATED)
 
 
 if __name__ == "__main__":

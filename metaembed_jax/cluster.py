@@ -95,7 +95,7 @@ def _tpu(environment: Mapping[str, str], root: Path) -> Cluster | None:
     elif "TPU_SKIP_MDS_QUERY" in environment or (worker := _metadata("agent-worker-number", environment)) is None:
         return None
     else:
-        workers = _metadata("worker-network-endpoints", environment).split(",")
+        workers = (_metadata("worker-network-endpoints", environment) or "localhost").split(",")
         variables = dict(re.findall(r"^(\w+): '?([^'\n]*)'?$", _metadata("tpu-env", environment) or "", re.MULTILINE)) | environment
     slices = int(variables.get("MEGASCALE_NUM_SLICES") or 1)
     # An entry is an address, address:port, or name:id:address.
