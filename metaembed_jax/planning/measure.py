@@ -37,7 +37,7 @@ def check(config: ConfigDict) -> None:
     if not config.architecture:
         known = [stage.architecture for stage in stages(config) if stage.architecture]
         if not known:
-            raise UserError("config.architecture is empty, and plan reads no weights to learn it from: set it in the config")
+            raise UserError("config.architecture is empty, and no weights are read to learn it from: set it in the config")
         with config.unlocked():
             config.architecture = known[-1]
 
