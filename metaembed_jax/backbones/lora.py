@@ -70,8 +70,8 @@ def dropout_mask(key: UInt32[Array, "2"], items_B: Int[Array, "B"], share: float
     each number are slow where every adapter of every layer draws as many numbers as it has inputs.
 
     Positions (all axes except the last) and columns are hashed by MurmurHash3's finaliser (Appleby, public domain), twice each; an
-    element only mixes the two. Four layers of configs/3b.py's language model, 8 rows of 1360, compile for v6e in 39 s this way, in
-    58 s with each element hashed in full, and in 45 s without dropout.
+    element only mixes the two. Four layers of configs/3b.py's language model, 8 rows of 1360, compiled for v6e in 39 s this way, in
+    58 s with each element hashed in full, and in 45 s without dropout, when items were no part of the hash yet.
 
     Args:
       items_B: a number for each item of the batch.

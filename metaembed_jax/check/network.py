@@ -122,7 +122,7 @@ class Subject:
 
     @property
     def has_reference(self) -> bool:
-        """Whether the network is small enough for a reference on the CPU."""
+        """True if the network is small enough for a reference on the CPU."""
         return sum(self.flops) <= MAX_FLOPS
 
     @functools.cached_property

@@ -204,7 +204,7 @@ def _tuples(value):
 
 
 def _different(ours: dict, theirs: dict, free: tuple[str, ...], only: tuple[str, ...] = ()) -> str:
-    """What differs, in words; keys that are in `free` may, and where there is `only`, no others than those in it count."""
+    """Name the keys that differ, in words; those in `free` may, and with `only` no others than those in it count."""
     ours, theirs = _flat(ours), _flat(theirs)
     keys = [key for key in sorted(ours.keys() | theirs.keys()) if (not only or is_in(key, only)) and not is_in(key, free)]
     different = [key for key in keys if ours.get(key) != theirs.get(key)]
