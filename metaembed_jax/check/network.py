@@ -153,8 +153,8 @@ class Subject:
     def host_parameters(self) -> dict:
         """All parameters on this host, in the dtypes that training keeps them in."""
         with jax.default_device(jax.devices("cpu")[0]):
-            made = jax.jit(functools.partial(init_parameters, self.model, self.config.seed))()
-        return jax.tree.map(lambda x, leaf: np.asarray(x.astype(leaf.dtype)), made, self._abstract)
+            parameters = jax.jit(functools.partial(init_parameters, self.model, self.config.seed))()
+        return jax.tree.map(lambda x, leaf: np.asarray(x.astype(leaf.dtype)), parameters, self._abstract)
 
     @property
     def _abstract(self) -> dict:
@@ -281,12 +281,12 @@ def step_case(subject: Subject) -> Case:
     def read(result):
         state, metrics = result
         norm = metrics["gradient_norm"]
-        found = {"loss": metrics["loss"], "losses": group_losses(config, metrics), "gradient norm": norm}
+        outputs = {"loss": metrics["loss"], "losses": group_losses(config, metrics), "gradient norm": norm}
         if config.optimizer.algorithm == "adamw":
             scale = jnp.maximum(norm / config.optimizer.clip_norm, 1) / (1 - config.optimizer.b1)
             moments = optax.tree_utils.tree_get(state.optimizer, "mu")
-            found["gradient"] = jax.tree.map(lambda moment: moment * scale, moments)
-        return found
+            outputs["gradient"] = jax.tree.map(lambda moment: moment * scale, moments)
+        return outputs
 
     def reference():
         expected = subject.expected

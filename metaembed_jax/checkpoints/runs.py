@@ -125,11 +125,11 @@ class RunCheckpoints:
 
     def _check_shapes(self, step: int, parameters: dict) -> None:
         # The manager's own reader takes what it saved itself to a bucket for unfinished, on all hosts but the first.
-        found = jax.tree.map(lambda leaf: tuple(leaf.shape), stored_tree(self.directory / str(step) / "parameters"))
-        found, wanted = dict(_leaves(found)), dict(_leaves(jax.tree.map(lambda leaf: tuple(leaf.shape), parameters)))
-        for path in sorted(found.keys() | wanted.keys()):
-            if found.get(path) != wanted.get(path):
-                has, wants = found.get(path, "nothing"), wanted.get(path, "nothing")
+        stored = jax.tree.map(lambda leaf: tuple(leaf.shape), stored_tree(self.directory / str(step) / "parameters"))
+        stored, expected = dict(_leaves(stored)), dict(_leaves(jax.tree.map(lambda leaf: tuple(leaf.shape), parameters)))
+        for path in sorted(stored.keys() | expected.keys()):
+            if stored.get(path) != expected.get(path):
+                has, wants = stored.get(path, "nothing"), expected.get(path, "nothing")
                 raise UserError(
                     f"{self.directory / str(step)} is of another model: {path} has {has} there, and the config asks for {wants}"
                 )
