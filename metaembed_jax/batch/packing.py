@@ -1,0 +1,125 @@
+"""Assign items to packed rows: a pure function of sizes, the same on every host.
+
+Best fit, largest first. An item's size has three dimensions, each counted as a share of what a row holds. Items go in the order of
+the sum of their shares, each into the row with room for it that has the least left (by the same sum). With the recipe's mixture
+other weights of the dimensions, by demand or one alone, change the rows of a step by at most one; how large a row is matters more.
+
+N items, R rows.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from metaembed_jax.errors import UserError
+
+# Three sizes in one integer of 21-bit fields: a subtraction that leaves the top bit of each field set took no more than there was.
+# Comparing the three apart, packing takes twice as long (16 ms for 8, of 1,152 items).
+_LARGEST = (1 << 20) - 1
+_FIELDS = np.array([1, 1 << 21, 1 << 42], np.int64)
+_BORROWS = int(_FIELDS.sum()) << 20
+
+
+class Size(NamedTuple):
+    """The size of an item, or the capacity of a row.
+
+    Attributes:
+      tokens: positions of the language model, visual tokens and Meta Tokens included.
+      patches: positions of the vision tower, its padding included.
+      vectors: Meta Tokens that are read out.
+    """
+
+    tokens: int
+    patches: int
+    vectors: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, {self.patches} patches, {self.vectors} vectors"
+
+
+class Fill(NamedTuple):
+    """The share of each dimension of some rows that items use, 0 to 1 (0 where rows have none of it)."""
+
+    tokens: float
+    patches: float
+    vectors: float
+
+
+def pack(sizes_N3: Int[np.ndarray, "N 3"], row: Size) -> Int[np.ndarray, "N 2"]:
+    """Assigns each item a row and a rank in it.
+
+    Rows are numbered from 0 without a gap, in the order of their first items, so that large and small ones are spread over the hosts
+    that take their shares of rows. Items of a row are ranked 0, 1, 2 ... in item order.
+
+    Args:
+      row: what every row holds.
+
+    Returns:
+      (row, rank) of each item.
+
+    Raises:
+      UserError: an item is larger than a row, or a row is larger than any chip's.
+    """
+    sizes_N3 = np.asarray(sizes_N3, np.int64).reshape(-1, 3)
+    capacity_3 = np.array(row, np.int64)
+    if capacity_3.max() > _LARGEST:
+        raise UserError(f"a row of {row}: expected at most {_LARGEST} of each")
+    if (too_large_N := (sizes_N3 > capacity_3).any(axis=1)).any():
+        item = int(too_large_N.argmax())
+        raise UserError(f"item {item} is larger than a row: {Size(*sizes_N3[item].tolist())}; a row holds {row}")
+    rows_N = _best_fit(sizes_N3, capacity_3)
+    if len(rows_N) and rows_N.max() >= least_rows(sizes_N3, row):
+        rows_N = min(rows_N, _next_fit(sizes_N3, capacity_3), key=np.max)
+    return _ranked(rows_N)
+
+
+def least_rows(sizes_N3: Int[np.ndarray, "N 3"], row: Size) -> int:
+    """A lower bound of the rows that items need: as many as their sums fill."""
+    totals = np.asarray(sizes_N3, np.int64).reshape(-1, 3).sum(axis=0).tolist()
+    return max(-(-total // max(capacity, 1)) for total, capacity in zip(totals, row, strict=True))
+
+
+def fill(sizes_N3: Int[np.ndarray, "N 3"], row: Size, rows: int) -> Fill:
+    """The share of so many rows that these items use."""
+    totals = np.asarray(sizes_N3, np.int64).reshape(-1, 3).sum(axis=0).tolist()
+    return Fill(*(total / max(rows * capacity, 1) for total, capacity in zip(totals, row, strict=True)))
+
+
+def _best_fit(sizes_N3: np.ndarray, capacity_3: np.ndarray) -> np.ndarray:
+    weights_3 = _LARGEST // np.maximum(capacity_3, 1)  # integers: sums of floats could tie otherwise on another machine
+    shares_N, fields_N = sizes_N3 @ weights_3, sizes_N3 @ _FIELDS
+    left_shares_R = np.full(len(sizes_N3), capacity_3 @ weights_3)  # as if every item had a row of its own
+    left_fields_R = np.full(len(sizes_N3), capacity_3 @ _FIELDS + _BORROWS)
+    rows_N, rows, none = np.zeros(len(sizes_N3), np.int64), 0, 4 * _LARGEST
+    for item in np.argsort(-shares_N, kind="stable").tolist():
+        fits_R = ((left_fields_R[:rows] - fields_N[item]) & _BORROWS) == _BORROWS
+        best = int(np.where(fits_R, left_shares_R[:rows], none).argmin()) if rows else 0
+        if not rows or not fits_R[best]:
+            best, rows = rows, rows + 1
+        left_fields_R[best] -= fields_N[item]
+        left_shares_R[best] -= shares_N[item]
+        rows_N[item] = best
+    return rows_N
+
+
+def _next_fit(sizes_N3: np.ndarray, capacity_3: np.ndarray) -> np.ndarray:
+    """Fills row after row in item order: rarely fewer rows than best fit, never more than twice the needed in one dimension."""
+    rows, row, left = [], 0, capacity_3.tolist()
+    for size in sizes_N3.tolist():
+        if any(x > y for x, y in zip(size, left, strict=True)):
+            row, left = row + 1, capacity_3.tolist()
+        left = [y - x for x, y in zip(size, left, strict=True)]
+        rows.append(row)
+    return np.array(rows, np.int64)
+
+
+def _ranked(rows_N: np.ndarray) -> np.ndarray:
+    """Numbers rows by their first items, and the items of each row."""
+    _, first, rows_N, counts_R = np.unique(rows_N, return_index=True, return_inverse=True, return_counts=True)
+    numbers_R = np.empty(len(first), np.int64)
+    numbers_R[np.argsort(first)] = np.arange(len(first))
+    order_N = np.argsort(rows_N, kind="stable")
+    ranks_N = np.empty(len(rows_N), np.int64)
+    ranks_N[order_N] = np.arange(len(rows_N)) - np.repeat(np.cumsum(counts_R) - counts_R, counts_R)
+    return np.stack([numbers_R[rows_N], ranks_N], axis=1)
