@@ -1,12 +1,12 @@
-"""The network of MetaEmbed: a backbone with Meta Tokens at the end of its input, whose last states are a nested set of vectors.
+"""The network of MetaEmbed: a backbone with Meta Tokens at the end of each input, whose last states are a nested set of vectors.
 
-B batch, S prompt tokens, R vectors of one item, D width of a vector, M width of the backbone.
+B rows of a batch, V vectors of a row, R Meta Tokens, D width of a vector, M width of the backbone.
 
-    query      [left padding, prompt, q_1 .. q_16]                 -> the states at q_1 .. q_16
-    candidate  [left padding, prompt, q_1 .. q_16, c_1 .. c_64]    -> the states at c_1 .. c_64
+    query      [prompt, q_1 .. q_16]                 -> the states at q_1 .. q_16
+    candidate  [prompt, q_1 .. q_16, c_1 .. c_64]    -> the states at c_1 .. c_64
 
-Attention is causal, so rows after the last one that is read change nothing: queries run without the candidate rows, and a
-budget of r vectors runs only the rows up to the r-th.
+Attention is causal, so Meta Tokens after the last one that is read change nothing: queries run without the candidate tokens, and a
+budget of r vectors runs only the tokens up to the r-th. `batch.rows` draws how items share rows.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from metaembed_jax.backbones import family
 from metaembed_jax.backbones.layers import Linear, param, store_int8
 from metaembed_jax.backbones.lora import Dropout, LoraConfig, add_lora
+from metaembed_jax.batch.rows import Batch
 from metaembed_jax.precision import float32_products
 from metaembed_jax.sharding import parameter_shardings
 
@@ -59,6 +60,10 @@ class ModelConfig:
         """The largest budget of a side."""
         return {"query": self.query_tokens, "candidate": self.candidate_tokens}[side]
 
+    def meta_tokens(self, side: str, budget: int) -> int:
+        """The number of Meta Tokens behind a prompt, of which the last `budget` are read."""
+        return budget if side == "query" else self.query_tokens + budget
+
 
 class Network(nnx.Module):
     """Backbone, Meta Tokens (query rows first) and head; parameters are float32, but for int8 kernels."""
@@ -74,23 +79,18 @@ class Network(nnx.Module):
         if config.int8:
             store_int8(self.backbone)
 
-    def __call__(self, batch: dict[str, Array], side: str, budget: int | None = None) -> Float[Array, "B R D"]:
-        """The first `budget` vectors of each item of a side (all by default), float32, each of length one."""
+    def __call__(self, batch: Batch) -> Float[Array, "B V D"]:
+        """The vectors at the positions that `batch.reads` names, float32, each of length one."""
         with float32_products(self.config.dtype):
-            return self._unit_vectors(batch, side, self.config.vectors(side) if budget is None else budget)
-
-    def _unit_vectors(self, batch, side, r):
-        rows = r if side == "query" else self.config.query_tokens + r
-        states_BRM = self.backbone(
-            batch,
-            self.meta_tokens[...][:rows],
-            keep=r,
-            dtype=jnp.dtype(self.config.dtype),
-            checkpoint=self.config.checkpoint,
-            unroll=self.config.unroll,
-        )
-        vectors_BRD = (states_BRM if self.head is None else self.head(states_BRM)).astype(jnp.float32)
-        return vectors_BRD * jax.lax.rsqrt(jnp.sum(vectors_BRD**2, axis=-1, keepdims=True) + 1e-24)
+            states_BVM = self.backbone(
+                batch,
+                self.meta_tokens[...],
+                dtype=jnp.dtype(self.config.dtype),
+                checkpoint=self.config.checkpoint,
+                unroll=self.config.unroll,
+            )
+            vectors_BVD = (states_BVM if self.head is None else self.head(states_BVM)).astype(jnp.float32)
+            return vectors_BVD * jax.lax.rsqrt(jnp.sum(vectors_BVD**2, axis=-1, keepdims=True) + 1e-24)
 
 
 def abstract_network(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

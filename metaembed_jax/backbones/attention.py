@@ -18,7 +18,7 @@ from functools import partial
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from metaembed_jax.backbones.attention_cudnn import cudnn
 from metaembed_jax.backbones.attention_splash import SMALLEST_BLOCK, splash
@@ -33,28 +33,34 @@ def attention(
     query_BSHK: Float[Array, "B S H K"],
     key_BTGK: Float[Array, "B T G K"],
     value_BTGK: Float[Array, "B T G K"],
-    key_mask_BT: Bool[Array, "B T"],
+    query_segments_BS: Int[Array, "B S"],
+    key_segments_BT: Int[Array, "B T"],
     causal: bool,
     *,
+    positions_BS: Int[Array, "B S"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
 ) -> Float[Array, "B S H K"]:
-    """Softmax attention with grouped heads; the softmax is float32. A query without a visible key gets finite numbers.
+    """Softmax attention with grouped heads inside segments; the softmax is float32.
 
-    With `causal` the queries are the last S of the T positions. For T = 4, S = 2 and a first key of padding:
+    A query sees the keys of its own segment; with `causal`, those up to its own position. A query without a visible key gets finite
+    numbers. Two segments and padding, which is segment 0:
 
-        keys     0 1 2 3
-        query 2  . x x .
-        query 3  . x x x
+        segments   1 1 2 2 2 0
+        query 1    x x . . . .
+        query 3    . . x x . .
 
     Args:
-      key_mask_BT: false for keys that no query may see.
+      positions_BS: with `causal`, the positions of the queries among the keys; None: there are as many of both.
       scale: the factor of the scores; None: K**-0.5.
       softcap: scores become softcap * tanh(scores / softcap) (arXiv 2408.00118); None: no cap.
       window: with `causal`, the number of keys, up to its own position, that a query may see; None: all.
     """
-    arrays, kind = (query_BSHK, key_BTGK, value_BTGK, key_mask_BT), dict(causal=causal, scale=scale, softcap=softcap, window=window)
+    arrays = query_BSHK, key_BTGK, value_BTGK, query_segments_BS, key_segments_BT
+    kind = dict(causal=causal, scale=scale, softcap=softcap, window=window)
+    if positions_BS is not None:  # few queries, of small models
+        return xla(*arrays, **kind, positions_BS=positions_BS)
     shapes = query_BSHK.shape, key_BTGK.shape, query_BSHK.dtype
     names = {platform: attention_implementation(platform, *shapes, **kind) for platform in ("tpu", "cuda")}
     kernels = {
@@ -107,13 +113,14 @@ def cuda_capability() -> tuple[int, int] | None:
     return (int(numbers[1]), int(numbers[2])) if device.platform == "gpu" and numbers else None
 
 
-def on_each_device(kernel: Callable, query_BSHK: Array, key_BTGK: Array, value_BTGK: Array, key_mask_BT: Array) -> Array:
+def on_each_device(kernel: Callable, query_BSHK: Array, key_BTGK: Array, value_BTGK: Array, *segments: Array) -> Array:
     """Run a kernel on each device's own rows and heads; the partitioner, which cannot split a kernel, would gather all of them."""
+    arrays = query_BSHK, key_BTGK, value_BTGK, *segments
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return kernel(query_BSHK, key_BTGK, value_BTGK, key_mask_BT)
+        return kernel(*arrays)
     # Query heads are split as the key heads are, or not at all: each must be on the device of its key head.
     heads = named_sharding(mesh, ("batch", None, "heads", None), key_BTGK.shape).spec
-    rows = named_sharding(mesh, ("batch", None), key_mask_BT.shape).spec
-    on_mesh = jax.shard_map(kernel, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-    return on_mesh(query_BSHK, key_BTGK, value_BTGK, key_mask_BT)
+    rows = named_sharding(mesh, ("batch", None), key_BTGK.shape[:2]).spec
+    on_mesh = jax.shard_map(kernel, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False)
+    return on_mesh(*arrays)

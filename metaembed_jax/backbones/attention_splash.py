@@ -27,17 +27,26 @@ SMALLEST_BLOCK = 128  # a row of a TPU's vector registers; the kernel takes no l
 LARGEST_BLOCK = 512  # as MaxText's: the larger, the fewer steps, each with a cost of its own
 
 
-def splash(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=None, softcap=None, window=None, interpret=False):
+def splash(
+    query_BSHK,
+    key_BTGK,
+    value_BTGK,
+    query_segments_BS,
+    key_segments_BT,
+    *,
+    causal,
+    scale=None,
+    softcap=None,
+    window=None,
+    interpret=False,
+):
     """Run the kernel on one device; see `attention`."""
     (S, H, K), T = query_BSHK.shape[1:], key_BTGK.shape[1]
     query_block, key_block = _block(S), _block(T)
     scaled_BSHK = (query_BSHK.astype(jnp.float32) * (K**-0.5 if scale is None else scale)).astype(query_BSHK.dtype)
     query_BHSK = jnp.swapaxes(_pad(scaled_BSHK, query_block), 1, 2)
     key_BGTK, value_BGTK = (jnp.swapaxes(_pad(x, key_block), 1, 2) for x in (key_BTGK, value_BTGK))
-    # Every query sees segment 1: the keys that are no padding.
-    segments = SegmentIds(
-        q=jnp.ones((query_BHSK.shape[0], query_BHSK.shape[2]), jnp.int32), kv=_pad(key_mask_BT, key_block).astype(jnp.int32)
-    )
+    segments = SegmentIds(q=_pad(query_segments_BS, query_block), kv=_pad(key_segments_BT, key_block))
     shape = query_BHSK.shape[2], key_BGTK.shape[2]
     if causal:
         mask = CausalMask(shape, offset=T - S) if window is None else LocalMask(shape, (window - 1, 0), offset=T - S)

@@ -5,27 +5,39 @@ Letters as in `attention`; N query heads of a key head, n blocks, b queries of a
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 SCORE_BYTES = 128 * 2**20  # float32 scores of a block of queries: enough to keep a card busy, little of its memory
 
 
-def xla(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=None, softcap=None, window=None, first=None):
-    """Compute all scores at once; see `attention`.
-
-    Args:
-      first: the position of the first query, which may be traced; None: the queries are the last of the positions.
-    """
-    S, T = query_BSHK.shape[1], key_BTGK.shape[1]
-    mask = key_mask_BT[:, None, None, :]
+def xla(
+    query_BSHK,
+    key_BTGK,
+    value_BTGK,
+    query_segments_BS,
+    key_segments_BT,
+    *,
+    causal,
+    scale=None,
+    softcap=None,
+    window=None,
+    positions_BS=None,
+):
+    """Compute all scores at once; see `attention`."""
+    mask_BST = query_segments_BS[:, :, None] == key_segments_BT[:, None, :]
     if causal:
-        mask = mask & _visible(T - S if first is None else first, S, T, window)
+        positions_BS = jnp.arange(query_BSHK.shape[1])[None] if positions_BS is None else positions_BS
+        mask_BST &= _visible(positions_BS, key_BTGK.shape[1], window)
     if softcap is not None:
-        return _capped(query_BSHK, key_BTGK, value_BTGK, mask, scale, softcap)
-    return jax.nn.dot_product_attention(query_BSHK, key_BTGK, value_BTGK, mask=mask, scale=scale, implementation="xla")
+        return _capped(query_BSHK, key_BTGK, value_BTGK, mask_BST[:, None], scale, softcap)
+    return jax.nn.dot_product_attention(
+        query_BSHK, key_BTGK, value_BTGK, mask=mask_BST[:, None], scale=scale, implementation="xla"
+    )
 
 
-def in_blocks(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=None, softcap=None, window=None):
+def in_blocks(
+    query_BSHK, key_BTGK, value_BTGK, query_segments_BS, key_segments_BT, *, causal, scale=None, softcap=None, window=None
+):
     """Compute the scores of one block of queries at a time, and again in the backward pass; see `attention`.
 
     It was compiled for an H100, and not run on one.
@@ -34,22 +46,27 @@ def in_blocks(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, *, causal, scale=No
     kind = dict(causal=causal, scale=scale, softcap=softcap, window=window)
     size = queries_at_once(query_BSHK.shape, T)
     if size >= S:
-        return xla(query_BSHK, key_BTGK, value_BTGK, key_mask_BT, **kind)
+        return xla(query_BSHK, key_BTGK, value_BTGK, query_segments_BS, key_segments_BT, **kind)
     blocks = -(-S // size)
     size = -(-S // blocks)
-    padded_BSHK = jnp.pad(query_BSHK, ((0, 0), (0, blocks * size - S), (0, 0), (0, 0)))
-    blocks_nBbHK = jnp.moveaxis(padded_BSHK.reshape(len(padded_BSHK), blocks, size, *padded_BSHK.shape[2:]), 1, 0)
+
+    def cut(x_BS):
+        padded = jnp.pad(x_BS, [(0, 0), (0, blocks * size - S)] + [(0, 0)] * (x_BS.ndim - 2))
+        return jnp.moveaxis(padded.reshape(len(padded), blocks, size, *padded.shape[2:]), 1, 0)
+
+    positions_BS = jnp.broadcast_to(jnp.arange(S), query_segments_BS.shape)
     # In float32, so that the sum of all blocks' gradients is too.
     key32_BTGK, value32_BTGK = key_BTGK.astype(jnp.float32), value_BTGK.astype(jnp.float32)
 
     @jax.checkpoint
     def attend(block):
-        number, query_BbHK = block
+        query_BbHK, segments_Bb, positions_Bb = block
         key, value = key32_BTGK.astype(key_BTGK.dtype), value32_BTGK.astype(value_BTGK.dtype)
-        return xla(query_BbHK, key, value, key_mask_BT, first=T - S + number * size, **kind)
+        return xla(query_BbHK, key, value, segments_Bb, key_segments_BT, positions_BS=positions_Bb, **kind)
 
-    mixed_nBbHK = jax.lax.map(attend, (jnp.arange(blocks), blocks_nBbHK))
-    return jnp.moveaxis(mixed_nBbHK, 0, 1).reshape(padded_BSHK.shape)[:, :S]
+    mixed_nBbHK = jax.lax.map(attend, tuple(map(cut, (query_BSHK, query_segments_BS, positions_BS))))
+    mixed_BSHK = jnp.moveaxis(mixed_nBbHK, 0, 1)
+    return mixed_BSHK.reshape(len(query_BSHK), blocks * size, *query_BSHK.shape[2:])[:, :S]
 
 
 def queries_at_once(query_shape: tuple[int, int, int, int], keys: int) -> int:
@@ -58,11 +75,11 @@ def queries_at_once(query_shape: tuple[int, int, int, int], keys: int) -> int:
     return max(SCORE_BYTES // (4 * B * H * keys), 1)
 
 
-def _visible(first: int | Array, S: int, T: int, window: int | None) -> Bool[Array, "S T"]:
-    """Return the causal mask of S queries from position `first` on."""
-    query_S1, key_T = first + jnp.arange(S)[:, None], jnp.arange(T)
-    visible_ST = key_T <= query_S1
-    return visible_ST if window is None else visible_ST & (key_T > query_S1 - window)
+def _visible(positions_BS: Int[Array, "B S"], T: int, window: int | None) -> Bool[Array, "B S T"]:
+    """Return the causal mask of queries at these positions."""
+    positions_BS1, key_T = positions_BS[..., None], jnp.arange(T)
+    visible_BST = key_T <= positions_BS1
+    return visible_BST if window is None else visible_BST & (key_T > positions_BS1 - window)
 
 
 def _capped(query_BSHK, key_BTGK, value_BTGK, mask, scale, softcap):

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int8, UInt8
 
+from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 
 FEW_LAYERS = 8  # of more, cutting the last one off copies a stack of weights that is worth more than the rows it saves
@@ -150,10 +151,28 @@ def normalised(patches_BPX: UInt8[Array, "B P X"], mean: Sequence[float], std: S
     return ((pixels - mean) / std).reshape(patches_BPX.shape)
 
 
-def place_units(units_BUD: Float[Array, "B U D"], index_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Array:
-    """x, with the unit that `index_BS` points at where it is not negative."""
-    placed_BSD = jnp.take_along_axis(units_BUD, jnp.maximum(index_BS, 0)[..., None], axis=1)
-    return jnp.where(index_BS[..., None] >= 0, placed_BSD, x_BSD)
+def embed_tokens(table_ND: Float[Array, "N D"], meta_RD: Float[Array, "R D"], batch: Batch) -> Float[Array, "B S D"]:
+    """Rows of the vocabulary, and of the Meta Tokens where `batch.meta` names one; both tables have the dtype of the result.
+
+    Meta Tokens are placed by a product with zeros and ones, which is exact; its gradient is a product too, and no scatter.
+    """
+    x_BSD = jnp.take(table_ND, batch.tokens, axis=0)
+    is_meta_BSR = batch.meta[..., None] == jnp.arange(len(meta_RD))
+    meta_BSD = is_meta_BSR.astype(meta_RD.dtype) @ meta_RD
+    return constrain(jnp.where(batch.meta[..., None] >= 0, meta_BSD, x_BSD), "batch", None, None)
+
+
+def place_units(units_BUD: Float[Array, "B U D"], visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Array:
+    """x, with the unit that `visual_BS` points at where it is not negative."""
+    placed_BSD = jnp.take_along_axis(units_BUD, jnp.maximum(visual_BS, 0)[..., None], axis=1)
+    return jnp.where(visual_BS[..., None] >= 0, placed_BSD, x_BSD)
+
+
+def at(x_BSD: Float[Array, "B S ..."], positions_BV: Int[Array, "B V"] | None) -> Float[Array, "B V ..."]:
+    """x at some positions of each row; None: at all, which is x."""
+    if positions_BV is None:
+        return x_BSD
+    return jnp.take_along_axis(x_BSD, positions_BV.reshape(*positions_BV.shape, *[1] * (x_BSD.ndim - 2)), axis=1)
 
 
 def rotate(
@@ -232,29 +251,29 @@ def scan_and_keep(
     return x, states[:-1]
 
 
-def read_last(
+def read_at(
     stack: nnx.Module,
     x_BSD: Float[Array, "B S D"],
     flags: Int[Array, "L"] | None,
     *context,
-    keep: int,
+    reads_BV: Int[Array, "B V"],
     checkpoint: bool,
     unroll: int,
-) -> Float[Array, "B keep D"]:
-    """What `scan_layers` gives at the last `keep` positions; layers take `keep` too, to compute those only.
+) -> Float[Array, "B V D"]:
+    """The states of `scan_layers` at some positions; layers take `reads_BV` too, to compute those only.
 
     Of few layers, the last one is computed at those positions alone: its states are read nowhere else.
     """
     graph, state = nnx.split(stack)
     layers = jax.tree.leaves(state)[0].shape[0]
     if not cuts_last(layers):
-        return scan_layers(stack, x_BSD, flags, *context, checkpoint=checkpoint, unroll=unroll)[:, -keep:]
+        return at(scan_layers(stack, x_BSD, flags, *context, checkpoint=checkpoint, unroll=unroll), reads_BV)
     body, last = (nnx.merge(graph, jax.tree.map(lambda x, part=part: x[part], state)) for part in (slice(-1), -1))
     before, flag = (None, None) if flags is None else (flags[:-1], flags[-1])
     x_BSD = scan_layers(body, x_BSD, before, *context, checkpoint=checkpoint, unroll=unroll)
-    return last(x_BSD, flag, *context, keep=keep)
+    return last(x_BSD, flag, *context, reads_BV=reads_BV)
 
 
 def cuts_last(layers: int) -> bool:
-    """Whether `read_last` computes the last of so many layers by itself."""
+    """Whether `read_at` computes the last of so many layers by itself."""
     return layers <= FEW_LAYERS

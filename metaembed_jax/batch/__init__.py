@@ -1,1 +1,1 @@
-"""Packed rows: the sizes of items, the rows that hold them, and the arrays of a batch."""
+"""Items and packed rows: the one way from a query or document to the arrays that a network reads."""

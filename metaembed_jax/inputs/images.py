@@ -1,6 +1,8 @@
 """Images as they come from others: opened, upright and RGB, with the very pixels that transformers reads."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -9,6 +11,7 @@ from metaembed_jax.errors import UserError
 
 MAX_SOURCE_PIXELS = 64_000_000  # of an image as it is opened, before it is decoded
 MAX_ASPECT_RATIO = 200  # beyond it some families' processors refuse an image, so preparation does
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange width and height
 
 
 def open_image(image: bytes | str | Path | Image.Image, name: str) -> Image.Image:
@@ -23,13 +26,19 @@ def open_image(image: bytes | str | Path | Image.Image, name: str) -> Image.Imag
       UserError: names `name` and why: unreadable, truncated, empty, or more than `MAX_SOURCE_PIXELS`, found before decoding.
     """
     encoded = not isinstance(image, Image.Image)
-    try:
+    with _reading(name):
         if encoded:
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(image))
         check_size(image, name)
         if encoded:
             ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
     except UserError:
         raise
     except UnidentifiedImageError as error:  # whose own words name a place in memory
@@ -57,3 +66,25 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def image_size(image: bytes | str | Path | Image.Image | tuple[int, int], name: str) -> tuple[int, int]:
+    """Return (width, height) of the image that `open_image` would give, from its header alone.
+
+    Args:
+      image: as for `open_image`; or its (width, height), which comes back.
+
+    Raises:
+      UserError: as `open_image`, but for what only decoding finds.
+    """
+    if isinstance(image, tuple):
+        return image
+    if isinstance(image, Image.Image):
+        check_size(image, name)
+        return image.size
+    with _reading(name):
+        header = Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(image))
+        check_size(header, name)
+        width, height = header.size
+        turned = header.getexif().get(ORIENTATION, 1) in QUARTER_TURNS
+    return (height, width) if turned else (width, height)

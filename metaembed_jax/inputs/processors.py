@@ -1,11 +1,49 @@
-"""Queries and candidates to examples: what the processors of all families share."""
+"""Queries and candidates to examples, and their sizes: the same for all families, around what each family's prompts say."""
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
 from tokenizers import Tokenizer
 
-from metaembed_jax.inputs.examples import Example
-from metaembed_jax.inputs.texts import QUERY, PromptTokenizer
+from metaembed_jax.batch.items import Example, Fitted, Limits
+from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.images import image_size, open_image
+from metaembed_jax.inputs.texts import QUERY, PromptTokenizer, read_item
+
+Described = tuple[int, int]  # (width, height): stands for an image where only its size is asked for
+
+
+class Grid(NamedTuple):
+    """An image as its family would cut it into patches.
+
+    Attributes:
+      rows, columns: of units or tiles, whatever the family counts.
+      patches: that it takes, padding included.
+      shrunk: it is smaller than the family would make it, to fit.
+    """
+
+    rows: int
+    columns: int
+    patches: int
+    shrunk: bool = False
+
+
+class Prompt(NamedTuple):
+    """A prompt around the user's text.
+
+    Attributes:
+      head: tokens before it, visual tokens among them.
+      before, after: strings that are tokenized together with it.
+      tail: tokens behind it.
+    """
+
+    head: list[int]
+    before: str
+    after: str
+    tail: list[int]
 
 
 class PromptProcessor:
@@ -14,34 +52,127 @@ class PromptProcessor:
     Args:
       tokenizer: the checkpoint's.
       images: how images become patches: the family's `Images`.
+      limits: the largest item; None for any size.
+
+    Raises:
+      UserError: not even an empty text, or the smallest image, fits the limits.
     """
 
     title: ClassVar[str]  # of the family
     special_tokens: ClassVar[tuple[str, ...]]  # of its prompts
     filler: ClassVar[str]  # the special token that ten times ends a query, before a line's end
 
-    def __init__(self, tokenizer: Tokenizer, images: object):
-        self.images = images
+    def __init__(self, tokenizer: Tokenizer, images: object, limits: Limits | None = None):
+        self.images, self.limits = images, limits
         self._tokenizer = PromptTokenizer(tokenizer, self.special_tokens, self.title)
         self._end_of_query = [self._tokenizer.ids[self.filler]] * 10 + self._tokenizer.encode("\n")
 
-    def query(self, item: dict, *, max_tokens: int | None = None, name: str = "query") -> Example:
-        """An item of the query side: {"text": str, "image": PIL image or encoded bytes}, either or both.
+    def query(self, item: dict, *, name: str = "query") -> Example:
+        """Convert an item of the query side: {"text": str, "image": PIL image or encoded bytes}, either or both.
+
+        An image that does not fit the limits is shrunk, then a text is cut, at its end, to what is left.
 
         Args:
           item: text that is empty beside an image counts as absent. Special strings in it are plain text.
-          max_tokens: what is longer loses the end of the user's text, never prompt or image tokens.
           name: of the item, for errors.
 
         Raises:
-          UserError: nothing to encode, an unreadable image, or no room for prompt and image.
+          UserError: nothing to encode, or an unreadable image.
         """
-        return self._example(item, QUERY, self._end_of_query, max_tokens, name)
+        return self._example(item, "query", name)
 
-    def candidate(self, item: dict, *, max_tokens: int | None = None, name: str = "candidate") -> Example:
-        """An item of the candidate side; otherwise as `query`."""
-        return self._example(item, "", [], max_tokens, name)
+    def candidate(self, item: dict, *, name: str = "candidate") -> Example:
+        """Convert an item of the candidate side; otherwise as `query`."""
+        return self._example(item, "candidate", name)
 
-    def _example(self, item: dict, prefix: str, suffix: list[int], max_tokens: int | None, name: str) -> Example:
-        """A family's own: the prompt has `prefix` before the text, and `suffix` at its end."""
+    def size(self, item: dict, side: str, *, name: str = "item", text_tokens: int | None = None) -> Fitted:
+        """Return the size of the example that `query` or `candidate` makes, without decoding an image.
+
+        Args:
+          item: its image may also be (width, height), upright.
+          side: "query" or "candidate".
+          text_tokens: what `text_tokens` gave for this text, to spare the tokenizer.
+
+        Raises:
+          UserError: as `query`, but for images that only decoding finds broken.
+        """
+        text, image = read_item(item, name)
+        shape = None if image is None else image_size(image, name)
+        grid, prompt, room = self._plan(text, shape, side, name)
+        if text_tokens is None:
+            text_tokens = self.text_tokens(text, shape is not None, side, name=name)
+        limit = text_tokens if room is None else min(text_tokens, room)
+        kept = text_tokens
+        if text_tokens > limit:
+            kept = len(self._tokenizer.fit(prompt.before, text, prompt.after, limit, name))
+        tokens = len(prompt.head) + kept + len(prompt.tail)
+        return Fitted(tokens, grid.patches if grid else 0, text_tokens - kept, bool(grid and grid.shrunk))
+
+    def text_tokens(self, text: str, with_image: bool, side: str, *, name: str = "item") -> int:
+        """Return the number of tokens of a text with the words of its prompt around it, uncut; needs no image."""
+        prompt = self._prompt(None, side, bool(text), with_image)
+        return len(self._tokenizer.fit(prompt.before, text, prompt.after, None, name))
+
+    def _example(self, item: dict, side: str, name: str) -> Example:
+        text, image = read_item(item, name)
+        opened = None if image is None else open_image(image, name)
+        grid, prompt, room = self._plan(text, None if opened is None else opened.size, side, name)
+        whole = self._tokenizer.fit(prompt.before, text, prompt.after, None, name)
+        kept = whole
+        if room is not None and len(whole) > room:
+            kept = self._tokenizer.fit(prompt.before, text, prompt.after, room, name)
+        tokens = np.array([*prompt.head, *kept, *prompt.tail], np.int32)
+        arrays = {} if grid is None else self._patches(opened, grid)
+        return Example(
+            tokens,
+            self._positions(tokens, grid),
+            self._visual(tokens, len(prompt.head), grid),
+            arrays,
+            len(whole) - len(kept),
+            bool(grid and grid.shrunk),
+        )
+
+    def _plan(self, text: str, shape: Described | None, side: str, name: str) -> tuple[Grid | None, Prompt, int | None]:
+        """The grid of an image of this size, the prompt, and the tokens that the text with its words may take; None: any number."""
+        limits, with_image = self.limits, shape is not None
+        if limits is None:
+            grid = self._grid(*shape, None, None, name) if with_image else None
+            return grid, self._prompt(grid, side, bool(text), with_image), None
+        bare = self._prompt(None, side, bool(text), with_image)
+        words = len(self._tokenizer.encode(bare.before + bare.after))
+        room = limits.prompt(side) - len(bare.head) - len(bare.tail) - words
+        grid = self._grid(*shape, room, limits.patches, name) if with_image else None
+        prompt = self._prompt(grid, side, bool(text), with_image)
+        left = limits.prompt(side) - len(prompt.head) - len(prompt.tail)
+        if left < words:
+            raise UserError(
+                f"{name}: its prompt alone takes {limits.prompt(side) - left + words} tokens, and config.row leaves "
+                f"{limits.prompt(side)} for one; raise config.row"
+            )
+        return grid, prompt, min(left, words + limits.text_tokens)
+
+    def _prompt(self, grid: Grid | None, side: str, has_text: bool, with_image: bool) -> Prompt:
+        """A family's own: the prompt of an item. With an image but without its grid, it lacks what depends on the image's size."""
         raise NotImplementedError
+
+    def _grid(self, width: int, height: int, most_tokens: int | None, most_patches: int | None, name: str) -> Grid:
+        """A family's own: how an image of this size is cut, within so many tokens and patches (None: any number)."""
+        raise NotImplementedError
+
+    def _patches(self, image: Image.Image, grid: Grid) -> dict[str, np.ndarray]:
+        """A family's own: the arrays of `Layout.patches` of an RGB image."""
+        raise NotImplementedError
+
+    def _visual(self, tokens: Int[np.ndarray, "S"], head: int, grid: Grid | None) -> Int[np.ndarray, "S"]:
+        """A family's own: the unit at each token, -1 where there is none; images stand in the first `head` tokens."""
+        raise NotImplementedError
+
+    def _positions(self, tokens: Int[np.ndarray, "S"], grid: Grid | None) -> Int[np.ndarray, "A S"]:
+        """Positions that count on; families with others say so."""
+        return np.arange(len(tokens), dtype=np.int32)[None]
+
+    def _prefix(self, side: str) -> str:
+        return QUERY if side == "query" else ""
+
+    def _suffix(self, side: str) -> Sequence[int]:
+        return self._end_of_query if side == "query" else ()

@@ -51,20 +51,22 @@ class PromptTokenizer:
         Raises:
           UserError: the text is not valid Unicode, or what stands around it alone does not fit.
         """
-        try:
-            encoding = self._encode(before + text + after)
-        except TypeError:  # a lone surrogate
-            raise UserError(f"{name}: the text is not valid Unicode (a lone surrogate); decode it again") from None
+        encoding = self._encode_text(before + text + after, name)
         while room is not None and (excess := len(encoding.ids) - room) > 0:
             if not text:
-                remedy = "raise it, or lower max_pixels (some families ignore it)"
-                raise UserError(f"{name}: prompt and image alone are {excess} tokens over the limit; {remedy}")
+                raise UserError(f"{name}: its prompt alone is {excess} tokens over the limit of {room}; raise config.row")
             # Of the tokens that begin ahead of `after`; none do where a normaliser drops all there is.
             starts = [start for start, _ in encoding.offsets if start < len(before) + len(text)] or [len(before)]
             start = starts[max(len(starts) - excess, 0)] - len(before)
             text = text[: max(0, min(start, len(text) - 1))]
             encoding = self._encode(before + text + after)
         return encoding.ids
+
+    def _encode_text(self, text: str, name: str) -> Encoding:
+        try:
+            return self._encode(text)
+        except TypeError:  # a lone surrogate
+            raise UserError(f"{name}: the text is not valid Unicode (a lone surrogate); decode it again") from None
 
     def _encode(self, text: str) -> Encoding:
         # Set at every call, because pickling drops it. With it, what looks like a special token is plain text.

@@ -1,24 +1,24 @@
 """Qwen2.5-VL (arXiv 2502.13923). Correct is what transformers' `modeling_qwen2_5_vl.py` computes from the same checkpoint.
 
-B batch, S prompt tokens, R appended rows, P patches, U units (merged 2x2 patches), W patches of a window, D width,
-H heads, G key/value heads, K head width, L layers, X numbers in a patch.
+B rows, S tokens, V positions that are read, P patches, U units (merged 2x2 patches), D width, H heads, G key/value heads,
+K head width, L layers, X numbers in a patch.
 
-Patches come from the host ordered by window, every window padded to its full size, so windowed attention is a reshape:
-
-    [B, P, D] -> [B * P/W, W, D] -> attention -> [B, P, D]
+Patches come from the host in slots of a window's size (`images`), so windowed attention is a reshape and a mask.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from metaembed_jax.backbones.attention import attention
+from metaembed_jax.backbones.attention_windows import window_attention
 from metaembed_jax.backbones.layers import (
     GatedMLP,
     Linear,
     RMSNorm,
+    at,
     normalised,
     rotate,
     scan_layers,
@@ -27,6 +27,7 @@ from metaembed_jax.backbones.layers import (
 from metaembed_jax.backbones.qwen import network
 from metaembed_jax.backbones.qwen.network import patch_angles
 from metaembed_jax.backbones.qwen2_5_vl.config import TextConfig, VisionConfig
+from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 
 
@@ -44,24 +45,19 @@ class VisionBlock(nnx.Module):
         self.output = Linear(width, width, axes=("heads", "embed"), bias=True, rngs=rngs, layers=layers)
         self.mlp = GatedMLP(width, config.intermediate_size, bias=True, rngs=rngs, layers=layers)
 
-    def __call__(self, x_BPD, full, mask_BP, cos_BPK, sin_BPK):
+    def __call__(self, x_BPD, full, segments_BP, windows_BP, cos_BPK, sin_BPK):
         normed = self.norm1(x_BPD)
-        B, P, _ = normed.shape
-        query, key, value = (split_heads(project(normed), self.heads) for project in (self.query, self.key, self.value))
-        query, key = rotate(query, cos_BPK, sin_BPK), rotate(key, cos_BPK, sin_BPK)
+        projected = [project(normed) for project in (self.query, self.key, self.value)]
 
-        def within(size):
-            def attend(query, key, value):
-                split = [part.reshape(-1, size, *part.shape[2:]) for part in (query, key, value)]
-                return attention(*split, mask_BP.reshape(-1, size), causal=False).reshape(query.shape)
+        def over_image(query_BPD, key_BPD, value_BPD):
+            query, key, value = (split_heads(x, self.heads) for x in (query_BPD, key_BPD, value_BPD))
+            query, key = rotate(query, cos_BPK, sin_BPK), rotate(key, cos_BPK, sin_BPK)
+            return attention(query, key, value, segments_BP, segments_BP, causal=False).reshape(query_BPD.shape)
 
-            return attend
+        def over_windows(*arrays):
+            return window_attention(*arrays, cos_BPK, sin_BPK, windows_BP, heads=self.heads, window=self.window)
 
-        if P == self.window:
-            mixed = within(P)(query, key, value)
-        else:
-            mixed = jax.lax.cond(full, within(P), within(self.window), query, key, value)
-        x_BPD = x_BPD + self.output(mixed.reshape(B, P, -1))
+        x_BPD = x_BPD + self.output(jax.lax.cond(full, over_image, over_windows, *projected))
         return constrain(x_BPD + self.mlp(self.norm2(x_BPD)), "batch", None, None)
 
 
@@ -77,22 +73,13 @@ class VisionTower(nnx.Module):
         self.merger_up = Linear(merged, merged, axes=("embed", "mlp"), bias=True, rngs=rngs)
         self.merger_down = Linear(merged, config.out_hidden_size, axes=("mlp", "embed"), bias=True, rngs=rngs)
 
-    def __call__(
-        self,
-        patches_BPX: UInt8[Array, "B P X"],
-        positions_BP2: Int[Array, "B P 2"],
-        mask_BP: Bool[Array, "B P"],
-        *,
-        dtype,
-        checkpoint: bool,
-        unroll: int,
-    ) -> Float[Array, "B U D"]:
-        """The units in window order; those of padding hold finite numbers that nothing reads."""
-        x_BPD = self.embed_patches(patches_BPX, dtype)
-        cos, sin = patch_angles(positions_BP2, self.config.hidden_size // self.config.num_heads)
+    def __call__(self, batch: Batch, *, dtype, checkpoint: bool, unroll: int) -> Float[Array, "B U D"]:
+        """The units of each row's images; those of padding hold finite numbers that nothing reads."""
+        x_BPD = self.embed_patches(batch.patches, dtype)
+        cos, sin = patch_angles(batch.patch_arrays["patch_positions"], self.config.hidden_size // self.config.num_heads)
         full = jnp.isin(jnp.arange(self.config.depth), jnp.asarray(self.config.fullatt_block_indexes, jnp.int32))
-        x_BPD = scan_layers(self.blocks, x_BPD, full, mask_BP, cos, sin, checkpoint=checkpoint, unroll=unroll)
-        return self.merge(x_BPD)
+        context = batch.patch_segments, batch.patch_arrays["windows"], cos, sin
+        return self.merge(scan_layers(self.blocks, x_BPD, full, *context, checkpoint=checkpoint, unroll=unroll))
 
     def embed_patches(self, patches_BPX: UInt8[Array, "B P X"], dtype) -> Float[Array, "B P D"]:
         """uint8 pixels to normalised floats, then the patch kernel (the temporal kernel, summed over two equal frames)."""
@@ -121,14 +108,16 @@ class DecoderLayer(nnx.Module):
         self.output = Linear(width, width, axes=("heads", "embed"), bias=False, rngs=rngs, layers=layers)
         self.mlp = GatedMLP(width, config.intermediate_size, bias=False, rngs=rngs, layers=layers)
 
-    def __call__(self, x_BSD, _, mask_BS, cos_BSK, sin_BSK, keep: int = 0):
-        """The layer's output at the last `keep` positions (all by default)."""
+    def __call__(self, x_BSD, _, segments_BS, cos_BSK, sin_BSK, reads_BV=None):
+        """The layer's output at the positions `reads_BV` (all by default)."""
         normed = self.input_norm(x_BSD)
         key_BSGK = rotate(split_heads(self.key(normed), self.key_value_heads), cos_BSK, sin_BSK)
         value_BSGK = split_heads(self.value(normed), self.key_value_heads)
-        x_BSD, normed, cos_BSK, sin_BSK = (rows[:, -keep:] for rows in (x_BSD, normed, cos_BSK, sin_BSK))
+        x_BSD, normed, cos_BSK, sin_BSK, query_segments_BS = (
+            at(x, reads_BV) for x in (x_BSD, normed, cos_BSK, sin_BSK, segments_BS)
+        )
         query_BSHK = rotate(split_heads(self.query(normed), self.heads), cos_BSK, sin_BSK)
-        mixed = attention(query_BSHK, key_BSGK, value_BSGK, mask_BS, causal=True)
+        mixed = attention(query_BSHK, key_BSGK, value_BSGK, query_segments_BS, segments_BS, causal=True, positions_BS=reads_BV)
         x_BSD = x_BSD + self.output(mixed.reshape(x_BSD.shape))
         return constrain(x_BSD + self.mlp(self.mlp_norm(x_BSD)), "batch", None, None)
 

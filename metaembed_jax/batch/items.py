@@ -1,0 +1,100 @@
+"""One query or document as arrays, before it has a row.
+
+S tokens, A axes of positions, P patches (what a family counts as one: a square of an image).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+
+class ArraySpec(NamedTuple):
+    """An array of patches.
+
+    Attributes:
+      shape: of one patch's part.
+      dtype: NumPy's name.
+      fill: the value of padding.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    fill: int = 0
+
+
+class Layout(NamedTuple):
+    """The arrays of a family's batches that not every family has.
+
+    Attributes:
+      patches: arrays [P, *shape] of an item, by name; "patches", the pixels in uint8, is one of them.
+      position_axes: A, 1 where positions count on, 3 for M-RoPE.
+      unit: patches that become one visual token.
+      multiple: the number of patches of every image, padding included, is a multiple of it.
+    """
+
+    patches: dict[str, ArraySpec]
+    position_axes: int
+    unit: int
+    multiple: int
+
+
+class Limits(NamedTuple):
+    """The largest item that a row takes. What is larger is shrunk (an image) or cut (a text).
+
+    Attributes:
+      tokens: of a row.
+      patches: of a row.
+      text_tokens: of the user's text in an item.
+      query_tokens, candidate_tokens: Meta Tokens behind a prompt of each side.
+    """
+
+    tokens: int
+    patches: int
+    text_tokens: int
+    query_tokens: int
+    candidate_tokens: int
+
+    def prompt(self, side: str) -> int:
+        """The most tokens of a prompt of "query" or "candidate"."""
+        return self.tokens - {"query": self.query_tokens, "candidate": self.candidate_tokens}[side]
+
+
+class Fitted(NamedTuple):
+    """The size of an item once it fits its limits.
+
+    Attributes:
+      tokens: of the prompt, without Meta Tokens.
+      patches: of the image with its padding; 0 without one.
+      cut: tokens of the user's text that were cut off.
+      shrunk: the image was made smaller than its family would make it.
+    """
+
+    tokens: int
+    patches: int
+    cut: int = 0
+    shrunk: bool = False
+
+
+class Example(NamedTuple):
+    """A prompt as arrays; Meta Tokens are appended when it gets its row.
+
+    Attributes:
+      tokens: rows of the vocabulary.
+      positions: from 0, on each axis; Meta Tokens count on from the largest.
+      visual: the visual token (unit) of the image at each token, -1 elsewhere.
+      patch_arrays: [P, *shape], by the names of `Layout.patches`; {} without an image.
+      cut, shrunk: as in `Fitted`.
+    """
+
+    tokens: Int[np.ndarray, "S"]
+    positions: Int[np.ndarray, "A S"]
+    visual: Int[np.ndarray, "S"]
+    patch_arrays: dict[str, np.ndarray]
+    cut: int = 0
+    shrunk: bool = False
+
+    @property
+    def patches(self) -> int:
+        """P; 0 without an image."""
+        return len(next(iter(self.patch_arrays.values()), ()))
