@@ -21,12 +21,15 @@ def traffic(module: Module, computation: Computation, one: Instruction) -> int:
         return 2 * computation[one.operands[1]].bytes
     if one.opcode == "send":  # the host reads the operand
         return computation[one.operands[0]].bytes
+    written = sum(size for _, size, _ in _results(module, one))
+    if one.opcode == "slice-start":  # fetches its result ahead, most often to the chip; its operand is the whole array
+        return written + (_started(one)[0].bytes if computation[one.operands[0]].shapes[0].in_hbm else 0)
     fused = _fused(module, one)
     read = 0
     for position, name in enumerate(one.operands):
         if all(shape.in_hbm for shape in computation[name].shapes):
             read += _read(module, fused, fused.parameter(position)) if fused else computation[name].bytes
-    return read + sum(size for _, size, _ in _results(module, one))
+    return read + written
 
 
 def buffers(module: Module, one: Instruction) -> list[Shape]:
@@ -38,9 +41,7 @@ def buffers(module: Module, one: Instruction) -> list[Shape]:
 
 def _results(module: Module, one: Instruction) -> list[tuple[Shape, int, bool]]:
     """(shape, bytes written, is a new buffer) of the results in HBM."""
-    shapes = one.shapes
-    if one.opcode.endswith("-start"):  # the rest are its operands again, and a semaphore
-        shapes = shapes[:1] if one.opcode == "copy-start" else shapes[len(shapes) // 2 :]
+    shapes = _started(one) if one.opcode.endswith("-start") else one.shapes
     written = [(shape.bytes, True) for shape in shapes]
     if fused := _fused(module, one):
         root = fused.root
@@ -48,6 +49,11 @@ def _results(module: Module, one: Instruction) -> list[tuple[Shape, int, bool]]:
         if len(parts) == len(shapes):
             written = [_written(module, fused, part) for part in parts]
     return [(shape, *how) for shape, how in zip(shapes, written, strict=True) if shape.in_hbm]
+
+
+def _started(one: Instruction) -> tuple[Shape, ...]:
+    """Return the results of an asynchronous instruction; the rest are its operands again, and a semaphore."""
+    return one.shapes[:1] if one.opcode == "copy-start" else one.shapes[len(one.shapes) // 2 :]
 
 
 def _fused(module: Module, one: Instruction) -> Computation | None:

@@ -112,6 +112,19 @@ ENTRY %main (a: f32[1024]) -> f32[4096] {
 }
 """.replace("KIND", "_xla_megascale_transfer_type")
 
+AHEAD = """HloModule ahead
+
+ENTRY %main (a: f32[16,128]) -> f32[16,128] {
+  %a = f32[16,128]{1,0:T(8,128)} parameter(0)
+  %start1 = ((f32[16,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:8], [0:128]}
+  %start2 = ((f32[16,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[8:16], [0:128]}
+  %half1 = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%start1)
+  %half2 = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%start2)
+  %x = f32[16,128]{1,0:T(8,128)S(1)} custom-call(%half1, %half2), custom_call_target="ConcatBitcast"
+  ROOT %y = f32[16,128]{1,0:T(8,128)} copy(%x)
+}
+"""
+
 BRANCHES = """HloModule branches
 
 %cheap (p: f32[8,8]) -> f32[8,8] {
@@ -168,6 +181,11 @@ def test_fusions_read_slices_and_update_in_place():
     update = 128 * 512 * 2 + 128 * 512 * 4  # x, and a quarter of c
     assert cost.hbm_bytes == product + update
     assert [item.op_name for item in cost.temporaries] == ["jit(f)/x"]
+
+
+def test_slices_fetched_ahead_read_what_they_take():
+    cost = count(AHEAD, devices=1)
+    assert cost.hbm_bytes == 2 * 8 * 128 * 4 + 16 * 128 * 4  # each half once, and the result
 
 
 def test_collectives_count_what_a_device_sends():
