@@ -32,8 +32,6 @@ LANES = 128  # of a vector register
 TILE = 128  # patches of a product: as many as a matrix unit has rows
 TILES = {jnp.dtype("bfloat16"): 2, jnp.dtype("float32"): 1}  # of a step of the grid; the largest that fit v5e's memory on the chip
 MASKED = -1e30  # score of a pair that is not in one window
-# Products with scores, 2 * N * TILE * D operations each: scores and sum of values; again scores, and four of gradients.
-FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 
 
 def takes(heads: int, width: int, window: int, dtype) -> bool:
@@ -58,8 +56,9 @@ def attend(
       group_N: equal for the patches of a window; no group lies in two tiles of 128 patches. Patches fill whole tiles.
       interpret: run by Pallas' interpreter, on any device.
     """
-    inputs = (query_ND, key_ND, value_ND)
-    return _call(_forward, FORWARD_PRODUCTS, inputs, (cos_NK, sin_NK), group_N, interpret)[0]
+    arrays = (query_ND, key_ND, value_ND)
+    (mixed_ND,) = _call(_forward, arrays, (cos_NK, sin_NK), group_N, results=1, products=2, interpret=interpret)
+    return mixed_ND
 
 
 def _attend_forward(query_ND, key_ND, value_ND, cos_NK, sin_NK, group_N, interpret):
@@ -68,40 +67,42 @@ def _attend_forward(query_ND, key_ND, value_ND, cos_NK, sin_NK, group_N, interpr
 
 
 def _attend_backward(interpret, residuals, cotangent_ND):
-    *inputs, cos_NK, sin_NK, group_N = residuals
-    inputs = (*inputs, cotangent_ND)
-    gradients = _call(_backward, BACKWARD_PRODUCTS, inputs, (cos_NK, sin_NK), group_N, interpret)
+    *arrays, cos_NK, sin_NK, group_N = residuals
+    arrays = (*arrays, cotangent_ND)
+    gradients = _call(_backward, arrays, (cos_NK, sin_NK), group_N, results=3, products=5, interpret=interpret)
     return *gradients, None, None, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _call(body, products, inputs, angles, group_N, interpret):
-    """Run a kernel over all tiles; it has one result less than it has inputs, or one."""
-    N, D = inputs[0].shape
-    dtype, tiles, heads = inputs[0].dtype, N // TILE, D // angles[0].shape[1]
+def _call(body, arrays, angles, group_N, *, results: int, products: int, interpret: bool):
+    """Run a kernel over all tiles; `products` of [TILE, K] and [K, TILE], or of that size, for a tile and head."""
+    (N, D), dtype = arrays[0].shape, arrays[0].dtype
+    tiles, heads = N // TILE, D // angles[0].shape[1]
     step = math.gcd(tiles, TILES[dtype])
-    outputs = max(len(inputs) - 1, 1) if body is _backward else 1
 
     def rows(width):
         return pl.BlockSpec((step * TILE, width), lambda i: (i, 0))
 
-    moved = sum(x.size * x.dtype.itemsize for x in (*inputs, *angles, group_N)) + outputs * N * D * dtype.itemsize
+    read = sum(x.size * x.dtype.itemsize for x in (*arrays, *angles, group_N))
+    cost = pl.CostEstimate(
+        flops=2 * products * N * TILE * D,
+        bytes_accessed=read + results * N * D * dtype.itemsize,
+        transcendentals=N * TILE * heads,
+    )
     return pl.pallas_call(
         partial(body, heads=heads),
         grid=(tiles // step,),
-        in_specs=[pl.BlockSpec((step, 1, TILE), lambda i: (i, 0, 0)), *[rows(x.shape[1]) for x in (*angles, *inputs)]],
-        out_specs=[rows(D)] * outputs,
-        out_shape=[jax.ShapeDtypeStruct((N, D), dtype)] * outputs,
-        scratch_shapes=[pltpu.VMEM((TILE, D), jnp.float32)] * outputs,
+        in_specs=[pl.BlockSpec((step, 1, TILE), lambda i: (i, 0, 0)), *[rows(x.shape[1]) for x in (*angles, *arrays)]],
+        out_specs=[rows(D)] * results,
+        out_shape=[jax.ShapeDtypeStruct((N, D), dtype)] * results,
+        scratch_shapes=[pltpu.VMEM((TILE, D), jnp.float32)] * results,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * products * N * TILE * D, bytes_accessed=moved, transcendentals=N * TILE * heads
-        ),
+        cost_estimate=cost,
         interpret=interpret,
-        name=body.__name__.replace("_", "window_attention_", 1),
-    )(group_N.reshape(tiles, 1, TILE), *angles, *inputs)
+        name=f"window_attention{body.__name__}",
+    )(group_N.reshape(tiles, 1, TILE), *angles, *arrays)
 
 
 def _forward(group_ref, cos_ref, sin_ref, query_ref, key_ref, value_ref, out_ref, mixed_ref, *, heads):

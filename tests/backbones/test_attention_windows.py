@@ -12,6 +12,7 @@ from metaembed_jax.backbones.attention_windows import kernel, on_each_device, wi
 from metaembed_jax.backbones.attention_windows_tpu import takes
 from metaembed_jax.backbones.qwen.network import patch_angles
 from metaembed_jax.planning.chips import topology
+from metaembed_jax.planning.cost import count
 from metaembed_jax.sharding import BATCH_AXES, make_mesh
 
 CASES = {  # B, P, H, K, window, dtype, tolerance
@@ -90,3 +91,77 @@ def test_kernel_and_xla_equal_the_definition(case):
     expected = definition(*inputs, heads, window)
     assert_close(output_and_gradients(partial(kernel, window=window, interpret=True), *inputs), expected, tolerance)
     assert_close(output_and_gradients(partial(window_attention, heads=heads, window=window), *inputs), expected, tolerance)
+
+
+@pytest.mark.parametrize("heads, width", [(4, 64), (3, 128)])
+def test_a_mesh_splits_rows_and_whole_heads(heads, width):
+    """In a scan that is computed again; three heads are on both devices of the tensor axis."""
+    inputs = noise(4, 64, heads, width, 32, "float32")
+
+    def stack(attend):
+        def run(query, key, value, *context):
+            def layer(query, _):
+                return attend(query, key, value, *context), None
+
+            return jax.lax.scan(jax.checkpoint(layer), query, None, length=2)[0]
+
+        return run
+
+    by_xla = partial(xla, heads=heads, window=32)
+    by_kernel = partial(on_each_device, partial(kernel, window=32, interpret=True), heads)
+    expected = output_and_gradients(stack(by_xla), *inputs)
+    with jax.set_mesh(make_mesh(2, 2, 2, devices=jax.devices()[:8])):
+        assert_close(output_and_gradients(stack(by_kernel), *inputs), expected, 4e-6)
+
+
+@pytest.mark.parametrize(
+    "heads, width, window, dtype, expected",
+    [
+        (16, 80, 64, "bfloat16", True),
+        (8, 80, 64, "float32", True),
+        (4, 80, 64, "bfloat16", False),  # 320 lanes are no whole registers
+        (2, 64, 36, "float32", False),  # nor are windows of 36 whole tiles
+        (16, 80, 64, "float16", False),
+    ],
+)
+def test_which_shapes_the_kernel_takes(heads, width, window, dtype, expected):
+    assert takes(heads, width, window, dtype) == expected
+
+
+def compiled_gradient(mesh, B, P, heads, width, dtype):
+    """Output and gradients, through the TPU's compiler."""
+    axes = {"heads": (BATCH_AXES, None, "tensor"), "rows": (BATCH_AXES,)}
+    heads_sharding, rows = (NamedSharding(mesh, PartitionSpec(*names)) for names in axes.values())
+    array = jax.ShapeDtypeStruct((B, P, heads * width), dtype, sharding=heads_sharding)
+    angles = jax.ShapeDtypeStruct((B, P, width), jnp.float32, sharding=rows)
+    windows = jax.ShapeDtypeStruct((B, P), jnp.int32, sharding=rows)
+
+    def run(query, key, value, cotangent, *context):
+        output, pull = jax.vjp(lambda *x: window_attention(*x, *context, heads=heads, window=64), query, key, value)
+        return output, *pull(cotangent)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(run).lower(array, array, array, array, angles, angles, windows).compile()
+
+
+absent = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # it holds no programs of absent chips
+
+
+@absent
+@pytest.mark.parametrize("name, most", [("v5e:1x1", 1.1), ("v6e:1x1", 1.0)])
+def test_pages_move_nothing_but_arrays(name, most):
+    """Seven inputs and four outputs; angles and, on v5e, copies of them are the rest. XLA moves nine times as much."""
+    pytest.importorskip("libtpu")
+    compiled = compiled_gradient(make_mesh(devices=topology(name).devices), 8, 5120, 16, 80, "bfloat16")
+    array, angles = 8 * 5120 * 1280 * 2, 8 * 5120 * 128 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < array / 2
+    assert count(compiled.as_text(), 1).hbm_bytes < most * (11 * array + 4 * angles)
+
+
+@absent
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_tpu_mesh_gathers_nothing(dtype):
+    pytest.importorskip("libtpu")
+    text = compiled_gradient(make_mesh(2, 2, 2, devices=topology("v5e:2x4").devices), 4, 256, 16, 80, dtype).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2  # forward and backward
+    assert "all-" not in text
