@@ -30,9 +30,7 @@ def xla(
         mask_BST &= _visible(positions_BS, key_BTGK.shape[1], window)
     if softcap is not None:
         return _capped(query_BSHK, key_BTGK, value_BTGK, mask_BST[:, None], scale, softcap)
-    return jax.nn.dot_product_attention(
-        query_BSHK, key_BTGK, value_BTGK, mask=mask_BST[:, None], scale=scale, implementation="xla"
-    )
+    return jax.nn.dot_product_attention(query_BSHK, key_BTGK, value_BTGK, mask=mask_BST[:, None], scale=scale, implementation="xla")
 
 
 def in_blocks(

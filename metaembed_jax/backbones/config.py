@@ -17,6 +17,7 @@ class FamilyConfig:
     """
 
     title: ClassVar[str]
+    default_row: ClassVar[tuple[int, int]]  # tokens and patches of a packed row, where nothing else is asked for
     unset_pixels: ClassVar[dict] = {"image_mean": HALF, "image_std": HALF}  # of transformers' class, where a preprocessor sets none
 
     @classmethod

@@ -6,25 +6,13 @@ from typing import Self
 from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD, FamilyConfig
 from metaembed_jax.backbones.fields import check_depth, check_heads, check_key_value_heads, check_sizes
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.examples import ArraySpec, Layout
 
 
 class QwenConfig(FamilyConfig):
     """A base for the families' own."""
 
     unset_pixels = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
-
-    @property
-    def layout(self) -> Layout:
-        """The arrays of a batch; see `inputs` for what they hold."""
-        return Layout(
-            tokens={"positions": ArraySpec((3,), "int32"), "visual_index": ArraySpec((), "int32", fill=-1)},
-            patches={
-                "patches": ArraySpec((3 * self.vision_config.patch_size**2,), "uint8"),
-                "patch_positions": ArraySpec((2,), "int32"),
-                "patch_mask": ArraySpec((), "bool"),
-            },
-        )
+    default_row = (1664, 4608)
 
     def with_preprocessor(self, preprocessor: dict, place: Path) -> Self:
         """With the mean and standard deviation of pixels that a preprocessor_config.json has.

@@ -1,24 +1,25 @@
 """Images to uint8 patches, with the very numbers of the checkpoint's Hugging Face image processor (its Pillow implementation).
 
-P patches, U units (merged 2x2 patches, each one visual token), X numbers in a patch.
+P patches, U units (merged squares of N = 4 patches, each one visual token), X numbers in a patch.
 
-A patch row is one frame, in (channel, y, x) order. Patches lie unit by unit, and in a unit in raster order; units as their family
-has them (`Images.order`).
+A patch is one frame, in (channel, y, x) order. Patches lie unit by unit, and in a unit in raster order; the order of units is the
+family's.
 """
 
 import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 from einops import rearrange
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
 from metaembed_jax.backbones.fields import check_processing, check_sizes
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.images import MAX_ASPECT_RATIO
+from metaembed_jax.inputs.processors import Grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +49,38 @@ class Images:
         """Side of a unit, in pixels."""
         return self.patch_size * self.merge_size
 
-    def order(self, rows: int, columns: int) -> Int[np.ndarray, "slots"]:
-        """The raster number of the unit in each slot, -1 in padding. Raster order, but for families that have another."""
-        return np.arange(rows * columns, dtype=np.int32)
+    def patches(self, rows: int, columns: int) -> int:
+        """The patches of a grid of units, with the padding among them that a family needs."""
+        return rows * columns * self.merge_size**2
+
+    def grid(self, width: int, height: int, most_units: int | None, most_patches: int | None, name: str) -> Grid:
+        """How an image is cut: as `smart_resize` has it where that fits, else the largest grid that does.
+
+        Args:
+          width, height: of the image, in pixels.
+          most_units, most_patches: that it may have; None: any number.
+          name: of the item, for errors.
+
+        Raises:
+          UserError: the aspect ratio is out of bounds, or nothing fits.
+        """
+        try:
+            height, width = smart_resize(height, width, self.unit_size, self.min_pixels, self.max_pixels)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        natural = rows, columns = height // self.unit_size, width // self.unit_size
+        if most_units is None:
+            return Grid(rows, columns, self.patches(rows, columns))
+        bound = min(most_units, most_patches // self.merge_size**2)
+        while bound >= 1:
+            rows, columns = fit_grid(*natural, bound)
+            if (patches := self.patches(rows, columns)) <= most_patches:
+                return Grid(rows, columns, patches, (rows, columns) != natural)
+            bound = rows * columns - 1
+        raise UserError(
+            f"{name}: has an image, and config.row leaves {most_units} tokens and {most_patches} patches for it: expected at least "
+            f"one token and {self.patches(1, 1)} patches; raise config.row"
+        )
 
     @classmethod
     def from_preprocessor(cls, preprocessor: dict, config: object, max_visual_tokens: int) -> "Images":
@@ -108,29 +138,6 @@ class Images:
         }
 
 
-class Patches(NamedTuple):
-    """One image. P counts padding among the units too.
-
-    Attributes:
-      patches: pixels, zero in padding.
-      positions: row and column of each patch in the image's grid of patches, zero in padding.
-      mask: true for patches of the image.
-      grid: rows and columns of units.
-      raster: for each unit in raster order, its slot, 0 <= slot < P / merge_size**2.
-    """
-
-    patches: UInt8[np.ndarray, "P X"]
-    positions: Int[np.ndarray, "P 2"]
-    mask: Bool[np.ndarray, "P"]
-    grid: tuple[int, int]
-    raster: Int[np.ndarray, "U"]
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Those that the network reads, by their names in a batch."""
-        return {"patches": self.patches, "patch_positions": self.positions, "patch_mask": self.mask}
-
-
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The size to resize to: multiples of `factor`, the aspect ratio about kept, the area within bounds where both allow it.
 
@@ -151,32 +158,20 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rows * factor, columns * factor
 
 
-def patchify(image: Image.Image, images: Images, name: str = "image") -> Patches:
-    """Resizes an RGB image and cuts it into patches.
+def fit_grid(rows: int, columns: int, most_units: int) -> tuple[int, int]:
+    """The largest grid of about the same aspect ratio with at most so many units, one at least on a side."""
+    if rows * columns <= most_units:
+        return rows, columns
+    shrink = math.sqrt(rows * columns / most_units)
+    rows, columns = (max(1, math.floor(side / shrink)) for side in (rows, columns))
+    return (1, min(columns, most_units)) if rows == 1 else (min(rows, most_units // columns), columns)
 
-    Raises:
-      UserError: the aspect ratio is out of bounds; names `name`.
-    """
-    try:
-        height, width = smart_resize(image.height, image.width, images.unit_size, images.min_pixels, images.max_pixels)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-    rows, columns = height // images.unit_size, width // images.unit_size
+
+def to_units(image: Image.Image, grid: Grid, images: Images) -> tuple[UInt8[np.ndarray, "U N X"], Int[np.ndarray, "U N 2"]]:
+    """Resizes an RGB image to a grid and cuts it: the pixels of each unit's N patches, and the row and column of each patch."""
+    size = grid.columns * images.unit_size, grid.rows * images.unit_size
+    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
     merge = {"m": images.merge_size, "n": images.merge_size}
     units = rearrange(pixels, "(r m y) (c n x) k -> (r c) (m n) (k y x)", y=images.patch_size, x=images.patch_size, **merge)
-    places = np.indices((rows * images.merge_size, columns * images.merge_size), np.int32)
-    places = rearrange(places, "k (r m) (c n) -> (r c) (m n) k", **merge)
-
-    order = images.order(rows, columns)
-    raster = np.empty(rows * columns, np.int32)
-    slots = np.flatnonzero(order >= 0)
-    raster[order[slots]] = slots
-
-    def place(values):
-        ordered = np.zeros((len(order), *values.shape[1:]), values.dtype)
-        ordered[raster] = values
-        return ordered.reshape(-1, values.shape[-1])
-
-    mask = np.repeat(order >= 0, images.merge_size**2)
-    return Patches(place(units), place(places), mask, (rows, columns), raster)
+    positions = np.indices((grid.rows * images.merge_size, grid.columns * images.merge_size), np.int32)
+    return units, rearrange(positions, "k (r m) (c n) -> (r c) (m n) k", **merge)

@@ -7,22 +7,14 @@
 `prefix` is "Query: " for queries, which end with ten more <|endoftext|> and "\\n", and empty for candidates. Meta Tokens are no
 part of it: the network appends them.
 
-S tokens. An example's arrays, beside its tokens:
-
-    positions [3, S]          M-RoPE positions (time, height, width), from 0
-    visual_index [S]          of image tokens, the slot of their unit (`Patches.raster`); -1 elsewhere
-    patches, patch_positions, patch_mask
-                              see `Patches`
+S tokens.
 """
 
 import numpy as np
 from jaxtyping import Int
 
-from metaembed_jax.backbones.qwen.images import patchify
-from metaembed_jax.inputs.examples import Example
-from metaembed_jax.inputs.images import open_image
-from metaembed_jax.inputs.processors import PromptProcessor
-from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, read_item
+from metaembed_jax.inputs.processors import Grid, Prompt, PromptProcessor
+from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 PAD_TOKEN = "<|endoftext|>"
@@ -30,31 +22,38 @@ PROMPT_WORDS = ("user\n", QUERY, IMAGE_ALONE)  # what the prompts say around eve
 
 
 class Processor(PromptProcessor):
-    """A base for the families' own, which have a `title`."""
+    """A base for the families' own, which have a `title`, `_patches` and `_order`."""
 
     special_tokens, filler = SPECIAL_TOKENS, "<|endoftext|>"
 
-    def _example(self, item: dict, prefix: str, suffix: list[int], max_tokens: int | None, name: str) -> Example:
-        text, image = read_item(item, name)
-        ids = self._tokenizer.ids
-        patches = None if image is None else patchify(open_image(image, name), self.images, name)
-        if patches is None:
-            head, prompt, visual = [ids["<|im_start|>"]], f"user\n{prefix}", slice(0, 0)
-        else:
-            head = [ids["<|im_start|>"], *self._tokenizer.encode("user\n"), ids["<|vision_start|>"]]
-            visual = slice(len(head), len(head) + len(patches.raster))
-            head += [ids["<|image_pad|>"]] * len(patches.raster) + [ids["<|vision_end|>"]]
-            prompt = prefix if text else prefix + IMAGE_ALONE
-        tail = [ids["<|im_end|>"], ids["<|endoftext|>"], *suffix]
+    def _prompt(self, grid: Grid | None, side: str, has_text: bool, with_image: bool) -> Prompt:
+        ids, prefix = self._tokenizer.ids, self._prefix(side)
+        tail = [ids["<|im_end|>"], ids["<|endoftext|>"], *self._suffix(side)]
+        if not with_image:
+            return Prompt([ids["<|im_start|>"]], f"user\n{prefix}", "", tail)
+        visual = [ids["<|image_pad|>"]] * (grid.rows * grid.columns if grid else 0)
+        user = [ids["<|im_start|>"], *self._tokenizer.encode("user\n")]
+        head = [*user, ids["<|vision_start|>"], *visual, ids["<|vision_end|>"]]
+        return Prompt(head, prefix if has_text else prefix + IMAGE_ALONE, "", tail)
 
-        room = None if max_tokens is None else max_tokens - len(head) - len(tail)
-        tokens = np.array(head + self._tokenizer.fit(prompt, text, "", room, name) + tail, np.int32)
-        visual_index = np.full(len(tokens), -1, np.int32)
-        if patches is not None:
-            visual_index[visual] = patches.raster
-        positions = rope_positions(len(tokens), visual.start, None if patches is None else patches.grid)
-        arrays = {} if patches is None else patches.arrays
-        return Example(tokens, {"positions": positions, "visual_index": visual_index}, arrays)
+    def _grid(self, width: int, height: int, most_tokens: int | None, most_patches: int | None, name: str) -> Grid:
+        return self.images.grid(width, height, most_tokens, most_patches, name)
+
+    def _visual(self, tokens: Int[np.ndarray, "S"], head: int, grid: Grid | None) -> Int[np.ndarray, "S"]:
+        visual = np.full(len(tokens), -1, np.int32)
+        if grid is not None:
+            visual[:head][tokens[:head] == self._tokenizer.ids["<|image_pad|>"]] = self._order(grid)
+        return visual
+
+    def _order(self, grid: Grid) -> Int[np.ndarray, "U"]:
+        """The place among an image's units of each unit in raster order: raster order, but for families that have another."""
+        return np.arange(grid.rows * grid.columns, dtype=np.int32)
+
+    def _positions(self, tokens: Int[np.ndarray, "S"], grid: Grid | None) -> Int[np.ndarray, "3 S"]:
+        if grid is None:
+            return rope_positions(len(tokens), 0, None)
+        start = int(np.argmax(tokens == self._tokenizer.ids["<|image_pad|>"]))
+        return rope_positions(len(tokens), start, (grid.rows, grid.columns))
 
 
 def rope_positions(length: int, start: int, grid: tuple[int, int] | None) -> Int[np.ndarray, "3 S"]:

@@ -5,6 +5,7 @@ import dataclasses
 from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD
 from metaembed_jax.backbones.fields import check_heads, free, part, require, rotary
 from metaembed_jax.backbones.qwen.config import QwenConfig, token_fields
+from metaembed_jax.batch.items import ArraySpec, Layout
 
 TITLE = "Qwen2.5-VL"
 
@@ -60,9 +61,15 @@ class Config(QwenConfig):
     vision_config: VisionConfig
 
     @property
-    def patch_multiple(self) -> int:
-        """An image is whole windows."""
-        return self.vision_config.window_patches
+    def layout(self) -> Layout:
+        """The arrays of a batch; `inputs` says what they hold."""
+        vision = self.vision_config
+        patches = {
+            "patches": ArraySpec((3 * vision.patch_size**2,), "uint8"),
+            "patch_positions": ArraySpec((2,), "int32"),
+            "windows": ArraySpec((), "int32", fill=-1),
+        }
+        return Layout(patches, position_axes=3, unit=vision.spatial_merge_size**2, multiple=vision.window_patches)
 
     @classmethod
     def from_huggingface(cls, config: dict) -> "Config":

@@ -1,21 +1,20 @@
 """The order of patches in Qwen2.5-VL: by window, then by unit, then by patch in the unit.
 
-Each level is in raster order; windows that stick out of the image are padded to their full size, so that attention within a window
-is a reshape. Six columns and five rows of units, in windows of 4x4, each unit with its raster number:
+Patches lie in slots of a window's size. A whole window fills a slot. Those that stick out of the image at its right or bottom share
+slots, and are told apart by a number. Six columns and five rows of units, in windows of 4x4, each unit with its raster number:
 
-     0  1  2  3 |  4  5  .  .
-     6  7  8  9 | 10 11  .  .
-    12 13 14 15 | 16 17  .  .        slots  0..15 hold units 0 1 2 3 6 7 8 9 12 ...
-    18 19 20 21 | 22 23  .  .        slots 16..31 hold units 4 5 . . 10 11 . . 16 ...
-    ------------+------------
-    24 25 26 27 | 28 29  .  .
-     .  .  .  . |  .  .  .  .
+     0  1  2  3 |  4  5
+     6  7  8  9 | 10 11
+    12 13 14 15 | 16 17        slot 0: window 0 is 0 1 2 3 6 7 8 9 12 ...
+    18 19 20 21 | 22 23        slot 1: 4 5 10 11 16 17 22 23 (window 0), 24 25 26 27 (1), 28 29 (2), the rest is empty
+    ------------+------
+    24 25 26 27 | 28 29
 """
 
 import dataclasses
+import functools
 
 import numpy as np
-from einops import rearrange
 from jaxtyping import Int
 
 from metaembed_jax.backbones.qwen import images
@@ -52,9 +51,35 @@ class Images(images.Images):
         chosen = super().of(config, smallest, largest, max_visual_tokens)
         return dataclasses.replace(chosen, window_size=config.vision_config.window_size)
 
-    def order(self, rows: int, columns: int) -> Int[np.ndarray, "slots"]:
-        """The raster number of the unit in each slot of window order, -1 in padding (drawn at the top of this file)."""
-        side = self.window_units
-        units = np.full((-(-rows // side) * side, -(-columns // side) * side), -1, np.int32)
-        units[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
-        return rearrange(units, "(r y) (c x) -> (r c y x)", y=side, x=side)
+    def patches(self, rows: int, columns: int) -> int:
+        """The patches of a grid of units, with those that fill up its slots."""
+        return slots(rows, columns, self.window_units).size * self.merge_size**2
+
+    def order(self, rows: int, columns: int) -> tuple[Int[np.ndarray, "slots units"], Int[np.ndarray, "slots units"]]:
+        """The raster number of the unit at each place of each slot, and the number of its window in the slot; -1 in padding."""
+        units = slots(rows, columns, self.window_units)
+        side, place = self.window_units, np.maximum(units, 0)
+        window = place // columns // side * -(-columns // side) + place % columns // side
+        is_next = np.diff(window, axis=1, prepend=window[:, :1]) != 0
+        return units, np.where(units >= 0, np.cumsum(is_next, axis=1), -1).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=4096)
+def slots(rows: int, columns: int, side: int) -> Int[np.ndarray, "slots units"]:
+    """The raster numbers of the units in each slot, -1 in padding; windows are packed by first fit, largest first."""
+    raster = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
+    windows = [raster[y : y + side, x : x + side].ravel() for y in range(0, rows, side) for x in range(0, columns, side)]
+    filled: list[list[np.ndarray]] = []
+    room: list[int] = []
+    for window in sorted(windows, key=len, reverse=True):
+        slot = next((slot for slot, left in enumerate(room) if left >= len(window)), len(room))
+        if slot == len(room):
+            filled.append([])
+            room.append(side * side)
+        filled[slot].append(window)
+        room[slot] -= len(window)
+    units = np.full((len(filled), side * side), -1, np.int32)
+    for slot, members in enumerate(filled):
+        units[slot, : side * side - room[slot]] = np.concatenate(members)
+    units.flags.writeable = False
+    return units

@@ -6,6 +6,7 @@ import math
 from metaembed_jax.backbones.config import HALF
 from metaembed_jax.backbones.fields import part, require, rotary
 from metaembed_jax.backbones.qwen.config import QwenConfig, token_fields
+from metaembed_jax.batch.items import ArraySpec, Layout
 from metaembed_jax.errors import UserError
 
 TITLE = "Qwen3-VL"
@@ -105,9 +106,16 @@ class Config(QwenConfig):
         }
 
     @property
-    def patch_multiple(self) -> int:
-        """An image is whole units."""
-        return self.vision_config.spatial_merge_size**2
+    def layout(self) -> Layout:
+        """The arrays of a batch; `inputs` says what they hold."""
+        vision = self.vision_config
+        unit = vision.spatial_merge_size**2
+        patches = {
+            "patches": ArraySpec((3 * vision.patch_size**2,), "uint8"),
+            "patch_positions": ArraySpec((2,), "int32"),
+            "patch_grid": ArraySpec((2,), "int32", fill=1),
+        }
+        return Layout(patches, position_axes=3, unit=unit, multiple=unit)
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other.

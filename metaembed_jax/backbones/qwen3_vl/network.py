@@ -1,6 +1,6 @@
 """Qwen3-VL (arXiv 2511.21631), dense. Correct is what transformers' `modeling_qwen3_vl.py` computes from the same checkpoint.
 
-B batch, S prompt tokens, R appended rows, P patches, U units (merged 2x2 patches), N DeepStack features, D width, H heads,
+B rows, S tokens, V positions that are read, P patches, U units (merged 2x2 patches), N DeepStack features, D width, H heads,
 G key/value heads, K head width, L layers, X numbers in a patch.
 
 DeepStack (arXiv 2406.04334): the states of the tower after some of its layers are merged too, each by a merger of its own, and
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from metaembed_jax.backbones.attention import attention
 from metaembed_jax.backbones.layers import (
@@ -24,6 +24,7 @@ from metaembed_jax.backbones.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
+    at,
     normalised,
     param,
     place_units,
@@ -34,6 +35,7 @@ from metaembed_jax.backbones.layers import (
 from metaembed_jax.backbones.qwen import network
 from metaembed_jax.backbones.qwen.network import patch_angles
 from metaembed_jax.backbones.qwen3_vl.config import TextConfig, VisionConfig
+from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 
 
@@ -51,10 +53,11 @@ class VisionBlock(nnx.Module):
         self.output = Linear(width, width, axes=("heads", "embed"), bias=True, rngs=rngs, layers=layers)
         self.mlp = MLP(width, config.intermediate_size, activation=jax.nn.gelu, rngs=rngs, layers=layers)
 
-    def __call__(self, x_BPD, _, mask_BP, cos_BPK, sin_BPK):
+    def __call__(self, x_BPD, _, segments_BP, cos_BPK, sin_BPK):
         normed = self.norm1(x_BPD)
         query, key, value = (split_heads(project(normed), self.heads) for project in (self.query, self.key, self.value))
-        mixed = attention(rotate(query, cos_BPK, sin_BPK), rotate(key, cos_BPK, sin_BPK), value, mask_BP, causal=False)
+        query, key = rotate(query, cos_BPK, sin_BPK), rotate(key, cos_BPK, sin_BPK)
+        mixed = attention(query, key, value, segments_BP, segments_BP, causal=False)
         x_BPD = x_BPD + self.output(mixed.reshape(x_BPD.shape))
         return constrain(x_BPD + self.mlp(self.norm2(x_BPD)), "batch", None, None)
 
@@ -87,33 +90,28 @@ class VisionTower(nnx.Module):
         self.deepstack = Merger(config, norm_joined=True, rngs=rngs, layers=len(config.deepstack_visual_indexes))
 
     def __call__(
-        self,
-        patches_BPX: UInt8[Array, "B P X"],
-        positions_BP2: Int[Array, "B P 2"],
-        mask_BP: Bool[Array, "B P"],
-        *,
-        dtype,
-        checkpoint: bool,
-        unroll: int,
+        self, batch: Batch, *, dtype, checkpoint: bool, unroll: int
     ) -> tuple[Float[Array, "B U D"], Float[Array, "N B U D"]]:
         """The units, and those of DeepStack; those of padding hold finite numbers that nothing reads."""
-        x_BPD = self.embed_patches(patches_BPX, positions_BP2, dtype)
-        context = (mask_BP, *patch_angles(positions_BP2, self.config.hidden_size // self.config.num_heads))
+        positions_BP2 = batch.patch_arrays["patch_positions"]
+        x_BPD = self.embed_patches(batch.patches, positions_BP2, batch.patch_arrays["patch_grid"], dtype)
+        context = batch.patch_segments, *patch_angles(positions_BP2, self.config.hidden_size // self.config.num_heads)
         taken, how = self.config.deepstack_visual_indexes, {"checkpoint": checkpoint, "unroll": unroll}
         x_BPD, kept_NBPD = scan_and_keep(self.blocks, x_BPD, taken, *context, **how)
         return self.merger(x_BPD), self.merge_kept(kept_NBPD)
 
-    def embed_patches(self, patches_BPX: UInt8[Array, "B P X"], positions_BP2: Int[Array, "B P 2"], dtype) -> Float[Array, "B P D"]:
+    def embed_patches(
+        self, patches_BPX: UInt8[Array, "B P X"], positions_BP2: Int[Array, "B P 2"], grid_BP2: Int[Array, "B P 2"], dtype
+    ) -> Float[Array, "B P D"]:
         """The patch kernel on normalised pixels (the temporal kernel, summed over two equal frames), and learned positions."""
         pixels = normalised(patches_BPX, self.config.image_mean, self.config.image_std)
-        x_BPD = self.patch_embedding(pixels.astype(dtype)) + self.learned_positions(positions_BP2).astype(dtype)
+        x_BPD = self.patch_embedding(pixels.astype(dtype)) + self.learned_positions(positions_BP2, grid_BP2).astype(dtype)
         return constrain(x_BPD, "batch", None, None)
 
-    def learned_positions(self, positions_BP2: Int[Array, "B P 2"]) -> Float[Array, "B P D"]:
+    def learned_positions(self, positions_BP2: Int[Array, "B P 2"], grid_BP2: Int[Array, "B P 2"]) -> Float[Array, "B P D"]:
         """The square table of positions, stretched over each image's grid: corners meet corners, and between rows it is linear."""
         side = self.config.table_side
-        size_B12 = positions_BP2.max(axis=1, keepdims=True) + 1
-        place_BP2 = positions_BP2.astype(jnp.float32) * (side - 1) / jnp.maximum(size_B12 - 1, 1)
+        place_BP2 = positions_BP2.astype(jnp.float32) * (side - 1) / jnp.maximum(grid_BP2 - 1, 1)
         corner_BP2 = jnp.floor(place_BP2)
         beyond_BP2 = place_BP2 - corner_BP2
         total_BPD = 0.0
@@ -146,20 +144,22 @@ class DecoderLayer(nnx.Module):
         self.output = Linear(query_width, width, axes=("heads", "embed"), bias=False, rngs=rngs, layers=layers)
         self.mlp = GatedMLP(width, config.intermediate_size, bias=False, rngs=rngs, layers=layers)
 
-    def __call__(self, x_BSD, number, mask_BS, cos_BSK, sin_BSK, features_NBSD=None, keep: int = 0):
-        """The layer's output at the last `keep` positions (all by default), with its feature, if it is one of the first N."""
+    def __call__(self, x_BSD, number, segments_BS, cos_BSK, sin_BSK, features_NBSD=None, reads_BV=None):
+        """The layer's output at the positions `reads_BV` (all by default), with its feature, if it is one of the first N."""
         normed = self.input_norm(x_BSD)
         key_BSGK = rotate(self.key_norm(split_heads(self.key(normed), self.key_value_heads)), cos_BSK, sin_BSK)
         value_BSGK = split_heads(self.value(normed), self.key_value_heads)
-        x_BSD, normed, cos_BSK, sin_BSK = (rows[:, -keep:] for rows in (x_BSD, normed, cos_BSK, sin_BSK))
+        x_BSD, normed, cos_BSK, sin_BSK, query_segments_BS = (
+            at(x, reads_BV) for x in (x_BSD, normed, cos_BSK, sin_BSK, segments_BS)
+        )
         query_BSHK = rotate(self.query_norm(split_heads(self.query(normed), self.heads)), cos_BSK, sin_BSK)
-        mixed = attention(query_BSHK, key_BSGK, value_BSGK, mask_BS, causal=True)
+        mixed = attention(query_BSHK, key_BSGK, value_BSGK, query_segments_BS, segments_BS, causal=True, positions_BS=reads_BV)
         x_BSD = x_BSD + self.output(mixed.reshape(*x_BSD.shape[:2], -1))
         x_BSD = x_BSD + self.mlp(self.mlp_norm(x_BSD))
         if features_NBSD is not None:
             # A number past the end reads the last feature. Read by its number, it gets its gradient in place.
-            feature_BSD = jax.lax.dynamic_index_in_dim(features_NBSD, number, keepdims=False)
-            x_BSD = x_BSD + jnp.where(number < len(features_NBSD), feature_BSD[:, -keep:], 0)
+            feature_BSD = at(jax.lax.dynamic_index_in_dim(features_NBSD, number, keepdims=False), reads_BV)
+            x_BSD = x_BSD + jnp.where(number < len(features_NBSD), feature_BSD, 0)
         return constrain(x_BSD, "batch", None, None)
 
 
@@ -168,11 +168,11 @@ class Backbone(network.Backbone):
 
     tower, layer = VisionTower, DecoderLayer
 
-    def place(self, seen, index_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], tuple]:
+    def place(self, seen, visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], tuple]:
         """The units stand for the image tokens; DeepStack's [N, B, S, D] in the same places, and zero elsewhere, are for layers."""
         units_BUD, units_NBUD = seen
-        features_NBSD = jax.vmap(place_units, in_axes=(0, None, None))(units_NBUD, index_BS, jnp.zeros((), x_BSD.dtype))
-        return place_units(units_BUD, index_BS, x_BSD), (constrain(features_NBSD, None, "batch", None, None),)
+        features_NBSD = jax.vmap(place_units, in_axes=(0, None, None))(units_NBUD, visual_BS, jnp.zeros((), x_BSD.dtype))
+        return place_units(units_BUD, visual_BS, x_BSD), (constrain(features_NBSD, None, "batch", None, None),)
 
     @staticmethod
     def mrope_axes(sections: tuple[int, int, int]) -> Int[np.ndarray, "K/2"]:
