@@ -6,7 +6,7 @@ S tokens, A axes of positions, P patches (what a family counts as one: a square 
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 
 class ArraySpec(NamedTuple):
@@ -84,6 +84,7 @@ class Example(NamedTuple):
       positions: from 0, on each axis; Meta Tokens count on from the largest.
       visual: the visual token (unit) of the image at each token, -1 elsewhere.
       patch_arrays: [P, *shape], by the names of `Layout.patches`; {} without an image.
+      patch_mask: false for padding among the patches; empty without an image.
       cut, shrunk: as in `Fitted`.
     """
 
@@ -91,10 +92,11 @@ class Example(NamedTuple):
     positions: Int[np.ndarray, "A S"]
     visual: Int[np.ndarray, "S"]
     patch_arrays: dict[str, np.ndarray]
+    patch_mask: Bool[np.ndarray, "P"]
     cut: int = 0
     shrunk: bool = False
 
     @property
     def patches(self) -> int:
         """P; 0 without an image."""
-        return len(next(iter(self.patch_arrays.values()), ()))
+        return len(self.patch_mask)

@@ -38,7 +38,7 @@ class Batch:
       reads: the positions of vectors, item by item; 0 behind the last.
       row: the number of the row in its step: dropout depends on it, not on where the row is computed.
       patches: pixels; None where rows have no patches.
-      patch_segments: as `segments`; None where rows have no patches.
+      patch_segments: as `segments`, of patches; 0 in any padding; None where rows have no patches.
       patch_arrays: the family's other arrays of patches, [B, P, *shape] by name.
     """
 
@@ -134,7 +134,7 @@ def _place(batch: Batch, row: int, segment: int, item: RowItem, start: tuple[int
     batch.reads[row, first_vector : first_vector + item.read] = np.arange(last - item.read, last)
     if size.patches:
         patches = slice(first_patch, first_patch + size.patches)
-        batch.patch_segments[row, patches] = segment
+        batch.patch_segments[row, patches] = segment * example.patch_mask
         for name, array in example.patch_arrays.items():
             (batch.patches if name == "patches" else batch.patch_arrays[name])[row, patches] = array
 

@@ -123,11 +123,13 @@ class PromptProcessor:
             kept = self._tokenizer.fit(prompt.before, text, prompt.after, room, name)
         tokens = np.array([*prompt.head, *kept, *prompt.tail], np.int32)
         arrays = {} if grid is None else self._patches(opened, grid)
+        mask = arrays.pop("patch_mask", np.ones(0 if grid is None else grid.patches, bool))
         return Example(
             tokens,
             self._positions(tokens, grid),
             self._visual(tokens, len(prompt.head), grid),
             arrays,
+            mask,
             len(whole) - len(kept),
             bool(grid and grid.shrunk),
         )
@@ -160,7 +162,7 @@ class PromptProcessor:
         raise NotImplementedError
 
     def _patches(self, image: Image.Image, grid: Grid) -> dict[str, np.ndarray]:
-        """A family's own: the arrays of `Layout.patches` of an RGB image."""
+        """A family's own: the arrays of `Layout.patches` of an RGB image, and `patch_mask` where some patches are padding."""
         raise NotImplementedError
 
     def _visual(self, tokens: Int[np.ndarray, "S"], head: int, grid: Grid | None) -> Int[np.ndarray, "S"]:

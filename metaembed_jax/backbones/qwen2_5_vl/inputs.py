@@ -29,11 +29,8 @@ class Processor(inputs.Processor):
             return values.reshape(-1, values.shape[-1])
 
         patches, positions = map(ordered, to_units(image, grid, self.images))
-        return {
-            "patches": patches,
-            "patch_positions": positions,
-            "windows": np.repeat(windows, self.images.merge_size**2),
-        }
+        windows = np.repeat(windows, self.images.merge_size**2)
+        return {"patches": patches, "patch_positions": positions, "windows": windows, "patch_mask": windows >= 0}
 
     def _order(self, grid: Grid) -> Int[np.ndarray, "U"]:
         order = self.images.order(grid.rows, grid.columns)[0].ravel()
