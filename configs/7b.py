@@ -60,12 +60,9 @@ def get_config(arg=None):
     config.trained = LORA if arg != "full" else (("*", "full"),)
 
     config.data.sources = SOURCES
-    # Of this mixture, 54 % of the queries and 60 % of the candidates have images; a step has 12 sub-batches.
-    config.data.query_shapes = ((256, 0, 6 / 12), (1280, 5120, 7 / 12))
-    config.data.candidate_shapes = ((256, 0, 5 / 12), (1280, 5120, 8 / 12))
     config.data.negatives = 1
     config.data.sub_batch, config.data.workers = 32, 4
-    config.batch_size, config.microbatch_size = 384, 128
+    config.batch_size, config.microbatch_rows = 384, 128
     config.mesh.fsdp = 8
     config.steps = 4000
     config.optimizer.learning_rate = 1e-4 if arg != "full" else 1e-5

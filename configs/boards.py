@@ -27,18 +27,15 @@ def get_config(arg=None):
     config.embedding_dim = 32
 
     config.data.sources = (("boards", 1.0, 0),)
-    config.batch_size = config.microbatch_size = 64
-    config.data.query_shapes = ((64, 0),)
+    config.batch_size = 64
     if arg == "one":
         config.name, config.init_from = "boards_one", "configs/tiny.py"
         config.data.page_side, config.data.curriculum = 112, ((0, 1, 1),)
-        config.data.candidate_shapes = ((28, 64),)
-        config.steps = 400
+        config.row, config.steps = (160, 64), 400
     else:
         config.name, config.init_from = "boards", "configs/boards.py:one"
         config.data.page_side, config.data.curriculum = 224, ((150, 1, 2), (400, 2, 4), (700, 3, 6), (0, 4, 9))
-        config.data.candidate_shapes = ((76, 256),)
-        config.steps = 2000
+        config.row, config.steps = (224, 256), 2000
     config.data.min_pixels = config.data.max_pixels = config.data.page_side**2
     config.validate_every = config.save_every = config.steps // 4
     return config

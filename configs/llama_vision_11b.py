@@ -1,7 +1,6 @@
 """MetaEmbed-11B: the recipe of `configs/7b.py` on Llama-3.2-Vision-11B, with its variants.
 
-An image is no part of the sequence, so items with one have as many tokens as those without, and room for 4 tiles of 560 pixels;
-`config.data.max_pixels` says nothing here.
+An image is no part of the sequence and takes 4 tiles of 560 pixels, whatever its size; `config.data.max_pixels` says nothing here.
 """
 
 from metaembed_jax.config import load_config
@@ -52,6 +51,4 @@ def get_config(arg=None):
         )
     if arg != "full":
         config.trained = LORA
-    config.data.query_shapes = ((256, 0, 6 / 12), (256, 6400, 7 / 12))
-    config.data.candidate_shapes = ((256, 0, 5 / 12), (256, 6400, 8 / 12))
     return config

@@ -29,7 +29,5 @@ def get_config(arg=None):
                 patch_size=14,
             ),
         )
-    config.data.query_shapes = ((256, 0, 6 / 12), (1280, 1024, 7 / 12))
-    config.data.candidate_shapes = ((256, 0, 5 / 12), (1280, 1024, 8 / 12))
-    config.microbatch_size, config.mesh.fsdp = 8, 1
+    config.microbatch_rows, config.mesh.fsdp = 8, 1
     return config

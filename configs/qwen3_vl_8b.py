@@ -31,8 +31,5 @@ def get_config(arg=None):
                 deepstack_visual_indexes=(8, 16, 24),
             ),
         )
-    # A visual token is 32x32 pixels, 4 patches; without windows, none of them is padding.
-    config.data.min_pixels, config.data.max_pixels = 32 * 32, 1024 * 32 * 32
-    config.data.query_shapes = ((256, 0, 6 / 12), (1280, 4096, 7 / 12))
-    config.data.candidate_shapes = ((256, 0, 5 / 12), (1280, 4096, 8 / 12))
+    config.data.min_pixels, config.data.max_pixels = 32 * 32, 1024 * 32 * 32  # a visual token is 32x32 pixels, 4 patches
     return config

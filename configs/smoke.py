@@ -24,10 +24,8 @@ def get_config(arg=None):
     config.embedding_dim = 16
     config.temperature = 0.15  # as configs/tiny.py, for weights that know nothing
 
-    config.data.query_shapes = ((64, 0),)
-    config.data.candidate_shapes = ((48, 36),)
     config.data.min_pixels = config.data.max_pixels = 84 * 84
-    config.batch_size = config.microbatch_size = 16
+    config.row, config.batch_size = (160, 36), 16
     config.steps, config.optimizer.warmup_steps, config.optimizer.learning_rate = 40, 4, 1e-3
     config.validate_every = config.save_every = 20
     config.exports = ("transformers", "sentence-transformers", "peft")

@@ -34,7 +34,5 @@ def get_config(arg=None):
             ),
         )
     config.data.max_pixels = (3 * 512) ** 2
-    config.data.query_shapes = ((256, 0, 6 / 12), (960, 10240, 7 / 12))
-    config.data.candidate_shapes = ((256, 0, 5 / 12), (960, 10240, 8 / 12))
-    config.microbatch_size, config.mesh.fsdp = 8, 1
+    config.microbatch_rows, config.mesh.fsdp = 8, 1
     return config

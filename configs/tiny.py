@@ -48,12 +48,11 @@ def get_config(arg=None):
     config.meta_token_scale = 1.0  # as large as the states of so small a model
 
     config.data.sources = (("icons", 1.0, 0),)
-    config.data.query_shapes = ((32, 0),)
-    config.data.candidate_shapes = ((21, 36),)
     config.data.min_pixels = config.data.max_pixels = 84 * 84
     config.data.augment = True  # or drawings are learned by heart
 
-    config.batch_size = config.microbatch_size = 64
+    # An icon is 36 patches, and with a mean query 143 tokens with all their Meta Tokens.
+    config.row, config.batch_size = (144, 36), 64
     config.optimizer.algorithm = "muon"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 60

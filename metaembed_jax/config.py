@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from metaembed_jax.backbones import family
 from metaembed_jax.backbones.lora import LoraConfig
+from metaembed_jax.batch.items import Limits
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import check_scheme, local_path
 from metaembed_jax.late_interaction.groups import GROUPS, validate_groups
@@ -42,13 +43,13 @@ FIXED_KEYS = (
     "data.sub_batch",
     "data.negatives",
     "data.within_source",
-    "data.query_shapes",
-    "data.candidate_shapes",
     "data.min_pixels",
     "data.max_pixels",
+    "data.max_text_tokens",
     "data.augment",
     "data.page_side",
     "data.curriculum",
+    "row",
     "batch_size",
     "optimizer",
 )
@@ -61,7 +62,7 @@ FREE_KEYS = (
     "data.dir",
     "data.workers",
     "mesh",
-    "microbatch_size",
+    "microbatch_rows",
     "log_every",
     "validate_every",
     "save_every",
@@ -106,10 +107,9 @@ def default_config() -> ConfigDict:
     config.data.sub_batch = 0  # consecutive pairs of one source; 0: batch_size
     config.data.negatives = 0  # hard negatives a pair, at most
     config.data.within_source = False  # a query's candidates are the positives of its own source only, not of the whole batch
-    config.data.query_shapes = ((64, 0),)  # (tokens, patches) or (tokens, patches, share of the items), smallest first
-    config.data.candidate_shapes = ((64, 64),)
     config.data.min_pixels = 28 * 28
     config.data.max_pixels = 1024 * 28 * 28
+    config.data.max_text_tokens = 512  # of the text of an item; what is longer is cut
     config.data.workers = 0  # processes of a host that make batches; 0: a thread
     config.data.augment = False  # icons: random size and place of drawings after the first epochs
     config.data.page_side = 224  # boards: pixels of a training page
@@ -117,8 +117,9 @@ def default_config() -> ConfigDict:
 
     # -1: all devices that the others leave. slices: how many `data` goes over; 0: as the devices report; 1: any axis may cross.
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, slices=0))
+    config.row = ()  # (tokens, patches) of a row, which several items share; empty: the family's default
     config.batch_size = 32  # pairs a step, over all devices
-    config.microbatch_size = 32  # pairs encoded at once
+    config.microbatch_rows = 0  # most rows encoded at once, over all devices; 0: all rows of a step
     config.steps = 1000
     config.optimizer = ConfigDict()
     config.optimizer.algorithm = "adamw"  # or muon
@@ -224,6 +225,27 @@ def model_config(config: ConfigDict, training: bool = False) -> ModelConfig:
     )
 
 
+def largest_budgets(config: ConfigDict) -> tuple[int, int]:
+    """Vectors of a query and of a document in training: the largest budget of each side."""
+    return max(r_q for r_q, _ in config.groups), max(r_c for _, r_c in config.groups)
+
+
+def row_limits(config: ConfigDict) -> Limits:
+    """The largest item of a run: one that fills a row of `config.row`, with the Meta Tokens of the largest budgets behind it.
+
+    Raises:
+      UserError: the row has no room for Meta Tokens, or its patches are not whole images of the family.
+    """
+    network, (query_vectors, document_vectors) = model_config(config), largest_budgets(config)
+    tokens, patches = config.row or network.architecture.default_row
+    meta = [network.meta_tokens("query", query_vectors), network.meta_tokens("candidate", document_vectors)]
+    if tokens <= max(meta):
+        raise UserError(f"config.row={(tokens, patches)}: {max(meta)} of its tokens are Meta Tokens; expected more tokens")
+    if patches % (multiple := network.architecture.layout.multiple):
+        raise UserError(f"config.row={(tokens, patches)}: expected a multiple of {multiple} patches, as images of this model have")
+    return Limits(tokens, patches, config.data.max_text_tokens, *meta)
+
+
 def check_config(config: ConfigDict) -> None:
     """Refuses what cannot be run, before any work is done.
 
@@ -240,8 +262,8 @@ def check_config(config: ConfigDict) -> None:
         if how not in ("full", "lora"):
             raise UserError(f"config.trained: {(pattern, how)!r} is not (pattern, 'full') or (pattern, 'lora')")
     _entries(config, "data.sources", [(str, int | float, int)], "('icons', 1.0, 0)")
-    for side in ("query", "candidate"):
-        _entries(config, f"data.{side}_shapes", [(int, int), (int, int, float)], "(64, 0), or (64, 0, 0.5) for half of the items")
+    if config.row:
+        _check_row(config.row)
     if not 0 <= config.lora.dropout < 1 or config.lora.rank < 1 or not 0 < config.lora.alpha < math.inf:
         sizes = f"rank={config.lora.rank} and alpha={config.lora.alpha}"
         raise UserError(f"config.lora: {sizes} must be positive, and dropout={config.lora.dropout} in [0, 1)")
@@ -257,7 +279,7 @@ def check_config(config: ConfigDict) -> None:
         raise UserError("config.exports: peft is for adapters, and config.trained has nothing as lora; use transformers")
     for key in (
         "batch_size",
-        "microbatch_size",
+        "data.max_text_tokens",
         "steps",
         "log_every",
         "validate_every",
@@ -266,15 +288,27 @@ def check_config(config: ConfigDict) -> None:
         "temperature",
         "unroll_layers",
     ):
-        if not config[key] > 0:
-            raise UserError(f"config.{key}={config[key]} must be positive")
-    for key in ("embedding_dim", "meta_token_scale", "data.negatives", "data.sub_batch", "data.workers", "save_minutes"):
+        if not operator.attrgetter(key)(config) > 0:
+            raise UserError(f"config.{key}={operator.attrgetter(key)(config)} must be positive")
+    for key in (
+        "embedding_dim",
+        "meta_token_scale",
+        "data.negatives",
+        "data.sub_batch",
+        "data.workers",
+        "microbatch_rows",
+        "save_minutes",
+    ):
         if not operator.attrgetter(key)(config) >= 0:
             raise UserError(f"config.{key}={operator.attrgetter(key)(config)} must not be negative")
-    if config.batch_size % config.microbatch_size:
-        raise UserError(f"config.microbatch_size={config.microbatch_size} does not divide config.batch_size={config.batch_size}")
     if config.optimizer.warmup_steps >= config.steps:
         raise UserError(f"config.optimizer.warmup_steps={config.optimizer.warmup_steps} must be below config.steps={config.steps}")
+
+
+def _check_row(row: tuple) -> None:
+    is_pair = len(row) == 2 and all(type(number) is int for number in row)
+    if not is_pair or row[0] < 1 or row[1] < 0:
+        raise UserError(f"config.row={row!r}: expected (tokens, patches) such as (1536, 5120), or () for the family's default")
 
 
 def _entries(config: ConfigDict, key: str, forms: list[tuple], example: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 nbclient = pytest.importorskip("nbclient")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
 SHRUNKEN = "--config.init_from= --config.steps=12 --config.optimizer.warmup_steps=2 --config.validate_every=12 "
-SHRUNKEN += "--config.save_every=12 --config.batch_size=16 --config.microbatch_size=16 --config.unroll_layers=1"
+SHRUNKEN += "--config.save_every=12 --config.batch_size=16 --config.unroll_layers=1"
 
 
 def test_quickstart(tmp_path, monkeypatch):
