@@ -348,11 +348,15 @@ class Uploads:
 
 
 @contextlib.contextmanager
-def locked(file: Path, busy: str) -> Iterator[None]:
+def locked(file: Path, busy: str, wait: bool = False) -> Iterator[None]:
     """Holds a lock on a disk, which ends with the process at the latest. The file stays.
 
+    Args:
+      busy: the message where another process holds it.
+      wait: print the message and wait, in place of an error.
+
     Raises:
-      UserError: another process holds it, with `busy` as the message; or the file cannot be made.
+      UserError: another process holds it; or the file cannot be made.
     """
     try:
         lock = open(file, "a", opener=_open)
@@ -363,7 +367,10 @@ def locked(file: Path, busy: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise UserError(busy) from None
+                if not wait:
+                    raise UserError(busy) from None
+                print(busy, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from metaembed_jax.batch.items import Example, Fitted, Limits
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import digest
 from metaembed_jax.inputs.images import image_size, open_image
 from metaembed_jax.inputs.texts import QUERY, PromptTokenizer, read_item
 
@@ -66,6 +67,11 @@ class PromptProcessor:
         self.images, self.limits = images, limits
         self._tokenizer = PromptTokenizer(tokenizer, self.special_tokens, self.title)
         self._end_of_query = [self._tokenizer.ids[self.filler]] * 10 + self._tokenizer.encode("\n")
+
+    @property
+    def fingerprint(self) -> str:
+        """16 digits that change with the family, the tokenizer, the processing of images and the limits."""
+        return digest(repr([self.title, self.images, self.limits, self._tokenizer.to_str()]).encode())
 
     def query(self, item: dict, *, name: str = "query") -> Example:
         """Convert an item of the query side: {"text": str, "image": PIL image or encoded bytes}, either or both.

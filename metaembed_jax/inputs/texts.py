@@ -35,6 +35,10 @@ class PromptTokenizer:
         if loose := [token for token, number in self.ids.items() if number in self.encode(token)]:
             raise UserError(f"the tokenizer does not mark {', '.join(loose)} as special; use a {title} tokenizer.json")
 
+    def to_str(self) -> str:
+        """The tokenizer as JSON."""
+        return self._tokenizer.to_str()
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a text; what looks like a special token is plain text."""
         return self._encode(text).ids

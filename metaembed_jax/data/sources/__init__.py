@@ -3,6 +3,10 @@
 Some are made here, of nothing but installed packages (`GENERATED`), the first time they are asked for. All others are prepared once
 from files (`READERS`), by `python -m metaembed_jax prepare --source=KIND --from=PATH`; one kind may make several sources.
 
+A source of training pairs is a sequence of records. Where it draws or varies them, `compose(row, epoch, step)` makes the record;
+`described(row, epoch, step)` makes the same with (width, height) in place of each image, and reads and draws none. `stored` are
+the `Records` that have the same descriptions in every epoch and step, if there are any.
+
 A generated source is a module with `prepare(data_dir) -> marker`, `training(data_dir, config) -> sequence of records` and
 `retrieval(data_dir, split) -> Retrieval`. Modules are imported when they are asked for.
 """
@@ -81,7 +85,7 @@ def training_records(config: ConfigDict) -> list[Sequence]:
     def of(name: str) -> Sequence:
         if name in GENERATED:
             return importlib.import_module(GENERATED[name]).training(config.data.dir, config)
-        return records.open_split(Path(config.data.dir) / name, writing.VERSION, "train")
+        return records.open_split(Path(config.data.dir) / name, writing.VERSION, "train").with_descriptions()
 
     return [of(name) for name in names]
 

@@ -66,20 +66,24 @@ def name_some(names: Sequence[str], random: np.random.Generator) -> str:
 
 
 class Drawings(Sequence):
-    """The drawings of one split of the icons source, each decoded once, when it is first asked for: (name, image of mode L)."""
+    """The drawings of one split of the icons source, each decoded once, when it is first asked for: (name, image of mode L).
+
+    Attributes:
+      names: of all.
+    """
 
     def __init__(self, data_dir: str | Path, split: str):
-        self.found = records.open_split(Path(data_dir) / icons.NAME, icons.VERSION, split)
+        self.found = records.open_split(Path(data_dir) / icons.NAME, icons.VERSION, split).with_descriptions()
         self.decoded = [None] * len(self.found)
+        self.names = [description["query"]["text"] for description in self.found.descriptions()]
 
     def __len__(self) -> int:
         return len(self.found)
 
     def __getitem__(self, row: int) -> tuple[str, Image.Image]:
         if self.decoded[row] is None:
-            record = self.found[row]
-            self.decoded[row] = record["query"]["text"], Image.open(io.BytesIO(record["positive"]["image"])).convert("L")
-        return self.decoded[row]
+            self.decoded[row] = Image.open(io.BytesIO(self.found[row]["positive"]["image"])).convert("L")
+        return self.names[row], self.decoded[row]
 
 
 class Pages(Sequence):
@@ -99,7 +103,7 @@ class Pages(Sequence):
 
     def __init__(
         self,
-        drawings: Sequence[tuple[str, Image.Image]],
+        drawings: Drawings,
         seed: int,
         curriculum: Sequence[tuple[int, int, int]] = (),
         page_side: int = SIDE,
@@ -128,17 +132,25 @@ class Pages(Sequence):
         return next((bounds for until, *bounds in self.curriculum[:-1] if step < until), self.curriculum[-1][1:])
 
     def compose(self, row: int, epoch: int, step: int) -> dict:
+        text, dealt, random = self._chosen(row, epoch, step)
+        page = compose([self.drawings[number][1] for number in dealt], random, self.page_side)
+        return self._record(text, page)
+
+    def described(self, row: int, epoch: int, step: int) -> dict:
+        """What `compose` makes, with (width, height) in place of its page, which is not drawn."""
+        text, _, _ = self._chosen(row, epoch, step)
+        return self._record(text, (self.page_side, self.page_side))
+
+    def _chosen(self, row: int, epoch: int, step: int) -> tuple[str, list[int], np.random.Generator]:
+        """The query of a page, the numbers of its icons, and the random numbers that it is drawn with."""
         random = np.random.default_rng([self.seed, epoch, row])
         fewest, most = self.icons_at(step)
         count = int(random.integers(fewest, most, endpoint=True))
         dealt = self._deal(epoch)[row * MOST : row * MOST + count].tolist()
-        names, images = zip(*(self.drawings[number] for number in dealt), strict=True)
-        return {
-            "query": {"text": name_some(names, random)},
-            "positive": {"image": compose(images, random, self.page_side)},
-            "negatives": [],
-            "source": NAME,
-        }
+        return name_some([self.drawings.names[number] for number in dealt], random), dealt, random
+
+    def _record(self, text: str, image: Image.Image | tuple[int, int]) -> dict:
+        return {"query": {"text": text}, "positive": {"image": image}, "negatives": [], "source": NAME}
 
     def _deal(self, epoch: int) -> np.ndarray:
         dealt = self._dealt  # read once: several threads compose, and one may be an epoch ahead

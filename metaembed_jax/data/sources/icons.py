@@ -215,7 +215,7 @@ def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:
 
 def training(data_dir: str | Path, config: ConfigDict) -> Sequence:
     """The training split, with `config.data.augment` each drawing in another size and place in every epoch after the first two."""
-    found = records.open_split(Path(data_dir) / NAME, VERSION, "train")
+    found = records.open_split(Path(data_dir) / NAME, VERSION, "train").with_descriptions()
     return Varied(found, config.seed) if config.data.augment else found
 
 
@@ -226,8 +226,13 @@ class Varied(Sequence):
     drawings by heart only later.
     """
 
-    def __init__(self, found: Sequence, seed: int):
+    def __init__(self, found: records.Records, seed: int):
         self.found, self.seed = found, seed
+
+    @property
+    def stored(self) -> records.Records:
+        """The records whose descriptions are the same in every epoch and step."""
+        return self.found
 
     def __len__(self) -> int:
         return len(self.found)
@@ -241,6 +246,10 @@ class Varied(Sequence):
             return record
         random = np.random.default_rng([self.seed, epoch, row])
         return record | {"positive": {"image": moved(Image.open(io.BytesIO(record["positive"]["image"])), random)}}
+
+    def described(self, row: int, epoch: int, step: int) -> dict:
+        """The record without its image: `moved` keeps the size."""
+        return self.found.described(row)
 
 
 def moved(drawing: Image.Image, random: np.random.Generator) -> Image.Image:

@@ -4,14 +4,15 @@
     record = {"query": item, "positive": item, "negatives": [item, ...], "source": str}
 
 On disk a record is a `tf.Example` in ArrayRecord, written by TensorFlow Datasets (TensorFlow itself is never imported); a text or
-image that an item lacks is the empty string. Images stay encoded: nothing is decoded before a batch needs it.
+image that an item lacks is the empty string. Images stay encoded: nothing is decoded before a batch needs it. What their sizes
+are is stored beside them: see `described`.
 """
 
 import contextlib
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +21,12 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.decode import DeserializeMethod
 from tensorflow_datasets.proto import tf_example_pb2
 
+from metaembed_jax.data.sources import described
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_json
 
 SPLITS = ("train", "validation", "test")
+BLOCK = 1024  # descriptions that are read at once
 MARKER = "prepared.json"  # written last, so a source that has it is complete
 
 
@@ -73,20 +76,60 @@ class Records(Sequence):
 
     Attributes:
       about: the source's marker.
+      folder, split: where it is stored.
     """
 
     def __init__(self, builder_dir: str | Path, split: str, about: dict):
-        self.about = about
+        self.about, self.folder, self.split = about, Path(builder_dir), split
         builder = tfds.builder_from_directory(str(builder_dir))
+        files = builder.info.splits[split]
+        self._shards, self._lengths = [Path(file) for file in files.filepaths], list(files.shard_lengths)
         self.raw = builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
+        self._descriptions = None
 
     def __len__(self) -> int:
         return len(self.raw)
 
     def __getitem__(self, index: int) -> dict:
+        return from_bytes(self.raw[self._row(index)])
+
+    @property
+    def stored(self) -> "Records":
+        """The records whose descriptions are the same in every epoch and step: these."""
+        return self
+
+    def described(self, row: int, epoch: int = 0, step: int = 0) -> dict:
+        """The record with (width, height) in place of each image, the same in every epoch and step.
+
+        No image is read for it after `with_descriptions`, where the folder could be written; elsewhere the record is.
+        """
+        if self._descriptions is None:
+            return described.describe(self[row], f"{self.folder}, {self.split}, row {row}")
+        return described.from_bytes(self._descriptions[self._row(row)])
+
+    def descriptions(self) -> Iterator[dict]:
+        """All of `described`, in order."""
+        for first in range(0, len(self), BLOCK):
+            rows = range(first, min(first + BLOCK, len(self)))
+            if self._descriptions is None:
+                yield from map(self.described, rows)
+            else:
+                yield from map(described.from_bytes, self._descriptions.__getitems__(list(rows)))
+
+    def with_descriptions(self) -> "Records":
+        """Returns the records; their descriptions are written first where they are missing, which reads all records once.
+
+        Raises:
+          UserError: an image cannot be read, or the disk is full.
+        """
+        if described.add(self.raw, from_bytes, self._shards, self._lengths):
+            self._descriptions = described.open_files(self._shards)
+        return self
+
+    def _row(self, index: int) -> int:
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")  # what ends a loop over a sequence
-        return from_bytes(self.raw[index % len(self)])
+        return index % len(self)
 
 
 def write(builder: tfds.core.DatasetBuilder) -> None:

@@ -3,7 +3,7 @@
     OUT/{source}/{version}.part/            while it is written
         job.json                            what is being prepared: another job starts anew
         corpus.bin, corpus.json             the documents that rows name, where they do
-        pairs-train.array_record-00007-of-00098, 00007.json     a shard, then what is known of it
+        pairs-train.array_record-00007-of-00098, described-train..., 00007.json     a shard, then what is known of it
     OUT/{source}/{version}/                 complete, and readable by TensorFlow Datasets
 
 A killed preparation goes on with the shards that are missing. `HELD_OUT` rows each, drawn once from all, are the splits
@@ -27,7 +27,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import example_serializer, naming
 from tqdm import tqdm
 
-from metaembed_jax.data.sources import records
+from metaembed_jax.data.sources import described, records
 from metaembed_jax.data.sources.corpus import Corpus, remove_copy
 from metaembed_jax.data.sources.tables import Table, read_columns
 from metaembed_jax.errors import UserError
@@ -184,8 +184,10 @@ def _write_shard(job: _Job, shard: int) -> dict:
     features = records.features()
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     held = _held_out(len(table))
-    files = {split: job.directory / f"{shard:05}.{split}.tmp" for split in records.SPLITS}  # no other shard's
-    writers = {split: ArrayRecordWriter(str(file), "group_size:1") for split, file in files.items()}
+    targets = {split: job.path(split, shard) for split in records.SPLITS}
+    targets |= {f"described-{split}": described.file_of(target) for split, target in targets.items()}
+    files = {name: job.directory / f"{shard:05}.{name}.tmp" for name in targets}  # no other shard's
+    writers = {name: ArrayRecordWriter(str(file), "group_size:1") for name, file in files.items()}
     about = {"read": 0, "rows": dict.fromkeys(records.SPLITS, 0), "negatives": 0, "bytes": 0, "skipped": []}
     about |= {side: {name: 0 for name, _ in TYPES} for side in ("queries", "positives")}
     content = hashlib.sha256()
@@ -193,6 +195,7 @@ def _write_shard(job: _Job, shard: int) -> dict:
         about["read"] += 1
         try:
             made = job.part.record(row)
+            description = described.describe(made, "row")
         except UserError as error:
             about["skipped"].append(f"{table.place(number)}: {error}")
             if len(about["skipped"]) > job.skips:
@@ -201,6 +204,7 @@ def _write_shard(job: _Job, shard: int) -> dict:
         raw = serializer.serialize_example(features.encode_example(records.to_example(made)))
         split = held.get(number, "train")
         writers[split].write(raw)
+        writers[f"described-{split}"].write(described.to_bytes(description))
         content.update(_digest(made))
         about["rows"][split] += 1
         about["bytes"] += len(raw)
@@ -210,8 +214,8 @@ def _write_shard(job: _Job, shard: int) -> dict:
     for writer in writers.values():
         writer.close()
     if len(about["skipped"]) <= job.skips:
-        for split, file in files.items():
-            os.replace(file, job.path(split, shard))
+        for name, file in files.items():
+            os.replace(file, targets[name])
         write_json(job.about(shard), about | {"digest": content.hexdigest()})
     return about | {"digest": content.hexdigest()}
 
