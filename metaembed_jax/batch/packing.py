@@ -49,7 +49,7 @@ class Fill(NamedTuple):
 def pack(sizes_N3: Int[np.ndarray, "N 3"], row: Size) -> Int[np.ndarray, "N 2"]:
     """Assigns each item a row and a rank in it.
 
-    Rows are numbered from 0 without a gap, in the order of their first items, so that large and small ones are spread over the hosts
+    Rows are numbered from 0 without a gap, in the order of their first items, so that large and small ones spread over the hosts
     that take their shares of rows. Items of a row are ranked 0, 1, 2 ... in item order.
 
     Args:

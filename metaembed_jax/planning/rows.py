@@ -1,0 +1,64 @@
+"""The rows that the steps of a mixture need, from the sizes of their items.
+
+N items of a step, pair by pair: the query, its document, hard negatives.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from metaembed_jax.batch.packing import Fill, Size, fill, pack
+from metaembed_jax.data.schedule import balanced_schedule
+from metaembed_jax.planning.typical import typical_document, typical_pair
+
+
+class RowsOfSteps(NamedTuple):
+    """What some steps need.
+
+    Attributes:
+      mean, most: rows a step.
+      fill: of the rows that steps need, on average.
+      vectors: the most in a row.
+    """
+
+    mean: float
+    most: int
+    fill: Fill
+    vectors: int
+
+
+def typical_steps(config: ConfigDict, size: Callable[[dict, str], Size], steps: int) -> Iterator[Int[np.ndarray, "N 3"]]:
+    """Yields the sizes of the items of steps of a config's mixture, each item drawn as `typical` has it.
+
+    Args:
+      size: of an item on a side, "query" or "candidate".
+    """
+    names, weights, _ = zip(*config.data.sources, strict=True)
+    sub_batch = config.data.sub_batch or config.batch_size
+    rng = np.random.default_rng(config.seed)
+
+    def pairs(name: str, count: int) -> np.ndarray:
+        """Sizes of pairs [count, 2 + negatives, 3]."""
+        drawn = [
+            (*typical_pair(name, rng), *(typical_document(name, rng) for _ in range(config.data.negatives))) for _ in range(count)
+        ]
+        return np.array([[size(item, "candidate" if rank else "query") for rank, item in enumerate(pair)] for pair in drawn])
+
+    means_S2 = np.array([pairs(name, 100).sum(axis=1).mean(axis=0)[:2].astype(int) for name in names])
+    for sources in balanced_schedule(weights, means_S2, config.batch_size // sub_batch, steps).tolist():
+        yield np.concatenate([pairs(names[source], sub_batch) for source in sources]).reshape(-1, 3)
+
+
+def rows_of_steps(steps: Sequence[Int[np.ndarray, "N 3"]], row: Size) -> RowsOfSteps:
+    """Packs every step into rows of one capacity.
+
+    Raises:
+      UserError: an item is larger than a row.
+    """
+    packed = [pack(sizes_N3, row)[:, 0] for sizes_N3 in steps]
+    rows = [int(rows_N.max()) + 1 for rows_N in packed]
+    vectors = max(np.bincount(rows_N, sizes_N3[:, 2]).max() for rows_N, sizes_N3 in zip(packed, steps, strict=True))
+    return RowsOfSteps(float(np.mean(rows)), max(rows), fill(np.concatenate(steps), row, sum(rows)), int(vectors))
