@@ -94,7 +94,7 @@ def run_config():
     config = default_config()
     with config.unlocked():
         config.architecture = ARCHITECTURE
-    config.dtype, config.checkpoint_layers, config.unroll_layers = "float32", False, 4
+    config.dtype, config.recompute, config.unroll_layers = "float32", "nothing", 4
     config.batch_size = config.microbatch_size = PAIRS
     return config
 

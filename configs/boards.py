@@ -22,7 +22,7 @@ def get_config(arg=None):
     with config.unlocked():
         config.architecture = ConfigDict(tiny.architecture.to_dict())
     config.architecture.vision_config.window_size = 112
-    for key in ("dtype", "checkpoint_layers", "unroll_layers", "meta_token_scale", "temperature", "optimizer"):
+    for key in ("dtype", "recompute", "unroll_layers", "meta_token_scale", "temperature", "optimizer"):
         config[key] = tiny[key]
     config.embedding_dim = 32
 

@@ -14,7 +14,7 @@ def get_config(arg=None):
         raise UserError(f"no stage {arg!r}: write configs/tiny.py:base or configs/tiny.py")
     config = default_config()
     config.dtype = "float32"
-    config.checkpoint_layers = False
+    config.recompute = "nothing"
     config.unroll_layers = 3
     with config.unlocked():
         config.architecture = dict(

@@ -57,7 +57,7 @@ FIXED_KEYS = (
 # `validate_every` also determines which steps can be the best.
 FREE_KEYS = (
     "name",
-    "checkpoint_layers",
+    "recompute",
     "unroll_layers",
     "data.dir",
     "data.workers",
@@ -90,7 +90,9 @@ def default_config() -> ConfigDict:
     config.meta_token_scale = 0.02  # standard deviation of fresh Meta Tokens
     config.embedding_dim = 0  # width of the head; 0: none
     config.dtype = "bfloat16"  # of activations and matmuls; float32 for parity
-    config.checkpoint_layers = True  # recompute layers in the backward pass
+    config.recompute = (
+        "layers"  # by the backward pass: everything (least memory), layers or nothing: metaembed_jax.training.microbatches
+    )
     config.unroll_layers = 1  # layers to a turn of the loop over a stack
 
     config.trained = (("*", "full"),)  # (pattern of parameters, full or lora); all others are frozen: metaembed_jax.trained
@@ -218,7 +220,7 @@ def model_config(config: ConfigDict, training: bool = False) -> ModelConfig:
         meta_token_scale=config.meta_token_scale,
         embedding_dim=config.embedding_dim,
         dtype=config.dtype,
-        checkpoint=config.checkpoint_layers,
+        checkpoint=config.recompute != "nothing",
         unroll=config.unroll_layers,
         lora=LoraConfig(lora_patterns(config.trained), config.lora.rank, config.lora.alpha, dropout),
         int8=config.frozen_dtype == "int8",
@@ -257,6 +259,7 @@ def check_config(config: ConfigDict) -> None:
     validate_groups(config.groups, config.query_tokens, config.candidate_tokens)
     _choice(config, "dtype", ("float32", "bfloat16"))
     _choice(config, "frozen_dtype", ("", "bfloat16", "float32", "int8"))
+    _choice(config, "recompute", ("everything", "layers", "nothing"))
     _entries(config, "trained", [(str, str)], "('*', 'full')")
     for pattern, how in config.trained:
         if how not in ("full", "lora"):

@@ -78,11 +78,12 @@ def rows_here(mesh: Mesh, rows: int) -> Int[np.ndarray, " n"]:
     return parts[here]
 
 
-def put_rows(x: np.ndarray, mesh: Mesh, axis: int = 0) -> jax.Array:
+def put_rows(x: np.ndarray, mesh: Mesh, axis: int = 0, memory_kind: str | None = None) -> jax.Array:
     """This host's rows of a batch, as a part of the batch over the whole mesh.
 
     Args:
       x: what `rows_here` names, along `axis`.
+      memory_kind: of the devices' or their hosts' memory; None: the devices'.
     """
     shards = batch_shards(mesh)
     size = x.shape[axis] * shards // len(rows_here(mesh, shards))
@@ -95,7 +96,7 @@ def put_rows(x: np.ndarray, mesh: Mesh, axis: int = 0) -> jax.Array:
 
     axes = [None] * x.ndim
     axes[axis] = "batch"
-    return jax.make_array_from_callback(shape, named_sharding(mesh, axes), part)
+    return jax.make_array_from_callback(shape, named_sharding(mesh, axes).with_memory_kind(memory_kind), part)
 
 
 def rows_of(x: jax.Array) -> np.ndarray:

@@ -89,8 +89,11 @@ def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh:
     def whole(*axes: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(axes, dtype, sharding=replicated(mesh))
 
+    def kept(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(rows_memory(mesh)))
+
     return TrainingBatch(
-        rows=rows.abstract(shape.size, shape.row, layout, mesh, shape.microbatches),
+        rows=rows.abstract(shape.size, shape.row, layout, mesh, shape.microbatches).map(kept),
         queries=whole(pairs),
         documents=whole(pairs * (1 + negatives)),
         negative_mask=whole(pairs, negatives, dtype=jnp.bool_),
@@ -99,6 +102,14 @@ def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh:
 
 
 def put(batch: TrainingBatch, mesh: Mesh) -> TrainingBatch:
-    """Send a batch to the devices: this host's rows of it, and all the rest whole."""
+    """Send a batch to the mesh: this host's rows of it to `rows_memory`, and all the rest whole to every device."""
     whole = {field.name: put_whole(getattr(batch, field.name), mesh) for field in dataclasses.fields(batch) if field.name != "rows"}
-    return TrainingBatch(rows=rows.put(batch.rows, mesh, axis=1), **whole)
+    return TrainingBatch(rows=rows.put(batch.rows, mesh, axis=1, memory_kind=rows_memory(mesh)), **whole)
+
+
+def rows_memory(mesh: Mesh) -> str | None:
+    """The kind of memory that holds the rows of a step: the hosts', from which microbatches go to TPUs one at a time.
+
+    On a device, the rows of two steps would lie: those that it computes with, and the next.
+    """
+    return "pinned_host" if mesh.devices.flat[0].platform == "tpu" else None

@@ -224,13 +224,15 @@ def test_dropout_belongs_to_an_item_wherever_it_is(case):
     assert (np.abs(others - expected).max(axis=(1, 2)) > 1e-3).all()
 
 
-@pytest.mark.parametrize("trained, checkpoint, microbatch", [("lora", True, 4), ("full", False, 8), ("meta_tokens", True, 8)])
-def test_flops_equal_what_jax_traces(case, trained, checkpoint, microbatch):
+@pytest.mark.parametrize(
+    "trained, recompute, microbatch", [("lora", "everything", 2), ("full", "nothing", 0), ("meta_tokens", "layers", 2)]
+)
+def test_flops_equal_what_jax_traces(case, trained, recompute, microbatch):
     """The branches of a conditional count as often as they run."""
     config = training_config(case, case.record.patches)
     find_start(config)
     tables = {"lora": case.record.lora, "full": (("*", "full"),), "meta_tokens": (("meta_tokens", "full"),)}
-    config.trained, config.checkpoint_layers, config.microbatch_size = tables[trained], checkpoint, microbatch
+    config.trained, config.recompute, config.microbatch_rows = tables[trained], recompute, microbatch
     assert sum(train_flops(config)) == pytest.approx(traced_flops(config), rel=1e-9)  # shares are not exact
 
 
