@@ -67,6 +67,7 @@ class PromptProcessor:
         self.images, self.limits = images, limits
         self._tokenizer = PromptTokenizer(tokenizer, self.special_tokens, self.title)
         self._end_of_query = [self._tokenizer.ids[self.filler]] * 10 + self._tokenizer.encode("\n")
+        self._check_limits()
 
     @property
     def fingerprint(self) -> str:
@@ -118,6 +119,12 @@ class PromptProcessor:
         """Return the number of tokens of a text with the words of its prompt around it, uncut; needs no image."""
         prompt = self._prompt(None, side, bool(text), with_image)
         return len(self._tokenizer.fit(prompt.before, text, prompt.after, None, name))
+
+    def _check_limits(self) -> None:
+        """Refuses limits that not even an empty text keeps. Families call it again, once they know more of their prompts."""
+        if self.limits is not None:
+            for side in ("query", "candidate"):
+                self.size({"text": ""}, side, name=side)
 
     def _example(self, item: dict, side: str, name: str) -> Example:
         text, image = read_item(item, name)

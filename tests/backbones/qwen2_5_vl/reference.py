@@ -1,5 +1,6 @@
 """What transformers computes for random checkpoints of a Qwen-VL family, written from the method's description alone."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,7 +65,8 @@ QUERIES = [*TEXTS, {"text": "where", "image": TALL}, {"text": "a longer question
 CANDIDATES = [*TEXTS[1:], {"image": TALL}, {"image": WIDE}, {"text": "with a caption of its own", "image": WIDE}, {"image": SMALL}]
 
 
-def write_tokenizer(directory: Path) -> None:
+@functools.cache
+def tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -73,7 +75,11 @@ def write_tokenizer(directory: Path) -> None:
         vocab_size=VOCABULARY, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(["user\nQuery: a red car", "Describe the image.", "the cloud question"] * 5, trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    return tokenizer
+
+
+def write_tokenizer(directory: Path) -> None:
+    tokenizer().save(str(directory / "tokenizer.json"))
 
 
 def write_checkpoint(directory: Path, configuration: dict) -> None:

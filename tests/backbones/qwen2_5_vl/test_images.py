@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from metaembed_jax.backbones.qwen.images import patchify, smart_resize
-from metaembed_jax.backbones.qwen2_5_vl import Config, Images
+from metaembed_jax.backbones.qwen.images import fit_grid, smart_resize
+from metaembed_jax.backbones.qwen2_5_vl import Config, Images, Processor
 from metaembed_jax.errors import UserError
-from tests.backbones.qwen2_5_vl.reference import CONFIGURATIONS
+from tests.backbones.qwen2_5_vl.reference import CONFIGURATIONS, tokenizer
 
 CONFIG = Images(min_pixels=56 * 56, max_pixels=40 * 28 * 28)
 ARCHITECTURE = Config.from_huggingface(CONFIGURATIONS["grouped"])
@@ -29,17 +29,23 @@ def reference(image, config=CONFIG):
     return output["pixel_values"].reshape(-1, 3, 2, 196), output["image_grid_thw"][0]
 
 
-def normalised(patches):
+def cut(image, config=CONFIG, name="image"):
+    """An image's grid, its arrays, and the place of each unit in raster order."""
+    example = Processor(tokenizer(), config).candidate({"image": image}, name=name)
+    return config.grid(*image.size, None, None, name), example, example.visual[example.visual >= 0]
+
+
+def normalised(example, raster):
     """Our patches in raster order of units, with the arithmetic of the device."""
-    raster = patches.patches.reshape(-1, 4, 588)[patches.raster].reshape(-1, 3, 196)
+    raster = example.patch_arrays["patches"].reshape(-1, 4, 588)[raster].reshape(-1, 3, 196)
     return (raster.astype(np.float32) / 255 - np.float32(MEAN)[:, None]) / np.float32(STD)[:, None]
 
 
 def assert_equals_reference(image, config=CONFIG):
     expected, grid = reference(image, config)
-    patches = patchify(image, config)
-    assert (1, 2 * patches.grid[0], 2 * patches.grid[1]) == tuple(grid)
-    ours = normalised(patches)
+    ours, example, raster = cut(image, config)
+    assert (1, 2 * ours.rows, 2 * ours.columns) == tuple(grid)
+    ours = normalised(example, raster)
     for frame in range(2):
         np.testing.assert_allclose(ours, expected[:, :, frame], rtol=0, atol=1e-5)
 
@@ -65,30 +71,34 @@ def test_smart_resize_equals_transformers(height, width, smallest, more):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 14), st.integers(1, 14), st.sampled_from([56, 84, 112]))
-def test_windows_hold_every_unit_once_and_its_own_neighbours(rows, columns, window_size):
+def test_slots_hold_every_unit_once_beside_its_window(rows, columns, window_size):
     config = Images(1, 10**6, window_size=window_size)
     side = window_size // 28
-    layout = config.order(rows, columns)
-    assert sorted(layout[layout >= 0]) == list(range(rows * columns))
-    windows = layout.reshape(-1, side * side)
-    assert len(windows) == -(-rows // side) * -(-columns // side)
-    across = -(-columns // side)
-    for number, window in enumerate(windows):
-        for slot, unit in enumerate(window):
-            row, column = number // across * side + slot // side, number % across * side + slot % side
-            assert unit == (row * columns + column if row < rows and column < columns else -1)
+    units, windows = config.order(rows, columns)
+    assert units.shape == windows.shape and units.shape[1] == side**2
+    assert config.patches(rows, columns) == 4 * units.size
+    assert sorted(units[units >= 0]) == list(range(rows * columns))
+    assert ((units < 0) == (windows < 0)).all()
+    known = {}
+    for slot, place in np.argwhere(units >= 0):
+        row, column = divmod(int(units[slot, place]), columns)
+        window = row // side, column // side
+        assert known.setdefault(window, (slot, windows[slot, place])) == (slot, windows[slot, place])
+    assert len(set(known.values())) == len(known)  # no two windows of one slot and number
+    assert len(units) <= 1.7 * rows * columns / side**2 + 1  # first fit, largest first
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 13), st.integers(1, 13))
-def test_window_order_is_that_of_transformers_without_the_padding(rows, columns):
+def test_windows_are_those_of_transformers(rows, columns):
     torch = pytest.importorskip("torch")
     vision = pytest.importorskip("transformers.vision_utils")
     index, bounds = vision.get_vision_window_index(torch.tensor([[1, 2 * rows, 2 * columns]]), 2, 112, 14)
-    layout = CONFIG.order(rows, columns)
-    np.testing.assert_array_equal(layout[layout >= 0], index.numpy())
-    filled = (layout.reshape(-1, 16) >= 0).sum(axis=1) * 4
-    np.testing.assert_array_equal(np.cumsum(filled), torch.unique_consecutive(torch.as_tensor(bounds))[1:].numpy())
+    bounds = torch.unique_consecutive(torch.as_tensor(bounds)).numpy() // 4
+    expected = {tuple(index.numpy()[first:last]) for first, last in zip(bounds, bounds[1:], strict=False)}
+    units, windows = CONFIG.order(rows, columns)
+    keys = np.arange(len(units))[:, None] * 16 + windows
+    assert {tuple(units[(keys == key) & (units >= 0)]) for key in np.unique(keys[units >= 0])} == expected
 
 
 @settings(max_examples=25, deadline=None)
@@ -96,31 +106,40 @@ def test_window_order_is_that_of_transformers_without_the_padding(rows, columns)
 def test_each_patch_is_the_square_of_the_image_that_its_position_names(rows, columns, seed):
     config = Images(1, 10**7)
     image = noise(columns * 28, rows * 28, seed=seed)  # so that nothing is resized
-    patches = patchify(image, config)
-    assert patches.grid == (rows, columns)
-    assert len(patches.mask) % 64 == 0
-    assert patches.mask.sum() == rows * columns * 4
-    assert len(np.unique(patches.positions[patches.mask], axis=0)) == rows * columns * 4
-    assert not patches.patches[~patches.mask].any() and not patches.positions[~patches.mask].any()
+    grid, example, raster = cut(image, config)
+    patches, positions, mask = example.patch_arrays["patches"], example.patch_arrays["patch_positions"], example.patch_mask
+    assert (grid.rows, grid.columns, grid.patches) == (rows, columns, len(mask))
+    assert len(mask) % 64 == 0
+    assert mask.sum() == rows * columns * 4
+    assert len(np.unique(positions[mask], axis=0)) == rows * columns * 4
+    assert not patches[~mask].any() and not positions[~mask].any()
     pixels = np.asarray(image)
-    for patch, (row, column) in zip(patches.patches[patches.mask], patches.positions[patches.mask], strict=True):
+    for patch, (row, column) in zip(patches[mask], positions[mask], strict=True):
         square = pixels[row * 14 : row * 14 + 14, column * 14 : column * 14 + 14]
         np.testing.assert_array_equal(patch.reshape(3, 14, 14), square.transpose(2, 0, 1))
-    for unit, slot in enumerate(patches.raster):
+    for unit, slot in enumerate(raster):
         corner = (unit // columns * 2, unit % columns * 2)
         expected = np.array(corner) + [(0, 0), (0, 1), (1, 0), (1, 1)]
-        np.testing.assert_array_equal(patches.positions[4 * slot : 4 * slot + 4], expected)
+        np.testing.assert_array_equal(positions[4 * slot : 4 * slot + 4], expected)
+    dtypes = {name: array.dtype.name for name, array in example.patch_arrays.items()}
+    assert dtypes == {"patches": "uint8", "patch_positions": "int32", "windows": "int32"}
 
 
-def test_dtypes_of_patches():
-    patches = patchify(noise(90, 61), CONFIG)
-    dtypes = [patches.patches.dtype, patches.positions.dtype, patches.mask.dtype, patches.raster.dtype]
-    assert dtypes == [np.uint8, np.int32, np.bool_, np.int32]
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 200))
+def test_the_largest_grid_of_a_shape_that_fits(rows, columns, most):
+    fitted = fit_grid(rows, columns, most)
+    assert min(fitted) >= 1 and np.prod(fitted) <= most
+    if rows * columns <= most:
+        assert fitted == (rows, columns)
+    elif min(fitted) > 1:  # of a side, less than one unit is lost, and the other side's loss of that
+        shrink = (most / (rows * columns)) ** 0.5
+        assert all(side * shrink - 1 < kept <= side * shrink for side, kept in zip((rows, columns), fitted, strict=True))
 
 
 def test_thin_images_are_refused_by_name():
     with pytest.raises(UserError, match="^row 3: one side of a 201x1 image is over 200 times"):
-        patchify(noise(201, 1), CONFIG, "row 3")
+        cut(noise(201, 1), CONFIG, "row 3")
 
 
 @pytest.mark.parametrize(

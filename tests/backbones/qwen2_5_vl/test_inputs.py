@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from metaembed_jax.backbones.qwen.images import patchify
 from metaembed_jax.backbones.qwen2_5_vl import SPECIAL_TOKENS, Config, Images, Processor
+from metaembed_jax.batch.items import Limits
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.examples import ShapeClass, collate
 from tests.backbones.qwen2_5_vl.reference import CONFIGURATIONS
 
 CONFIG = Images(min_pixels=56 * 56, max_pixels=60 * 28 * 28)
@@ -65,9 +66,19 @@ def whole(string):
     return TOKENIZER.encode(string, add_special_tokens=False).ids
 
 
+def grid(image):
+    cut = CONFIG.grid(*image.size, None, None, "image")
+    return cut.rows, cut.columns
+
+
 def visual(image):
-    grid = patchify(image, CONFIG).grid
-    return f"<|vision_start|>{'<|image_pad|>' * (grid[0] * grid[1])}<|vision_end|>"
+    return f"<|vision_start|>{'<|image_pad|>' * np.prod(grid(image))}<|vision_end|>"
+
+
+def within(prompt, side):
+    """A processor whose prompts of one side have at most so many tokens."""
+    query, candidate = {"query": (500, 0), "candidate": (0, 500)}[side]
+    return Processor(TOKENIZER, CONFIG, Limits(500 + prompt, 1024, 1000, query, candidate))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -108,7 +119,7 @@ def test_special_strings_of_the_user_stay_text(text):
         counts = {token: (example.tokens == number).sum() for token, number in IDS.items()}
         expected = dict.fromkeys(SPECIAL_TOKENS, 1) | {"<|image_pad|>": 4}
         assert counts == expected
-        assert (example.token_arrays["visual_index"] >= 0).tolist() == (example.tokens == IDS["<|image_pad|>"]).tolist()
+        assert (example.visual >= 0).tolist() == (example.tokens == IDS["<|image_pad|>"]).tolist()
         start = example.tokens.tolist().index(IDS["<|vision_end|>"]) + 1
         assert TOKENIZER.decode(example.tokens[start:-2].tolist(), skip_special_tokens=False) == (text or "Describe the image.")
 
@@ -135,30 +146,32 @@ def test_positions_equal_get_rope_index(size, text):
         PROCESSOR.candidate({"image": noise(*size[::-1])}),
         PROCESSOR.query({"text": text}),
     ]
-    batch = collate(examples, ShapeClass(200, 4 * 64 * 16), LAYOUT)
-    kinds = (batch["tokens"] == IDS["<|image_pad|>"]) & batch["mask"]
-    grids = [[1, *(2 * side for side in patchify(noise(*shape), CONFIG).grid)] for shape in (size, size[::-1])]
+    meta = 3  # count on as text
+    batch = collate([[RowItem(example, meta, meta)] for example in examples], Size(200, 4 * 64 * 16, meta), LAYOUT)
+    mask = batch.segments > 0
+    kinds = (batch.tokens == IDS["<|image_pad|>"]) & mask
+    grids = [[1, *(2 * side for side in grid(noise(*shape)))] for shape in (size, size[::-1])]
     positions, _ = reference.get_rope_index(
         model,
-        torch.tensor(batch["tokens"]).long(),
+        torch.tensor(batch.tokens).long(),
         torch.tensor(kinds.astype(np.int32)),
         torch.tensor(grids),
-        attention_mask=torch.tensor(batch["mask"].astype(np.int32)),
+        attention_mask=torch.tensor(mask.astype(np.int32)),
     )
     expected = positions.numpy().transpose(1, 0, 2)
-    kept = np.broadcast_to(batch["mask"][:, None], expected.shape)
-    np.testing.assert_array_equal(batch["positions"][kept], expected[kept])
+    kept = np.broadcast_to(mask[:, None], expected.shape)
+    np.testing.assert_array_equal(batch.positions[kept], expected[kept])
 
 
-def test_image_tokens_point_at_their_units_in_window_order():
+def test_image_tokens_point_at_their_units():
     image = noise(28 * 7, 28 * 5)
     example = PROCESSOR.candidate({"image": image, "text": "a"})
-    assert patchify(image, CONFIG).grid == (5, 7)
-    tokens = example.token_arrays["visual_index"] >= 0
-    corners = example.patch_arrays["patch_positions"].reshape(-1, 4, 2)[example.token_arrays["visual_index"][tokens], 0] // 2
+    assert grid(image) == (5, 7)
+    tokens = example.visual >= 0
+    corners = example.patch_arrays["patch_positions"].reshape(-1, 4, 2)[example.visual[tokens], 0] // 2
     np.testing.assert_array_equal(corners, np.stack(np.divmod(np.arange(35), 7), axis=1))
     start = np.flatnonzero(tokens)[0]
-    np.testing.assert_array_equal(example.token_arrays["positions"][1:, tokens].T - start, corners)
+    np.testing.assert_array_equal(example.positions[1:, tokens].T - start, corners)
 
 
 @settings(max_examples=100, deadline=None)
@@ -168,8 +181,10 @@ def test_truncation_cuts_only_the_end_of_the_users_text(text, spare):
     for side in (PROCESSOR.query, PROCESSOR.candidate):
         for item in ({"text": text}, {"text": text, "image": image}):
             limit = len(whole_prompt(side, "", item.get("image"))) + spare
-            full, cut = side(item).tokens.tolist(), side(item, max_tokens=limit).tokens.tolist()
-            assert len(cut) <= limit
+            example = getattr(within(limit, side.__name__), side.__name__)(item)
+            full, cut = side(item).tokens.tolist(), example.tokens.tolist()
+            assert len(cut) <= limit and not example.shrunk
+            assert example.cut == len(full) - len(cut)
             if len(full) <= limit:
                 assert cut == full
             else:
@@ -185,16 +200,45 @@ def test_truncation_keeps_the_most_that_fits():
     words = "a red car " * 50
     fixed = len(PROCESSOR.candidate({"text": ""}).tokens)
     for room in (1, 7, 40):
-        cut = PROCESSOR.candidate({"text": words}, max_tokens=fixed + room)
+        cut = within(fixed + room, "candidate").candidate({"text": words})
         assert len(cut.tokens) == fixed + room
+    some = Processor(TOKENIZER, CONFIG, Limits(500, 1024, 5, 0, 0)).candidate({"text": words})
+    assert len(some.tokens) == fixed + 5
 
 
-def test_no_room_for_prompt_or_image_is_an_error():
-    with pytest.raises(UserError, match="^row 3: prompt and image alone are 4 tokens over the limit"):
-        image = noise(112, 112)
-        PROCESSOR.candidate({"image": image}, max_tokens=len(PROCESSOR.candidate({"image": image}).tokens) - 4, name="row 3")
-    with pytest.raises(UserError, match="^row 3: prompt and image alone"):
-        PROCESSOR.query({"text": "a red car"}, max_tokens=8, name="row 3")
+def test_no_room_for_a_prompt_is_an_error():
+    with pytest.raises(UserError, match="its prompt alone takes .* tokens, and config.row leaves 8 for one; raise config.row"):
+        within(8, "query")
+    with pytest.raises(UserError, match="^row 3: has an image, and config.row leaves .* tokens and 63 patches"):
+        Processor(TOKENIZER, CONFIG, Limits(100, 63, 9, 0, 0)).candidate({"image": noise(56, 56)}, name="row 3")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.none() | st.tuples(st.integers(1, 700), st.integers(1, 700)),
+    st.text(max_size=30) | st.integers(0, 90).map(lambda words: "a red été " * words),
+    st.sampled_from(["query", "candidate"]),
+    st.none() | st.tuples(st.integers(60, 130), st.integers(1, 20).map(lambda slots: 64 * slots), st.integers(1, 60)),
+)
+def test_sizes_are_those_of_the_examples(image, text, side, limits):
+    """Without decoding; and whatever the limits are, the example fits them."""
+    processor = PROCESSOR if limits is None else Processor(TOKENIZER, CONFIG, Limits(*limits, 16, 20))
+    item = {"text": text} | ({} if image is None else {"image": noise(*image)})
+    described = item if image is None else item | {"image": image}
+    try:
+        example = getattr(processor, side)(item)
+    except UserError as error:
+        with pytest.raises(UserError) as refused:
+            processor.size(described, side, name=side)
+        assert str(refused.value) == str(error)
+        return
+    size = processor.size(described, side)
+    assert size == (len(example.tokens), example.patches, example.cut, example.shrunk)
+    assert size == processor.size(item, side, text_tokens=processor.text_tokens(text, image is not None, side))
+    if limits:
+        assert size.tokens <= processor.limits.prompt(side) and size.patches <= limits[1]
+    else:
+        assert not size.cut and not size.shrunk
 
 
 @pytest.mark.parametrize(
@@ -215,20 +259,26 @@ def test_bad_items_are_named(item, message):
 
 def test_a_batch_is_the_one_that_the_network_reads():
     examples = [PROCESSOR.query({"text": "a red car"}), PROCESSOR.candidate({"image": noise(90, 200)})]
-    batch = collate(examples, ShapeClass(tokens=80, patches=256), LAYOUT)
-    assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
-        "tokens": ((2, 80), "int32"),
-        "positions": ((2, 3, 80), "int32"),
-        "mask": ((2, 80), "bool"),
-        "visual_index": ((2, 80), "int32"),
+    items = [RowItem(examples[0], 2, 2), RowItem(examples[1], 5, 3)]
+    batch = collate([[], items], Size(tokens=100, patches=256, vectors=6), LAYOUT)
+    arrays = vars(batch) | batch.patch_arrays
+    shapes = {key: (value.shape, value.dtype.name) for key, value in arrays.items() if key != "patch_arrays"}
+    assert shapes == {
+        "tokens": ((2, 100), "int32"),
+        "segments": ((2, 100), "int32"),
+        "positions": ((2, 3, 100), "int32"),
+        "meta": ((2, 100), "int32"),
+        "visual": ((2, 100), "int32"),
+        "reads": ((2, 6), "int32"),
+        "row": ((2,), "int32"),
         "patches": ((2, 256, 588), "uint8"),
+        "patch_segments": ((2, 256), "int32"),
         "patch_positions": ((2, 256, 2), "int32"),
-        "patch_mask": ((2, 256), "bool"),
+        "windows": ((2, 256), "int32"),
     }
-    assert (batch["visual_index"][~batch["mask"]] == -1).all() and batch["mask"][:, -1].all()
-    patches = patchify(noise(90, 200), CONFIG)
-    for name, array in patches.arrays.items():
-        np.testing.assert_array_equal(batch[name][1, : len(array)], array)
+    for name, array in examples[1].patch_arrays.items():
+        np.testing.assert_array_equal(arrays[name][1, : len(array)], array)
+    assert batch.reads[1, :5].tolist() == [*np.flatnonzero(batch.meta[1] >= 0)[:2], *np.flatnonzero(batch.meta[1] >= 0)[-3:]]
 
 
 def test_a_tokenizer_of_another_family_is_refused():

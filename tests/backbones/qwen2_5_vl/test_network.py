@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metaembed_jax.backbones.qwen.images import patchify
-from metaembed_jax.backbones.qwen.network import extend_positions, patch_angles
+from metaembed_jax.backbones.layers import at
+from metaembed_jax.backbones.qwen.network import patch_angles
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.checkpoints.loading import load
-from metaembed_jax.inputs.examples import ShapeClass, collate
 from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
 from tests.backbones.modules import TOLERANCE, layer_of, run
@@ -32,9 +33,11 @@ class Case:
         self.backbone = nnx.merge(abstract_network(config)[0], parameters).backbone
         self.theirs = Transformers(directory)
         self.examples = [self.processor.candidate({"image": picture}) for picture in PICTURES]
-        self.rasters = [patchify(picture, self.processor.images).raster for picture in PICTURES]
-        shape = ShapeClass(64, max(example.patches for example in self.examples))
-        self.batch = collate(self.examples, shape, config.architecture.layout)
+        self.rasters = [example.visual[example.visual >= 0] for example in self.examples]
+        row = Size(64, max(example.patches for example in self.examples), 1)
+        self.batch = collate([[RowItem(example, 1, 1)] for example in self.examples], row, config.architecture.layout)
+        self.is_patch = self.batch.patch_segments > 0
+        self.positions = self.batch.patch_arrays["patch_positions"]
         vision = config.architecture.vision_config
         self.vision_head = vision.hidden_size // vision.num_heads
         self.seen = self.theirs.images(PICTURES, return_tensors="pt")
@@ -48,9 +51,9 @@ class Case:
             ]
         )
 
-    def in_window_order(self, values_BPD):
-        """Rows of our patches without padding: the order inside of transformers' vision tower."""
-        return np.asarray(values_BPD)[self.batch["patch_mask"]]
+    def in_window_order(self, values_BPD, index):
+        """Rows of our patches in the order inside of transformers' vision tower; `index` names its units in raster order."""
+        return self.in_raster_order(values_BPD).reshape(len(index), 4, -1)[index].reshape(4 * len(index), -1)
 
     def noise(self, *shape):
         return np.random.default_rng(5).normal(size=shape).astype(np.float32)
@@ -62,7 +65,7 @@ def case(tmp_path_factory):
 
 
 def test_patch_embedding(case):
-    ours = case.backbone.vision.embed_patches(case.batch["patches"], jnp.float32)
+    ours = case.backbone.vision.embed_patches(case.batch.patches, jnp.float32)
     theirs = run(case.theirs.model.model.visual.patch_embed, case.seen["pixel_values"])
     np.testing.assert_allclose(case.in_raster_order(ours), theirs, **TOLERANCE)
 
@@ -71,7 +74,7 @@ def test_vision_rotary_angles(case):
     vision_utils = pytest.importorskip("transformers.vision_utils")
     positions = vision_utils.get_vision_position_ids(case.seen["image_grid_thw"], 2)
     expected = run(case.theirs.model.model.visual.rotary_pos_emb, case.seen["pixel_values"], positions)
-    for ours, theirs in zip(patch_angles(case.batch["patch_positions"], case.vision_head), expected, strict=True):
+    for ours, theirs in zip(patch_angles(case.positions, case.vision_head), expected, strict=True):
         np.testing.assert_allclose(case.in_raster_order(ours), theirs, **TOLERANCE)
 
 
@@ -79,17 +82,16 @@ def test_vision_rotary_angles(case):
 def test_vision_block(case, full):
     vision_utils = pytest.importorskip("transformers.vision_utils")
     visual, grid = case.theirs.model.model.visual, case.seen["image_grid_thw"]
-    if full:
-        lengths = vision_utils.get_vision_cu_seqlens(grid)
-    else:
-        lengths = torch.unique_consecutive(vision_utils.get_vision_window_index(grid, 2, visual.window_size, 14)[1])
-    x_BPD = case.noise(*case.batch["patch_mask"].shape, visual.config.hidden_size)
-    angles = patch_angles(case.batch["patch_positions"], case.vision_head)
+    index, bounds = vision_utils.get_vision_window_index(grid, 2, visual.window_size, 14)
+    lengths = vision_utils.get_vision_cu_seqlens(grid) if full else torch.unique_consecutive(torch.as_tensor(bounds))
+    x_BPD = case.noise(*case.is_patch.shape, visual.config.hidden_size)
+    angles = patch_angles(case.positions, case.vision_head)
+    context = case.batch.patch_segments, case.batch.patch_arrays["windows"]
     number = 2
-    ours = jax.jit(layer_of(case.backbone.vision.blocks, number))(x_BPD, full, case.batch["patch_mask"], *angles)
-    flat_angles = tuple(torch.tensor(case.in_window_order(angle)) for angle in angles)
-    theirs = run(visual.blocks[number], case.in_window_order(x_BPD), cu_seqlens=lengths, position_embeddings=flat_angles)
-    np.testing.assert_allclose(case.in_window_order(ours), theirs, **TOLERANCE)
+    ours = jax.jit(layer_of(case.backbone.vision.blocks, number))(x_BPD, full, *context, *angles)
+    flat_angles = tuple(torch.tensor(case.in_window_order(angle, index)) for angle in angles)
+    theirs = run(visual.blocks[number], case.in_window_order(x_BPD, index), cu_seqlens=lengths, position_embeddings=flat_angles)
+    np.testing.assert_allclose(case.in_window_order(ours, index), theirs, **TOLERANCE)
 
 
 def test_merger(case):
@@ -101,7 +103,7 @@ def test_merger(case):
 
 def test_whole_vision_tower(case):
     tower = jax.jit(functools.partial(case.backbone.vision, dtype=jnp.float32, checkpoint=False, unroll=1))
-    units_BUD = tower(*(case.batch[key] for key in ("patches", "patch_positions", "patch_mask")))
+    units_BUD = tower(case.batch)
     ours = np.concatenate([units[raster] for units, raster in zip(units_BUD, case.rasters, strict=True)])
     theirs = run(case.theirs.model.model.visual, case.seen["pixel_values"], case.seen["image_grid_thw"]).pooler_output
     np.testing.assert_allclose(ours, theirs, **TOLERANCE)
@@ -115,30 +117,24 @@ def test_mrope_angles(case):
         np.testing.assert_allclose(ours, theirs, **TOLERANCE)
 
 
-@pytest.mark.parametrize("keep", [0, 3])
-def test_decoder_layer(case, keep):
-    """With left padding; `keep` computes the last rows only."""
+@pytest.mark.parametrize("reads", [None, [[7, 2, 3], [8, 4, 5]]])
+def test_decoder_layer(case, reads):
+    """With several segments and padding; `reads` computes some positions only."""
     model = case.theirs.model.model.language_model
     B, S = 2, 9
     x_BSD = case.noise(B, S, model.config.hidden_size)
-    mask_BS = np.arange(S) >= np.array([[0], [4]])
+    segments_BS = np.array([[1, 1, 1, 2, 2, 2, 2, 2, 0], [1, 1, 1, 1, 2, 3, 3, 3, 3]])
     positions_B3S = np.random.default_rng(0).integers(0, 50, (B, 3, S))
     angles = case.backbone.rotary(positions_B3S)
-    layer = jax.jit(functools.partial(layer_of(case.backbone.layers, 0), keep=keep))
-    ours = layer(x_BSD, None, mask_BS, *angles)
-    visible = np.tril(np.ones((S, S), bool)) & mask_BS[:, None, None, :]
+    reads_BV = None if reads is None else np.array(reads)
+    layer = jax.jit(functools.partial(layer_of(case.backbone.layers, 0), reads_BV=reads_BV))
+    ours = layer(x_BSD, None, segments_BS, *angles)
+    visible = np.tril(np.ones((S, S), bool)) & (segments_BS[:, :, None] == segments_BS[:, None])
     theirs = run(
         model.layers[0],
         x_BSD,
-        attention_mask=torch.tensor(visible) | torch.eye(S, dtype=torch.bool),  # a row of padding sees itself: no empty softmax
+        attention_mask=torch.tensor(visible[:, None]),
         position_embeddings=tuple(torch.tensor(np.asarray(angle)) for angle in angles),
     )
-    kept = mask_BS[:, -keep:]
-    np.testing.assert_allclose(np.asarray(ours)[kept], theirs.numpy()[:, -keep:][kept], **TOLERANCE)
-
-
-def test_appended_rows_count_on_as_text():
-    positions_B3S = np.array([[[0, 1, 1, 1, 4], [0, 1, 2, 3, 4], [0, 1, 1, 1, 4]], [[0, 0, 0, 1, 2]] * 3])
-    extended = np.asarray(extend_positions(jnp.asarray(positions_B3S), 3))
-    np.testing.assert_array_equal(extended[:, :, :5], positions_B3S)
-    np.testing.assert_array_equal(extended[:, :, 5:], np.array([[[5, 6, 7]] * 3, [[3, 4, 5]] * 3]))
+    theirs = at(jnp.asarray(theirs.numpy()), reads_BV)
+    np.testing.assert_allclose(ours, theirs, **TOLERANCE)

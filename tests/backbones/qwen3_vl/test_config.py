@@ -37,7 +37,7 @@ def changed(part, key, value):
 def test_the_released_layout():
     config = Config.from_huggingface(RELEASED)
     assert (config.text_config.rope_theta, config.text_config.mrope_section) == (5e6, (24, 20, 20))
-    assert (config.vision_config.table_side, config.width, config.vocabulary, config.patch_multiple) == (48, 2048, 151936, 4)
+    assert (config.vision_config.table_side, config.width, config.vocabulary, config.layout.multiple) == (48, 2048, 151936, 4)
 
 
 @pytest.mark.parametrize("stored", [RELEASED, *CONFIGURATIONS.values()])

@@ -6,8 +6,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from metaembed_jax.backbones import qwen3_vl
-from metaembed_jax.backbones.qwen.images import patchify
-from metaembed_jax.inputs.examples import ShapeClass, collate
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.rows import RowItem, collate
 from tests.backbones.qwen2_5_vl.reference import string, write_tokenizer
 from tests.backbones.qwen3_vl.test_config import RELEASED
 
@@ -55,12 +55,13 @@ def test_prompts_are_the_strings_of_the_recipe(processor, tokenizer, text):
 def test_units_are_in_raster_order(processor):
     """Without windows there is no padding among patches, and image tokens point at one unit after the other."""
     example = processor.query({"text": "a", "image": noise(130, 70)})
-    index = example.token_arrays["visual_index"]
-    assert index[index >= 0].tolist() == list(range(8))
-    assert example.patch_arrays["patch_mask"].all() and example.patches == 32
+    assert example.visual[example.visual >= 0].tolist() == list(range(8))
+    assert example.patch_mask.all() and example.patches == 32
     assert example.patch_arrays["patch_positions"][:6].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3]]
-    batch = collate([example], ShapeClass(64, 40), CONFIG.layout)
-    assert batch["patches"].shape == (1, 40, 768) and batch["patch_mask"].sum() == 32
+    assert (example.patch_arrays["patch_grid"] == [4, 8]).all()
+    batch = collate([[RowItem(example, 1, 1)] * 2], Size(128, 80, 2), CONFIG.layout)
+    assert batch.patches.shape == (1, 80, 768) and (batch.patch_segments > 0).sum() == 64
+    assert batch.visual[batch.visual >= 0].tolist() == list(range(16))
 
 
 @pytest.mark.parametrize("size", [(37, 91), (301, 203), (32, 32), (1, 1), (1, 200), (199, 1), (800, 61), (64, 65)])
@@ -68,9 +69,9 @@ def test_patches_equal_the_pillow_processor_of_transformers(processor, size):
     module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     theirs = module.Qwen2VLImageProcessorPil(**{key: SMALL[key] for key in ("size", "patch_size", "image_mean", "image_std")})
     expected = theirs(noise(*size), return_tensors="np")
-    patches = patchify(noise(*size), processor.images)
-    assert (1, 2 * patches.grid[0], 2 * patches.grid[1]) == tuple(expected["image_grid_thw"][0])
-    ours = (patches.patches.reshape(-1, 3, 256).astype(np.float32) / 255 - 0.5) / 0.5
+    arrays = processor.candidate({"image": noise(*size)}).patch_arrays
+    assert (1, *arrays["patch_grid"][0]) == tuple(expected["image_grid_thw"][0])
+    ours = (arrays["patches"].reshape(-1, 3, 256).astype(np.float32) / 255 - 0.5) / 0.5
     for frame in range(2):
         np.testing.assert_allclose(ours, expected["pixel_values"].reshape(-1, 3, 2, 256)[:, :, frame], rtol=0, atol=1e-5)
 
