@@ -1,18 +1,19 @@
 """Attention, by the implementation that suits the chip; chosen when a program is lowered.
 
     splash    TPU: JAX's Pallas kernel (`attention_splash`)
-    cudnn     NVIDIA since Ampere: cuDNN's kernel, for bfloat16 and float16 without soft caps and windows (`attention_cudnn`)
-    blocks    NVIDIA otherwise: XLA on one block of queries after another (`attention_xla`)
+    blocks    NVIDIA: XLA on one block of queries after another (`attention_xla`)
     xla       other platforms, and few keys or scores
 
 XLA alone writes the scores of all pairs to memory, [B, H, S, T]; the others hold a part of them at a time, forward and backward.
 Temporaries with gradients, as compiled: 8 causal sequences of 2048, 16 heads of 128, for v5e: 4128 MiB with XLA, 518 with splash;
-8 pages of 5120 patches, 16 heads of 80, bfloat16, for an H100: 32,002 MiB with XLA, 1,359 in blocks, 203 with cuDNN.
+8 pages of 5120 patches, 16 heads of 80, bfloat16, for an H100: 32,002 MiB with XLA, 1,359 in blocks.
+
+cuDNN's kernel would take 203 MiB there, but JAX's public interface to it (`jax.nn.dot_product_attention`) has no segments: only one
+length a row, or a mask of all pairs, which makes gradients NaN on Hopper cards (https://github.com/pytorch/pytorch/issues/196678).
 
 B batch, S queries, T keys, H heads, G key/value heads, K head width.
 """
 
-import re
 from collections.abc import Callable
 from functools import partial
 
@@ -20,13 +21,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from metaembed_jax.backbones.attention_cudnn import cudnn
 from metaembed_jax.backbones.attention_splash import SMALLEST_BLOCK, splash
 from metaembed_jax.backbones.attention_xla import in_blocks, queries_at_once, xla
 from metaembed_jax.sharding import named_sharding
 
-KERNELS = {"splash": splash, "cudnn": cudnn, "blocks": in_blocks}
-AMPERE, HOPPER = (8, 0), (9, 0)  # compute capabilities
+KERNELS = {"splash": splash, "blocks": in_blocks}
 
 
 def attention(
@@ -62,7 +61,7 @@ def attention(
     if positions_BS is not None:  # few queries, of small models
         return xla(*arrays, **kind, positions_BS=positions_BS)
     shapes = query_BSHK.shape, key_BTGK.shape, query_BSHK.dtype
-    names = {platform: attention_implementation(platform, *shapes, **kind) for platform in ("tpu", "cuda")}
+    names = {platform: attention_implementation(platform, *shapes) for platform in ("tpu", "cuda")}
     kernels = {
         platform: partial(on_each_device, partial(KERNELS[name], **kind)) for platform, name in names.items() if name != "xla"
     }
@@ -72,19 +71,9 @@ def attention(
 
 
 def attention_implementation(
-    platform: str,
-    query_shape: tuple[int, int, int, int],
-    key_shape: tuple[int, int, int, int],
-    dtype,
-    *,
-    causal: bool,
-    scale: float | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
+    platform: str, query_shape: tuple[int, int, int, int], key_shape: tuple[int, int, int, int], dtype
 ) -> str:
-    """Name the implementation of `attention` that a platform's program gets: "splash", "cudnn", "blocks" or "xla".
-
-    For "cuda" it depends on the card of this machine. Without a card, JAX does not trace cuDNN, and "blocks" takes its place.
+    """Name the implementation of `attention` that a platform's program gets: "splash", "blocks" or "xla".
 
     Fewer keys than a block of splash (a vision window has 64) go to XLA everywhere: the kernel would pad them, and compute four
     scores for each. Compiled for v5e, 320 windows, 16 heads of 80, with gradients: 560 MiB of temporaries with XLA, 1362 MiB with
@@ -93,24 +82,12 @@ def attention_implementation(
     Args:
       platform: "tpu", "cuda", "cpu" or "rocm".
     """
-    (S, _, K), T = query_shape[1:], key_shape[1]
+    S, T = query_shape[1], key_shape[1]
     if T < SMALLEST_BLOCK or platform not in ("tpu", "cuda") or np.dtype(dtype) == np.float64:  # no kernel takes float64
         return "xla"
     if platform == "tpu":
         return "splash"
-    capability = cuda_capability()
-    if capability is not None and capability >= AMPERE and np.dtype(dtype).itemsize == 2:
-        # cuDNN aligns a causal mask with the first query, and JAX's interface has no soft cap.
-        if softcap is None and window is None and (not causal or S == T) and K <= (256 if capability >= HOPPER else 128):
-            return "cudnn"
     return "blocks" if queries_at_once(query_shape, T) < S else "xla"
-
-
-def cuda_capability() -> tuple[int, int] | None:
-    """Return the compute capability of this machine's NVIDIA card, such as (9, 0); None without a card."""
-    device = jax.local_devices()[0]
-    numbers = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
-    return (int(numbers[1]), int(numbers[2])) if device.platform == "gpu" and numbers else None
 
 
 def on_each_device(kernel: Callable, query_BSHK: Array, key_BTGK: Array, value_BTGK: Array, *segments: Array) -> Array:

@@ -49,7 +49,7 @@ def splash(
     segments = SegmentIds(q=_pad(query_segments_BS, query_block), kv=_pad(key_segments_BT, key_block))
     shape = query_BHSK.shape[2], key_BGTK.shape[2]
     if causal:
-        mask = CausalMask(shape, offset=T - S) if window is None else LocalMask(shape, (window - 1, 0), offset=T - S)
+        mask = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), offset=0)
     else:
         mask = FullMask(shape)
     blocks = BlockSizes(

@@ -186,9 +186,8 @@ def best_time(compiled: Callable, arguments: tuple, carries: bool) -> float:
 
 
 def kernels_in(text: str) -> str:
-    """Return "pallas" for a lowered program that calls Pallas kernels, "cudnn" for cuDNN's, else "xla"."""
-    targets = {"tpu_custom_call": "pallas", "__cudnn": "cudnn"}
-    return "+".join(kind for target, kind in targets.items() if target in text) or "xla"
+    """Return "pallas" for a lowered program that calls Pallas kernels, else "xla"."""
+    return "pallas" if "tpu_custom_call" in text else "xla"
 
 
 def planned_bytes(compiled) -> int | None:
