@@ -4,13 +4,16 @@ import dataclasses
 
 from metaembed_jax.backbones import fields
 from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD, FamilyConfig
+from metaembed_jax.batch.items import ArraySpec, Layout
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.examples import ArraySpec, Layout
 
 TITLE = "Llama-3.2-Vision"
 BEGIN, END, IMAGE = "<|begin_of_text|>", "<|end_of_text|>", "<|image|>"
 MORE_ROWS = 8  # that the embedding table has beyond vocab_size; the first is the image token's
 MOST_TILES = 64  # of an image that a config may ask for
+# Tokens and images of a packed row. A text of 512 tokens with 80 Meta Tokens needs about 600; two photos, as documents, and their
+# queries need 270, and the tower as long for one of them as the language model for the whole row.
+DEFAULT_ROW = (640, 2)
 ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -36,6 +39,11 @@ class VisionConfig:
     def tile_patches(self) -> int:
         """Patches of a tile."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def image_patches(self) -> int:
+        """Patches of an image: of all tiles that one may have, because the tower computes them all."""
+        return self.max_num_tiles * self.tile_patches
 
     @property
     def arrangements(self) -> list[tuple[int, int]]:
@@ -127,15 +135,20 @@ class Config(FamilyConfig):
         return self.text_config.vocab_size + MORE_ROWS
 
     @property
-    def patch_multiple(self) -> int:
-        """Patches of a tile; an image has whole tiles."""
-        return self.vision_config.tile_patches
+    def default_row(self) -> tuple[int, int]:
+        """Tokens and patches of a packed row."""
+        tokens, images = DEFAULT_ROW
+        return tokens, images * self.vision_config.image_patches
 
     @property
     def layout(self) -> Layout:
-        """`patches` are pixels, tile after tile; `aspect_ratio` is the id of the image's arrangement of tiles, 0 in padding."""
-        pixels = ArraySpec((3 * self.vision_config.patch_size**2,), "uint8")
-        return Layout({}, {"patches": pixels, "patch_mask": ArraySpec((), "bool"), "aspect_ratio": ArraySpec((), "int32")})
+        """The arrays of a batch: pixels, tile after tile, and the id of the image's arrangement of tiles, 0 in padding.
+
+        No visual token stands in the sequence, so `unit` has no meaning.
+        """
+        vision = self.vision_config
+        patches = {"patches": ArraySpec((3 * vision.patch_size**2,), "uint8"), "aspect_ratio": ArraySpec((), "int32")}
+        return Layout(patches, position_axes=1, unit=1, multiple=vision.image_patches)
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other.

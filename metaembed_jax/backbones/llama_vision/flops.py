@@ -1,5 +1,5 @@
-"""The parts of Llama-3.2-Vision, for counting its arithmetic. P patches, Q tokens of all tiles an image may have, filled up, T of
-the class's tiles, S rows of text."""
+"""The parts of Llama-3.2-Vision, for counting its arithmetic. P patches, J images, Q tokens of an image's tiles, filled up, T states of
+all images that text may look at, S tokens."""
 
 from metaembed_jax.backbones.llama_vision.config import Config, TextConfig, VisionConfig
 from metaembed_jax.backbones.llama_vision.vision import FILLED_TO
@@ -9,25 +9,24 @@ from metaembed_jax.backbones.parts import Attention, Part
 def parts(config: Config, patches: int, rows: int, read: int) -> tuple[Part, ...]:
     """See `backbones.parts`."""
     vision = config.vision_config
-    patches = min(patches, vision.max_num_tiles * vision.tile_patches)
     T = patches // vision.tile_patches * (vision.tile_patches + 1)
     return (*(_vision(vision, patches, T) if patches else ()), *_language(config.text_config, rows, T))
 
 
 def _vision(config: VisionConfig, P: int, T: int) -> tuple[Part, ...]:
-    Q = config.max_num_tiles * FILLED_TO * -(-(config.tile_patches + 1) // FILLED_TO)
+    J, Q = P // config.image_patches, config.max_num_tiles * FILLED_TO * -(-(config.tile_patches + 1) // FILLED_TO)
     # Heads have a number more, which keeps padding apart.
     heads = (config.attention_heads, config.attention_heads, config.hidden_size // config.attention_heads + 1)
     local, whole = (
-        Attention(layers, Q, Q, Q, *heads, rotates=False) for layers in (config.num_hidden_layers, config.num_global_layers)
+        Attention(layers, J * Q, J * Q, Q, *heads, rotates=False) for layers in (config.num_hidden_layers, config.num_global_layers)
     )
     return (
         Part("vision.patch_embedding", P),
         *(Part(f"vision.{name}", 0) for name in ("before_tiles", "class_embedding", "position_embedding", "tile_positions")),
         Part("vision.norm_before", 0),
-        Part("vision.layers", Q, config.hidden_size, (local,), last="mlp.down"),
+        Part("vision.layers", J * Q, config.hidden_size, (local,), last="mlp.down"),
         *(Part(f"vision.{name}", 0) for name in ("norm_after", "after_tiles")),
-        Part("vision.global_layers", Q, config.hidden_size, (whole,), last="mlp.down", gate="vision.global_layers.mlp_gate"),
+        Part("vision.global_layers", J * Q, config.hidden_size, (whole,), last="mlp.down", gate="vision.global_layers.mlp_gate"),
         Part("vision.projector", T),
     )
 

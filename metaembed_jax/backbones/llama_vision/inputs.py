@@ -5,9 +5,9 @@
     image         the same, with "Describe the image." for the text
 
 `prefix` is "Query: " for queries, which end with ten more <|end_of_text|> and "\\n", and empty for candidates. Meta Tokens are no
-part of it: the network appends them.
+part of it: they get their places with the row.
 
-P patches, X numbers in a patch.
+S tokens, P patches, X numbers in a patch.
 """
 
 import dataclasses
@@ -15,16 +15,15 @@ import math
 
 import numpy as np
 from einops import rearrange
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
 from metaembed_jax.backbones.fields import check_processing
 from metaembed_jax.backbones.llama_vision.config import BEGIN, END, IMAGE, TITLE, Config
-from metaembed_jax.inputs.examples import Example
-from metaembed_jax.inputs.images import open_image
-from metaembed_jax.inputs.processors import PromptProcessor
-from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, read_item
+from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.processors import Grid, Prompt, PromptProcessor
+from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY
 
 SPECIAL_TOKENS = (BEGIN, END, IMAGE)
 PAD_TOKEN = END
@@ -40,12 +39,19 @@ class Images:
 
     Attributes:
       tile_size, patch_size: sides, in pixels.
+      max_tiles: of an image.
       arrangements: (rows, columns) of tiles that a canvas may have.
     """
 
     tile_size: int
     patch_size: int
+    max_tiles: int
     arrangements: tuple[tuple[int, int], ...]
+
+    @property
+    def image_patches(self) -> int:
+        """Patches of an image: of `max_tiles` tiles, whatever its size."""
+        return self.max_tiles * (self.tile_size // self.patch_size) ** 2
 
     @classmethod
     def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> "Images":
@@ -65,7 +71,7 @@ class Images:
     @classmethod
     def _of(cls, config: Config) -> "Images":
         vision = config.vision_config
-        return cls(vision.image_size, vision.patch_size, tuple(vision.arrangements))
+        return cls(vision.image_size, vision.patch_size, vision.max_num_tiles, tuple(vision.arrangements))
 
     def to_preprocessor(self, config: Config) -> dict:
         """The content of preprocessor_config.json; the way back from `from_preprocessor`."""
@@ -92,36 +98,51 @@ class Processor(PromptProcessor):
 
     title, special_tokens, filler = TITLE, SPECIAL_TOKENS, END
 
-    def _example(self, item: dict, prefix: str, suffix: list[int], max_tokens: int | None, name: str) -> Example:
-        text, image = read_item(item, name)
-        ids, arrays = self._tokenizer.ids, {}
-        head, tail = [ids[BEGIN]], [ids[END], *suffix]
-        if image is not None:
-            arrays = patchify(open_image(image, name), self.images)
-            head = [ids[IMAGE], *head]
-            prefix = prefix if text else prefix + IMAGE_ALONE
-        room = None if max_tokens is None else max_tokens - len(head) - len(tail)
-        tokens = head + self._tokenizer.fit(prefix, text, "", room, name) + tail
-        return Example(np.array(tokens, np.int32), {}, arrays)
+    def _check_limits(self) -> None:
+        super()._check_limits()
+        if self.limits is not None and self.limits.patches:
+            for side in ("query", "candidate"):
+                self.size({"image": (1, 1)}, side, name=f"an image as a {side}")
+
+    def _prompt(self, grid: Grid | None, side: str, has_text: bool, with_image: bool) -> Prompt:
+        ids, prefix = self._tokenizer.ids, self._prefix(side)
+        tail = [ids[END], *self._suffix(side)]
+        if not with_image:
+            return Prompt([ids[BEGIN]], prefix, "", tail)
+        return Prompt([ids[IMAGE], ids[BEGIN]], prefix if has_text else prefix + IMAGE_ALONE, "", tail)
+
+    def _grid(self, width: int, height: int, most_tokens: int | None, most_patches: int | None, name: str) -> Grid:
+        """The canvas of tiles; with padding it has as many patches as any, and it does not shrink."""
+        patches = self.images.image_patches
+        if most_patches is not None and most_patches < patches:
+            raise UserError(f"{name}: an image takes {patches} patches, and config.row has {most_patches}; raise config.row")
+        return Grid(*arrange(height, width, self.images), patches)
+
+    def _patches(self, image: Image.Image, grid: Grid) -> dict[str, np.ndarray]:
+        return patchify(image, (grid.rows, grid.columns), self.images)
+
+    def _visual(self, tokens: Int[np.ndarray, "S"], head: int, grid: Grid | None) -> Int[np.ndarray, "S"]:
+        """No image stands in the sequence."""
+        return np.full(len(tokens), -1, np.int32)
 
 
-def patchify(image: Image.Image, images: Images) -> dict[str, np.ndarray]:
-    """An RGB image, scaled, laid on black and cut into tiles, each in raster order, and they into patches.
+def patchify(image: Image.Image, arrangement: tuple[int, int], images: Images) -> dict[str, np.ndarray]:
+    """An RGB image, scaled, laid on black and cut into tiles, each in raster order, and they into patches; then tiles of padding.
 
     Returns:
-      patches [P, X] uint8, each in (channel, y, x) order; patch_mask [P] bool, all true; aspect_ratio [P] int32, all alike.
+      patches [P, X] uint8, each in (channel, y, x) order; patch_mask [P] bool and aspect_ratio [P] int32: false and 0 in padding.
     """
-    rows, columns = arrange(image.height, image.width, images)
-    height, width = fit(image.height, image.width, (rows, columns), images.tile_size)
+    rows, columns = arrangement
+    height, width = fit(image.height, image.width, arrangement, images.tile_size)
     canvas = np.zeros((rows * images.tile_size, columns * images.tile_size, 3), np.uint8)
     canvas[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     side = dict(r=rows, c=columns, y=images.patch_size, x=images.patch_size)
     patches: UInt8[np.ndarray, "P X"] = rearrange(canvas, "(r i y) (c j x) k -> (r c i j) (k y x)", **side)
-    ratio = images.arrangements.index((rows, columns)) + 1
+    mask = np.arange(images.image_patches) < len(patches)
     return {
-        "patches": patches,
-        "patch_mask": np.ones(len(patches), bool),
-        "aspect_ratio": np.full(len(patches), ratio, np.int32),
+        "patches": np.pad(patches, ((0, len(mask) - len(patches)), (0, 0))),
+        "patch_mask": mask,
+        "aspect_ratio": np.where(mask, images.arrangements.index(arrangement) + 1, 0).astype(np.int32),
     }
 
 

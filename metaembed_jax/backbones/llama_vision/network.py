@@ -1,24 +1,36 @@
 """Llama-3.2-Vision (arXiv 2407.21783). Correct is what transformers' `modeling_mllama.py` computes from the same checkpoint.
 
-B batch, S prompt tokens and appended rows, R appended rows, P patches, T tokens of an image, D width, H heads, G key/value heads,
-K head width, L layers, C cross-attention layers.
+B rows, S tokens, V positions that are read, R Meta Tokens, T states of a row's images, D width, H heads, G key/value heads,
+K head width, L layers.
 
-An image is no part of the sequence. Some layers attend to it in place of the text, from every row that has one:
+An image is no part of the sequence. Some layers attend to it in place of the text, from every token of an item that has one:
 
     layer      0 1 2 3 4 5 6 7 8 9        . causal attention to the text
-               . . . x . . . . x .        x attention to the image, behind gates; without one the layer is left out
+               . . . x . . . . x .        x attention to the image, behind gates; items without one pass the layer as they are
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from metaembed_jax.backbones.attention import attention
-from metaembed_jax.backbones.layers import GatedMLP, Linear, RMSNorm, inverse_frequencies, param, rotate, scan_layers, split_heads
+from metaembed_jax.backbones.layers import (
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    at,
+    embed_tokens,
+    inverse_frequencies,
+    param,
+    rotate,
+    scan_layers,
+    split_heads,
+)
 from metaembed_jax.backbones.llama_vision.config import Config, TextConfig
 from metaembed_jax.backbones.llama_vision.vision import VisionTower
+from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 
 
@@ -53,18 +65,18 @@ class DecoderLayer(nnx.Module):
 
         Args:
           kind: whether it attends to the image, and the state of its `Crossing` (of any, if it does not).
-          text: mask [B, S], cosines and sines [B, S, K].
-          image: states [B, T, D] and their mask [B, T], or None where no row has one.
+          text: segments [B, S], cosines and sines [B, S, K].
+          image: states [B, T, D], their segments [B, T], and which tokens have an image [B, S, 1]; None where rows have no patches.
         """
         is_crossing, state = kind
         if image is None:
             return jax.lax.cond(is_crossing, lambda x: x, lambda x: self.run(x, self.over_text(text), 1.0, 1.0), x_BSD)
-        crossing, has_image_B11 = nnx.merge(crossing_graph, state), image[1].any(axis=1)[:, None, None]
+        crossing, has_image_BS1 = nnx.merge(crossing_graph, state), image[2]
         gates = [
-            jnp.where(is_crossing, jnp.tanh(gate[...]) * has_image_B11, 1.0).astype(x_BSD.dtype)
+            jnp.where(is_crossing, jnp.tanh(gate[...]) * has_image_BS1, 1.0).astype(x_BSD.dtype)
             for gate in (crossing.attention_gate, crossing.mlp_gate)
         ]
-        over_text, over_image = self.over_text(text), self.over_image(image, crossing)
+        over_text, over_image = self.over_text(text), self.over_image(text, image, crossing)
 
         def attend(query_BSHK, normed_BSD):
             return jax.lax.cond(is_crossing, over_image, over_text, query_BSHK, normed_BSD)
@@ -78,30 +90,30 @@ class DecoderLayer(nnx.Module):
         return constrain(x_BSD + mlp_gate * self.mlp(self.mlp_norm(x_BSD)), "batch", None, None)
 
     def over_text(self, text):
-        mask_BS, cos_BSK, sin_BSK = text
+        segments_BS, cos_BSK, sin_BSK = text
 
         def attend(query_BSHK, normed_BSD):
             query_BSHK, key_BSGK = (
                 rotate(x, cos_BSK, sin_BSK) for x in (query_BSHK, split_heads(self.key(normed_BSD), self.key_value_heads))
             )
             value_BSGK = split_heads(self.value(normed_BSD), self.key_value_heads)
-            return attention(query_BSHK, key_BSGK, value_BSGK, mask_BS, causal=True)
+            return attention(query_BSHK, key_BSGK, value_BSGK, segments_BS, segments_BS, causal=True)
 
         return attend
 
-    def over_image(self, image, crossing: Crossing):
-        states_BTD, mask_BT = image
+    def over_image(self, text, image, crossing: Crossing):
+        (segments_BS, *_), (states_BTD, segments_BT, _) = text, image
 
         def attend(query_BSHK, _):
             key_BTGK = crossing.key_norm(split_heads(self.key(states_BTD), self.key_value_heads))
             value_BTGK = split_heads(self.value(states_BTD), self.key_value_heads)
-            return attention(crossing.query_norm(query_BSHK), key_BTGK, value_BTGK, mask_BT, causal=False)
+            return attention(crossing.query_norm(query_BSHK), key_BTGK, value_BTGK, segments_BS, segments_BT, causal=False)
 
         return attend
 
 
 class Backbone(nnx.Module):
-    """Vision tower and language model; what it returns are the last hidden states of the rows appended to each prompt."""
+    """Vision tower and language model; it returns the last hidden states at the positions that a batch names."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -118,33 +130,33 @@ class Backbone(nnx.Module):
         return self.config.width
 
     def __call__(
-        self, batch: dict[str, Array], suffix_RD: Float[Array, "R D"], *, keep: int, dtype, checkpoint: bool, unroll: int
-    ) -> Float[Array, "B keep D"]:
-        """Last-layer states, after the final norm, of the last `keep` of the rows `suffix_RD` appended to every prompt.
-
-        The rows look at a prompt's image as its tokens do.
+        self, batch: Batch, meta_RD: Float[Array, "R D"], *, dtype, checkpoint: bool, unroll: int
+    ) -> Float[Array, "B V D"]:
+        """Last-layer states, after the final norm, at `batch.reads`. Meta Tokens look at an item's image as its tokens do.
 
         Args:
-          batch: `tokens` [B, S] and `mask` [B, S], left-padded; with images also `patches` [B, P, X] uint8 and `aspect_ratio`
-            [B, P].
-          suffix_RD: rows that stand in the embedding table's place after the prompt.
+          batch: `patch_arrays` are the family's.
+          meta_RD: the table of Meta Tokens.
           dtype: of activations and matmuls.
           checkpoint, unroll: as in `scan_layers`.
         """
-        how = dict(checkpoint=checkpoint, unroll=unroll)
+        how = {"checkpoint": checkpoint, "unroll": unroll}
         image = None
-        if "patches" in batch:
+        if batch.patches is not None:
             with jax.named_scope("vision"):
-                image = self.vision(batch["patches"], batch["aspect_ratio"], dtype=dtype, **how)
-        x_BSD = jnp.take(self.embedding[...].astype(dtype), batch["tokens"], axis=0)
-        B, R = x_BSD.shape[0], suffix_RD.shape[0]
-        suffix_BRD = jnp.broadcast_to(suffix_RD.astype(dtype), (B, *suffix_RD.shape))
-        x_BSD = constrain(jnp.concatenate([x_BSD, suffix_BRD], axis=1), "batch", None, None)
-        mask_BS = jnp.pad(batch["mask"], ((0, 0), (0, R)), constant_values=True)
+                image = *self.vision(batch, dtype=dtype, **how), self.has_image(batch)
+        x_BSD = embed_tokens(self.embedding[...].astype(dtype), meta_RD.astype(dtype), batch)
+        text = (batch.segments, *self.rotary(batch.positions[:, 0]))
         kinds, graph = self.kinds()
         with jax.named_scope("language"):
-            x_BSD = scan_layers(self.layers, x_BSD, kinds, graph, (mask_BS, *self.rotary(mask_BS)), image, **how)
-            return self.final_norm(x_BSD[:, -keep:])
+            x_BSD = scan_layers(self.layers, x_BSD, kinds, graph, text, image, **how)
+            return self.final_norm(at(x_BSD, batch.reads))
+
+    def has_image(self, batch: Batch) -> Bool[Array, "B S 1"]:
+        """Whether each token's item has an image. Every image begins with a patch that is no padding."""
+        of_images = batch.patch_segments[:, None, :: self.config.vision_config.image_patches]
+        segments_BS1 = batch.segments[..., None]
+        return ((segments_BS1 == of_images) & (segments_BS1 > 0)).any(axis=-1, keepdims=True)
 
     def kinds(self):
         """What `DecoderLayer` is told of each layer, stacked, and the graph of the states therein."""
@@ -153,14 +165,13 @@ class Backbone(nnx.Module):
         nearest_L = np.minimum(np.searchsorted(crossings, layers), len(crossings) - 1)
         return (np.isin(layers, crossings), jax.tree.map(lambda x: x[nearest_L], state)), graph
 
-    def rotary(self, mask_BS: Bool[Array, "B S"]) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
-        """Positions count from the first token that is no padding; slow frequencies are scaled for long texts ("llama3")."""
+    def rotary(self, positions_BS: Int[Array, "B S"]) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
+        """Cosines and sines; slow frequencies are scaled for long texts ("llama3")."""
         text = self.config.text_config
         frequencies = inverse_frequencies(text.hidden_size // text.num_attention_heads, text.rope_theta)
         turns = text.original_max_position_embeddings * frequencies / (2 * np.pi)
         kept = jnp.clip((turns - text.low_freq_factor) / (text.high_freq_factor - text.low_freq_factor), 0.0, 1.0)
         frequencies = (1 - kept) * frequencies / text.factor + kept * frequencies
-        positions_BS = jnp.maximum(jnp.cumsum(mask_BS, axis=1) - 1, 0)
         angles = positions_BS[..., None].astype(jnp.float32) * frequencies
         angles = jnp.concatenate([angles, angles], axis=-1)
         return jnp.cos(angles), jnp.sin(angles)
