@@ -98,6 +98,7 @@ def _prepare(arguments: Namespace) -> None:
         markers = sources.prepare_from(arguments.source, arguments.path, arguments.out, arguments.workers, arguments.skip)
     for name, marker in markers.items():
         print(f"{arguments.out / name}: " + ", ".join(f"{key} {value}" for key, value in marker.items()))
+        print(f"{arguments.out / name}: {sources.summary(name, arguments.out)}")
 
 
 def _plot(arguments: Namespace) -> None:

@@ -9,6 +9,7 @@ R rows, K negatives of a pair; an item's size is (tokens, patches, cut, shrunk),
 import json
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -18,9 +19,11 @@ from metaembed_jax.data.sources.described import describe_row
 from metaembed_jax.data.sources.records import Records
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, locked, replacing
+from metaembed_jax.processes import map_with, workers_for
 
 TOKENS, PATCHES, CUT, SHRUNK = range(4)  # the last axis of sizes
 LOCK = "sizes.lock"
+BLOCK = 1024  # rows that a process sizes at once
 REMEMBERED = 1 << 17  # items whose sizes are kept, for texts and shapes that come again
 # Items whose sizes name a processor: another version of its code, that sizes them otherwise, must not read its tables.
 PROBES = [{"text": "a"}, {"text": "a b " * 3000}, {"text": "a", "image": (7, 7)}]
@@ -102,18 +105,31 @@ def _table(stored: Records, sizer: _Sizer, name: str) -> Int[np.ndarray, "R 2+K 
         return np.load(file)
     if not os.access(stored.folder, os.W_OK):
         print(f"{stored.folder} cannot be written: the sizes of its items are computed again each time", flush=True)
-        return _compute(stored, sizer, name)
+        return _compute(_Job(stored, sizer, name))
     with locked(stored.folder / LOCK, f"another process computes the sizes of items in {stored.folder}; waiting for it", wait=True):
         if not file.is_file():
-            table = _compute(stored, sizer, name)
+            table = _compute(_Job(stored, sizer, name))
             with replacing(file) as target:
                 np.save(target, table)
         return np.load(file)
 
 
-def _compute(stored: Records, sizer: _Sizer, name: str) -> Int[np.ndarray, "R 2+K 4"]:
-    table = np.zeros((len(stored), 2 + sizer.negatives, 4), np.int32)
-    descriptions = tqdm(stored.descriptions(), f"{name}: sizes of items", len(stored), unit="row", mininterval=0.5, delay=1)
-    for row, description in enumerate(descriptions):
-        table[row] = sizer(description, f"source {name!r}, row {row}")
-    return table
+class _Job(NamedTuple):
+    stored: Records
+    sizer: _Sizer
+    name: str
+
+
+def _compute(job: _Job) -> Int[np.ndarray, "R 2+K 4"]:
+    rows = len(job.stored)
+    blocks = [range(first, min(first + BLOCK, rows)) for first in range(0, rows, BLOCK)]
+    sizes = []
+    with tqdm(total=rows, desc=f"{job.name}: sizes of items", unit="row", mininterval=0.5, delay=1) as bar:
+        for block in map_with(job, _sizes_of, blocks, workers_for(rows)):
+            sizes.append(block)
+            bar.update(len(block))
+    return np.concatenate(sizes)
+
+
+def _sizes_of(job: _Job, rows: range) -> Int[np.ndarray, "r 2+K 4"]:
+    return np.stack([job.sizer(job.stored.described(row), f"source {job.name!r}, row {row}") for row in rows])

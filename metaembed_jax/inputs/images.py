@@ -1,9 +1,12 @@
 """Images as they come from others: opened, upright and RGB, with the very pixels that transformers reads."""
 
 import contextlib
+import functools
 import io
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -12,6 +15,8 @@ from metaembed_jax.errors import UserError
 MAX_SOURCE_PIXELS = 64_000_000  # of an image as it is opened, before it is decoded
 MAX_ASPECT_RATIO = 200  # beyond it some families' processors refuse an image, so preparation does
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange width and height
+WIDTH, HEIGHT = 0x0100, 0x0101  # tags of a TIFF
+TEXT_CHUNKS, TURNING = (b"tEXt", b"zTXt", b"iTXt"), (b"Raw profile type exif", b"XML:com.adobe.xmp", b"xmp")  # of a PNG
 
 
 def open_image(image: bytes | str | Path | Image.Image, name: str) -> Image.Image:
@@ -82,9 +87,32 @@ def image_size(image: bytes | str | Path | Image.Image | tuple[int, int], name: 
     if isinstance(image, Image.Image):
         check_size(image, name)
         return image.size
-    with _reading(name):
-        header = Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(image))
+    with _reading(name), _open_file(image) as file:
+        header = Image.open(file)
         check_size(header, name)
-        width, height = header.size
-        turned = header.getexif().get(ORIENTATION, 1) in QUARTER_TURNS
+        # Pillow turns a TIFF's size when it opens it, by versions.
+        width, height = (header.tag_v2[WIDTH], header.tag_v2[HEIGHT]) if header.format == "TIFF" else header.size
+        exif = header.getexif
+        if header.format == "PNG" and not _has_late_exif(image):
+            exif = functools.partial(Image.Image.getexif, header)  # the format's own would decode the image to look behind it
+        turned = exif().get(ORIENTATION, 1) in QUARTER_TURNS
     return (height, width) if turned else (width, height)
+
+
+def _open_file(image: bytes | str | Path) -> BinaryIO:
+    return io.BytesIO(image) if isinstance(image, bytes) else Path(image).open("rb")
+
+
+def _has_late_exif(image: bytes | str | Path) -> bool:
+    """Return whether something that may turn a PNG stands behind its pixels, where opening does not look."""
+    behind = False
+    with _open_file(image) as file:
+        file.seek(8)  # the signature
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            start = file.tell()
+            if behind and (kind == b"eXIf" or kind in TEXT_CHUNKS and file.read(32).startswith(TURNING)):
+                return True
+            behind = behind or kind == b"IDAT"
+            file.seek(start + length + 4)  # a checksum ends each chunk
+    return False

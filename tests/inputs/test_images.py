@@ -10,7 +10,7 @@ from PIL import Image
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs import images
-from metaembed_jax.inputs.images import open_image
+from metaembed_jax.inputs.images import image_size, open_image
 
 
 def noise(width, height, mode="RGB", seed=0):
@@ -61,6 +61,38 @@ def test_files_are_turned_upright_and_open_images_are_not(tmp_path):
         np.testing.assert_array_equal(open_image(image, "x"), reference(str(path)))
     assert open_image(Image.open(path), "x").size == (90, 40)
     np.testing.assert_array_equal(open_image(Image.open(path), "x"), reference(Image.open(path)))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP"])
+def test_sizes_are_those_of_the_opened_image_without_decoding_it(tmp_path, monkeypatch, format):
+    encoded = []
+    for turn in range(9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        encoded.append(encode(noise(9, 4), format, exif=exif))
+    expected = [open_image(image, "x").size for image in encoded]
+    assert set(expected) == ({(9, 4)} if format in ("GIF", "BMP") else {(9, 4), (4, 9)})
+    (tmp_path / "image").write_bytes(encoded[6])
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    assert [image_size(image, "x") for image in encoded] == expected
+    assert image_size(tmp_path / "image", "x") == image_size(str(tmp_path / "image"), "x") == expected[6]
+
+
+def test_a_png_may_say_behind_its_pixels_that_it_is_turned():
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(noise(9, 4))
+    end = data.index(b"IEND") - 4
+    for late, size in (
+        (chunk(b"tEXt", b"date:create\0today"), (9, 4)),
+        (chunk(b"eXIf", exif.tobytes()[6:]), (4, 9)),
+        (chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b'<x tiff:Orientation="6"/>'), (4, 9)),
+    ):
+        image = data[:end] + late + data[end:]
+        assert image_size(image, "x") == open_image(image, "x").size == size
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

@@ -66,6 +66,14 @@ def prepare_from(kind: str, path: str | Path, out: str | Path, workers: int, ski
     return {part.name: writing.write_part(part, Path(out), workers, skips) for part in parts}
 
 
+def summary(name: str, data_dir: str | Path) -> str:
+    """A line about the items of a prepared source: how many, and the largest."""
+    from metaembed_jax.data.sources import described, records, writing
+
+    version = importlib.import_module(GENERATED[name]).VERSION if name in GENERATED else writing.VERSION
+    return described.summary(records.open_splits(Path(data_dir) / name, version))
+
+
 def training_records(config: ConfigDict) -> list[Sequence]:
     """The training split of each entry of `config.data.sources`, for `pipeline.training_batches`; generates what is missing.
 

@@ -75,7 +75,7 @@ class Drawings(Sequence):
     def __init__(self, data_dir: str | Path, split: str):
         self.found = records.open_split(Path(data_dir) / icons.NAME, icons.VERSION, split).with_descriptions()
         self.decoded = [None] * len(self.found)
-        self.names = [description["query"]["text"] for description in self.found.descriptions()]
+        self.names = [self.found.described(row)["query"]["text"] for row in range(len(self.found))]
 
     def __len__(self) -> int:
         return len(self.found)

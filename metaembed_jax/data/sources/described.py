@@ -1,27 +1,28 @@
 """Descriptions of records: the same texts, and (width, height), upright, in place of each image.
 
     pairs-train.array_record-00007-of-00098     records
-    described-train-00007-of-00098              the same rows as JSON, also in ArrayRecord
+    described-train.jsonl                       a line for each record of the split
 
 The sizes of all items of a source follow from them, and no image is read for it.
 """
 
-import itertools
 import json
+import math
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
+import numpy as np
 from tqdm import tqdm
 
-from metaembed_jax.files import locked, write_bytes
+from metaembed_jax.files import locked, replacing
 from metaembed_jax.inputs.images import image_size
+from metaembed_jax.processes import map_with, workers_for
 
 LOCK = "described.lock"
-READ_AHEAD = 64  # records that are read at once, with their images
+BLOCK = 64  # records that are read at once, with their images
+SCANNED = 1 << 24  # bytes of a file that are searched for line ends at once
 
 
 def describe(record: dict, name: str) -> dict:
@@ -56,89 +57,110 @@ def describe_row(source: Sequence, row: int, epoch: int, step: int, name: str) -
     return describe(record, f"source {name!r}, row {row}")
 
 
-def to_bytes(description: dict) -> bytes:
-    """A description as it is stored."""
-    return json.dumps(description).encode()
+def to_line(description: dict) -> bytes:
+    """A description as it is stored, with its line feed."""
+    return json.dumps(description).encode() + b"\n"
 
 
-def from_bytes(raw: bytes) -> dict:
-    """Inverse of `to_bytes`."""
-    description = json.loads(raw)
+def from_line(line: bytes) -> dict:
+    """Inverse of `to_line`."""
+    description = json.loads(line)
     for item in (description["query"], description["positive"], *description["negatives"]):
         if "image" in item:
             item["image"] = tuple(item["image"])
     return description
 
 
-def file_of(shard: Path) -> Path:
-    """Where the descriptions of a shard of records are stored."""
-    _, _, name = shard.name.partition("-")
-    return shard.with_name("described-" + name.replace(".array_record", ""))  # with it, TFDS takes the file for one of its own
+def file_of(folder: Path, split: str) -> Path:
+    """Where the descriptions of a split are stored."""
+    return folder / f"described-{split}.jsonl"
 
 
-def open_files(shards: Sequence[Path]) -> ArrayRecordDataSource:
-    """The stored descriptions of a split, for `from_bytes`. Survives pickling."""
-    return ArrayRecordDataSource([str(file_of(shard)) for shard in shards])
+class Descriptions(Sequence):
+    """The stored descriptions of a split, mapped into memory. Survives pickling."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._content = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)
+        firsts = range(0, len(self._content), SCANNED)
+        ends = [np.flatnonzero(self._content[first : first + SCANNED] == ord("\n")) + first for first in firsts]
+        self._ends = np.concatenate([[-1], *ends])
+
+    def __reduce__(self) -> tuple:
+        return Descriptions, (self._file,)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, row: int) -> dict:
+        return from_line(self._content[self._ends[row] + 1 : self._ends[row + 1]].tobytes())
 
 
-def add(raw: Sequence[bytes], parse: Callable[[bytes], dict], shards: Sequence[Path], lengths: Sequence[int]) -> bool:
-    """Writes the descriptions that a split lacks, shard by shard, with a progress bar; a killed run goes on with the next shard.
+class Undescribed(NamedTuple):
+    """A split without descriptions.
+
+    Attributes:
+      raw: its stored records.
+      parse: makes a record of one.
+      name: of the source, for errors.
+    """
+
+    raw: Sequence[bytes]
+    parse: Callable[[bytes], dict]
+    name: str
+
+
+def open_or_add(split: Undescribed, file: Path) -> Descriptions | None:
+    """The descriptions of a split, which are written first where they are missing, with a progress bar.
 
     Processes that come at the same time wait for the first. A folder that cannot be written stays as it is, which is printed.
 
-    Args:
-      raw: the stored records of the split.
-      parse: makes a record of one.
-      shards, lengths: the files of the split, and how many records each holds.
-
     Returns:
-      Whether all records have descriptions now.
+      None where they cannot be written.
 
     Raises:
       UserError: an image cannot be read, or the disk is full.
     """
-    if all(map(_is_complete, shards, lengths)):
-        return True
-    folder = shards[0].parent
-    if not os.access(folder, os.W_OK):
-        print(f"{folder} cannot be written: sizes of items are read from its records, which takes longer", flush=True)
-        return False
-    with locked(folder / LOCK, f"another process reads the sizes of images in {folder}; waiting for it", wait=True):
-        _write_missing(raw, parse, shards, lengths)
-    return True
+    if not file.is_file():
+        if not os.access(file.parent, os.W_OK):
+            print(f"{file.parent} cannot be written: sizes of items are read from its records, which takes longer", flush=True)
+            return None
+        busy = f"another process reads the sizes of images in {file.parent}; waiting for it"
+        with locked(file.parent / LOCK, busy, wait=True):
+            if not file.is_file():
+                _write(split, file)
+    return Descriptions(file)
 
 
-def _is_complete(shard: Path, length: int) -> bool:
-    """Return whether a shard has all its descriptions; a file that a crash left empty, or that is missing, reads as no rows."""
-    file = file_of(shard)
-    return file.is_file() and len(ArrayRecordDataSource([str(file)])) == length
+def _write(split: Undescribed, file: Path) -> None:
+    rows = len(split.raw)
+    blocks = [range(first, min(first + BLOCK, rows)) for first in range(0, rows, BLOCK)]
+    with tqdm(total=rows, desc=f"{split.name}: sizes of images", unit="row", mininterval=0.5) as bar, replacing(file) as target:
+        for block, lines in zip(blocks, map_with(split, _lines, blocks, workers_for(rows)), strict=True):
+            target.write(lines)
+            bar.update(len(block))
 
 
-def _write_missing(raw: Sequence[bytes], parse: Callable[[bytes], dict], shards: Sequence[Path], lengths: Sequence[int]) -> None:
-    firsts = itertools.accumulate(lengths, initial=0)
-    source = shards[0].parent.parent.name
-    with tqdm(total=len(raw), desc=f"{source}: sizes of images", unit="row", mininterval=0.5) as bar:
-        for shard, first, length in zip(shards, firsts, lengths, strict=False):
-            if _is_complete(shard, length):
-                bar.update(length)
-                continue
-            write_bytes(file_of(shard), _shard(_described(raw, parse, range(first, first + length), source, bar)))
+def _lines(split: Undescribed, rows: range) -> bytes:
+    records = map(split.parse, split.raw.__getitems__(list(rows)))
+    return b"".join(
+        to_line(describe(record, f"source {split.name!r}, row {row}")) for row, record in zip(rows, records, strict=True)
+    )
 
 
-def _described(raw: Sequence[bytes], parse: Callable[[bytes], dict], rows: range, source: str, bar: tqdm) -> Iterator[bytes]:
-    for first in range(rows.start, rows.stop, READ_AHEAD):
-        numbers = range(first, min(first + READ_AHEAD, rows.stop))
-        for number, record in zip(numbers, raw.__getitems__(list(numbers)), strict=True):
-            yield to_bytes(describe(parse(record), f"source {source!r}, row {number}"))
-            bar.update()
+def summary(splits: Sequence[Sequence]) -> str:
+    """A line about the items of a source.
 
-
-def _shard(rows: Iterator[bytes]) -> bytes:
-    """The content of an ArrayRecord file."""
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "described"
-        writer = ArrayRecordWriter(str(file), "group_size:1")
-        for row in rows:
-            writer.write(row)
-        writer.close()
-        return file.read_bytes()
+    Args:
+      splits: sequences with `described`.
+    """
+    images, texts, largest, longest = 0, 0, (0, 0), 0
+    for description in (split.described(row) for split in splits for row in range(len(split))):
+        for item in (description["query"], description["positive"], *description["negatives"]):
+            if "image" in item:
+                images, largest = images + 1, max(largest, item["image"], key=math.prod)
+            if "text" in item:
+                texts, longest = texts + 1, max(longest, len(item["text"]))
+    pictures = f"{images} images, the largest {largest[0]}x{largest[1]}" if images else "no image"
+    words = f"{texts} texts, the longest of {longest} characters" if texts else "no text"
+    return f"{pictures}; {words}"

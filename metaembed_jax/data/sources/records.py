@@ -12,7 +12,7 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,6 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_json
 
 SPLITS = ("train", "validation", "test")
-BLOCK = 1024  # descriptions that are read at once
 MARKER = "prepared.json"  # written last, so a source that has it is complete
 
 
@@ -82,8 +81,6 @@ class Records(Sequence):
     def __init__(self, builder_dir: str | Path, split: str, about: dict):
         self.about, self.folder, self.split = about, Path(builder_dir), split
         builder = tfds.builder_from_directory(str(builder_dir))
-        files = builder.info.splits[split]
-        self._shards, self._lengths = [Path(file) for file in files.filepaths], list(files.shard_lengths)
         self.raw = builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
         self._descriptions = None
 
@@ -101,20 +98,11 @@ class Records(Sequence):
     def described(self, row: int, epoch: int = 0, step: int = 0) -> dict:
         """The record with (width, height) in place of each image, the same in every epoch and step.
 
-        No image is read for it after `with_descriptions`, where the folder could be written; elsewhere the record is.
+        After `with_descriptions` no record is read for it, unless the folder could not be written.
         """
         if self._descriptions is None:
             return described.describe(self[row], f"{self.folder}, {self.split}, row {row}")
-        return described.from_bytes(self._descriptions[self._row(row)])
-
-    def descriptions(self) -> Iterator[dict]:
-        """All of `described`, in order."""
-        for first in range(0, len(self), BLOCK):
-            rows = range(first, min(first + BLOCK, len(self)))
-            if self._descriptions is None:
-                yield from map(self.described, rows)
-            else:
-                yield from map(described.from_bytes, self._descriptions.__getitems__(list(rows)))
+        return self._descriptions[self._row(row)]
 
     def with_descriptions(self) -> "Records":
         """Returns the records; their descriptions are written first where they are missing, which reads all records once.
@@ -122,8 +110,8 @@ class Records(Sequence):
         Raises:
           UserError: an image cannot be read, or the disk is full.
         """
-        if described.add(self.raw, from_bytes, self._shards, self._lengths):
-            self._descriptions = described.open_files(self._shards)
+        split = described.Undescribed(self.raw, from_bytes, self.folder.parent.name)
+        self._descriptions = described.open_or_add(split, described.file_of(self.folder, self.split))
         return self
 
     def _row(self, index: int) -> int:
@@ -155,6 +143,16 @@ def write_marker(source_dir: str | Path, marker: dict) -> None:
     """Declares a version of a source complete, atomically. marker: what is to be known of it, "version" among it."""
     path = Path(source_dir) / marker["version"] / MARKER
     write_json(path, marker)
+
+
+def open_splits(source_dir: str | Path, version: str) -> list[Records]:
+    """The records of all splits of a prepared source, with their descriptions.
+
+    Raises:
+      UserError: as `open_split` and `Records.with_descriptions`.
+    """
+    splits = tfds.builder_from_directory(str(Path(source_dir) / version)).info.splits
+    return [open_split(source_dir, version, split).with_descriptions() for split in splits]
 
 
 def open_split(source_dir: str | Path, version: str, split: str) -> Records:

@@ -3,22 +3,20 @@
     OUT/{source}/{version}.part/            while it is written
         job.json                            what is being prepared: another job starts anew
         corpus.bin, corpus.json             the documents that rows name, where they do
-        pairs-train.array_record-00007-of-00098, described-train..., 00007.json     a shard, then what is known of it
+        pairs-train.array_record-00007-of-00098, 00007.described-train.jsonl, 00007.json      a shard, then what is known of it
     OUT/{source}/{version}/                 complete, and readable by TensorFlow Datasets
 
 A killed preparation goes on with the shards that are missing. `HELD_OUT` rows each, drawn once from all, are the splits
 `validation` and `test`; a small source gives a tenth of its rows at most.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +29,8 @@ from metaembed_jax.data.sources import described, records
 from metaembed_jax.data.sources.corpus import Corpus, remove_copy
 from metaembed_jax.data.sources.tables import Table, read_columns
 from metaembed_jax.errors import UserError
-from metaembed_jax.files import digest, locked, write_json
-from metaembed_jax.processes import end_with_parent
+from metaembed_jax.files import digest, locked, replacing, write_bytes, write_json
+from metaembed_jax.processes import map_with
 
 VERSION = "1.0.0"
 SHARD_ROWS = 1024
@@ -77,8 +75,16 @@ class _Job:
     def path(self, split: str, shard: int) -> Path:
         return self.directory / f"{FILES}-{split}.array_record-{shard:05}-of-{self.shards:05}"
 
+    def described(self, split: str, shard: int) -> Path:
+        return self.directory / f"{shard:05}.described-{split}.jsonl"
+
     def about(self, shard: int) -> Path:
         return self.directory / f"{shard:05}.json"
+
+    def done(self, shard: int) -> dict | None:
+        """What is known of a shard that is written."""
+        whole = self.about(shard).is_file() and self.described("train", shard).is_file()
+        return json.loads(self.about(shard).read_text()) if whole else None
 
 
 def need_columns(table: Table, names: Sequence[str]) -> None:
@@ -122,17 +128,16 @@ def _write_all(part: Part, directory: Path, described: str, workers: int, skips:
         part = dataclasses.replace(part, record=functools.partial(part.record, corpus=copied), corpus=None)
     job = _Job(part, directory, skips)
     bar = tqdm(total=len(part.table), desc=part.name, unit="row", mininterval=0.5)
-    files = map(job.about, range(job.shards))
-    done = [json.loads(file.read_text()) if file.is_file() else None for file in files]
+    done = [job.done(shard) for shard in range(job.shards)]
     bar.update(sum(one["read"] for one in done if one))
     todo = [number for number, one in enumerate(done) if one is None]
     with bar:
-        for number, one in zip(todo, _run(job, todo, workers), strict=True):
+        for number, one in zip(todo, map_with(job, _write_shard, todo, workers), strict=True):
             done[number] = one
             bar.update(one["read"])
             _refuse(done, skips, bar)
     _refuse(done, skips, bar)
-    return _finish(part, directory, done)
+    return _finish(job, done)
 
 
 def _describe(part: Part) -> str:
@@ -151,43 +156,15 @@ def _start(directory: Path, described: str) -> None:
         file.write_text(described)
 
 
-def _run(job: _Job, shards: Sequence[int], workers: int) -> Iterator[dict]:
-    """What `_write_shard` says of each, in order."""
-    if not workers:
-        yield from (_write_shard(job, shard) for shard in shards)
-        return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _take_job, (job,)) as pool:
-        try:
-            yield from pool.map(_write_shard_of_job, shards)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-_job: _Job | None = None  # of a worker process, which does nothing else
-
-
-def _take_job(job: _Job) -> None:
-    global _job
-    _job = job
-    end_with_parent()
-
-
-def _write_shard_of_job(shard: int) -> dict:
-    return _write_shard(_job, shard)
-
-
 def _write_shard(job: _Job, shard: int) -> dict:
     """Writes the rows of one shard, and then what there is to know of them."""
     table, first = job.part.table, shard * SHARD_ROWS
     features = records.features()
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     held = _held_out(len(table))
-    targets = {split: job.path(split, shard) for split in records.SPLITS}
-    targets |= {f"described-{split}": described.file_of(target) for split, target in targets.items()}
-    files = {name: job.directory / f"{shard:05}.{name}.tmp" for name in targets}  # no other shard's
-    writers = {name: ArrayRecordWriter(str(file), "group_size:1") for name, file in files.items()}
+    files = {split: job.directory / f"{shard:05}.{split}.tmp" for split in records.SPLITS}  # no other shard's
+    writers = {split: ArrayRecordWriter(str(file), "group_size:1") for split, file in files.items()}
+    lines = {split: [] for split in records.SPLITS}
     about = {"read": 0, "rows": dict.fromkeys(records.SPLITS, 0), "negatives": 0, "bytes": 0, "skipped": []}
     about |= {side: {name: 0 for name, _ in TYPES} for side in ("queries", "positives")}
     content = hashlib.sha256()
@@ -195,7 +172,7 @@ def _write_shard(job: _Job, shard: int) -> dict:
         about["read"] += 1
         try:
             made = job.part.record(row)
-            description = described.describe(made, "row")
+            line = described.to_line(described.describe(made, "record"))
         except UserError as error:
             about["skipped"].append(f"{table.place(number)}: {error}")
             if len(about["skipped"]) > job.skips:
@@ -204,7 +181,7 @@ def _write_shard(job: _Job, shard: int) -> dict:
         raw = serializer.serialize_example(features.encode_example(records.to_example(made)))
         split = held.get(number, "train")
         writers[split].write(raw)
-        writers[f"described-{split}"].write(described.to_bytes(description))
+        lines[split].append(line)
         content.update(_digest(made))
         about["rows"][split] += 1
         about["bytes"] += len(raw)
@@ -214,8 +191,9 @@ def _write_shard(job: _Job, shard: int) -> dict:
     for writer in writers.values():
         writer.close()
     if len(about["skipped"]) <= job.skips:
-        for name, file in files.items():
-            os.replace(file, targets[name])
+        for split, file in files.items():
+            os.replace(file, job.path(split, shard))
+            write_bytes(job.described(split, shard), b"".join(lines[split]))
         write_json(job.about(shard), about | {"digest": content.hexdigest()})
     return about | {"digest": content.hexdigest()}
 
@@ -241,8 +219,9 @@ def _refuse(done: Sequence[dict | None], skips: int, bar: tqdm) -> None:
         raise UserError(f"{bad[0]}{more}")
 
 
-def _finish(part: Part, directory: Path, done: Sequence[dict]) -> dict:
+def _finish(job: _Job, done: Sequence[dict]) -> dict:
     """Makes a folder of TensorFlow Datasets out of the shards, and moves it to its place."""
+    part, directory = job.part, job.directory
     for one in done:
         for line in one["skipped"]:
             print(f"left out: {line}", flush=True)
@@ -274,8 +253,21 @@ def _finish(part: Part, directory: Path, done: Sequence[dict]) -> dict:
         "skipped": sum(len(one["skipped"]) for one in done),
     }
     remove_copy(directory)
+    described_parts = _join_descriptions(job)
     final = directory.with_name(VERSION)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(directory, final)
+    for file in described_parts:  # only here: a preparation that is killed before goes on from them
+        (final / file.name).unlink()
     records.write_marker(final.parent, marker)
     return marker
+
+
+def _join_descriptions(job: _Job) -> list[Path]:
+    """Writes one file of descriptions for each split, and returns those of the shards."""
+    parts = {split: [job.described(split, shard) for shard in range(job.shards)] for split in records.SPLITS}
+    for split, files in parts.items():
+        with replacing(described.file_of(job.directory, split)) as target:
+            for file in files:
+                target.write(file.read_bytes())
+    return [file for files in parts.values() for file in files]

@@ -1,0 +1,119 @@
+"""Sizes of items against the examples that the processor makes of them, and the tables of prepared sources."""
+
+import pickle
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from metaembed_jax.backbones.qwen2_5_vl import Images, Processor
+from metaembed_jax.batch.items import Limits
+from metaembed_jax.data import sizes
+from metaembed_jax.data.sizes import CUT, PATCHES, SHRUNK, TOKENS, SourceSizes
+from metaembed_jax.data.sources import records, writing
+from tests.data.described_files import prepare_pairs
+
+LIMITS = Limits(tokens=100, patches=128, text_tokens=60, query_tokens=4, candidate_tokens=8)
+NEGATIVES = 2
+
+
+class Counting(Processor):
+    """Remembers what it was asked for."""
+
+    asked = []
+
+    def size(self, item, side, **keywords):
+        self.asked.append(item)
+        return super().size(item, side, **keywords)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data_dir):
+    return Tokenizer.from_file(str(data_dir / "icons" / "tokenizer.json"))
+
+
+@pytest.fixture
+def processor(tokenizer, monkeypatch):
+    monkeypatch.setattr(Counting, "asked", [])
+    return processor_with(tokenizer, LIMITS)
+
+
+def processor_with(tokenizer, limits):
+    return Counting(tokenizer, Images(min_pixels=28 * 28, max_pixels=60 * 28 * 28), limits)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return prepare_pairs(tmp_path_factory.mktemp("pairs") / "in")
+
+
+@pytest.fixture
+def source(prepared):
+    """The training split; its tables are removed in the end."""
+    split = records.open_split(prepared / "mine", writing.VERSION, "train").with_descriptions()
+    yield split
+    for file in split.folder.glob("sizes-*"):
+        file.unlink()
+
+
+def sizes_of(processor, record):
+    """What the processor makes of a record."""
+    examples = [processor.query(record["query"]), processor.candidate(record["positive"])]
+    examples += [processor.candidate(item) for item in record["negatives"][:NEGATIVES]]
+    made = np.zeros((2 + NEGATIVES, 4), np.int32)
+    made[: len(examples)] = [(len(one.tokens), one.patches, one.cut, one.shrunk) for one in examples]
+    return made
+
+
+def test_sizes_are_those_of_the_examples(source, processor):
+    expected = np.stack([sizes_of(processor, record) for record in source])
+    prepared = SourceSizes(source, processor, NEGATIVES, "mine")
+    np.testing.assert_array_equal(prepared.table, expected)
+    in_memory = SourceSizes(list(source), processor, NEGATIVES, "mine")
+    assert in_memory.table is None
+    for row in range(len(source)):
+        np.testing.assert_array_equal(prepared.of(row, 3, 4), expected[row])
+        np.testing.assert_array_equal(in_memory.of(row, 3, 4), expected[row])
+    assert expected[..., CUT].any() and expected[..., SHRUNK].any() and not expected[..., CUT].all()
+    assert expected[..., TOKENS].max() <= 100 - 4 and expected[..., PATCHES].max() <= 128 and expected[:, 2:].min() == 0
+
+
+def test_boards_are_sized_page_by_page(data_dir, processor):
+    from metaembed_jax.data.sources import boards
+
+    pages = boards.Pages(boards.Drawings(data_dir, "train"), 0, ((10, 1, 1), (0, 4, 9)), 112)
+    found = pickle.loads(pickle.dumps(SourceSizes(pages, processor, NEGATIVES, "boards")))
+    assert found.table is None
+    for row, epoch, step in ((0, 0, 0), (3, 1, 5), (3, 1, 50)):
+        np.testing.assert_array_equal(found.of(row, epoch, step), sizes_of(processor, pages.compose(row, epoch, step)))
+
+
+def test_a_table_is_computed_once_for_each_processor(source, processor, tokenizer, monkeypatch):
+    first = SourceSizes(source, processor, NEGATIVES, "mine").table
+    assert len(processor.asked) > len(source)
+    processor.asked.clear()
+    np.testing.assert_array_equal(SourceSizes(source, processor, NEGATIVES, "mine").table, first)
+    assert processor.asked and all(item in sizes.PROBES for item in processor.asked)
+
+    for changed in (LIMITS._replace(text_tokens=10), LIMITS._replace(tokens=90), LIMITS._replace(patches=64)):
+        other = SourceSizes(source, processor_with(tokenizer, changed), NEGATIVES, "mine").table
+        assert (other != first).any()
+    assert SourceSizes(source, processor, 1, "mine").table.shape == (len(source), 3, 4)
+    monkeypatch.setattr(Processor, "_suffix", lambda self, side: [1, 2, 3])  # other code
+    assert (SourceSizes(source, processor, NEGATIVES, "mine").table != first).any()
+    assert len(list(source.folder.glob("sizes-train-*.npy"))) == 6
+
+
+def test_worker_processes_and_folders_that_cannot_be_written(source, processor, monkeypatch, capsys):
+    monkeypatch.setattr(sizes.os, "access", lambda *_: False)
+    monkeypatch.setattr(sizes, "workers_for", lambda rows: 2)
+    monkeypatch.setattr(sizes, "BLOCK", 10)
+
+    def map_pickled(job, function, parts, workers):
+        assert workers == 2
+        return (pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(job)), part) for part in parts)
+
+    monkeypatch.setattr(sizes, "map_with", map_pickled)
+    expected = np.stack([sizes_of(processor, record) for record in source])
+    np.testing.assert_array_equal(SourceSizes(source, processor, NEGATIVES, "mine").table, expected)
+    assert not list(source.folder.glob("sizes-*")) and "cannot be written" in capsys.readouterr().out
