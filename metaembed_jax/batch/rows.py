@@ -162,14 +162,13 @@ def abstract(rows: int, row: Size, layout: Layout, mesh: Mesh, microbatches: int
     return empty(1, row, layout).map(of)
 
 
-def put(batch: Batch, mesh: Mesh, axis: int = 0, memory_kind: str | None = None) -> Batch:
+def put(batch: Batch, mesh: Mesh, axis: int = 0) -> Batch:
     """Send this host's rows to its devices.
 
     Args:
       axis: of the rows: 1 behind an axis of microbatches.
-      memory_kind: as in `put_rows`.
     """
-    return batch.map(lambda x: put_rows(x, mesh, axis, memory_kind))
+    return batch.map(lambda x: put_rows(x, mesh, axis=axis))
 
 
 def fill(batch: Batch) -> Iterator[tuple[str, float]]:

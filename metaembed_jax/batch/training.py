@@ -4,6 +4,7 @@ M microbatches of b rows, V vectors of a row, B pairs, K negatives a pair, N doc
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,10 @@ from metaembed_jax.batch.items import Layout
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.errors import UserError
-from metaembed_jax.sharding import put_whole, replicated
+from metaembed_jax.sharding import put_rows, put_whole, replicated
+
+HOST = "pinned_host"  # the kind of memory that devices read without their host's help
+LANES = 128  # of a TPU's register
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +29,7 @@ class TrainingBatch:
     """A step's pairs, as arrays of NumPy or JAX, or as shapes.
 
     Attributes:
-      rows: [M, b, ...]; row r of the step is row r % b of microbatch r // b.
+      rows: [M, b, ...]; row r of the step is row r % b of microbatch r // b. Pixels in a host's memory are [M, b, N, 128] (`put`).
       queries, documents: the number of each item's first vector among those of the step, row * V + v. Where a pair lacks a
         negative, that of its positive.
       negative_mask: false where a pair lacks a negative.
@@ -89,11 +93,8 @@ def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh:
     def whole(*axes: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(axes, dtype, sharding=replicated(mesh))
 
-    def kept(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(rows_memory(mesh)))
-
     return TrainingBatch(
-        rows=rows.abstract(shape.size, shape.row, layout, mesh, shape.microbatches).map(kept),
+        rows=_abstract_in_host(rows.abstract(shape.size, shape.row, layout, mesh, shape.microbatches), mesh),
         queries=whole(pairs),
         documents=whole(pairs * (1 + negatives)),
         negative_mask=whole(pairs, negatives, dtype=jnp.bool_),
@@ -102,14 +103,34 @@ def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh:
 
 
 def put(batch: TrainingBatch, mesh: Mesh) -> TrainingBatch:
-    """Send a batch to the mesh: this host's rows of it to `rows_memory`, and all the rest whole to every device."""
+    """Send a batch to the mesh: its rows here to this host's devices, pixels that `streams` to its memory, the rest to every device."""
     whole = {field.name: put_whole(getattr(batch, field.name), mesh) for field in dataclasses.fields(batch) if field.name != "rows"}
-    return TrainingBatch(rows=rows.put(batch.rows, mesh, axis=1, memory_kind=rows_memory(mesh)), **whole)
+    if not streams(batch.rows, mesh):
+        return TrainingBatch(rows=rows.put(batch.rows, mesh, axis=1), **whole)
+    here = rows.put(dataclasses.replace(batch.rows, patches=None), mesh, axis=1)
+    pixels = put_rows(batch.rows.patches.reshape(_in_registers(batch.rows)), mesh, axis=1, memory_kind=HOST)
+    return TrainingBatch(rows=dataclasses.replace(here, patches=pixels), **whole)
 
 
-def rows_memory(mesh: Mesh) -> str | None:
-    """The kind of memory that holds the rows of a step: the hosts', from which microbatches go to TPUs one at a time.
+def streams(batch: Batch, mesh: Mesh) -> bool:
+    """Whether the pixels of a step's rows stay in the hosts' memory, from where microbatches go to the devices one at a time.
 
-    On a device, the rows of two steps would lie: those that it computes with, and the next.
+    They do for TPUs. On a device, the pixels of two steps would lie: of the one that it computes, and the next.
     """
-    return "pinned_host" if mesh.devices.flat[0].platform == "tpu" else None
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    return on_tpu and batch.patches is not None and math.prod(batch.patches.shape[2:]) % LANES == 0
+
+
+def _in_registers(batch: Batch) -> tuple[int, ...]:
+    """The shape of pixels in a host's memory, [M, b, N, 128]; in another, libtpu 0.0.52 may mix those of several microbatches."""
+    return (*batch.patches.shape[:2], -1, LANES)
+
+
+def _abstract_in_host(batch: Batch, mesh: Mesh) -> Batch:
+    if not streams(batch, mesh):
+        return batch
+    pixels = batch.patches
+    *front, _, lanes = _in_registers(batch)
+    shape = (*front, math.prod(pixels.shape[2:]) // lanes, lanes)
+    pixels = jax.ShapeDtypeStruct(shape, pixels.dtype, sharding=pixels.sharding.with_memory_kind(HOST))
+    return dataclasses.replace(batch, patches=pixels)

@@ -9,6 +9,7 @@ The gradient is that of the whole batch on every rung.
 M microbatches of b rows, V vectors of a row, D width.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -24,23 +25,27 @@ def encode(apply: Callable, rows: Batch, recompute: str, dtype: str) -> Float[Ar
 
     Args:
       apply: `(row numbers) -> network`. Its dropout, if any, depends on the numbers of the rows and not on their microbatches.
-      rows: [M, b, ...], in the memory of the devices or their hosts.
+      rows: of a `TrainingBatch`.
       recompute: a rung of `RECOMPUTE`.
       dtype: of the vectors.
     """
 
     def encoder(microbatch: Batch) -> Float[Array, "b V D"]:
-        microbatch = microbatch.map(to_device)
+        microbatch = pixels_on_device(microbatch)
+        if microbatch.patches is not None:
+            pixels_BPX = microbatch.patches.reshape(*microbatch.patch_segments.shape, -1)
+            microbatch = dataclasses.replace(microbatch, patches=pixels_BPX)
         return apply(microbatch.row)(microbatch).astype(dtype)
 
     microbatches, size = rows.tokens.shape[:2]
     if microbatches == 1:
-        return encoder(rows.map(lambda x: x[0]))
+        return encoder(pixels_on_device(rows).map(lambda x: x[0]))
     vectors_MbVD = jax.lax.map(jax.checkpoint(encoder) if recompute == "everything" else encoder, rows)
     return vectors_MbVD.reshape(microbatches * size, *vectors_MbVD.shape[2:])
 
 
-def to_device(x: Array) -> Array:
-    """Move an array to the devices' memory, if it is in the hosts'."""
-    in_host = jax.typeof(x).memory_space == jax.memory.Space.Host
-    return jax.device_put(x, jax.memory.Space.Device) if in_host else x
+def pixels_on_device(batch: Batch) -> Batch:
+    """Return a batch whose pixels are in the devices' memory, wherever they were."""
+    if batch.patches is None or jax.typeof(batch.patches).memory_space != jax.memory.Space.Host:
+        return batch
+    return dataclasses.replace(batch, patches=jax.device_put(batch.patches, jax.memory.Space.Device))
