@@ -191,3 +191,17 @@ class PromptProcessor:
 
     def _suffix(self, side: str) -> Sequence[int]:
         return self._end_of_query if side == "query" else ()
+
+
+def no_room(name: str, most_tokens: int, most_patches: int, tokens: int, patches: int) -> UserError:
+    """The error of an image that does not fit, however small it is made.
+
+    Args:
+      name: of its item.
+      most_tokens, most_patches: that it may take.
+      tokens, patches: that it takes at least.
+    """
+    return UserError(
+        f"{name}: has an image, and config.row leaves {most_tokens} tokens and {most_patches} patches for it: expected at least "
+        f"{tokens} and {patches}; raise config.row"
+    )

@@ -4,8 +4,8 @@ import dataclasses
 
 from metaembed_jax.backbones import fields
 from metaembed_jax.backbones.config import HALF, FamilyConfig
+from metaembed_jax.batch.items import ArraySpec, Layout
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.examples import ArraySpec, Layout
 
 TITLE = "PaliGemma"
 PAD_TOKEN, START_TOKEN, IMAGE_TOKEN = "<pad>", "<bos>", "<image>"
@@ -118,18 +118,11 @@ class Config(FamilyConfig):
         }
 
     @property
-    def patch_multiple(self) -> int:
-        """Every image has as many patches."""
-        return self.vision_config.patches
-
-    @property
     def layout(self) -> Layout:
-        """`visual_index` is the patch whose state stands in a token's place, -1 elsewhere; `patches` are pixels."""
-        pixels = 3 * self.vision_config.patch_size**2
-        return Layout(
-            {"visual_index": ArraySpec((), "int32", -1)},
-            {"patches": ArraySpec((pixels,), "uint8"), "patch_mask": ArraySpec((), "bool")},
-        )
+        """The arrays of a batch: pixels; every image has as many patches, and each is a visual token."""
+        vision = self.vision_config
+        patches = {"patches": ArraySpec((3 * vision.patch_size**2,), "uint8")}
+        return Layout(patches, position_axes=1, unit=1, multiple=vision.patches)
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other.

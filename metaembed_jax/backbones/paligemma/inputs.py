@@ -12,17 +12,15 @@ import dataclasses
 
 import numpy as np
 from einops import rearrange
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
 from metaembed_jax.backbones.fields import check_processing
 from metaembed_jax.backbones.paligemma.config import IMAGE_TOKEN, PAD_TOKEN, START_TOKEN, TITLE, Config
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.examples import Example
-from metaembed_jax.inputs.images import open_image
-from metaembed_jax.inputs.processors import PromptProcessor
-from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, read_item
+from metaembed_jax.inputs.processors import Grid, Prompt, PromptProcessor, no_room
+from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY
 
 SPECIAL_TOKENS = (PAD_TOKEN, START_TOKEN, IMAGE_TOKEN)
 PROMPT_WORDS = (QUERY, IMAGE_ALONE + "\n")  # what the prompts say around every text
@@ -84,17 +82,30 @@ class Processor(PromptProcessor):
 
     title, special_tokens, filler = TITLE, SPECIAL_TOKENS, PAD_TOKEN
 
-    def _example(self, item: dict, prefix: str, suffix: list[int], max_tokens: int | None, name: str) -> Example:
-        text, image = read_item(item, name)
-        patches = None if image is None else patchify(open_image(image, name), self.images)
-        visual = 0 if patches is None else len(patches)
-        head = [self._tokenizer.ids[IMAGE_TOKEN]] * visual + [self._tokenizer.ids[START_TOKEN]]
-        if visual and not text:
-            prefix += IMAGE_ALONE
+    def _check_limits(self) -> None:
+        super()._check_limits()
+        if self.limits is not None and self.limits.patches:
+            for side in ("query", "candidate"):
+                self.size({"image": (1, 1)}, side, name=f"an image as a {side}")
 
-        room = None if max_tokens is None else max_tokens - len(head) - len(suffix)
-        tokens = np.array(head + self._tokenizer.fit(prefix, text, "" if suffix else "\n", room, name) + suffix, np.int32)
-        visual_index = np.full(len(tokens), -1, np.int32)
-        visual_index[:visual] = np.arange(visual)
-        arrays = {"patches": patches, "patch_mask": np.ones(visual, bool)} if visual else {}
-        return Example(tokens, {"visual_index": visual_index}, arrays)
+    def _prompt(self, grid: Grid | None, side: str, has_text: bool, with_image: bool) -> Prompt:
+        ids, prefix = self._tokenizer.ids, self._prefix(side)
+        visual = [ids[IMAGE_TOKEN]] * (grid.patches if grid else 0)
+        before = prefix if has_text or not with_image else prefix + IMAGE_ALONE
+        return Prompt([*visual, ids[START_TOKEN]], before, "" if side == "query" else "\n", [*self._suffix(side)])
+
+    def _grid(self, width: int, height: int, most_tokens: int | None, most_patches: int | None, name: str) -> Grid:
+        """The one grid that the model knows; it does not shrink."""
+        side = self.images.image_size // self.images.patch_size
+        if most_tokens is not None and min(most_tokens, most_patches) < side**2:
+            raise no_room(name, most_tokens, most_patches, side**2, side**2)
+        return Grid(side, side, side**2)
+
+    def _patches(self, image: Image.Image, grid: Grid) -> dict[str, np.ndarray]:
+        return {"patches": patchify(image, self.images)}
+
+    def _visual(self, tokens: Int[np.ndarray, "S"], head: int, grid: Grid | None) -> Int[np.ndarray, "S"]:
+        visual = np.full(len(tokens), -1, np.int32)
+        if grid is not None:
+            visual[: grid.patches] = np.arange(grid.patches)
+        return visual

@@ -2,32 +2,32 @@
 
 Correct is what transformers' `modeling_paligemma.py` computes from the same checkpoint.
 
-B batch, P patches, S prompt tokens, R appended rows, T = S + R, D width, H heads, G key/value heads, K head width, L layers,
-X numbers in a patch.
+B rows, S tokens, V positions that are read, R Meta Tokens, P patches of a row, I images of all rows, N patches of an image,
+D width, H heads, G key/value heads, K head width, L layers, X numbers in a patch.
 
-Image and prompt are a prefix, whose tokens see each other in both directions; the appended rows see the prefix and, causally,
-themselves. Prompts are padded on the left, so the prefix ends at the same place in every row. For S = 4 with one token of padding,
-and R = 3; a local layer with a window of 5 lacks what is marked `o`:
+Image and prompt of an item are a prefix, whose tokens see each other in both directions; its Meta Tokens see the prefix and,
+causally, themselves. For an item of 3 tokens and 3 Meta Tokens, and the beginning of the next one in the row; a local layer with a
+window of 5 lacks what is marked `o`:
 
-                 .  i  p  p  m  m  m
-    padding      .  x  x  x  .  .  .       read by nobody
-    image        .  x  x  x  .  .  .
-    prompt       .  x  x  x  .  .  .
-    prompt       .  x  x  x  .  .  .
-    Meta Token   .  x  x  x  x  .  .
-    Meta Token   .  x  x  x  x  x  .
-    Meta Token   .  o  x  x  x  x  x
+                 i  p  p  m  m  m  p  p
+    image        x  x  x  .  .  .  .  .
+    prompt       x  x  x  .  .  .  .  .
+    prompt       x  x  x  .  .  .  .  .
+    Meta Token   x  x  x  x  .  .  .  .
+    Meta Token   x  x  x  x  x  .  .  .
+    Meta Token   o  x  x  x  x  x  .  .
+    prompt       .  .  .  .  .  .  x  x
 
-So no window cuts the prefix, however long, and what it takes from the last rows is the beginning of the prefix: of the image. Every
-released PaliGemma 2 has a window of 4096, which only prompts with images of 896 pixels exceed.
+So no window cuts the prefix, however long, and what it takes from the last Meta Tokens is the beginning of the prefix: of the
+image. Every released PaliGemma 2 has a window of 4096, which only prompts with images of 896 pixels exceed.
 
-No row sees one behind it, but for the prefix, which is always whole: a part of the appended rows computes the same states as all.
+No token sees one behind it, but for the prefix, which is always whole: a part of the Meta Tokens has the same states as all.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from metaembed_jax.backbones.attention import attention
 from metaembed_jax.backbones.layers import (
@@ -35,6 +35,8 @@ from metaembed_jax.backbones.layers import (
     GatedMLP,
     LayerNorm,
     Linear,
+    at,
+    embed_tokens,
     inverse_frequencies,
     normalised,
     param,
@@ -44,6 +46,7 @@ from metaembed_jax.backbones.layers import (
     split_heads,
 )
 from metaembed_jax.backbones.paligemma.config import Config, TextConfig, VisionConfig
+from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 
 
@@ -61,16 +64,17 @@ class VisionBlock(nnx.Module):
         self.output = Linear(width, width, axes=("heads", "embed"), bias=True, rngs=rngs, layers=layers)
         self.mlp = MLP(width, config.intermediate_size, activation=jax.nn.gelu, rngs=rngs, layers=layers)
 
-    def __call__(self, x_BPD, _):
-        normed = self.norm1(x_BPD)
+    def __call__(self, x_IND, _):
+        normed = self.norm1(x_IND)
         query, key, value = (split_heads(project(normed), self.heads) for project in (self.query, self.key, self.value))
-        mixed = attention(query, key, value, jnp.ones(x_BPD.shape[:2], bool), causal=False)
-        x_BPD = x_BPD + self.output(mixed.reshape(x_BPD.shape))
-        return constrain(x_BPD + self.mlp(self.norm2(x_BPD)), "batch", None, None)
+        image = jnp.ones(x_IND.shape[:2], jnp.int32)
+        mixed = attention(query, key, value, image, image, causal=False)
+        x_IND = x_IND + self.output(mixed.reshape(x_IND.shape))
+        return constrain(x_IND + self.mlp(self.norm2(x_IND)), "batch", None, None)
 
 
 class VisionTower(nnx.Module):
-    """Patches of one image per row, all of one size, to visual tokens of the language model's width."""
+    """Patches of images, all of one size, to visual tokens of the language model's width."""
 
     def __init__(self, config: VisionConfig, width: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -82,15 +86,16 @@ class VisionTower(nnx.Module):
         self.projector = Linear(inner, width, axes=("embed", None), bias=True, rngs=rngs)
 
     def __call__(self, patches_BPX: UInt8[Array, "B P X"], *, dtype, checkpoint: bool, unroll: int) -> Float[Array, "B P D"]:
-        """One visual token for each patch."""
-        x_BPD = self.embed_patches(patches_BPX, dtype)
-        x_BPD = scan_layers(self.blocks, x_BPD, None, checkpoint=checkpoint, unroll=unroll)
-        return constrain(self.projector(self.final_norm(x_BPD)), "batch", None, None)
+        """One visual token for each patch; the images of a row lie one behind the other."""
+        B, P, X = patches_BPX.shape
+        x_IND = self.embed_patches(patches_BPX.reshape(-1, self.config.patches, X), dtype)
+        x_IND = scan_layers(self.blocks, x_IND, None, checkpoint=checkpoint, unroll=unroll)
+        return constrain(self.projector(self.final_norm(x_IND)).reshape(B, P, -1), "batch", None, None)
 
-    def embed_patches(self, patches_BPX: UInt8[Array, "B P X"], dtype) -> Float[Array, "B P D"]:
+    def embed_patches(self, patches_INX: UInt8[Array, "I N X"], dtype) -> Float[Array, "I N D"]:
         """uint8 pixels to normalised floats, then the patch kernel, and what is learned of each place."""
-        x_BPD = self.patch_embedding(normalised(patches_BPX, self.config.image_mean, self.config.image_std).astype(dtype))
-        return constrain(x_BPD + self.positions[...].astype(dtype), "batch", None, None)
+        x_IND = self.patch_embedding(normalised(patches_INX, self.config.image_mean, self.config.image_std).astype(dtype))
+        return constrain(x_IND + self.positions[...].astype(dtype), "batch", None, None)
 
 
 class Norm(nnx.Module):
@@ -127,43 +132,40 @@ class DecoderLayer(nnx.Module):
         else:
             self.mlp_norm = Norm(width, epsilon=epsilon, rngs=rngs, layers=layers)
 
-    def __call__(self, x_BTD, local, mask_BT, cos_BTK, sin_BTK, rows):
-        config, normed = self.config, self.input_norm(x_BTD)
-        query_BTHK = rotate(split_heads(self.query(normed), config.num_attention_heads), cos_BTK, sin_BTK)
-        key_BTGK = rotate(split_heads(self.key(normed), config.num_key_value_heads), cos_BTK, sin_BTK)
-        value_BTGK = split_heads(self.value(normed), config.num_key_value_heads)
-        mixed = self.attend(query_BTHK, key_BTGK, value_BTGK, mask_BT, local, rows)
-        mixed = self.output(mixed.reshape(*x_BTD.shape[:2], -1))
+    def __call__(self, x_BSD, local, segments_BS, is_meta_BS, cos_BSK, sin_BSK):
+        config, normed = self.config, self.input_norm(x_BSD)
+        query_BSHK = rotate(split_heads(self.query(normed), config.num_attention_heads), cos_BSK, sin_BSK)
+        key_BSGK = rotate(split_heads(self.key(normed), config.num_key_value_heads), cos_BSK, sin_BSK)
+        value_BSGK = split_heads(self.value(normed), config.num_key_value_heads)
+        mixed = self.attend(query_BSHK, key_BSGK, value_BSGK, local, segments_BS, is_meta_BS)
+        mixed = self.output(mixed.reshape(*x_BSD.shape[:2], -1))
         if config.is_gemma2:
-            x_BTD = x_BTD + self.attention_post_norm(mixed)
-            x_BTD = x_BTD + self.mlp_post_norm(self.mlp(self.mlp_pre_norm(x_BTD)))
+            x_BSD = x_BSD + self.attention_post_norm(mixed)
+            x_BSD = x_BSD + self.mlp_post_norm(self.mlp(self.mlp_pre_norm(x_BSD)))
         else:
-            x_BTD = x_BTD + mixed
-            x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return constrain(x_BTD, "batch", None, None)
+            x_BSD = x_BSD + mixed
+            x_BSD = x_BSD + self.mlp(self.mlp_norm(x_BSD))
+        return constrain(x_BSD, "batch", None, None)
 
-    def attend(self, query_BTHK, key_BTGK, value_BTGK, mask_BT, local, rows):
-        """The prefix over itself; the last `rows` over all there is, or over a window of it."""
-        config, prefix = self.config, query_BTHK.shape[1] - rows
+    def attend(self, query_BSHK, key_BSGK, value_BSGK, local, segments_BS, is_meta_BS):
+        """Each prefix over itself; Meta Tokens over all of their item before them, or over a window of it."""
+        config, arrays = self.config, (query_BSHK, key_BSGK, value_BSGK, segments_BS)
         second = dict(scale=config.query_pre_attn_scalar**-0.5, softcap=config.attn_logit_softcapping) if config.is_gemma2 else {}
 
         def causal(window):
-            def over(query_BRHK, *keys):
-                return attention(query_BRHK, *keys, causal=True, window=window, **second)
+            return lambda *arrays: attention(*arrays, causal=True, window=window, **second)
 
-            return over
-
-        before = (x[:, :prefix] for x in (query_BTHK, key_BTGK, value_BTGK, mask_BT))
-        appended = query_BTHK[:, prefix:], key_BTGK, value_BTGK, mask_BT
-        if config.is_gemma2 and config.sliding_window < query_BTHK.shape[1]:
-            mixed_BRHK = jax.lax.cond(local, causal(config.sliding_window), causal(None), *appended)
+        if config.is_gemma2 and config.sliding_window < query_BSHK.shape[1]:
+            meta_BSHK = jax.lax.cond(local, causal(config.sliding_window), causal(None), *arrays, segments_BS)
         else:
-            mixed_BRHK = causal(None)(*appended)
-        return jnp.concatenate([attention(*before, causal=False, **second), mixed_BRHK], axis=1)
+            meta_BSHK = causal(None)(*arrays, segments_BS)
+        # As keys of the prefix, Meta Tokens are padding.
+        prefix_BSHK = attention(*arrays, jnp.where(is_meta_BS, 0, segments_BS), causal=False, **second)
+        return jnp.where(is_meta_BS[..., None, None], meta_BSHK, prefix_BSHK)
 
 
 class Backbone(nnx.Module):
-    """Vision tower and language model; what it returns are the last hidden states of the rows appended to each prompt."""
+    """Vision tower and language model; it returns the last hidden states at the positions that a batch names."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -179,49 +181,36 @@ class Backbone(nnx.Module):
         return self.config.width
 
     def __call__(
-        self, batch: dict[str, Array], suffix_RD: Float[Array, "R D"], *, keep: int, dtype, checkpoint: bool, unroll: int
-    ) -> Float[Array, "B keep D"]:
-        """Last-layer states, after the final norm, of the last `keep` of the rows `suffix_RD` appended to every prompt.
+        self, batch: Batch, meta_RD: Float[Array, "R D"], *, dtype, checkpoint: bool, unroll: int
+    ) -> Float[Array, "B V D"]:
+        """Last-layer states, after the final norm, at `batch.reads`.
 
         Args:
-          batch: `tokens` [B, S], `mask` [B, S], `visual_index` [B, S], left-padded; with images also `patches` [B, P, X] uint8.
-          suffix_RD: rows that stand in the embedding table's place after the prompt; they are scaled as its rows are.
+          batch: patches of whole images.
+          meta_RD: the table of Meta Tokens; its rows are scaled as those of the vocabulary are.
           dtype: of activations and matmuls.
           checkpoint, unroll: as in `scan_layers`.
         """
-        rows = suffix_RD.shape[0]
-        x_BSD = self.embed(batch, dtype, checkpoint, unroll)
-        suffix_BRD = jnp.broadcast_to(self.scaled(suffix_RD, dtype), (x_BSD.shape[0], *suffix_RD.shape))
-        x_BTD = constrain(jnp.concatenate([x_BSD, suffix_BRD], axis=1), "batch", None, None)
-        mask_BT = jnp.pad(batch["mask"], ((0, 0), (0, rows)), constant_values=True)
-        context = mask_BT, *self.rotary(positions(mask_BT)), rows
+        how = {"checkpoint": checkpoint, "unroll": unroll}
+        x_BSD = self.embed(batch, meta_RD, dtype)
+        if batch.patches is not None:
+            with jax.named_scope("vision"):
+                visual_BPD = self.vision(batch.patches, dtype=dtype, **how)
+            x_BSD = place_units(visual_BPD, batch.visual, x_BSD)
+        context = batch.segments, batch.meta >= 0, *self.rotary(batch.positions[:, 0])
         local = jnp.arange(self.config.text_config.num_hidden_layers) % 2 == 0
         with jax.named_scope("language"):
-            x_BTD = scan_layers(self.layers, x_BTD, local, *context, checkpoint=checkpoint, unroll=unroll)
-            return self.final_norm(x_BTD[:, -keep:])
+            x_BSD = scan_layers(self.layers, constrain(x_BSD, "batch", None, None), local, *context, **how)
+            return self.final_norm(at(x_BSD, batch.reads))
 
-    def embed(self, batch: dict[str, Array], dtype, checkpoint: bool, unroll: int) -> Float[Array, "B S D"]:
-        """Rows of the vocabulary, scaled, with visual tokens, not scaled, where `visual_index` points at one."""
-        x_BSD = self.scaled(jnp.take(self.embedding[...].astype(dtype), batch["tokens"], axis=0), dtype)
-        if "patches" not in batch:
-            return x_BSD
-        with jax.named_scope("vision"):
-            patches_BPX = batch["patches"][:, : self.config.vision_config.patches]
-            visual_BPD = self.vision(patches_BPX, dtype=dtype, checkpoint=checkpoint, unroll=unroll)
-        return place_units(visual_BPD, batch["visual_index"], x_BSD)
+    def embed(self, batch: Batch, meta_RD: Float[Array, "R D"], dtype) -> Float[Array, "B S D"]:
+        """Rows of both tables times the root of their width, which is rounded as they are: 45.25 for 2048 in bfloat16."""
+        x_BSD = embed_tokens(self.embedding[...].astype(dtype), meta_RD.astype(dtype), batch)
+        return x_BSD * jnp.asarray(self.width**0.5, dtype)
 
-    def scaled(self, rows: Float[Array, "... D"], dtype) -> Float[Array, "... D"]:
-        """Rows of the vocabulary times the root of their width, which is rounded as they are: 45.25 for 2048 in bfloat16."""
-        return rows.astype(dtype) * jnp.asarray(self.width**0.5, dtype)
-
-    def rotary(self, positions_BT: Int[Array, "B T"]) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
+    def rotary(self, positions_BS: Int[Array, "B S"]) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
         """Cosines and sines of each position's angles."""
         text = self.config.text_config
-        angles = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(text.head_dim, text.rope_theta)
+        angles = positions_BS[..., None].astype(jnp.float32) * inverse_frequencies(text.head_dim, text.rope_theta)
         angles = jnp.concatenate([angles, angles], axis=-1)
         return jnp.cos(angles), jnp.sin(angles)
-
-
-def positions(mask_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """They count from 1, and padding, which is on the left, has 0. Only their distances reach the states."""
-    return jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32)

@@ -4,8 +4,8 @@ import dataclasses
 
 from metaembed_jax.backbones import fields
 from metaembed_jax.backbones.config import HALF, FamilyConfig
+from metaembed_jax.batch.items import ArraySpec, Layout
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.examples import ArraySpec, Layout
 
 TITLE = "SmolVLM"
 START, PAD, END, FRAME, IMAGE = "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>"
@@ -124,18 +124,11 @@ class Config(FamilyConfig):
         }
 
     @property
-    def patch_multiple(self) -> int:
-        """Patches of a tile; an image has whole tiles."""
-        return self.vision_config.tile_patches
-
-    @property
     def layout(self) -> Layout:
-        """`visual_index` is the unit that stands in a token's place, -1 elsewhere; `patches` are pixels, tile after tile."""
-        pixels = 3 * self.vision_config.patch_size**2
-        return Layout(
-            {"visual_index": ArraySpec((), "int32", -1)},
-            {"patches": ArraySpec((pixels,), "uint8"), "patch_mask": ArraySpec((), "bool")},
-        )
+        """The arrays of a batch: pixels, in whole tiles."""
+        vision = self.vision_config
+        patches = {"patches": ArraySpec((3 * vision.patch_size**2,), "uint8")}
+        return Layout(patches, position_axes=1, unit=vision.scale_factor**2, multiple=vision.tile_patches)
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other.

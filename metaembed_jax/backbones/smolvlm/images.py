@@ -3,7 +3,8 @@
 P patches, X numbers in a patch.
 
 An image is scaled until its longest side has `longest_edge` pixels, then stretched to whole tiles. Behind the tiles comes the whole
-image once more, as one tile; where there is one tile anyway, it comes alone.
+image once more, as one tile; where there is one tile anyway, it comes alone. An image that is to take less than that is scaled to
+fewer tiles on its longest side, as transformers would with that for `longest_edge`.
 
     1 2 3
     4 5 6   and 7, which is all of 1 to 6
@@ -11,6 +12,7 @@ image once more, as one tile; where there is one tile anyway, it comes alone.
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from einops import rearrange
@@ -21,6 +23,7 @@ from PIL import Image
 from metaembed_jax.backbones.fields import check_processing, check_sizes
 from metaembed_jax.backbones.smolvlm.config import Config
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.processors import Grid
 
 MOST_TILES = 6  # on a side: the vocabulary has no markers for more
 MOST_PIXELS = 4096  # on a side: beyond them the processor scales once more
@@ -92,22 +95,40 @@ class Images:
             "rescale_factor": 1 / 255,
         }
 
+    def grids(self, width: int, height: int) -> Iterator[Grid]:
+        """Yield how an image of this size may be cut into tiles: as transformers has it, then smaller and smaller.
 
-def patchify(image: Image.Image, images: Images) -> tuple[UInt8[np.ndarray, "P X"], tuple[int, int]]:
-    """The patches of an RGB image, and the rows and columns of its tiles; (1, 1) where there is no other than the whole image.
+        Args:
+          width, height: of the image, in pixels.
+        """
+        natural = self._grid(width, height, self.longest_edge)
+        yield natural
+        for tiles in range(max(natural.rows, natural.columns) - 1, 0, -1):
+            yield self._grid(width, height, tiles * self.tile_size)._replace(shrunk=True)
 
-    Patches lie tile by tile, in a tile in raster order, each in (channel, y, x) order.
+    def _grid(self, width: int, height: int, longest: int) -> Grid:
+        rows, columns = tiling(*scaled(height, width, longest), self.tile_size)
+        tiles = rows * columns + (rows * columns > 1)
+        return Grid(rows, columns, tiles * (self.tile_size // self.patch_size) ** 2)
+
+
+def patchify(image: Image.Image, grid: Grid, images: Images) -> UInt8[np.ndarray, "P X"]:
+    """The patches of an RGB image: tile by tile, in a tile in raster order, each in (channel, y, x) order.
+
+    Args:
+      grid: one of `Images.grids`.
     """
     lanczos, tile, patch = Image.Resampling.LANCZOS, images.tile_size, images.patch_size
-    height, width = scaled(image.height, image.width, images.longest_edge)
-    rows, columns = tiling(height, width, tile)
+    rows, columns = grid.rows, grid.columns
+    longest = max(rows, columns) * tile if grid.shrunk else images.longest_edge
+    height, width = scaled(image.height, image.width, longest)
     canvas = image.resize((width, height), lanczos).resize((columns * tile, rows * tile), lanczos)
     tiles = rearrange(np.asarray(canvas), "(r y) (c x) k -> (r c) y x k", r=rows, c=columns)
     if len(tiles) > 1:
         tiles = np.concatenate([tiles, np.asarray(canvas.resize((tile, tile), lanczos))[None]])
     read = tile // patch * patch
     patches = rearrange(tiles[:, :read, :read], "t (i y) (j x) k -> (t i j) (k y x)", y=patch, x=patch)
-    return np.ascontiguousarray(patches), (rows, columns)
+    return np.ascontiguousarray(patches)
 
 
 def scaled(height: int, width: int, longest: int) -> tuple[int, int]:

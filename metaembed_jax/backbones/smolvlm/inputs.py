@@ -5,7 +5,7 @@
     image         the same, with "Describe the image." for the text
 
 `prefix` is "Query: " for queries, which end with ten more <end_of_utterance> and "\\n", and empty for candidates. Meta Tokens are
-no part of it: the network appends them. `tiles` of two rows and one column are, without the line breaks here,
+no part of it: they get their places in a row. `tiles` of two rows and one column are, without the line breaks here,
 
     <fake_token_around_image><row_1_col_1><image>...<image>\\n
     <fake_token_around_image><row_2_col_1><image>...<image>\\n\\n
@@ -15,14 +15,15 @@ and of an image that is one tile, the last of these lines. Vocabularies without 
 """
 
 import numpy as np
+from jaxtyping import Int
+from PIL import Image
 from tokenizers import Tokenizer
 
 from metaembed_jax.backbones.smolvlm.config import END, FRAME, IMAGE, PAD, START, TITLE
 from metaembed_jax.backbones.smolvlm.images import MOST_TILES, Images, patchify
-from metaembed_jax.inputs.examples import Example
-from metaembed_jax.inputs.images import open_image
-from metaembed_jax.inputs.processors import PromptProcessor
-from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY, read_item
+from metaembed_jax.batch.items import Limits
+from metaembed_jax.inputs.processors import Grid, Prompt, PromptProcessor, no_room
+from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY
 
 PAD_TOKEN = PAD
 WHOLE = "<global-img>"
@@ -37,36 +38,51 @@ class Processor(PromptProcessor):
 
     title, special_tokens, filler = TITLE, NEEDED, END
 
-    def __init__(self, tokenizer: Tokenizer, images: Images):
-        super().__init__(tokenizer, images)
+    def __init__(self, tokenizer: Tokenizer, images: Images, limits: Limits | None = None):
         self._markers = {marker: tokenizer.token_to_id(marker) for marker in MARKERS}
+        self._known_tiles: dict[tuple[int, int], list[int]] = {}  # tokens by rows and columns of tiles
+        super().__init__(tokenizer, images, limits)
 
-    def _example(self, item: dict, prefix: str, suffix: list[int], max_tokens: int | None, name: str) -> Example:
-        text, image = read_item(item, name)
-        ids, arrays = self._tokenizer.ids, {}
-        head, tail = [ids[START]], [ids[END], *suffix]
-        if image is None:
-            prefix = f"User: {prefix}"
-        else:
-            patches, tiles = patchify(open_image(image, name), self.images)
-            arrays = {"patches": patches, "patch_mask": np.ones(len(patches), bool)}
-            head += self._tokenizer.encode("User:") + self._tiles(*tiles)
-            prefix = prefix if text else prefix + IMAGE_ALONE
+    def _check_limits(self) -> None:
+        super()._check_limits()
+        if self.limits is not None and self.limits.patches:
+            for side in ("query", "candidate"):
+                self.size({"image": (1, 1)}, side, name=f"an image as a {side}")
 
-        room = None if max_tokens is None else max_tokens - len(head) - len(tail)
-        tokens = np.array(head + self._tokenizer.fit(prefix, text, "", room, name) + tail, np.int32)
-        is_visual = tokens == ids[IMAGE]
-        visual_index = np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32)
-        return Example(tokens, {"visual_index": visual_index}, arrays)
+    def _prompt(self, grid: Grid | None, side: str, has_text: bool, with_image: bool) -> Prompt:
+        ids, prefix = self._tokenizer.ids, self._prefix(side)
+        head, tail = [ids[START]], [ids[END], *self._suffix(side)]
+        if not with_image:
+            return Prompt(head, f"User: {prefix}", "", tail)
+        head += self._tokenizer.encode("User:")
+        if grid:
+            head += self._tiles(grid.rows, grid.columns)
+        return Prompt(head, prefix if has_text else prefix + IMAGE_ALONE, "", tail)
+
+    def _grid(self, width: int, height: int, most_tokens: int | None, most_patches: int | None, name: str) -> Grid:
+        for grid in self.images.grids(width, height):
+            tokens = len(self._tiles(grid.rows, grid.columns))
+            if most_tokens is None or (tokens <= most_tokens and grid.patches <= most_patches):
+                return grid
+        raise no_room(name, most_tokens, most_patches, tokens, grid.patches)
+
+    def _patches(self, image: Image.Image, grid: Grid) -> dict[str, np.ndarray]:
+        return {"patches": patchify(image, grid, self.images)}
+
+    def _visual(self, tokens: Int[np.ndarray, "S"], head: int, grid: Grid | None) -> Int[np.ndarray, "S"]:
+        is_visual = tokens == self._tokenizer.ids[IMAGE]
+        return np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32)
 
     def _tiles(self, rows: int, columns: int) -> list[int]:
         """The tokens of an image."""
-        tokens = []
-        for row in range(rows if rows * columns > 1 else 0):
-            for column in range(columns):
-                tokens += self._tile(f"<row_{row + 1}_col_{column + 1}>")
-            tokens += self._tokenizer.encode("\n" if row + 1 < rows else "\n\n")
-        return tokens + self._tile(WHOLE) + [self._tokenizer.ids[FRAME]]
+        if (rows, columns) not in self._known_tiles:
+            tokens = []
+            for row in range(rows if rows * columns > 1 else 0):
+                for column in range(columns):
+                    tokens += self._tile(f"<row_{row + 1}_col_{column + 1}>")
+                tokens += self._tokenizer.encode("\n" if row + 1 < rows else "\n\n")
+            self._known_tiles[rows, columns] = tokens + self._tile(WHOLE) + [self._tokenizer.ids[FRAME]]
+        return self._known_tiles[rows, columns]
 
     def _tile(self, marker: str) -> list[int]:
         ids, number = self._tokenizer.ids, self._markers[marker]

@@ -1,6 +1,6 @@
 """SmolVLM (arXiv 2504.05299): SigLIP's vision tower before a Llama. Correct is what transformers' `modeling_idefics3.py` computes.
 
-B batch, S prompt tokens and appended rows, R appended rows, P patches, T tiles of all rows of a batch, N patches of a tile, U units
+B rows, S tokens, V positions that are read, R Meta Tokens, P patches of a row, T tiles of all rows, N patches of a tile, U units
 (squares of patches, each one visual token), D width, H heads, G key/value heads, K head width, L layers, X numbers in a patch.
 
 An image is several tiles and comes once more as a whole, which is a tile like any other: the tower sees each by itself, and only
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from metaembed_jax.backbones.attention import attention
 from metaembed_jax.backbones.layers import (
@@ -19,6 +19,8 @@ from metaembed_jax.backbones.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
+    at,
+    embed_tokens,
     inverse_frequencies,
     normalised,
     param,
@@ -29,6 +31,7 @@ from metaembed_jax.backbones.layers import (
 )
 from metaembed_jax.backbones.paligemma.network import VisionBlock
 from metaembed_jax.backbones.smolvlm.config import Config, TextConfig, VisionConfig
+from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 
 
@@ -80,18 +83,18 @@ class DecoderLayer(nnx.Module):
         self.output = Linear(width, width, axes=("heads", "embed"), bias=False, rngs=rngs, layers=layers)
         self.mlp = GatedMLP(width, config.intermediate_size, bias=False, rngs=rngs, layers=layers)
 
-    def __call__(self, x_BSD, _, mask_BS, cos_BSK, sin_BSK):
+    def __call__(self, x_BSD, _, segments_BS, cos_BSK, sin_BSK):
         normed = self.input_norm(x_BSD)
         query_BSHK = rotate(split_heads(self.query(normed), self.heads), cos_BSK, sin_BSK)
         key_BSGK = rotate(split_heads(self.key(normed), self.key_value_heads), cos_BSK, sin_BSK)
         value_BSGK = split_heads(self.value(normed), self.key_value_heads)
-        mixed = attention(query_BSHK, key_BSGK, value_BSGK, mask_BS, causal=True)
+        mixed = attention(query_BSHK, key_BSGK, value_BSGK, segments_BS, segments_BS, causal=True)
         x_BSD = x_BSD + self.output(mixed.reshape(x_BSD.shape))
         return constrain(x_BSD + self.mlp(self.mlp_norm(x_BSD)), "batch", None, None)
 
 
 class Backbone(nnx.Module):
-    """Vision tower and language model; what it returns are the last hidden states of the rows appended to each prompt."""
+    """Vision tower and language model; it returns the last hidden states at the positions that a batch names."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -107,34 +110,30 @@ class Backbone(nnx.Module):
         return self.config.width
 
     def __call__(
-        self, batch: dict[str, Array], suffix_RD: Float[Array, "R D"], *, keep: int, dtype, checkpoint: bool, unroll: int
-    ) -> Float[Array, "B keep D"]:
-        """Last-layer states, after the final norm, of the last `keep` of the rows `suffix_RD` appended to every prompt.
+        self, batch: Batch, meta_RD: Float[Array, "R D"], *, dtype, checkpoint: bool, unroll: int
+    ) -> Float[Array, "B V D"]:
+        """Last-layer states, after the final norm, at `batch.reads`.
 
         Args:
-          batch: `tokens` [B, S], `mask` [B, S] and `visual_index` [B, S], left-padded; with images also `patches` [B, P, X] uint8,
-            whole tiles.
-          suffix_RD: rows that stand in the embedding table's place after the prompt.
+          batch: patches of whole tiles.
+          meta_RD: the table of Meta Tokens.
           dtype: of activations and matmuls.
           checkpoint, unroll: as in `scan_layers`.
         """
-        how = dict(checkpoint=checkpoint, unroll=unroll)
-        x_BSD = jnp.take(self.embedding[...].astype(dtype), batch["tokens"], axis=0)
-        if "patches" in batch:
+        how = {"checkpoint": checkpoint, "unroll": unroll}
+        x_BSD = embed_tokens(self.embedding[...].astype(dtype), meta_RD.astype(dtype), batch)
+        if batch.patches is not None:
             with jax.named_scope("vision"):
-                units_BUD = self.vision(batch["patches"], dtype=dtype, **how)
-            x_BSD = place_units(units_BUD, batch["visual_index"], x_BSD)
-        suffix_BRD = jnp.broadcast_to(suffix_RD.astype(dtype), (len(x_BSD), *suffix_RD.shape))
-        x_BSD = constrain(jnp.concatenate([x_BSD, suffix_BRD], axis=1), "batch", None, None)
-        mask_BS = jnp.pad(batch["mask"], ((0, 0), (0, len(suffix_RD))), constant_values=True)
+                units_BUD = self.vision(batch.patches, dtype=dtype, **how)
+            x_BSD = place_units(units_BUD, batch.visual, x_BSD)
+        context = batch.segments, *self.rotary(batch.positions[:, 0])
         with jax.named_scope("language"):
-            x_BSD = scan_layers(self.layers, x_BSD, None, mask_BS, *self.rotary(mask_BS), **how)
-            return self.final_norm(x_BSD[:, -keep:])
+            x_BSD = scan_layers(self.layers, constrain(x_BSD, "batch", None, None), None, *context, **how)
+            return self.final_norm(at(x_BSD, batch.reads))
 
-    def rotary(self, mask_BS: Bool[Array, "B S"]) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
-        """Cosines and sines; positions count from the first token that is no padding, and only their distances reach the states."""
+    def rotary(self, positions_BS: Int[Array, "B S"]) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
+        """Cosines and sines of each position's angles."""
         text = self.config.text_config
-        positions_BS = jnp.maximum(jnp.cumsum(mask_BS, axis=1) - 1, 0)
         angles = positions_BS[..., None].astype(jnp.float32) * inverse_frequencies(text.head_width, text.rope_theta)
         angles = jnp.concatenate([angles, angles], axis=-1)
         return jnp.cos(angles), jnp.sin(angles)
