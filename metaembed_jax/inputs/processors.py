@@ -121,10 +121,12 @@ class PromptProcessor:
         return len(self._tokenizer.fit(prompt.before, text, prompt.after, None, name))
 
     def _check_limits(self) -> None:
-        """Refuses limits that not even an empty text keeps. Families call it again, once they know more of their prompts."""
+        """Refuses limits that not even an empty text keeps, or the smallest image; rows without patches are for texts alone."""
         if self.limits is not None:
             for side in ("query", "candidate"):
                 self.size({"text": ""}, side, name=side)
+                if self.limits.patches:
+                    self.size({"image": (1, 1)}, side, name=side)
 
     def _example(self, item: dict, side: str, name: str) -> Example:
         text, image = read_item(item, name)
@@ -202,6 +204,6 @@ def no_room(name: str, most_tokens: int, most_patches: int, tokens: int, patches
       tokens, patches: that it takes at least.
     """
     return UserError(
-        f"{name}: has an image, and config.row leaves {most_tokens} tokens and {most_patches} patches for it: expected at least "
-        f"{tokens} and {patches}; raise config.row"
+        f"{name}: config.row leaves {most_tokens} tokens and {most_patches} patches for an image: expected at least {tokens} and "
+        f"{patches}; raise config.row"
     )

@@ -98,12 +98,6 @@ class Processor(PromptProcessor):
 
     title, special_tokens, filler = TITLE, SPECIAL_TOKENS, END
 
-    def _check_limits(self) -> None:
-        super()._check_limits()
-        if self.limits is not None and self.limits.patches:
-            for side in ("query", "candidate"):
-                self.size({"image": (1, 1)}, side, name=f"an image as a {side}")
-
     def _prompt(self, grid: Grid | None, side: str, has_text: bool, with_image: bool) -> Prompt:
         ids, prefix = self._tokenizer.ids, self._prefix(side)
         tail = [ids[END], *self._suffix(side)]

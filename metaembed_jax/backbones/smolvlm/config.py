@@ -10,6 +10,7 @@ from metaembed_jax.errors import UserError
 TITLE = "SmolVLM"
 START, PAD, END, FRAME, IMAGE = "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>"
 GELU = "gelu_pytorch_tanh"
+ROW_TILES = 21
 MOST_PATCHES = 32  # on a tile's side, as released
 SHARED = (19, 25, 29, 31)  # so many on a side are too many for transformers' rounding, which gives two of them one position
 
@@ -122,6 +123,16 @@ class Config(FamilyConfig):
             "image_token_id": token_ids[IMAGE],
             "pad_token_id": token_ids[PAD],
         }
+
+    @property
+    def default_row(self) -> tuple[int, int]:
+        """Two images of three tiles on a side, and a tile more, with their texts and Meta Tokens, in tokens and patches.
+
+        As released: (1920, 21504). An image of the recipe takes 7 or 10 tiles, and they fill 96 % of 21; of rows of 10, 92 %.
+        """
+        vision = self.vision_config
+        tokens = ROW_TILES * (vision.tile_units + 24)
+        return tokens + -tokens % 128, ROW_TILES * vision.tile_patches
 
     @property
     def layout(self) -> Layout:

@@ -43,12 +43,6 @@ class Processor(PromptProcessor):
         self._known_tiles: dict[tuple[int, int], list[int]] = {}  # tokens by rows and columns of tiles
         super().__init__(tokenizer, images, limits)
 
-    def _check_limits(self) -> None:
-        super()._check_limits()
-        if self.limits is not None and self.limits.patches:
-            for side in ("query", "candidate"):
-                self.size({"image": (1, 1)}, side, name=f"an image as a {side}")
-
     def _prompt(self, grid: Grid | None, side: str, has_text: bool, with_image: bool) -> Prompt:
         ids, prefix = self._tokenizer.ids, self._prefix(side)
         head, tail = [ids[START]], [ids[END], *self._suffix(side)]
