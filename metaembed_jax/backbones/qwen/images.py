@@ -19,7 +19,7 @@ from PIL import Image
 from metaembed_jax.backbones.fields import check_processing, check_sizes
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.images import MAX_ASPECT_RATIO
-from metaembed_jax.inputs.processors import Grid
+from metaembed_jax.inputs.processors import Grid, no_room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +77,7 @@ class Images:
             if (patches := self.patches(rows, columns)) <= most_patches:
                 return Grid(rows, columns, patches, (rows, columns) != natural)
             bound = rows * columns - 1
-        raise UserError(
-            f"{name}: has an image, and config.row leaves {most_units} tokens and {most_patches} patches for it: expected at least "
-            f"one token and {self.patches(1, 1)} patches; raise config.row"
-        )
+        raise no_room(name, most_units, most_patches, 1, self.patches(1, 1))
 
     @classmethod
     def from_preprocessor(cls, preprocessor: dict, config: object, max_visual_tokens: int) -> "Images":

@@ -75,10 +75,10 @@ def visual(image):
     return f"<|vision_start|>{'<|image_pad|>' * np.prod(grid(image))}<|vision_end|>"
 
 
-def within(prompt, side):
+def within(prompt, side, patches=0):
     """A processor whose prompts of one side have at most so many tokens."""
     query, candidate = {"query": (500, 0), "candidate": (0, 500)}[side]
-    return Processor(TOKENIZER, CONFIG, Limits(500 + prompt, 1024, 1000, query, candidate))
+    return Processor(TOKENIZER, CONFIG, Limits(500 + prompt, patches, 1000, query, candidate))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -181,7 +181,7 @@ def test_truncation_cuts_only_the_end_of_the_users_text(text, spare):
     for side in (PROCESSOR.query, PROCESSOR.candidate):
         for item in ({"text": text}, {"text": text, "image": image}):
             limit = len(whole_prompt(side, "", item.get("image"))) + spare
-            example = getattr(within(limit, side.__name__), side.__name__)(item)
+            example = getattr(within(limit, side.__name__, 1024 * ("image" in item)), side.__name__)(item)
             full, cut = side(item).tokens.tolist(), example.tokens.tolist()
             assert len(cut) <= limit and not example.shrunk
             assert example.cut == len(full) - len(cut)
@@ -209,8 +209,10 @@ def test_truncation_keeps_the_most_that_fits():
 def test_no_room_for_a_prompt_is_an_error():
     with pytest.raises(UserError, match="its prompt alone takes .* tokens, and config.row leaves 8 for one; raise config.row"):
         within(8, "query")
-    with pytest.raises(UserError, match="^row 3: has an image, and config.row leaves .* tokens and 63 patches"):
-        Processor(TOKENIZER, CONFIG, Limits(100, 63, 9, 0, 0)).candidate({"image": noise(56, 56)}, name="row 3")
+    with pytest.raises(UserError, match="^query: config.row leaves .* tokens and 63 patches for an image: .* 1 and 64"):
+        Processor(TOKENIZER, CONFIG, Limits(100, 63, 9, 0, 0))
+    with pytest.raises(UserError, match="^row 3: config.row leaves .* tokens and 0 patches for an image"):
+        Processor(TOKENIZER, CONFIG, Limits(100, 0, 9, 0, 0)).candidate({"image": noise(56, 56)}, name="row 3")
 
 
 @settings(max_examples=60, deadline=None)
