@@ -1,5 +1,7 @@
-"""The parts of Llama-3.2-Vision, for counting its arithmetic. P patches, J images, Q tokens of an image's tiles, filled up, T states of
-all images that text may look at, S tokens."""
+"""The parts of Llama-3.2-Vision, for counting its arithmetic.
+
+P patches and J images of a row, Q tokens of an image's tiles, filled up, T states of all images that text may look at, S tokens.
+"""
 
 from metaembed_jax.backbones.llama_vision.config import Config, TextConfig, VisionConfig
 from metaembed_jax.backbones.llama_vision.vision import FILLED_TO

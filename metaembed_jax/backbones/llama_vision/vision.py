@@ -3,8 +3,8 @@
 B rows, P patches of a row or an image, J images of all rows, X numbers in a patch, M tiles of an image, N tokens of a tile, Q those
 and what fills them up to a multiple of 8, L = M * Q, D width, I width of what comes out, T states of a row, M * N for each image.
 
-A row holds whole images, so they are the tower's batch. It computes M tiles for every image, because transformers does: a token of a
-real tile attends to padding too, and its numbers would change without. Only padding does not attend to padding:
+A row holds whole images, so they are the tower's batch. It computes M tiles for every image, because transformers does: a token
+of a real tile attends to padding too, and its numbers would change without. Only padding does not attend to padding:
 
     keys        image  padding
     image         x       x

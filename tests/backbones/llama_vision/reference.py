@@ -1,5 +1,6 @@
 """What transformers computes for random Llama-3.2-Vision checkpoints, written from the method's description alone."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from metaembed_jax.model import MetaEmbed
+from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
 from tests.backbones.qwen2_5_vl.reference import noise
@@ -57,7 +58,8 @@ QUERIES = [*TEXTS, {"text": "where", "image": TALL}, {"text": "a longer question
 CANDIDATES = [*TEXTS[2:], *({"image": image} for image in (TALL, WIDE, SMALL)), {"text": "with its caption", "image": LARGE}, "a"]
 
 
-def write_tokenizer(directory: Path) -> None:
+@functools.cache
+def tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,7 +70,7 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer.train_from_iterator(["Query: a red car", "Describe the image.", "the cloud question where airplane"] * 5, trainer)
     assert tokenizer.get_vocab_size() == VOCABULARY
     tokenizer.add_special_tokens([IMAGE])
-    tokenizer.save(str(directory / "tokenizer.json"))
+    return tokenizer
 
 
 def write_checkpoint(directory: Path, configuration: dict) -> None:
@@ -78,7 +80,7 @@ def write_checkpoint(directory: Path, configuration: dict) -> None:
     from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
     directory.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(directory)
+    tokenizer().save(str(directory / "tokenizer.json"))
     model = MllamaForConditionalGeneration(MllamaConfig(**configuration))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -173,11 +175,12 @@ def reference(name: str, scratch: Path) -> SimpleNamespace:
     return kept(f"llama_vision/{name}", scratch, CONFIGURATIONS[name], write_checkpoint, Transformers, items)
 
 
-def read(directory: Path) -> MetaEmbed:
-    """Our model of a checkpoint."""
-    return MetaEmbed.from_pretrained(directory, dtype="float32", mesh=make_mesh(devices=jax.devices()[:1]))
+def read(directory: Path) -> SimpleNamespace:
+    """The config, parameters and processor of a checkpoint."""
+    config, parameters, processor = load(directory, "float32", make_mesh(devices=jax.devices()[:1]), 0, 1024)
+    return SimpleNamespace(config=config, parameters=parameters, processor=processor)
 
 
-def backbone_of(model: MetaEmbed) -> nnx.Module:
+def backbone_of(model: SimpleNamespace) -> nnx.Module:
     """With its weights."""
     return nnx.merge(abstract_network(model.config)[0], model.parameters).backbone

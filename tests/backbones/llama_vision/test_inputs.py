@@ -11,9 +11,12 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from metaembed_jax.backbones.llama_vision import SPECIAL_TOKENS, Config, Images, Processor
 from metaembed_jax.backbones.llama_vision.inputs import arrange, fit, patchify
+from metaembed_jax.batch.items import Limits
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.examples import ShapeClass, blank, collate
-from tests.backbones.llama_vision.reference import BEGIN, CONFIGURATIONS, END, IMAGE, TALL, configuration, string, write_tokenizer
+from tests.backbones.llama_vision.reference import BEGIN, CONFIGURATIONS, END, IMAGE, TALL, configuration, string
+from tests.backbones.llama_vision.reference import tokenizer as small_tokenizer
 from tests.backbones.qwen2_5_vl.reference import noise
 
 TEXTS = ["a red car", "  two  spaces ", "\n\nlines\n", "été 漢字 👩‍👩‍👧 Ωμέγα", "Query: again", "", "\x00\u200b", "مرحبا"]
@@ -31,11 +34,12 @@ CONFIG = sized(42, 4)
 IMAGES = Images.from_run(None, CONFIG, None)
 
 
+PATCHES = 4 * 9  # of every image
+
+
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(directory)
-    return Tokenizer.from_file(str(directory / "tokenizer.json"))
+def tokenizer():
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +58,21 @@ def theirs(side, tiles):
 def test_tiles_equal_the_pillow_processor_of_transformers(side, tiles, patch, size):
     config, image = sized(side, tiles, patch), noise(*size, seed=sum(size))
     seen = theirs(side, tiles)([[image]], return_tensors="np")
-    found = patchify(image, Images.from_run(None, config, None))
+    images = Images.from_run(None, config, None)
+    arrays = patchify(image, arrange(image.height, image.width, images), images)
     [[count]] = seen["num_tiles"]
-    assert len(found["patches"]) == count * config.patch_multiple
+    assert len(arrays["patches"]) == images.image_patches == config.layout.multiple
     across = side // patch
-    patches = found["patches"].reshape(count, across, across, 3, patch, patch).transpose(0, 3, 1, 4, 2, 5)
-    pixels = patches.reshape(count, 3, side, side).astype(np.float32) / 255
+    patches = arrays["patches"].reshape(tiles, across, across, 3, patch, patch).transpose(0, 3, 1, 4, 2, 5)
+    pixels = patches.reshape(tiles, 3, side, side).astype(np.float32) / 255
     pixels = (pixels - np.float32(MEAN)[:, None, None]) / np.float32(STD)[:, None, None]
-    np.testing.assert_allclose(pixels, seen["pixel_values"][0, 0, :count], rtol=0, atol=1e-5)
-    assert not seen["pixel_values"][0, 0, count:].any()
-    assert found["aspect_ratio"].tolist() == [seen["aspect_ratio_ids"][0, 0]] * len(found["patches"])
-    assert found["patch_mask"].all() and seen["aspect_ratio_mask"][0, 0].sum() == count
-    assert {name: array.dtype.name for name, array in found.items()} == {
+    np.testing.assert_allclose(pixels[:count], seen["pixel_values"][0, 0, :count], rtol=0, atol=1e-5)
+    assert not seen["pixel_values"][0, 0, count:].any() and seen["aspect_ratio_mask"][0, 0].sum() == count
+    is_image = arrays.pop("patch_mask")
+    assert is_image.sum() == count * across**2 and is_image[: count * across**2].all()
+    assert not arrays["patches"][~is_image].any()
+    assert (arrays["aspect_ratio"] == seen["aspect_ratio_ids"][0, 0] * is_image).all()
+    assert {name: array.dtype.name for name, array in arrays.items()} == {
         name: spec.dtype for name, spec in config.layout.patches.items()
     }
 
@@ -79,7 +86,7 @@ def test_tiles_equal_the_pillow_processor_of_transformers(side, tiles, patch, si
 def test_canvas_and_size_equal_transformers(height, width, tiles, side):
     module = pytest.importorskip("transformers.models.mllama.image_processing_pil_mllama")
     canvas = module.get_optimal_tiled_canvas(height, width, tiles, side)
-    images = Images(side, 14, tuple(module.get_all_supported_aspect_ratios(tiles)))
+    images = Images(side, 14, tiles, tuple(module.get_all_supported_aspect_ratios(tiles)))
     arrangement = arrange(height, width, images)
     assert (arrangement[0] * side, arrangement[1] * side) == tuple(canvas)
     assert fit(height, width, arrangement, side) == module.get_image_size_fit_to_canvas(height, width, *canvas, side)
@@ -116,18 +123,56 @@ def test_special_strings_of_the_user_stay_text(tokenizer, processor, text):
         assert tokenizer.decode(tokens[2:-1], skip_special_tokens=False) == (text or "Describe the image.")
 
 
-@pytest.mark.parametrize("spare", [0, 1, 5])
-def test_truncation_cuts_only_the_end_of_the_users_text(tokenizer, processor, spare):
+def within(tokenizer, prompt, side, patches=PATCHES, text=1000):
+    """A processor whose prompts of one side have at most so many tokens; those of the other have 500 more."""
+    query, candidate = {"query": (500, 0), "candidate": (0, 500)}[side]
+    return Processor(tokenizer, IMAGES, Limits(500 + prompt, patches, text, query, candidate))
+
+
+@pytest.mark.parametrize("side", ["query", "candidate"])
+def test_truncation_cuts_only_the_end_of_the_users_text(tokenizer, processor, side):
     words = "a red car " * 20
-    for side in ("query", "candidate"):
-        process = getattr(processor, side)
-        least = len(process({"text": "x", "image": TALL}).tokens) - 1
-        found = process({"text": words, "image": TALL}, max_tokens=least + spare).tokens.tolist()
-        wholes = [string({"text": words[:n], "image": TALL}, side) for n in range(len(words))]
-        assert len(found) == least + spare
-        assert found in [tokenizer.encode(whole, add_special_tokens=False).ids for whole in wholes]
-        with pytest.raises(UserError, match="^row 3: prompt and image alone are 1 tokens over"):
-            process({"text": words, "image": TALL}, max_tokens=least - 1, name="row 3")
+    whole = getattr(processor, side)({"text": words, "image": TALL}).tokens
+    least = len(getattr(processor, side)({"text": "x", "image": TALL}).tokens) - 1
+    for spare in (5, 11):
+        made = getattr(within(tokenizer, least + spare, side), side)({"text": words, "image": TALL})
+        shorter = [string({"text": words[:n], "image": TALL}, side) for n in range(len(words))]
+        assert len(made.tokens) == least + spare and made.cut == len(whole) - len(made.tokens) and not made.shrunk
+        assert made.tokens.tolist() in [tokenizer.encode(text, add_special_tokens=False).ids for text in shorter]
+
+
+def test_a_row_without_room_for_an_image_is_refused(tokenizer):
+    with pytest.raises(UserError, match=f"^an image as a query: an image takes {PATCHES} patches, and config.row has 35; raise"):
+        within(tokenizer, 100, "query", patches=PATCHES - 1)
+    with pytest.raises(UserError, match="^an image as a query: its prompt alone takes .* tokens, and config.row leaves 20"):
+        within(tokenizer, 20, "query")
+    texts = within(tokenizer, 100, "candidate", patches=0)
+    assert len(texts.candidate({"text": "a red car"}).tokens) > 3
+    with pytest.raises(UserError, match=f"^row 3: an image takes {PATCHES} patches, and config.row has 0; raise config.row"):
+        texts.candidate({"image": TALL}, name="row 3")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.none() | st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    st.text(max_size=30) | st.integers(0, 90).map(lambda words: "a red été " * words),
+    st.sampled_from(["query", "candidate"]),
+    st.none() | st.tuples(st.integers(60, 130), st.just(PATCHES), st.integers(1, 60)),
+)
+def test_sizes_are_those_of_the_examples(tokenizer, processor, image, text, side, limits):
+    """Without decoding; and whatever the limits are, the example fits them."""
+    used = processor if limits is None else Processor(tokenizer, IMAGES, Limits(*limits, 16, 20))
+    item = {"text": text} | ({} if image is None else {"image": noise(*image, 0)})
+    described = item if image is None else item | {"image": image}
+    made = getattr(used, side)(item)
+    size = used.size(described, side)
+    assert size == (len(made.tokens), made.patches, made.cut, made.shrunk)
+    assert size == used.size(item, side, text_tokens=used.text_tokens(text, image is not None, side))
+    assert size.patches == (0 if image is None else PATCHES) == len(made.patch_arrays.get("patches", ()))
+    if limits:
+        assert size.tokens <= used.limits.prompt(side)
+    else:
+        assert not size.cut and not size.shrunk
 
 
 @pytest.mark.parametrize(
@@ -139,12 +184,21 @@ def test_bad_items_are_named(processor, item, message):
         processor.query(item, name="icons row 9")
 
 
-def test_batches_hold_items_with_and_without_images(processor):
-    examples = [processor.query({"text": "a red car"}), processor.candidate({"image": TALL}), blank(CONFIG.layout)]
-    tiles = examples[1].patches // CONFIG.patch_multiple
-    batch = collate(examples, ShapeClass(32, (tiles + 1) * CONFIG.patch_multiple), CONFIG.layout)
-    assert (batch["aspect_ratio"] > 0).sum(axis=1).tolist() == [0, examples[1].patches, 0]
-    assert set(collate(examples[:1], ShapeClass(32, 0), CONFIG.layout)) == {"tokens", "mask"}
+def test_rows_hold_items_with_and_without_images(processor):
+    """Two images in a row, with a text between them; padding tiles belong to no item."""
+    items = {"image": noise(20, 100, 0)}, {"text": "a red car"}, {"image": noise(80, 80, 0)}
+    examples = [processor.candidate(item) for item in items]
+    counts = [each.patch_mask.sum() for each in examples]
+    assert 0 == counts[1] < counts[0] < PATCHES and counts[2] == PATCHES
+    batch = collate([[RowItem(each, 3, 2) for each in examples], []], Size(160, 3 * PATCHES, 6), CONFIG.layout)
+    segments = np.repeat([1, 0, 3, 0], [counts[0], PATCHES - counts[0], PATCHES, PATCHES])
+    assert batch.patch_segments.tolist() == [segments.tolist(), [0] * 3 * PATCHES]
+    assert ((batch.patch_arrays["aspect_ratio"] > 0) == (batch.patch_segments > 0)).all() and (batch.visual == -1).all()
+    for segment, each in enumerate(examples, 1):
+        own = batch.segments[0] == segment
+        assert batch.tokens[0, own].tolist() == [*each.tokens, 0, 0, 0]
+        assert batch.positions[0, 0, own].tolist() == list(range(len(each.tokens) + 3))
+    assert collate([[RowItem(examples[1], 3, 2)]], Size(160, 0, 6), CONFIG.layout).patches is None
 
 
 def test_a_tokenizer_of_another_family_is_refused():

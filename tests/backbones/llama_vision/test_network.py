@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from metaembed_jax.backbones.llama_vision.vision import APART, attend_around_padding
-from metaembed_jax.inputs.examples import ShapeClass, collate
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.rows import RowItem, collate
 from tests.backbones.llama_vision.reference import (
     CONFIGURATIONS,
     LARGE,
@@ -30,16 +31,19 @@ PICTURES = [TALL, WIDE, SMALL, LARGE]
 
 
 class Case:
-    """A checkpoint on both sides, and pictures as each sees them."""
+    """A checkpoint on both sides, and pictures as each sees them: ours in two rows, behind each other and behind a text."""
 
     def __init__(self, name, scratch):
         directory = reference(name, scratch).directory
         model, self.theirs = read(directory), Transformers(directory)
         self.backbone = backbone_of(model)
         self.vision, self.tower = self.theirs.model.model.vision_model, self.backbone.vision
-        examples = [model.processor.candidate({"image": picture}) for picture in PICTURES]
-        most = max(example.patches for example in examples)
-        self.batch = collate(examples, ShapeClass(64, most), model.config.architecture.layout)
+        items = [RowItem(model.processor.candidate({"image": picture}), 1, 1) for picture in PICTURES]
+        rows = [items[:2], [RowItem(model.processor.candidate({"text": "a"}), 1, 1), *items[2:]]]
+        row = Size(200, 3 * items[0].size.patches, 3)
+        self.batch = collate(rows, row, model.config.architecture.layout)
+        self.images = [0, 1, 3, 4]  # of the six that rows have room for
+        self.segments = [1, 2, 2, 3]
         self.seen = see(self.theirs.images, [{"image": picture} for picture in PICTURES])
         self.counts = [count for [count] in self.seen.pop("num_tiles")]
         self.ratios = self.seen["aspect_ratio_ids"]
@@ -65,14 +69,14 @@ def case(request, tmp_path_factory):
 
 
 def test_patch_embedding(case):
-    """Of all tiles, in order; what transformers pads with embeds to nothing."""
-    aspect_ratio_BP = case.batch["aspect_ratio"]
-    ours = np.asarray(case.tower.embed_patches(case.batch["patches"], aspect_ratio_BP > 0, jnp.float32))
+    """Of all tiles, in order; what transformers pads with embeds to nothing, and so do images that are not there."""
+    patches_JPX = case.batch.patches.reshape(6, -1, case.batch.patches.shape[-1])
+    is_image_JP = case.batch.patch_segments.reshape(6, -1) > 0
+    ours = np.asarray(case.tower.embed_patches(patches_JPX, is_image_JP, jnp.float32))
     pixels = case.seen["pixel_values"]
     theirs = run(case.vision.patch_embedding, pixels.flatten(0, 2)).flatten(2).transpose(1, 2)
-    theirs = theirs.reshape(len(PICTURES), -1, ours.shape[-1]).numpy()
-    np.testing.assert_allclose(ours, theirs[:, : ours.shape[1]], **TOLERANCE)
-    assert not theirs[:, ours.shape[1] :].any()
+    np.testing.assert_allclose(ours[case.images], theirs.reshape(len(PICTURES), -1, ours.shape[-1]), **TOLERANCE)
+    assert not np.delete(ours, case.images, axis=0).any()
 
 
 @pytest.mark.parametrize("name, theirs", [("before_tiles", "pre_tile"), ("after_tiles", "post_tile")])
@@ -96,14 +100,13 @@ def test_position_embedding(case):
 def test_embedding_of_tiles(case):
     """Tile embedding, class token, positions and norm, one after the other."""
     config = case.vision.config
-    patches_BPD = case.noise(len(PICTURES), 2 * (case.vision.num_patches - 1), config.hidden_size)
-    tiles = torch.zeros(len(PICTURES), config.max_num_tiles, case.vision.num_patches - 1, config.hidden_size)
-    tiles[:, :2] = torch.tensor(patches_BPD).reshape(len(PICTURES), 2, -1, config.hidden_size)
+    tiles_JMPD = case.noise(len(PICTURES), config.max_num_tiles, case.vision.num_patches - 1, config.hidden_size)
     with torch.no_grad():
-        tiles = case.vision.pre_tile_positional_embedding(tiles, case.ratios)
+        tiles = case.vision.pre_tile_positional_embedding(torch.tensor(tiles_JMPD), case.ratios)
         tiles = case.vision.apply_class_embedding(tiles.flatten(0, 1)).unflatten(0, (len(PICTURES), -1))
         expected = case.vision.layernorm_pre(case.vision.gated_positional_embedding(tiles, case.ratios))
-    np.testing.assert_allclose(case.tower.embed(patches_BPD, case.ratios[:, 0].numpy()), expected, **TOLERANCE)
+    patches_JPD = tiles_JMPD.reshape(len(PICTURES), -1, config.hidden_size)
+    np.testing.assert_allclose(case.tower.embed(patches_JPD, case.ratios[:, 0].numpy()), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("ours, theirs", [("layers", "transformer"), ("global_layers", "global_transformer")])
@@ -119,30 +122,39 @@ def test_vision_layer(case, ours, theirs):
 def test_whole_vision_tower(case):
     """With the projector, and the states of the layers between."""
     tower = jax.jit(functools.partial(case.tower, dtype=jnp.float32, checkpoint=True, unroll=1))
-    found, is_image_BT = map(np.asarray, tower(case.batch["patches"], case.batch["aspect_ratio"]))
+    states_BTD, segments_BT = map(np.asarray, tower(case.batch))
     with torch.no_grad():
         states = case.theirs.model.model.multi_modal_projector(case.vision(**case.seen).last_hidden_state)[:, 0].numpy()
-    assert is_image_BT.sum(axis=1).tolist() == [count * case.vision.num_patches for count in case.counts]
-    for row, count in enumerate(case.counts):
-        expected = states[row, :count].reshape(-1, states.shape[-1])
-        np.testing.assert_allclose(found[row, : len(expected)], expected, **TOLERANCE)
+    states_JTD, segments_JT = (x.reshape(6, -1, *x.shape[2:]) for x in (states_BTD, segments_BT))
+    for image, segment, count, expected in zip(case.images, case.segments, case.counts, states, strict=True):
+        expected = expected[:count].reshape(-1, states.shape[-1])
+        np.testing.assert_allclose(states_JTD[image, : len(expected)], expected, **TOLERANCE)
+        assert (segments_JT[image] == segment * (np.arange(segments_JT.shape[1]) < len(expected))).all()
+    assert np.isfinite(states_BTD).all() and not np.delete(segments_JT, case.images, axis=0).any()
+
+
+def test_tokens_have_an_image_as_their_item_has(case):
+    segments_BS = case.batch.segments
+    expected = (segments_BS > 0) & (segments_BS > np.array([[0], [1]]))
+    np.testing.assert_array_equal(case.backbone.has_image(case.batch)[..., 0], expected)
 
 
 def test_rotary_angles(case):
-    """Positions count without padding."""
     rotary = case.theirs.model.model.language_model.rotary_emb
-    mask_BS = np.arange(300) >= np.array([[0], [41]])
-    positions_BS = np.maximum(np.arange(300) - np.array([[0], [41]]), 0)
+    positions_BS = np.stack([np.arange(300), np.concatenate([np.arange(41), np.arange(259)])])
     expected = run(rotary, np.zeros(1, np.float32), positions_BS)
-    for ours, theirs in zip(case.backbone.rotary(mask_BS), expected, strict=True):
+    for ours, theirs in zip(case.backbone.rotary(positions_BS), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)  # an angle of 300 is 3e-5 from the next one
 
 
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 2, 0], [1, 1, 1, 1, 2, 3, 3, 3, 3], [1, 1, 2, 2, 0, 0, 0, 0, 0]])
+
+
 def context(case):
-    """A text's states and what layers read of it: mask with left padding, angles."""
-    B, S, model = 3, 9, case.theirs.model.model.language_model
-    mask_BS = np.arange(S) >= np.array([[0], [4], [2]])
-    return case.noise(B, S, model.config.hidden_size), mask_BS, case.backbone.rotary(mask_BS), model
+    """A text's states and what layers read of it: segments and angles."""
+    positions_BS = np.random.default_rng(0).integers(0, 50, SEGMENTS.shape)
+    model = case.theirs.model.model.language_model
+    return case.noise(*SEGMENTS.shape, model.config.hidden_size), (SEGMENTS, *case.backbone.rotary(positions_BS)), model
 
 
 def layer_and_kind(case, number):
@@ -154,30 +166,27 @@ def layer_and_kind(case, number):
 
 @pytest.mark.parametrize("with_image", [False, True])
 def test_layer_over_text(case, with_image):
-    x_BSD, mask_BS, angles, model = context(case)
+    x_BSD, text, model = context(case)
     number = min(set(range(model.config.num_hidden_layers)) - set(model.config.cross_attention_layers))
-    S = mask_BS.shape[1]
-    visible = np.tril(np.ones((S, S), bool)) & mask_BS[:, None, None, :]
+    visible = np.tril(np.ones((SEGMENTS.shape[1],) * 2, bool)) & (SEGMENTS[:, :, None] == SEGMENTS[:, None])
     expected = run(
         model.layers[number],
         x_BSD,
-        attention_mask=torch.tensor(visible) | torch.eye(S, dtype=torch.bool),  # a row of padding sees itself: no empty softmax
-        position_embeddings=tuple(torch.tensor(np.asarray(angle)) for angle in angles),
+        attention_mask=torch.tensor(visible[:, None]),
+        position_embeddings=tuple(torch.tensor(np.asarray(angle)) for angle in text[1:]),
     )
-    image = (case.noise(3, 20, x_BSD.shape[-1]), np.ones((3, 20), bool)) if with_image else None
-    found = np.asarray(layer_and_kind(case, number)(x_BSD, (mask_BS, *angles), image))
-    np.testing.assert_allclose(found[mask_BS], expected.numpy()[mask_BS], **TOLERANCE)
+    image = (case.noise(3, 20, x_BSD.shape[-1]), np.ones((3, 20), int), SEGMENTS[..., None] == 1) if with_image else None
+    np.testing.assert_allclose(layer_and_kind(case, number)(x_BSD, text, image), expected, **TOLERANCE)
 
 
 def test_layer_over_image(case):
-    """An image of some of its tiles, one of all, and a row without, which passes as if there were no such layer."""
-    x_BSD, mask_BS, angles, model = context(case)
+    """Images of some of their tiles, in shared rows; items without an image pass as if there were no such layer."""
+    x_BSD, text, model = context(case)
     number, tokens = model.config.cross_attention_layers[-1], 4
-    tiles = np.array([1, 3, 0])
-    states_BTD = case.noise(3, 3 * tokens, x_BSD.shape[-1])
-    image_mask_BT = np.arange(3 * tokens) < tokens * tiles[:, None]
-    looks = torch.tensor(np.arange(3) < tiles[:, None])[:, None, None].expand(-1, mask_BS.shape[1], -1, -1).long()
-    mask, full_rows = modeling._prepare_cross_attention_mask(looks, tokens, torch.float32)
+    tiles_BI = np.array([[2, 2, 0, 1], [3, 3, 3, 0], [0, 0, 0, 0]])
+    states_BTD = case.noise(3, 4 * tokens, x_BSD.shape[-1])
+    looks = (SEGMENTS[:, :, None] == tiles_BI[:, None]) & (SEGMENTS > 0)[..., None]
+    mask, full_rows = modeling._prepare_cross_attention_mask(torch.tensor(looks[:, :, None]).long(), tokens, torch.float32)
     expected = run(
         model.layers[number],
         x_BSD,
@@ -186,10 +195,11 @@ def test_layer_over_image(case):
         attention_mask=None,
         full_text_row_masked_out_mask=full_rows,
     ).numpy()
-    expected[2] = x_BSD[2]
-    found = layer_and_kind(case, number)(x_BSD, (mask_BS, *angles), (states_BTD, image_mask_BT))
-    np.testing.assert_allclose(found, expected, **TOLERANCE)
-    np.testing.assert_array_equal(layer_and_kind(case, number)(x_BSD, (mask_BS, *angles), None), x_BSD)
+    has_image = looks.any(axis=2)
+    expected[~has_image] = x_BSD[~has_image]
+    image = states_BTD, np.repeat(tiles_BI, tokens, axis=1), has_image[..., None]
+    np.testing.assert_allclose(layer_and_kind(case, number)(x_BSD, text, image), expected, **TOLERANCE)
+    np.testing.assert_array_equal(layer_and_kind(case, number)(x_BSD, text, None), x_BSD)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
