@@ -11,7 +11,7 @@ they are kept.
     lanes           0       128      256     384
     registers       |   0   |   1    |   2   |
     heads           |  0 |  1  |  2  |  3 | ...
-    head 1 reads    |===============|          zeros outside of head 1 in one factor
+    head 1 reads    |================|         zeros outside of head 1 in one factor
 
 Scores are [keys, queries]: the softmax then reduces over sublanes, which is cheaper than over lanes, and two of the three products
 with them in the backward pass need no transposition.
@@ -20,6 +20,7 @@ N patches, D width, H heads, K head width; L lanes of the registers that a head 
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -29,9 +30,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 LANES = 128  # of a vector register
-TILE = 128  # patches of a product: as many as a matrix unit has rows
-TILES = {jnp.dtype("bfloat16"): 2, jnp.dtype("float32"): 1}  # of a step of the grid; the largest that fit v5e's memory on the chip
+TILE = 128  # patches of a product: as many as v5e's matrix unit has rows
+TILES = {jnp.dtype("bfloat16"): 2, jnp.dtype("float32"): 1}  # of a step of the grid
 MASKED = -1e30  # score of a pair that is not in one window
+# Heads between the stages of `_pipeline`. Bundles of instructions for a tile, waits included, as compiled for v5e and v6e:
+# 17,180 and 14,784 (forward and backward) one head after another, 12,179 and 8,651 with 1, 11,238 and 7,589 with 4. What
+# waits takes memory on the chip: float32 has room for no more.
+AHEAD = {jnp.dtype("bfloat16"): 4, jnp.dtype("float32"): 1}
 
 
 def takes(heads: int, width: int, window: int, dtype) -> bool:
@@ -53,7 +58,7 @@ def attend(
 
     Args:
       query_ND, key_ND: not rotated yet.
-      group_N: equal for the patches of a window; no group lies in two tiles of 128 patches. Patches fill whole tiles.
+      group_N: equal for the patches of a window; a group lies in one tile of 128 patches. Patches fill whole tiles.
       interpret: run by Pallas' interpreter, on any device.
     """
     arrays = (query_ND, key_ND, value_ND)
@@ -77,7 +82,7 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _call(body, arrays, angles, group_N, *, results: int, products: int, interpret: bool):
-    """Run a kernel over all tiles; `products` of [TILE, K] and [K, TILE], or of that size, for a tile and head."""
+    """Run a kernel over all tiles; `products` of [TILE, TILE] and [TILE, K], or of that size, for a tile and head."""
     (N, D), dtype = arrays[0].shape, arrays[0].dtype
     tiles, heads = N // TILE, D // angles[0].shape[1]
     step = math.gcd(tiles, TILES[dtype])
@@ -106,98 +111,140 @@ def _call(body, arrays, angles, group_N, *, results: int, products: int, interpr
 
 
 def _forward(group_ref, cos_ref, sin_ref, query_ref, key_ref, value_ref, out_ref, mixed_ref, *, heads):
-    width = query_ref.shape[1] // heads
-
-    @pl.loop(0, query_ref.shape[0] // TILE)
-    def _(tile):
-        rows = _rows(tile)
-        visible = _same_group(group_ref[tile])
-        rotation = _Rotation(cos_ref[rows, :], sin_ref[rows, :], heads)
-        query, key = (rotation.apply(ref[rows, :]) for ref in (query_ref, key_ref))
-        value = value_ref[rows, :]
-        for head in range(heads):
-            lanes = _registers(head, width)
-            weights_kq = _weights(key[:, lanes], _only(query[:, lanes], head, width), visible, width)
-            _put(mixed_ref, head, width, _dot(weights_kq.astype(value.dtype), value[:, lanes], 0, 0))
-        out_ref[rows, :] = mixed_ref[...].astype(out_ref.dtype)
-
-
-def _backward(group_ref, cos_ref, sin_ref, *refs, heads):
-    query_ref, key_ref, value_ref, cotangent_ref, *gradient_refs = refs
-    gradient_refs, (query32_ref, key32_ref, value32_ref) = gradient_refs[:3], gradient_refs[3:]
     width, dtype = query_ref.shape[1] // heads, query_ref.dtype
 
     @pl.loop(0, query_ref.shape[0] // TILE)
     def _(tile):
-        rows = _rows(tile)
-        visible = _same_group(group_ref[tile])
-        rotation = _Rotation(cos_ref[rows, :], sin_ref[rows, :], heads)
-        query, key = (rotation.apply(ref[rows, :]) for ref in (query_ref, key_ref))
+        rows = pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
+        bias_kq, rotation = _bias(group_ref[tile]), _Rotation(cos_ref[rows, :], sin_ref[rows, :], heads)
+        query, key, value = rotation.query(query_ref[rows, :]), rotation.key(key_ref[rows, :]), value_ref[rows, :]
+
+        def score(head):
+            lanes = _registers(head, width)
+            return _dot(key[:, lanes], _only(query[:, lanes], head, width), 1, 1) + bias_kq
+
+        def mix(head, scores_kq):
+            weights_kq = _softmax(scores_kq).astype(dtype)
+            _put(mixed_ref, head, width, _dot(weights_kq, value[:, _registers(head, width)], 0, 0))
+
+        _pipeline(heads, AHEAD[dtype], score, mix)
+        out_ref[rows, :] = mixed_ref[...].astype(dtype)
+
+
+def _backward(group_ref, cos_ref, sin_ref, query_ref, key_ref, value_ref, cotangent_ref, *refs, heads):
+    gradient_refs, (query32_ref, key32_ref, value32_ref) = refs[:3], refs[3:]
+    width, dtype = query_ref.shape[1] // heads, query_ref.dtype
+
+    @pl.loop(0, query_ref.shape[0] // TILE)
+    def _(tile):
+        rows = pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
+        bias_kq, rotation = _bias(group_ref[tile]), _Rotation(cos_ref[rows, :], sin_ref[rows, :], heads)
+        query, key = rotation.query(query_ref[rows, :]), rotation.key(key_ref[rows, :])
         value, cotangent = value_ref[rows, :], cotangent_ref[rows, :]
-        for head in range(heads):
+
+        def score(head):
             lanes = _registers(head, width)
             own_query, own_cotangent = (_only(x[:, lanes], head, width) for x in (query, cotangent))
-            weights_kq = _weights(key[:, lanes], own_query, visible, width)
-            toward_kq = _dot(value[:, lanes], own_cotangent, 1, 1)
-            toward_kq = weights_kq * (toward_kq - (weights_kq * toward_kq).sum(axis=0, keepdims=True)) * width**-0.5
-            weights_kq, toward_kq = weights_kq.astype(dtype), toward_kq.astype(dtype)
-            _put(query32_ref, head, width, _dot(toward_kq, key[:, lanes], 0, 0))
+            scores_kq = _dot(key[:, lanes], own_query, 1, 1) + bias_kq
+            return own_query, own_cotangent, scores_kq, _dot(value[:, lanes], own_cotangent, 1, 1)
+
+        def differentiate(head, scored):
+            own_query, own_cotangent, scores_kq, toward_kq = scored
+            weights_kq = _softmax(scores_kq)
+            toward_kq = weights_kq * (toward_kq - (weights_kq * toward_kq).sum(axis=0, keepdims=True))
+            return own_query, own_cotangent, weights_kq.astype(dtype), toward_kq.astype(dtype)
+
+        def multiply(head, differentiated):
+            own_query, own_cotangent, weights_kq, toward_kq = differentiated
+            _put(query32_ref, head, width, _dot(toward_kq, key[:, _registers(head, width)], 0, 0))
             _put(key32_ref, head, width, _dot(toward_kq, own_query, 1, 0))
             _put(value32_ref, head, width, _dot(weights_kq, own_cotangent, 1, 0))
-        gradients = rotation.transpose(query32_ref[...]), rotation.transpose(key32_ref[...]), value32_ref[...]
+
+        _pipeline(heads, AHEAD[dtype], score, differentiate, multiply)
+        gradients = rotation.query_gradient(query32_ref[...]), rotation.key_gradient(key32_ref[...]), value32_ref[...]
         for ref, gradient in zip(gradient_refs, gradients, strict=True):
             ref[rows, :] = gradient.astype(dtype)
+
+
+def _pipeline(heads: int, ahead: int, first: Callable, *stages: Callable) -> None:
+    """Run all heads through stages, each as many heads ahead of the next.
+
+    The compiler keeps products in the order of the program: one head after another, each would wait for its own softmax.
+
+    Args:
+      first: of a head's number; the others take what the stage before gave too.
+    """
+    results = {}
+    for step in range(heads + ahead * len(stages)):
+        if step < heads:
+            results[step] = first(step)
+        for behind, stage in enumerate(stages, start=1):
+            head = step - ahead * behind
+            if 0 <= head < heads:
+                results[head] = stage(head, results[head])
 
 
 class _Rotation:
     """Rotary embedding in the two-halves convention, of all heads at once, in float32; see `layers.rotate`.
 
-    The partner of a lane is half a head after it or before it. Each has its own sines, 0 where the other is the partner.
+    Queries get the factors of the softmax too, K**-0.5 and that of base 2.
     """
 
     def __init__(self, cos_qK: Array, sin_qK: Array, heads: int):
-        width = cos_qK.shape[1]
-        self._half = width // 2
-        period = math.lcm(width, LANES)  # heads repeat so, register by register
-        second = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1) >= self._half
+        self._width, self._half = cos_qK.shape[1], cos_qK.shape[1] // 2
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, heads * self._width), 1)
+        self._first = lane % self._width < self._half
+        sin_qK = jnp.where(self._first[:, : self._width], -sin_qK, sin_qK)
+        self._cos, self._sin = (_for_all_heads(x, heads) for x in (cos_qK, sin_qK))
 
-        def every_head(x_qK):
-            x = jnp.concatenate([x_qK] * (period // width), axis=1)
-            return jnp.concatenate([x] * (heads * width // period), axis=1)
+    def query(self, x_qD: Array) -> Array:
+        """Return rotated queries, scaled for a softmax of base 2."""
+        return (self._rotate(x_qD) * (self._width**-0.5 * math.log2(math.e))).astype(x_qD.dtype)
 
-        self._cos = every_head(cos_qK)
-        self._sin_first, self._sin_second = every_head(jnp.where(second, 0.0, -sin_qK)), every_head(jnp.where(second, sin_qK, 0.0))
+    def key(self, x_qD: Array) -> Array:
+        """Return rotated keys."""
+        return self._rotate(x_qD).astype(x_qD.dtype)
 
-    def apply(self, x_qD: Array) -> Array:
-        x32 = x_qD.astype(jnp.float32)
-        rotated = x32 * self._cos + self._after(x32) * self._sin_first + self._before(x32) * self._sin_second
-        return rotated.astype(x_qD.dtype)
+    def query_gradient(self, x_qD: Array) -> Array:
+        """Return the gradient of queries from products with rotated keys."""
+        return self._rotate_back(x_qD * self._width**-0.5)
 
-    def transpose(self, x_qD: Array) -> Array:
-        return x_qD * self._cos + self._before(x_qD * self._sin_first) + self._after(x_qD * self._sin_second)
+    def key_gradient(self, x_qD: Array) -> Array:
+        """Return the gradient of keys from products with what `query` returned."""
+        return self._rotate_back(x_qD * math.log(2))
 
-    def _after(self, x_qD: Array) -> Array:
-        return pltpu.roll(x_qD, x_qD.shape[1] - self._half, 1)
+    def _rotate(self, x_qD: Array) -> Array:
+        return x_qD.astype(jnp.float32) * self._cos + self._partners(x_qD).astype(jnp.float32) * self._sin
 
-    def _before(self, x_qD: Array) -> Array:
-        return pltpu.roll(x_qD, self._half, 1)
+    def _rotate_back(self, x_qD: Array) -> Array:
+        return x_qD * self._cos + self._partners(x_qD * self._sin)
+
+    def _partners(self, x_qD: Array) -> Array:
+        """Swap the halves of each head."""
+        packed = pltpu.bitcast(x_qD, jnp.int32) if x_qD.dtype == jnp.bfloat16 else x_qD  # two rows a register: half the moves
+        after, before = (pltpu.roll(packed, shift, 1) for shift in (x_qD.shape[1] - self._half, self._half))
+        swapped = jnp.where(self._first, after, before)
+        return pltpu.bitcast(swapped, jnp.bfloat16) if x_qD.dtype == jnp.bfloat16 else swapped
 
 
-def _rows(tile) -> pl.Slice:
-    return pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
+def _for_all_heads(x_qK: Array, heads: int) -> Array:
+    """Repeat [q, K] for each head; after a few of them it is the same registers again."""
+    width = x_qK.shape[1]
+    period = math.lcm(width, LANES)
+    x_qL = jnp.concatenate([x_qK] * (period // width), axis=1)
+    return jnp.concatenate([x_qL] * (heads * width // period), axis=1)
 
 
-def _same_group(group_1q: Array) -> Array:
-    """Return which keys and queries of a tile are of one group, [k, q]."""
+def _bias(group_1q: Array) -> Array:
+    """Return what is added to scores: 0 for keys and queries of one group, `MASKED` for others."""
     group_kq = jnp.broadcast_to(group_1q, (TILE, TILE))
-    return group_kq == group_kq.T
+    return jnp.where(group_kq == group_kq.T, 0.0, MASKED)
 
 
-def _weights(key_kL: Array, own_query_qL: Array, visible_kq: Array, width: int) -> Array:
-    """Return the softmax over keys, in float32."""
-    scores_kq = jnp.where(visible_kq, _dot(key_kL, own_query_qL, 1, 1) * width**-0.5, MASKED)
-    weights_kq = jnp.exp(scores_kq - scores_kq.max(axis=0, keepdims=True))
-    return weights_kq / weights_kq.sum(axis=0, keepdims=True)
+def _softmax(scores_kq: Array) -> Array:
+    """Return the softmax over keys, of base 2."""
+    weights_kq = jnp.exp2(scores_kq - scores_kq.max(axis=0, keepdims=True))
+    return weights_kq * (1 / weights_kq.sum(axis=0, keepdims=True))
 
 
 def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
