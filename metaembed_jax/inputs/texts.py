@@ -29,6 +29,7 @@ class PromptTokenizer:
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, because the next lines change it
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._encoded: dict[str, list[int]] = {}
         self.ids: dict[str, int] = {token: self._tokenizer.token_to_id(token) for token in special_tokens}
         if missing := [token for token, number in self.ids.items() if number is None]:
             raise UserError(f"the tokenizer lacks {', '.join(missing)}; use a {title} tokenizer.json")
@@ -40,8 +41,10 @@ class PromptTokenizer:
         return self._tokenizer.to_str()
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text; what looks like a special token is plain text."""
-        return self._encode(text).ids
+        """The tokens of a prompt's own words, remembered; what looks like a special token is plain text."""
+        if text not in self._encoded:
+            self._encoded[text] = self._encode(text).ids
+        return list(self._encoded[text])
 
     def fit(self, before: str, text: str, after: str, room: int | None, name: str) -> list[int]:
         """Tokens of before + text + after as one string (merges may cross from one to the other), `room` at most.

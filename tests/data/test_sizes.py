@@ -69,11 +69,12 @@ def test_sizes_are_those_of_the_examples(source, processor):
     expected = np.stack([sizes_of(processor, record) for record in source])
     prepared = SourceSizes(source, processor, NEGATIVES, "mine")
     np.testing.assert_array_equal(prepared.table, expected)
-    in_memory = SourceSizes(list(source), processor, NEGATIVES, "mine")
+    np.testing.assert_array_equal(prepared.of(7, 3, 4), expected[7])
+    same = {"query": {"text": "same"}, "positive": {"text": "same"}, "negatives": [], "source": "x"}
+    in_memory = SourceSizes([same, *source], processor, NEGATIVES, "mine")
     assert in_memory.table is None
-    for row in range(len(source)):
-        np.testing.assert_array_equal(prepared.of(row, 3, 4), expected[row])
-        np.testing.assert_array_equal(in_memory.of(row, 3, 4), expected[row])
+    np.testing.assert_array_equal(in_memory.of(0, 3, 4), sizes_of(processor, same))
+    np.testing.assert_array_equal([in_memory.of(1 + row, 3, 4) for row in range(len(source))], expected)
     assert expected[..., CUT].any() and expected[..., SHRUNK].any() and not expected[..., CUT].all()
     assert expected[..., TOKENS].max() <= 100 - 4 and expected[..., PATCHES].max() <= 128 and expected[:, 2:].min() == 0
 
