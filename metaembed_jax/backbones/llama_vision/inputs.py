@@ -21,8 +21,7 @@ from PIL import Image
 
 from metaembed_jax.backbones.fields import check_processing
 from metaembed_jax.backbones.llama_vision.config import BEGIN, END, IMAGE, TITLE, Config
-from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.processors import Grid, Prompt, PromptProcessor
+from metaembed_jax.inputs.processors import Grid, Prompt, PromptProcessor, no_room
 from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY
 
 SPECIAL_TOKENS = (BEGIN, END, IMAGE)
@@ -109,7 +108,7 @@ class Processor(PromptProcessor):
         """The canvas of tiles; with padding it has as many patches as any, and it does not shrink."""
         patches = self.images.image_patches
         if most_patches is not None and most_patches < patches:
-            raise UserError(f"{name}: an image takes {patches} patches, and config.row has {most_patches}; raise config.row")
+            raise no_room(name, most_tokens, most_patches, 0, patches)
         return Grid(*arrange(height, width, self.images), patches)
 
     def _patches(self, image: Image.Image, grid: Grid) -> dict[str, np.ndarray]:
