@@ -1,5 +1,6 @@
-"""Each part of PaliGemma against the module of transformers that it stands for."""
+"""Each part of PaliGemma against the module of transformers that it stands for, and items in shared rows against each alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,12 +10,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from metaembed_jax.backbones.paligemma.network import positions
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.rows import RowItem, collate, empty
 from metaembed_jax.checkpoints.loading import load
-from metaembed_jax.inputs.examples import ShapeClass, collate
 from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
-from tests.backbones.modules import TOLERANCE, layer_of, run
+from tests.backbones.modules import TOLERANCE, assert_company_is_unseen, layer_of, run
 from tests.backbones.paligemma.reference import Transformers, reference
 from tests.backbones.qwen2_5_vl.reference import SMALL, TALL, WIDE, noise
 
@@ -22,7 +23,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 PICTURES = [TALL, WIDE, SMALL]
-S, ROWS = 9, 31  # prompt tokens and appended rows: together more than the window of 24
+# Prompt and Meta Tokens of the items of a row: two with more than the window of 24, one with less; and padding.
+ITEMS, PADDING = ((9, 31), (3, 5), (14, 12)), 6
 
 
 class Case:
@@ -31,11 +33,14 @@ class Case:
     def __init__(self, name, scratch):
         directory = reference(name, scratch).directory
         network, parameters, self.processor = load(directory, "float32", make_mesh(devices=jax.devices()[:1]), 0, 1024)
-        self.config, self.backbone = network.architecture, nnx.merge(abstract_network(network)[0], parameters).backbone
+        self.network = nnx.merge(abstract_network(network)[0], parameters)
+        self.config, self.backbone = network.architecture, self.network.backbone
         self.theirs = Transformers(directory)
         self.core = self.theirs.model.model
         examples = [self.processor.candidate({"image": picture}) for picture in PICTURES]
-        self.batch = collate(examples, ShapeClass(64, self.config.patch_multiple), self.config.layout)
+        self.images = len(PICTURES), self.config.vision_config.patches
+        row = Size(200, 3 * self.images[1], 3)  # all in one
+        self.batch = collate([[RowItem(example, 1, 1) for example in examples]], row, self.config.layout)
         self.pixels = self.theirs.images(PICTURES, return_tensors="pt")["pixel_values"]
 
 
@@ -62,21 +67,21 @@ def test_pixels(case):
 
 
 def test_patch_embedding(case):
-    ours = case.backbone.vision.embed_patches(case.batch["patches"], jnp.float32)
+    ours = case.backbone.vision.embed_patches(case.batch.patches.reshape(*case.images, -1), jnp.float32)
     np.testing.assert_allclose(ours, run(case.core.vision_tower.embeddings, case.pixels), **TOLERANCE)
 
 
 def test_vision_block(case):
-    x_BPD = values(2, case.config.patch_multiple, case.config.vision_config.hidden_size)
-    ours = jax.jit(layer_of(case.backbone.vision.blocks, 1))(x_BPD, None)
-    theirs = run(case.core.vision_tower.encoder.layers[1], x_BPD, attention_mask=None)
+    x_IND = values(2, case.images[1], case.config.vision_config.hidden_size)
+    ours = jax.jit(layer_of(case.backbone.vision.blocks, 1))(x_IND, None)
+    theirs = run(case.core.vision_tower.encoder.layers[1], x_IND, attention_mask=None)
     np.testing.assert_allclose(ours, theirs, **TOLERANCE)
 
 
 def test_vision_tower_and_projector(case):
     tower = jax.jit(functools.partial(case.backbone.vision, dtype=jnp.float32, checkpoint=False, unroll=1))
     theirs = run(case.core.get_image_features, case.pixels).pooler_output
-    np.testing.assert_allclose(tower(case.batch["patches"]), theirs, **TOLERANCE)
+    np.testing.assert_allclose(tower(case.batch.patches).reshape(theirs.shape), theirs, **TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -86,8 +91,12 @@ def test_scaled_embedding(case, dtype):
     table = case.core.get_input_embeddings().to(getattr(torch, dtype))
     theirs = run(table, tokens).float().numpy()
     table.float()
-    ours = case.backbone.embed({"tokens": tokens}, jnp.dtype(dtype), False, 1)
-    np.testing.assert_array_equal(np.asarray(ours, np.float32), theirs)
+    batch = dataclasses.replace(empty(3, Size(17, 0, 1), case.config.layout), tokens=tokens)
+    batch.meta[:, -3:] = [2, 0, 1]  # rows of the other table, which are scaled alike
+    rows = np.asarray(case.backbone.embedding[...])[tokens[0]]
+    ours = np.asarray(case.backbone.embed(batch, rows, jnp.dtype(dtype)), np.float32)
+    np.testing.assert_array_equal(ours[:, :-3], theirs[:, :-3])
+    np.testing.assert_array_equal(ours[:, -3:], np.broadcast_to(theirs[0, [2, 0, 1]], ours[:, -3:].shape))
 
 
 def test_norm(case):
@@ -102,37 +111,49 @@ def test_rotary_angles(case):
         np.testing.assert_allclose(ours, theirs, **TOLERANCE)
 
 
-def visible(mask_BT, window=None):
+def visible(window=None):
     """Which keys a query may see, pair by pair, as the method's description has it."""
-    B, T = mask_BT.shape
-    seen = np.zeros((B, 1, T, T), bool)
-    for query in range(T):
-        for key in range(T):
-            in_prefix = query < T - ROWS and key < T - ROWS
-            behind = key <= query and (window is None or query - key < window)
-            seen[:, 0, query, key] = mask_BT[:, key] & (in_prefix or behind)
-    return seen
+    length = sum(map(sum, ITEMS)) + PADDING
+    seen, start = np.eye(length, dtype=bool), 0  # padding sees itself: no empty softmax
+    for prompt, meta in ITEMS:
+        for query in range(start, start + prompt + meta):
+            for key in range(start, start + prompt + meta):
+                if query < start + prompt:
+                    seen[query, key] = key < start + prompt
+                else:
+                    seen[query, key] = key <= query and (window is None or query - key < window)
+        start += prompt + meta
+    return seen[None, None]
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_decoder_layer(case, number):
-    """With left padding. Layer 0 of Gemma 2 is local."""
+    """Several items and padding. Layer 0 of Gemma 2 is local."""
     language, text = case.core.language_model, case.config.text_config
-    x_BTD = values(2, S + ROWS, case.config.width)
-    mask_BT = np.arange(S + ROWS) >= np.array([[0], [4]])
-    cos, sin = case.backbone.rotary(positions(mask_BT))
+    segments, is_meta, positions = np.zeros((3, sum(map(sum, ITEMS)) + PADDING), np.int32)
+    start = 0
+    for segment, (prompt, meta) in enumerate(ITEMS, 1):
+        end = start + prompt + meta
+        segments[start:end], is_meta[start + prompt : end], positions[start:end] = segment, 1, np.arange(prompt + meta)
+        start = end
+    x_BSD = values(1, len(segments), case.config.width)
+    cos, sin = case.backbone.rotary(positions[None])
     local = text.is_gemma2 and number == 0
-    ours = jax.jit(functools.partial(layer_of(case.backbone.layers, number), rows=ROWS))(x_BTD, local, mask_BT, cos, sin)
-    seen = visible(mask_BT, text.sliding_window if local else None)
+    layer = jax.jit(layer_of(case.backbone.layers, number))
+    ours = layer(x_BSD, local, segments[None], is_meta[None] > 0, cos, sin)
+    seen = torch.tensor(visible(text.sliding_window if local else None))
     theirs = run(
         language.layers[number],
-        x_BTD,
-        attention_mask=torch.where(torch.tensor(seen), 0.0, torch.finfo(torch.float32).min),
+        x_BSD,
+        attention_mask=torch.where(seen, 0.0, torch.finfo(torch.float32).min),
         position_embeddings=(torch.tensor(np.asarray(cos)), torch.tensor(np.asarray(sin))),
     )
-    np.testing.assert_allclose(np.asarray(ours)[mask_BT], theirs.numpy()[mask_BT], **TOLERANCE)
+    np.testing.assert_allclose(ours[0, :-PADDING], theirs.numpy()[0, :-PADDING], **TOLERANCE)
 
 
-def test_positions_count_from_one_behind_padding():
-    mask_BT = np.array([[True] * 5, [False, False, True, True, True]])
-    np.testing.assert_array_equal(positions(jnp.asarray(mask_BT)), [[1, 2, 3, 4, 5], [0, 0, 1, 2, 3]])
+def test_items_in_shared_rows_are_as_alone(case):
+    """Texts of very different lengths, images in the same row; of Gemma 2 with local layers, whose window cuts items."""
+    queries = [{"text": "a red car"}, {"text": "where " * 30, "image": TALL}, {"text": ""}]
+    candidates = [{"image": WIDE}, {"text": "cloud question " * 20}, {"text": "x", "image": SMALL}]
+    process = case.processor
+    assert_company_is_unseen(case.network, [*map(process.query, queries)], [*map(process.candidate, candidates)])

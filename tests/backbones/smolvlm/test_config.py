@@ -25,7 +25,8 @@ SMOLVLM_256M = json.loads("""{
 
 def test_the_released_config_is_that_of_the_run():
     config = Config.from_huggingface(SMOLVLM_256M)
-    assert (config.width, config.vocabulary, config.patch_multiple, config.vision_config.tile_units) == (576, 49280, 1024, 64)
+    assert (config.width, config.vocabulary, config.layout.multiple, config.vision_config.tile_units) == (576, 49280, 1024, 64)
+    assert config.default_row == (1920, 21 * 1024)
     assert config == model_config(load_config("configs/smolvlm_256m.py", {})).architecture
 
 
@@ -34,7 +35,7 @@ def test_pixels_that_fill_no_patch_and_as_many_key_heads_as_heads():
     text = {"vocab_size": 49155, "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 8192}
     vision = {"hidden_size": 1152, "num_attention_heads": 16, "image_size": 384, "patch_size": 14}
     config = Config.from_huggingface({"text_config": text, "vision_config": vision, "scale_factor": 3})
-    assert (config.patch_multiple, config.vision_config.tile_units, config.text_config.head_width) == (27 * 27, 81, 64)
+    assert (config.layout.multiple, config.vision_config.tile_units, config.text_config.head_width) == (27 * 27, 81, 64)
     eight = Config.from_huggingface({"text_config": text | {"num_attention_heads": 8}, "vision_config": {"patch_size": 16}})
     assert eight.text_config.num_key_value_heads == 8
 

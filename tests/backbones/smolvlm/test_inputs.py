@@ -1,5 +1,6 @@
 """Images against transformers' Pillow processor, prompts against the strings that its processor makes of them."""
 
+import dataclasses
 import json
 import pickle
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 
 from metaembed_jax.backbones.smolvlm import SPECIAL_TOKENS, Config, Images, Processor
 from metaembed_jax.backbones.smolvlm.images import patchify, scaled, tiling
+from metaembed_jax.batch.items import Limits
 from metaembed_jax.errors import UserError
 from tests.backbones.qwen2_5_vl.reference import noise
 from tests.backbones.smolvlm.reference import (
@@ -50,7 +52,9 @@ def case(request, tmp_path_factory):
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     vision = config.vision_config
     theirs = stock_processor(directory, SimpleNamespace(vision_config=vision, scale_factor=vision.scale_factor))
-    return SimpleNamespace(tokenizer=tokenizer, ours=Processor(tokenizer, ours), theirs=theirs, scale_factor=vision.scale_factor)
+    largest = images(request.param, 6 * vision.image_size)[1]  # any number of tiles
+    ours = Processor(tokenizer, ours)
+    return SimpleNamespace(tokenizer=tokenizer, ours=ours, largest=largest, theirs=theirs, scale_factor=vision.scale_factor)
 
 
 @pytest.mark.parametrize("name, edge", [("marked", 72), ("marked", 144), ("marked", 24), ("spelled", 50), ("spelled", 51)])
@@ -62,8 +66,10 @@ def test_tiles_equal_the_pillow_processor_of_transformers(name, edge, size):
     tile = {"longest_edge": vision.image_size}
     theirs = module.Idefics3ImageProcessorPil(size={"longest_edge": edge}, max_image_size=tile, image_mean=MEAN, image_std=STD)
     seen = theirs([[image]], return_tensors="np", return_row_col_info=True)
-    patches, tiles = patchify(image, ours)
-    assert tiles == (max(seen["rows"][0][0], 1), max(seen["cols"][0][0], 1))
+    grid = next(ours.grids(*image.size))
+    patches = patchify(image, grid, ours)
+    assert (grid.rows, grid.columns) == (max(seen["rows"][0][0], 1), max(seen["cols"][0][0], 1))
+    assert grid.patches == len(patches) and not grid.shrunk
     side, patch = vision.side, vision.patch_size
     pixels = patches.reshape(-1, side, side, 3, patch, patch).transpose(0, 3, 1, 4, 2, 5).reshape(-1, 3, side * patch, side * patch)
     pixels = (pixels.astype(np.float32) / 255 - np.float32(MEAN)[:, None, None]) / np.float32(STD)[:, None, None]
@@ -101,8 +107,8 @@ def test_prompts_are_the_strings_of_transformers(case, side, size):
             expected = process(case.theirs, [item], side)
             assert example.tokens.tolist() == expected["input_ids"][0].tolist()
             visual = example.tokens == NEEDED.index(IMAGE)
-            assert example.token_arrays["visual_index"][visual].tolist() == list(range(visual.sum()))
-            assert (example.token_arrays["visual_index"][~visual] == -1).all()
+            assert example.visual[visual].tolist() == list(range(visual.sum()))
+            assert (example.visual[~visual] == -1).all()
             assert visual.sum() == example.patches // case.scale_factor**2
 
 
@@ -122,13 +128,77 @@ def test_special_strings_of_the_user_stay_text(case, text):
 def test_truncation_cuts_only_the_end_of_the_users_text(case, spare):
     words = "a red car " * 9
     for side in ("query", "candidate"):
-        one = getattr(case.ours, side)
-        least = len(one({"text": "x", "image": TALL}).tokens) - 1
-        found = one({"text": words, "image": TALL}, max_tokens=least + spare).tokens.tolist()
-        wholes = [one({"text": words[:n], "image": TALL}).tokens.tolist() for n in range(1, len(words))]
-        assert len(found) == least + spare and (found in wholes or not spare)
-        with pytest.raises(UserError, match="^row 3: prompt and image alone are 1 tokens over"):
-            one({"text": words, "image": TALL}, max_tokens=least - 1, name="row 3")
+        encode = getattr(case.ours, side)
+        least = len(encode({"text": "x", "image": TALL}).tokens) - 1
+        query, candidate = {"query": (500, 0), "candidate": (0, 500)}[side]
+        limits = Limits(500 + least + spare, 10**4, 512, query, candidate)
+        example = getattr(Processor(case.tokenizer, case.ours.images, limits), side)({"text": words, "image": TALL})
+        wholes = [encode({"text": words[:n], "image": TALL}).tokens.tolist() for n in range(1, len(words))]
+        tokens = example.tokens.tolist()
+        assert len(tokens) == least + spare and (tokens in wholes or not spare)
+        assert not example.shrunk and example.cut == len(encode({"text": words, "image": TALL}).tokens) - least - spare
+
+
+@pytest.mark.parametrize("size", [(203, 301), (1, 200), (700, 699), (150, 61)])
+def test_a_shrunk_image_is_that_of_a_smaller_longest_edge(size):
+    """And so the one that transformers makes with it; of those that fit, the largest."""
+    ours, image = images("marked", 144)[1], noise(*size[::-1], seed=0)
+    grids = list(ours.grids(*size))
+    assert [max(grid.rows, grid.columns) for grid in grids] == [6, 5, 4, 3, 2, 1]
+    assert [grid.shrunk for grid in grids] == [False] + [True] * 5
+    for grid in grids:
+        edge = 24 * max(grid.rows, grid.columns)
+        smaller = images("marked", edge)[1]
+        natural = next(smaller.grids(*size))
+        assert grid == natural._replace(shrunk=edge < 144)
+        np.testing.assert_array_equal(patchify(image, grid, ours), patchify(image, natural, smaller))
+        assert grid.patches == 36 * (grid.rows * grid.columns + (grid.rows * grid.columns > 1))
+
+
+@pytest.mark.parametrize("case", CONFIGURATIONS, indirect=True)
+def test_a_row_holds_a_tile_or_no_image(case):
+    smallest = dataclasses.replace(case.largest, longest_edge=case.largest.tile_size)
+    least, tile, *_ = Processor(case.tokenizer, smallest).size({"image": (1, 1)}, "query")
+    one_tile = Processor(case.tokenizer, case.ours.images, Limits(least, tile, 9, 0, 0))
+    size = one_tile.size({"image": (300, 7)}, "query")
+    assert size.tokens <= least and size.patches == tile and size.shrunk
+    for limits in (Limits(least, tile - 1, 9, 0, 0), Limits(least - 1, tile, 9, 0, 0)):
+        with pytest.raises(UserError, match="^query: config.row leaves .* patches for an image: expected at least"):
+            Processor(case.tokenizer, case.ours.images, limits)
+    texts = Processor(case.tokenizer, case.ours.images, Limits(least, 0, 9, 0, 0))
+    with pytest.raises(UserError, match="^thing: config.row leaves .* tokens and 0 patches for an image"):
+        texts.candidate({"image": TALL}, name="thing")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.none() | st.tuples(st.integers(1, 300), st.integers(1, 300)) | st.sampled_from([(1, 3000), (3000, 1), (150, 61)]),
+    st.text(max_size=30) | st.integers(0, 90).map(lambda words: "a red été " * words),
+    st.sampled_from(["query", "candidate"]),
+    st.none() | st.tuples(st.integers(110, 220), st.integers(36, 300), st.integers(1, 60)),
+)
+def test_sizes_are_those_of_the_examples(case, image, text, side, limits):
+    """Without decoding; whatever the limits are, the example fits them, and an image with more tiles would not."""
+    unlimited = Processor(case.tokenizer, case.largest)
+    processor = Processor(case.tokenizer, case.largest, limits and Limits(*limits, 16, 20))
+    item = {"text": text} | ({} if image is None else {"image": noise(*image[::-1], 0)})
+    example = getattr(processor, side)(item)
+    size = processor.size(item if image is None else item | {"image": image}, side)
+    assert size == (len(example.tokens), example.patches, example.cut, example.shrunk)
+    assert size == processor.size(item, side, text_tokens=processor.text_tokens(text, image is not None, side))
+    whole = unlimited.size(item, side)
+    assert not whole.cut and not whole.shrunk
+    assert size.shrunk == (size.patches < whole.patches)
+    if limits:
+        assert size.tokens <= processor.limits.prompt(side) and size.patches <= limits[1]
+        if size.shrunk and not text:
+            grids = list(case.largest.grids(*image))
+            before = grids[[grid.patches for grid in grids].index(size.patches) - 1]
+            edge = case.largest.tile_size * max(before.rows, before.columns)
+            larger = Processor(case.tokenizer, dataclasses.replace(case.largest, longest_edge=edge)).size({"image": image}, side)
+            assert larger.tokens > processor.limits.prompt(side) or larger.patches > limits[1]
+    else:
+        assert size == whole
 
 
 @pytest.mark.parametrize("cap, tiles", [(1, 1), (4, 1), (19, 1), (20, 2), (39, 2), (40, 3), (67, 3), (68, 4), (10**6, 6)])
@@ -137,7 +207,7 @@ def test_a_cap_on_visual_tokens_holds_for_square_images_too(cap, tiles):
     config, most = images("marked", 144)
     capped = Images.from_preprocessor(most.to_preprocessor(config), config, cap)
     assert capped.longest_edge == 24 * tiles
-    count = len(patchify(noise(70, 70, 1), capped)[0]) // config.patch_multiple
+    count = next(capped.grids(70, 70)).patches // config.layout.multiple
     assert count == tiles**2 + (tiles > 1) and (4 * count <= cap or tiles == 1)
     assert Images.from_preprocessor(capped.to_preprocessor(config), config, cap) == capped
 

@@ -1,4 +1,4 @@
-"""Each part of SmolVLM against the module of transformers that it stands for."""
+"""Each part of SmolVLM against the module of transformers that it stands for, and items in shared rows against each alone."""
 
 import functools
 
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.checkpoints.loading import load
-from metaembed_jax.inputs.examples import ShapeClass, collate
 from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
-from tests.backbones.modules import TOLERANCE, layer_of, run
+from tests.backbones.modules import TOLERANCE, assert_company_is_unseen, layer_of, run
 from tests.backbones.smolvlm.reference import CONFIGURATIONS, LARGE, SMALL, TALL, Transformers, write_checkpoint
 
 torch = pytest.importorskip("torch")
@@ -26,23 +27,17 @@ class Case:
 
     def __init__(self, directory):
         write_checkpoint(directory, CONFIGURATIONS["marked"])
-        network, parameters, processor = load(directory, "float32", make_mesh(devices=jax.devices()[:1]), 0, 1024)
-        self.config, self.backbone = network.architecture, nnx.merge(abstract_network(network)[0], parameters).backbone
+        network, parameters, self.processor = load(directory, "float32", make_mesh(devices=jax.devices()[:1]), 0, 1024)
+        self.network = nnx.merge(abstract_network(network)[0], parameters)
+        self.config, self.backbone = network.architecture, self.network.backbone
         self.vision, self.tower = self.config.vision_config, self.backbone.vision
         theirs = Transformers(directory)
         self.core = theirs.model.model
-        examples = [processor.candidate({"image": picture}) for picture in PICTURES]
-        most = max(example.patches for example in examples)
-        self.batch = collate(examples, ShapeClass(64, most), self.config.layout)
+        items = [RowItem(self.processor.candidate({"image": picture}), 1, 1) for picture in PICTURES]
+        self.tiles = [item.size.patches // self.vision.tile_patches for item in items]
+        row = Size(200, (sum(self.tiles) + 1) * self.vision.tile_patches, 3)
+        self.batch = collate([items], row, self.config.layout)
         self.seen = theirs.processor.image_processor([[picture] for picture in PICTURES], return_tensors="pt")
-
-    @property
-    def tiles(self):
-        """Ours [T, N, X] and theirs [T, 3, y, x], both without padding."""
-        is_tile = self.batch["patch_mask"][:, :: self.vision.tile_patches]
-        ours = self.batch["patches"].reshape(*is_tile.shape, self.vision.tile_patches, -1)[is_tile]
-        pixels = self.seen["pixel_values"].flatten(0, 1)
-        return ours, pixels[pixels.flatten(1).any(dim=1)]
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +50,13 @@ def values(*shape):
 
 
 def test_patch_embedding_and_positions(case):
-    ours, pixels = case.tiles
-    assert len(ours) == len(pixels) == 11
+    pixels = case.seen["pixel_values"].flatten(0, 1)
+    pixels = pixels[pixels.flatten(1).any(dim=1)]  # without padding
+    assert case.tiles == [3, 5, 3] and len(pixels) == 11
     mask = torch.ones(len(pixels), case.vision.side, case.vision.side, dtype=torch.bool)
     theirs = run(case.core.vision_model.embeddings, pixels, patch_attention_mask=mask)
-    np.testing.assert_allclose(case.tower.embed_patches(ours, jnp.float32), theirs, **TOLERANCE)
+    tiles_TNX = case.batch.patches.reshape(12, case.vision.tile_patches, -1)[:11]
+    np.testing.assert_allclose(case.tower.embed_patches(tiles_TNX, jnp.float32), theirs, **TOLERANCE)
 
 
 def test_vision_block(case):
@@ -76,12 +73,12 @@ def test_merging_of_patches(case):
 
 
 def test_vision_tower(case):
-    """All visual tokens of a batch, in the order in which the prompts have them; what stands in padding is read by nobody."""
+    """All visual tokens of a row, in the order in which the prompts have them; what stands in padding is read by nobody."""
     tower = jax.jit(functools.partial(case.tower, dtype=jnp.float32, checkpoint=False, unroll=1))
-    units_BUD, index_BS = np.asarray(tower(case.batch["patches"])), case.batch["visual_index"]
+    units_UD, visual_S = np.asarray(tower(case.batch.patches))[0], case.batch.visual[0]
     theirs = run(case.core.get_image_features, *case.seen.values())
-    for row, expected in enumerate(theirs.pooler_output):
-        np.testing.assert_allclose(units_BUD[row, index_BS[row][index_BS[row] >= 0]], expected, **TOLERANCE)
+    expected = torch.cat([*theirs.pooler_output]).flatten(0, -2)
+    np.testing.assert_allclose(units_UD[visual_S[visual_S >= 0]], expected, **TOLERANCE)
 
 
 def test_norm(case):
@@ -90,15 +87,23 @@ def test_norm(case):
 
 
 def test_decoder_layer_and_rotary_angles(case):
-    """With left padding, where transformers counts positions from the padding and we from the prompt."""
-    S, text = 11, case.core.text_model
-    x_BSD, mask_BS = values(2, S, case.config.width), np.arange(S) >= np.array([[0], [4]])
-    angles = case.backbone.rotary(jnp.ones((2, S), bool))
-    expected = run(text.rotary_emb, np.zeros(1, np.float32), np.tile(np.arange(S), (2, 1)))
+    """Two items and padding, which sees itself: no empty softmax."""
+    text, segments, positions = case.core.text_model, np.repeat([1, 2, 0], [4, 5, 2]), np.r_[:4, :5, 0, 0]
+    x_BSD = values(1, len(segments), case.config.width)
+    angles = case.backbone.rotary(positions[None])
+    expected = run(text.rotary_emb, np.zeros(1, np.float32), positions[None])
     for ours, theirs in zip(angles, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, **TOLERANCE)
-    ours = jax.jit(layer_of(case.backbone.layers, 1))(x_BSD, None, mask_BS, *case.backbone.rotary(mask_BS))
-    seen = mask_BS[:, None, None] & np.tril(np.ones((S, S), bool))
+    ours = jax.jit(layer_of(case.backbone.layers, 1))(x_BSD, None, segments[None], *angles)
+    seen = np.tril(segments[:, None] == segments)[None, None]
     hidden = torch.where(torch.tensor(seen), 0.0, torch.finfo(torch.float32).min)
     theirs = run(text.layers[1], x_BSD, attention_mask=hidden, position_embeddings=expected)
-    np.testing.assert_allclose(np.asarray(ours)[mask_BS], theirs.numpy()[mask_BS], **TOLERANCE)
+    np.testing.assert_allclose(ours[0, :-2], theirs.numpy()[0, :-2], **TOLERANCE)
+
+
+def test_items_in_shared_rows_are_as_alone(case):
+    """Texts of very different lengths; images of 3 and 5 tiles in the same row."""
+    queries = [{"text": "a red car"}, {"text": "where " * 30, "image": TALL}, {"text": ""}]
+    candidates = [{"image": LARGE}, {"text": "left of the hut " * 20}, {"text": "x", "image": SMALL}]
+    process = case.processor
+    assert_company_is_unseen(case.network, [*map(process.query, queries)], [*map(process.candidate, candidates)])
