@@ -31,11 +31,11 @@ def get_config(arg=None):
     if arg == "one":
         config.name, config.init_from = "boards_one", "configs/tiny.py"
         config.data.page_side, config.data.curriculum = 112, ((0, 1, 1),)
-        config.row, config.steps = (160, 64), 400
+        config.row, config.steps = (152, 64), 400
     else:
         config.name, config.init_from = "boards", "configs/boards.py:one"
         config.data.page_side, config.data.curriculum = 224, ((150, 1, 2), (400, 2, 4), (700, 3, 6), (0, 4, 9))
-        config.row, config.steps = (224, 256), 2000
+        config.row, config.steps = (216, 256), 2000
     config.data.min_pixels = config.data.max_pixels = config.data.page_side**2
     config.validate_every = config.save_every = config.steps // 4
     return config

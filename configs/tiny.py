@@ -51,8 +51,9 @@ def get_config(arg=None):
     config.data.min_pixels = config.data.max_pixels = 84 * 84
     config.data.augment = True  # or drawings are learned by heart
 
-    # An icon is 36 patches, and with a mean query 143 tokens with all their Meta Tokens.
-    config.row, config.batch_size = (144, 36), 64
+    # An icon is 36 patches. With a query of mean length and all Meta Tokens it is 137 tokens, with those of the first stage 59.
+    config.row = (64, 36) if arg == "base" else (140, 36)
+    config.batch_size = 64
     config.optimizer.algorithm = "muon"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 60

@@ -7,6 +7,7 @@ other weights of the dimensions, by demand or one alone, change the rows of a st
 N items, R rows.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +73,25 @@ def pack(sizes_N3: Int[np.ndarray, "N 3"], row: Size) -> Int[np.ndarray, "N 2"]:
     if len(rows_N) and rows_N.max() >= least_rows(sizes_N3, row):
         rows_N = min(rows_N, _next_fit(sizes_N3, capacity_3), key=np.max)
     return _ranked(rows_N)
+
+
+def row_vectors(steps: Sequence[Int[np.ndarray, "N 3"]], tokens: int, patches: int, least: int) -> int:
+    """Choose how many vectors a row of so many tokens and patches holds: the smallest multiple of 16 that costs hardly any rows.
+
+    Args:
+      steps: sizes of the items of some steps.
+      least: vectors that a row has in any case.
+    """
+
+    def rows(vectors: int) -> int:
+        return sum(int(pack(sizes_N3, Size(tokens, patches, vectors))[:, 0].max()) + 1 for sizes_N3 in steps)
+
+    vectors = sum(int(sizes_N3[:, 2].sum()) for sizes_N3 in steps)
+    fewest = rows(_LARGEST)
+    chosen = -(-max(vectors // fewest, least) // 16) * 16
+    while rows(chosen) > 1.005 * fewest:
+        chosen += 16
+    return chosen
 
 
 def least_rows(sizes_N3: Int[np.ndarray, "N 3"], row: Size) -> int:

@@ -71,16 +71,25 @@ def step_shape(row: Size, rows: int, most: int, shards: int) -> StepShape:
       shards: a microbatch is a multiple of it.
 
     Raises:
-      UserError: a microbatch cannot hold a row for each shard.
+      UserError: as `check_microbatch`.
     """
-    if most and most < shards:
+    check_microbatch(most, shards)
+    microbatches = -(-rows // (most // shards * shards)) if most else 1
+    size = -(-rows // (microbatches * shards)) * shards
+    return StepShape(row, microbatches, size)
+
+
+def check_microbatch(most: int, shards: int) -> None:
+    """Refuses microbatches that cannot hold a row for each shard.
+
+    Raises:
+      UserError: names both numbers.
+    """
+    if 0 < most < shards:
         raise UserError(
             f"config.microbatch_rows={most}: expected at least data x fsdp = {shards} of config.mesh, a row for each, "
             "or 0 for all rows of a step"
         )
-    microbatches = -(-rows // (most // shards * shards)) if most else 1
-    size = -(-rows // (microbatches * shards)) * shards
-    return StepShape(row, microbatches, size)
 
 
 def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh: Mesh) -> TrainingBatch:

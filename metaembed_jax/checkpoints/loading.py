@@ -11,12 +11,13 @@ from tokenizers import Tokenizer
 
 from metaembed_jax.backbones import family
 from metaembed_jax.backbones.fields import initializer_range
+from metaembed_jax.batch.items import Limits
 from metaembed_jax.checkpoints.base import find, open_recorded
 from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, read_kept
 from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, read_backbone, read_head, read_vocabulary_rows
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import read_base, read_config
-from metaembed_jax.config import model_config
+from metaembed_jax.config import model_config, row_limits
 from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json
@@ -56,7 +57,7 @@ def run_processor(run: ConfigDict, tokenizer: Path, max_visual_tokens: int | Non
     """
     config = model_config(run)
     images = family(config.backbone).Images.from_run(run.data, config.architecture, max_visual_tokens)
-    return _processor(tokenizer, images, config)
+    return _processor(tokenizer, images, config, row_limits(run))
 
 
 def run_parameters(run: Path, config: ConfigDict, abstract: dict, frozen: dict | None = None) -> tuple[int, dict]:
@@ -211,7 +212,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def _processor(path: Path, images: object, config: ModelConfig):
+def _processor(path: Path, images: object, config: ModelConfig, limits: Limits | None = None):
     tokenizer = _read_tokenizer(path)
     highest, rows = max(tokenizer.get_vocab().values(), default=-1), config.architecture.vocabulary
     if highest >= rows:
@@ -219,6 +220,6 @@ def _processor(path: Path, images: object, config: ModelConfig):
             f"{path}: has token {highest}, and the model's vocabulary has {rows} rows; the two are not of one checkpoint"
         )
     try:
-        return family(config.backbone).Processor(tokenizer, images)
+        return family(config.backbone).Processor(tokenizer, images, limits)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

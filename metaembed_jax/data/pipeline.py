@@ -1,76 +1,46 @@
 """Prepared sources to training batches: batch n is a pure function of (config, n).
 
-`mixture` says which rows of which sources a step has; here they are read, their images decoded, and `slots` puts the items into
-arrays of fixed shapes.
+`mixture` says which pairs a step has, and the sizes of their items which rows these go to; here the items of this host's rows are
+read, their images decoded, and collated.
 
-A source is a sequence of records (see `sources.records`). Where it has a method `compose(row, epoch, step)`, that makes the record
-instead of `source[row]`, so that a source can draw or vary its records, still as a pure function.
-
-B pairs, K negatives a pair, N items of a side, M microbatches, b items of a microbatch.
+B pairs, K negatives a pair, I = 2 + K items of a pair, N items of a step.
 """
 
 import dataclasses
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int
-from ml_collections import ConfigDict
+from jaxtyping import Bool, Int
 
-from metaembed_jax.data.mixture import Reference, mixture
-from metaembed_jax.data.slots import Slots, fill, slots
+from metaembed_jax.batch.items import Layout
+from metaembed_jax.batch.packing import Size, pack
+from metaembed_jax.batch.rows import RowItem, collate
+from metaembed_jax.batch.training import StepShape, TrainingBatch
+from metaembed_jax.data.items import Items, StepItems
+from metaembed_jax.data.mixture import Reference
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.examples import Layout
 from metaembed_jax.processes import end_with_parent
 
 AHEAD = 2  # batches that a thread makes before they are asked for
 
 
-def training_batches(
-    config: ConfigDict,
-    architecture: object,
-    processor: object,
-    sources: Sequence[Sequence],
-    rows: Int[np.ndarray, " n"] | None = None,
-) -> grain.MapDataset:
-    """The dataset whose element n is the global batch of step n, or this host's part of it.
+def training_batches(items: Items, shape: StepShape, layout: Layout, here: Int[np.ndarray, " n"] | None = None) -> grain.MapDataset:
+    """The dataset whose element n is the `TrainingBatch` of step n, or this host's part of it: fewer rows, all else alike.
 
     Args:
-      architecture: the family's `Config`.
-      processor: the family's `Processor`.
-      sources: one for each entry of `config.data.sources`, in its order.
-      rows: of each microbatch, those that this host makes; all by default.
-
-    Returns:
-      Elements {"query": side, "candidate": side, "negative_mask": bool [B, K], "source": int32 [B]}. A pair that has fewer than K
-      negatives of its own has false in their place. A side is {"groups": (dict of [M, b, ...] arrays for each shape class, ...),
-      "order": int32 [N]}: the vectors of all groups, flattened to M*b rows each and put one after the other, are in pair order when
-      indexed by `order`. Queries are B; candidates are B positives, then B*K negatives, pair by pair. `b` is
-      the number of `rows`, and `order` that of the global batch.
-
-    Raises:
-      UserError: as `mixture` and `slots`.
+      items: of the steps of the run.
+      shape: of each batch.
+      layout: the family's.
+      here: of each microbatch, the rows that this host makes; all by default.
     """
-    multiple = architecture.patch_multiple
-    rows = np.arange(config.microbatch_size) if rows is None else rows
-    pairs, items = config.batch_size, config.batch_size * (1 + config.data.negatives)
-    queries = slots(config, "query_shapes", pairs, multiple, rows)
-    candidates = slots(config, "candidate_shapes", items, multiple, rows)
-    make = _BatchMaker(
-        processor=processor,
-        layout=architecture.layout,
-        sources=tuple(sources),
-        names=tuple(name for name, *_ in config.data.sources),
-        negatives=config.data.negatives,
-        queries=queries,
-        candidates=candidates,
-    )
-    return mixture(config, sources, (*queries.room, *candidates.room)).map_with_index(make)
+    here = np.arange(shape.size) if here is None else here
+    return items.references.map_with_index(_BatchMaker(items, shape, layout, here))
 
 
-def iterate(dataset: grain.MapDataset, start: int, stop: int, workers: int = 0) -> Iterator[dict]:
+def iterate(dataset: grain.MapDataset, start: int, stop: int, workers: int = 0) -> Iterator[TrainingBatch]:
     """Batches start .. stop-1 in order, made ahead of their use.
 
     Args:
@@ -111,37 +81,58 @@ def _start_worker(worker: int, workers: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _BatchMaker:
-    """Reads the records of a step and puts their items into arrays of fixed shapes."""
+    """Packs the items of a step, reads the records of those in this host's rows, and collates them."""
 
-    processor: object
+    items: Items
+    shape: StepShape
     layout: Layout
-    sources: tuple[Sequence, ...]
-    names: tuple[str, ...]
-    negatives: int
-    queries: Slots
-    candidates: Slots
+    here: Int[np.ndarray, " n"]
 
-    def __call__(self, step: int, references: list[Reference]) -> dict:
-        records = [self._read(reference, step) for reference in references]
-        labels = [f"source {self.names[reference.source]!r}, row {reference.row}" for reference in references]
-        queries = [(record["query"], f"{label}, query") for record, label in zip(records, labels, strict=True)]
-        positives = [(record["positive"], f"{label}, positive") for record, label in zip(records, labels, strict=True)]
-        negatives = [item for record, label in zip(records, labels, strict=True) for item in self._negatives(record, label)]
-        mask = np.array([item is not None for item in negatives], bool).reshape(len(records), self.negatives)
-        return {
-            "negative_mask": mask,
-            "source": np.array([reference.source for reference in references], np.int32),
-            "query": fill(queries, self.processor.query, self.queries, self.layout),
-            "candidate": fill(positives + negatives, self.processor.candidate, self.candidates, self.layout),
-        }
+    def __call__(self, step: int, references: list[Reference]) -> TrainingBatch:
+        items = self.items.of(step, references)
+        row, microbatches, size = self.shape
+        places_N2 = pack(items.sizes_N3, row)
+        numbers = (np.arange(microbatches)[:, None] * size + self.here).ravel().tolist()
+        rows = self._rows(step, items, places_N2[:, 0], numbers)
+        batch = collate([rows[number] for number in numbers], row, self.layout, numbers)
+        queries, documents, negative_mask = _vectors_of_pairs(items, places_N2[:, 0], row.vectors)
+        return TrainingBatch(
+            rows=batch.map(lambda x: x.reshape(microbatches, len(self.here), *x.shape[1:])),
+            queries=queries,
+            documents=documents,
+            negative_mask=negative_mask,
+            source=np.array([reference.source for reference in references], np.int32),
+        )
 
-    def _read(self, reference: Reference, step: int) -> dict:
-        source = self.sources[reference.source]
-        if hasattr(source, "compose"):
-            return source.compose(reference.row, reference.epoch, step)
-        return source[reference.row]
+    def _rows(self, step: int, items: StepItems, rows_N: Int[np.ndarray, "N"], numbers: list[int]) -> dict[int, list[RowItem]]:
+        """The items of the rows with these numbers, in order."""
+        records, rows = {}, {number: [] for number in numbers}
+        for item in np.flatnonzero(np.isin(rows_N, numbers)).tolist():
+            pair, number = divmod(int(items.numbers_N[item]), items.a_pair)
+            reference = items.references[pair]
+            if pair not in records:
+                records[pair] = self.items.read(reference, step)
+            row_item = self.items.row_item(records[pair], number, reference)
+            if row_item.size != (planned := Size(*items.sizes_N3[item].tolist())):
+                raise UserError(
+                    f"{self.items.name(reference, number)}: {row_item.size}; expected {planned}, by the sizes that are stored with "
+                    "its source: prepare that again"
+                )
+            rows[int(rows_N[item])].append(row_item)  # items of a row are ranked in item order
+        return rows
 
-    def _negatives(self, record: dict, label: str) -> list[tuple[dict, str] | None]:
-        """The first K of a record; None in place of those that it lacks."""
-        found = [(item, f"{label}, negative {number}") for number, item in enumerate(record.get("negatives", ()))]
-        return (found + [None] * self.negatives)[: self.negatives]
+
+def _vectors_of_pairs(
+    items: StepItems, rows_N: Int[np.ndarray, "N"], vectors: int
+) -> tuple[Int[np.ndarray, "B"], Int[np.ndarray, "B*(1+K)"], Bool[np.ndarray, "B K"]]:
+    """`queries`, `documents` and `negative_mask` of a `TrainingBatch` whose rows hold so many vectors."""
+    order_N = np.argsort(rows_N, kind="stable")  # row by row, in the order in which they lie there
+    read_N, sorted_rows_N = items.sizes_N3[order_N, 2], rows_N[order_N]
+    before_N = np.cumsum(read_N) - read_N
+    before_N -= before_N[np.searchsorted(sorted_rows_N, sorted_rows_N)]  # in the same row
+    starts_BI = np.full((len(items.references), items.a_pair), -1, np.int32)
+    starts_BI.ravel()[items.numbers_N[order_N]] = sorted_rows_N * vectors + before_N
+    negatives_BK = starts_BI[:, 2:]
+    mask_BK = negatives_BK >= 0
+    negatives_BK = np.where(mask_BK, negatives_BK, starts_BI[:, 1:2])
+    return starts_BI[:, 0].copy(), np.concatenate([starts_BI[:, 1], negatives_BK.ravel()]), mask_BK

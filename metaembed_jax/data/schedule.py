@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 _BALANCE = 10  # a step that is off its mean by one sub-batch counts as much as sources that are 10 sub-batches off their weights
 _DURING = 3  # before the last sub-batch of a step, balance counts so many times less: the following can still make up for it
+_MOST_BEHIND = 3  # a source that is as many sub-batches behind its weight comes next, whatever its size
 _WHOLE = 1 << 20  # the sum of all weights
 _PERCENT = 100
 
@@ -44,7 +45,8 @@ def balanced_schedule(
             unbalanced_S = ((excess_2 + excess_S2) ** 2).sum(axis=1) * (_BALANCE * whole)
             if number < sub_batches - 1:
                 unbalanced_S //= _DURING
-            source = int(np.argmin(unbalanced_S - 2 * _PERCENT**2 * behind_S))
+            balanced_S = 2 * _PERCENT**2 * behind_S - unbalanced_S
+            source = int(np.argmax(behind_S if behind_S.max() >= _MOST_BEHIND * whole else balanced_S))
             chosen[step, number] = source
             excess_2 += excess_S2[source]
             drawn_S[source] += 1

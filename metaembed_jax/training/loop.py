@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from metaembed_jax import files, hosts, lease
+from metaembed_jax.batch.training import put as put_batch
 from metaembed_jax.checkpoints.export import check_format, export
 from metaembed_jax.checkpoints.frozen import keep
 from metaembed_jax.checkpoints.loading import run_processor
@@ -23,22 +24,24 @@ from metaembed_jax.checkpoints.workdir import (
     record_changes,
 )
 from metaembed_jax.compilation import announced
-from metaembed_jax.config import check_config, model_config
+from metaembed_jax.config import check_config, model_config, row_limits
 from metaembed_jax.data import sources
+from metaembed_jax.data.items import Items, run_items
+from metaembed_jax.data.mixture import check_mixture
 from metaembed_jax.data.pipeline import iterate, training_batches
-from metaembed_jax.data.slots import padding
+from metaembed_jax.data.planned import RowPlan, plan_rows
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import run as evaluation
 from metaembed_jax.model import MetaEmbed
-from metaembed_jax.sharding import rows_here
+from metaembed_jax.sharding import batch_shards, rows_here
 from metaembed_jax.trained import join, paths, split
 from metaembed_jax.training.metrics import MetricsWriter
 from metaembed_jax.training.profile import Stopwatch, Trace
 from metaembed_jax.training.saving import SaveSchedule
 from metaembed_jax.training.speed import Speed, shown
 from metaembed_jax.training.start import describe, find_start, initial_state, stages
-from metaembed_jax.training.step import Trainer, TrainState, make_trainer, put_batch, run_mesh
+from metaembed_jax.training.step import Trainer, TrainState, make_trainer, run_mesh
 from metaembed_jax.votes import Stop, stop_signal
 
 
@@ -100,7 +103,10 @@ def _train_one(config: ConfigDict, workdir: Path, stop: Stop) -> bool:
     with contextlib.ExitStack() as stack:
         with stop.at_once():
             mesh = run_mesh(config)
-            records = hosts.first_then_others(lambda: sources.training_records(config))
+            pairs = hosts.first_then_others(lambda: sources.training_records(config))
+            check_mixture(config, pairs)
+            for held_out in ("validation", "test"):
+                sources.check_split(config.data.sources[0][0], config.data.dir, held_out)
             if hosts.is_first():  # only now that all hosts agree: before, it would make a folder for a run that is refused
                 stack.enter_context(lease.held(workdir))
             start = find_start(config, workdir)
@@ -116,9 +122,9 @@ def _train_one(config: ConfigDict, workdir: Path, stop: Stop) -> bool:
                 print(f"going on with other settings: {changes}", flush=True)
             print(describe(state), flush=True)
             model = MetaEmbed(model_config(config), state.network_parameters(), processor, mesh)
-            rows = rows_here(mesh, config.microbatch_size)
-            dataset = training_batches(config, model.config.architecture, processor, records, rows)
-        if not _train(config, trainer, state, dataset, model, checkpoints, workdir, stop):
+            items = hosts.first_then_others(lambda: run_items(config, processor, pairs))
+            plan = plan_rows(items, row_limits(config), silent=not hosts.is_first())
+        if not _train(config, trainer, state, items, plan, model, checkpoints, workdir, stop):
             return False
         with stop.at_once():
             _finish(config, trainer, checkpoints, model, workdir)
@@ -155,21 +161,35 @@ class _Pending:
         self._step, self._figures = step, figures
 
 
-def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbed, checkpoints, workdir: Path, stop: Stop) -> bool:
-    first = int(state.step)
+def _train(
+    config,
+    trainer: Trainer,
+    state: TrainState,
+    items: Items,
+    plan: RowPlan,
+    model: MetaEmbed,
+    checkpoints,
+    workdir: Path,
+    stop: Stop,
+) -> bool:
+    first, mesh = int(state.step), trainer.mesh
+    shape = plan.shape(config.microbatch_rows, batch_shards(mesh))
+    dataset = training_batches(items, shape, model.config.architecture.layout, rows_here(mesh, shape.size))
     writer = MetricsWriter(workdir, first, config.steps, silent=not hosts.is_first())
     pending, watch, trace = _Pending(checkpoints), Stopwatch(), Trace(config.trace_steps, workdir)
-    speed, saves = Speed(config, trainer.mesh, first), SaveSchedule(config.save_every, config.save_minutes)
+    speed, saves = Speed(config, shape, mesh, first), SaveSchedule(config.save_every, config.save_minutes)
     batches = iterate(dataset, first, config.steps, config.data.workers)
     train_step = None
     try:
+        writer.say(plan.describe(shape))
+        writer.write(first, plan.figures(shape))
         with saves.vote.watched():
             for step in range(first + 1, config.steps + 1):
                 trace.before(step)
                 # SIGTERM comes to all processes of a job, and ends workers that are not started up yet: those of the first batch.
                 with watch.spending("input"), stop.at_once() if train_step is None else contextlib.nullcontext():
                     batch = next(batches)
-                arrays = put_batch(batch, trainer.mesh)
+                arrays = put_batch(batch, mesh)
                 train_step = train_step or _compile(trainer, state, arrays, watch, writer)
                 state, figures = train_step(state, arrays)
                 pending.fetch()
@@ -178,7 +198,7 @@ def _train(config, trainer: Trainer, state: TrainState, dataset, model: MetaEmbe
                 if step % config.log_every == 0 or step == config.steps:
                     figures, spent = pending.fetch(), watch.read()
                     rates = speed.read(step, spent)
-                    writer.write(step, {**figures, **rates, **spent, **padding(batch)})
+                    writer.write(step, {**figures, **rates, **spent, **items[step - 1].figures(shape)})
                     writer.show(loss=figures["loss"], accuracy=_largest_accuracy(figures), **shown(rates))
                 trace.after(step, pending.fetch)
                 validate = step % config.validate_every == 0 or step == config.steps

@@ -3,6 +3,7 @@
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from metaembed_jax.batch.training import StepShape
 from metaembed_jax.planning.flops import train_flops
 from metaembed_jax.planning.peaks import peak
 
@@ -13,12 +14,13 @@ class Speed:
     """Rates since the last reading.
 
     Args:
+      shape: of the run's batches.
       first: the step that the run resumes from.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, first: int):
+    def __init__(self, config: ConfigDict, shape: StepShape, mesh: Mesh, first: int):
         self._pairs, self._steps, self._last = config.batch_size, config.steps, first
-        self._flops = train_flops(config).model
+        self._flops = train_flops(config, shape).model
         peaks = [peak(device) for device in mesh.devices.flat]
         self._peak = None if None in peaks else sum(figures.flops for figures in peaks)
         self._spent, self._done = 0.0, 0

@@ -1,6 +1,6 @@
 """One training step, as a pure function of (state, batch).
 
-M microbatches, b items of a microbatch, B pairs, N candidates, K negatives a pair, R vectors, D width.
+n rows of a step, V vectors of a row, T = n * V, B pairs, N documents, R vectors of an item, D width.
 """
 
 import dataclasses
@@ -12,21 +12,21 @@ import numpy as np
 import optax
 from flax import nnx
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from metaembed_jax.backbones.lora import dropout_keys, dropout_of
-from metaembed_jax.config import model_config
+from metaembed_jax.batch.training import TrainingBatch, check_microbatch
+from metaembed_jax.config import largest_budgets, model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
 from metaembed_jax.precision import float32_products
-from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding, put_rows, put_whole, replicated
+from metaembed_jax.sharding import batch_shards, make_mesh, replicated
 from metaembed_jax.trained import join, paths, split, trained_paths
+from metaembed_jax.training.microbatches import encode
 from metaembed_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
-
-WHOLE = ("order", "negative_mask", "source")  # arrays of a batch that every host has all of
 
 
 @jax.tree_util.register_dataclass
@@ -51,54 +51,35 @@ class TrainState:
         return join(self.parameters, self.frozen)
 
 
-def encode(apply: Callable, side_batch: dict, side: str, budget: int, dtype: str) -> Float[Array, "N R D"]:
-    """Vectors of one side, in pair order.
-
-    Microbatches are mapped over with a checkpointed encoder: the backward pass recomputes one microbatch at a time, so memory
-    follows the microbatch while the gradient is the whole batch's (GradCache, arXiv 2101.06983).
-
-    Args:
-      apply: `(items) -> network`. Its dropout, if any, depends on the numbers of the items and not on their microbatches.
-      side_batch: `groups`, one dict of `[M, b, ...]` arrays for each shape class, and `order` [N].
-      dtype: of the vectors.
-    """
-
-    def encoder(microbatch):
-        return apply(microbatch["item"])(microbatch, side, budget).astype(dtype)
-
-    def encode_group(group):
-        microbatches, size = group["tokens"].shape[:2]
-        if microbatches == 1:
-            return encoder(jax.tree.map(lambda x: x[0], group))
-        vectors_MbRD = jax.lax.map(jax.checkpoint(encoder), group)
-        return vectors_MbRD.reshape(microbatches * size, *vectors_MbRD.shape[2:])
-
-    return jnp.concatenate([encode_group(group) for group in side_batch["groups"]])[side_batch["order"]]
+def gather(vectors_TD: Float[Array, "T D"], starts_N: Int[Array, "N"], count: int) -> Float[Array, "N R D"]:
+    """The vectors of items: `count` of each, from its first."""
+    return jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(vectors_TD, start, count))(starts_N)
 
 
 def make_loss(config: ConfigDict, mesh: Mesh) -> Callable:
     """`loss(parameters, frozen, batch, step) -> (scalar, metrics)` of a run's configuration; `step` seeds the dropout."""
     graph, _, abstract_dropout = abstract_network(model_config(config, training=True))
     abstract_dropout = nnx.to_pure_dict(abstract_dropout)
-    query_budget, candidate_budget = (max(group[side] for group in config.groups) for side in (0, 1))
+    query_vectors, document_vectors = largest_budgets(config)
 
-    def loss(parameters: dict, frozen: dict, batch: dict, step: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(parameters: dict, frozen: dict, batch: TrainingBatch, step: Array) -> tuple[Array, dict[str, Array]]:
         everything = join(parameters, frozen)
+        keys = dropout_keys(abstract_dropout, jax.random.fold_in(jax.random.key(config.seed), step))
 
-        def network_of(key):
-            keys = dropout_keys(abstract_dropout, key)
-            return lambda items: nnx.merge(graph, everything, dropout_of(keys, items))
+        def network_of(row_b):
+            return nnx.merge(graph, everything, dropout_of(keys, row_b))
 
-        query_key, candidate_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
         # A bfloat16 model's vectors go on as bfloat16: half the bytes to gather and hold, and a similarity is one product on a TPU,
         # not six. Beside the noise of such a model (taken as 1 %), the rounding took the gradient's error from 2.9 to 3.4 % at
         # most; among items nearly all alike, from 30 to 51 %.
-        query_BRD = encode(network_of(query_key), batch["query"], "query", query_budget, config.dtype)
-        candidate_NRD = encode(network_of(candidate_key), batch["candidate"], "candidate", candidate_budget, config.dtype)
+        vectors_nVD = encode(network_of, batch.rows, config.recompute, config.dtype)
+        vectors_TD = vectors_nVD.reshape(-1, vectors_nVD.shape[-1])
+        query_BRD = gather(vectors_TD, batch.queries, query_vectors)
+        document_NRD = gather(vectors_TD, batch.documents, document_vectors)
         pairs = query_BRD.shape[0]
-        positive_BRD, negatives = candidate_NRD[:pairs], None
-        if candidate_NRD.shape[0] > pairs:
-            negatives = candidate_NRD[pairs:].reshape(pairs, -1, *candidate_NRD.shape[1:])
+        positive_BRD, negatives = document_NRD[:pairs], None
+        if document_NRD.shape[0] > pairs:
+            negatives = document_NRD[pairs:].reshape(pairs, -1, *document_NRD.shape[1:])
         with jax.named_scope("loss"):
             return matryoshka_loss(
                 query_BRD,
@@ -108,8 +89,8 @@ def make_loss(config: ConfigDict, mesh: Mesh) -> Callable:
                 temperature=config.temperature,
                 normalization=config.normalization,
                 mesh=mesh,
-                negative_mask=batch["negative_mask"],
-                sources=batch["source"] if config.data.within_source else None,
+                negative_mask=batch.negative_mask,
+                sources=batch.source if config.data.within_source else None,
             )
 
     return loss
@@ -183,14 +164,15 @@ def run_mesh(config: ConfigDict, devices: Sequence | None = None) -> Mesh:
     """The mesh of a run, over all devices by default.
 
     Raises:
-      UserError: it does not fit the devices, or a microbatch does not divide over it.
+      UserError: it does not fit the devices, or pairs or a microbatch do not divide over it.
     """
     mesh = make_mesh(**config.mesh, devices=devices)
-    if config.microbatch_size % batch_shards(mesh):
+    if config.batch_size % (shards := batch_shards(mesh)):
         raise UserError(
-            f"config.microbatch_size={config.microbatch_size} does not divide over the mesh {dict(mesh.shape)}: "
-            f"it must be a multiple of data x fsdp = {batch_shards(mesh)}"
+            f"config.batch_size={config.batch_size} does not divide over the mesh {dict(mesh.shape)}: "
+            f"expected a multiple of data x fsdp = {shards}"
         )
+    check_microbatch(config.microbatch_rows, shards)
     return mesh
 
 
@@ -200,7 +182,7 @@ def make_trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     schedule = learning_rate(config.optimizer, config.steps)
     abstract, loss = abstract_state(config, mesh, optimizer), make_loss(config, mesh)
 
-    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: TrainingBatch) -> tuple[TrainState, dict[str, Array]]:
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters, state.frozen, batch, state.step)
         with jax.named_scope("optimizer"), float32_products(config.dtype):  # Muon's products
             updates, moments = optimizer.update(gradients, state.optimizer, state.parameters)
@@ -234,19 +216,3 @@ def _on(mesh: Mesh, function: Callable) -> Callable:
     call = under_mesh(function)
     call.trace, call.lower = under_mesh(function.trace), under_mesh(function.lower)
     return call
-
-
-def put_batch(batch: dict, mesh: Mesh) -> dict:
-    """This host's part of a batch onto the mesh."""
-
-    def put(path, x):
-        return put_whole(x, mesh) if path[-1].key in WHOLE else put_rows(x, mesh, axis=1)
-
-    return jax.tree.map_with_path(put, batch)
-
-
-def batch_sharding(mesh: Mesh, path: tuple, rank: int) -> NamedSharding:
-    """How an array of a batch lies, by its path there: items of a microbatch over the batch axes, what is `WHOLE` replicated."""
-    if path[-1].key in WHOLE:
-        return replicated(mesh)
-    return named_sharding(mesh, (None, "batch") + (None,) * (rank - 2))

@@ -15,7 +15,7 @@ def get_config(arg=None):
     config.embedding_dim, config.unroll_layers, config.temperature = 16, 1, 0.03
     if arg == "first":
         config.name, config.embedding_dim, config.groups = "small_first", 24, ((1, 1),)
-    config.batch_size = config.microbatch_size = 16
+    config.batch_size = 16
     config.steps, config.optimizer.warmup_steps, config.log_every = 8, 2, 1
     config.validate_every, config.save_every = 8, 2
     return config

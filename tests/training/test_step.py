@@ -1,4 +1,4 @@
-"""The step: any mesh and any microbatch give the same numbers."""
+"""The step: any mesh, any microbatches and any rows give the same numbers."""
 
 import re
 
@@ -6,23 +6,31 @@ import jax
 import numpy as np
 import pytest
 
-from metaembed_jax.checkpoints.loading import run_processor
-from metaembed_jax.config import model_config
-from metaembed_jax.data import sources
-from metaembed_jax.data.pipeline import training_batches
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.rows import collate
+from metaembed_jax.batch.training import StepShape, TrainingBatch, abstract, put
+from metaembed_jax.config import load_config, model_config
 from metaembed_jax.sharding import make_mesh
-from metaembed_jax.training.start import find_start
-from metaembed_jax.training.step import make_loss, make_trainer, put_batch
+from metaembed_jax.training.step import make_trainer
+from tests.training.batches import make_dataset, make_plan
+
+
+@pytest.fixture(scope="module")
+def planned(data_dir):
+    return make_plan(load_config("tests/training/small.py", {"data.dir": str(data_dir)}))
 
 
 @pytest.fixture
-def dataset(small_config):
-    return make_dataset(small_config)
+def dataset(small_config, planned):
+    return make_dataset(small_config, planned)
 
 
-def make_dataset(config):
-    architecture, processor = model_config(config).architecture, run_processor(config, find_start(config).tokenizer)
-    return training_batches(config, architecture, processor, sources.training_records(config))
+def one_device():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def eight_devices():
+    return make_mesh(2, 2, 2, devices=[jax.devices()[n] for n in (5, 2, 7, 0, 3, 6, 1, 4)])  # any order will do
 
 
 def relative_norm(a, b):
@@ -31,45 +39,71 @@ def relative_norm(a, b):
     return (sum(jax.tree.leaves(difference)) / sum(jax.tree.leaves(size))) ** 0.5
 
 
-def gradients(config, mesh, batch):
+def loss_and_gradients(config, mesh, batch):
     trainer = make_trainer(config, mesh)
     parameters = trainer.init().parameters
     with jax.set_mesh(mesh):
-        return jax.device_get(jax.jit(jax.grad(trainer.loss, has_aux=True))(parameters, {}, put_batch(batch, mesh), 0)[0])
+        compute = jax.jit(jax.value_and_grad(trainer.loss, has_aux=True))
+        (loss, _), gradients = jax.device_get(compute(parameters, {}, put(batch, mesh), 0))
+    return loss, gradients
+
+
+def alone(config, items, step):
+    """The pairs of a step with each item in a row of its own."""
+    pairs, row = items[step], Size(*items[step].sizes_N3.max(axis=0).tolist())
+    numbers = [divmod(number, pairs.a_pair) for number in pairs.numbers_N.tolist()]
+    row_items = [
+        items.row_item(items.read(pairs.references[pair], step), number, pairs.references[pair]) for pair, number in numbers
+    ]
+    rows = collate([[item] for item in row_items], row, model_config(config).architecture.layout)
+    starts_BI = np.arange(len(row_items), dtype=np.int32).reshape(-1, 2) * row.vectors
+    return TrainingBatch(
+        rows=rows.map(lambda x: x[None]),
+        queries=starts_BI[:, 0].copy(),
+        documents=starts_BI[:, 1].copy(),
+        negative_mask=np.zeros((len(starts_BI), 0), bool),
+        source=np.zeros(len(starts_BI), np.int32),
+    )
 
 
 def test_sharded_training_equals_one_device(small_config, dataset):
     losses = {}
-    eight = make_mesh(2, 2, 2, devices=[jax.devices()[n] for n in (5, 2, 7, 0, 3, 6, 1, 4)])  # any order will do
-    for name, mesh in (("one", make_mesh(devices=jax.devices()[:1])), ("eight", eight)):
+    for name, mesh in (("one", one_device()), ("eight", eight_devices())):
         trainer = make_trainer(small_config, mesh)
         state, losses[name] = trainer.init(), []
         for step in range(5):
-            state, figures = trainer.step(state, put_batch(dataset[step], mesh))
+            state, figures = trainer.step(state, put(dataset[step], mesh))
             losses[name].append(float(figures["loss"]))
     assert len(set(losses["one"])) == 5
     np.testing.assert_allclose(losses["eight"], losses["one"], rtol=1e-4)
 
 
-def test_sharded_gradients_equal_one_device(small_config, dataset):
-    one = gradients(small_config, make_mesh(devices=jax.devices()[:1]), dataset[0])
-    eight = gradients(small_config, make_mesh(2, 2, 2, devices=jax.devices()[:8]), dataset[0])
-    assert relative_norm(one, eight) < 1e-5
+def test_any_mesh_microbatches_and_rows_give_the_same_loss_and_gradients(small_config, planned):
+    """On eight devices in microbatches of 8 rows, and with each item in a row of its own."""
+    items, plan = planned
+    loss, gradients = loss_and_gradients(small_config, one_device(), make_dataset(small_config, planned, shards=1)[0])
+    small_config.microbatch_rows = 8
+    batch = make_dataset(small_config, planned, shards=4)[0]
+    assert batch.rows.tokens.shape[:2] == (-(-plan.rows // 8), 8) and batch.rows.tokens.shape[0] > 1
+    others = {"alone": (one_device(), alone(small_config, items, 0)), "sharded": (eight_devices(), batch)}
+    for name, (mesh, batch) in others.items():
+        other_loss, other_gradients = loss_and_gradients(small_config, mesh, batch)
+        np.testing.assert_allclose(other_loss, loss, rtol=1e-6, err_msg=name)
+        assert relative_norm(gradients, other_gradients) < 1e-5, name
 
 
 @pytest.mark.parametrize("dtype, name", [("float32", "f32"), ("bfloat16", "bf16")])
-def test_candidates_are_gathered_in_the_dtype_of_the_model(small_config, dataset, dtype, name):
+def test_documents_are_gathered_in_the_dtype_of_the_model(small_config, dataset, dtype, name):
     small_config.dtype = dtype
     mesh = make_mesh(2, 2, 2, devices=jax.devices()[:8])
     trainer = make_trainer(small_config, mesh)
-    program = trainer.step.lower(trainer.abstract, put_batch(dataset[0], mesh)).as_text()
+    program = trainer.step.lower(trainer.abstract, put(dataset[0], mesh)).as_text()
     assert set(re.findall(r"stablehlo.all_gather.*-> tensor<[0-9x]*x(\w+)>", program)) == {name}
 
 
 def test_the_parts_of_a_step_have_names_for_the_profiler(small_config, dataset):
-    mesh = make_mesh(devices=jax.devices()[:1])
-    trainer = make_trainer(small_config, mesh)
-    program = trainer.step.lower(trainer.abstract, put_batch(dataset[0], mesh)).as_text(debug_info=True)
+    trainer = make_trainer(small_config, one_device())
+    program = trainer.step.lower(trainer.abstract, put(dataset[0], one_device())).as_text(debug_info=True)
     named = {part for name in re.findall(r'"jit\(step\)/([^"]*)"', program) for part in re.findall(r"\w+", name)}
     assert named >= {"vision", "language", "loss", "optimizer"} and '"gather/all_gather"' in program
 
@@ -86,31 +120,14 @@ def test_parameters_and_their_moments_are_split_over_the_mesh(small_config, algo
     assert [x.sharding for x in found] == [kernel.sharding] * moments
 
 
-@pytest.mark.parametrize("pairs, tolerance", [(16, 1e-5), (64, 2e-5)])  # what float32 leaves of sums over more pairs
-def test_microbatches_equal_the_whole_batch(small_config, pairs, tolerance):
-    """Four microbatches of four pairs are one batch of 16, and 16 are one of 64."""
-    small_config.batch_size = small_config.microbatch_size = pairs
-    microbatch, whole_batch, mesh = 4, make_dataset(small_config)[0], make_mesh(devices=jax.devices()[:1])
-    whole = gradients(small_config, mesh, whole_batch)
-    small_config.microbatch_size = microbatch
-
-    def cut(group):
-        return {key: x.reshape(-1, microbatch, *x.shape[2:]) for key, x in group.items()}
-
-    sides = {side: whole_batch[side] for side in ("query", "candidate")}
-    cut_sides = {side: {"groups": tuple(map(cut, part["groups"])), "order": part["order"]} for side, part in sides.items()}
-    batch = whole_batch | cut_sides
-    assert relative_norm(whole, gradients(small_config, mesh, batch)) < tolerance
+def test_the_shapes_of_a_batch_are_known_before_it(small_config, dataset):
+    mesh, batch = eight_devices(), dataset[0]
+    shape = StepShape(
+        Size(*(x.shape[-1] for x in (batch.rows.tokens, batch.rows.patch_segments, batch.rows.reads))), *batch.rows.row.shape
+    )
+    expected = abstract(shape, small_config.batch_size, 0, model_config(small_config).architecture.layout, mesh)
+    jax.tree.map(lambda x, leaf: assert_like(x, leaf), put(batch, mesh), expected)
 
 
-def test_order_puts_pairs_together(small_config, dataset):
-    """Rows of a side in any order, with the matching `order`, are the same batch."""
-    mesh, batch = make_mesh(devices=jax.devices()[:1]), dataset[0]
-    loss = jax.jit(make_loss(small_config, mesh))
-    parameters = make_trainer(small_config, mesh).init().parameters
-    shuffle = np.random.default_rng(0).permutation(small_config.batch_size)
-    (group,) = batch["candidate"]["groups"]
-    shuffled = {"groups": ({key: x[:, shuffle] for key, x in group.items()},), "order": np.argsort(shuffle).astype(np.int32)}
-    expected, _ = loss(parameters, {}, batch, 0)
-    found, _ = loss(parameters, {}, batch | {"candidate": shuffled}, 0)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+def assert_like(x, leaf):
+    assert (x.shape, x.dtype, x.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)

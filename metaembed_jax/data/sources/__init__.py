@@ -98,10 +98,29 @@ def training_records(config: ConfigDict) -> list[Sequence]:
     return [of(name) for name in names]
 
 
+def check_split(name: str, data_dir: str | Path, split: str) -> None:
+    """Refuses a split without pairs.
+
+    Raises:
+      UserError: names source and split, or as `prepare`.
+    """
+    pairs = prepare(name, data_dir).get("rows", {}).get(split)  # what is generated has pairs in every split
+    if pairs == 0:
+        raise UserError(
+            f"source {name!r} has no {split} pairs, which a run is evaluated on: add pairs (of a hundred, about 5 are for "
+            "validation and 10 for the test), or put another source first in config.data.sources"
+        )
+
+
 def retrieval(name: str, data_dir: str | Path, split: str):
-    """The search task of a source's validation or test split: `records.Retrieval`."""
+    """The search task of a source's validation or test split: `records.Retrieval`.
+
+    Raises:
+      UserError: as `check_split`.
+    """
     from metaembed_jax.data.sources import records, writing
 
+    check_split(name, data_dir, split)
     if name in GENERATED:
         return importlib.import_module(GENERATED[name]).retrieval(data_dir, split)
     return records.pairs_retrieval(records.open_split(Path(data_dir) / name, writing.VERSION, split))

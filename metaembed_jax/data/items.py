@@ -1,0 +1,136 @@
+"""The items of each step of a run, and their sizes, before anything is read.
+
+A source is a sequence of records (see `sources.records`). Where it has a method `compose(row, epoch, step)`, that makes the record
+instead of `source[row]`, so that a source can draw or vary its records, still as a pure function.
+
+B pairs, K negatives a pair, I = 2 + K items of a pair, N items of a step: pair by pair, without negatives that a pair lacks.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Int
+from ml_collections import ConfigDict
+
+from metaembed_jax.batch.rows import RowItem
+from metaembed_jax.batch.training import StepShape
+from metaembed_jax.config import largest_budgets, row_limits
+from metaembed_jax.data.mixture import Reference, check_mixture, mixture
+from metaembed_jax.data.sizes import CUT, PATCHES, SHRUNK, TOKENS, SourceSizes
+
+SAMPLED_PAIRS = 64  # of a source, for the mean size of its pairs
+
+
+class StepItems(NamedTuple):
+    """The items of a step.
+
+    Attributes:
+      references: of the pairs.
+      a_pair: I, the most items of one.
+      numbers_N: pair * I + number in the pair: 0 the query, 1 the positive, then negatives.
+      sizes_N3: tokens (Meta Tokens included), patches, vectors.
+      is_cut_N: the text is cut.
+      is_shrunk_N: the image is smaller than its family would make it.
+    """
+
+    references: list[Reference]
+    a_pair: int
+    numbers_N: Int[np.ndarray, "N"]
+    sizes_N3: Int[np.ndarray, "N 3"]
+    is_cut_N: Bool[np.ndarray, "N"]
+    is_shrunk_N: Bool[np.ndarray, "N"]
+
+    def figures(self, shape: StepShape) -> dict[str, float]:
+        """The figures of the step's rows, for its metrics."""
+        tokens, patches, _ = self.sizes_N3.sum(axis=0).tolist()
+        fill = {"fill/tokens": tokens / (shape.rows * shape.row.tokens)}
+        if shape.row.patches:
+            fill["fill/patches"] = patches / (shape.rows * shape.row.patches)
+        images = int((self.sizes_N3[:, 1] > 0).sum())
+        return fill | {"cut": float(self.is_cut_N.mean()), "shrunk": int(self.is_shrunk_N.sum()) / max(images, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """The items of each step of a run. Survives pickling, for worker processes.
+
+    Attributes:
+      references: of the pairs of each step.
+      sources, names, sizes: of `config.data.sources`.
+      processor: the family's, with the limits of the run.
+      meta: Meta Tokens behind a query, and behind a document.
+      vectors: of a query, and of a document.
+    """
+
+    references: grain.MapDataset
+    sources: tuple[Sequence, ...]
+    names: tuple[str, ...]
+    sizes: tuple[SourceSizes, ...]
+    processor: object
+    meta: tuple[int, int]
+    vectors: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def __getitem__(self, step: int) -> StepItems:
+        return self.of(step, self.references[step])
+
+    def of(self, step: int, references: list[Reference]) -> StepItems:
+        """The items of the pairs of a step."""
+        sizes_BI4 = np.stack([self.sizes[source].of(row, epoch, step) for source, epoch, row in references])
+        a_pair, sizes_N4 = sizes_BI4.shape[1], sizes_BI4.reshape(-1, 4)
+        numbers_N = np.flatnonzero(sizes_N4[:, TOKENS])
+        sizes_N4, is_document_N = sizes_N4[numbers_N], (numbers_N % a_pair > 0).astype(int)
+        tokens_N = sizes_N4[:, TOKENS] + np.array(self.meta)[is_document_N]
+        sizes_N3 = np.stack([tokens_N, sizes_N4[:, PATCHES], np.array(self.vectors)[is_document_N]], axis=1)
+        return StepItems(references, a_pair, numbers_N, sizes_N3, sizes_N4[:, CUT] > 0, sizes_N4[:, SHRUNK] > 0)
+
+    def read(self, reference: Reference, step: int) -> dict:
+        """Read the record of a pair, or have it drawn."""
+        source = self.sources[reference.source]
+        if hasattr(source, "compose"):
+            return source.compose(reference.row, reference.epoch, step)
+        return source[reference.row]
+
+    def row_item(self, record: dict, number: int, reference: Reference) -> RowItem:
+        """Make an item of a record, by its number in the pair."""
+        name = self.name(reference, number)
+        if number == 0:
+            return RowItem(self.processor.query(record["query"], name=name), self.meta[0], self.vectors[0])
+        item = record["positive"] if number == 1 else record["negatives"][number - 2]
+        return RowItem(self.processor.candidate(item, name=name), self.meta[1], self.vectors[1])
+
+    def name(self, reference: Reference, number: int) -> str:
+        """The name of an item in errors."""
+        item = ("query", "positive")[number] if number < 2 else f"negative {number - 2}"
+        return f"source {self.names[reference.source]!r}, row {reference.row}, {item}"
+
+
+def run_items(config: ConfigDict, processor: object, sources: Sequence[Sequence]) -> Items:
+    """The items of a run's steps, at the largest budgets that it trains.
+
+    Args:
+      processor: the family's, with `row_limits`.
+      sources: one for each entry of `config.data.sources`, in its order.
+
+    Raises:
+      UserError: as `mixture`, or an item that no row takes.
+    """
+    check_mixture(config, sources)
+    names = tuple(name for name, *_ in config.data.sources)
+    sizes = tuple(SourceSizes(source, processor, config.data.negatives, name) for name, source in zip(names, sources, strict=True))
+    means_S2 = np.array([_mean_pair(size, len(source)) for size, source in zip(sizes, sources, strict=True)])
+    limits = row_limits(config)
+    meta = (limits.query_tokens, limits.candidate_tokens)
+    references = mixture(config, sources, means_S2)
+    return Items(references, tuple(sources), names, sizes, processor, meta, largest_budgets(config))
+
+
+def _mean_pair(sizes: SourceSizes, pairs: int) -> Int[np.ndarray, "2"]:
+    """Mean tokens and patches of a source's pairs, without Meta Tokens."""
+    rows = np.linspace(0, pairs - 1, min(pairs, SAMPLED_PAIRS)).astype(int).tolist()
+    return np.stack([sizes.of(row, 0, 0) for row in rows]).sum(axis=(0, 1))[[TOKENS, PATCHES]] // len(rows)

@@ -1,0 +1,87 @@
+"""The rows of a run, planned from the sizes of all its items before its first step."""
+
+import dataclasses
+
+import numpy as np
+from tqdm import tqdm
+
+from metaembed_jax.batch.items import Limits
+from metaembed_jax.batch.packing import Size, pack, row_vectors
+from metaembed_jax.batch.training import StepShape, step_shape
+from metaembed_jax.data.items import Items
+
+SAMPLED_STEPS = 4  # for the vectors of a row
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlan:
+    """What is known of a run's rows before its first step.
+
+    Attributes:
+      row: what a row holds.
+      rows: a step, the fewest that hold every step.
+      tokens, patches: that the items of a step take on average.
+      longest: tokens of the longest item, its Meta Tokens included.
+      cut, shrunk: the share of items whose text is cut, and of images that are shrunk.
+    """
+
+    row: Size
+    rows: int
+    tokens: float
+    patches: float
+    longest: int
+    cut: float
+    shrunk: float
+
+    def shape(self, most: int, shards: int) -> StepShape:
+        """The shape of each batch; see `step_shape`."""
+        return step_shape(self.row, self.rows, most, shards)
+
+    def figures(self, shape: StepShape) -> dict[str, float]:
+        """The plan as figures, for metrics."""
+        patches = {"rows/patches": self.row.patches, "rows/fill/patches": self.patches / (shape.rows * self.row.patches)}
+        return {
+            "rows": shape.rows,
+            "rows/tokens": self.row.tokens,
+            "rows/vectors": self.row.vectors,
+            "rows/fill/tokens": self.tokens / (shape.rows * self.row.tokens),
+            "rows/longest": self.longest,
+            "rows/cut": self.cut,
+            "rows/shrunk": self.shrunk,
+        } | (patches if self.row.patches else {})
+
+    def describe(self, shape: StepShape) -> str:
+        """The plan in one line, for the user."""
+        figures = self.figures(shape)
+        size, fill = f"{self.row.tokens} tokens", f"{100 * figures['rows/fill/tokens']:.0f} % of tokens"
+        if self.row.patches:
+            size += f" and {self.row.patches} patches"
+            fill += f" and {100 * figures['rows/fill/patches']:.0f} % of patches"
+        microbatches = f" in {shape.microbatches} microbatches" if shape.microbatches > 1 else ""
+        return (
+            f"rows: {shape.rows} of {size} a step{microbatches}, {fill} used; the longest item takes {self.longest} tokens; "
+            f"{100 * self.cut:.2g} % of texts are cut, {100 * self.shrunk:.2g} % of images shrunk"
+        )
+
+
+def plan_rows(items: Items, limits: Limits, silent: bool = True) -> RowPlan:
+    """Plan the rows of all steps.
+
+    Args:
+      limits: `row_limits` of the run.
+      silent: show no progress bar.
+    """
+    steps = len(items)
+    sampled = [items[step].sizes_N3 for step in range(min(steps, SAMPLED_STEPS))]
+    vectors = row_vectors(sampled, limits.tokens, limits.patches, sum(items.vectors))
+    row, rows, longest, used_3, counts_4 = Size(limits.tokens, limits.patches, vectors), 0, 0, np.zeros(3, int), np.zeros(4, int)
+    for number in tqdm(range(steps), desc="planning rows", unit="step", delay=2, mininterval=0.5, disable=silent):
+        step = items[number]
+        rows = max(rows, int(pack(step.sizes_N3, row)[:, 0].max()) + 1)
+        longest = max(longest, int(step.sizes_N3[:, 0].max()))
+        used_3 += step.sizes_N3.sum(axis=0)
+        counts_4 += [step.is_cut_N.sum(), len(step.is_cut_N), step.is_shrunk_N.sum(), (step.sizes_N3[:, 1] > 0).sum()]
+    tokens, patches, _ = (used_3 / steps).tolist()
+    cut, texts, shrunk, images = counts_4.tolist()
+    row = row if images else row._replace(patches=0)
+    return RowPlan(row, rows, tokens, patches, longest, cut / texts, shrunk / max(images, 1))
