@@ -15,8 +15,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metaembed_jax.backbones import attention as attention_module
-from metaembed_jax.backbones.layers import Linear
+from metaembed_jax.backbones.attention import attention, attention_implementation
+from metaembed_jax.backbones.attention_windows import window_attention
+from metaembed_jax.backbones.layers import Linear, inverse_frequencies
 from metaembed_jax.backbones.llama_vision import vision
 from metaembed_jax.check import references
 from metaembed_jax.check.case import SHORT, Case
@@ -37,7 +38,7 @@ class Sizes(NamedTuple):
     """The sizes of the cases.
 
     Attributes:
-      rows: attention's batch on each device, a multiple of two; `window_rows` of 64 keys.
+      rows: attention's batch on each device, a multiple of two; `window_rows` of one slot of windows.
       length: attention's keys.
       linear: rows on each device, inputs, outputs.
       documents: of MaxSim, over all devices.
@@ -61,11 +62,11 @@ class Kind(NamedTuple):
 
     Attributes:
       heads, key_heads, width: H, G, K.
-      queries: 0: as many as keys, else the last so many.
-      keys: 0: `Sizes.length`.
+      reads: queries at so many positions among the keys; 0: at all.
+      crossed: so many queries that are no keys, and one item without keys; 0: queries are keys.
+      slot: patches of a slot of windows; 0: no windows.
       window, scale, softcap: as `attention`.
-      pads_left: padding comes first, as in texts; else last, as in images.
-      around_padding: only padding does not see padding, and its keys count.
+      around_padding: only padding does not see padding, and there is one item a row.
     """
 
     name: str
@@ -73,27 +74,27 @@ class Kind(NamedTuple):
     key_heads: int
     width: int
     causal: bool = True
-    queries: int = 0
-    keys: int = 0
+    reads: int = 0
+    crossed: int = 0
+    slot: int = 0
     window: int | None = None
     scale: float | None = None
     softcap: float | None = None
-    pads_left: bool = True
     around_padding: bool = False
 
 
 ATTENTION = (
-    Kind("full 80", 4, 4, 80, causal=False, pads_left=False),  # vision of Qwen2.5-VL
-    Kind("full 72", 4, 4, 72, causal=False, pads_left=False),  # SigLIP: PaliGemma
-    Kind("full 64", 4, 4, 64, causal=False, pads_left=False),  # SmolVLM, Qwen3-VL
-    Kind("windows of 64", 4, 4, 80, causal=False, keys=64, pads_left=False),  # Qwen2.5-VL
-    Kind("around padding", 4, 4, 80, causal=False, pads_left=False, around_padding=True),  # Llama 3.2 Vision
-    Kind("cross", 4, 1, 128, causal=False, queries=96, pads_left=False),  # Llama 3.2 Vision
+    Kind("full 80", 4, 4, 80, causal=False),  # vision of Qwen2.5-VL
+    Kind("full 72", 4, 4, 72, causal=False),  # SigLIP: PaliGemma
+    Kind("full 64", 4, 4, 64, causal=False),  # SmolVLM, Qwen3-VL
+    Kind("windows of 64", 16, 16, 80, causal=False, slot=64),  # Qwen2.5-VL, with the rotation
+    Kind("around padding", 4, 4, 80, causal=False, around_padding=True),  # Llama 3.2 Vision
+    Kind("cross", 4, 1, 128, causal=False, crossed=96),  # Llama 3.2 Vision
     Kind("causal 128", 8, 2, 128),  # Qwen, Llama
     Kind("causal 64", 6, 2, 64),  # SmolVLM
-    Kind("causal last 80", 8, 1, 64, queries=80),  # PaliGemma
+    Kind("causal at 80", 8, 1, 64, reads=80),  # PaliGemma
     Kind("prefix capped", 4, 2, 64, causal=False, scale=0.3, softcap=2.0),  # PaliGemma 2; random scores never reach its cap of 50
-    Kind("local capped", 4, 2, 64, queries=80, window=100, scale=0.3, softcap=2.0),  # PaliGemma 2
+    Kind("local capped", 4, 2, 64, window=100, scale=0.3, softcap=2.0),  # PaliGemma 2
 )
 
 
@@ -148,65 +149,97 @@ def linear_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
 
 
 def attention_case(mesh: Mesh, sizes: Sizes, kind: Kind, dtype: str) -> Case:
-    """Return the case of attention and its gradients; a third of every second row is padding."""
-    T = kind.keys or sizes.length
-    S, H, G, K = kind.queries or T, kind.heads, kind.key_heads, kind.width
-    repeats = (sizes.window_rows if kind.keys else sizes.rows) // 2 * mesh.size
+    """Return the case of attention and its gradients, in rows of one item and of three with padding behind."""
+    T = kind.slot or sizes.length
+    S, H, G, K = kind.reads or kind.crossed or T, kind.heads, kind.key_heads, kind.width
+    repeats = (sizes.window_rows if kind.slot else sizes.rows) // 2 * mesh.size
     query, key, value, cotangent = noise((2, S, H, K), (2, T, G, K), (2, T, G, K), (2, S, H, K))
-    there_BT = np.ones((2, T), bool)
-    there_BT[1, slice(T // 3) if kind.pads_left else slice(T - T // 3, T)] = False
-    mask_BST = references.visible(S, T, kind.causal, kind.window)[None] & there_BT[:, None]
-    if kind.around_padding:
-        mask_BST = there_BT[:, None] | there_BT[:, :, None]
-    else:
-        cotangent = cotangent * mask_BST.any(2)[..., None, None]  # nothing reads a query that sees nothing
-    seen_BS = mask_BST.any(2)
+    rows, mask_BST = packed_rows(kind, S, T)
+    cotangent = cotangent * mask_BST.any(2)[..., None, None]  # nothing reads a query that sees nothing
 
     def arguments():
         split = PartitionSpec(MESH_AXES)
         arrays = (array.astype(jnp.dtype(dtype)) for array in (query, key, value, cotangent))
-        return tuple(put(array, mesh, split, repeats) for array in (*arrays, there_BT, seen_BS))
+        return tuple(put(array, mesh, split, repeats) for array in (*arrays, *rows, mask_BST.any(2)))
 
-    def function(query, key, value, cotangent, there_BT, seen_BS):
-        def attend(query, key, value):
-            if kind.around_padding:
-                return vision.attend_around_padding(query, key, value, ~there_BT)
-            options = dict(scale=kind.scale, softcap=kind.softcap, window=kind.window)
-            return attention_module.attention(query, key, value, there_BT, kind.causal, **options)
+    def function(query, key, value, cotangent, query_segments, key_segments, positions, sees):
+        def attend(*arrays):
+            return attend_as(kind, *arrays, query_segments, key_segments, positions)
 
         output, pull = jax.vjp(attend, query, key, value)
-        output = jnp.where(seen_BS[..., None, None], output, 0)
+        output = jnp.where(sees[..., None, None], output, 0)
         return dict(zip(("output", "d query", "d key", "d value"), (output, *pull(cotangent)), strict=True))
 
     def reference():
-        arrays = (rounded(array, dtype) for array in (query, key, value))
-        outputs = references.attention(*arrays, mask_BST, rounded(cotangent, dtype), kind.scale, kind.softcap)
-        return dict(zip(("output", "d query", "d key", "d value"), outputs, strict=True))
+        query32, key32, value32 = (rounded(array, dtype) for array in (query, key, value))
+        turn = jax.device_get(angles(rows[2], K)) if kind.slot else (np.ones((2, S, K)), np.zeros((2, S, K)))
+        if kind.slot:
+            query32, key32 = (references.rotated(array, *turn) for array in (query32, key32))
+        output, d_query, d_key, d_value = references.attention(
+            query32, key32, value32, mask_BST, rounded(cotangent, dtype), kind.scale, kind.softcap
+        )
+        if kind.slot:
+            d_query, d_key = (references.rotated(array, turn[0], -turn[1]) for array in (d_query, d_key))
+        return {"output": output, "d query": d_query, "d key": d_key, "d value": d_value}
 
-    device = mesh.devices.flat[0]
-    implementation = attention_module.attention_implementation(
-        "cuda" if device.platform == "gpu" else device.platform,
-        (2 * repeats, S, H, K + kind.around_padding),
-        (2 * repeats, T, G, K + kind.around_padding),
-        jnp.dtype(dtype),
-        causal=kind.causal,
-        scale=kind.scale,
-        softcap=kind.softcap,
-        window=kind.window,
-    )
-    pairs = references.visible(S, T, kind.causal, kind.window).sum() * 2 * repeats
-    moved = 6 * itemsize(dtype) * (query.size + key.size) * repeats
+    device, shapes = mesh.devices.flat[0], ((2 * repeats, n, heads, K + kind.around_padding) for n, heads in ((S, H), (T, G)))
+    platform = "cuda" if device.platform == "gpu" else device.platform
+    implementation = "xla" if kind.reads else attention_implementation(platform, *shapes, jnp.dtype(dtype))
     return Case(
         f"attention {kind.name} {SHORT[dtype]}",
         jax.jit(function),
         arguments,
         reference,
         ATTENTION_TOLERANCE[dtype],
-        12.0 * pairs * H * K,
-        moved,
+        12.0 * mask_BST.sum() * repeats * H * K,
+        6 * itemsize(dtype) * (query.size + key.size) * repeats,
         dtype=dtype,
-        implementation=implementation,
+        implementation="" if kind.slot else implementation,
     )
+
+
+def packed_rows(kind: Kind, S: int, T: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """The segments of queries and keys, [2, S] and [2, T], the positions of queries, [2, S], and the keys that each sees."""
+    key_segments = packed(T)
+    positions = np.tile(np.linspace(0, T - 1, S).astype(np.int32) if kind.reads else np.arange(S, dtype=np.int32), (2, 1))
+    if kind.crossed:
+        query_segments = packed(S)
+        key_segments = np.where(key_segments == 2, 0, key_segments)
+    else:
+        query_segments = np.take_along_axis(key_segments, positions, axis=1)
+    if kind.around_padding:
+        mask_BST = (query_segments > 0)[:, :, None] | (key_segments > 0)[:, None]
+    else:
+        mask_BST = (query_segments[:, :, None] == key_segments[:, None]) & (query_segments > 0)[:, :, None]
+        mask_BST &= references.visible(positions, T, kind.causal, kind.window)
+    return (query_segments, key_segments, positions), mask_BST
+
+
+def packed(length: int) -> np.ndarray:
+    """Segments of a row of one item, and of a row of three with a third of padding behind."""
+    place = np.arange(length)
+    ends = length // 3, length // 2, length - length // 3
+    items = 1 + sum((place >= end).astype(np.int32) for end in ends[:2])
+    return np.stack([np.ones(length, np.int32), np.where(place < ends[2], items, 0)])
+
+
+def attend_as(kind: Kind, query, key, value, query_segments, key_segments, positions) -> jax.Array:
+    """Attention as a kind's family calls it."""
+    if kind.around_padding:
+        return vision.attend_around_padding(query, key, value, query_segments == 0)
+    if kind.slot:
+        flat = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
+        mixed = window_attention(*flat, *angles(positions, kind.width), query_segments - 1, heads=kind.heads, window=kind.slot)
+        return mixed.reshape(query.shape)
+    options = dict(scale=kind.scale, softcap=kind.softcap, window=kind.window, positions_BS=positions if kind.reads else None)
+    return attention(query, key, value, query_segments, key_segments, kind.causal, **options)
+
+
+def angles(positions, width: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of a rotation by positions."""
+    turn = positions[..., None] * inverse_frequencies(width, 10000.0)
+    turn = jnp.concatenate([turn, turn], axis=-1)
+    return jnp.cos(turn), jnp.sin(turn)
 
 
 def maxsim_case(mesh: Mesh, sizes: Sizes, name: str) -> Case:

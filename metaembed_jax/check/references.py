@@ -11,12 +11,18 @@ from jaxtyping import Bool, Float
 from metaembed_jax.late_interaction.groups import Budget
 
 
-def visible(S: int, T: int, causal: bool, window: int | None = None) -> Bool[np.ndarray, "S T"]:
+def visible(position_BS, T: int, causal: bool, window: int | None = None) -> Bool[np.ndarray, "B S T"]:
     """Return which keys each query may see: with `causal`, those up to its own position, or the last `window` of them."""
-    position, key = np.arange(T - S, T)[:, None], np.arange(T)
+    position_BS1, key = np.asarray(position_BS)[..., None], np.arange(T)
     if not causal:
-        return np.ones((S, T), bool)
-    return (key <= position) & (key > position - (T if window is None else window))
+        return np.ones((*position_BS1.shape[:-1], T), bool)
+    return (key <= position_BS1) & (key > position_BS1 - (T if window is None else window))
+
+
+def rotated(x_BSHK, cos_BSK, sin_BSK) -> Float[np.ndarray, "B S H K"]:
+    """Return rotary embeddings of two halves; with negative sines, the inverse, and the way of gradients."""
+    first, second = np.split(np.asarray(x_BSHK, np.float64), 2, axis=-1)
+    return x_BSHK * cos_BSK[:, :, None] + np.concatenate([-second, first], axis=-1) * sin_BSK[:, :, None]
 
 
 def attention(query, key, value, mask_BST, cotangent, scale: float | None = None, softcap: float | None = None) -> tuple:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metaembed_jax import cli
-from metaembed_jax.backbones import attention_xla, layers
+from metaembed_jax.backbones import attention_windows, attention_xla, layers
 from metaembed_jax.check import command, kernels, references
 from metaembed_jax.late_interaction import matryoshka, maxsim
 
@@ -45,6 +45,10 @@ def one_key_too_many(original):
     return lambda first, *sizes: original(first + 1, *sizes)
 
 
+def turned_back(original):
+    return lambda x, cos, sin: original(x, cos, -sin)
+
+
 def in_bfloat16(original):
     return lambda equation, x, y: original(equation, x.astype(jnp.bfloat16), y.astype(jnp.bfloat16))
 
@@ -63,6 +67,13 @@ def larger(original):
 
 FAULTS = {  # what is replaced, by what, lines to run, which of them are wrong
     "mask": (attention_xla, "_visible", one_key_too_many, "causal 64", ["attention causal 64 f32", "attention causal 64 bf16"]),
+    "rotation": (
+        attention_windows,
+        "rotate",
+        turned_back,
+        "windows",
+        ["attention windows of 64 f32", "attention windows of 64 bf16"],
+    ),
     "maxsim in bfloat16": (maxsim, "product", in_bfloat16, "maxsim f32", ["maxsim f32", "maxsim f32 masked"]),
     "loss in bfloat16": (matryoshka, "product", in_bfloat16, "loss f32", ["loss f32"]),
     "linear in bfloat16": (layers.Linear, "__call__", of_bfloat16, "linear", ["linear f32"]),
@@ -128,7 +139,7 @@ def check(*flags) -> int:
 def test_reference_gradients_of_attention_are_finite_differences(softcap):
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=shape) for shape in ((1, 3, 4, 5), (1, 6, 2, 5), (1, 6, 2, 5))]
-    cotangent, mask_BST = rng.normal(size=(1, 3, 4, 5)), references.visible(3, 6, causal=True, window=4)[None]
+    cotangent, mask_BST = rng.normal(size=(1, 3, 4, 5)), references.visible([np.arange(3, 6)], 6, causal=True, window=4)
     _, *gradients = references.attention(*arrays, mask_BST, cotangent, 0.7, softcap)
     for number, gradient in enumerate(gradients):
         for _ in range(10):
