@@ -91,7 +91,7 @@ def default_config() -> ConfigDict:
     config.embedding_dim = 0  # width of the head; 0: none
     config.dtype = "bfloat16"  # of activations and matmuls; float32 for parity
     config.recompute = (
-        "layers"  # by the backward pass: everything (least memory), layers or nothing: metaembed_jax.training.microbatches
+        "layers"  # by the backward pass: everything (least memory) to nothing, see metaembed_jax.training.microbatches
     )
     config.unroll_layers = 1  # layers to a turn of the loop over a stack
 
@@ -220,7 +220,7 @@ def model_config(config: ConfigDict, training: bool = False) -> ModelConfig:
         meta_token_scale=config.meta_token_scale,
         embedding_dim=config.embedding_dim,
         dtype=config.dtype,
-        checkpoint=config.recompute != "nothing",
+        checkpoint=config.recompute in ("everything", "layers"),
         unroll=config.unroll_layers,
         lora=LoraConfig(lora_patterns(config.trained), config.lora.rank, config.lora.alpha, dropout),
         int8=config.frozen_dtype == "int8",
@@ -259,7 +259,7 @@ def check_config(config: ConfigDict) -> None:
     validate_groups(config.groups, config.query_tokens, config.candidate_tokens)
     _choice(config, "dtype", ("float32", "bfloat16"))
     _choice(config, "frozen_dtype", ("", "bfloat16", "float32", "int8"))
-    _choice(config, "recompute", ("everything", "layers", "nothing"))
+    _choice(config, "recompute", ("everything", "microbatches", "layers", "nothing"))
     _entries(config, "trained", [(str, str)], "('*', 'full')")
     for pattern, how in config.trained:
         if how not in ("full", "lora"):

@@ -20,7 +20,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.sharding import put_rows, put_whole, replicated
 
 HOST = "pinned_host"  # the kind of memory that devices read without their host's help
-LANES = 128  # of a TPU's register
+REGISTER = (8, 128)  # of a TPU
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +29,7 @@ class TrainingBatch:
     """A step's pairs, as arrays of NumPy or JAX, or as shapes.
 
     Attributes:
-      rows: [M, b, ...]; row r of the step is row r % b of microbatch r // b. Pixels in a host's memory are [M, b, N, 128] (`put`).
+      rows: [M, b, ...]; row r of the step is row r % b of microbatch r // b. Pixels in a host's memory are [M, b, N, 8, 128].
       queries, documents: the number of each item's first vector among those of the step, row * V + v. Where a pair lacks a
         negative, that of its positive.
       negative_mask: false where a pair lacks a negative.
@@ -112,7 +112,7 @@ def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh:
 
 
 def put(batch: TrainingBatch, mesh: Mesh) -> TrainingBatch:
-    """Send a batch to the mesh: its rows here to this host's devices, pixels that `streams` to its memory, the rest to every device."""
+    """Send a batch to the mesh: rows to this host's devices, pixels that `streams` to its memory, the rest to every device."""
     whole = {field.name: put_whole(getattr(batch, field.name), mesh) for field in dataclasses.fields(batch) if field.name != "rows"}
     if not streams(batch.rows, mesh):
         return TrainingBatch(rows=rows.put(batch.rows, mesh, axis=1), **whole)
@@ -127,19 +127,21 @@ def streams(batch: Batch, mesh: Mesh) -> bool:
     They do for TPUs. On a device, the pixels of two steps would lie: of the one that it computes, and the next.
     """
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return on_tpu and batch.patches is not None and math.prod(batch.patches.shape[2:]) % LANES == 0
+    return on_tpu and batch.patches is not None and math.prod(batch.patches.shape[2:]) % math.prod(REGISTER) == 0
 
 
 def _in_registers(batch: Batch) -> tuple[int, ...]:
-    """The shape of pixels in a host's memory, [M, b, N, 128]; in another, libtpu 0.0.52 may mix those of several microbatches."""
-    return (*batch.patches.shape[:2], -1, LANES)
+    """The shape of pixels in a host's memory, [M, b, N, 8, 128].
+
+    In another, libtpu 0.0.52 may mix those of several microbatches, or copy those of all to the device and back for each one.
+    """
+    return (*batch.patches.shape[:2], math.prod(batch.patches.shape[2:]) // math.prod(REGISTER), *REGISTER)
 
 
 def _abstract_in_host(batch: Batch, mesh: Mesh) -> Batch:
     if not streams(batch, mesh):
         return batch
-    pixels = batch.patches
-    *front, _, lanes = _in_registers(batch)
-    shape = (*front, math.prod(pixels.shape[2:]) // lanes, lanes)
-    pixels = jax.ShapeDtypeStruct(shape, pixels.dtype, sharding=pixels.sharding.with_memory_kind(HOST))
+    shape = _in_registers(batch)
+    in_host = rows.batch_sharding(mesh, len(shape), axis=1).with_memory_kind(HOST)
+    pixels = jax.ShapeDtypeStruct(shape, batch.patches.dtype, sharding=in_host)
     return dataclasses.replace(batch, patches=pixels)

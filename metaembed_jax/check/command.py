@@ -14,7 +14,7 @@ from metaembed_jax.check import table
 from metaembed_jax.check.case import SHORT, Case, Result, memory_limit, run
 from metaembed_jax.check.estimate import Estimate, estimate
 from metaembed_jax.check.kernels import CHIP, CPU, kernel_cases
-from metaembed_jax.check.network import MAX_FLOPS, Subject, encode_cases, small_config, step_case
+from metaembed_jax.check.network import MAX_FLOPS, Subject, encode_case, small_config, step_case
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning import measure
@@ -79,7 +79,7 @@ def make_subjects(config: ConfigDict | None, devices: Sequence[jax.Device]) -> l
         if not on_chip and not subject.has_reference:
             raise UserError(
                 f"{config.name}: a train step takes {sum(subject.flops):.0e} FLOPs, and a CPU gets at most {MAX_FLOPS:.0e}; run it "
-                "on a chip, or set a smaller config.batch_size, config.microbatch_size and data shapes"
+                "on a chip, or set a smaller config.batch_size and config.row"
             )
         return [subject]
     dtypes = SHORT if on_chip else ("float32",)
@@ -93,7 +93,7 @@ def cases(subjects: list[Subject], mesh: Mesh, only: str) -> Iterator[tuple[Case
         if only in case.name:
             yield case, data_mesh
     for subject in subjects:
-        for case in (*encode_cases(subject), step_case(subject)):
+        for case in (encode_case(subject), step_case(subject)):
             if only in case.name:
                 yield case, subject.mesh
 

@@ -1,16 +1,16 @@
-"""The cases of a whole network: encoding of both sides, gradients, a training step, of a small built-in config or a given one.
+"""The cases of a whole network: encoding of packed rows, and a training step, of a small built-in config or a given one.
 
 A reference is computed on one CPU device in float64: the network by the same code, without mesh or microbatches, and the loss with
 its gradient by NumPy. Networks too large for that are timed, and their numbers must be finite.
 
-B pairs, N items of a side, R vectors of an item, D their width.
+B pairs, N documents, n rows of a step, V vectors of a row, R vectors of an item, D their width.
 """
 
 import copy
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,21 +23,25 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from metaembed_jax.backbones import family
+from metaembed_jax.batch import rows
+from metaembed_jax.batch.rows import Batch
+from metaembed_jax.batch.training import TrainingBatch, put
 from metaembed_jax.check import references
 from metaembed_jax.check.case import SHORT, Case
 from metaembed_jax.checkpoints.loading import run_processor
-from metaembed_jax.config import default_config, model_config
+from metaembed_jax.config import default_config, largest_budgets, model_config, row_limits
 from metaembed_jax.data import tokenizer
-from metaembed_jax.data.slots import fill, slots
-from metaembed_jax.inputs.examples import Example, ShapeClass
+from metaembed_jax.data.items import run_items
+from metaembed_jax.data.pipeline import training_batches
+from metaembed_jax.data.planned import plan_rows
 from metaembed_jax.model import make_encode
-from metaembed_jax.network import SIDES, abstract_network, abstract_parameters, init_parameters
+from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
 from metaembed_jax.planning.flops import encode_flops, train_flops
 from metaembed_jax.planning.measure import shard_bytes
 from metaembed_jax.planning.programs import abstract_batch
-from metaembed_jax.sharding import named_sharding, put_rows
+from metaembed_jax.sharding import batch_shards
 from metaembed_jax.trained import join, paths, split
-from metaembed_jax.training.step import TrainState, make_trainer, put_batch, run_mesh
+from metaembed_jax.training.step import TrainState, make_trainer, run_mesh
 
 MAX_FLOPS = 1e12  # of a step whose reference is computed on the CPU
 # Of float32: what the CPU's own rounding leaves of a few layers. Of bfloat16: every state is rounded to 8 bits.
@@ -76,13 +80,11 @@ def small_config(devices: int, on_chip: bool, dtype: str) -> ConfigDict:
         )
     config.embedding_dim, config.meta_token_scale = 16, 1.0
     config.temperature = 0.15  # of weights that know nothing, so that the loss is of order 1
-    config.data.query_shapes = ((64, 0),)
-    config.data.candidate_shapes = ((192, 576),) if on_chip else ((48, 36),)
-    config.data.max_pixels = 14 * 14 * config.data.candidate_shapes[-1][1]
+    config.row = (384, 576) if on_chip else (160, 36)
+    config.data.max_pixels = 14 * 14 * config.row[1]
     config.mesh.tensor = 2 if devices % 2 == 0 else 1
     config.mesh.fsdp = 2 if devices % 4 == 0 else 1
-    # In microbatches of half of it, libtpu 0.0.52 fails to compile the step for v5e:2x2 (INTERNAL: overlaps with another chunk).
-    config.batch_size = config.microbatch_size = max(8, devices)
+    config.batch_size = max(8, devices)
     config.optimizer.warmup_steps = 1
     return config
 
@@ -91,12 +93,12 @@ class Expected(NamedTuple):
     """The reference's results for a batch.
 
     Attributes:
-      vectors: of the rows of each shape class, by side.
+      vectors: of all rows, [n, V, D].
       loss, losses: of all groups, and of each.
       gradient: of the trained parameters.
     """
 
-    vectors: dict[str, list[np.ndarray]]
+    vectors: np.ndarray
     loss: float
     losses: np.ndarray
     gradient: dict
@@ -113,12 +115,16 @@ class Subject:
     def __init__(self, config: ConfigDict, devices: list[jax.Device]):
         config = copy.deepcopy(config)
         config.lora.dropout = 0.0  # the reference draws other random numbers
+        config.steps, config.data.sources, config.data.sub_batch = 1, (("random", 1.0, 0),), 0
         self.config, self.dtype = config, config.dtype
         self.name = f"{config.name} {SHORT[config.dtype]}"
         self.mesh = run_mesh(config, devices)
         self.trainer = make_trainer(config, self.mesh)
         self.model = model_config(config)
-        self.flops = train_flops(config)
+        limits, records = row_limits(config), RandomPairs(config)
+        self._items = run_items(config, _processor(config), [records])
+        self.shape = plan_rows(self._items, limits).shape(config.microbatch_rows, batch_shards(self.mesh))
+        self.flops = train_flops(config, self.shape)
 
     @property
     def has_reference(self) -> bool:
@@ -126,28 +132,9 @@ class Subject:
         return sum(self.flops) <= MAX_FLOPS
 
     @functools.cached_property
-    def batch(self) -> dict:
-        """A training batch of random texts, and of as many random images as its shape classes have room for."""
-        config, architecture = self.config, self.model.architecture
-        items = config.batch_size * (1 + config.data.negatives)
-        rng, batch = np.random.default_rng(0), {}
-        with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch) / "tokenizer.json"
-            tokenizer.train(WORDS, file, family(config.backbone), vocabulary=min(400, architecture.vocabulary))
-            processor = run_processor(config, file)
-        for side, count in zip(SIDES, (config.batch_size, items), strict=True):
-            rows = slots(config, f"{side}_shapes", count, architecture.patch_multiple, np.arange(config.microbatch_size))
-            process, (images, _) = getattr(processor, side), rows.room
-            drawn = [random_item(process, rows.shapes[-1 if n < images else 0], rng) for n in range(count)]
-            batch[side] = fill([(item, f"random {side}") for item in drawn], process, rows, architecture.layout)
-        batch["negative_mask"] = np.ones((config.batch_size, config.data.negatives), bool)
-        batch["source"] = np.zeros(config.batch_size, np.int32)
-        return batch
-
-    def batch_of(self, side: str) -> tuple[ShapeClass, dict]:
-        """The largest shape class of a side, and its first microbatch."""
-        arrays = {key: x[0] for key, x in self.batch[side]["groups"][-1].items() if key != "item"}
-        return ShapeClass(*max(self.config.data[f"{side}_shapes"])[:2]), arrays
+    def batch(self) -> TrainingBatch:
+        """The batch of one step: random texts, and images of random sizes."""
+        return training_batches(self._items, self.shape, self.model.architecture.layout)[0]
 
     @functools.cached_property
     def host_parameters(self) -> dict:
@@ -179,58 +166,80 @@ class Subject:
     def expected(self) -> "Expected":
         """The reference, computed once."""
         trained, frozen = split(self.host_parameters, paths(self.trainer.abstract.parameters))
-        config, vectors, pulls = self.config, {}, {}
-        with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-            trained, frozen = (jax.tree.map(lambda x: np.asarray(x, np.float64), part) for part in (trained, frozen))
-            for side in SIDES:
-                encode = self._exact(side)
-                groups = [{key: x.reshape(-1, *x.shape[2:]) for key, x in group.items()} for group in self.batch[side]["groups"]]
-                side_vectors, pulls[side] = jax.vjp(
-                    lambda trained, encode=encode, groups=groups: encode(trained, frozen, groups), trained
-                )
-                vectors[side] = [np.asarray(group, np.float64) for group in side_vectors]
-            query, candidate = (np.concatenate(vectors[side])[self.batch[side]["order"]] for side in SIDES)
-            pairs = len(query)
-            negatives = candidate[pairs:].reshape(pairs, -1, *candidate.shape[1:])
-            loss, gradients, losses, _ = references.matryoshka(
-                query, candidate[:pairs], negatives, config.groups, config.temperature, config.normalization
-            )
-            d_vectors = gradients[0], np.concatenate([gradients[1], gradients[2].reshape(-1, *candidate.shape[1:])])
-            parts = [pulls[side](self._by_group(side, d))[0] for side, d in zip(SIDES, d_vectors, strict=True)]
-            gradient = jax.tree.map(lambda *x: np.asarray(sum(x), np.float64), *parts)
-        return Expected(vectors, loss, losses, gradient)
-
-    def _exact(self, side: str) -> Callable:
-        """The jitted `(trained, frozen, groups) -> vectors of all rows of each shape class`, in float64."""
+        config, batch = self.config, self.batch
+        rows = batch.rows.map(lambda x: x.reshape(-1, *x.shape[2:]))
         graph, _, _ = abstract_network(dataclasses.replace(self.model, dtype="float64", checkpoint=False))
 
-        def encode(trained: dict, frozen: dict, groups: list[dict]) -> list[jax.Array]:
-            network = nnx.merge(graph, join(trained, frozen))
-            return [network(group, side, self.budget(side)) for group in groups]
+        @jax.jit
+        def encode(trained: dict, frozen: dict, rows: Batch) -> jax.Array:
+            return nnx.merge(graph, join(trained, frozen))(rows)
 
-        return jax.jit(encode)
+        with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+            trained, frozen = (jax.tree.map(lambda x: np.asarray(x, np.float64), part) for part in (trained, frozen))
+            vectors, pull = jax.vjp(lambda trained: encode(trained, frozen, rows), trained)
+            vectors_nVD = np.asarray(vectors, np.float64)
+            query_places, document_places = (
+                starts[:, None] + np.arange(count)
+                for starts, count in zip((batch.queries, batch.documents), largest_budgets(config), strict=True)
+            )
+            vectors_TD = vectors_nVD.reshape(-1, vectors_nVD.shape[-1])
+            query, documents, pairs = vectors_TD[query_places], vectors_TD[document_places], len(batch.queries)
+            negatives = documents[pairs:].reshape(pairs, -1, *documents.shape[1:])
+            loss, gradients, losses, _ = references.matryoshka(
+                query, documents[:pairs], negatives, config.groups, config.temperature, config.normalization
+            )
+            d_documents = np.concatenate([gradients[1], gradients[2].reshape(-1, *documents.shape[1:])])
+            d_vectors_TD = np.zeros_like(vectors_TD)
+            for places, gradient in ((query_places, gradients[0]), (document_places, d_documents)):
+                np.add.at(d_vectors_TD, places, gradient)
+            (gradient,) = pull(d_vectors_TD.reshape(vectors_nVD.shape).astype(vectors.dtype))
+            gradient = jax.tree.map(lambda x: np.asarray(x, np.float64), gradient)
+        return Expected(vectors_nVD, loss, losses, gradient)
 
-    def _by_group(self, side: str, d_vectors: np.ndarray) -> list[np.ndarray]:
-        """The gradient of vectors in pair order, as that of the rows of each shape class."""
-        rows = [group["tokens"].shape[0] * group["tokens"].shape[1] for group in self.batch[side]["groups"]]
-        d_rows = np.zeros((sum(rows), *d_vectors.shape[1:]), np.float32)
-        d_rows[self.batch[side]["order"]] = d_vectors
-        return np.split(d_rows, np.cumsum(rows)[:-1])
 
-    def budget(self, side: str) -> int:
-        """The most vectors that the loss reads of a side."""
-        return max(group[SIDES.index(side)] for group in self.config.groups)
+class RandomPairs(Sequence):
+    """Records of random texts and images for one step; each second document is a text alone. As many negatives as are used.
+
+    Args:
+      config: of the run.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self._pairs, self._negatives, self._seed = config.batch_size, config.data.negatives, config.seed
+
+    def __len__(self) -> int:
+        return self._pairs
+
+    def __getitem__(self, row: int) -> dict:
+        rng = np.random.default_rng((self._seed, row))
+        documents = [_random_item(rng, with_image=(row + number) % 2 == 0) for number in range(1 + self._negatives)]
+        return {"query": _random_item(rng, with_image=False), "positive": documents[0], "negatives": documents[1:]}
+
+    def described(self, row: int, epoch: int, step: int) -> dict:
+        """The record, with the size of each image in its place."""
+
+        def size_of(item: dict) -> dict:
+            return item | {"image": item["image"].size} if "image" in item else item
+
+        record = self[row]
+        negatives = [size_of(item) for item in record["negatives"]]
+        return {"query": size_of(record["query"]), "positive": size_of(record["positive"]), "negatives": negatives}
 
 
-def random_item(process: Callable[..., Example], shape: ShapeClass, rng: np.random.Generator) -> dict:
-    """A random image of the first size that a shape class has room for; a text of random length if it has none."""
-    for height, width in (*rng.integers(80, 400, (4, 2)), (400, 400), (56, 56)) if shape.patches else ():
-        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-        item = {"text": str(rng.choice(WORDS)), "image": image}
-        example = process(item)
-        if example.patches <= shape.patches and len(example.tokens) <= shape.tokens:
-            return item
-    return {"text": " ".join(rng.choice(WORDS, rng.integers(1, max(shape.tokens // 4, 2))))}
+def _random_item(rng: np.random.Generator, with_image: bool) -> dict:
+    if with_image:
+        height, width = rng.integers(80, 400, 2)
+        return {"text": str(rng.choice(WORDS)), "image": Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))}
+    return {"text": " ".join(rng.choice(WORDS, rng.integers(1, 16)))}
+
+
+def _processor(config: ConfigDict):
+    """The family's, with a vocabulary of `WORDS`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "tokenizer.json"
+        vocabulary = min(400, model_config(config).architecture.vocabulary)
+        tokenizer.train(WORDS, file, family(config.backbone), vocabulary=vocabulary)
+        return run_processor(config, file)
 
 
 def _put(parameters: dict, abstract: dict) -> dict:
@@ -238,40 +247,27 @@ def _put(parameters: dict, abstract: dict) -> dict:
     return jax.tree.map(lambda x, leaf: jax.device_put(x.astype(leaf.dtype), leaf.sharding), parameters, abstract)
 
 
-def encode_cases(subject: Subject) -> Iterator[Case]:
-    """Yield the cases that encode each side, as `MetaEmbed` does."""
-    encode, mesh, dtype = make_encode(subject.model, subject.mesh), subject.mesh, subject.dtype
+def encode_case(subject: Subject) -> Case:
+    """Return the case of encoding one microbatch of rows, as `MetaEmbed` does."""
+    encode, mesh, dtype, shape = make_encode(subject.model, subject.mesh), subject.mesh, subject.dtype, subject.shape
     parameters = abstract_parameters(subject.model, mesh)
-    for side in SIDES:
-        shape, rows = subject.batch_of(side)
-        budget = subject.budget(side)
-        abstract_rows = {
-            key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named_sharding(mesh, ("batch",) + (None,) * (x.ndim - 1)))
-            for key, x in rows.items()
-        }
+    abstract = rows.abstract(shape.size, shape.row, subject.model.architecture.layout, mesh)
 
-        def function(parameters, batch, side=side, budget=budget):
-            return {"vectors": encode(parameters, batch, side=side, budget=budget)}
+    def is_vector() -> np.ndarray:
+        return subject.batch.rows.reads[0] > 0
 
-        def arguments(rows=rows):
-            return subject.encode_parameters(), {key: put_rows(x, mesh) for key, x in rows.items()}
-
-        size = len(rows["tokens"])
-
-        def reference(side=side, size=size):
-            return {"vectors": subject.expected.vectors[side][-1][:size]}
-
-        yield Case(
-            f"encode {side}, {subject.name}",
-            jax.jit(function),
-            arguments,
-            reference if subject.has_reference else None,
-            VECTOR_TOLERANCE[dtype],
-            sum(encode_flops(subject.config, shape, size)),
-            mesh.size * shard_bytes((parameters, abstract_rows)),
-            abstract=(parameters, abstract_rows),
-            dtype=dtype,
-        )
+    return Case(
+        f"encode, {subject.name}",
+        encode,
+        lambda: (subject.encode_parameters(), rows.put(subject.batch.rows.map(lambda x: x[0]), mesh)),
+        (lambda: {"vectors": subject.expected.vectors[: shape.size][is_vector()]}) if subject.has_reference else None,
+        VECTOR_TOLERANCE[dtype],
+        sum(encode_flops(subject.config, shape.row, shape.size)),
+        mesh.size * shard_bytes((parameters, abstract)),
+        abstract=(parameters, abstract),
+        read=lambda vectors_bVD: {"vectors": vectors_bVD[is_vector()]},
+        dtype=dtype,
+    )
 
 
 def step_case(subject: Subject) -> Case:
@@ -293,11 +289,11 @@ def step_case(subject: Subject) -> Case:
         norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(expected.gradient)))
         return {"loss": expected.loss, "losses": expected.losses, "gradient norm": norm, "gradient": expected.gradient}
 
-    abstract = (trainer.abstract, abstract_batch(config, subject.mesh))
+    abstract = (trainer.abstract, abstract_batch(config, subject.shape, subject.mesh))
     return Case(
         f"train step, {subject.name}",
         trainer.step,
-        lambda: (subject.state(), put_batch(subject.batch, subject.mesh)),
+        lambda: (subject.state(), put(subject.batch, subject.mesh)),
         reference if subject.has_reference else None,
         LOSS_TOLERANCE[subject.dtype],
         subject.flops.model,

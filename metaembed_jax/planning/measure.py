@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from metaembed_jax.backbones import family
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.training import HOST
 from metaembed_jax.config import check_config, model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.links import rings
@@ -24,6 +26,7 @@ from metaembed_jax.training.start import stages
 from metaembed_jax.training.step import run_mesh
 
 UNKNOWN = Cost(0.0, 0.0, {}, {}, (), [], [])
+HELD_BATCHES = 2  # by the loop of training: that of the step that is computed, and the next
 _OUT_OF_MEMORY = re.compile(r"required[^()]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of")
 
 
@@ -62,9 +65,11 @@ def make_plan(config: ConfigDict, what: str, where: Topology) -> Plan:
         slices=where.slices,
         mesh=dict(mesh.shape),
         rings={axis: ring._asdict() for axis, ring in rings(mesh).items()},
-        microbatch_size=config.microbatch_size,
+        rows=program.rows._asdict() if program.rows else {},
+        recompute=config.recompute,
         parameters={name: _numbers(program.arguments.get(name)) for name in ("trained", "frozen")},
         memory=memory,
+        host_bytes=HELD_BATCHES * shard_bytes(program.arguments["batch"], in_host=True),
         usable_bytes=int(where.chip.usable_bytes),
         flops=program.flops._asdict() | ({"compiled": cost.flops * mesh.size} if cost.flops else {}),
         hbm_bytes=cost.hbm_bytes,
@@ -101,6 +106,7 @@ class _Measured(NamedTuple):
 
 def _measure(config: ConfigDict, what: str, where: Topology, program: Program, mesh: Mesh) -> _Measured:
     held = {name: shard_bytes(tree) for name, tree in program.arguments.items()}
+    beside = {"next batch": (HELD_BATCHES - 1) * held["batch"]} if what == "train" else {}
     compiled = compile_program(config, what, where.name)
     if compiled.error:
         found = _OUT_OF_MEMORY.search(compiled.error)
@@ -110,9 +116,9 @@ def _measure(config: ConfigDict, what: str, where: Topology, program: Program, m
         needed = int(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1)))
         with jax.set_mesh(mesh):
             arrays = largest_arrays(program.trace().jaxpr)
-        memory = held | {"temporaries": needed - sum(held.values())}
+        memory = held | beside | {"temporaries": needed - sum(held.values())}
         return _Measured(memory, UNKNOWN, "what was compiled, which is nothing", arrays)
-    memory = held | {"padding": compiled.arguments - sum(held.values()), "temporaries": compiled.temporaries}
+    memory = held | beside | {"padding": compiled.arguments - sum(held.values()), "temporaries": compiled.temporaries}
     cost = count(compiled.text, mesh.size, branches(config), where.slices)
     return _Measured(memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else "")
 
@@ -137,7 +143,8 @@ def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:
 def branches(config: ConfigDict) -> tuple[float, ...]:
     """How often each branch of a conditional runs: the only ones there are choose the kind of attention in a layer of a stack."""
     architecture = model_config(config).architecture
-    parts = [part for part in family(config.backbone).parts(architecture, architecture.patch_multiple, 1, 1) if part.scanned]
+    row = Size(1, architecture.layout.multiple, 1)
+    parts = [part for part in family(config.backbone).parts(architecture, row) if part.scanned]
     for part in parts:
         kinds = [one.layers for other in parts if other.path == part.path for one in other.attention]
         if len(kinds) > 1:
@@ -145,9 +152,9 @@ def branches(config: ConfigDict) -> tuple[float, ...]:
     return ()
 
 
-def shard_bytes(tree) -> int:
-    """Of one device's part of abstract arrays, without padding."""
-    leaves = jax.tree.leaves(tree)
+def shard_bytes(tree, in_host: bool = False) -> int:
+    """Of one device's part of abstract arrays in its memory, or in its host's, without padding."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST) == in_host]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 

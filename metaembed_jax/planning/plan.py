@@ -15,8 +15,11 @@ class Plan:
     Attributes:
       devices_per_chip: two only where the cores of a chip are devices of their own.
       rings: by axis of the mesh: hops, step and crossings, as in `links.Ring`.
+      rows: of a call, as `programs.Rows`; {} where there are none.
+      recompute: the config's.
       parameters: how many, trained and frozen.
       memory: bytes, by what they hold.
+      host_bytes: of the host's memory that the loop's batches take.
       usable_bytes: what the compiler lets a program use.
       flops: of all devices: forward, backward and extra as counted in closed form, and compiled, as found in the program.
       hbm_bytes: traffic of memory.
@@ -37,9 +40,11 @@ class Plan:
     slices: int
     mesh: dict[str, int]
     rings: dict[str, dict[str, int]]
-    microbatch_size: int
+    rows: dict[str, float]
+    recompute: str
     parameters: dict[str, int]
     memory: dict[str, int]
+    host_bytes: int
     usable_bytes: int
     flops: dict[str, float]
     hbm_bytes: float
@@ -112,12 +117,12 @@ def knob(plan: Plan, config: ConfigDict) -> str:
         advice = f"raise config.mesh.fsdp={plan.mesh['fsdp']}"
         if largest == "frozen" and config.frozen_dtype != "int8":
             advice += ", or set config.frozen_dtype=int8"
-    elif plan.what == "train" and largest == "temporaries" and not config.checkpoint_layers:
-        advice = "set config.checkpoint_layers=True"
-    elif plan.what == "train" and largest == "temporaries" and plan.microbatch_size > shards:
-        advice = f"lower config.microbatch_size={plan.microbatch_size}"
-    elif plan.what != "search" and largest in ("temporaries", "batch"):
-        advice = f"raise config.mesh.tensor={plan.mesh['tensor']}, or shorten config.data.candidate_shapes"
+    elif plan.what == "train" and largest == "temporaries" and plan.rows["at_once"] > shards:
+        advice = f"set config.microbatch_rows={plan.rows['at_once'] // shards // 2 * shards}"
+    elif plan.what == "train" and largest == "temporaries" and plan.recompute != "everything":
+        advice = "set config.recompute=everything"
+    elif plan.what != "search" and largest in ("temporaries", "batch", "next batch"):
+        advice = f"raise config.mesh.tensor={plan.mesh['tensor']}, or lower config.row={plan.rows['tokens'], plan.rows['patches']}"
     else:
         advice = "take a larger slice"
     size = f"largest are {largest} with {plan.memory[largest] / GIB:.2f} GiB"

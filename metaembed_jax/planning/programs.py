@@ -5,21 +5,42 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from metaembed_jax.batch import training
+from metaembed_jax.batch.rows import abstract
+from metaembed_jax.batch.training import StepShape, TrainingBatch, step_shape
 from metaembed_jax.config import model_config
-from metaembed_jax.data.slots import Slots, slots
-from metaembed_jax.inputs.examples import Layout, ShapeClass, blank, collate
 from metaembed_jax.late_interaction.topk import top_k
-from metaembed_jax.model import BATCH_SIZE, make_encode
+from metaembed_jax.model import make_encode
 from metaembed_jax.network import abstract_parameters
 from metaembed_jax.planning.flops import Flops, encode_flops, search_flops, train_flops
-from metaembed_jax.sharding import batch_shards, named_sharding, replicated
-from metaembed_jax.training.step import batch_sharding, make_trainer
+from metaembed_jax.planning.rows import typical_rows
+from metaembed_jax.sharding import batch_shards, replicated
+from metaembed_jax.training.step import make_trainer
 
+ENCODED_ROWS = 16  # of a device
 SEARCH_QUERIES, SEARCH_CANDIDATES, SEARCH_K = 32, 100_000, 10
+
+
+class Rows(NamedTuple):
+    """The packed rows of a call.
+
+    Attributes:
+      tokens, patches, vectors: of a row.
+      rows: over all devices, empty ones included.
+      at_once: of a microbatch.
+      used_tokens, used_patches: the share that items of typical sizes use, on average.
+    """
+
+    tokens: int
+    patches: int
+    vectors: int
+    rows: int
+    at_once: int
+    used_tokens: float
+    used_patches: float
 
 
 class Program(NamedTuple):
@@ -32,6 +53,7 @@ class Program(NamedTuple):
       items: that one call handles.
       unit: what an item is.
       calls: of a whole run; 0 where there is no such thing.
+      rows: of one call, where there are any.
     """
 
     trace: Callable
@@ -40,41 +62,48 @@ class Program(NamedTuple):
     items: int
     unit: str
     calls: int = 0
+    rows: Rows | None = None
 
 
 def train_program(config: ConfigDict, mesh: Mesh) -> Program:
-    """The train step, as `train.py` runs it.
+    """The train step, as `train.py` runs it on items of typical sizes.
 
     Raises:
-      UserError: `config.trained` or the shape classes do not fit the network.
+      UserError: `config.trained` or `config.row` do not fit the network, or `config.microbatch_rows` the mesh.
     """
-    trainer, batch = make_trainer(config, mesh), abstract_batch(config, mesh)
+    row, typical = typical_rows(config)
+    shape = step_shape(row, typical.most, config.microbatch_rows, batch_shards(mesh))
+    trainer, batch = make_trainer(config, mesh), abstract_batch(config, shape, mesh)
     state = trainer.abstract
     arguments = {"trained": state.parameters, "frozen": state.frozen, "optimizer": state.optimizer, "batch": batch}
+    used = typical.mean / shape.rows
     return Program(
-        lambda: trainer.step.trace(state, batch), arguments, train_flops(config), config.batch_size, "pairs", config.steps
+        lambda: trainer.step.trace(state, batch),
+        arguments,
+        train_flops(config, shape),
+        config.batch_size,
+        "pairs",
+        config.steps,
+        Rows(*row, shape.rows, shape.size, typical.fill.tokens * used, typical.fill.patches * used),
     )
 
 
 def encode_program(config: ConfigDict, mesh: Mesh) -> Program:
-    """`MetaEmbed.encode_document` on a full batch of the largest candidate class, at the largest budget."""
+    """Encoding of documents at the largest budget: `ENCODED_ROWS` rows of a device, full of items of typical sizes."""
     network = model_config(config)
+    row, typical = typical_rows(config)
+    rows = ENCODED_ROWS * batch_shards(mesh)
     parameters = abstract_parameters(network, mesh)
-    shape = ShapeClass(*max(config.data.candidate_shapes)[:2])
-    rows = BATCH_SIZE * batch_shards(mesh)
-    arrays = _row(shape, network.architecture.layout).items()
-    batch = {
-        key: _abstract((rows, *x.shape[1:]), x.dtype, named_sharding(mesh, ("batch",) + (None,) * (x.ndim - 1)))
-        for key, x in arrays
-    }
+    batch = abstract(rows, row, network.architecture.layout, mesh)
     encode = make_encode(network, mesh)
-
+    items = round(rows * config.batch_size * (2 + config.data.negatives) / typical.mean)
     return Program(
-        lambda: encode.trace(parameters, batch, side="candidate", budget=config.candidate_tokens),
+        lambda: encode.trace(parameters, batch),
         {"frozen": parameters, "batch": batch},
-        encode_flops(config, shape, rows),
-        rows,
-        "documents",
+        encode_flops(config, row, rows),
+        items,
+        "items",
+        rows=Rows(*row, rows, rows, typical.fill.tokens, typical.fill.patches),
     )
 
 
@@ -97,36 +126,10 @@ def search_program(config: ConfigDict, mesh: Mesh) -> Program:
 PROGRAMS = {"train": train_program, "encode": encode_program, "search": search_program}
 
 
-def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict:
-    """A training batch as shapes, dtypes and shardings: what `put_batch` makes of an element of `training_batches`.
-
-    Raises:
-      UserError: the shape classes do not fit the network or the batch.
-    """
-    architecture = model_config(config).architecture
-    multiple, layout = architecture.patch_multiple, architecture.layout
-    pairs, items = config.batch_size, config.batch_size * (1 + config.data.negatives)
-    rows = np.arange(config.microbatch_size)
-    batch = {
-        "query": _side(slots(config, "query_shapes", pairs, multiple, rows), pairs, layout),
-        "candidate": _side(slots(config, "candidate_shapes", items, multiple, rows), items, layout),
-        "negative_mask": jax.ShapeDtypeStruct((pairs, config.data.negatives), bool),
-        "source": jax.ShapeDtypeStruct((pairs,), jnp.int32),
-    }
-    return jax.tree.map_with_path(lambda path, x: _abstract(x.shape, x.dtype, batch_sharding(mesh, path, len(x.shape))), batch)
-
-
-def _side(rows: Slots, items: int, layout: Layout) -> dict:
-    groups = []
-    for shape, microbatches in zip(rows.shapes, rows.microbatches, strict=True):
-        arrays = _row(shape, layout) | {"item": np.zeros(1, np.int32)}
-        groups.append({key: jax.ShapeDtypeStruct((microbatches, rows.size, *x.shape[1:]), x.dtype) for key, x in arrays.items()})
-    return {"groups": tuple(groups), "order": jax.ShapeDtypeStruct((items,), jnp.int32)}
-
-
-def _row(shape: ShapeClass, layout: Layout) -> dict[str, np.ndarray]:
-    """The arrays of a batch of one item."""
-    return collate([blank(layout)], shape, layout)
+def abstract_batch(config: ConfigDict, shape: StepShape, mesh: Mesh) -> TrainingBatch:
+    """A training batch as shapes, dtypes and shardings."""
+    layout = model_config(config).architecture.layout
+    return training.abstract(shape, config.batch_size, config.data.negatives, layout, mesh)
 
 
 def _abstract(shape: tuple[int, ...], dtype, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -5,9 +5,9 @@ from ml_collections import ConfigDict
 from metaembed_jax.planning.chips import GIB, Chip, Topology
 from metaembed_jax.planning.plan import Plan, knob
 
-HELD = "trained frozen optimizer index batch padding temporaries".split()  # in the order of the report
+HELD = ("trained", "frozen", "optimizer", "index", "batch", "next batch", "padding", "temporaries")  # in the order of the report
 Rows = list[tuple[str, str]]
-TABLE = "{:27}{:>11}{:>12}{:>9}{:>13}{:>9}{:>8}{:>11}"
+TABLE = "{:27}{:>12}{:>12}{:>12}{:>9}{:>13}{:>9}{:>8}{:>11}"
 
 
 def verdict(plan: Plan, config: ConfigDict) -> str:
@@ -39,10 +39,24 @@ def _about(plan: Plan, chip: Chip) -> Rows:
         ("program", f"{plan.what} of {plan.config}, compiled in {plan.compile_seconds:.0f} s"),
         ("slice", f"{plan.topology}: {plan.devices} devices{to_a_chip}, {plan.hosts} hosts"),
         ("chip", f"{amount(chip.hbm_bytes).strip()}, {chip.flops / 1e12:,.0f} TFLOP/s, {rates} ({chip.source})"),
-        ("mesh", f"{mesh}; microbatches of {plan.microbatch_size}"),
+        ("mesh", mesh),
+        *_rows(plan),
         ("rings", "; ".join(_ring(axis, ring) for axis, ring in plan.rings.items() if plan.mesh[axis] > 1) or "none"),
         ("parameters", ", ".join(f"{number:,} {kind}" for kind, number in plan.parameters.items())),
     ]
+
+
+def _rows(plan: Plan) -> Rows:
+    if not plan.rows:
+        return []
+    rows, at_once, patches = (plan.rows[key] for key in ("rows", "at_once", "patches"))
+    capacity, used = f"{plan.rows['tokens']} tokens", f"{plan.rows['used_tokens']:.1%} of tokens"
+    if patches:
+        capacity, used = f"{capacity}, {patches} patches", f"{used} and {plan.rows['used_patches']:.1%} of patches"
+    computed = f"{rows} of {capacity}, {plan.rows['vectors']} vectors"
+    if plan.what == "train":
+        computed += f"; {at_once} at once, recompute={plan.recompute}"
+    return [("rows", computed), ("", f"items of typical sizes, not of your data, use {used}")]
 
 
 def _ring(axis: str, ring: dict[str, int]) -> str:
@@ -53,6 +67,8 @@ def _ring(axis: str, ring: dict[str, int]) -> str:
 def _memory(plan: Plan) -> Rows:
     held = [(name, f"{amount(plan.memory[name])} a device") for name in HELD if name in plan.memory]
     usable = amount(plan.usable_bytes).strip()
+    if plan.host_bytes:
+        held.append(("in the host's memory", f"{amount(plan.host_bytes)} a device, of two batches"))
     return [*held, ("total", f"{amount(plan.total_bytes)} of {usable} that a program may use, {plan.spare:.1%} to spare")]
 
 
@@ -84,15 +100,20 @@ def _speed(plan: Plan) -> Rows:
 def describe_search(plans: list[Plan]) -> str:
     """Plans of one program that fit, side by side, and the flags of the first, which is the fastest."""
     if not plans:
-        return "does not fit: none of the meshes and microbatches tried; take a larger slice, or set config.frozen_dtype=int8"
+        return (
+            "does not fit: no mesh, microbatch and recompute that was tried; take a larger slice, or set config.frozen_dtype=int8"
+        )
     flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in plans[0].mesh.items())
-    lines = [f"fastest: {flags} --config.microbatch_size={plans[0].microbatch_size}", ""]
-    lines.append(TABLE.format("mesh (data, fsdp, tensor)", "microbatch", "a device", "spare", "bound", "by", "MFU", "pairs/s"))
+    free = f"--config.microbatch_rows={plans[0].rows['at_once']} --config.recompute={plans[0].recompute}"
+    lines = [f"fastest: {flags} {free}", ""]
+    lines.append(
+        TABLE.format("mesh (data, fsdp, tensor)", "rows at once", "recompute", "a device", "spare", "bound", "by", "MFU", "pairs/s")
+    )
     for plan in plans:
         mesh, bound = ", ".join(str(size) for size in plan.mesh.values()), f"{plan.seconds[plan.binds]:.4g} s"
         rates = f"{plan.mfu:.1%}", f"{plan.items_per_second:,.1f}"
         size = amount(plan.total_bytes)
-        lines.append(TABLE.format(mesh, plan.microbatch_size, size, f"{plan.spare:.1%}", bound, plan.binds, *rates))
+        lines.append(TABLE.format(mesh, plan.rows["at_once"], plan.recompute, size, f"{plan.spare:.1%}", bound, plan.binds, *rates))
     return "\n".join(lines)
 
 

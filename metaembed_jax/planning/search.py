@@ -1,8 +1,9 @@
-"""Which mesh and microbatch train fastest on a slice. Compiling takes minutes: only the most promising are compiled."""
+"""The mesh, microbatch and recomputation that train fastest on a slice. Only the most promising are compiled: it takes minutes."""
 
 import copy
 import itertools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -10,18 +11,23 @@ from tqdm import tqdm
 
 from metaembed_jax.backbones import family
 from metaembed_jax.backbones.parts import Part
+from metaembed_jax.batch.training import StepShape, step_shape
 from metaembed_jax.config import model_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning.chips import Topology
 from metaembed_jax.planning.flops import train_flops
 from metaembed_jax.planning.measure import make_plan, shard_bytes
 from metaembed_jax.planning.plan import Plan
+from metaembed_jax.planning.rows import typical_rows
 from metaembed_jax.sharding import make_mesh
+from metaembed_jax.training.microbatches import RECOMPUTE
 from metaembed_jax.training.step import make_trainer
 
 COMPILED = 6  # at most
-PASSES = 4  # of the weights in a step: forward, again for the microbatch, again for each layer, backward
-KEPT_WIDTH = 2  # bytes of a number of an activation
+PASSES = {"everything": 4, "microbatches": 3, "layers": 3, "nothing": 2}  # of the weights in a microbatch: forward, again, backward
+KEPT_WIDTHS = 14  # of a layer that keeps what it computes, and its input, beside the input alone: the widest maps weigh most
+KEPT_BYTES = 2  # of a number of an activation
+MOST_AT_ONCE = 4  # rows of a device, unless it is all
 
 
 class Candidate(NamedTuple):
@@ -30,16 +36,18 @@ class Candidate(NamedTuple):
     Attributes:
       seconds: a guess at the step's bound.
       data, fsdp, tensor: the mesh.
-      microbatch: pairs encoded at once.
+      at_once: rows of a microbatch.
+      recompute: a rung of the ladder.
       held: bytes of a device that the state takes.
-      kept: at least so many beside it, for the inputs of layers.
+      kept: at least so many beside it, for what the backward pass reads.
     """
 
     seconds: float
     data: int
     fsdp: int
     tensor: int
-    microbatch: int
+    at_once: int
+    recompute: str
     held: int
     kept: float
 
@@ -53,82 +61,90 @@ def search(config: ConfigDict, where: Topology) -> list[Plan]:
     """Plans of train steps that fit, fastest first.
 
     Raises:
-      UserError: no mesh and microbatch divide the batch.
+      UserError: no mesh divides the slice.
     """
     left = [one for one in candidates(config, where) if one.held + one.kept <= where.chip.usable_bytes]
     fitting = []
     with tqdm(total=min(COMPILED, len(left)), desc="compiling", unit="plan") as bar:
         while left and bar.n < COMPILED:
-            one = left.pop(0)
-            plan = make_plan(_laid_out(config, one.mesh, one.microbatch), "train", where)
+            tried = left.pop(0)
+            plan = make_plan(_laid_out(config, tried), "train", where)
             bar.update()
             if plan.fits:
                 fitting.append(plan)
             else:  # what it takes beside the state grows with the microbatch
-                scale = (plan.total_bytes - one.held) / one.microbatch
-                left = [x for x in left if x.mesh != one.mesh or x.held + scale * x.microbatch <= where.chip.usable_bytes]
+                left = [x for x in left if (x.mesh, x.recompute) != (tried.mesh, tried.recompute) or x.at_once < tried.at_once]
     return sorted(fitting, key=lambda plan: -plan.items_per_second)
 
 
 def candidates(config: ConfigDict, where: Topology) -> list[Candidate]:
-    """All meshes and microbatches that divide what they split, the fastest by a rough count first.
+    """All meshes, microbatches of a few rows and rungs of the ladder, the fastest by a rough count first.
 
     Raises:
       UserError: there are none.
     """
-    devices = len(where.devices)
-    heads = math.gcd(*(one.key_heads for part in _parts(config) if part.appended for one in part.attention))
-    found = []
+    devices, (row, typical) = len(where.devices), typical_rows(config)
+    parts = family(config.backbone).parts(model_config(config).architecture, row)
+    heads, found = math.gcd(*(one.key_heads for part in parts if part.has_meta for one in part.attention)), []
     for fsdp, tensor in itertools.product(_divisors(devices), _divisors(heads)):
-        if devices // where.slices % (fsdp * tensor):  # both stay inside a slice
+        shards = devices // tensor
+        if devices // where.slices % (fsdp * tensor) or config.batch_size % shards:  # both stay inside a slice
             continue
-        mesh = (devices // (fsdp * tensor), fsdp, tensor)
-        sizes = [size for size in _divisors(config.batch_size) if size % (devices // tensor) == 0]
-        if sizes:
-            state = make_trainer(config, make_mesh(*mesh, devices=where.devices)).abstract
-            shards = shard_bytes(state.parameters), shard_bytes(state.frozen), shard_bytes(state)
-            found += [_candidate(_laid_out(config, mesh, size), where, *shards) for size in sizes]
+        mesh = make_mesh(devices // (fsdp * tensor), fsdp, tensor, devices=where.devices)
+        state = make_trainer(config, mesh).abstract
+        bytes_held = shard_bytes(state.parameters), shard_bytes(state.frozen), shard_bytes(state)
+        all_rows = step_shape(row, typical.most, 0, shards).size
+        sizes = {step_shape(row, typical.most, shards * count, shards).size for count in range(1, MOST_AT_ONCE + 1)}
+        for at_once, recompute in itertools.product(sorted(sizes | {all_rows}), RECOMPUTE):
+            if recompute in ("layers", "nothing") or at_once < all_rows:  # of one microbatch, the others are the same
+                shape = step_shape(row, typical.most, at_once, shards)
+                found.append(_candidate(config, where, mesh.shape, shape, recompute, parts, *bytes_held))
     if not found:
-        raise UserError(f"--search: no mesh of {devices} devices and no microbatch divide config.batch_size={config.batch_size}")
+        raise UserError(f"--search: no mesh of {devices} devices divides config.batch_size={config.batch_size}")
     return sorted(found)
 
 
-def _candidate(config: ConfigDict, where: Topology, trained: int, frozen: int, held: int) -> Candidate:
+def _candidate(
+    config: ConfigDict,
+    where: Topology,
+    mesh: Mapping[str, int],
+    shape: StepShape,
+    recompute: str,
+    parts: tuple[Part, ...],
+    trained: int,
+    frozen: int,
+    held: int,
+) -> Candidate:
     """Estimates seconds by the arithmetic, and the traffic of weights (`fsdp`), activations (`tensor`) and gradients (slices).
 
     Args:
       trained, frozen, held: bytes on a device, of weights and of the whole state.
     """
-    mesh, chip = config.mesh, where.chip
-    rows = config.microbatch_size // (mesh.data * mesh.fsdp)
-    kept = KEPT_WIDTH * rows * sum(part.rows * part.width * part.layers for part in _parts(config))
-    encoded = config.batch_size // config.microbatch_size * len(_shapes(config))
-    reduced = 2 * 2 * kept * (mesh.tensor - 1) / mesh.tensor  # two all-reduces a layer, each of twice its bytes
-    sent = encoded * PASSES * ((trained + frozen) * (mesh.fsdp - 1) + reduced)
-    between = encoded * 2 * trained * (where.slices - 1) / where.slices
+    chip, (data, fsdp, tensor) = where.chip, mesh.values()
+    of_a_row = KEPT_BYTES * sum(part.positions * part.width * part.layers for part in parts)
+    rows = (shape.size if recompute in ("everything", "microbatches") else shape.rows) // (data * fsdp)
+    kept = rows * of_a_row * (KEPT_WIDTHS if recompute in ("microbatches", "nothing") else 1)
+    reduced = 2 * 2 * shape.size // (data * fsdp) * of_a_row * (tensor - 1) / tensor  # two all-reduces a layer, of twice its bytes
+    sent = shape.microbatches * PASSES[recompute] * ((trained + frozen) * (fsdp - 1) + reduced)
+    between = shape.microbatches * 2 * trained * (where.slices - 1) / where.slices
+    with_rung = _copy(config, recompute=recompute)
     seconds = max(
-        sum(train_flops(config)) / len(where.devices) * chip.devices / chip.flops,
+        sum(train_flops(with_rung, shape)) / len(where.devices) * chip.devices / chip.flops,
         sent * chip.devices / (chip.ici_bandwidth / 2),
         between * chip.devices / chip.dcn_bandwidth,
     )
-    return Candidate(seconds, mesh.data, mesh.fsdp, mesh.tensor, config.microbatch_size, held, kept)
+    return Candidate(seconds, data, fsdp, tensor, shape.size, recompute, held, kept)
 
 
-def _parts(config: ConfigDict) -> tuple[Part, ...]:
-    """Of the network, for the longest item with the most patches."""
-    tokens, patches = (max(shape[part] for shape in _shapes(config)) for part in (0, 1))
-    rows = tokens + config.query_tokens + config.candidate_tokens
-    return family(config.backbone).parts(model_config(config).architecture, patches, rows, config.candidate_tokens)
+def _laid_out(config: ConfigDict, candidate: Candidate) -> ConfigDict:
+    config = _copy(config, microbatch_rows=candidate.at_once, recompute=candidate.recompute)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = candidate.mesh
+    return config
 
 
-def _shapes(config: ConfigDict) -> list[tuple]:
-    return [shape for key in ("query_shapes", "candidate_shapes") for shape in config.data[key]]
-
-
-def _laid_out(config: ConfigDict, mesh: tuple[int, int, int], microbatch: int) -> ConfigDict:
+def _copy(config: ConfigDict, **changes) -> ConfigDict:
     config = copy.deepcopy(config)
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
-    config.microbatch_size = microbatch
+    config.update(changes)
     return config
 
 

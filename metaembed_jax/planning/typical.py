@@ -67,6 +67,8 @@ _SOURCES = {
     "OK-VQA": _Sides("coco", (14, 20), None, (1, 2)),
     "SUN397": _Sides("scene", (8, 9), None, (1, 3)),
     "VOC2007": _Sides("voc", (8, 9), None, (1, 1)),
+    "icons": _Sides(None, (2, 6), "square", (0, 0)),
+    "boards": _Sides(None, (4, 12), "square", (0, 0)),
 }
 _UNKNOWN = _Sides("photo", (10, 30), "photo", (10, 60))
 

@@ -1,8 +1,9 @@
 """Encoding of a step's rows in microbatches, and what of it the backward pass computes again: the ladder of `config.recompute`.
 
-    everything   a microbatch at a time, and in it a layer at a time: only vectors are kept (GradCache, arXiv 2101.06983)
-    layers       a layer at a time: the inputs of the layers of all microbatches are kept
-    nothing      all is kept that a gradient reads
+    everything      a microbatch at a time, and in it a layer at a time: only vectors are kept (GradCache, arXiv 2101.06983)
+    microbatches    a microbatch at a time: of one, all is kept that a gradient reads
+    layers          a layer at a time: the inputs of the layers of all microbatches are kept
+    nothing         all is kept that a gradient reads
 
 The gradient is that of the whole batch on every rung.
 
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 
 from metaembed_jax.batch.rows import Batch
 
-RECOMPUTE = ("everything", "layers", "nothing")
+RECOMPUTE = ("everything", "microbatches", "layers", "nothing")
 
 
 def encode(apply: Callable, rows: Batch, recompute: str, dtype: str) -> Float[Array, "M*b V D"]:
@@ -40,7 +41,7 @@ def encode(apply: Callable, rows: Batch, recompute: str, dtype: str) -> Float[Ar
     microbatches, size = rows.tokens.shape[:2]
     if microbatches == 1:
         return encoder(pixels_on_device(rows).map(lambda x: x[0]))
-    vectors_MbVD = jax.lax.map(jax.checkpoint(encoder) if recompute == "everything" else encoder, rows)
+    vectors_MbVD = jax.lax.map(jax.checkpoint(encoder) if recompute in ("everything", "microbatches") else encoder, rows)
     return vectors_MbVD.reshape(microbatches * size, *vectors_MbVD.shape[2:])
 
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.training import StepShape
 from metaembed_jax.config import load_config
-from metaembed_jax.inputs.examples import ShapeClass
 from metaembed_jax.planning.flops import encode_flops, train_flops
 from tests.planning.tracing import traced_flops
 
@@ -15,51 +17,59 @@ LORA = load_config(str(ROOT / "configs" / "7b.py"), {}).trained
 MERGER = (("meta_tokens", "full"), ("head.*", "full"), ("backbone.vision.merger_up.kernel", "full"))
 
 
+ROW = Size(144, 36, 80)
+
+
+def small(trained=(("*", "full"),), **overrides) -> ConfigDict:
+    config = load_config(SMALL, {"optimizer.algorithm": "adamw", **overrides})
+    config.trained = trained
+    return config
+
+
 def test_hand_count():
-    """`small`, everything trained, one microbatch: a query of 32 + 16 rows, a candidate of 36 patches and 21 + 80 rows."""
-    config = load_config(SMALL, {"checkpoint_layers": "True", "optimizer.algorithm": "adamw"})
-    width, feed_forward, layers, depth, heads = 32, 64, 2, 3, 16  # one key-value head of 16
+    """`small`, everything trained, one microbatch of 16 rows of 144 tokens, 36 patches and 80 vectors."""
+    config = small(recompute="layers")
+    width, feed_forward, layers, depth, heads, rows = 32, 64, 2, 3, 16, 16  # one key-value head of 16
+    tokens, patches, vectors = ROW
     layer = 2 * (2 * width * width + 2 * width * heads + 3 * width * feed_forward)
     key_value = 2 * 2 * width * heads
-
-    def language(rows, read):  # the last layer computes only what is read
-        first = rows * layer + 4 * rows * rows * width
-        last = rows * key_value + read * (layer - key_value) + 4 * read * rows * width
-        return first, last
-
+    first = tokens * layer + 4 * tokens * tokens * width
+    last = tokens * key_value + vectors * (layer - key_value) + 4 * vectors * tokens * width  # only what is read
     block = 2 * (4 * width * width + 3 * width * feed_forward)
-    attention = 4 * 36 * 36 * width  # one window is the whole image
-    vision = 36 * 2 * 588 * width + depth * (36 * block + attention) + 9 * 2 * (128 * 128 + 128 * 32)
-    (query_first, query_last), (candidate_first, candidate_last) = language(48, 16), language(101, 64)
-    head = 2 * width * 16
-    encoders = query_first + query_last + candidate_first + candidate_last + vision + (16 + 64) * head
+    attention = 4 * patches * patches * width  # one window is the whole image
+    pixels = patches * 2 * 588 * width
+    vision = pixels + depth * (patches * block + attention) + patches // 4 * 2 * (128 * 128 + 128 * 32)
+    row = first + last + vision + vectors * 2 * width * 16
     loss = 2 * 16 * 16 * 16 * 64 * 16  # 16 pairs, 16 x 64 vectors of 16 numbers
     down = 2 * feed_forward * width
     turn, turn_key, turn_block = 2 * width * 16, 2 * heads * 16, 2 * 2 * width * 16  # heads of 16, and those of vision too
-    turns = (48 + 101) * (turn + 2 * turn_key) + (16 + 64) * turn + depth * 36 * turn_block
-    again = query_first + candidate_first - (48 + 101) * down + depth * (36 * (block - down) + attention)
-    again += (48 + 101) * (turn + turn_key) + depth * 36 * turn_block
+    turns = tokens * (turn + 2 * turn_key) + vectors * turn + depth * patches * turn_block
+    again = first - tokens * down + depth * (patches * (block - down) + attention)
+    again += tokens * (turn + turn_key) + depth * patches * turn_block
+    meta = 2 * 2 * tokens * 80 * width  # placing the rows of their table, and its gradient
 
-    found = train_flops(config)
+    found = train_flops(config, StepShape(ROW, 1, rows))
     assert layers == config.architecture.text_config.num_hidden_layers
-    assert found.forward == pytest.approx(16 * encoders + loss, rel=0.01)
-    assert found.backward == pytest.approx(2 * (16 * encoders + loss) - 16 * 36 * 2 * 588 * width, rel=0.01)  # not for pixels
-    assert found.extra == pytest.approx(16 * (again + 2 * turns), rel=0.01)
+    assert found.forward == rows * row + loss
+    assert found.backward == 2 * (rows * row + loss) - rows * pixels  # not for pixels
+    assert found.extra == rows * (again + 2 * turns + meta)
 
 
 @pytest.mark.parametrize("trained", [(("*", "full"),), LORA, MERGER], ids=["full", "lora", "merger"])
-@pytest.mark.parametrize("layers, microbatch, checkpoint", [(2, 16, False), (10, 8, True)])
-def test_equals_what_jax_traces(trained, layers, microbatch, checkpoint):
-    config = load_config(SMALL, {"data.negatives": "1", "microbatch_size": str(microbatch)})
-    config.trained, config.checkpoint_layers = trained, checkpoint
+@pytest.mark.parametrize(
+    "layers, microbatches, recompute", [(2, 1, "nothing"), (10, 2, "everything"), (10, 2, "layers"), (2, 2, "microbatches")]
+)
+def test_equals_what_jax_traces(trained, layers, microbatches, recompute):
+    config = small(trained, recompute=recompute, **{"data.negatives": "1"})
     config.architecture.text_config.num_hidden_layers = layers
-    assert sum(train_flops(config)) == traced_flops(config)
+    shape = StepShape(Size(160, 72, 96), microbatches, 4)
+    assert sum(train_flops(config, shape)) == traced_flops(config, shape)
 
 
 def test_windows_cost_less_than_whole_images():
     config = load_config(str(ROOT / "configs" / "7b.py"), {})
     all_full = load_config(str(ROOT / "configs" / "7b.py"), {})
     all_full.architecture.vision_config.fullatt_block_indexes = tuple(range(32))
-    shape = ShapeClass(1280, 5120)
-    saved = encode_flops(all_full, shape, 1).forward - encode_flops(config, shape, 1).forward
+    row = Size(1280, 5120, 64)
+    saved = encode_flops(all_full, row, 1).forward - encode_flops(config, row, 1).forward
     assert saved == 28 * 4 * 5120 * 1280 * (5120 - 64)

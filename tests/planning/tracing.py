@@ -10,10 +10,10 @@ from metaembed_jax.planning.programs import abstract_batch
 from metaembed_jax.training.step import make_trainer, run_mesh
 
 
-def traced_flops(config):
-    """Of one step, without the optimizer."""
+def traced_flops(config, shape):
+    """Of one step on rows of this shape, without the optimizer."""
     mesh = run_mesh(config, jax.devices()[:1])
-    trainer, batch = make_trainer(config, mesh), abstract_batch(config, mesh)
+    trainer, batch = make_trainer(config, mesh), abstract_batch(config, shape, mesh)
     step = jax.jit(jax.value_and_grad(trainer.loss, has_aux=True))
     with jax.set_mesh(mesh):
         arguments = trainer.abstract.parameters, trainer.abstract.frozen, batch, trainer.abstract.step

@@ -6,13 +6,14 @@ P patches and J images of a row, Q tokens of an image's tiles, filled up, T stat
 from metaembed_jax.backbones.llama_vision.config import Config, TextConfig, VisionConfig
 from metaembed_jax.backbones.llama_vision.vision import FILLED_TO
 from metaembed_jax.backbones.parts import Attention, Part
+from metaembed_jax.batch.packing import Size
 
 
-def parts(config: Config, patches: int, rows: int, read: int) -> tuple[Part, ...]:
+def parts(config: Config, row: Size) -> tuple[Part, ...]:
     """See `backbones.parts`."""
     vision = config.vision_config
-    T = patches // vision.tile_patches * (vision.tile_patches + 1)
-    return (*(_vision(vision, patches, T) if patches else ()), *_language(config.text_config, rows, T))
+    T = row.patches // vision.tile_patches * (vision.tile_patches + 1)
+    return (*(_vision(vision, row.patches, T) if row.patches else ()), *_language(config.text_config, row.tokens, T))
 
 
 def _vision(config: VisionConfig, P: int, T: int) -> tuple[Part, ...]:
@@ -43,13 +44,13 @@ def _language(config: TextConfig, S: int, T: int) -> tuple[Part, ...]:
         (Attention(config.num_hidden_layers - crossings, S, S, S, *heads),),
         last="mlp.down",
         gate="crossing.mlp_gate" if T else "",
-        appended=True,
+        has_meta=True,
     )
     if not T:
         return (over_text,)
     over_image = over_text._replace(
         attention=(Attention(crossings, S, T, T, *heads, rotates=False),),
-        other_rows={"key": T, "value": T},
+        other_positions={"key": T, "value": T},
         memory=("key", "value"),
     )
     return (over_text, over_image)

@@ -1,13 +1,15 @@
-"""The parts of Qwen2.5-VL, for counting its arithmetic. P patches, S rows of text, R of them read."""
+"""The parts of Qwen2.5-VL, for counting its arithmetic. P patches."""
 
 from metaembed_jax.backbones.parts import Attention, Part
 from metaembed_jax.backbones.qwen.flops import language
 from metaembed_jax.backbones.qwen2_5_vl.config import Config, VisionConfig
+from metaembed_jax.batch.packing import Size
 
 
-def parts(config: Config, patches: int, rows: int, read: int) -> tuple[Part, ...]:
+def parts(config: Config, row: Size) -> tuple[Part, ...]:
     """See `backbones.parts`."""
-    return (*(_vision(config.vision_config, patches) if patches else ()), *language(config.text_config, rows, read))
+    vision = _vision(config.vision_config, row.patches) if row.patches else ()
+    return (*vision, *language(config.text_config, row.tokens, row.vectors))
 
 
 def _vision(config: VisionConfig, P: int) -> tuple[Part, ...]:

@@ -1,12 +1,13 @@
-"""The parts of SmolVLM, for counting its arithmetic. P patches, N of a tile, U units, S rows of prompt and Meta Tokens."""
+"""The parts of SmolVLM, for counting its arithmetic. P patches, N of a tile, U units, S tokens."""
 
 from metaembed_jax.backbones.parts import Attention, Part
 from metaembed_jax.backbones.smolvlm.config import Config, TextConfig, VisionConfig
+from metaembed_jax.batch.packing import Size
 
 
-def parts(config: Config, patches: int, rows: int, read: int) -> tuple[Part, ...]:
+def parts(config: Config, row: Size) -> tuple[Part, ...]:
     """See `backbones.parts`."""
-    return (*(_vision(config.vision_config, patches) if patches else ()), _language(config.text_config, rows))
+    return (*(_vision(config.vision_config, row.patches) if row.patches else ()), _language(config.text_config, row.tokens))
 
 
 def _vision(config: VisionConfig, P: int) -> tuple[Part, ...]:
@@ -24,4 +25,4 @@ def _vision(config: VisionConfig, P: int) -> tuple[Part, ...]:
 def _language(config: TextConfig, S: int) -> Part:
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_width)
     attention = Attention(config.num_hidden_layers, S, S, S, *heads)
-    return Part("layers", S, config.hidden_size, (attention,), last="mlp.down", appended=True)
+    return Part("layers", S, config.hidden_size, (attention,), last="mlp.down", has_meta=True)
