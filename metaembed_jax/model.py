@@ -3,11 +3,10 @@
 N items, R vectors of an item, D width of a vector.
 """
 
-import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -19,17 +18,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from metaembed_jax import hosts
-from metaembed_jax.compilation import announced
+from metaembed_jax.cluster import count_hosts
+from metaembed_jax.encoding.encoder import Encoder, Block, Reduced
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.examples import Example, ShapeClass, blank, collate
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.network import ModelConfig, abstract_network
-from metaembed_jax.sharding import batch_shards, make_mesh, named_sharding, put_rows, replicated, row_parts, rows_of
+from metaembed_jax.sharding import make_mesh, named_sharding, replicated
 
-BATCH_SIZE = 32
-TOKEN_BUCKET = 32
 SAMPLES = 16  # along each axis of a parameter, that the fingerprint reads at most
-BATCHES_AHEAD = 16  # how many batches of items are processed, and sorted by shape, before they are encoded
 
 
 class MetaEmbed:
@@ -44,7 +40,7 @@ class MetaEmbed:
 
     def __init__(self, config: ModelConfig, parameters: dict, processor: object, mesh: Mesh):
         self.config, self.parameters, self.processor, self.mesh = config, parameters, processor, mesh
-        self._encode, self._called = make_encode(config, mesh), set()
+        self._encoder = Encoder(config, processor, mesh, make_encode(config, mesh))
 
     @classmethod
     def from_pretrained(
@@ -93,34 +89,30 @@ class MetaEmbed:
         """D, the width of a vector."""
         return self.config.embedding_dim or self.parameters["meta_tokens"].shape[1]
 
-    def encode_query(
-        self, items: Sequence, *, budget: int | None = None, batch_size: int = BATCH_SIZE, progress: bool = False
-    ) -> Float[np.ndarray, "N R D"]:
+    def encode_query(self, items: Sequence, *, budget: int | None = None, progress: bool = False) -> Float[np.ndarray, "N R D"]:
         """Query vectors, each of length one, float32.
 
         Args:
-          items: each a text, a PIL image, or {"text": str, "image": PIL image or encoded bytes} with either or both.
+          items: each a text, a PIL image, or {"text": str, "image": PIL image or encoded bytes} with either or both. An item too
+            large for a row is made smaller: its image shrunk, or the end of its text cut; a line on stderr says so.
           budget: vectors an item; all by default. A smaller budget is a prefix of a larger one, and cheaper.
-          batch_size: items at once on each device.
           progress: show a bar.
 
         Raises:
           UserError: names the item that cannot be encoded, or a budget beyond the model's.
         """
-        return self._encode_items(items, "query", budget, batch_size, progress)
+        return self._encode_items(items, "query", budget, progress)
 
-    def encode_document(
-        self, items: Sequence, *, budget: int | None = None, batch_size: int = BATCH_SIZE, progress: bool = False
-    ) -> Float[np.ndarray, "N R D"]:
+    def encode_document(self, items: Sequence, *, budget: int | None = None, progress: bool = False) -> Float[np.ndarray, "N R D"]:
         """Candidate vectors; otherwise as `encode_query`."""
-        return self._encode_items(items, "candidate", budget, batch_size, progress)
+        return self._encode_items(items, "candidate", budget, progress)
 
     def similarity(self, query_QRD, document_NRD, budget: tuple[int, int] | None = None) -> Float[np.ndarray, "Q N"]:
         """MaxSim scores of every query against every document, float32."""
         return np.asarray(maxsim(query_QRD, document_NRD, budget))
 
     def encode_part(
-        self, items: Sequence, side: str, *, budget: int, batch_size: int = BATCH_SIZE, progress: bool = False
+        self, items: Sequence, side: str, *, budget: int, progress: bool = False
     ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n R D"]]:
         """This host's part of the items, and their vectors. Hosts share the work, and no host holds all of it.
 
@@ -133,51 +125,46 @@ class MetaEmbed:
         Raises:
           UserError: as `encode_query`.
         """
+        with tqdm(total=len(items), desc=f"encoding {side}", unit="item", disable=not progress) as bar:
+            for block in self.encode_blocks(items, side, budget=budget, size=max(len(items), 1), bar=bar):
+                return block.numbers, block.vectors
+        return np.zeros(0, np.int64), np.zeros((0, budget, self.dimension), np.float32)
+
+    def encode_blocks(
+        self, items: Sequence, side: str, *, budget: int, size: int, start: int = 0, bar: tqdm | None = None
+    ) -> Iterator[Block]:
+        """Yield this host's part of each block of consecutive items, in order, as soon as it is complete.
+
+        Args:
+          side: "query" or "candidate".
+          size: items of a block; the last may have fewer.
+          start: the first item that is encoded.
+          bar: is advanced by the items that are encoded on all hosts.
+
+        Raises:
+          UserError: as `encode_query`.
+        """
         if isinstance(items, str | dict | Image.Image):
             raise UserError(f"a list of items is expected, and this is one {type(items).__name__}: put it in a list")
         limit = self.config.vectors(side)
         if not 1 <= budget <= limit:
             raise UserError(f"budget={budget}: this model has 1 to {limit} {side} vectors")
-        process = {"query": self.processor.query, "candidate": self.processor.candidate}[side]
-        parts, mine = row_parts(self.mesh, batch_size * batch_shards(self.mesh))
-        rows, at_once = np.arange(mine, len(items), len(parts)), len(parts[mine])
-        vectors_NRD = np.zeros((len(rows), budget, self.dimension), np.float32)
-        with tqdm(total=len(rows), desc=f"encoding {side}", unit="item", disable=not progress) as bar:
-            for first in range(0, -(-len(items) // len(parts)), BATCHES_AHEAD * at_once):
-                stretch = range(first, min(first + BATCHES_AHEAD * at_once, len(rows)))
-                examples = {n: process(as_item(items[rows[n]]), name=f"item {rows[n]}") for n in stretch}
-                alike = _by_shape(examples, self.config.architecture.patch_multiple)
-                for shape, batches in _schedule(alike, at_once):
-                    for batch in range(batches):
-                        chosen = alike.get(shape, [])[batch * at_once : (batch + 1) * at_once]
-                        found = self._encode_batch([examples[n] for n in chosen], shape, side, budget, at_once)
-                        vectors_NRD[chosen] = found[: len(chosen)]
-                        bar.update(len(chosen))
-        if len(bad := np.flatnonzero(~np.isfinite(vectors_NRD).all(axis=(1, 2)))):  # a maximum over NaN may hide it
-            raise UserError(f"item {rows[bad[0]]}: its vectors hold NaN or infinities; look for them in the checkpoint")
-        return rows, vectors_NRD
+        yield from self._encoder.blocks(self.parameters, items, side, budget, start=start, size=size, bar=bar)
 
-    def _encode_items(self, items: Sequence, side: str, budget: int | None, batch_size: int, progress: bool):
+    @property
+    def reduced(self) -> Reduced:
+        """Items of the last call that were made smaller to fit a row."""
+        return self._encoder.reduced
+
+    def _encode_items(self, items: Sequence, side: str, budget: int | None, progress: bool) -> Float[np.ndarray, "N R D"]:
         budget = self.config.vectors(side) if budget is None else budget
-        rows, part_NRD = self.encode_part(items, side, budget=budget, batch_size=batch_size, progress=progress)
+        rows, part_NRD = self.encode_part(items, side, budget=budget, progress=progress)
         return from_parts(rows, part_NRD, len(items))
-
-    def _encode_batch(self, examples: list[Example], shape: ShapeClass, side: str, budget: int, rows: int):
-        # Every batch has all its rows, so that one program serves, and an item's vectors do not depend on its company.
-        layout = self.config.architecture.layout
-        fill = examples[0] if examples else blank(layout)
-        batch = collate(examples + [fill] * (rows - len(examples)), shape, layout)
-        with jax.set_mesh(self.mesh):
-            batch = {key: put_rows(x, self.mesh) for key, x in batch.items()}
-            with announced("the encoder") if (shape, side, budget, rows) not in self._called else contextlib.nullcontext():
-                vectors_BRD = self._encode(self.parameters, batch, side=side, budget=budget)
-            self._called.add((shape, side, budget, rows))
-        return rows_of(vectors_BRD)
 
 
 def from_parts(rows: Int[np.ndarray, " n"], part: np.ndarray, count: int) -> np.ndarray:
     """All `count` items on every host, from each host's `rows` and what belongs to them."""
-    if len(rows) == count:
+    if count_hosts() == 1:
         return part
     fill = hosts.gather(np.array(len(rows))).max() - len(rows)
     places = hosts.gather(np.pad(rows, (0, fill), constant_values=-1))
@@ -188,58 +175,16 @@ def from_parts(rows: Int[np.ndarray, " n"], part: np.ndarray, count: int) -> np.
     return whole
 
 
-def _schedule(alike: dict[ShapeClass, list[int]], rows: int) -> list[tuple[ShapeClass, int]]:
-    """The shapes that any host has, and how many batches of each, so that all encode the same ones at the same time."""
-    mine = sorted((*shape, -(-len(items) // rows)) for shape, items in alike.items())
-    counts = hosts.gather(np.array(len(mine)))
-    table = np.zeros((counts.max(), 3), np.int32)
-    table[: len(mine)] = np.array(mine, np.int32).reshape(-1, 3)
-    most: dict[ShapeClass, int] = {}
-    for tokens, patches, batches in hosts.gather(table).reshape(-1, 3).tolist():
-        shape = ShapeClass(tokens, patches)
-        most[shape] = max(most.get(shape, 0), batches)
-    return sorted((shape, batches) for shape, batches in most.items() if batches)
-
-
 def make_encode(config: ModelConfig, mesh: Mesh) -> Callable:
-    """The jitted `(parameters, batch, side=, budget=) -> vectors [B, R, D]` of a network, rows over the batch axes of the mesh."""
+    """The jitted `(parameters, batch) -> vectors [B, V, D]` of a network, rows over the batch axes of the mesh."""
     graph, _, _ = abstract_network(config)
 
-    def encode(parameters, batch, side, budget):
-        return nnx.merge(graph, parameters)(batch, side, budget)
+    def encode(parameters, batch):
+        return nnx.merge(graph, parameters)(batch)
 
-    return jax.jit(encode, static_argnames=("side", "budget"), out_shardings=named_sharding(mesh, ("batch", None, None)))
-
-
-def as_item(item) -> dict:
-    """A text, a PIL image or a dict, as a dict.
-
-    Raises:
-      UserError: it is something else.
-    """
-    if isinstance(item, str):
-        return {"text": item}
-    if isinstance(item, Image.Image):
-        return {"image": item}
-    if isinstance(item, dict):
-        return item
-    raise UserError(f"an item is a text, a PIL image or a dict of both, not {type(item).__name__}")
+    return jax.jit(encode, out_shardings=named_sharding(mesh, ("batch", None, None)))
 
 
 def _sample(parameter: jax.Array) -> jax.Array:
     """Some of its numbers, in what all dtypes round to alike."""
     return parameter[tuple(slice(None, None, math.ceil(size / SAMPLES)) for size in parameter.shape)].astype("bfloat16")
-
-
-def _by_shape(examples: dict[int, Example], multiple: int) -> dict[ShapeClass, list[int]]:
-    """Rows by padded size. Sizes are few, so that few programs are compiled: tokens in steps, patches in four to each doubling."""
-    groups: dict[ShapeClass, list[int]] = {}
-    for row, example in examples.items():
-        patches = 0
-        if example.patches:
-            parts = example.patches // multiple
-            step = 2 ** max(math.ceil(math.log2(parts)) - 3, 0)
-            patches = multiple * step * math.ceil(parts / step)
-        tokens = TOKEN_BUCKET * math.ceil(len(example.tokens) / TOKEN_BUCKET)
-        groups.setdefault(ShapeClass(tokens, patches), []).append(row)
-    return groups

@@ -49,37 +49,37 @@ def copy(directory, tmp_path):
 
 
 def test_items_keep_their_order_and_do_not_see_each_other(model):
-    together = model.encode_document(ITEMS, batch_size=4)
+    together = model.encode_document(ITEMS)
     assert (together.shape, together.dtype) == ((5, 64, 32), np.float32)
     np.testing.assert_allclose(np.linalg.norm(together, axis=-1), 1, atol=1e-5)
-    alone = np.concatenate([model.encode_document([item], batch_size=4) for item in ITEMS])
+    alone = np.concatenate([model.encode_document([item]) for item in ITEMS])
     np.testing.assert_array_equal(alone, together)
-    backwards = model.encode_document(ITEMS[::-1], batch_size=4)[::-1]
+    backwards = model.encode_document(ITEMS[::-1])[::-1]
     np.testing.assert_array_equal(backwards, together)
 
 
 def test_eight_devices_give_what_one_gives(directory, model):
     spread = me.MetaEmbed.from_pretrained(directory, dtype="float32", mesh=make_mesh(2, 2, 2))
-    np.testing.assert_allclose(spread.encode_query(ITEMS[:2], batch_size=1), model.encode_query(ITEMS[:2], batch_size=4), atol=1e-5)
+    np.testing.assert_allclose(spread.encode_query(ITEMS[:2]), model.encode_query(ITEMS[:2]), atol=1e-5)
 
 
 def test_documents_of_a_folder(model, tmp_path):
     ITEMS[1].save(tmp_path / "10.png")
     ITEMS[2]["image"].save(tmp_path / "9.png")
     documents = me.open_documents(tmp_path)
-    expected = model.encode_document([ITEMS[2]["image"], ITEMS[1]], batch_size=4)
-    np.testing.assert_array_equal(model.encode_document(documents, batch_size=4), expected)
+    expected = model.encode_document([ITEMS[2]["image"], ITEMS[1]])
+    np.testing.assert_array_equal(model.encode_document(documents), expected)
 
 
 def test_images_may_be_encoded_bytes(model):
     buffer = io.BytesIO()
     ITEMS[1].save(buffer, "PNG")
-    encoded = model.encode_document([{"image": buffer.getvalue()}], batch_size=4)
-    np.testing.assert_array_equal(encoded, model.encode_document([ITEMS[1]], batch_size=4))
+    encoded = model.encode_document([{"image": buffer.getvalue()}])
+    np.testing.assert_array_equal(encoded, model.encode_document([ITEMS[1]]))
 
 
 def test_similarity_is_maxsim(model):
-    q, c = model.encode_query(ITEMS[:1], batch_size=4), model.encode_document(ITEMS, batch_size=4)
+    q, c = model.encode_query(ITEMS[:1]), model.encode_document(ITEMS)
     expected = np.einsum("qid,njd->qnij", q[:, :4], c[:, :8]).max(-1).sum(-1)
     np.testing.assert_allclose(model.similarity(q, c, budget=(4, 8)), expected, rtol=1e-5)
     np.testing.assert_allclose(me.maxsim(q, c, budget=(4, 8)), expected, rtol=1e-5)
@@ -129,7 +129,7 @@ def test_fresh_meta_tokens(directory, model):
 def test_bfloat16_is_close(directory, model):
     narrow = me.MetaEmbed.from_pretrained(directory, mesh=one_device())
     assert narrow.config.dtype == "bfloat16"
-    cosines = np.sum(narrow.encode_query(ITEMS[:2], batch_size=4) * model.encode_query(ITEMS[:2], batch_size=4), axis=-1)
+    cosines = np.sum(narrow.encode_query(ITEMS[:2]) * model.encode_query(ITEMS[:2]), axis=-1)
     assert cosines.min() > 0.99
 
 

@@ -17,11 +17,11 @@ from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, read_kept
 from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, read_backbone, read_head, read_vocabulary_rows
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import read_base, read_config
-from metaembed_jax.config import model_config, row_limits
+from metaembed_jax.config import default_config, model_config, row_limits
 from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json
-from metaembed_jax.network import ModelConfig, abstract_parameters
+from metaembed_jax.network import SIDES, ModelConfig, abstract_parameters
 from metaembed_jax.trained import join, paths, split, trained_paths
 
 
@@ -180,7 +180,9 @@ def _load_huggingface(
     known = {key: about[key] for key in ("query_tokens", "candidate_tokens", "embedding_dim") if about}
     config = ModelConfig(backbone, architecture, dtype=dtype, **known)
     images = family(backbone).Images.from_preprocessor(preprocessor, architecture, max_visual_tokens)
-    processor = _processor(directory / "tokenizer.json", images, config)
+    meta = (config.meta_tokens(side, config.vectors(side)) for side in SIDES)
+    limits = Limits(*architecture.default_row, default_config().data.max_text_tokens, *meta)
+    processor = _processor(directory / "tokenizer.json", images, config, limits)
 
     abstract = abstract_parameters(config, mesh)
     parameters = {"backbone": read_backbone(directory, family(backbone), architecture, abstract["backbone"])}
@@ -212,7 +214,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def _processor(path: Path, images: object, config: ModelConfig, limits: Limits | None = None):
+def _processor(path: Path, images: object, config: ModelConfig, limits: Limits):
     tokenizer = _read_tokenizer(path)
     highest, rows = max(tokenizer.get_vocab().values(), default=-1), config.architecture.vocabulary
     if highest >= rows:

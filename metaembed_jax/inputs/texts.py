@@ -30,11 +30,17 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._encoded: dict[str, list[int]] = {}
+        # What looks like a special token is plain text. Not set again while it encodes, which several threads do at once.
+        self._tokenizer.encode_special_tokens = True
         self.ids: dict[str, int] = {token: self._tokenizer.token_to_id(token) for token in special_tokens}
         if missing := [token for token, number in self.ids.items() if number is None]:
             raise UserError(f"the tokenizer lacks {', '.join(missing)}; use a {title} tokenizer.json")
         if loose := [token for token, number in self.ids.items() if number in self.encode(token)]:
             raise UserError(f"the tokenizer does not mark {', '.join(loose)} as special; use a {title} tokenizer.json")
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = True  # pickling drops it
 
     def to_str(self) -> str:
         """The tokenizer as JSON."""
@@ -76,8 +82,6 @@ class PromptTokenizer:
             raise UserError(f"{name}: the text is not valid Unicode (a lone surrogate); decode it again") from None
 
     def _encode(self, text: str) -> Encoding:
-        # Set at every call, because pickling drops it. With it, what looks like a special token is plain text.
-        self._tokenizer.encode_special_tokens = True
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 

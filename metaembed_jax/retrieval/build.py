@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from metaembed_jax import hosts
 from metaembed_jax.data.documents import Documents
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, local_path
-from metaembed_jax.model import BATCH_SIZE, MetaEmbed
+from metaembed_jax.model import MetaEmbed, from_parts
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.index import Index, check_dtype
 from metaembed_jax.retrieval.items import make_items
@@ -23,7 +22,7 @@ from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.retrieval.writer import SegmentWriter, merged
 from metaembed_jax.sharding import batch_shards
 
-PART = 8  # batches that are encoded before they are written
+PART = 256  # documents of a device that are encoded before they are written
 
 
 def index_documents(
@@ -64,17 +63,12 @@ def index_documents(
     with store.writing(folder) if hosts.is_first() else contextlib.nullcontext():
         draft = _begin(folder, wanted) if hosts.is_first() else wanted
         done = int(hosts.from_first(str(len(documents) if draft is None else sum(one.items for one in draft.segments))))
-        size = PART * BATCH_SIZE * batch_shards(model.mesh)
+        size = PART * batch_shards(model.mesh)
         with tqdm(total=len(documents), initial=done, desc="indexing", unit="item", disable=not progress) as bar:
-            for start in range(done, len(documents), size):
-                part = Part(documents, range(start, min(start + size, len(documents))))
-                try:
-                    vectors_nRD = model.encode_document(part, budget=budget)
-                except UserError as error:
-                    raise UserError(f"documents {start} to {part.numbers[-1]}: {error}") from error
+            for block in model.encode_blocks(documents, "candidate", budget=budget, size=size, start=done, bar=bar):
+                vectors_nRD = from_parts(block.numbers - block.items.start, block.vectors, len(block.items))
                 if hosts.is_first():
-                    draft = _write(folder, draft, part, vectors_nRD)
-                bar.update(len(part))
+                    draft = _write(folder, draft, Part(documents, block.items), vectors_nRD)
         if hosts.is_first() and draft is not None:
             files = [SegmentFiles(folder, draft, one) for one in draft.segments]
             store.commit(folder, dataclasses.replace(draft, segments=merged(folder, draft, files)))
@@ -82,17 +76,11 @@ def index_documents(
     return Index(folder)
 
 
-class Part(Sequence):
-    """Some documents, which are read when they are asked for."""
+class Part:
+    """Some documents, as an index names them."""
 
     def __init__(self, documents: Documents, numbers: range):
         self.documents, self.numbers = documents, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, number: int) -> dict:
-        return self.documents[self.numbers[number]]
 
     def ids(self) -> list[str]:
         """Of each document."""

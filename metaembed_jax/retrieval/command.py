@@ -57,7 +57,7 @@ def search(folder: Path, query: str | None, image: Path | None, budget: str | No
     if len(searches) > 1:
         raise UserError(f"--budget={budget}: one search at a time")
     stages = searches[0]
-    query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0], batch_size=1)
+    query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0])
     most = min([SHOWN, len(made), *(stage[2] for stage in stages[:-1])])
     scores, ids = made.search(query_QRD, most if k is None else k, stages)
     for place, (score, found) in enumerate(zip(scores[0].tolist(), ids[0], strict=True), 1):

@@ -21,7 +21,8 @@ from metaembed_jax.config import default_config, model_config
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.examples import ShapeClass
-from metaembed_jax.model import MetaEmbed, as_item
+from metaembed_jax.encoding.reading import as_item
+from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_network
 from metaembed_jax.planning.compiling import compile_program
 from metaembed_jax.planning.flops import train_flops

@@ -9,7 +9,7 @@ import pytest
 import metaembed_jax as me
 from metaembed_jax.backbones import FAMILIES
 from metaembed_jax.inputs.examples import ShapeClass
-from metaembed_jax.model import as_item
+from metaembed_jax.encoding.reading import as_item
 from metaembed_jax.sharding import make_mesh
 
 TOLERANCE = dict(rtol=0, atol=1e-5)  # float32 leaves 2e-6 at most

@@ -1,0 +1,233 @@
+"""Items to vectors: the schedule's calls, decoded ahead, sent before the vectors of those before them are fetched.
+
+N items, V vectors of a row, R vectors of an item, D width of a vector.
+"""
+
+import contextlib
+import dataclasses
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from metaembed_jax import hosts
+from metaembed_jax.batch import rows
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.compilation import announced
+from metaembed_jax.encoding.reading import Reader, as_table, results
+from metaembed_jax.encoding.schedule import Call, Schedule
+from metaembed_jax.errors import UserError
+from metaembed_jax.network import ModelConfig
+from metaembed_jax.sharding import batch_shards, rows_here, rows_of
+
+CHUNK = 64  # items of a shard whose sizes are found at once
+AHEAD = 2  # calls whose items are decoded before their turn
+IN_FLIGHT = 2  # calls whose vectors are not yet fetched
+
+
+@dataclasses.dataclass
+class Reduced:
+    """Items that were made smaller, so that they fit their row.
+
+    Attributes:
+      items: that were encoded.
+      cut: texts that lost their end.
+      shrunk: images that are smaller than the model would have them.
+    """
+
+    items: int = 0
+    cut: int = 0
+    shrunk: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.cut:,} texts cut"] * bool(self.cut) + [f"{self.shrunk:,} images shrunk"] * bool(self.shrunk)
+        return f"of {self.items:,} items, {' and '.join(parts)} to fit a row (config.row, config.data.max_text_tokens)"
+
+    def __bool__(self) -> bool:
+        return bool(self.cut or self.shrunk)
+
+
+class Block(NamedTuple):
+    """Consecutive items, of which a host has a part.
+
+    Attributes:
+      items: the numbers of all.
+      numbers: of those here, ascending.
+      vectors: of each.
+    """
+
+    items: range
+    numbers: Int[np.ndarray, "n"]
+    vectors: Float[np.ndarray, "n R D"]
+
+
+class Encoder:
+    """Packs items into rows and runs the network on them.
+
+    Args:
+      config: of the network.
+      processor: the family's; its limits are the row's.
+      mesh: all devices that encode.
+      encode: of `model.make_encode`.
+
+    Attributes:
+      programs: (rows, capacity of a row) of each program that has run.
+      reduced: items of the last stream.
+    """
+
+    def __init__(self, config: ModelConfig, processor: object, mesh: Mesh, encode: Callable):
+        self._config, self._processor, self._mesh, self._encode = config, processor, mesh, encode
+        self.programs: set[tuple[int, Size]] = set()
+        self.reduced, self._printed = Reduced(), set()
+
+    def blocks(self, parameters: dict, items: Sequence, side: str, budget: int, *, start: int, size: int, bar: tqdm | None = None) -> Iterator[Block]:
+        """Encode the items from `start` on, and yield them by blocks of consecutive ones, each when it is complete, in order.
+
+        All hosts call it with the same items. They run the same calls at the same time, and each decodes its own rows' items.
+
+        Args:
+          side: "query" or "candidate".
+          budget: vectors of each item.
+          size: items of a block.
+          bar: is advanced by the items of all hosts.
+
+        Raises:
+          UserError: names the item that cannot be encoded.
+        """
+        self.reduced = Reduced()
+        blocks = _Blocks(range(start, len(items)), size)
+        with contextlib.closing(Reader(self._processor, items, side, self._config.meta_tokens(side, budget), budget)) as reader:
+            calls = self._calls(reader, range(start, len(items)), side, budget)
+            for numbers, here, vectors_nRD in self._run(parameters, calls, reader, budget):
+                if bar is not None:
+                    bar.update(len(numbers))
+                yield from blocks.add(numbers, here, vectors_nRD)
+        if self.reduced and str(self.reduced) not in self._printed and hosts.is_first():
+            self._printed.add(str(self.reduced))
+            tqdm.write(f"{side}: {self.reduced}", file=sys.stderr)
+
+    def _calls(self, reader: Reader, numbers: range, side: str, budget: int) -> Iterator[Call]:
+        meta = self._config.meta_tokens(side, budget)
+        tokens, patches = self._row(side)
+        shards = batch_shards(self._mesh)
+        schedule, size = Schedule(tokens, patches, meta, budget, shards), CHUNK * shards
+        chunks = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+        started = self._start_sizes(reader, chunks[0]) if chunks else []
+        for number, chunk in enumerate(chunks):
+            table_N4 = _gather_sizes(results(started), len(chunk))
+            started = self._start_sizes(reader, chunks[number + 1]) if number + 1 < len(chunks) else []
+            self.reduced.items += len(chunk)
+            self.reduced.cut += int((table_N4[:, 2] > 0).sum())
+            self.reduced.shrunk += int(table_N4[:, 3].sum())
+            schedule.add(np.array(chunk), table_N4[:, :2])
+            if schedule.is_full or number + 1 == len(chunks):
+                yield from schedule.take(is_last=number + 1 == len(chunks))
+
+    def _row(self, side: str) -> tuple[int, int]:
+        """Tokens and patches of a row: the same for every budget, within which the processor keeps an item."""
+        limits = self._processor.limits
+        if limits is None:
+            return self._config.architecture.default_row
+        meta = self._config.meta_tokens(side, self._config.vectors(side))
+        return max(limits.tokens, limits.prompt(side) + meta), limits.patches
+
+    def _start_sizes(self, reader: Reader, chunk: range) -> list[Future]:
+        return reader.sizes(chunk[jax.process_index() :: hosts.count_hosts()])
+
+    def _run(self, parameters: dict, calls: Iterator[Call], reader: Reader, budget: int) -> Iterator[tuple]:
+        """Yield (numbers of a call's items, those of this host, their vectors), call by call."""
+        decoding, in_flight = deque(), deque()
+        for call in calls:
+            decoding.append(self._start_call(call, reader))
+            if len(decoding) > AHEAD:
+                in_flight.append(self._send(parameters, *decoding.popleft()))
+            if len(in_flight) > IN_FLIGHT:
+                yield _fetch(*in_flight.popleft(), budget)
+        while decoding or in_flight:
+            if decoding:
+                in_flight.append(self._send(parameters, *decoding.popleft()))
+            if len(in_flight) > IN_FLIGHT or not decoding:
+                yield _fetch(*in_flight.popleft(), budget)
+
+    def _start_call(self, call: Call, reader: Reader) -> tuple[Call, list[list[int]], list[list[Future]]]:
+        """The call, the items of this host's rows, and their arrays to come."""
+        here = [call.rows[row] if row < len(call.rows) else [] for row in rows_here(self._mesh, call.size)]
+        return call, here, [reader.row_items(numbers) for numbers in here]
+
+    def _send(self, parameters: dict, call: Call, here: list[list[int]], futures: list[list[Future]]) -> tuple:
+        layout, program = self._config.architecture.layout, (call.size, call.row)
+        batch = rows.collate([results(row) for row in futures], call.row, layout)
+        with jax.set_mesh(self._mesh):
+            batch = rows.put(batch, self._mesh)
+            with contextlib.nullcontext() if program in self.programs else announced("the encoder"):
+                vectors_BVD = self._encode(parameters, batch)
+        self.programs.add(program)
+        return call, here, vectors_BVD
+
+
+def _fetch(call: Call, here: list[list[int]], vectors_BVD: jax.Array, budget: int) -> tuple[list[int], list[int], np.ndarray]:
+    vectors_bVD = rows_of(vectors_BVD)
+    numbers = [number for row in here for number in row]
+    slots = [(row, rank * budget) for row, items in enumerate(here) for rank in range(len(items))]
+    vectors_nRD = np.empty((len(numbers), budget, vectors_bVD.shape[2]), np.float32)
+    for item, (row, first) in enumerate(slots):
+        vectors_nRD[item] = vectors_bVD[row, first : first + budget]
+    if len(bad := np.flatnonzero(~np.isfinite(vectors_nRD).all(axis=(1, 2)))):  # a maximum over NaN may hide it
+        raise UserError(f"item {min(numbers[item] for item in bad)}: its vectors hold NaN or infinities; look for them in the checkpoint")
+    return [number for row in call.rows for number in row], numbers, vectors_nRD
+
+
+def _gather_sizes(sizes: list, count: int) -> Int[np.ndarray, "N 4"]:
+    """The sizes of a chunk's items, from every host those that it found."""
+    each = -(-count // hosts.count_hosts())
+    table_HN4 = hosts.gather(as_table(sizes, each))
+    return table_HN4.swapaxes(0, 1).reshape(-1, table_HN4.shape[2])[:count]
+
+
+class _Blocks:
+    """Collects vectors, which come in the order of calls, into blocks of consecutive items."""
+
+    def __init__(self, numbers: range, size: int):
+        self._start, self._size = numbers.start, size
+        self._waiting = deque(numbers[first : first + size] for first in range(0, len(numbers), size))
+        self._missing = [len(block) for block in self._waiting]
+        self._parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in self._waiting]
+        self._next = 0
+
+    def add(self, numbers: list[int], here: list[int], vectors_nRD: np.ndarray) -> Iterator[Block]:
+        """Take what a call gave, and yield the blocks that are complete.
+
+        Args:
+          numbers: of its items on all hosts.
+          here: of those whose vectors these are.
+        """
+        for block, count in zip(*np.unique(self._block(numbers), return_counts=True), strict=True):
+            self._missing[block] -= count
+        blocks_n = self._block(here)
+        for block in np.unique(blocks_n):
+            is_in_n = blocks_n == block
+            self._parts[block].append((np.array(here)[is_in_n], vectors_nRD[is_in_n]))
+        while self._waiting and not self._missing[self._next]:
+            yield self._join(self._waiting.popleft(), self._parts[self._next], vectors_nRD.shape[1:])
+            self._next += 1
+
+    def _join(self, block: range, parts: list[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]) -> Block:
+        numbers_n = np.concatenate([numbers for numbers, _ in parts] or [np.zeros(0, np.int64)])
+        order_n = np.argsort(numbers_n)
+        slots_n = np.argsort(order_n)
+        vectors_nRD, last = np.empty((len(numbers_n), *shape), np.float32), len(numbers_n)
+        while parts:  # one by one from the end, so that two copies are never held
+            numbers, vectors = parts.pop()
+            vectors_nRD[slots_n[last - len(numbers) : last]] = vectors
+            last -= len(numbers)
+        return Block(block, numbers_n[order_n], vectors_nRD)
+
+    def _block(self, numbers: list[int]) -> np.ndarray:
+        return (np.array(numbers, np.int64) - self._start) // self._size

@@ -1,0 +1,114 @@
+"""The calls that encode a stream of items: a pure function of sizes and of the number of devices, the same on every host.
+
+Items wait in a pool until they fill `WINDOW` rows a device; packing chooses among all of them. Rows are called by 16, 4 and 1 a
+device, so that three programs encode everything; a few short texts have a small row of their own.
+
+N items, D shards of the batch axis (each a device, or several that share its rows).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from metaembed_jax.batch.packing import Size, least_rows, pack
+
+ROWS = (16, 4, 1)  # of a shard, in a call
+WINDOW = 64  # rows of a shard that items in the pool fill
+SHORTEST = 16  # tokens of a prompt that rows have vectors for: items that are all shorter leave tokens empty
+VECTORS = 16  # the number of a row's vectors is a multiple of it
+SMALL = 128  # tokens of the small row
+
+
+class Call(NamedTuple):
+    """One call of a program.
+
+    Attributes:
+      size: rows over all shards.
+      row: the capacity of each.
+      rows: the items of each row in their order; rows behind them are empty.
+    """
+
+    size: int
+    row: Size
+    rows: list[list[int]]
+
+
+def row_size(tokens: int, patches: int, meta: int, budget: int) -> Size:
+    """The capacity of a row for items that all have `meta` Meta Tokens, of which `budget` are read."""
+    items = max(tokens // (SHORTEST + meta), 1)
+    return Size(tokens, patches, -(-items * budget // VECTORS) * VECTORS)
+
+
+class Schedule:
+    """Calls for items whose sizes come bit by bit.
+
+    Args:
+      tokens, patches: of a row.
+      meta, budget: Meta Tokens of each item, and how many of them are read.
+      shards: D.
+    """
+
+    def __init__(self, tokens: int, patches: int, meta: int, budget: int, shards: int):
+        self._size, self._meta, self._budget, self._shards = (tokens, patches), meta, budget, shards
+        self._numbers_N, self._sizes_N3 = np.zeros(0, np.int64), np.zeros((0, 3), np.int64)
+        self._started = self._has_patches = False
+
+    @property
+    def is_full(self) -> bool:
+        """The pool has enough items to choose from."""
+        return least_rows(self._sizes_N3, self._row()) >= WINDOW * self._shards
+
+    def add(self, numbers_N: Int[np.ndarray, "N"], prompts_N2: Int[np.ndarray, "N 2"]) -> None:
+        """Put items into the pool.
+
+        Args:
+          prompts_N2: tokens of each prompt, without Meta Tokens, and patches.
+        """
+        extra_N2 = np.tile(np.array([[self._budget]]), (len(numbers_N), 1))
+        sizes_N3 = np.concatenate([prompts_N2 + np.array([[self._meta, 0]]), extra_N2], axis=1)
+        self._numbers_N = np.concatenate([self._numbers_N, numbers_N])
+        self._sizes_N3 = np.concatenate([self._sizes_N3, sizes_N3])
+        self._has_patches |= bool(sizes_N3[:, 1].any())
+
+    def take(self, is_last: bool) -> Iterator[Call]:
+        """Yield calls for items of the pool. Until the last time, what does not fill the largest call stays, the latest items first."""
+        if is_last and not self._started and (small := self._small()):
+            self._clear(np.zeros(0, np.int64))
+            yield small
+            return
+        self._started = True
+        row = self._row()
+        rows = _rows_of(self._numbers_N, pack(self._sizes_N3, row))
+        largest, first = ROWS[0] * self._shards, 0
+        ends = len(rows) if is_last else len(rows) // largest * largest
+        self._clear(np.sort(np.array([number for items in rows[ends:] for number in items], np.int64)))
+        while first < ends:
+            size = next((n * self._shards for n in ROWS if n * self._shards <= ends - first), self._shards)
+            yield Call(size, row, rows[first : min(first + size, ends)])
+            first += size
+
+    def _row(self) -> Size:
+        # Without an image so far, the vision tower has nothing to compute.
+        tokens, patches = self._size
+        return row_size(tokens, patches if self._has_patches else 0, self._meta, self._budget)
+
+    def _small(self) -> Call | None:
+        small = row_size(SMALL, 0, self._meta, self._budget)
+        if SMALL >= self._size[0] or not len(self._sizes_N3) or (self._sizes_N3 > np.array(small)).any():
+            return None
+        rows = _rows_of(self._numbers_N, pack(self._sizes_N3, small))
+        return Call(self._shards, small, rows) if len(rows) <= self._shards else None
+
+    def _clear(self, kept_N: Int[np.ndarray, "N"]) -> None:
+        """Keep only these items."""
+        is_kept = np.isin(self._numbers_N, kept_N)
+        self._numbers_N, self._sizes_N3 = self._numbers_N[is_kept], self._sizes_N3[is_kept]
+
+
+def _rows_of(numbers_N: Int[np.ndarray, "N"], slots_N2: Int[np.ndarray, "N 2"]) -> list[list[int]]:
+    """The items of each row by rank, rows in the order of their first items."""
+    order = np.lexsort((slots_N2[:, 1], slots_N2[:, 0]))
+    counts = np.bincount(slots_N2[:, 0])[:-1] if len(slots_N2) else []
+    return [part.tolist() for part in np.split(numbers_N[order], np.cumsum(counts))] if len(slots_N2) else []
