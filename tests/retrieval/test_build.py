@@ -15,6 +15,7 @@ from metaembed_jax.retrieval import build, store
 from metaembed_jax.sharding import make_mesh
 from tests.backbones.qwen2_5_vl.reference import noise
 from tests.checkpoints.huggingface_files import random_tensors, write
+from tests.encoding.small_rows import with_small_rows
 
 ONE = make_mesh(devices=jax.devices()[:1])
 
@@ -26,7 +27,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(directory):
-    return me.MetaEmbed.from_pretrained(directory, dtype="float32", mesh=ONE)
+    return with_small_rows(me.MetaEmbed.from_pretrained(directory, dtype="float32", mesh=ONE))
 
 
 @pytest.fixture
@@ -40,8 +41,7 @@ def table(tmp_path):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(build, "BATCH_SIZE", 4)
-    monkeypatch.setattr(build, "PART", 1)
+    monkeypatch.setattr(build, "PART", 4)
 
 
 def counted(documents):
@@ -64,7 +64,7 @@ def test_an_index_of_documents(model, table, tmp_path, small_parts):
     me.index_documents(model, documents, tmp_path / "index", budget=16, dtype="float32")
     assert not reads  # it was complete
     me.index_documents(model, documents, tmp_path / "index", budget=8, dtype="float32")
-    assert reads == list(range(10)) and me.Index.load(tmp_path / "index").vectors == 8
+    assert sorted(reads) == list(range(10)) and me.Index.load(tmp_path / "index").vectors == 8
 
 
 def test_a_stopped_job_goes_on(model, table, tmp_path, small_parts, monkeypatch):
@@ -86,7 +86,7 @@ def test_a_stopped_job_goes_on(model, table, tmp_path, small_parts, monkeypatch)
         assert len(me.Index.load(tmp_path / "index")) == len(before) == 1
     monkeypatch.setattr(store, "write_draft", write_draft)
     index = me.index_documents(model, documents, tmp_path / "index", budget=4)
-    assert reads == [*range(8), *range(4, 8), *range(4, 10)]
+    assert sorted(reads) == sorted([*range(10), *range(4, 10), *range(4, 10)])
     query = model.encode_query(["text 3"], budget=4)
     for one, other in zip(whole.search(query, 10), index.search(query, 10), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -104,7 +104,7 @@ def test_a_damaged_part_starts_the_job_anew(model, table, tmp_path, small_parts,
     file = tmp_path / "index" / part.name / "vectors-0-1"
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
     me.index_documents(model, documents, tmp_path / "index", budget=4).verify()
-    assert reads == 2 * list(range(10))
+    assert sorted(reads) == sorted(2 * list(range(10)))
 
 
 def test_another_job_starts_anew(model, table, tmp_path, small_parts, monkeypatch):
@@ -116,7 +116,7 @@ def test_another_job_starts_anew(model, table, tmp_path, small_parts, monkeypatc
         me.index_documents(model, documents, tmp_path / "index", budget=4)
     monkeypatch.setattr(store, "commit", commit)
     me.index_documents(model, documents, tmp_path / "index", budget=5)
-    assert reads == 2 * list(range(10))
+    assert sorted(reads) == sorted(2 * list(range(10)))
 
 
 def test_fingerprints(model, directory):
@@ -137,7 +137,7 @@ def test_bad_jobs_are_refused(model, table, tmp_path):
             me.index_documents(model, documents, tmp_path / "index", **options)
     with table.open("a") as file:
         file.write(json.dumps({"id": "last", "image": "none.png"}) + "\n")
-    with pytest.raises(me.UserError, match="documents 0 to 10: .*none.png is missing"):
+    with pytest.raises(me.UserError, match="row 10: .*none.png is missing"):
         me.index_documents(model, me.open_documents(table), tmp_path / "index")
 
 
