@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from metaembed_jax import hosts
 from metaembed_jax.cluster import count_hosts
-from metaembed_jax.encoding.encoder import Encoder, Block, Reduced
+from metaembed_jax.encoding.encoder import Block, Encoder, Reduced
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.network import ModelConfig, abstract_network
@@ -125,10 +125,12 @@ class MetaEmbed:
         Raises:
           UserError: as `encode_query`.
         """
+        self._check(items, side, budget)
         with tqdm(total=len(items), desc=f"encoding {side}", unit="item", disable=not progress) as bar:
-            for block in self.encode_blocks(items, side, budget=budget, size=max(len(items), 1), bar=bar):
-                return block.numbers, block.vectors
-        return np.zeros(0, np.int64), np.zeros((0, budget, self.dimension), np.float32)
+            blocks = list(self.encode_blocks(items, side, budget=budget, size=max(len(items), 1), bar=bar))
+        if not blocks:
+            return np.zeros(0, np.int64), np.zeros((0, budget, self.dimension), np.float32)
+        return blocks[0].numbers, blocks[0].vectors
 
     def encode_blocks(
         self, items: Sequence, side: str, *, budget: int, size: int, start: int = 0, bar: tqdm | None = None
@@ -144,17 +146,20 @@ class MetaEmbed:
         Raises:
           UserError: as `encode_query`.
         """
-        if isinstance(items, str | dict | Image.Image):
-            raise UserError(f"a list of items is expected, and this is one {type(items).__name__}: put it in a list")
-        limit = self.config.vectors(side)
-        if not 1 <= budget <= limit:
-            raise UserError(f"budget={budget}: this model has 1 to {limit} {side} vectors")
+        self._check(items, side, budget)
         yield from self._encoder.blocks(self.parameters, items, side, budget, start=start, size=size, bar=bar)
 
     @property
     def reduced(self) -> Reduced:
         """Items of the last call that were made smaller to fit a row."""
         return self._encoder.reduced
+
+    def _check(self, items: Sequence, side: str, budget: int) -> None:
+        if isinstance(items, str | dict | Image.Image):
+            raise UserError(f"a list of items is expected, and this is one {type(items).__name__}: put it in a list")
+        limit = self.config.vectors(side)
+        if not 1 <= budget <= limit:
+            raise UserError(f"budget={budget}: this model has 1 to {limit} {side} vectors")
 
     def _encode_items(self, items: Sequence, side: str, budget: int | None, progress: bool) -> Float[np.ndarray, "N R D"]:
         budget = self.config.vectors(side) if budget is None else budget

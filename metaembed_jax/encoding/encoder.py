@@ -87,7 +87,9 @@ class Encoder:
         self.programs: set[tuple[int, Size]] = set()
         self.reduced, self._printed = Reduced(), set()
 
-    def blocks(self, parameters: dict, items: Sequence, side: str, budget: int, *, start: int, size: int, bar: tqdm | None = None) -> Iterator[Block]:
+    def blocks(
+        self, parameters: dict, items: Sequence, side: str, budget: int, *, start: int, size: int, bar: tqdm | None = None
+    ) -> Iterator[Block]:
         """Encode the items from `start` on, and yield them by blocks of consecutive ones, each when it is complete, in order.
 
         All hosts call it with the same items. They run the same calls at the same time, and each decodes its own rows' items.
@@ -180,7 +182,9 @@ def _fetch(call: Call, here: list[list[int]], vectors_BVD: jax.Array, budget: in
     for item, (row, first) in enumerate(slots):
         vectors_nRD[item] = vectors_bVD[row, first : first + budget]
     if len(bad := np.flatnonzero(~np.isfinite(vectors_nRD).all(axis=(1, 2)))):  # a maximum over NaN may hide it
-        raise UserError(f"item {min(numbers[item] for item in bad)}: its vectors hold NaN or infinities; look for them in the checkpoint")
+        raise UserError(
+            f"item {min(numbers[item] for item in bad)}: its vectors hold NaN or infinities; look for them in the checkpoint"
+        )
     return [number for row in call.rows for number in row], numbers, vectors_nRD
 
 
