@@ -73,7 +73,7 @@ class Schedule:
         self._has_patches |= bool(sizes_N3[:, 1].any())
 
     def take(self, is_last: bool) -> Iterator[Call]:
-        """Yield calls for items of the pool. Until the last time, only full calls of the largest size; the oldest item is in them."""
+        """Yield calls for items of the pool; before the last time only full calls of the largest size, oldest items first."""
         if is_last and not self._started and (small := self._small()):
             self._clear(np.zeros(0, np.int64))
             yield small
