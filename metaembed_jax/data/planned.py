@@ -39,16 +39,19 @@ class RowPlan:
 
     def figures(self, shape: StepShape) -> dict[str, float]:
         """The plan as figures, for metrics."""
-        patches = {"rows/patches": self.row.patches, "rows/fill/patches": self.patches / (shape.rows * self.row.patches)}
-        return {
+        figures = {
             "rows": shape.rows,
             "rows/tokens": self.row.tokens,
+            "rows/patches": self.row.patches,
             "rows/vectors": self.row.vectors,
             "rows/fill/tokens": self.tokens / (shape.rows * self.row.tokens),
             "rows/longest": self.longest,
             "rows/cut": self.cut,
             "rows/shrunk": self.shrunk,
-        } | (patches if self.row.patches else {})
+        }
+        if self.row.patches:
+            figures["rows/fill/patches"] = self.patches / (shape.rows * self.row.patches)
+        return figures
 
     def describe(self, shape: StepShape) -> str:
         """The plan in one line, for the user."""
