@@ -30,8 +30,9 @@ def where():
 @pytest.fixture(scope="module")
 def config():
     """`small` with the recipe's adapters and optimizer, on a mesh that splits batch and weights."""
-    config = load_config(SMALL, {"optimizer.algorithm": "adamw", "mesh.data": "2", "mesh.fsdp": "2", "microbatch_size": "8"})
-    config.trained = LORA
+    config = load_config(SMALL, {"optimizer.algorithm": "adamw", "mesh.data": "2", "mesh.fsdp": "2", "microbatch_rows": "4"})
+    config.trained, config.recompute, config.row = LORA, "everything", (288, 256)
+    config.architecture.vision_config.window_size = 112
     return config
 
 
@@ -42,14 +43,23 @@ def plan(config, where):
 
 def test_memory(plan):
     assert plan.fits and 0.99 < plan.spare < 1
-    assert set(plan.memory) == {"trained", "frozen", "optimizer", "batch", "padding", "temporaries"}
+    assert set(plan.memory) == {"trained", "frozen", "optimizer", "batch", "next batch", "padding", "temporaries"}
     assert all(size > 0 for size in plan.memory.values())
     assert plan.memory["optimizer"] > 2 * plan.memory["trained"] > 0.99 * plan.memory["optimizer"]  # two moments
 
 
+def test_pixels_stay_in_the_hosts_memory(plan):
+    """Two batches of them; a microbatch at a time goes to the devices, and nothing copies them all."""
+    pixels = plan.rows["rows"] // 4 * 256 * 588
+    assert plan.host_bytes == 2 * pixels
+    assert 0 < plan.memory["batch"] < pixels and not any("u8[" in item.what and item.bytes > pixels / 2 for item in plan.temporaries)
+
+
 def test_flops(plan):
+    """JAX's splash kernel does not say how many it does, so what is counted in closed form stands."""
     counted = plan.flops["forward"] + plan.flops["backward"] + plan.flops["extra"]
-    assert plan.flops["compiled"] == pytest.approx(counted, rel=0.01)
+    assert "splash" in plan.missing and 0.7 * counted < plan.flops["compiled"] < counted
+    assert plan.seconds["compute"] == counted / 4 / 197e12
     assert plan.mfu < 1 and plan.seconds[plan.binds] == max(plan.seconds.values())
 
 
@@ -66,6 +76,8 @@ def test_report(plan, config, where):
     assert first.startswith("fits: 0.0") and first.endswith(" to spare")
     for word in (
         "4 devices, 1 hosts",
+        "4 at once, recompute=everything",
+        "items of typical sizes, not of your data, use ",
         "data=2, fsdp=2, tensor=1",
         "data 2 hops, at most 1 a step; fsdp 2 hops",
         "chip-hours",
@@ -81,7 +93,7 @@ def test_two_slices(config):
     with config.unlocked():
         config = config.copy_and_resolve_references()
     config.mesh.data, config.mesh.fsdp = 4, 8
-    config.batch_size = config.microbatch_size = 32
+    config.batch_size, config.microbatch_rows = 32, 0
     where = topology("2xv5e:4x4")
     plan = make_plan(config, "train", where)
     assert plan.fits and plan.slices == 2 and plan.hosts == 8
@@ -105,7 +117,7 @@ def test_tiny_compiles_for_v5e():
     assert plan.fits and plan.devices == 8 and plan.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-@pytest.mark.parametrize("what, unit", [("encode", "documents"), ("search", "queries")])
+@pytest.mark.parametrize("what, unit", [("encode", "items"), ("search", "queries")])
 def test_other_programs(config, where, what, unit):
     plan = make_plan(config, what, where)
     assert plan.fits and plan.unit == unit and plan.calls == 0
@@ -122,22 +134,23 @@ def test_what_does_not_fit_exits_with_1(capsys):
 
 
 def test_search_compiles_little_and_keeps_what_fits(plan, config, where, monkeypatch):
-    """A compiler that is fastest with weights on every device, and has room for eight pairs at once."""
+    """A compiler that is fastest with weights on every device, and has room for eight rows at once."""
     tried = []
 
     def compile_at_once(config, what, where):
-        sizes, size = {axis: config.mesh[axis] for axis in MESH_AXES}, config.microbatch_size
-        tried.append((*sizes.values(), size))
+        sizes, size = {axis: config.mesh[axis] for axis in MESH_AXES}, config.microbatch_rows
+        tried.append((*sizes.values(), size, config.recompute))
         memory = plan.memory | {"temporaries": int(where.chip.usable_bytes * size / 8.5)}
         seconds = {"compute": config.mesh.fsdp / size}
-        return dataclasses.replace(plan, memory=memory, seconds=seconds, mesh=sizes, microbatch_size=size)
+        rows = plan.rows | {"at_once": size}
+        return dataclasses.replace(plan, memory=memory, seconds=seconds, mesh=sizes, rows=rows, recompute=config.recompute)
 
     monkeypatch.setattr(search, "make_plan", compile_at_once)
     plans = search.search(config, where)
     assert len(tried) == len(set(tried)) <= search.COMPILED
-    assert plans and all(found.fits and found.microbatch_size <= 8 for found in plans)
+    assert plans and all(found.fits and found.rows["at_once"] <= 8 for found in plans)
     first, _, _, *rows = report.describe_search(plans).splitlines()
-    assert first == "fastest: --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=1 --config.microbatch_size=8"
+    assert first.startswith("fastest: --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=1 --config.microbatch_rows=8 ")
     assert len(rows) == len(plans)
 
 
@@ -148,8 +161,8 @@ WRONG = [
     (["--topology=2xv5e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=8"], "config.mesh.data=1 does not divide over 2 slices"),
     (["--topology=v5e:2x2", "--config.mesh.slices=2"], "config.mesh.slices=2: the devices are of 1"),
     (["--topology=v5e:2x4", "--config.mesh.data=3"], r"config.mesh \(data=3, fsdp=1, tensor=1\) does not fit 8 devices"),
-    (["--topology=v5e:4x8"], "config.microbatch_size=16 does not divide over the mesh"),
-    (["--topology=v5e:2x2", "--config.microbatch_size=5"], "microbatch_size=5 does not divide config.batch_size=16"),
+    (["--topology=v5e:4x8", "--config.microbatch_rows=16"], "config.microbatch_rows=16: expected at least data x fsdp = 32"),
+    (["--topology=v5e:2x2", "--config.recompute=all"], "config.recompute='all': expected everything or microbatches or layers or"),
     (["--topology=v5e:2x2", "--what=encode", "--search"], "--search is for training"),
     (["--topology=v5e:2x2", "--what=serve"], "invalid choice: 'serve'"),
 ]
