@@ -12,5 +12,5 @@ def get_config(arg=None):
     text.hidden_size = vision.out_hidden_size = 2048
     text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 36, 16, 2
     text.intermediate_size, text.vocab_size = 11008, 151936
-    config.microbatch_rows, config.mesh.fsdp = 8, 1
+    config.microbatch_rows, config.recompute, config.mesh.fsdp = 8, "everything", 1
     return config

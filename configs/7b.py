@@ -62,7 +62,7 @@ def get_config(arg=None):
     config.data.sources = SOURCES
     config.data.negatives = 1
     config.data.sub_batch, config.data.workers = 32, 4
-    config.batch_size, config.microbatch_rows = 384, 128
+    config.batch_size, config.microbatch_rows, config.row = 384, 128, (2432, 8192)
     config.mesh.fsdp = 8
     config.steps = 4000
     config.optimizer.learning_rate = 1e-4 if arg != "full" else 1e-5

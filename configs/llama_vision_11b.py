@@ -49,6 +49,7 @@ def get_config(arg=None):
                 max_num_tiles=4,
             ),
         )
+    config.row = (512, 12800)  # two images
     if arg != "full":
         config.trained = LORA
     return config

@@ -29,5 +29,6 @@ def get_config(arg=None):
                 patch_size=14,
             ),
         )
-    config.microbatch_rows, config.mesh.fsdp = 8, 1
+    config.microbatch_rows, config.recompute, config.mesh.fsdp = 8, "everything", 1
+    config.row = ()  # the family's
     return config

@@ -12,5 +12,5 @@ def get_config(arg=None):
     text.hidden_size = vision.out_hidden_size = 2048
     text.num_hidden_layers, text.num_attention_heads, text.intermediate_size = 28, 16, 6144
     vision.depth, vision.hidden_size, vision.intermediate_size, vision.deepstack_visual_indexes = 24, 1024, 4096, (5, 11, 17)
-    config.microbatch_rows, config.mesh.fsdp = 8, 1
+    config.microbatch_rows, config.recompute, config.mesh.fsdp = 8, "everything", 1
     return config

@@ -32,4 +32,5 @@ def get_config(arg=None):
             ),
         )
     config.data.min_pixels, config.data.max_pixels = 32 * 32, 1024 * 32 * 32  # a visual token is 32x32 pixels, 4 patches
+    config.row = (2560, 8192)
     return config

@@ -118,7 +118,7 @@ def _measure(config: ConfigDict, what: str, where: Topology, program: Program, m
             arrays = largest_arrays(program.trace().jaxpr)
         memory = held | beside | {"temporaries": needed - sum(held.values())}
         return _Measured(memory, UNKNOWN, "what was compiled, which is nothing", arrays)
-    memory = held | beside | {"padding": compiled.arguments - sum(held.values()), "temporaries": compiled.temporaries}
+    memory = held | beside | {"padding": max(compiled.arguments - sum(held.values()), 0), "temporaries": compiled.temporaries}
     cost = count(compiled.text, mesh.size, branches(config), where.slices)
     return _Measured(memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else "")
 
