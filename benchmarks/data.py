@@ -23,15 +23,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from metaembed_jax.backbones import qwen2_5_vl
-from metaembed_jax.backbones.qwen.images import patchify
-from metaembed_jax.config import default_config, load_config, model_config
+from metaembed_jax.backbones.qwen.images import to_units
+from metaembed_jax.batch.rows import fill
+from metaembed_jax.config import default_config, load_config, model_config, row_limits
 from metaembed_jax.data import tokenizer
+from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import iterate, training_batches
-from metaembed_jax.data.slots import padding
+from metaembed_jax.data.planned import plan_rows
 from metaembed_jax.inputs.images import open_image
 
 BATCH, SOURCE, WARM = 8, 64, 4  # images; images in all; batches that are not timed
-SHAPES = {"pages": (1280, 5120), "photos": (512, 2048)}
 MEAN, STD = np.float32([0.48145466, 0.4578275, 0.40821073]), np.float32([0.26862954, 0.26130258, 0.27577711])
 
 
@@ -49,11 +50,13 @@ def main() -> None:
         encoded = [draw(number) for number in range(SOURCE)]
         config = run_config(name, WARM + arguments.batches)
         records = [{"query": {"text": "which page is it?"}, "positive": {"image": one}, "source": name} for one in encoded]
-        dataset = training_batches(config, model_config(config).architecture, qwen2_5_vl.Processor(learned, sizes), [records])
+        items = run_items(config, qwen2_5_vl.Processor(learned, sizes, row_limits(config)), [records])
+        shape = plan_rows(items, row_limits(config)).shape(0, 1)
+        dataset = training_batches(items, shape, model_config(config).architecture.layout)
         largest = difference(encoded[0], sizes)
-        fractions = ", ".join(f"{key.split('/', 1)[1]} {value:.2f}" for key, value in padding(dataset[0]).items())
+        fractions = ", ".join(f"{100 * value:.0f} % of {key}" for key, value in fill(dataset[0].rows) if key != "vectors")
         size = np.mean([len(one) for one in encoded]) / 1000
-        print(f"{name}: {size:.0f} kB of JPEG; largest difference {largest:.1e}; padding {fractions}")
+        print(f"{name}: {size:.0f} kB of JPEG; largest difference {largest:.1e}; rows hold {fractions}")
         for workers in arguments.workers:
             sides = {
                 "metaembed_jax": partial(iterate, dataset, 0, config.steps, workers),
@@ -70,14 +73,12 @@ def main() -> None:
 
 
 def run_config(name: str, steps: int):
-    """One shape class a side, one image a pair."""
+    """One image a pair, in rows of the family's default."""
     config = default_config()
     with config.unlocked():
         config.architecture = load_config(str(Path(__file__).parents[1] / "configs" / "7b.py"), {}).architecture
     config.data.sources = ((name, 1.0, 0),)
-    config.data.query_shapes, config.data.candidate_shapes = ((64, 0),), (SHAPES[name],)
-    config.batch_size = config.microbatch_size = BATCH
-    config.steps = steps
+    config.batch_size, config.steps = BATCH, steps
     return config
 
 
@@ -129,8 +130,9 @@ def dataloader(encoded: list[bytes], sizes: qwen2_5_vl.Images, workers: int, bat
 def difference(encoded: bytes, sizes: qwen2_5_vl.Images) -> float:
     """The largest difference of a normalised number of one image."""
     theirs = Collator(sizes)([Image.open(io.BytesIO(encoded)).convert("RGB")])["pixel_values"].numpy().reshape(-1, 3, 2, 196)
-    found = patchify(open_image(encoded, "image"), sizes)
-    ours = found.patches.reshape(-1, 4, 588)[found.raster].reshape(-1, 3, 196)
+    image = open_image(encoded, "image")
+    units, _ = to_units(image, sizes.grid(*image.size, None, None, "image"), sizes)
+    ours = units.reshape(-1, 3, 196)
     ours = (ours.astype(np.float32) / 255 - MEAN[:, None]) / STD[:, None]
     return max(float(np.abs(ours - theirs[:, :, frame]).max()) for frame in range(2))
 

@@ -15,13 +15,12 @@ from safetensors.numpy import load_file, save_file
 from metaembed_jax.backbones import qwen2_5_vl
 from metaembed_jax.backbones.layers import Linear, quantize
 from metaembed_jax.backbones.lora import Lora, LoraConfig, dropout_keys, dropout_mask, dropout_of
-from metaembed_jax.checkpoints.loading import run_parameters, run_processor
+from metaembed_jax.batch.training import put
+from metaembed_jax.checkpoints.loading import run_parameters
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.torch_export import write_model
 from metaembed_jax.checkpoints.workdir import claim, is_finished, read_config
 from metaembed_jax.config import load_config, model_config
-from metaembed_jax.data import sources
-from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.model import MetaEmbed
@@ -30,7 +29,8 @@ from metaembed_jax.sharding import make_mesh, named_sharding
 from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import describe, find_start, initial_state
-from metaembed_jax.training.step import make_trainer, put_batch
+from metaembed_jax.training.step import make_trainer
+from tests.training.batches import make_dataset
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,7 @@ def started(config, workdir, mesh=None):
     checkpoints = RunCheckpoints(workdir)
     state = initial_state(config, trainer, checkpoints, start)
     checkpoints.close()
-    architecture, processor = model_config(config).architecture, run_processor(config, start.tokenizer)
-    dataset = training_batches(config, architecture, processor, sources.training_records(config))
-    return trainer, state, dataset
+    return trainer, state, make_dataset(config)
 
 
 def flat(tree):
@@ -106,7 +104,7 @@ def test_a_step_changes_what_trains_and_nothing_else(config, tmp_path):
     moments = [leaf.shape for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
     assert sorted(moments) == sorted(2 * [leaf.shape for leaf in trained.values()])
     for step in range(3):  # the first of warm-up moves nothing, the second moves b alone, since b is zero
-        state, _ = trainer.step(state, put_batch(dataset[step], trainer.mesh))
+        state, _ = trainer.step(state, put(dataset[step], trainer.mesh))
     for path, leaf in flat(state.frozen).items():
         np.testing.assert_array_equal(leaf, frozen[path])
     unchanged = [path for path, leaf in flat(state.parameters).items() if np.array_equal(leaf, trained[path])]
@@ -132,7 +130,7 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(config, finished, tmp_path
     assert config.lora.dropout > 0
     batches = iter(range(3))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
-        patch.setattr(loop, "put_batch", lambda batch, mesh: (next(batches), put_batch(batch, mesh))[1])
+        patch.setattr(loop, "put_batch", lambda batch, mesh: (next(batches), put(batch, mesh))[1])
         train(config, tmp_path / "run")
     train(config, tmp_path / "run")
     found, expected = trained(tmp_path / "run", config), trained(finished, config)
@@ -146,19 +144,19 @@ def losses(workdir):
 
 
 def test_a_run_goes_on_with_other_microbatches_and_to_more_steps(config, finished, tmp_path, capsys):
-    """With dropout. It starts with microbatches of 8 on eight devices, and ends as if it had had 16 from the first step."""
+    """With dropout. It starts with microbatches of 8 rows on eight devices, and ends as if it had had one from the first step."""
     run, batches = tmp_path / "run", iter(range(2))
-    config.microbatch_size, config.checkpoint_layers, config.save_every = 8, False, 1
+    config.microbatch_rows, config.recompute, config.save_every = 8, "nothing", 1
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
-        patch.setattr(loop, "put_batch", lambda batch, mesh: (next(batches), put_batch(batch, mesh))[1])
+        patch.setattr(loop, "put_batch", lambda batch, mesh: (next(batches), put(batch, mesh))[1])
         train(config, run)
-    config.microbatch_size, config.checkpoint_layers, config.save_every = 16, True, 2
+    config.microbatch_rows, config.recompute, config.save_every = 0, "layers", 2
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:  # the end is evaluated once, below
         patch.setattr(loop, "_validate", lambda *_: None)
         patch.setattr(loop, "_finish", lambda *_: None)
         train(config, run)
-    changes = "checkpoint_layers from False to True, microbatch_size from 8 to 16, save_every from 1 to 2"
+    changes = "microbatch_rows from 8 to 0, recompute from nothing to layers, save_every from 1 to 2"
     assert f"going on with other settings: {changes}\n" in capsys.readouterr().out
     expected = losses(finished)
     assert list(losses(run)) == list(expected) == [1, 2, 3, 4]
@@ -172,7 +170,7 @@ def test_a_run_goes_on_with_other_microbatches_and_to_more_steps(config, finishe
     np.testing.assert_allclose([rates[step] for step in (4, 5, 6)], np.array([1 / 3, 2 / 5, 1 / 5]) * 1e-3, rtol=1e-5)
     record = json.loads((run / "run.json").read_text())
     assert record["config"]["steps"] == 6 and record["changes"][-1] == {"step": 4, "keys": {"steps": [4, 6]}}
-    assert record["changes"][0]["keys"]["microbatch_size"] == [8, 16] and set(record["base"]) == {"name", "fingerprint"}
+    assert record["changes"][0]["keys"]["microbatch_rows"] == [8, 0] and set(record["base"]) == {"name", "fingerprint"}
     assert is_finished(run, config) and read_config(run).steps == 6
 
     config.steps = 7
@@ -268,7 +266,7 @@ def test_int8_base_gives_nearly_the_same_losses(config, tmp_path):
         assert state.frozen["backbone"]["layers"]["query"]["kernel"].dtype == dtype
         losses[dtype] = []
         for step in range(20):
-            state, figures = trainer.step(state, put_batch(dataset[step], trainer.mesh))
+            state, figures = trainer.step(state, put(dataset[step], trainer.mesh))
             losses[dtype].append(float(figures["loss"]))
     relative = np.array(losses["int8"]) / np.array(losses["bfloat16"]) - 1
     assert 0 < np.abs(relative).mean() < 0.01

@@ -3,18 +3,15 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
-from metaembed_jax.checkpoints.loading import run_processor
-from metaembed_jax.config import load_config, model_config
+from metaembed_jax.config import load_config
 from metaembed_jax.data import sources
-from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.training.loop import train
-from metaembed_jax.training.start import find_start
 from tests.checkpoints.huggingface_files import random_tensors, write
 from tests.data.field_files import write_colpali, write_mmeb, write_pairs
+from tests.training.batches import make_dataset, make_plan
 
 IMAGE_TO_IMAGE = ("MSCOCO", "CIRR", "NIGHTS", "InfoSeek_it2it")
 TEXT_TO_IMAGE = ("MSCOCO_t2i", "VisualNews_t2i", "VisDial", "WebQA", "TAT-DQA")
@@ -39,9 +36,8 @@ def mixed_config(tmp_path_factory):
     for kind, files in (("mmeb", "MMEB-train"), ("colpali", "colpali"), ("pairs", "visrag.jsonl")):
         sources.prepare_from(kind, place / files, place / "data", workers=0, skips=0)
 
-    config.data.sub_batch, config.data.workers, config.batch_size, config.microbatch_size = 2, 0, 24, 8
-    for key in ("query_shapes", "candidate_shapes"):
-        config.data[key] = tuple((96, 64 * (patches > 0), share) for _, patches, share in config.data[key])
+    config.data.sub_batch, config.data.workers, config.batch_size, config.microbatch_rows = 2, 0, 24, 8
+    config.row = (256, 128)
     config.dtype, config.mesh.fsdp, config.lora.rank = "float32", 1, 4
     config.steps, config.optimizer.warmup_steps, config.log_every = 4, 1, 1
     config.validate_every, config.save_every = 4, 2
@@ -66,21 +62,13 @@ def test_the_published_mixture_trains_and_goes_on_where_it_was_killed(mixed_conf
 
 
 def test_its_sub_batches_are_of_one_source_and_negatives_are_where_rows_have_them(mixed_config):
-    start = find_start(mixed_config)
-    records = sources.training_records(mixed_config)
-    architecture, processor = model_config(mixed_config).architecture, run_processor(mixed_config, start.tokenizer)
-    dataset = training_batches(mixed_config, architecture, processor, records)
+    items, plan = make_plan(mixed_config)
+    dataset = make_dataset(mixed_config, (items, plan))
     names = [name for name, *_ in mixed_config.data.sources]
     with_negatives = {number for number, name in enumerate(names[2:], 2) if name not in IMAGE_TO_IMAGE + TEXT_TO_IMAGE}
     for step in range(4):
         batch = dataset[step]
-        drawn = batch["source"].reshape(12, 2)
+        drawn = batch.source.reshape(12, 2)
         assert (drawn[:, 0] == drawn[:, 1]).all() and len(np.unique(drawn)) > 6
-        assert batch["negative_mask"][:, 0].tolist() == [number in with_negatives for number in batch["source"].tolist()]
-        shapes = jax.tree.map(np.shape, batch)
-        assert [group["mask"] for side in ("query", "candidate") for group in shapes[side]["groups"]] == [
-            (2, 8, 96),
-            (2, 8, 96),
-            (3, 8, 96),
-            (4, 8, 96),
-        ]
+        assert batch.negative_mask[:, 0].tolist() == [number in with_negatives for number in batch.source.tolist()]
+        assert batch.rows.tokens.shape == (-(-plan.rows // 8), 8, 256)

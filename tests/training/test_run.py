@@ -89,8 +89,12 @@ def test_a_run_leaves_its_results(small_config, whole):
         "gradient_norm",
         "samples_per_second",
         "flops_per_second",
-        "padding/candidate/21:36/patches",
-    } <= lines[0].keys()
+        "fill/tokens",
+        "fill/patches",
+        "cut",
+        "shrunk",
+    } <= next(line for line in lines if "loss" in line).keys()
+    assert lines[0]["step"] == 0 and lines[0]["rows"] >= 16 and lines[0]["rows/tokens"] == 140
 
 
 def test_interrupted_equals_uninterrupted(small_config, whole, tmp_path, monkeypatch):
@@ -316,7 +320,8 @@ def test_a_checkpoint_of_another_shape_is_refused(small_config, whole):
     [
         ("groups", ((1, 4), (2, 2)), "not nested"),
         ("groups", ((1, 1), (16, 128)), "beyond the vectors"),
-        ("microbatch_size", 5, "does not divide config.batch_size=16"),
+        ("microbatch_rows", 5, "expected at least data x fsdp = 8"),
+        ("row", (140,), "expected \\(tokens, patches\\) such as"),
         ("dtype", "float16", "expected float32 or bfloat16"),
         ("steps", 2, "warmup_steps=2 must be below"),
         ("exports", ("../checkpoints",), "'../checkpoints' is no format"),
@@ -330,7 +335,7 @@ def test_a_config_that_cannot_run_is_refused(small_config, tmp_path, key, value,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("key, value", [("data.query_shapes", ((32, 0), (64, 256, 0.5))), ("data.sources", (("icons", 2, 9),))])
+@pytest.mark.parametrize("key, value", [("row", (256, 0)), ("data.sources", (("icons", 2, 9),))])
 def test_a_config_that_can_run_is_not_refused(small_config, key, value):
     small_config.update_from_flattened_dict({key: value})
     check_config(small_config)
@@ -340,8 +345,8 @@ def test_a_mesh_that_does_not_fit_is_refused(small_config, tmp_path):
     small_config.mesh.data = 3
     with pytest.raises(UserError, match="does not fit 8 devices"):
         train(small_config, tmp_path / "run")
-    small_config.mesh.data, small_config.batch_size, small_config.microbatch_size = 8, 12, 12
-    with pytest.raises(UserError, match="must be a multiple of data x fsdp = 8"):
+    small_config.mesh.data, small_config.batch_size = 8, 12
+    with pytest.raises(UserError, match="expected a multiple of data x fsdp = 8"):
         train(small_config, tmp_path / "run")
 
 

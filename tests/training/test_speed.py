@@ -6,10 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.training import StepShape
 from metaembed_jax.config import load_config
 from metaembed_jax.planning.flops import train_flops
 from metaembed_jax.training.speed import Speed, shown
 
+SHAPE = StepShape(Size(140, 36, 80), 2, 8)
 SPENT = {"seconds/input": 1.0, "seconds/compile": 50.0, "seconds/step": 3.0, "seconds/validation": 4.0, "seconds/checkpoint": 2.0}
 
 
@@ -19,9 +22,9 @@ def mesh(kind):
 
 def test_rates_and_the_time_left():
     config = load_config("tests/training/small.py", {"steps": "100"})
-    speed = Speed(config, mesh("TPU v5 lite"), 10)
+    speed = Speed(config, SHAPE, mesh("TPU v5 lite"), 10)
     rates = speed.read(20, SPENT)
-    flops = train_flops(config).model * 10 / 4
+    flops = train_flops(config, SHAPE).model * 10 / 4
     assert rates == {
         "samples_per_second": 16 * 10 / 4,
         "flops_per_second": flops,
@@ -36,4 +39,4 @@ def test_rates_and_the_time_left():
 
 def test_without_a_known_peak_there_is_no_mfu():
     config = load_config("tests/training/small.py", {})
-    assert "mfu" not in Speed(config, mesh(jax.devices()[0].device_kind), 0).read(1, SPENT)
+    assert "mfu" not in Speed(config, SHAPE, mesh(jax.devices()[0].device_kind), 0).read(1, SPENT)
