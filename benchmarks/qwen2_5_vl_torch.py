@@ -1,5 +1,6 @@
 """The peer: Qwen2.5-VL of transformers, trained by torch as the published release of MetaEmbed does it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD
+from metaembed_jax.batch.items import Example
 
 QUERY_ROWS = 16
 
@@ -36,11 +38,11 @@ class TorchTrainer:
     Args:
       directory: of `write_checkpoint`.
       meta_tokens: float32 [80, width].
-      batch: of one shape class and one microbatch a side.
+      pairs: a query and a document each; all queries have one length, and all documents.
       config: temperature, groups and optimizer are read.
     """
 
-    def __init__(self, directory: Path, meta_tokens: np.ndarray, batch: dict, config):
+    def __init__(self, directory: Path, meta_tokens: np.ndarray, pairs: list[tuple[Example, Example]], config):
         self.core = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype="float32").model
         self.meta_tokens = torch.nn.Parameter(torch.tensor(meta_tokens))
         self.config = config
@@ -54,7 +56,7 @@ class TorchTrainer:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        self.query, self.candidate = (self._inputs(batch[side]["groups"][0]) for side in ("query", "candidate"))
+        self.query, self.document = (self._inputs(examples) for examples in zip(*pairs, strict=True))
         self.core.get_input_embeddings().register_forward_hook(self._append_meta_tokens)
 
     def step(self) -> float:
@@ -76,7 +78,7 @@ class TorchTrainer:
     def loss(self) -> torch.Tensor:
         """The mean over the groups of the cross-entropies, from one set of similarities."""
         query_BRD = self._vectors(self.query)[:, :QUERY_ROWS]
-        candidate_NRD = self._vectors(self.candidate)[:, QUERY_ROWS:]
+        candidate_NRD = self._vectors(self.document)[:, QUERY_ROWS:]
         similarity_BNij = torch.einsum("bid,njd->bnij", query_BRD, candidate_NRD)
         target = torch.arange(len(query_BRD))
         losses = []
@@ -93,23 +95,24 @@ class TorchTrainer:
         prompt = output[:, : -len(self.meta_tokens)]
         return torch.cat([prompt, self.meta_tokens.expand(len(prompt), -1, -1)], dim=1)
 
-    def _inputs(self, group: dict) -> dict:
-        group = {key: x[0] for key, x in group.items()}
+    def _inputs(self, examples: Sequence[Example]) -> dict:
         rows = len(self.meta_tokens)
-        start = group["positions"].max(axis=(1, 2), keepdims=True) + 1
+        tokens, positions = (np.stack([getattr(example, name) for example in examples]) for name in ("tokens", "positions"))
+        start = positions.max(axis=(1, 2), keepdims=True) + 1
         suffix = np.broadcast_to(start + np.arange(rows), (len(start), 3, rows))
-        positions = np.concatenate([group["positions"], suffix], axis=2)
+        positions = np.concatenate([positions, suffix], axis=2)
+        input_ids = torch.tensor(np.pad(tokens, ((0, 0), (0, rows)))).long()
         inputs = {
-            "input_ids": torch.tensor(np.pad(group["tokens"], ((0, 0), (0, rows)))).long(),
-            "attention_mask": torch.tensor(np.pad(group["mask"], ((0, 0), (0, rows)), constant_values=True)).long(),
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
             "position_ids": torch.tensor(positions.transpose(1, 0, 2).copy()).long(),
         }
-        if "patches" in group:
-            items, patches, _ = group["patches"].shape
-            side = int(patches**0.5)
-            pixels = group["patches"].astype(np.float32).reshape(items * patches, 3, 1, -1) / 255
+        if examples[0].patches:
+            side = int(examples[0].patches ** 0.5)
+            pixels = np.concatenate([example.patch_arrays["patches"] for example in examples])
+            pixels = pixels.astype(np.float32).reshape(len(pixels), 3, 1, -1) / 255
             mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
             two_frames = np.repeat((pixels - mean) / std, 2, axis=2)
-            inputs["pixel_values"] = torch.tensor(two_frames.reshape(items * patches, -1))
-            inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * items)
+            inputs["pixel_values"] = torch.tensor(two_frames.reshape(len(pixels), -1))
+            inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * len(examples))
         return inputs

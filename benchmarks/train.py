@@ -1,7 +1,8 @@
 """Races one full-training step against the same model, loss and AdamW in transformers + torch: `python benchmarks/train.py`.
 
 Both start from the same random weights and see the same batch, so their losses must agree before anything is timed. torch appends
-all 80 Meta Tokens to every input, as the published release does; ours appends to each side only the rows that can be read.
+all 80 Meta Tokens to every input, as the published release does; ours appends to a query only those that can be read, and packs a
+query and a document into each row.
 
     pairs        32 queries of 24 tokens, 32 images of 112x112 pixels
     model        text 256 wide, 4 layers; vision 128 wide, 4 layers; float32, no recomputation on either side
@@ -24,17 +25,20 @@ from PIL import Image
 from qwen2_5_vl_torch import TorchTrainer, write_checkpoint
 
 from metaembed_jax.backbones import qwen2_5_vl
-from metaembed_jax.backbones.qwen.images import patchify
+from metaembed_jax.backbones.qwen.images import to_units
 from metaembed_jax.backbones.qwen.inputs import rope_positions
+from metaembed_jax.batch.items import Example
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.rows import RowItem, collate
+from metaembed_jax.batch.training import TrainingBatch, put
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.config import default_config, model_config
-from metaembed_jax.inputs.examples import Example, ShapeClass, collate
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
-from metaembed_jax.training.step import Trainer, make_trainer, put_batch
+from metaembed_jax.training.step import Trainer, make_trainer
 
-PAIRS, QUERY_TOKENS, CANDIDATE_TOKENS, SIDE = 32, 24, 28, 112
+PAIRS, QUERY_TOKENS, DOCUMENT_TOKENS, SIDE = 32, 24, 28, 112
 IMAGE_TOKEN, VOCABULARY = 5, 512
 ARCHITECTURE = dict(
     text_config=dict(
@@ -62,16 +66,16 @@ def main() -> None:
     arguments = parser.parse_args()
 
     config = run_config()
-    batch, meta_tokens = make_batch(config), np.random.default_rng(1).standard_normal((80, 256), np.float32)
+    pairs, meta_tokens = make_pairs(), np.random.default_rng(1).standard_normal((80, 256), np.float32)
     with tempfile.TemporaryDirectory() as scratch:
         write_checkpoint(Path(scratch), ARCHITECTURE, IMAGE_TOKEN)
-        theirs = TorchTrainer(Path(scratch), meta_tokens, batch, config)
+        theirs = TorchTrainer(Path(scratch), meta_tokens, pairs, config)
         trainer = make_trainer(config, make_mesh(devices=jax.devices()[:1]))
         backbone = read_backbone(
             Path(scratch), qwen2_5_vl, model_config(config).architecture, trainer.abstract.parameters["backbone"]
         )
         place = trainer.abstract.parameters["meta_tokens"].sharding
-    ours = Ours(trainer, {"backbone": backbone, "meta_tokens": jax.device_put(meta_tokens, place)}, batch)
+    ours = Ours(trainer, {"backbone": backbone, "meta_tokens": jax.device_put(meta_tokens, place)}, make_batch(config, pairs))
 
     flops = {"metaembed_jax": traced_flops(trainer.step, ours.state, ours.batch), "torch": theirs.flops()}
     losses = {"metaembed_jax": ours.step(), "torch": theirs.step()}
@@ -95,45 +99,50 @@ def run_config():
     with config.unlocked():
         config.architecture = ARCHITECTURE
     config.dtype, config.recompute, config.unroll_layers = "float32", "nothing", 4
-    config.batch_size = config.microbatch_size = PAIRS
+    config.batch_size = PAIRS
     return config
 
 
-def make_batch(config) -> dict:
-    """One training batch of noise, in the form of `data.pipeline`."""
+def make_pairs() -> list[tuple[Example, Example]]:
+    """Queries and documents of noise, as a processor makes them."""
     random = np.random.default_rng(0)
     images = [Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(PAIRS)]
-    sizes, layout = qwen2_5_vl.Images(SIDE * SIDE, SIDE * SIDE), model_config(config).architecture.layout
+    sizes = qwen2_5_vl.Images(SIDE * SIDE, SIDE * SIDE)
+
+    def tokens(count: int) -> np.ndarray:
+        return random.integers(IMAGE_TOKEN + 1, VOCABULARY, count).astype(np.int32)
 
     def query() -> Example:
-        tokens = random.integers(IMAGE_TOKEN + 1, VOCABULARY, QUERY_TOKENS).astype(np.int32)
         visual = np.full(QUERY_TOKENS, -1, np.int32)
-        return Example(tokens, {"positions": rope_positions(QUERY_TOKENS, 0, None), "visual_index": visual}, {})
+        return Example(tokens(QUERY_TOKENS), rope_positions(QUERY_TOKENS, 0, None), visual, {}, np.zeros(0, bool))
 
-    def candidate(image: Image.Image) -> Example:
-        patches = patchify(image, sizes)
-        tokens = random.integers(IMAGE_TOKEN + 1, VOCABULARY, CANDIDATE_TOKENS).astype(np.int32)
-        visual = np.full(CANDIDATE_TOKENS, -1, np.int32)
-        units = slice(4, 4 + len(patches.raster))
-        tokens[units], visual[units] = IMAGE_TOKEN, patches.raster
-        positions = rope_positions(CANDIDATE_TOKENS, units.start, patches.grid)
-        return Example(tokens, {"positions": positions, "visual_index": visual}, patches.arrays)
+    def document(image: Image.Image) -> Example:
+        grid = sizes.grid(*image.size, None, None, "image")
+        patches, positions = (x.reshape(-1, x.shape[-1]) for x in to_units(image, grid, sizes))
+        units = slice(4, 4 + grid.rows * grid.columns)
+        prompt, visual = tokens(DOCUMENT_TOKENS), np.full(DOCUMENT_TOKENS, -1, np.int32)
+        prompt[units], visual[units] = IMAGE_TOKEN, np.arange(grid.rows * grid.columns)
+        arrays = {"patches": patches, "patch_positions": positions, "windows": np.zeros(len(patches), np.int32)}
+        is_patch = np.ones(len(patches), bool)
+        return Example(prompt, rope_positions(DOCUMENT_TOKENS, units.start, (grid.rows, grid.columns)), visual, arrays, is_patch)
 
-    def side(examples: list[Example], shape: ShapeClass) -> dict:
-        group = {key: x[None] for key, x in collate(examples, shape, layout).items()}
-        return {"groups": (group,), "order": np.arange(PAIRS, dtype=np.int32)}
+    return [(query(), document(image)) for image in images]
 
-    queries = side([query() for _ in range(PAIRS)], ShapeClass(QUERY_TOKENS, 0))
-    candidates = side([candidate(image) for image in images], ShapeClass(CANDIDATE_TOKENS, 64))
-    no_negatives, one_source = np.ones((PAIRS, 0), bool), np.zeros(PAIRS, np.int32)
-    return {"query": queries, "candidate": candidates, "negative_mask": no_negatives, "source": one_source}
+
+def make_batch(config, pairs: list[tuple[Example, Example]]) -> TrainingBatch:
+    """The pairs as a step's batch: a document and its query in a row."""
+    row, vectors = Size(DOCUMENT_TOKENS + 80 + QUERY_TOKENS + 16, 64, 80), np.arange(PAIRS, dtype=np.int32) * 80
+    items = [[RowItem(document, 80, 64), RowItem(query, 16, 16)] for query, document in pairs]
+    rows = collate(items, row, model_config(config).architecture.layout).map(lambda x: x[None])
+    no_negatives, source = np.ones((PAIRS, 0), bool), np.zeros(PAIRS, np.int32)
+    return TrainingBatch(rows, vectors + 64, vectors, no_negatives, source)
 
 
 class Ours:
     """The state of our side."""
 
-    def __init__(self, trainer: Trainer, parameters: dict, batch: dict):
-        self.trainer, self.batch = trainer, put_batch(batch, trainer.mesh)
+    def __init__(self, trainer: Trainer, parameters: dict, batch: TrainingBatch):
+        self.trainer, self.batch = trainer, put(batch, trainer.mesh)
         self.state = trainer.init(parameters)
 
     def step(self) -> float:
@@ -173,8 +182,6 @@ def matmul_rate(size: int = 2048) -> float:
 
 def profile(config, ours: Ours) -> None:
     """Where our step's time goes: forward and backward of its parts, each jitted alone."""
-    from metaembed_jax.training.step import encode
-
     graph, _, _ = abstract_network(model_config(config))
     parameters, batch = ours.state.parameters, ours.batch
     random = np.random.default_rng(0)
@@ -183,17 +190,12 @@ def profile(config, ours: Ours) -> None:
         x = random.standard_normal(shape, np.float32)
         return jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True))
 
-    def side(name, budget):
-        def weighted_sum(parameters, weights):
-            vectors = encode(lambda key: nnx.merge(graph, parameters), batch[name], name, budget, jax.random.key(0), "float32")
-            return (vectors * weights).sum()
-
-        function = jax.jit(jax.grad(weighted_sum))
-        return function, parameters, unit(PAIRS, budget, 256)
+    def weighted_sum(parameters, weights):
+        vectors = nnx.merge(graph, parameters)(jax.tree.map(lambda x: x[0], batch.rows))
+        return (vectors * weights).sum()
 
     parts = {
-        "queries (24 + 16 rows)": side("query", 16),
-        "candidates (image, 28 + 80 rows)": side("candidate", 64),
+        "rows (image, 28 + 80 and 24 + 16 tokens)": (jax.jit(jax.grad(weighted_sum)), parameters, unit(PAIRS, 80, 256)),
         "loss": (jax.jit(jax.grad(lambda q, c: matryoshka_loss(q, c)[0], (0, 1))), unit(PAIRS, 16, 256), unit(PAIRS, 64, 256)),
     }
     print("our step by part, forward and backward, ms:")
