@@ -53,12 +53,21 @@ class Linear(nnx.Module):
         self.lora = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = product(x, self.kernel[...].astype(x.dtype))
         if self.kernel_scale is not None:
             y = (y.astype(jnp.float32) * self.kernel_scale[...]).astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y if self.lora is None else y + self.lora(x)
+
+
+def product(x: Float[Array, "... inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "... outputs"]:
+    """x @ kernel, as a product of two matrices.
+
+    The gradient of the kernel then sums over one axis. Where it sums over several, XLA for CPUs first writes a transposed copy of
+    the output's gradient: forward and backward of a gated MLP, 4736 x 256 x 768, took 303 ms, and 223 so.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def store_int8(network: nnx.Module) -> None:

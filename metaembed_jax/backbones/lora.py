@@ -16,7 +16,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from metaembed_jax.backbones.layers import Linear, param
+from metaembed_jax.backbones.layers import Linear, param, product
 from metaembed_jax.errors import UserError
 
 
@@ -60,7 +60,7 @@ class Lora(nnx.Module):
         if self.key is not None:
             mask = dropout_mask(self.key[...], self.items[...], 1 - self.dropout, x.shape)
             x, scale = jnp.where(mask, x, 0), scale / (1 - self.dropout)
-        return (x @ self.a[...].astype(x.dtype) * scale) @ self.b[...].astype(x.dtype)
+        return product(product(x, self.a[...].astype(x.dtype)) * scale, self.b[...].astype(x.dtype))
 
 
 def dropout_mask(key: UInt32[Array, "2"], items_B: Int[Array, "B"], share: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:

@@ -12,7 +12,7 @@ class QwenConfig(FamilyConfig):
     """A base for the families' own."""
 
     unset_pixels = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
-    default_row = (1664, 4608)
+    default_row = (2432, 8192)
 
     def with_preprocessor(self, preprocessor: dict, place: Path) -> Self:
         """With the mean and standard deviation of pixels that a preprocessor_config.json has.
