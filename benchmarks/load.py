@@ -139,7 +139,7 @@ def ours(directory: Path) -> None:
     load, peak = time.perf_counter() - start, peak_memory()
     np.save(directory / "meta_tokens.npy", model.meta_tokens)
     start = time.perf_counter()
-    vectors = {"text": model.encode_query([TEXT], batch_size=1)[0], "page": model.encode_document([page()], batch_size=1)[0]}
+    vectors = {"text": model.encode_query([TEXT])[0], "page": model.encode_document([page()])[0]}
     record(directory, "metaembed_jax", vectors, load=load, encode=time.perf_counter() - start, peak=peak)
 
 

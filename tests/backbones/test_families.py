@@ -19,9 +19,8 @@ from metaembed_jax.checkpoints.loading import base_architecture, run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.config import default_config, model_config
 from metaembed_jax.data.pipeline import training_batches
-from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.examples import ShapeClass
 from metaembed_jax.encoding.reading import as_item
+from metaembed_jax.errors import UserError
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_network
 from metaembed_jax.planning.compiling import compile_program
@@ -33,6 +32,7 @@ from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import encode, make_trainer, put_batch
 from tests.backbones.families import record
 from tests.checkpoints.runs import save_noise
+from tests.encoding.small_rows import with_small_rows
 from tests.planning.tracing import traced_flops
 from tests.products import equations, products, rounded, rounded_in_kernels
 
@@ -57,8 +57,8 @@ def ours(case):
 
 def vectors(case, directory):
     model = MetaEmbed.from_pretrained(directory, dtype="float32", mesh=make_mesh(devices=jax.devices()[:1]))
-    queries = model.encode_query(case.record.queries, batch_size=ROWS)
-    return {"query": queries, "candidate": model.encode_document(case.record.candidates, batch_size=ROWS)}
+    model = with_small_rows(model, case.record.tokens + 80, case.record.patches)
+    return {"query": model.encode_query(case.record.queries), "candidate": model.encode_document(case.record.candidates)}
 
 
 def assert_same(found, expected, tolerance):
@@ -114,7 +114,7 @@ def test_the_model_card_says_how_to_compute_them(case, tmp_path):
     program = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     known = {"DIRECTORY": str(tmp_path / "out")}
     exec(program, known)
-    model = MetaEmbed.from_pretrained(tmp_path / "out", dtype="float32")
+    model = with_small_rows(MetaEmbed.from_pretrained(tmp_path / "out", dtype="float32"))
     np.testing.assert_allclose(known["vectors"].detach().numpy(), model.encode_query(["a red car"]), atol=1e-4)
 
 
@@ -152,11 +152,8 @@ def test_sentence_transformers_computes_them_or_is_refused(case, ours, tmp_path)
 
 
 def test_eight_devices_give_what_one_gives(case, ours):
-    """Texts and images in one batch."""
     model = MetaEmbed.from_pretrained(case.directory, dtype="float32", mesh=make_mesh(2, 2, 2))
-    examples = [model.processor.candidate(as_item(item)) for item in case.record.candidates]
-    shape, rows = ShapeClass(case.record.tokens, case.record.patches), 4 * -(-len(examples) // 4)
-    found = model._encode_batch(examples, shape, "candidate", 64, rows)[: len(examples)]
+    found = with_small_rows(model, case.record.tokens + 80, case.record.patches).encode_document(case.record.candidates)
     np.testing.assert_allclose(found, ours["candidate"], atol=1e-5)
 
 

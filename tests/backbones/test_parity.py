@@ -1,4 +1,7 @@
-"""The public API on directories saved by transformers, against transformers' own forward pass, on unit vectors: every family."""
+"""The public API on directories saved by transformers, against transformers' own forward pass, on unit vectors: every family.
+
+Rows hold two of the largest items and more of the others.
+"""
 
 import importlib
 
@@ -8,9 +11,9 @@ import pytest
 
 import metaembed_jax as me
 from metaembed_jax.backbones import FAMILIES
-from metaembed_jax.inputs.examples import ShapeClass
 from metaembed_jax.encoding.reading import as_item
 from metaembed_jax.sharding import make_mesh
+from tests.encoding.small_rows import with_small_rows
 
 TOLERANCE = dict(rtol=0, atol=1e-5)  # float32 leaves 2e-6 at most
 REFERENCES = {package: importlib.import_module(f"tests.backbones.{package}.reference") for package in FAMILIES.values()}
@@ -27,7 +30,10 @@ def case(request, tmp_path_factory):
     expected = reference.reference(name, tmp_path_factory.mktemp("references"))
     model = me.MetaEmbed.from_pretrained(expected.directory, dtype="float32", mesh=make_mesh(devices=jax.devices()[:1]))
     model.parameters["meta_tokens"] = jax.device_put(expected.meta_tokens, model.parameters["meta_tokens"].sharding)
-    return model, expected, {"query": reference.QUERIES, "candidate": reference.CANDIDATES}
+    items = {"query": reference.QUERIES, "candidate": reference.CANDIDATES}
+    sizes = np.array([model.processor.size(as_item(item), side)[:2] for side in SIDES for item in items[side]])
+    tokens, patches = sizes.max(axis=0).tolist()
+    return with_small_rows(model, 2 * tokens + 80, 2 * patches), expected, items
 
 
 all_cases = pytest.mark.parametrize("case", CASES, indirect=True, ids="-".join)
@@ -42,20 +48,8 @@ def encode(model, side, items, **keywords):
 def test_vectors_equal_transformers(case):
     model, expected, items = case
     for side in SIDES:
-        found = encode(model, side, items[side], batch_size=len(items[side]))
+        found = encode(model, side, items[side])
         np.testing.assert_allclose(found, getattr(expected, side), **TOLERANCE)
-
-
-@all_cases
-def test_one_batch_of_images_and_texts_equals_transformers(case):
-    """The API encodes texts without the vision tower; here one batch holds both, as a training batch may, and room for more."""
-    model, expected, items = case
-    for side in SIDES:
-        examples = [getattr(model.processor, side)(as_item(item)) for item in items[side]]
-        tokens, patches = max(len(one.tokens) for one in examples), max(one.patches for one in examples)
-        shape = ShapeClass(tokens + 3, patches + model.config.architecture.patch_multiple)
-        vectors = model._encode_batch(examples, shape, side, model.config.vectors(side), len(examples))
-        np.testing.assert_allclose(vectors, getattr(expected, side), **TOLERANCE)
 
 
 @all_cases
@@ -75,7 +69,7 @@ def test_a_budget_is_a_prefix(case):
     model, expected, items = case
     for side, budget in zip(SIDES, (3, 5), strict=True):
         row = next(row for row, item in enumerate(items[side]) if isinstance(item, dict))
-        found = encode(model, side, [items[side][row]], budget=budget, batch_size=1)[0]
+        found = encode(model, side, [items[side][row]], budget=budget)[0]
         np.testing.assert_allclose(found, getattr(expected, side)[row, :budget], **TOLERANCE)
 
 
@@ -90,7 +84,7 @@ def test_texts_alone_never_run_the_tower(case, monkeypatch):
 
     monkeypatch.setattr(network.VisionTower, "__call__", run)
     texts = [row for row, item in enumerate(items["query"]) if isinstance(item, str)]
-    found = fresh.encode_query([items["query"][row] for row in texts], batch_size=3)
+    found = fresh.encode_query([items["query"][row] for row in texts])
     np.testing.assert_allclose(found, expected.query[texts], **TOLERANCE)
     with pytest.raises(AssertionError, match="the tower runs"):
-        fresh.encode_query([item for item in items["query"] if isinstance(item, dict)], batch_size=3)
+        fresh.encode_query([item for item in items["query"] if isinstance(item, dict)])

@@ -100,7 +100,7 @@ def test_sentence_transformers_computes_the_same_vectors_and_scores(run, ours, t
     module = pytest.importorskip("sentence_transformers")
     export(run[name], tmp_path / "out", "sentence-transformers")
     model = module.MultiVectorEncoder(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
-    queries, documents = model.encode_query(ITEMS, batch_size=4), model.encode_document(ITEMS, batch_size=4)
+    queries, documents = model.encode_query(ITEMS), model.encode_document(ITEMS)
     np.testing.assert_allclose(np.stack(queries), ours[name]["query"], atol=1e-4)
     np.testing.assert_allclose(np.stack(documents), ours[name]["candidate"], atol=1e-4)
     scores = MetaEmbed.from_pretrained(run[name]).similarity(ours[name]["query"], ours[name]["candidate"])
