@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from metaembed_jax.data import sources
 from metaembed_jax.data.sources import described, records, writing
+from metaembed_jax.errors import UserError
 from metaembed_jax.files import locked
 from metaembed_jax.inputs.images import open_image
 from tests.data.described_files import prepare_pairs
@@ -134,3 +135,12 @@ def test_the_summary_names_the_largest(prepared):
         f"{len(shapes)} images, the largest {width}x{height}; {len(texts)} texts, the longest of {max(map(len, texts))} characters"
     )
     assert sources.summary("mine", prepared) == expected
+
+
+def test_a_source_of_few_rows_has_empty_splits(tmp_path):
+    (tmp_path / "few.jsonl").write_text('{"query": "a", "positive": "b"}\n' * 3)
+    sources.prepare_from("pairs", tmp_path / "few.jsonl", tmp_path / "out", 0, 0)
+    train, validation, _ = records.open_splits(tmp_path / "out" / "few", writing.VERSION)
+    assert len(train) == 3 and len(validation) == 0 and not list(validation)
+    with pytest.raises(UserError, match="source 'few' has no validation pairs"):
+        sources.retrieval("few", tmp_path / "out", "validation")

@@ -81,7 +81,9 @@ class Records(Sequence):
     def __init__(self, builder_dir: str | Path, split: str, about: dict):
         self.about, self.folder, self.split = about, Path(builder_dir), split
         builder = tfds.builder_from_directory(str(builder_dir))
-        self.raw = builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
+        # array_record refuses to open no files, which are those of an empty split.
+        is_empty = not builder.info.splits[split].num_examples
+        self.raw = () if is_empty else builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
         self._descriptions = None
 
     def __len__(self) -> int:
