@@ -23,7 +23,7 @@ from metaembed_jax.data.sources.files import ImageFolder, read_image_file
 from metaembed_jax.data.sources.tables import Table, new_id, open_table
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
-from metaembed_jax.inputs.images import open_image
+from metaembed_jax.inputs.images import image_size, open_image
 
 IMAGES = frozenset(".avif .bmp .gif .jpeg .jpg .png .tif .tiff .webp".split())  # of those with several pictures, the first one
 TABLES = frozenset((".jsonl", ".parquet"))
@@ -103,6 +103,11 @@ class FolderDocuments(Documents):
         file, page = self._find(number)
         name = file.relative_to(self.root).as_posix()
         return {"id": f"{name}#page={page}" if page else name, "path": str(file), "page": page, "text": None}
+
+    def described(self, number: int) -> dict:
+        """The document with (width, height) in place of its image, which is not decoded."""
+        file, page = self._find(number)
+        return {"image": self.reader.size(file, page) if page else image_size(file, str(file))}
 
     def _item(self, number: int) -> dict:
         file, page = self._find(number)

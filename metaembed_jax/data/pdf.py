@@ -53,6 +53,23 @@ class PdfReader:
                 raise UserError(f"{name}: cannot be drawn ({' '.join(str(error).split())}); repair or remove it") from error
         return image
 
+    def size(self, file: Path, number: int) -> tuple[int, int]:
+        """(width, height) of the image that `page` draws, without drawing it.
+
+        Raises:
+          UserError: as `page`.
+        """
+        name = f"{file}, page {number}"
+        with _alone:
+            try:
+                width, height = self._open(file).get_page_size(number - 1)
+            except UserError:
+                raise
+            except Exception as error:  # the library has errors of several kinds
+                raise UserError(f"{name}: cannot be read ({' '.join(str(error).split())}); repair or remove it") from error
+        scale = _scale(width, height, name)
+        return math.ceil(width * scale), math.ceil(height * scale)
+
     def _open(self, file: Path):
         key = os.getpid(), file  # a forked process shares its parent's place in the file
         if self._opened is None or self._opened[0] != key:

@@ -266,3 +266,16 @@ def test_bad_tables(tmp_path, rows, message):
     write_pairs(tmp_path / "items.jsonl", rows)
     with pytest.raises(UserError, match=message):
         list(open_documents(tmp_path / "items.jsonl"))
+
+
+def test_a_folder_describes_its_images_and_pages(tmp_path):
+    import pypdfium2
+
+    document = pypdfium2.PdfDocument.new()
+    for size in ((595.3, 841.9), (100, 37.2), (841.9, 595.3)):
+        document.new_page(*size).set_rotation(90)
+    document.save(tmp_path / "a.pdf")
+    Image.new("RGB", (30, 20)).save(tmp_path / "b.png")
+    documents = open_documents(tmp_path)
+    assert len(documents) == 4
+    assert [documents.described(n)["image"] for n in range(4)] == [documents[n]["image"].size for n in range(4)]
