@@ -1,5 +1,6 @@
 """What every family does: strict loading, export to stock transformers and back, any mesh, adapters, FLOPs, the TPU's compiler."""
 
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -13,12 +14,16 @@ from safetensors.numpy import load_file, save_file
 
 from metaembed_jax.backbones import FAMILIES, family
 from metaembed_jax.backbones.lora import dropout_keys, dropout_of
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.training import StepShape, put
 from metaembed_jax.checkpoints.export import export
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture, run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
-from metaembed_jax.config import default_config, model_config
+from metaembed_jax.config import default_config, model_config, row_limits
+from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import training_batches
+from metaembed_jax.data.planned import plan_rows
 from metaembed_jax.encoding.reading import as_item
 from metaembed_jax.errors import UserError
 from metaembed_jax.model import MetaEmbed
@@ -28,15 +33,14 @@ from metaembed_jax.planning.flops import train_flops
 from metaembed_jax.planning.programs import encode_program, train_program
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.loop import train
+from metaembed_jax.training.microbatches import encode
 from metaembed_jax.training.start import find_start, initial_state
-from metaembed_jax.training.step import encode, make_trainer, put_batch
+from metaembed_jax.training.step import make_trainer
 from tests.backbones.families import record
 from tests.checkpoints.runs import save_noise
 from tests.encoding.small_rows import with_small_rows
 from tests.planning.tracing import traced_flops
 from tests.products import equations, products, rounded, rounded_in_kernels
-
-ROWS = 8  # of a batch
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -163,11 +167,18 @@ def training_config(case, patches):
     config.init_from, config.dtype, config.trained = str(case.directory), "float32", found.lora
     config.lora.rank, config.lora.dropout = 4, 0.0
     config.data.sources = (("noise", 1.0, 0),)
-    config.data.query_shapes, config.data.candidate_shapes = ((found.tokens, 0),), ((found.tokens, patches),)
+    config.row = found.tokens + 80, patches
     config.data.min_pixels, config.data.max_pixels = found.pixels
-    config.batch_size, config.microbatch_size, config.steps = 8, 8, 3
+    config.batch_size, config.steps = 8, 3
     config.optimizer.warmup_steps, config.optimizer.learning_rate, config.temperature = 0, 1e-4, 0.15
     return config
+
+
+def batches_of(config, tokenizer, records, shards=1):
+    """The batches of a run on one source."""
+    items = run_items(config, run_processor(config, tokenizer), [records])
+    shape = plan_rows(items, row_limits(config)).shape(config.microbatch_rows, shards)
+    return training_batches(items, shape, model_config(config).architecture.layout)
 
 
 def test_three_steps_train_every_adapter_and_nothing_else(case, tmp_path):
@@ -179,10 +190,9 @@ def test_three_steps_train_every_adapter_and_nothing_else(case, tmp_path):
     frozen = jax.device_get(state.frozen)
     candidates = map(as_item, found.candidates)
     records = [{"query": {"text": f"number {number}"}, "positive": item} for number, item in enumerate(candidates)]
-    processor = run_processor(config, start.tokenizer)
-    dataset, losses = training_batches(config, model_config(config).architecture, processor, [records]), []
+    dataset, losses = batches_of(config, start.tokenizer, records), []
     for step in range(config.steps):
-        state, figures = trainer.step(state, put_batch(dataset[step], trainer.mesh))
+        state, figures = trainer.step(state, put(dataset[step], trainer.mesh))
         losses.append(float(figures["loss"]))
     assert losses[-1] < losses[0]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.frozen), frozen)
@@ -192,12 +202,12 @@ def test_three_steps_train_every_adapter_and_nothing_else(case, tmp_path):
         assert np.abs(b).reshape(len(b), -1).max(axis=1).min() > 0, path
 
 
-def test_dropout_belongs_to_an_item_wherever_it_is(case):
-    """With an adapter on every kernel: in two microbatches, and in another order, so that items change microbatch and row."""
+def test_dropout_belongs_to_a_row_wherever_it_is(case):
+    """With an adapter on every kernel: in two microbatches, and in another order, so that rows change microbatch and place."""
     config = training_config(case, case.record.patches)
     start = find_start(config)
     config.trained, config.lora.dropout = (("*", "full"), ("backbone.*.kernel", "lora")), 0.5
-    config.microbatch_size, config.unroll_layers = 4, 1
+    config.microbatch_rows, config.unroll_layers = 4, 1
     graph, shapes, abstract = abstract_network(model_config(config, training=True))
     noise = np.random.default_rng(0)
     flat = flatten_dict(nnx.to_pure_dict(shapes), sep=".")
@@ -205,21 +215,21 @@ def test_dropout_belongs_to_an_item_wherever_it_is(case):
     keys = dropout_keys(nnx.to_pure_dict(abstract), jax.random.key(0))
 
     @jax.jit
-    def encoded(parameters, side):
+    def encoded(parameters, rows):
         tree = unflatten_dict(parameters, sep=".")
-        return encode(lambda items: nnx.merge(graph, tree, dropout_of(keys, items)), side, "candidate", 4, "float32")
+        return encode(lambda row: nnx.merge(graph, tree, dropout_of(keys, row)), rows, "everything", "float32")
 
     records = [{"query": {"text": "x"}, "positive": as_item(item)} for item in case.record.candidates]
-    dataset = training_batches(config, model_config(config).architecture, run_processor(config, start.tokenizer), [records])
-    side = dataset[0]["candidate"]
-    (rows,) = side["groups"]
-    order = np.random.default_rng(1).permutation(ROWS)
-    mixed = {key: x.reshape(ROWS, *x.shape[2:])[order].reshape(x.shape) for key, x in rows.items()}
-    expected = encoded(parameters, side)
-    found = encoded(parameters, {"groups": (mixed,), "order": np.argsort(order)[side["order"]]})
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    others = encoded(parameters, side | {"groups": (rows | {"item": rows["item"] + 1},)})
-    assert (np.abs(others - expected).max(axis=(1, 2)) > 1e-3).all()
+    rows = batches_of(config, start.tokenizer, records)[0].rows
+    count = rows.tokens.shape[0] * rows.tokens.shape[1]
+    assert len(rows.tokens) > 1
+    order = np.random.default_rng(1).permutation(count)
+    is_read = (rows.reads > 0).reshape(count, -1)
+    expected = encoded(parameters, rows)
+    mixed = encoded(parameters, rows.map(lambda x: x.reshape(count, *x.shape[2:])[order].reshape(x.shape)))
+    np.testing.assert_allclose(mixed[np.argsort(order)][is_read], expected[is_read], atol=1e-5)
+    others = encoded(parameters, dataclasses.replace(rows, row=rows.row + 1))
+    assert (np.abs(others - expected).max(axis=2)[is_read] > 1e-3).all()
 
 
 @pytest.mark.parametrize(
@@ -231,14 +241,15 @@ def test_flops_equal_what_jax_traces(case, trained, recompute, microbatch):
     find_start(config)
     tables = {"lora": case.record.lora, "full": (("*", "full"),), "meta_tokens": (("meta_tokens", "full"),)}
     config.trained, config.recompute, config.microbatch_rows = tables[trained], recompute, microbatch
-    assert sum(train_flops(config)) == pytest.approx(traced_flops(config), rel=1e-9)  # shares are not exact
+    shape = StepShape(Size(*config.row, 128), 2 if microbatch else 1, microbatch or 3)
+    assert sum(train_flops(config, shape)) == pytest.approx(traced_flops(config, shape), rel=1e-9)  # shares are not exact
 
 
 def test_no_chip_rounds_a_float32_product(case):
     """In a step that trains adapters, and a kernel with Muon, and in encoding."""
     config = training_config(case, case.record.patches)
     config.trained = (*case.record.lora, ("backbone.vision.patch_embedding.kernel", "full"))
-    config.optimizer.algorithm, config.microbatch_size = "muon", 4
+    config.optimizer.algorithm, config.microbatch_rows = "muon", 4
     find_start(config)
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
