@@ -34,6 +34,6 @@ def get_config(arg=None):
             ),
         )
     config.data.max_pixels = (3 * 512) ** 2
-    config.microbatch_rows, config.recompute, config.mesh.fsdp = 2, "everything", 1
+    config.microbatch_rows, config.recompute, config.mesh.fsdp = 1, "everything", 1
     config.row = ()  # the family's
     return config
