@@ -52,7 +52,9 @@ def test_pixels_stay_in_the_hosts_memory(plan):
     """Two batches of them; a microbatch at a time goes to the devices, and nothing copies them all."""
     pixels = plan.rows["rows"] // 4 * 256 * 588
     assert plan.host_bytes == 2 * pixels
-    assert 0 < plan.memory["batch"] < pixels and not any("u8[" in item.what and item.bytes > pixels / 2 for item in plan.temporaries)
+    assert 0 < plan.memory["batch"] < pixels and not any(
+        "u8[" in item.what and item.bytes > pixels / 2 for item in plan.temporaries
+    )
 
 
 def test_flops(plan):
