@@ -49,7 +49,7 @@ def get_config(arg=None):
                 max_num_tiles=4,
             ),
         )
-    config.row = (512, 12800)  # two images
+    config.row, config.recompute, config.microbatch_rows = (512, 12800), "everything", 16  # two images a row
     if arg != "full":
         config.trained = LORA
     return config

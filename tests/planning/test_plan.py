@@ -67,7 +67,7 @@ def test_flops(plan):
 
 def test_collectives(plan):
     """Weights, adapters' gradients and vectors cross the links, and no activations: a gather of those would be far more."""
-    wanted = {"all-gather": 4.84e6, "all-reduce": 4.0e6, "reduce-scatter": 9.8e4, "all-to-all": 2.9e4}
+    wanted = {"all-gather": 3.19e6, "all-reduce": 1.95e6, "reduce-scatter": 9.8e4, "all-to-all": 9.8e4}
     assert plan.ici_bytes == pytest.approx(wanted, rel=0.2)
     assert all(item.op_name for item in plan.collectives) and len(plan.collectives) == len(plan.temporaries) == 5
 
