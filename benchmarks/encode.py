@@ -63,7 +63,7 @@ def qwen() -> tuple:
     with tempfile.TemporaryDirectory() as scratch:
         texts, file = ["a photo of a cat"] * 100, Path(scratch) / "tokenizer.json"
         vocabulary = tokenizer.train(texts, file, family(network.backbone), vocabulary=700)
-    limits = Limits(*architecture.default_row, 512, 16, 80)
+    limits = Limits(*architecture.default_row(images), 512, 16, 80)
     return network, family(network.backbone).Processor(vocabulary, images, limits)
 
 

@@ -239,11 +239,13 @@ def row_limits(config: ConfigDict) -> Limits:
       UserError: the row has no room for Meta Tokens, or its patches are not whole images of the family.
     """
     network, (query_vectors, document_vectors) = model_config(config), largest_budgets(config)
-    tokens, patches = config.row or network.architecture.default_row
+    architecture = network.architecture
+    images = family(config.backbone).Images.from_run(config.data, architecture, None)
+    tokens, patches = config.row or architecture.default_row(images)
     meta = [network.meta_tokens("query", query_vectors), network.meta_tokens("candidate", document_vectors)]
     if tokens <= max(meta):
         raise UserError(f"config.row={(tokens, patches)}: {max(meta)} of its tokens are Meta Tokens; expected more tokens")
-    if patches % (multiple := network.architecture.layout.multiple):
+    if patches % (multiple := architecture.layout.multiple):
         raise UserError(f"config.row={(tokens, patches)}: expected a multiple of {multiple} patches, as images of this model have")
     return Limits(tokens, patches, config.data.max_text_tokens, *meta)
 

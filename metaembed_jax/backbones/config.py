@@ -17,7 +17,6 @@ class FamilyConfig:
     """
 
     title: ClassVar[str]
-    default_row: ClassVar[tuple[int, int]]  # tokens and patches of a packed row, where nothing else is asked for
     unset_pixels: ClassVar[dict] = {"image_mean": HALF, "image_std": HALF}  # of transformers' class, where a preprocessor sets none
 
     @classmethod
@@ -30,6 +29,14 @@ class FamilyConfig:
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
         given = {"text_config": text, "vision_config": vision}
         return cls(**{name: pick(kinds[name], values, name, cls.title) for name, values in given.items()})
+
+    def default_row(self, images: object) -> tuple[int, int]:
+        """A family's own: tokens and patches of a packed row, where nothing else is asked for.
+
+        Args:
+          images: how images become patches: the family's `Images`.
+        """
+        raise NotImplementedError
 
     @property
     def width(self) -> int:

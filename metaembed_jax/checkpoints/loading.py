@@ -181,7 +181,7 @@ def _load_huggingface(
     config = ModelConfig(backbone, architecture, dtype=dtype, **known)
     images = family(backbone).Images.from_preprocessor(preprocessor, architecture, max_visual_tokens)
     meta = (config.meta_tokens(side, config.vectors(side)) for side in SIDES)
-    limits = Limits(*architecture.default_row, default_config().data.max_text_tokens, *meta)
+    limits = Limits(*architecture.default_row(images), default_config().data.max_text_tokens, *meta)
     processor = _processor(directory / "tokenizer.json", images, config, limits)
 
     abstract = abstract_parameters(config, mesh)

@@ -136,7 +136,7 @@ class Encoder:
         """Tokens and patches of a row: the same for every budget, within which the processor keeps an item."""
         limits = self._processor.limits
         if limits is None:
-            return self._config.architecture.default_row
+            return self._config.architecture.default_row(self._processor.images)
         meta = self._config.meta_tokens(side, self._config.vectors(side))
         return max(limits.tokens, limits.prompt(side) + meta), limits.patches
 

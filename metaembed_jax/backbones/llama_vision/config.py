@@ -134,8 +134,7 @@ class Config(FamilyConfig):
         """Rows of the embedding table."""
         return self.text_config.vocab_size + MORE_ROWS
 
-    @property
-    def default_row(self) -> tuple[int, int]:
+    def default_row(self, images: object) -> tuple[int, int]:
         """Tokens and patches of a packed row."""
         tokens, images = DEFAULT_ROW
         return tokens, images * self.vision_config.image_patches

@@ -117,8 +117,7 @@ class Config(FamilyConfig):
             "image_token_index": token_ids[IMAGE_TOKEN],
         }
 
-    @property
-    def default_row(self) -> tuple[int, int]:
+    def default_row(self, images: object) -> tuple[int, int]:
         """Two images with usual texts and their Meta Tokens, or one with the longest text, in tokens and patches.
 
         Of 448 pixels: (2432, 2048). The recipe's items fill 97 % of the tokens, and all patches; of rows of one image, 84 %.

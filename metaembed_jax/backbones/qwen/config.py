@@ -5,14 +5,26 @@ from typing import Self
 
 from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD, FamilyConfig
 from metaembed_jax.backbones.fields import check_depth, check_heads, check_key_value_heads, check_sizes
+from metaembed_jax.backbones.qwen.images import Images
 from metaembed_jax.errors import UserError
+
+WORDS = 192  # tokens of a row for the text and the Meta Tokens beside an image
+SMALLEST_ROW = 640  # holds a text of 512 tokens with its prompt and Meta Tokens
 
 
 class QwenConfig(FamilyConfig):
     """A base for the families' own."""
 
     unset_pixels = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
-    default_row = (2432, 8192)
+
+    def default_row(self, images: Images) -> tuple[int, int]:
+        """Two of the largest images, with a text each. As released: (2432, 8192).
+
+        The recipe's mixture fills 98 % of the tokens of such rows and 97 % of the patches; of rows of one image, 74 and 89 %.
+        """
+        units = images.max_pixels // images.unit_size**2
+        tokens, patches = max(2 * (units + WORDS), SMALLEST_ROW), 2 * units * self.layout.unit
+        return tokens + -tokens % 128, patches + -patches % self.layout.multiple
 
     def with_preprocessor(self, preprocessor: dict, place: Path) -> Self:
         """With the mean and standard deviation of pixels that a preprocessor_config.json has.

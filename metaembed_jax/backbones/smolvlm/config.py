@@ -124,8 +124,7 @@ class Config(FamilyConfig):
             "pad_token_id": token_ids[PAD],
         }
 
-    @property
-    def default_row(self) -> tuple[int, int]:
+    def default_row(self, images: object) -> tuple[int, int]:
         """Two images of three tiles on a side, and a tile more, with their texts and Meta Tokens, in tokens and patches.
 
         As released: (1920, 21504). An image of the recipe takes 7 or 10 tiles, and they fill 96 % of 21; of rows of 10, 92 %.

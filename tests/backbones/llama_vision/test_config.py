@@ -63,7 +63,7 @@ def written(config):
 
 def test_the_layout_of_the_released_checkpoints_is_read():
     config = Config.from_huggingface(RELEASED)
-    assert (config.width, config.vocabulary, config.layout.multiple, config.default_row) == (4096, 128264, 6400, (640, 12800))
+    assert (config.width, config.vocabulary, config.layout.multiple, config.default_row(None)) == (4096, 128264, 6400, (640, 12800))
     assert config.text_config.factor == 8 and config.text_config.rope_theta == 500000
     assert config == Config.from_huggingface(written(config))
 

@@ -25,7 +25,7 @@ PALIGEMMA_448 = json.loads("""{
 def test_the_released_config():
     config = Config.from_huggingface(PALIGEMMA_448)
     assert (config.text_config.head_dim, config.layout.multiple, config.vocabulary) == (256, 1024, 257216)
-    assert config.default_row == (2432, 2048)
+    assert config.default_row(None) == (2432, 2048)
     assert not config.text_config.is_gemma2
 
 

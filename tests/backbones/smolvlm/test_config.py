@@ -26,7 +26,7 @@ SMOLVLM_256M = json.loads("""{
 def test_the_released_config_is_that_of_the_run():
     config = Config.from_huggingface(SMOLVLM_256M)
     assert (config.width, config.vocabulary, config.layout.multiple, config.vision_config.tile_units) == (576, 49280, 1024, 64)
-    assert config.default_row == (1920, 21 * 1024)
+    assert config.default_row(None) == (1920, 21 * 1024)
     assert config == model_config(load_config("configs/smolvlm_256m.py", {})).architecture
 
 
