@@ -156,7 +156,7 @@ def test_a_run_goes_on_with_other_microbatches_and_to_more_steps(config, finishe
         patch.setattr(loop, "_validate", lambda *_: None)
         patch.setattr(loop, "_finish", lambda *_: None)
         train(config, run)
-    changes = "microbatch_rows from 8 to 0, recompute from nothing to layers, save_every from 1 to 2"
+    changes = "recompute from 'nothing' to 'layers', microbatch_rows from 8 to 0, save_every from 1 to 2"
     assert f"going on with other settings: {changes}\n" in capsys.readouterr().out
     expected = losses(finished)
     assert list(losses(run)) == list(expected) == [1, 2, 3, 4]
