@@ -9,6 +9,7 @@ R rows, K negatives of a pair; an item's size is (tokens, patches, cut, shrunk),
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -101,17 +102,31 @@ class _Sizer:
 def _table(stored: Records, sizer: _Sizer, name: str) -> Int[np.ndarray, "R 2+K 4"]:
     """The table of a prepared source: read, or computed and written by the first process that comes."""
     file = stored.folder / f"sizes-{stored.split}-{sizer.digits(stored.about['fingerprint'])}.npy"
-    if file.is_file():
-        return np.load(file)
+    shape = (len(stored), 2 + sizer.negatives, 4)
+    if (table := _read_table(file, shape)) is not None:
+        return table
     if not os.access(stored.folder, os.W_OK):
         print(f"{stored.folder} cannot be written: the sizes of its items are computed again each time", flush=True)
         return _compute(_Job(stored, sizer, name))
     with locked(stored.folder / LOCK, f"another process computes the sizes of items in {stored.folder}; waiting for it", wait=True):
-        if not file.is_file():
+        if (table := _read_table(file, shape)) is None:
             table = _compute(_Job(stored, sizer, name))
             with replacing(file) as target:
                 np.save(target, table)
-        return np.load(file)
+        return table
+
+
+def _read_table(file: Path, shape: tuple[int, int, int]) -> Int[np.ndarray, "R 2+K 4"] | None:
+    """The table of a file, or None where it is missing or damaged."""
+    try:
+        with file.open("rb") as stored:
+            table = np.lib.format.read_array(stored)
+    except (OSError, ValueError):  # ValueError: a damaged header, or too few bytes
+        return None
+    if table.shape != shape or table.dtype != np.int32:
+        return None
+    has_pairs = (table[:, :2, TOKENS] > 0).all()  # a query and its positive have tokens; zeros are what a lost page of a disk has
+    return table if has_pairs and (table >= 0).all() else None
 
 
 class _Job(NamedTuple):

@@ -83,6 +83,20 @@ def test_a_source_without_descriptions_gets_them_once(copied, monkeypatch, capsy
     assert "mine: sizes of images: 100%" in capsys.readouterr().err
 
 
+def test_damaged_descriptions_are_written_again_or_named(copied):
+    folder, expected = copied
+    records.open_splits(folder, writing.VERSION)
+    file = described.file_of(folder / writing.VERSION, "train")
+    whole = file.read_bytes()
+    for damaged in (b"", b"garbage", whole[:-1], whole[:-30], whole + b"{}\n"):
+        file.write_bytes(damaged)
+        records.open_splits(folder, writing.VERSION)
+        assert files_of(folder) == expected
+    file.write_bytes(whole.replace(b'"positive"', b'"negative"', 1))
+    with pytest.raises(UserError, match="described-train.jsonl, line 1 is damaged; remove the file"):
+        records.open_split(folder, writing.VERSION, "train").with_descriptions().described(0)
+
+
 def test_killed_while_it_adds_descriptions_it_starts_again(copied):
     folder, expected = copied
     program = (

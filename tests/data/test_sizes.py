@@ -105,6 +105,16 @@ def test_a_table_is_computed_once_for_each_processor(source, processor, tokenize
     assert len(list(source.folder.glob("sizes-train-*.npy"))) == 6
 
 
+def test_a_damaged_table_is_computed_again(source, processor):
+    first = SourceSizes(source, processor, NEGATIVES, "mine").table
+    (file,) = source.folder.glob("sizes-train-*.npy")
+    whole = file.read_bytes()
+    for damaged in (b"", b"garbage", b"PK\x03\x04", whole[:60], whole[:-8], whole[:-200] + bytes(200)):
+        file.write_bytes(damaged)
+        np.testing.assert_array_equal(SourceSizes(source, processor, NEGATIVES, "mine").table, first)
+        assert file.read_bytes() == whole
+
+
 def test_worker_processes_and_folders_that_cannot_be_written(source, processor, monkeypatch, capsys):
     monkeypatch.setattr(sizes.os, "access", lambda *_: False)
     monkeypatch.setattr(sizes, "workers_for", lambda rows: 2)

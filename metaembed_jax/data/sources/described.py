@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from metaembed_jax.errors import UserError
 from metaembed_jax.files import locked, replacing
 from metaembed_jax.inputs.images import image_size
 from metaembed_jax.processes import map_with, workers_for
@@ -86,6 +87,11 @@ class Descriptions(Sequence):
         ends = [np.flatnonzero(self._content[first : first + SCANNED] == ord("\n")) + first for first in firsts]
         self._ends = np.concatenate([[-1], *ends])
 
+    @property
+    def is_whole(self) -> bool:
+        """The last line has its end."""
+        return self._ends[-1] + 1 == len(self._content)
+
     def __reduce__(self) -> tuple:
         return Descriptions, (self._file,)
 
@@ -93,7 +99,11 @@ class Descriptions(Sequence):
         return len(self._ends) - 1
 
     def __getitem__(self, row: int) -> dict:
-        return from_line(self._content[self._ends[row] + 1 : self._ends[row + 1]].tobytes())
+        line = self._content[self._ends[row] + 1 : self._ends[row + 1]].tobytes()
+        try:
+            return from_line(line)
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{self._file}, line {row + 1} is damaged; remove the file, and it is written again") from None
 
 
 class Undescribed(NamedTuple):
@@ -121,15 +131,24 @@ def open_or_add(split: Undescribed, file: Path) -> Descriptions | None:
     Raises:
       UserError: an image cannot be read, or the disk is full.
     """
-    if not file.is_file():
+    if (descriptions := _read(split, file)) is None:
         if not os.access(file.parent, os.W_OK):
             print(f"{file.parent} cannot be written: sizes of items are read from its records, which takes longer", flush=True)
             return None
         busy = f"another process reads the sizes of images in {file.parent}; waiting for it"
         with locked(file.parent / LOCK, busy, wait=True):
-            if not file.is_file():
+            if (descriptions := _read(split, file)) is None:
                 _write(split, file)
-    return Descriptions(file)
+                descriptions = Descriptions(file)
+    return descriptions
+
+
+def _read(split: Undescribed, file: Path) -> Descriptions | None:
+    """The descriptions in a file, or None where it is missing, or has not one line for each record."""
+    if not file.is_file():
+        return None
+    descriptions = Descriptions(file)
+    return descriptions if len(descriptions) == len(split.raw) and descriptions.is_whole else None
 
 
 def _write(split: Undescribed, file: Path) -> None:
