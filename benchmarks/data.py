@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from metaembed_jax.backbones import qwen2_5_vl
 from metaembed_jax.backbones.qwen.images import to_units
-from metaembed_jax.batch.rows import fill
+from metaembed_jax.batch.rows import filled_shares
 from metaembed_jax.config import default_config, load_config, model_config, row_limits
 from metaembed_jax.data import tokenizer
 from metaembed_jax.data.items import run_items
@@ -54,7 +54,7 @@ def main() -> None:
         shape = plan_rows(items, row_limits(config)).shape(0, 1)
         dataset = training_batches(items, shape, model_config(config).architecture.layout)
         largest = difference(encoded[0], sizes)
-        fractions = ", ".join(f"{100 * value:.0f} % of {key}" for key, value in fill(dataset[0].rows) if key != "vectors")
+        fractions = ", ".join(f"{100 * value:.0f} % of {key}" for key, value in filled_shares(dataset[0].rows) if key != "vectors")
         size = np.mean([len(one) for one in encoded]) / 1000
         print(f"{name}: {size:.0f} kB of JPEG; largest difference {largest:.1e}; rows hold {fractions}")
         for workers in arguments.workers:

@@ -171,7 +171,7 @@ def put(batch: Batch, mesh: Mesh, axis: int = 0) -> Batch:
     return batch.map(lambda x: put_rows(x, mesh, axis=axis))
 
 
-def fill(batch: Batch) -> Iterator[tuple[str, float]]:
+def filled_shares(batch: Batch) -> Iterator[tuple[str, float]]:
     """Yield the share of a batch's tokens, patches and vectors that hold something, by name."""
     yield "tokens", float(np.mean(batch.segments > 0))
     if batch.patch_segments is not None:

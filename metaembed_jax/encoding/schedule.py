@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from metaembed_jax.batch.packing import Size, least_rows, pack
 
-ROWS = (16, 4, 1)  # of a shard, in a call
+CALL_ROWS = (16, 4, 1)  # of a shard, in a call
 WINDOW = 64  # rows of a shard that items in the pool fill
 SHORTEST = 16  # tokens of a prompt that rows have vectors for: items that are all shorter leave tokens empty
 VECTORS = 16  # the number of a row's vectors is a multiple of it
@@ -81,11 +81,11 @@ class Schedule:
         self._started = True
         row = self._row()
         rows = _rows_of(self._numbers_N, pack(self._sizes_N3, row))
-        largest, first = ROWS[0] * self._shards, 0
+        largest, first = CALL_ROWS[0] * self._shards, 0
         ends = len(rows) if is_last else len(rows) // largest * largest
         self._clear(np.sort(np.array([number for items in rows[ends:] for number in items], np.int64)))
         while first < ends:
-            size = next((n * self._shards for n in ROWS if n * self._shards <= ends - first), self._shards)
+            size = next((n * self._shards for n in CALL_ROWS if n * self._shards <= ends - first), self._shards)
             yield Call(size, row, rows[first : min(first + size, ends)])
             first += size
 

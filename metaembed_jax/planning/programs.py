@@ -12,6 +12,7 @@ from metaembed_jax.batch import training
 from metaembed_jax.batch.rows import abstract
 from metaembed_jax.batch.training import StepShape, TrainingBatch, step_shape
 from metaembed_jax.config import model_config
+from metaembed_jax.encoding.schedule import CALL_ROWS
 from metaembed_jax.late_interaction.topk import top_k
 from metaembed_jax.model import make_encode
 from metaembed_jax.network import abstract_parameters
@@ -20,7 +21,6 @@ from metaembed_jax.planning.rows import typical_rows
 from metaembed_jax.sharding import batch_shards, replicated
 from metaembed_jax.training.step import make_trainer
 
-ENCODED_ROWS = 16  # of a device
 SEARCH_QUERIES, SEARCH_CANDIDATES, SEARCH_K = 32, 100_000, 10
 
 
@@ -89,10 +89,10 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Program:
 
 
 def encode_program(config: ConfigDict, mesh: Mesh) -> Program:
-    """Encoding of documents at the largest budget: `ENCODED_ROWS` rows of a device, full of items of typical sizes."""
+    """Encoding of documents at the largest budget: a full call of the encoder, of items of typical sizes."""
     network = model_config(config)
     row, typical = typical_rows(config)
-    rows = ENCODED_ROWS * batch_shards(mesh)
+    rows = CALL_ROWS[0] * batch_shards(mesh)
     parameters = abstract_parameters(network, mesh)
     batch = abstract(rows, row, network.architecture.layout, mesh)
     encode = make_encode(network, mesh)
