@@ -7,22 +7,23 @@
         .with_preprocessor(preprocessor, place)       with what preprocessor_config.json fixes: the mean and deviation of pixels
         .check()                                      refuses sizes that do not fit each other
         .width, .vocabulary                           of the language model's states; rows of its embedding table
-        .layout                                       the arrays of a batch: `inputs.examples.Layout`
-        .patch_multiple                               an image has a multiple of so many patches
+        .layout                                       the arrays of a batch that not every family has: `batch.items.Layout`
+        .default_row                                  tokens and patches of a row where a run names none
     Images                  how an image becomes patches: a frozen dataclass
         .from_preprocessor(preprocessor, config, max_visual_tokens)
         .from_run(data, config, max_visual_tokens)    from `config.data` of a run; no cap: None
         .to_preprocessor(config)                      a preprocessor_config.json that transformers reads
-    Processor(tokenizer, images)                      items to `inputs.examples.Example`s; survives pickling
-        .query(item, *, max_tokens, name), .candidate(...), .images
+    Processor(tokenizer, images, limits)              items to `batch.items.Example`s; survives pickling: `inputs.processors`
+        .query(item, *, name), .candidate(...), .images
+        .size(item, side, *, name)                    the size of the example, without decoding: `batch.items.Fitted`
     SPECIAL_TOKENS, PAD_TOKEN, PROMPT_WORDS           of its prompts; the last for vocabularies made from scratch
     Backbone(config, *, rngs)                         the network, an nnx module: parameters with logical axes, of stacks [L, ...]
         .embedding, .width                            the vocabulary [V, D], and D
-        (batch, suffix_RD, *, keep, dtype, checkpoint, unroll)
-                                                      rows appended to each prompt -> final states [B, keep, D] of the last of them
+        (batch, meta_RD, *, dtype, checkpoint, unroll)
+                                                      packed rows, the table of Meta Tokens -> final states [B, V, D] at `batch.reads`
     KEYS, UNUSED_KEYS, EMBEDDING_KEY                  the tensor that each parameter is read from (see `conversion`)
     canonical_key(key), stored_key(key)               from any layout in circulation to the names in KEYS, and on to transformers'
-    parts(config, patches, rows, read)                its arithmetic (see `parts`)
+    parts(config, row)                                its arithmetic on a row of a `batch.packing.Size` (see `parts`)
     USAGE                   text of a model card: how stock transformers computes the vectors
     SENTENCE_TRANSFORMERS   the file with a module of sentence-transformers, or None
 

@@ -75,9 +75,8 @@ def attention_implementation(
 ) -> str:
     """Name the implementation of `attention` that a platform's program gets: "splash", "blocks" or "xla".
 
-    Fewer keys than a block of splash (a vision window has 64) go to XLA everywhere: the kernel would pad them, and compute four
-    scores for each. Compiled for v5e, 320 windows, 16 heads of 80, with gradients: 560 MiB of temporaries with XLA, 1362 MiB with
-    splash, and 644 MiB if windows shared blocks.
+    Fewer keys than a block of splash go to XLA everywhere: the kernel would pad them. Windows of patches have a function of their
+    own, `attention_windows.window_attention`.
 
     Args:
       platform: "tpu", "cuda", "cpu" or "rocm".
