@@ -20,10 +20,10 @@
     Backbone(config, *, rngs)                         the network, an nnx module: parameters with logical axes, of stacks [L, ...]
         .embedding, .width                            the vocabulary [V, D], and D
         (batch, meta_RD, *, dtype, checkpoint, unroll)
-                                                      packed rows, the table of Meta Tokens -> final states [B, V, D] at `batch.reads`
+                                                      a batch, the Meta Tokens -> final states [B, V, D] at `batch.reads`
     KEYS, UNUSED_KEYS, EMBEDDING_KEY                  the tensor that each parameter is read from (see `conversion`)
     canonical_key(key), stored_key(key)               from any layout in circulation to the names in KEYS, and on to transformers'
-    parts(config, row)                                its arithmetic on a row of a `batch.packing.Size` (see `parts`)
+    parts(config, row)                                its arithmetic on a row, a `Size` (see `parts`)
     USAGE                   text of a model card: how stock transformers computes the vectors
     SENTENCE_TRANSFORMERS   the file with a module of sentence-transformers, or None
 
