@@ -284,5 +284,5 @@ def read_at(
 
 
 def cuts_last(layers: int) -> bool:
-    """Whether `read_at` computes the last of so many layers by itself."""
+    """True where `read_at` computes the last of so many layers by itself."""
     return layers <= FEW_LAYERS

@@ -122,9 +122,9 @@ def put(batch: TrainingBatch, mesh: Mesh) -> TrainingBatch:
 
 
 def streams(batch: Batch, mesh: Mesh) -> bool:
-    """Whether the pixels of a step's rows stay in the hosts' memory, from where microbatches go to the devices one at a time.
+    """True where the pixels of a step's rows stay in the hosts' memory, from where microbatches go to the devices one at a time.
 
-    They do for TPUs. On a device, the pixels of two steps would lie: of the one that it computes, and the next.
+    They do for TPUs. A device would hold the pixels of two steps: the one that it computes, and the next.
     """
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     return on_tpu and batch.patches is not None and math.prod(batch.patches.shape[2:]) % math.prod(REGISTER) == 0

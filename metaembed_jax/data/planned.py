@@ -15,7 +15,7 @@ SAMPLED_STEPS = 4  # for the vectors of a row
 
 @dataclasses.dataclass(frozen=True)
 class RowPlan:
-    """What is known of a run's rows before its first step.
+    """The rows of a run, known before its first step.
 
     Attributes:
       row: what a row holds.

@@ -53,7 +53,7 @@ class Flops(NamedTuple):
 
 
 def train_flops(config: ConfigDict, shape: StepShape) -> Flops:
-    """Of a training step on rows of this shape: their encoding, and the loss."""
+    """Count a training step on rows of this shape: their encoding, and the loss."""
     counter, (query_vectors, document_vectors) = _Counter(config), largest_budgets(config)
     is_again = config.recompute in ("everything", "microbatches") and shape.microbatches > 1
     rows = counter.row(shape.row, is_again).times(shape.rows)
@@ -63,7 +63,7 @@ def train_flops(config: ConfigDict, shape: StepShape) -> Flops:
 
 
 def encode_flops(config: ConfigDict, row: Size, rows: int) -> Flops:
-    """Of encoding rows."""
+    """Count the encoding of rows."""
     counted = _Counter(config).row(row, is_again=False)
     return Flops(rows * counted.forward)
 
@@ -85,7 +85,7 @@ class _Counter:
         self.width = config.embedding_dim or model.architecture.width
 
     def row(self, row: Size, is_again: bool) -> Flops:
-        """Of one packed row.
+        """Count one packed row.
 
         Args:
           is_again: the backward pass first computes the whole forward pass again.

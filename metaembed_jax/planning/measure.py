@@ -153,7 +153,7 @@ def branches(config: ConfigDict) -> tuple[float, ...]:
 
 
 def shard_bytes(tree, in_host: bool = False) -> int:
-    """Of one device's part of abstract arrays in its memory, or in its host's, without padding."""
+    """Bytes of one device's part of abstract arrays in its memory, or in its host's, without padding."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST) == in_host]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 

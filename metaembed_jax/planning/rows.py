@@ -23,7 +23,7 @@ UNKNOWN = "word"
 
 
 class RowsOfSteps(NamedTuple):
-    """What some steps need.
+    """Rows that a run's steps need, on average and at most.
 
     Attributes:
       mean, most: rows a step.

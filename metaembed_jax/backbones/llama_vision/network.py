@@ -153,7 +153,7 @@ class Backbone(nnx.Module):
             return self.final_norm(at(x_BSD, batch.reads))
 
     def has_image(self, batch: Batch) -> Bool[Array, "B S 1"]:
-        """Whether each token's item has an image. Every image begins with a patch that is no padding."""
+        """Mark the tokens whose item has an image, [B, S, 1]. Every image begins with a patch that is no padding."""
         of_images = batch.patch_segments[:, None, :: self.config.vision_config.image_patches]
         segments_BS1 = batch.segments[..., None]
         return ((segments_BS1 == of_images) & (segments_BS1 > 0)).any(axis=-1, keepdims=True)

@@ -64,7 +64,7 @@ class TextConfig:
 
     @property
     def head_width(self) -> int:
-        """Of each attention head."""
+        """Width of each attention head."""
         return self.hidden_size // self.num_attention_heads
 
 

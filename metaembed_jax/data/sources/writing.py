@@ -82,7 +82,7 @@ class _Job:
         return self.directory / f"{shard:05}.json"
 
     def done(self, shard: int) -> dict | None:
-        """What is known of a shard that is written."""
+        """Read the metadata of a written shard; None where a file of it is missing."""
         whole = self.about(shard).is_file() and self.described("train", shard).is_file()
         return json.loads(self.about(shard).read_text()) if whole else None
 
