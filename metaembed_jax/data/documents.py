@@ -55,6 +55,10 @@ class Documents(Sequence):
         """
 
     @abstractmethod
+    def item_name(self, number: int) -> str:
+        """The name of a document in errors: its file, and the page or row."""
+
+    @abstractmethod
     def _item(self, number: int) -> dict: ...
 
 
@@ -104,6 +108,10 @@ class FolderDocuments(Documents):
         name = file.relative_to(self.root).as_posix()
         return {"id": f"{name}#page={page}" if page else name, "path": str(file), "page": page, "text": None}
 
+    def item_name(self, number: int) -> str:
+        file, page = self._find(number)
+        return f"{file}, page {page}" if page else str(file)
+
     def described(self, number: int) -> dict:
         """The document with (width, height) in place of its image, which is not decoded."""
         file, page = self._find(number)
@@ -141,6 +149,9 @@ class TableDocuments(Documents):
         image, text = row.get("image"), row.get("text")
         path = str(self.folder.root / image) if isinstance(image, str) and image else None
         return {"id": self.ids[number] if self.ids else str(number), "path": path, "page": None, "text": text or None}
+
+    def item_name(self, number: int) -> str:
+        return self.table.place(number)
 
     def _item(self, number: int) -> dict:
         row = self._row(number)

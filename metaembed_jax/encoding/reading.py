@@ -26,6 +26,7 @@ class Reader:
 
     A sequence with `described(number)`, which is the item with (width, height) in place of its image, is read by several threads
     at once, and its images when their turn comes. Of others, an item is read once, and kept until it is made into arrays.
+    A sequence with `item_name(number)` names its items in errors.
 
     Args:
       processor: the family's.
@@ -37,7 +38,7 @@ class Reader:
     def __init__(self, processor: object, items: Sequence, side: str, meta: int, budget: int):
         self._processor, self._items, self._side, self._meta, self._budget = processor, items, side, meta, budget
         self._make = {"query": processor.query, "candidate": processor.candidate}[side]
-        self._described = getattr(items, "described", None)
+        self._described, self._name = getattr(items, "described", None), getattr(items, "item_name", _name)
         self._alone = contextlib.nullcontext() if self._described else threading.Lock()
         self._held: dict[int, dict | Example] = {}
         self._threads = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS), "encode")
@@ -56,23 +57,23 @@ class Reader:
 
     def _size(self, number: int) -> Fitted:
         if self._described:
-            return self._processor.size(as_item(self._described(number), _name(number)), self._side, name=_name(number))
+            return self._processor.size(as_item(self._described(number), self._name(number)), self._side, name=self._name(number))
         item = self._read(number)
         if item.get("image") is not None:
             self._held[number] = item
-            return self._processor.size(item, self._side, name=_name(number))
-        example = self._held[number] = self._make(item, name=_name(number))
+            return self._processor.size(item, self._side, name=self._name(number))
+        example = self._held[number] = self._make(item, name=self._name(number))
         return Fitted(len(example.tokens), 0, example.cut)
 
     def _row_item(self, number: int) -> RowItem:
         held = self._held.pop(number, None)
         if not isinstance(held, Example):
-            held = self._make(self._read(number) if held is None else held, name=_name(number))
+            held = self._make(self._read(number) if held is None else held, name=self._name(number))
         return RowItem(held, self._meta, self._budget)
 
     def _read(self, number: int) -> dict:
         with self._alone:
-            return as_item(self._items[number], _name(number))
+            return as_item(self._items[number], self._name(number))
 
 
 def results(futures: Sequence[Future]) -> list:

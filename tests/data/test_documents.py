@@ -165,6 +165,7 @@ def test_broken_images_are_named_by_their_file(tmp_path):
     write(tmp_path / "a.png", picture(0, "png")[:500])
     with pytest.raises(UserError, match=f"{tmp_path}/a.png: the image cannot be read"):
         open_documents(tmp_path)[0]
+    assert open_documents(tmp_path).item_name(0) == f"{tmp_path}/a.png"
 
 
 def test_links_and_pipes(tmp_path, capsys):

@@ -129,6 +129,10 @@ def test_a_bad_item_is_named_and_threads_end(encoder, small_windows):
         run(encoder, items)
     with pytest.raises(UserError, match="item 1: expected a text, a PIL image or a dict of both, not int"):
         run(encoder, ["1", 3])
+    documents = Described(items)
+    documents.item_name = "row {}".format
+    with pytest.raises(UserError, match="row 150: is bad"):
+        run(encoder, documents)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
 
 
