@@ -62,7 +62,7 @@ def test_a_cut_keeps_about_the_most_that_fits():
 def test_no_room_for_what_stands_around_is_named():
     excess = len(whole("Query: \n"))
     for room, over in ((0, excess), (-3, excess + 3)):
-        with pytest.raises(UserError, match=f"^row 3: prompt and image alone are {over} tokens over the limit"):
+        with pytest.raises(UserError, match=f"^row 3: its prompt alone is {over} tokens over the limit of"):
             PROMPTS.fit("Query: ", "a red car", "\n", room, "row 3")
     with pytest.raises(UserError, match="^row 3: the text is not valid Unicode"):
         PROMPTS.fit("", "\ud800", "", None, "row 3")
