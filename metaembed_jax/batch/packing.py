@@ -64,12 +64,8 @@ def pack(sizes_N3: Int[np.ndarray, "N 3"], row: Size) -> Int[np.ndarray, "N 2"]:
     """
     sizes_N3 = np.asarray(sizes_N3, np.int64).reshape(-1, 3)
     capacity_3 = np.array(row, np.int64)
-    if capacity_3.max() > _LARGEST:
-        raise UserError(f"a row of {row}: expected at most {_LARGEST} of each")
-    if (too_large_N := (sizes_N3 > capacity_3).any(axis=1)).any():
-        item = int(too_large_N.argmax())
-        raise UserError(f"item {item} is larger than a row: {Size(*sizes_N3[item].tolist())}; a row holds {row}")
-    rows_N = _best_fit(sizes_N3, capacity_3)
+    _check(sizes_N3, capacity_3, row)
+    rows_N = _best_fit(sizes_N3[None], capacity_3)[0]
     if len(rows_N) and rows_N.max() >= least_rows(sizes_N3, row):
         rows_N = min(rows_N, _next_fit(sizes_N3, capacity_3), key=np.max)
     return _ranked(rows_N)
@@ -106,21 +102,48 @@ def fill(sizes_N3: Int[np.ndarray, "N 3"], row: Size, rows: int) -> Fill:
     return Fill(*(total / max(rows * capacity, 1) for total, capacity in zip(totals, row, strict=True)))
 
 
-def _best_fit(sizes_N3: np.ndarray, capacity_3: np.ndarray) -> np.ndarray:
+def best_fit_rows(steps: Sequence[Int[np.ndarray, "N 3"]], row: Size) -> Int[np.ndarray, "S"]:
+    """An upper bound of the rows that `pack` gives each of some steps, and hardly ever more: found for all of them together.
+
+    Args:
+      steps: sizes of the items of each.
+
+    Raises:
+      UserError: as `pack`.
+    """
+    capacity_3 = np.array(row, np.int64)
+    sizes_SN3 = np.zeros((len(steps), max(map(len, steps)), 3), np.int64)
+    for sizes_N3, padded_N3 in zip(steps, sizes_SN3, strict=True):
+        _check(sizes_N3, capacity_3, row)
+        padded_N3[: len(sizes_N3)] = sizes_N3  # items of no size come last, and fit into any row
+    return _best_fit(sizes_SN3, capacity_3).max(axis=1) + 1
+
+
+def _check(sizes_N3: np.ndarray, capacity_3: np.ndarray, row: Size) -> None:
+    if capacity_3.max() > _LARGEST:
+        raise UserError(f"a row of {row}: expected at most {_LARGEST} of each")
+    if (too_large_N := (sizes_N3 > capacity_3).any(axis=1)).any():
+        item = int(too_large_N.argmax())
+        raise UserError(f"item {item} is larger than a row: {Size(*sizes_N3[item].tolist())}; a row holds {row}")
+
+
+def _best_fit(sizes_SN3: np.ndarray, capacity_3: np.ndarray) -> np.ndarray:
+    """The row of each item, of S steps side by side."""
     weights_3 = _LARGEST // np.maximum(capacity_3, 1)  # integers: sums of floats could tie otherwise on another machine
-    shares_N, fields_N = sizes_N3 @ weights_3, sizes_N3 @ _FIELDS
-    left_shares_R = np.full(len(sizes_N3), capacity_3 @ weights_3)  # as if every item had a row of its own
-    left_fields_R = np.full(len(sizes_N3), capacity_3 @ _FIELDS + _BORROWS)
-    rows_N, rows, none = np.zeros(len(sizes_N3), np.int64), 0, 4 * _LARGEST
-    for item in np.argsort(-shares_N, kind="stable").tolist():
-        fits_R = ((left_fields_R[:rows] - fields_N[item]) & _BORROWS) == _BORROWS
-        best = int(np.where(fits_R, left_shares_R[:rows], none).argmin()) if rows else 0
-        if not rows or not fits_R[best]:
-            best, rows = rows, rows + 1
-        left_fields_R[best] -= fields_N[item]
-        left_shares_R[best] -= shares_N[item]
-        rows_N[item] = best
-    return rows_N
+    shares_SN, fields_SN = sizes_SN3 @ weights_3, sizes_SN3 @ _FIELDS
+    left_shares_SR = np.full(shares_SN.shape, capacity_3 @ weights_3)  # as if every item had a row of its own
+    left_fields_SR = np.full(shares_SN.shape, capacity_3 @ _FIELDS + _BORROWS)
+    rows_SN, rows, none, steps_S = np.zeros(shares_SN.shape, np.int64), 0, 4 * _LARGEST, np.arange(len(shares_SN))
+    for items_S in np.argsort(-shares_SN, axis=1, kind="stable").T:
+        # An empty row has the most left, and comes after those in use: it is taken only where none of them has room.
+        fields_S = fields_SN[steps_S, items_S]
+        fits_SR = ((left_fields_SR[:, : rows + 1] - fields_S[:, None]) & _BORROWS) == _BORROWS
+        best_S = np.where(fits_SR, left_shares_SR[:, : rows + 1], none).argmin(axis=1)
+        left_fields_SR[steps_S, best_S] -= fields_S
+        left_shares_SR[steps_S, best_S] -= shares_SN[steps_S, items_S]
+        rows_SN[steps_S, items_S] = best_S
+        rows = max(rows, int(best_S.max()) + 1)
+    return rows_SN
 
 
 def _next_fit(sizes_N3: np.ndarray, capacity_3: np.ndarray) -> np.ndarray:

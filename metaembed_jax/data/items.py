@@ -81,13 +81,29 @@ class Items:
 
     def of(self, step: int, references: list[Reference]) -> StepItems:
         """The items of the pairs of a step."""
-        sizes_BI4 = np.stack([self.sizes[source].of(row, epoch, step) for source, epoch, row in references])
+        sizes_BI4 = self._sizes(step, references)
         a_pair, sizes_N4 = sizes_BI4.shape[1], sizes_BI4.reshape(-1, 4)
         numbers_N = np.flatnonzero(sizes_N4[:, TOKENS])
         sizes_N4, is_document_N = sizes_N4[numbers_N], (numbers_N % a_pair > 0).astype(int)
         tokens_N = sizes_N4[:, TOKENS] + np.array(self.meta)[is_document_N]
         sizes_N3 = np.stack([tokens_N, sizes_N4[:, PATCHES], np.array(self.vectors)[is_document_N]], axis=1)
         return StepItems(references, a_pair, numbers_N, sizes_N3, sizes_N4[:, CUT] > 0, sizes_N4[:, SHRUNK] > 0)
+
+    def _sizes(self, step: int, references: list[Reference]) -> Int[np.ndarray, "B I 4"]:
+        """Sizes of the items of pairs; those of a source with a table are gathered at once."""
+        sources_B, _, rows_B = np.array(references).T
+        sizes_BI4 = None
+        for source in np.unique(sources_B).tolist():
+            pairs = np.flatnonzero(sources_B == source)
+            sizes = self.sizes[source]
+            if sizes.table is None:
+                sizes_bI4 = np.stack([sizes.of(references[pair].row, references[pair].epoch, step) for pair in pairs.tolist()])
+            else:
+                sizes_bI4 = sizes.table[rows_B[pairs]]
+            if sizes_BI4 is None:
+                sizes_BI4 = np.zeros((len(references), *sizes_bI4.shape[1:]), sizes_bI4.dtype)
+            sizes_BI4[pairs] = sizes_bI4
+        return sizes_BI4
 
     def read(self, reference: Reference, step: int) -> dict:
         """Read the record of a pair, or have it drawn."""

@@ -7,11 +7,12 @@ S sources.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import grain
 import numpy as np
+from grain.experimental import index_shuffle
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
@@ -47,7 +48,7 @@ def mixture(config: ConfigDict, sources: Sequence[Sequence], sizes_S2: Int[np.nd
 
     def step(number: int) -> list[Reference]:
         sub_batches = zip(chosen[number].tolist(), counts[number].tolist(), strict=True)
-        return [references[source][count * sub_batch + pair] for source, count in sub_batches for pair in range(sub_batch)]
+        return [reference for source, count in sub_batches for reference in references[source](count * sub_batch, sub_batch)]
 
     return grain.MapDataset.range(config.steps).map(step)
 
@@ -81,9 +82,22 @@ def _counts_before(chosen: Int[np.ndarray, "steps sub_batches"]) -> Int[np.ndarr
     return counts.reshape(chosen.shape)
 
 
-def _references(source: int, rows: int, cap: int, seed: int) -> grain.MapDataset:
-    """`cap` rows of a source, the same in every epoch (all, if it has no more), in an order of their own, for ever."""
+def _references(source: int, rows: int, cap: int, seed: int) -> Callable[[int, int], list[Reference]]:
+    """`cap` rows of a source, the same in every epoch (all, if it has no more), in an order of their own, for ever.
+
+    Returns:
+      of the first position and the number of positions: their references. The order is that of grain's
+      `MapDataset.shuffle`, without its cost for each element.
+    """
     order_seed, choice_seed = np.random.SeedSequence([seed, source]).generate_state(2).tolist()
-    chosen = np.random.default_rng(choice_seed).permutation(rows)[:cap] if cap < rows else np.arange(rows)
-    shuffled = grain.MapDataset.range(cap).shuffle(seed=order_seed).repeat()
-    return shuffled.map_with_index(lambda position, row: Reference(source, position // cap, int(chosen[row])))
+    chosen = np.random.default_rng(choice_seed).permutation(rows)[:cap] if cap < rows else None
+
+    def references(first: int, count: int) -> list[Reference]:
+        drawn = []
+        for position in range(first, first + count):
+            epoch, index = divmod(position, cap)
+            row = index_shuffle(index, max_index=cap - 1, seed=(order_seed + epoch) % 2**32, rounds=4)
+            drawn.append(Reference(source, epoch, row if chosen is None else int(chosen[row])))
+        return drawn
+
+    return references

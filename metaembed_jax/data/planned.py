@@ -3,14 +3,16 @@
 import dataclasses
 
 import numpy as np
+from jaxtyping import Int
 from tqdm import tqdm
 
 from metaembed_jax.batch.items import Limits
-from metaembed_jax.batch.packing import Size, pack, row_vectors
+from metaembed_jax.batch.packing import Size, best_fit_rows, pack, row_vectors
 from metaembed_jax.batch.training import StepShape, step_shape
 from metaembed_jax.data.items import Items
 
 SAMPLED_STEPS = 4  # for the vectors of a row
+BLOCK = 64  # steps that are packed side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +80,26 @@ def plan_rows(items: Items, limits: Limits, silent: bool = True) -> RowPlan:
     sampled = [items[step].sizes_N3 for step in range(min(steps, SAMPLED_STEPS))]
     vectors = row_vectors(sampled, limits.tokens, limits.patches, sum(items.vectors))
     row, rows, longest, used_3, counts_4 = Size(limits.tokens, limits.patches, vectors), 0, 0, np.zeros(3, int), np.zeros(4, int)
-    for number in tqdm(range(steps), desc="planning rows", unit="step", delay=2, mininterval=0.5, disable=silent):
-        step = items[number]
-        rows = max(rows, int(pack(step.sizes_N3, row)[:, 0].max()) + 1)
-        longest = max(longest, int(step.sizes_N3[:, 0].max()))
-        used_3 += step.sizes_N3.sum(axis=0)
-        counts_4 += [step.is_cut_N.sum(), len(step.is_cut_N), step.is_shrunk_N.sum(), (step.sizes_N3[:, 1] > 0).sum()]
+    with tqdm(total=steps, desc="planning rows", unit="step", delay=2, mininterval=0.5, disable=silent) as bar:
+        for first in range(0, steps, BLOCK):
+            block = [items[step] for step in range(first, min(first + BLOCK, steps))]
+            rows = _most_rows([step.sizes_N3 for step in block], row, rows)
+            for step in block:
+                longest = max(longest, int(step.sizes_N3[:, 0].max()))
+                used_3 += step.sizes_N3.sum(axis=0)
+                counts_4 += [step.is_cut_N.sum(), len(step.is_cut_N), step.is_shrunk_N.sum(), (step.sizes_N3[:, 1] > 0).sum()]
+            bar.update(len(block))
     tokens, patches, _ = (used_3 / steps).tolist()
     cut, texts, shrunk, images = counts_4.tolist()
     row = row if images else row._replace(patches=0)
     return RowPlan(row, rows, tokens, patches, longest, cut / texts, shrunk / max(images, 1))
+
+
+def _most_rows(steps: list[Int[np.ndarray, "N 3"]], row: Size, rows: int) -> int:
+    """The rows of the step that needs the most, or `rows` if that is more: only steps that could need more are packed alone."""
+    bounds_S = best_fit_rows(steps, row)
+    for step in np.argsort(-bounds_S, kind="stable").tolist():
+        if bounds_S[step] <= rows:
+            break
+        rows = max(rows, int(pack(steps[step], row)[:, 0].max()) + 1)
+    return rows

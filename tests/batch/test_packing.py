@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metaembed_jax.batch.packing import Fill, Size, fill, least_rows, pack
+from metaembed_jax.batch.packing import Fill, Size, best_fit_rows, fill, least_rows, pack
 from metaembed_jax.errors import UserError
 
 ROW = Size(40, 60, 20)
@@ -37,6 +37,14 @@ def test_rows_hold_every_item_once_and_are_few(sizes_N3):
         assert (sizes_N3[items].sum(axis=0) <= ROW).all()
         assert packed_N2[items, 1].tolist() == list(range(len(items)))
     np.testing.assert_array_equal(pack(sizes_N3.copy(), ROW), packed_N2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(sizes().filter(len), min_size=1, max_size=4))
+def test_steps_packed_side_by_side_are_packed_as_each_alone(steps):
+    bounds = best_fit_rows(steps, ROW)
+    assert bounds.tolist() == [int(best_fit_rows([step], ROW)[0]) for step in steps]
+    assert all(pack(step, ROW)[:, 0].max() < bound for step, bound in zip(steps, bounds.tolist(), strict=True))
 
 
 @settings(max_examples=50, deadline=None)
