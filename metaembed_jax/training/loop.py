@@ -24,12 +24,13 @@ from metaembed_jax.checkpoints.workdir import (
     record_changes,
 )
 from metaembed_jax.compilation import announced
-from metaembed_jax.config import check_config, model_config, row_limits
+from metaembed_jax.config import check_config, model_config
 from metaembed_jax.data import sources
 from metaembed_jax.data.items import Items, run_items
 from metaembed_jax.data.mixture import check_mixture
 from metaembed_jax.data.pipeline import iterate, training_batches
-from metaembed_jax.data.planned import RowPlan, plan_rows
+from metaembed_jax.data.planned import RowPlan
+from metaembed_jax.data.stored_plan import stored_plan
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import run as evaluation
@@ -123,7 +124,7 @@ def _train_one(config: ConfigDict, workdir: Path, stop: Stop) -> bool:
             print(describe(state), flush=True)
             model = MetaEmbed(model_config(config), state.network_parameters(), processor, mesh)
             items = hosts.first_then_others(lambda: run_items(config, processor, pairs))
-            plan = plan_rows(items, row_limits(config), silent=not hosts.is_first())
+            plan = hosts.first_then_others(lambda: stored_plan(items, config, workdir, silent=not hosts.is_first()))
         if not _train(config, trainer, state, items, plan, model, checkpoints, workdir, stop):
             return False
         with stop.at_once():

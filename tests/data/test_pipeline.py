@@ -22,6 +22,7 @@ from metaembed_jax.data.pipeline import iterate, training_batches
 from metaembed_jax.data.planned import plan_rows
 from metaembed_jax.data.sources import icons
 from metaembed_jax.data.sources.described import describe
+from metaembed_jax.data.stored_plan import NAME, stored_plan
 from metaembed_jax.errors import UserError
 
 WORDS = [f"word{number}" for number in range(200)]
@@ -249,6 +250,33 @@ def test_rows_hold_every_step_and_what_is_used_of_them_is_known(processor):
         f"{100 * plan.cut:.2g} % of texts are cut, {100 * plan.shrunk:.2g} % of images shrunk" in line
         and plan.cut > 0 < plan.shrunk
     )
+
+
+def test_a_plan_is_read_from_the_folder_of_its_run_and_made_again_where_it_does_not_fit(processor, tmp_path, monkeypatch):
+    from metaembed_jax.data import stored_plan as module
+
+    made = []
+    monkeypatch.setattr(module, "plan_rows", lambda *arguments: made.append(1) or plan_rows(*arguments))
+    settings, source = config(), [record(number) for number in range(20)]
+    items, plan = plan_of(settings, processor, [source])
+    assert stored_plan(items, settings, tmp_path) == stored_plan(items, settings, tmp_path) == plan
+    assert len(made) == 1
+    settings.log_every += 1
+    stored_plan(items, settings, tmp_path)
+    assert len(made) == 1
+    for damaged in (b"{", b"[]", (tmp_path / NAME).read_bytes().replace(b"longest", b"x")):
+        (tmp_path / NAME).write_bytes(damaged)
+        made.clear()
+        assert stored_plan(items, settings, tmp_path) == stored_plan(items, settings, tmp_path) == plan
+        assert len(made) == 1
+    made.clear()
+    settings.seed = 1
+    stored_plan(plan_of(settings, processor, [source])[0], settings, tmp_path)
+    settings.steps += 1
+    stored_plan(plan_of(settings, processor, [source])[0], settings, tmp_path)
+    source[0] = record(0, positive={"image": png(0, 112, 112)})
+    stored_plan(plan_of(settings, processor, [source])[0], settings, tmp_path)
+    assert len(made) == 3
 
 
 def test_rows_without_any_image_have_no_patches(processor):

@@ -1,0 +1,67 @@
+"""The plan of a run's rows, kept in its folder: a run that goes on reads it instead of packing all its steps again."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from metaembed_jax.batch.packing import Size
+from metaembed_jax.config import FIXED_KEYS, row_limits
+from metaembed_jax.data.items import Items
+from metaembed_jax.data.planned import RowPlan, plan_rows
+from metaembed_jax.errors import UserError
+from metaembed_jax.files import read_json, write_json
+
+NAME = "rows.json"
+SAMPLED_STEPS = 8  # whose sizes are compared, for sources without a table, and for other code
+
+
+def stored_plan(items: Items, config: ConfigDict, workdir: Path, silent: bool = True) -> RowPlan:
+    """The plan that the folder of the run keeps; made and kept where there is none, it is damaged, or of something else.
+
+    Args:
+      silent: show no progress bar.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    file, digits = workdir / NAME, plan_digest(items, config)
+    plan = _read(file, digits)
+    if plan is None:
+        plan = plan_rows(items, row_limits(config), silent)
+        write_json(file, {"digest": digits, "plan": dataclasses.asdict(plan)})
+    return plan
+
+
+def plan_digest(items: Items, config: ConfigDict) -> str:
+    """Change with all that a plan depends on: the keys that a run keeps, its steps, and the sizes of its items."""
+    settings = json.loads(config.to_json_best_effort())
+    kept = {key: _value(settings, key) for key in (*FIXED_KEYS, "steps")}
+    hashed = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for source, sizes in zip(items.sources, items.sizes, strict=True):
+        hashed.update(f"{len(source)}".encode())
+        if sizes.table is not None:
+            hashed.update(np.ascontiguousarray(sizes.table))
+    for step in np.linspace(0, len(items) - 1, min(len(items), SAMPLED_STEPS)).astype(int).tolist():
+        hashed.update(np.ascontiguousarray(items[step].sizes_N3))
+    return hashed.hexdigest()[:16]
+
+
+def _value(settings: dict, key: str):
+    for name in key.split("."):
+        settings = settings[name]
+    return settings
+
+
+def _read(file: Path, digits: str) -> RowPlan | None:
+    try:
+        content = read_json(file)
+        if content["digest"] != digits:
+            return None
+        plan = content["plan"]
+        return RowPlan(**plan | {"row": Size(*map(int, plan["row"]))})
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
