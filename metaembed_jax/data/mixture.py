@@ -96,8 +96,13 @@ def _references(source: int, rows: int, cap: int, seed: int) -> Callable[[int, i
         drawn = []
         for position in range(first, first + count):
             epoch, index = divmod(position, cap)
-            row = index_shuffle(index, max_index=cap - 1, seed=(order_seed + epoch) % 2**32, rounds=4)
+            row = _shuffled(index, cap, order_seed + epoch)
             drawn.append(Reference(source, epoch, row if chosen is None else int(chosen[row])))
         return drawn
 
     return references
+
+
+def _shuffled(index: int, rows: int, seed: int) -> int:
+    """A function of the module, which is pickled by its name: grain's cannot be pickled."""
+    return index_shuffle(index, max_index=rows - 1, seed=seed % 2**32, rounds=4)
