@@ -217,10 +217,10 @@ def packed_rows(kind: Kind, S: int, T: int) -> tuple[tuple[np.ndarray, ...], np.
 
 def packed(length: int) -> np.ndarray:
     """Segments of a row of one item, and of a row of three with a third of padding behind."""
-    place = np.arange(length)
+    positions = np.arange(length)
     ends = length // 3, length // 2, length - length // 3
-    items = 1 + sum((place >= end).astype(np.int32) for end in ends[:2])
-    return np.stack([np.ones(length, np.int32), np.where(place < ends[2], items, 0)])
+    items = 1 + sum((positions >= end).astype(np.int32) for end in ends[:2])
+    return np.stack([np.ones(length, np.int32), np.where(positions < ends[2], items, 0)])
 
 
 def attend_as(kind: Kind, query, key, value, query_segments, key_segments, positions) -> jax.Array:

@@ -58,8 +58,8 @@ class Images(images.Images):
     def order(self, rows: int, columns: int) -> tuple[Int[np.ndarray, "slots units"], Int[np.ndarray, "slots units"]]:
         """The raster number of the unit at each place of each slot, and the number of its window in the slot; -1 in padding."""
         units = slots(rows, columns, self.window_units)
-        side, place = self.window_units, np.maximum(units, 0)
-        window = place // columns // side * -(-columns // side) + place % columns // side
+        side, unit = self.window_units, np.maximum(units, 0)
+        window = unit // columns // side * -(-columns // side) + unit % columns // side
         is_next = np.diff(window, axis=1, prepend=window[:, :1]) != 0
         return units, np.where(units >= 0, np.cumsum(is_next, axis=1), -1).astype(np.int32)
 

@@ -137,7 +137,7 @@ class Pages(Sequence):
         return self._record(text, page)
 
     def described(self, row: int, epoch: int, step: int) -> dict:
-        """What `compose` makes, with (width, height) in place of its page, which is not drawn."""
+        """The record that `compose` makes, with (width, height) in place of its page, which is not drawn."""
         text, _, _ = self._chosen(row, epoch, step)
         return self._record(text, (self.page_side, self.page_side))
 
