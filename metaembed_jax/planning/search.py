@@ -85,7 +85,7 @@ def candidates(config: ConfigDict, where: Topology) -> list[Candidate]:
     """
     devices, (row, typical) = len(where.devices), typical_rows(config)
     parts = family(config.backbone).parts(model_config(config).architecture, row)
-    heads, candidates = math.gcd(*(attention.key_heads for part in parts if part.has_meta for attention in part.attention)), []
+    heads, listed = math.gcd(*(attention.key_heads for part in parts if part.has_meta for attention in part.attention)), []
     for fsdp, tensor in itertools.product(_divisors(devices), _divisors(heads)):
         shards = devices // tensor
         if devices // where.slices % (fsdp * tensor) or config.batch_size % shards:  # both stay inside a slice
@@ -98,10 +98,10 @@ def candidates(config: ConfigDict, where: Topology) -> list[Candidate]:
         for at_once, recompute in itertools.product(sorted(sizes | {all_rows}), RECOMPUTE):
             if recompute in ("layers", "nothing") or at_once < all_rows:  # of one microbatch, the others are the same
                 shape = step_shape(row, typical.most, at_once, shards)
-                candidates.append(_candidate(config, where, mesh.shape, shape, recompute, parts, *bytes_held))
-    if not candidates:
+                listed.append(_candidate(config, where, mesh.shape, shape, recompute, parts, *bytes_held))
+    if not listed:
         raise UserError(f"--search: no mesh of {devices} devices divides config.batch_size={config.batch_size}")
-    return sorted(candidates)
+    return sorted(listed)
 
 
 def _candidate(
