@@ -155,7 +155,7 @@ class MetaEmbed:
         return self._encoder.reduced
 
     def _check(self, items: Sequence, side: str, budget: int) -> None:
-        if isinstance(items, str | dict | Image.Image):
+        if isinstance(items, str | dict | Image.Image) or not hasattr(items, "__len__"):
             raise UserError(f"a list of items is expected, and this is one {type(items).__name__}: put it in a list")
         limit = self.config.vectors(side)
         if not 1 <= budget <= limit:

@@ -110,7 +110,7 @@ def test_nothing_to_encode(model):
     assert model.encode_query([], budget=2).shape == (0, 2, 32)
 
 
-@pytest.mark.parametrize("items", ["a text", {"text": "one item"}, Image.new("RGB", (30, 30))])
+@pytest.mark.parametrize("items", ["a text", {"text": "one item"}, Image.new("RGB", (30, 30)), iter(["a", "b"])])
 def test_one_item_instead_of_a_list(model, items):
     with pytest.raises(me.UserError, match="put it in a list"):
         model.encode_query(items)
