@@ -123,7 +123,8 @@ def test_tiny_compiles_for_v5e():
 def test_other_programs(config, where, what, unit):
     plan = make_plan(config, what, where)
     assert plan.fits and plan.unit == unit and plan.calls == 0
-    assert plan.flops["compiled"] == pytest.approx(plan.flops["forward"], rel=0.1)
+    lowest = 0.7 if "splash" in plan.missing else 0.9  # as in test_flops
+    assert lowest * plan.flops["forward"] < plan.flops["compiled"] < 1.1 * plan.flops["forward"]
 
 
 def test_what_does_not_fit_exits_with_1(capsys):

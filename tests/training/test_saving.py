@@ -62,6 +62,8 @@ def test_a_run_saves_by_the_clock(small_config, tmp_path, monkeypatch):
     assert checkpoints.steps() == [6, 3]
     checkpoints.close()
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    plan, *lines = lines
+    assert plan["rows"] > 0
     assert lines[0]["seconds/compile"] > 0 == lines[1]["seconds/compile"]
     assert lines[-1]["flops_per_second"] > 0 and lines[-1]["seconds_left"] > 0 and "mfu" not in lines[-1]
 
