@@ -10,7 +10,7 @@ ALIKE = np.ones((2, 2), int)
 
 
 def test_a_step_has_sub_batches_of_sources_by_weight():
-    """Of the published mixture, with sources of two sizes."""
+    """The published mixture, with sources of two sizes."""
     config = load_config("configs/7b.py", {"steps": "300"})
     names, weights, _ = zip(*config.data.sources, strict=True)
     sizes_S2 = np.array([(300, 1000), (900, 3500)])[np.arange(len(names)) % 2]

@@ -57,7 +57,7 @@ def source(prepared):
 
 
 def sizes_of(processor, record):
-    """What the processor makes of a record."""
+    """The sizes of the examples that the processor makes from a record."""
     examples = [processor.query(record["query"]), processor.candidate(record["positive"])]
     examples += [processor.candidate(item) for item in record["negatives"][:NEGATIVES]]
     made = np.zeros((2 + NEGATIVES, 4), np.int32)

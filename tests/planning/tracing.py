@@ -11,7 +11,7 @@ from metaembed_jax.training.step import make_trainer, run_mesh
 
 
 def traced_flops(config, shape):
-    """Of one step on rows of this shape, without the optimizer."""
+    """FLOPs of one step on rows of this shape, without the optimizer."""
     mesh = run_mesh(config, jax.devices()[:1])
     trainer, batch = make_trainer(config, mesh), abstract_batch(config, shape, mesh)
     step = jax.jit(jax.value_and_grad(trainer.loss, has_aux=True))

@@ -69,7 +69,7 @@ def case(request, tmp_path_factory):
 
 
 def test_patch_embedding(case):
-    """Of all tiles, in order; what transformers pads with embeds to nothing, and so do images that are not there."""
+    """Patches of all tiles, in order; what transformers pads with embeds to nothing, and so do images that are not there."""
     patches_JPX = case.batch.patches.reshape(6, -1, case.batch.patches.shape[-1])
     is_image_JP = case.batch.patch_segments.reshape(6, -1) > 0
     ours = np.asarray(case.tower.embed_patches(patches_JPX, is_image_JP, jnp.float32))
