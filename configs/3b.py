@@ -5,7 +5,7 @@ from metaembed_jax.config import load_config
 
 def get_config(arg=None):
     """`lora` (the default) or `full`."""
-    config = load_config(f"configs/7b.py:{arg or 'lora'}", {})
+    config = load_config(f"7b:{arg or 'lora'}", {})
     config.name = config.name.replace("7b", "3b")
     config.init_from = "Qwen/Qwen2.5-VL-3B-Instruct"
     text, vision = config.architecture.text_config, config.architecture.vision_config

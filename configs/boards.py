@@ -16,9 +16,9 @@ from metaembed_jax.errors import UserError
 def get_config(arg=None):
     """`one` is the first stage; without it, the second."""
     if arg not in (None, "one"):
-        raise UserError(f"no stage {arg!r}: write configs/boards.py:one or configs/boards.py")
+        raise UserError(f"no stage {arg!r}: write boards:one or boards")
     config = default_config()
-    tiny = load_config("configs/tiny.py", {})
+    tiny = load_config("tiny", {})
     with config.unlocked():
         config.architecture = ConfigDict(tiny.architecture.to_dict())
     config.architecture.vision_config.window_size = 112
@@ -29,11 +29,11 @@ def get_config(arg=None):
     config.data.sources = (("boards", 1.0, 0),)
     config.batch_size = 64
     if arg == "one":
-        config.name, config.init_from = "boards_one", "configs/tiny.py"
+        config.name, config.init_from = "boards_one", "tiny"
         config.data.page_side, config.data.curriculum = 112, ((0, 1, 1),)
         config.row, config.steps = (152, 64), 400
     else:
-        config.name, config.init_from = "boards", "configs/boards.py:one"
+        config.name, config.init_from = "boards", "boards:one"
         config.data.page_side, config.data.curriculum = 224, ((150, 1, 2), (400, 2, 4), (700, 3, 6), (0, 4, 9))
         config.row, config.steps = (216, 256), 2000
     config.data.min_pixels = config.data.max_pixels = config.data.page_side**2

@@ -16,7 +16,7 @@ LORA = (
 
 def get_config(arg=None):
     """`lora` (the default) or `full`."""
-    config = load_config(f"configs/7b.py:{arg or 'lora'}", {})
+    config = load_config(f"7b:{arg or 'lora'}", {})
     config.name = config.name.replace("7b", "llama_vision_11b")
     config.backbone = "mllama"
     config.init_from = "meta-llama/Llama-3.2-11B-Vision-Instruct"

@@ -5,7 +5,7 @@ from metaembed_jax.config import load_config
 
 def get_config(arg=None):
     """`lora` (the default) or `full`."""
-    config = load_config(f"configs/7b.py:{arg or 'lora'}", {})
+    config = load_config(f"7b:{arg or 'lora'}", {})
     config.name = config.name.replace("7b", "paligemma_3b")
     config.init_from = "google/paligemma-3b-pt-448"
     config.backbone = "paligemma"

@@ -5,7 +5,7 @@ from metaembed_jax.config import load_config
 
 def get_config(arg=None):
     """`lora` (the default) or `full`."""
-    config = load_config(f"configs/qwen3_vl_8b.py:{arg or 'lora'}", {})
+    config = load_config(f"qwen3_vl_8b:{arg or 'lora'}", {})
     config.name = config.name.replace("8b", "2b")
     config.init_from = "Qwen/Qwen3-VL-2B-Instruct"
     text, vision = config.architecture.text_config, config.architecture.vision_config

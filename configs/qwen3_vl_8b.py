@@ -5,7 +5,7 @@ from metaembed_jax.config import load_config
 
 def get_config(arg=None):
     """`lora` (the default) or `full`."""
-    config = load_config(f"configs/7b.py:{arg or 'lora'}", {})
+    config = load_config(f"7b:{arg or 'lora'}", {})
     config.name = config.name.replace("7b", "qwen3_vl_8b")
     config.backbone, config.init_from = "qwen3_vl", "Qwen/Qwen3-VL-8B-Instruct"
     with config.unlocked():

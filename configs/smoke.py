@@ -19,7 +19,7 @@ def get_config(arg=None):
     config.name = "smoke"
     config.init_from = arg or BASE
     config.dtype = "float32"
-    config.trained = load_config("configs/7b.py", {}).trained
+    config.trained = load_config("7b", {}).trained
     config.lora.rank = 8
     config.embedding_dim = 16
     config.temperature = 0.15  # as configs/tiny.py, for weights that know nothing
@@ -42,7 +42,7 @@ def make_base(directory):
         return
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: is neither a Hugging Face model nor an empty place to make one")
-    config = load_config("configs/tiny.py", {})
+    config = load_config("tiny", {})
     text, vision = config.architecture.text_config, config.architecture.vision_config
     text.vocab_size, text.hidden_size, text.intermediate_size, text.mrope_section = 512, 32, 64, (2, 3, 3)
     vision.hidden_size = vision.out_hidden_size = 32

@@ -8,7 +8,7 @@ from metaembed_jax.config import load_config
 
 def get_config(arg=None):
     """`lora` (the default) or `full`."""
-    config = load_config(f"configs/7b.py:{arg or 'lora'}", {})
+    config = load_config(f"7b:{arg or 'lora'}", {})
     config.name = config.name.replace("7b", "smolvlm_256m")
     config.backbone, config.init_from = "idefics3", "HuggingFaceTB/SmolVLM-256M-Instruct"
     with config.unlocked():

@@ -11,7 +11,7 @@ from metaembed_jax.errors import UserError
 def get_config(arg=None):
     """`base` is the first stage; without it, the second, which starts from it."""
     if arg not in (None, "base"):
-        raise UserError(f"no stage {arg!r}: write configs/tiny.py:base or configs/tiny.py")
+        raise UserError(f"no stage {arg!r}: write tiny:base or tiny")
     config = default_config()
     config.dtype = "float32"
     config.recompute = "nothing"
@@ -43,7 +43,7 @@ def get_config(arg=None):
         config.steps = 2000
     else:
         # So few numbers that one vector cannot say all that the backbone knows, and more of them can.
-        config.name, config.init_from, config.embedding_dim, config.temperature = "tiny", "configs/tiny.py:base", 8, 0.15
+        config.name, config.init_from, config.embedding_dim, config.temperature = "tiny", "tiny:base", 8, 0.15
         config.steps = 450
     config.meta_token_scale = 1.0  # as large as the states of so small a model
 

@@ -5,6 +5,8 @@ model = me.MetaEmbed.from_pretrained("runs/tiny")
 scores = me.maxsim(model.encode_query(["cloud snow"]), model.encode_document([image]), budget=(4, 8))
 """
 
+__version__ = "0.1.0"
+
 from metaembed_jax.data.documents import open_documents
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS

@@ -20,6 +20,8 @@ from metaembed_jax.late_interaction.groups import GROUPS, validate_groups
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.trained import lora_patterns
 
+# The configs of the package: in it where it is installed, beside it in a checkout.
+CONFIGS = next(folder for root in Path(__file__).parents[:2] if (folder := root / "configs").is_dir())
 EXPORTS = ("transformers", "sentence-transformers", "peft")  # what `metaembed_jax.checkpoints.export` writes
 
 # Keys, or groups of keys, that determine the numbers of a run: a started run keeps them.
@@ -145,16 +147,19 @@ def default_config() -> ConfigDict:
 
 
 def load_config(flag: str, overrides: dict[str, str]) -> ConfigDict:
-    """Reads `--config=FILE[:ARG]` and applies `--config.key=value` flags.
+    """Read `--config=NAME[:ARG]`, a config of the package or a file, and apply `--config.key=value` flags.
 
     Raises:
       UserError: no such file, none that gives a config, no such key, or a value of another type.
     """
     path, _, argument = flag.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; a config is FILE[:ARG], such as configs/tiny.py")
-    if not names_config(flag):
-        raise UserError(f"{path}: is no config; a config is FILE[:ARG], such as configs/tiny.py")
+    known = config_names()
+    if path in known:
+        path = str(CONFIGS / f"{path}.py")
+    elif not Path(path).is_file():
+        raise UserError(f"{path}: no such file, and no config of the package; expected {', '.join(known)}, or a file")
+    elif not names_config(flag):
+        raise UserError(f"{path}: expected a Python file with get_config(arg), such as {CONFIGS / 'tiny.py'}")
     spec = importlib.util.spec_from_file_location("metaembed_config", path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -176,9 +181,15 @@ def is_in(key: str, keys: tuple[str, ...]) -> bool:
     return any(key == entry or key.startswith(f"{entry}.") for entry in keys)
 
 
+def config_names() -> list[str]:
+    """Return the names of the package's configs."""
+    return sorted(path.stem for path in CONFIGS.glob("*.py"))
+
+
 def names_config(text: str) -> bool:
-    """Whether a text is FILE[:ARG] of a config, rather than a path or id of weights."""
-    return text.partition(":")[0].endswith(".py")
+    """Return whether a text is NAME[:ARG] of a config, rather than a path or id of weights."""
+    name = text.partition(":")[0]
+    return name.endswith(".py") or name in config_names()
 
 
 def _override(config: ConfigDict, key: str, text: str) -> None:

@@ -17,29 +17,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Adds `--config` and `--config.key=value` to a parser's flags, and reads them; the latter become `overrides`.
-
-    The config itself is for `load_config`, after `hosts.connect`: it is a program, which may use JAX.
-
-    Raises:
-      UserError: a flag that does not exist.
-    """
-    add_config(parser)
-    overrides, rest = split_overrides(argv)
-    arguments = parser.parse_args(rest)
-    arguments.overrides = overrides
-    return arguments
-
-
 def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Adds `--config` to a parser's flags."""
+    """Add `--config` to a parser's flags.
+
+    A command reads it with `load_config`, after `hosts.connect`: a config is a program, which may use JAX.
+    """
     parser.add_argument(
-        "--config", required=required, metavar="FILE[:ARG]", help="a file with get_config(arg), such as configs/tiny.py"
+        "--config",
+        required=required,
+        metavar="NAME[:ARG]",
+        help="a config of the package, such as tiny, or a file with get_config(arg); "
+        "any key of it can be set, as in --config.optimizer.learning_rate=1e-3",
     )
-    parser.epilog = (
-        parser.epilog or ""
-    ) + " Any key of the config can be set: --config.steps=100 --config.optimizer.learning_rate=1e-3"
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -58,6 +47,13 @@ def split_overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         else:
             rest.append(argument)
     return overrides, rest
+
+
+def count(text: str) -> int:
+    """The type of a flag for a non-negative integer."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a non-negative integer")
+    return int(text)
 
 
 def any_path(text: str) -> Path:

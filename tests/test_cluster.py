@@ -12,6 +12,7 @@ import pytest
 
 from metaembed_jax import hosts
 from metaembed_jax.cluster import Cluster, find_cluster
+from metaembed_jax.config import config_names
 from metaembed_jax.errors import UserError
 from tests.several_hosts import ROOT, free_port
 
@@ -168,6 +169,6 @@ def test_kaggle_reaches_its_config(program):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
         2,
-        "error: configs/missing.py: no such file; a config is FILE[:ARG], such as configs/tiny.py",
+        f"error: configs/missing.py: no such file, and no config of the package; expected {', '.join(config_names())}, or a file",
     )
     assert "Traceback" not in done.stderr and not Path("nowhere").exists()

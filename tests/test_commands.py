@@ -1,6 +1,5 @@
 """Wrong flags of the commands: one line on stderr, exit code 2, nothing written."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,43 +7,43 @@ from pathlib import Path
 import jax
 import pytest
 
-from metaembed_jax import cli
-from metaembed_jax.flags import run_main
+from metaembed_jax import cli, commands
+from metaembed_jax.config import load_config, names_config
 
 ROOT = Path(__file__).parents[1]
 TINY = "--config=configs/tiny.py"
 WRONG = [
-    (["train.py"], "the following arguments are required: --config"),
-    (["train.py", "--config=configs/none.py"], "configs/none.py: no such file"),
-    (["train.py", "--config=configs/../README.md"], "configs/../README.md: is no config"),
-    (["train.py", TINY, "--config.microbatch_rows=-1"], "config.microbatch_rows=-1 must not be negative"),
-    (["train.py", TINY, "--config.unroll_layers=0"], "config.unroll_layers=0 must be positive"),
-    (["train.py", TINY, "--config.embedding_dim=-1"], "config.embedding_dim=-1 must not be negative"),
-    (["train.py", TINY, "--config.trained=(1,2)"], "config.trained: 1 is not of the form ('*', 'full')"),
-    (["train.py", TINY, "--config.data.sources=()"], "config.data.sources: () is not of the form"),
-    (["train.py", TINY, "--config.row=(64,)"], "config.row=(64,): expected (tokens, patches)"),
-    (["train.py", TINY, "--config.init_from=none.py"], "config.init_from: none.py: no such file"),
-    (["train.py", TINY, "--stesp=3"], "unrecognized arguments: --stesp=3"),
-    (["train.py", TINY, "--config.stesp=3"], "--config.stesp: no such key; there are"),
-    (["train.py", TINY, "--config.save_minutes=1e400"], "--config.save_minutes=1e400: expected float, as in 15.0"),
-    (["train.py", TINY, "--config.steps=many"], "--config.steps=many: expected int"),
-    (["train.py", TINY, "--config.steps"], "write --config.steps=VALUE"),
-    (["train.py", TINY, "--config.optimizer.algorithm=sgd"], "config.optimizer.algorithm='sgd': expected adamw or muon"),
-    (["train.py", TINY, "--config.groups=((1,1),(32,64))"], "goes beyond the vectors"),
-    (["train.py", TINY, "--config.groups=((2,4),(1,8))"], "groups not nested"),
-    (["train.py", TINY, "--config.mesh.data=3"], "config.mesh (data=3, fsdp=1, tensor=1) does not fit"),
-    (["train.py", TINY, "--hosts=2"], "--coordinator, --hosts and --host belong together"),
-    (["train.py", TINY, "--coordinator=here", "--hosts=2", "--host=0"], "expected ADDRESS:PORT"),
-    (["eval.py", TINY, "--coordinator=here:1", "--hosts=2", "--host=2", "--checkpoint=x"], "0 <= host < hosts"),
-    (["eval.py", TINY, "--checkpoint=nowhere"], "nowhere is no run of train.py"),
-    (["metaembed_jax"], "the following arguments are required: command"),
-    (["metaembed_jax", "export", "--checkpoint=no/where", "--out=out", "--format=peft"], "no/where: there is no such directory"),
-    (["metaembed_jax", "export", "--checkpoint=x", "--out=out", "--format=onnx"], "invalid choice: 'onnx'"),
-    (["metaembed_jax", "index", "--model=x", "--input=none", "--out=out"], "none: no such file or folder"),
-    (["metaembed_jax", "search", "--index=none", "a"], "none is no index: it has no manifest.json"),
-    (["metaembed_jax", "search", "--index=none"], "nothing to search for"),
-    (["metaembed_jax", "plot", "none.json"], "none.json: cannot be read"),
-    (["metaembed_jax", "prepare", "--source=cats"], "no source 'cats'; there are icons, boards"),
+    (["train"], "the following arguments are required: --config"),
+    (["train", "--config=configs/none.py"], "configs/none.py: no such file, and no config of the package"),
+    (["train", "--config=configs/../README.md"], "configs/../README.md: expected a Python file with get_config(arg)"),
+    (["train", TINY, "--config.microbatch_rows=-1"], "config.microbatch_rows=-1 must not be negative"),
+    (["train", TINY, "--config.unroll_layers=0"], "config.unroll_layers=0 must be positive"),
+    (["train", TINY, "--config.embedding_dim=-1"], "config.embedding_dim=-1 must not be negative"),
+    (["train", TINY, "--config.trained=(1,2)"], "config.trained: 1 is not of the form ('*', 'full')"),
+    (["train", TINY, "--config.data.sources=()"], "config.data.sources: () is not of the form"),
+    (["train", TINY, "--config.row=(64,)"], "config.row=(64,): expected (tokens, patches)"),
+    (["train", TINY, "--config.init_from=none.py"], "config.init_from: none.py: no such file"),
+    (["train", TINY, "--stesp=3"], "unrecognized arguments: --stesp=3"),
+    (["train", TINY, "--config.stesp=3"], "--config.stesp: no such key; there are"),
+    (["train", TINY, "--config.save_minutes=1e400"], "--config.save_minutes=1e400: expected float, as in 15.0"),
+    (["train", TINY, "--config.steps=many"], "--config.steps=many: expected int"),
+    (["train", TINY, "--config.steps"], "write --config.steps=VALUE"),
+    (["train", TINY, "--config.optimizer.algorithm=sgd"], "config.optimizer.algorithm='sgd': expected adamw or muon"),
+    (["train", TINY, "--config.groups=((1,1),(32,64))"], "goes beyond the vectors"),
+    (["train", TINY, "--config.groups=((2,4),(1,8))"], "groups not nested"),
+    (["train", TINY, "--config.mesh.data=3"], "config.mesh (data=3, fsdp=1, tensor=1) does not fit"),
+    (["train", TINY, "--hosts=2"], "--coordinator, --hosts and --host belong together"),
+    (["train", TINY, "--coordinator=here", "--hosts=2", "--host=0"], "expected ADDRESS:PORT"),
+    (["eval", TINY, "--coordinator=here:1", "--hosts=2", "--host=2", "--checkpoint=x"], "0 <= host < hosts"),
+    (["eval", TINY, "--checkpoint=nowhere"], "nowhere is no run of train.py"),
+    ([], "the following arguments are required: COMMAND"),
+    (["export", "--checkpoint=no/where", "--out=out", "--format=peft"], "no/where: there is no such directory"),
+    (["export", "--checkpoint=x", "--out=out", "--format=onnx"], "invalid choice: 'onnx'"),
+    (["index", "--model=x", "--input=none", "--out=out"], "none: no such file or folder"),
+    (["search", "--index=none", "a"], "none is no index: it has no manifest.json"),
+    (["search", "--index=none"], "nothing to search for"),
+    (["plot", "none.json"], "none.json: cannot be read"),
+    (["prepare", "--source=cats"], "no source 'cats'; there are icons, boards"),
 ]
 
 
@@ -52,10 +51,10 @@ WRONG = [
 def test_wrong_flags(tmp_path, monkeypatch, capsys, command, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax.distributed, "initialize", alone)  # it must come before JAX has devices, and here it has
-    program, *flags = [part.replace("configs/", f"{ROOT}/configs/") for part in command]
-    monkeypatch.setattr(sys, "argv", [program, *flags])
+    flags = [part.replace("configs/", f"{ROOT}/configs/") for part in command]
+    monkeypatch.setattr(sys, "argv", ["metaembed", *flags])
     with pytest.raises(SystemExit) as stopped:
-        run_main(main_of(program))
+        cli.run()
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and message.replace("configs/", f"{ROOT}/configs/") in line
@@ -66,17 +65,49 @@ def alone(*_):
     raise ValueError("no cluster")
 
 
-def main_of(program: str):
-    """The main function of a script in the root, or of the package."""
-    if program == "metaembed_jax":
-        return cli.main
-    spec = importlib.util.spec_from_file_location(program.removesuffix(".py"), ROOT / program)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def test_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["metaembed", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run()
+    page = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(f"    {command} " in page for command in cli.COMMANDS)
+    assert "32b, 3b, 7b, boards, " in page
+    assert set(cli.COMMANDS) == {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__"}
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["-m", "metaembed_jax", "prepare"]])
-def test_help(command):
-    done = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "usage:" in done.stdout
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    page = capsys.readouterr().out
+    assert stopped.value.code == 0 and page.startswith(f"usage: metaembed {command} ") and f"  metaembed {command} " in page
+
+
+@pytest.mark.parametrize("program", [["train.py"], ["eval.py"], ["-m", "metaembed_jax", "search"]])
+def test_other_ways_to_the_commands(program):
+    done = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: metaembed {program[-1].removesuffix('.py')} ")
+
+
+def test_a_command_without_its_packages():
+    program = "import sys; sys.modules['grain'] = None; from metaembed_jax import cli; cli.run('train')"
+    done = subprocess.run([sys.executable, "-c", program, TINY], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, "error: metaembed train needs grain: pip install 'metaembed-jax[train]'\n")
+
+
+def test_a_search_needs_nothing_of_training():
+    """In a process of its own: no package of the extra `train` is imported by the commands of a server."""
+    program = (
+        "import sys, metaembed_jax.commands.search, metaembed_jax.commands.index, metaembed_jax.commands.export\n"
+        "import metaembed_jax.cli, metaembed_jax.checkpoints.loading\n"
+        "print([name for name in metaembed_jax.cli.TRAIN_PACKAGES if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_configs_of_the_package(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("7b:full", {}).name == "7b_full"
+    assert load_config("tiny", {}).init_from == "tiny:base"
+    assert names_config("tiny:base") and names_config("a/b.py") and not names_config("tiny2") and not names_config("./tiny")

@@ -10,10 +10,10 @@ from metaembed_jax import cli, files
 from metaembed_jax.checkpoints.workdir import default_workdir
 from metaembed_jax.config import check_config, load_config
 from metaembed_jax.errors import UserError
-from metaembed_jax.flags import Parser, any_path, local_path, model_name, run_main
+from metaembed_jax.flags import any_path, local_path, model_name
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.index import Index
-from tests.test_commands import ROOT, main_of
+from tests.test_commands import ROOT
 
 # Flags that are texts and no paths. A new flag is of one of the types for paths, or is listed here.
 TEXTS = {
@@ -30,34 +30,15 @@ TEXTS = {
 }
 
 
-class Captured(Exception):
-    """Holds the parser of a command."""
-
-
-def parser_of(main):
-    def capture(parser, *_):
-        raise Captured(parser)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Parser, "parse_args", capture)
-        with pytest.raises(Captured) as captured:
-            main(["--config=x"])
-    return captured.value.args[0]
-
-
 def all_flags():
-    """(program, command or "", flag) of every flag that takes a value."""
-    for program, main in (("train.py", main_of("train.py")), ("eval.py", main_of("eval.py")), ("metaembed_jax", cli.main)):
-        parsers = {"": parser_of(main)}
-        for action in parsers[""]._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                parsers = action.choices
-        for command, parser in parsers.items():
-            yield from ((program, command, action) for action in parser._actions if action.nargs != 0)
+    """(command, flag) of every flag that takes a value."""
+    for command in cli.COMMANDS:
+        (commands,) = (action for action in cli.make_parser(command)._actions if isinstance(action, argparse._SubParsersAction))
+        yield from ((command, action) for action in commands.choices[command]._actions if action.nargs != 0)
 
 
 FLAGS = list(all_flags())
-PATHS = [(*where, action) for *where, action in FLAGS if action.type in (any_path, local_path, model_name)]
+PATHS = [(command, action) for command, action in FLAGS if action.type in (any_path, local_path, model_name)]
 
 
 def name_of(action):
@@ -65,24 +46,24 @@ def name_of(action):
 
 
 def test_every_flag_is_a_path_or_known_to_be_none():
-    on_disks = {f"{command or program} {name_of(action)}" for program, command, action in PATHS if action.type is local_path}
-    expected = {"prepare --from", "prepare --out", "eval.py --from", "index --input", "index --out", "search --index"}
+    on_disks = {f"{command} {name_of(action)}" for command, action in PATHS if action.type is local_path}
+    expected = {"prepare --from", "prepare --out", "eval --from", "index --input", "index --out", "search --index"}
     assert on_disks == expected | {"search --image"}
-    for program, command, action in FLAGS:
+    for command, action in FLAGS:
         if action.type is None and action.choices is None:
-            assert name_of(action) in TEXTS, f"{program} {command} {name_of(action)}: give it the type of a path, or list it"
+            assert name_of(action) in TEXTS, f"{command} {name_of(action)}: give it the type of a path, or list it"
         assert action.type is not files.Path
 
 
-@pytest.mark.parametrize("program, command, action", PATHS, ids=[" ".join((*where, name_of(flag))) for *where, flag in PATHS])
-def test_other_schemes_and_buckets(program, command, action, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("command, action", PATHS, ids=[f"{command} {name_of(action)}" for command, action in PATHS])
+def test_other_schemes_and_buckets(command, action, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def refused(path):
         value = f"{action.option_strings[0]}={path}" if action.option_strings else path
-        monkeypatch.setattr(sys, "argv", [program, *([command] if command else []), value])
+        monkeypatch.setattr(sys, "argv", ["metaembed", command, value])
         with pytest.raises(SystemExit) as stopped:
-            run_main(main_of(program))
+            cli.run()
         assert stopped.value.code == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert not any(tmp_path.iterdir())

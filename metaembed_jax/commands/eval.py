@@ -1,0 +1,42 @@
+"""Evaluate the best checkpoint of a run on its test split, or on a benchmark."""
+
+import argparse
+
+from metaembed_jax import hosts
+from metaembed_jax.config import load_config
+from metaembed_jax.evaluation.command import evaluate_checkpoint
+from metaembed_jax.flags import add_config, any_path, local_path
+from metaembed_jax.startup import add_device_flags, add_host_flags, start
+from metaembed_jax.votes import stop_signal
+
+EXAMPLES = """
+  metaembed eval --config=tiny --checkpoint=runs/tiny --budgets=1:1,4:8,16:64
+  metaembed eval --config=7b --checkpoint=runs/7b --benchmark=mmeb --from=MMEB-eval
+  metaembed eval --config=7b --checkpoint=runs/7b --benchmark=vidore --budgets="1:1,1:1:1000>16:64"
+"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    add_config(parser)
+    parser.add_argument("--checkpoint", type=any_path, required=True, help="a run; its best checkpoint is read")
+    parser.add_argument(
+        "--out", type=any_path, help="the folder of results.json, quality.png and report.html (default: <checkpoint>/eval)"
+    )
+    parser.add_argument(
+        "--budgets",
+        help="pairs r_q:r_c, such as 1:1,4:8,16:64 (default: those that were trained); for mteb also stages, 1:1:1000>16:64",
+    )
+    parser.add_argument("--benchmark", help="mmeb; vidore, or any benchmark or task of mteb (default: the test split)")
+    parser.add_argument("--from", dest="files", type=local_path, help="the folder that the files of mmeb were fetched to")
+    add_device_flags(parser)
+    add_host_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the table of a checkpoint, and write its results."""
+    start(arguments)
+    with hosts.speaking_once(), stop_signal() as stop, stop.at_once():
+        config = load_config(arguments.config, arguments.overrides)
+        out = arguments.out or arguments.checkpoint / "eval"
+        evaluate_checkpoint(config, arguments.checkpoint, out, arguments.budgets, arguments.benchmark, arguments.files)

@@ -1,0 +1,29 @@
+"""Search an index with a text, an image, or both."""
+
+import argparse
+
+from metaembed_jax.flags import local_path, model_name
+from metaembed_jax.retrieval import command
+from metaembed_jax.startup import add_device_flags, start
+
+EXAMPLES = """
+  metaembed search --index=INDEX "a red car" -k 5
+  metaembed search --index=INDEX --image=car.png --budget="1:1:1000>16:64"
+"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    parser.add_argument("--index", type=local_path, required=True, help="an index that `metaembed index` wrote")
+    parser.add_argument("query", nargs="?", help="a text")
+    parser.add_argument("--image", type=local_path, help="an image file")
+    parser.add_argument("--budget", help="such as 4:8, or stages, 1:1:1000>16:64 (default: all vectors)")
+    parser.add_argument("-k", type=int, help="how many documents to show (default: 10)")
+    parser.add_argument("--model", type=model_name, help="where the index's model is now (default: where it was)")
+    add_device_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the documents that fit a query best."""
+    start(arguments)
+    command.search(arguments.index, arguments.query, arguments.image, arguments.budget, arguments.k, arguments.model)
