@@ -30,7 +30,13 @@ def test_quickstart(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "device, project", [("/dev/accel0", ".[tpu]"), ("/dev/vfio/0", ".[tpu]"), ("/dev/nvidia0", ".[cuda]"), ("/dev/null", ".")]
+    "device, project",
+    [
+        ("/dev/accel0", ".[train,tpu]"),
+        ("/dev/vfio/0", ".[train,tpu]"),
+        ("/dev/nvidia0", ".[train,cuda]"),
+        ("/dev/null", ".[train]"),
+    ],
 )
 def test_first_cell_installs_what_drives_the_chips(device, project, tmp_path, monkeypatch):
     commands = []
