@@ -28,8 +28,8 @@ from metaembed_jax.network import ModelConfig
 from metaembed_jax.sharding import batch_shards, rows_here, rows_of
 
 CHUNK = 64  # items of a shard whose sizes are found at once
-AHEAD = 2  # calls whose items are decoded before their turn
-IN_FLIGHT = 2  # calls whose vectors are not yet fetched
+AHEAD = 32  # rows of a shard that are decoded before their turn
+IN_FLIGHT = 32  # rows of a shard that are sent before the vectors of those before them are fetched
 
 
 @dataclasses.dataclass
@@ -145,18 +145,11 @@ class Encoder:
 
     def _run(self, parameters: dict, calls: Iterator[Call], reader: Reader, budget: int) -> Iterator[tuple]:
         """Yield (numbers of a call's items, those of this host, their vectors), call by call."""
-        decoding, in_flight = deque(), deque()
-        for call in calls:
-            decoding.append(self._start_call(call, reader))
-            if len(decoding) > AHEAD:
-                in_flight.append(self._send(parameters, *decoding.popleft()))
-            if len(in_flight) > IN_FLIGHT:
-                yield _fetch(*in_flight.popleft(), budget)
-        while decoding or in_flight:
-            if decoding:
-                in_flight.append(self._send(parameters, *decoding.popleft()))
-            if len(in_flight) > IN_FLIGHT or not decoding:
-                yield _fetch(*in_flight.popleft(), budget)
+        shards = batch_shards(self._mesh)
+        decoding = _ahead((self._start_call(call, reader) for call in calls), AHEAD * shards)
+        in_flight = _ahead((self._send(parameters, *call) for call in decoding), IN_FLIGHT * shards)
+        for call in in_flight:
+            yield _fetch(*call, budget)
 
     def _start_call(self, call: Call, reader: Reader) -> tuple[Call, list[list[int]], list[list[Future]]]:
         """The call, the items of this host's rows, and their arrays to come."""
@@ -172,6 +165,18 @@ class Encoder:
                 vectors_BVD = self._encode(parameters, batch)
         self.programs.add(program)
         return call, here, vectors_BVD
+
+
+def _ahead(calls: Iterator[tuple], rows: int) -> Iterator[tuple]:
+    """Yield calls in their order, each once at least `rows` rows of those behind it are taken, or all are."""
+    taken, waiting = deque(), 0
+    for call in calls:
+        taken.append(call)
+        waiting += call[0].size
+        while waiting - taken[0][0].size >= rows:
+            waiting -= taken[0][0].size
+            yield taken.popleft()
+    yield from taken
 
 
 def _fetch(call: Call, here: list[list[int]], vectors_BVD: jax.Array, budget: int) -> tuple[list[int], list[int], np.ndarray]:

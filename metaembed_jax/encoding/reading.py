@@ -41,15 +41,18 @@ class Reader:
         self._described, self._name = getattr(items, "described", None), getattr(items, "item_name", _name)
         self._alone = contextlib.nullcontext() if self._described else threading.Lock()
         self._held: dict[int, dict | Example] = {}
-        self._threads = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS), "encode")
+        count = min(os.cpu_count() or 1, MOST_THREADS)
+        # Sizes have threads of their own: behind the items of several calls, they would keep the next calls waiting.
+        self._threads, self._size_threads = ThreadPoolExecutor(count, "encode"), ThreadPoolExecutor(count, "encode sizes")
 
     def close(self) -> None:
         """End the threads; what waits is not done."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._size_threads, self._threads):
+            threads.shutdown(wait=True, cancel_futures=True)
 
     def sizes(self, numbers: Sequence[int]) -> list[Future]:
         """Start to find the sizes of items: `Fitted` of each."""
-        return [self._threads.submit(self._size, int(number)) for number in numbers]
+        return [self._size_threads.submit(self._size, int(number)) for number in numbers]
 
     def row_items(self, numbers: Sequence[int]) -> list[Future]:
         """Start to make items for their rows: `RowItem` of each."""

@@ -1,7 +1,8 @@
 """The calls that encode a stream of items: a pure function of sizes and of the number of devices, the same on every host.
 
 Items wait in a pool until they fill `WINDOW` rows a device; packing chooses among all of them. Rows are called by 16, 4 and 1 a
-device, so that three programs encode everything; a few short texts have a small row of their own.
+device, so that three programs encode everything; a few short texts have a small row of their own. The first call starts when
+its items are decoded, and nothing overlaps with the end of the last: short streams have no calls of 16 rows a device.
 
 N items, D shards of the batch axis (each a device, or several that share its rows).
 """
@@ -15,6 +16,7 @@ from jaxtyping import Int
 from metaembed_jax.batch.packing import Size, least_rows, pack
 
 CALL_ROWS = (16, 4, 1)  # of a shard, in a call
+LONG = 256  # rows of a shard that are sent before the first call of the largest size
 WINDOW = 64  # rows of a shard that items in the pool fill
 SHORTEST = 16  # tokens of a prompt that rows have vectors for: items that are all shorter leave tokens empty
 VECTORS = 16  # the number of a row's vectors is a multiple of it
@@ -53,7 +55,7 @@ class Schedule:
     def __init__(self, tokens: int, patches: int, meta: int, budget: int, shards: int):
         self._size, self._meta, self._budget, self._shards = (tokens, patches), meta, budget, shards
         self._numbers_N, self._sizes_N3 = np.zeros(0, np.int64), np.zeros((0, 3), np.int64)
-        self._started = self._has_patches = False
+        self._sent, self._has_patches = 0, False
 
     @property
     def is_full(self) -> bool:
@@ -73,21 +75,25 @@ class Schedule:
         self._has_patches |= bool(sizes_N3[:, 1].any())
 
     def take(self, is_last: bool) -> Iterator[Call]:
-        """Yield calls for items of the pool; before the last time only full calls of the largest size, oldest items first."""
-        if is_last and not self._started and (small := self._small()):
+        """Yield calls for items of the pool; before the last time only rows that fill calls of the largest size, oldest items first."""
+        if is_last and not self._sent and (small := self._small()):
             self._clear(np.zeros(0, np.int64))
             yield small
             return
-        self._started = True
         row = self._row()
         rows = _rows_of(self._numbers_N, pack(self._sizes_N3, row))
         largest, first = CALL_ROWS[0] * self._shards, 0
         ends = len(rows) if is_last else len(rows) // largest * largest
         self._clear(np.sort(np.array([number for items in rows[ends:] for number in items], np.int64)))
         while first < ends:
-            size = next((n * self._shards for n in CALL_ROWS if n * self._shards <= ends - first), self._shards)
+            size = self._call_size(ends - first)
             yield Call(size, row, rows[first : min(first + size, ends)])
-            first += size
+            first, self._sent = first + size, self._sent + size
+
+    def _call_size(self, rows: int) -> int:
+        """Choose the rows of the next call, given how many are left."""
+        sizes = [size * self._shards for size in (CALL_ROWS if self._sent >= LONG * self._shards else CALL_ROWS[1:])]
+        return next((size for size in sizes if size <= rows), self._shards)
 
     def _row(self) -> Size:
         # Without an image so far, the vision tower has nothing to compute.

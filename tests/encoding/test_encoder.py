@@ -1,6 +1,7 @@
 """Items to vectors and back into their order; the network is a sum over each item's tokens."""
 
 import threading
+from concurrent.futures import wait
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +13,7 @@ from metaembed_jax.batch.items import ArraySpec, Example, Fitted, Layout, Limits
 from metaembed_jax.encoding import encoder as module
 from metaembed_jax.encoding import schedule
 from metaembed_jax.encoding.encoder import Encoder
+from metaembed_jax.encoding.reading import Reader, results
 from metaembed_jax.errors import UserError
 from metaembed_jax.sharding import make_mesh, named_sharding
 
@@ -116,6 +118,30 @@ def test_blocks_come_in_order(encoder, small_windows):
     assert [block.items for block in blocks] == [range(first, min(first + 70, 900)) for first in range(30, 900, 70)]
     np.testing.assert_array_equal(np.concatenate([block.vectors for block in blocks]), expected(items[30:], 3))
     assert sorted(number for number in items.reads if isinstance(number, int)) == list(range(30, 900))  # each is read once
+
+
+def test_calls_are_taken_ahead():
+    taken = []
+    calls = ((SimpleNamespace(size=size), taken.append(size)) for size in (4, 4, 4, 16, 1))
+    assert [(call.size, sum(taken)) for call, _ in module._ahead(calls, 8)] == [(4, 12), (4, 28), (4, 28), (16, 29), (1, 29)]
+
+
+def test_sizes_do_not_wait_for_items():
+    made = threading.Event()
+
+    class Slow(Processor):
+        """Makes items once it is told to."""
+
+        def query(self, item, *, name):
+            made.wait()
+            return super().query(item, name=name)
+
+    reader = Reader(Slow(), Described(items_of(100)), "query", 3, 3)
+    items, sizes = reader.row_items(range(100)), reader.sizes(range(100))
+    unknown = wait(sizes, timeout=20).not_done
+    made.set()
+    assert not unknown and len(results(items)) == 100
+    reader.close()
 
 
 def test_nothing_to_encode(encoder):

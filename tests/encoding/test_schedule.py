@@ -54,9 +54,18 @@ def test_items_wait_until_they_fill_a_window(monkeypatch):
     prompts_N2 = images(300)
     calls = plan(prompts_N2, 1, chunk=7)
     check(calls, prompts_N2)
-    assert [call.size for call in calls[:4]] == [16] * 4 and all(len(call.rows) == 16 for call in calls[:4])
+    assert all(len(call.rows) == call.size == 4 for call in calls[:4])
     firsts = [min(number for row in call.rows for number in row) for call in calls]
     assert firsts == sorted(firsts)  # the oldest item is always in the next call, so none waits for ever
+
+
+def test_the_first_calls_of_a_stream_are_short(monkeypatch):
+    monkeypatch.setattr(module, "LONG", 32)
+    prompts_N2 = images(600)
+    calls = plan(prompts_N2, 2)
+    check(calls, prompts_N2)
+    sizes = [call.size for call in calls]
+    assert sizes[:8] == [8] * 8 and sizes[8] == 32 and sizes[8:] == sorted(sizes[8:], reverse=True)
 
 
 def test_a_few_short_texts_have_a_small_row():
