@@ -75,7 +75,7 @@ class Schedule:
         self._has_patches |= bool(sizes_N3[:, 1].any())
 
     def take(self, is_last: bool) -> Iterator[Call]:
-        """Yield calls for items of the pool; before the last time only rows that fill calls of the largest size, oldest items first."""
+        """Yield calls for items of the pool; before the last time only rows that fill calls of the largest size, oldest first."""
         if is_last and not self._sent and (small := self._small()):
             self._clear(np.zeros(0, np.int64))
             yield small
