@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from metaembed_jax.backbones import qwen2_5_vl
 from metaembed_jax.backbones.qwen.images import to_units
+from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
 from metaembed_jax.batch.rows import filled_shares
 from metaembed_jax.config import default_config, load_config, model_config, row_limits
 from metaembed_jax.data import tokenizer
@@ -43,14 +43,14 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12, help="batches of 8 a turn (default: 12)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes (default: 1, then 2)")
     arguments = parser.parse_args()
-    sizes = qwen2_5_vl.Images(28 * 28, 1024 * 28 * 28)
+    sizes = QWEN2_5_VL.Images(28 * 28, 1024 * 28 * 28)
     with tempfile.TemporaryDirectory() as scratch:
         learned = tokenizer.train(["which page is it?"] * 100, Path(scratch) / "tokenizer.json", qwen2_5_vl, vocabulary=700)
     for name, draw in (("pages", page), ("photos", photo)):
         encoded = [draw(number) for number in range(SOURCE)]
         config = run_config(name, WARM + arguments.batches)
         records = [{"query": {"text": "which page is it?"}, "positive": {"image": one}, "source": name} for one in encoded]
-        items = run_items(config, qwen2_5_vl.Processor(learned, sizes, row_limits(config)), [records])
+        items = run_items(config, QWEN2_5_VL.Processor(learned, sizes, row_limits(config)), [records])
         shape = plan_rows(items, row_limits(config)).shape(0, 1)
         dataset = training_batches(items, shape, model_config(config).architecture.layout)
         largest = difference(encoded[0], sizes)
@@ -110,7 +110,7 @@ class Encoded:
 class Collator:
     """A batch of images by transformers' Pillow processor."""
 
-    def __init__(self, sizes: qwen2_5_vl.Images):
+    def __init__(self, sizes: QWEN2_5_VL.Images):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         self.processor = Qwen2VLImageProcessorPil(size={"shortest_edge": sizes.min_pixels, "longest_edge": sizes.max_pixels})
@@ -119,7 +119,7 @@ class Collator:
         return dict(self.processor(images, return_tensors="pt"))
 
 
-def dataloader(encoded: list[bytes], sizes: qwen2_5_vl.Images, workers: int, batches: int) -> Iterator[dict]:
+def dataloader(encoded: list[bytes], sizes: QWEN2_5_VL.Images, workers: int, batches: int) -> Iterator[dict]:
     """Their batches, two ahead for each worker as is the default there."""
     from torch.utils.data import DataLoader
 
@@ -127,7 +127,7 @@ def dataloader(encoded: list[bytes], sizes: qwen2_5_vl.Images, workers: int, bat
     return iter(DataLoader(images, BATCH, collate_fn=Collator(sizes), **options))
 
 
-def difference(encoded: bytes, sizes: qwen2_5_vl.Images) -> float:
+def difference(encoded: bytes, sizes: QWEN2_5_VL.Images) -> float:
     """The largest difference of a normalised number of one image."""
     theirs = Collator(sizes)([Image.open(io.BytesIO(encoded)).convert("RGB")])["pixel_values"].numpy().reshape(-1, 3, 2, 196)
     image = open_image(encoded, "image")

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.config import load_config, model_config

@@ -62,7 +62,7 @@ def write(directory: Path, size: str) -> None:
     from flax.traverse_util import flatten_dict
     from tqdm import tqdm
 
-    from metaembed_jax.backbones import qwen2_5_vl
+    from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
     from metaembed_jax.config import load_config, model_config
     from metaembed_jax.data import tokenizer
 
@@ -70,13 +70,13 @@ def write(directory: Path, size: str) -> None:
         return
     directory.mkdir(parents=True, exist_ok=True)
     config = model_config(load_config(f"configs/{size}.py", {}))
-    backbone = nnx.eval_shape(lambda: qwen2_5_vl.Backbone(config.architecture, rngs=nnx.Rngs(0)))
+    backbone = nnx.eval_shape(lambda: QWEN2_5_VL.Backbone(config.architecture, rngs=nnx.Rngs(0)))
     tensors = {}
     for path, leaf in flatten_dict(nnx.to_pure_dict(nnx.state(backbone)), sep=".").items():
-        source = qwen2_5_vl.KEYS[path]
+        source = QWEN2_5_VL.weight_map[path]
         layers = range(leaf.shape[0]) if "{}" in source.key else (None,)
         shape = source.shape(leaf.shape if layers == (None,) else leaf.shape[1:])
-        tensors |= {qwen2_5_vl.stored_key(source.key.format(layer)): shape for layer in layers}
+        tensors |= {QWEN2_5_VL.stored_key(source.key.format(layer)): shape for layer in layers}
     random, shard, number, index = np.random.default_rng(0), {}, 1, {}
 
     def flush():
@@ -98,7 +98,7 @@ def write(directory: Path, size: str) -> None:
     words = tokenizer.train([TEXT], directory / "tokenizer.json", qwen2_5_vl, vocabulary=400)
     sizes = {"size": {"shortest_edge": 4 * 784, "longest_edge": 1024 * 784}}
     (directory / "preprocessor_config.json").write_text(json.dumps(sizes))
-    ids = {token: words.token_to_id(token) for token in qwen2_5_vl.SPECIAL_TOKENS}
+    ids = {token: words.token_to_id(token) for token in QWEN2_5_VL.special_tokens}
     written = config.architecture.to_huggingface(config.architecture.vocabulary, ids) | {"dtype": "bfloat16"}
     (directory / "config.json").write_text(json.dumps(written))
 

@@ -24,9 +24,9 @@ from flops import traced_flops
 from PIL import Image
 from qwen2_5_vl_torch import TorchTrainer, write_checkpoint
 
-from metaembed_jax.backbones import qwen2_5_vl
 from metaembed_jax.backbones.qwen.images import to_units
 from metaembed_jax.backbones.qwen.inputs import rope_positions
+from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
 from metaembed_jax.batch.items import Example
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.rows import RowItem, collate
@@ -107,7 +107,7 @@ def make_pairs() -> list[tuple[Example, Example]]:
     """Queries and documents of noise, as a processor makes them."""
     random = np.random.default_rng(0)
     images = [Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(PAIRS)]
-    sizes = qwen2_5_vl.Images(SIDE * SIDE, SIDE * SIDE)
+    sizes = QWEN2_5_VL.Images(SIDE * SIDE, SIDE * SIDE)
 
     def tokens(count: int) -> np.ndarray:
         return random.integers(IMAGE_TOKEN + 1, VOCABULARY, count).astype(np.int32)

@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.config import default_config, load_config, model_config
 from metaembed_jax.data import tokenizer
 from metaembed_jax.errors import UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.lora import LoraConfig
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.errors import UserError

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.layers import Linear, param, store_int8
 from metaembed_jax.backbones.lora import Dropout, LoraConfig, add_lora
 from metaembed_jax.batch.rows import Batch

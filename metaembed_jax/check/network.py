@@ -22,7 +22,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.batch import rows
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.batch.training import TrainingBatch, put

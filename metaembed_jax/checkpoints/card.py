@@ -2,7 +2,7 @@
 
 import json
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.network import ModelConfig
 
 LOAD = {
@@ -50,7 +50,7 @@ def model_card(kind: str, config: ModelConfig, about: dict, results: dict | None
     width = config.embedding_dim or config.architecture.width
     head = ' @ load_file(f"{DIRECTORY}/head.safetensors")["weight"].T' if config.embedding_dim else ""
     facts = dict(query=config.query_tokens, last=config.candidate_tokens - 1, width=width, head=head)
-    usage = family(config.backbone).USAGE.format(**facts)
+    usage = family(config.backbone).usage.format(**facts)
     load = LOAD[kind].format(usage=usage, base=json.dumps(about.get("base", "")), **facts)
     lines = ["---", "tags: [metaembed, multi-vector, late-interaction, retrieval]"]
     lines += [f"library_name: {kind}", *([f"base_model: {json.dumps(about['base'])}"] if about.get("base") else []), "---", ""]

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
 from metaembed_jax import files
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.checkpoints import peft_export, torch_export
 from metaembed_jax.checkpoints.base import find
 from metaembed_jax.checkpoints.card import model_card
@@ -93,8 +93,8 @@ def check_format(kind: str, backbone: str, trained: Collection[str]) -> None:
       UserError: names the format, and what of the model it has no place for.
     """
     known = family(backbone)
-    if kind == "sentence-transformers" and known.SENTENCE_TRANSFORMERS is None:
-        raise UserError(f"--format=sentence-transformers: there is no module for {known.TITLE} models; use --format=transformers")
+    if kind == "sentence-transformers" and known.sentence_transformers is None:
+        raise UserError(f"--format=sentence-transformers: there is no module for {known.title} models; use --format=transformers")
     if kind != "peft":
         return
     adapted = sorted(path for path in trained if path.endswith(LORA + "a"))
@@ -102,7 +102,7 @@ def check_format(kind: str, backbone: str, trained: Collection[str]) -> None:
         raise UserError("--format=peft: this model has no adapters (nothing in its config.trained says lora); use transformers")
     for path in adapted:
         key = peft_export.adapted_source(known, path.removeprefix("backbone.")).key
-        if sum(other.key == key for other in known.KEYS.values()) > 1:
+        if sum(other.key == key for other in known.weight_map.values()) > 1:
             raise UserError(f"--format=peft: {path} adapts a part of {key}, which PEFT cannot; use --format=transformers")
     for path in sorted(trained):
         if path.startswith("backbone.") and LORA not in path:
@@ -152,7 +152,7 @@ def _transformers(out: Path, trained: Trained) -> None:
 
 def _sentence_transformers(out: Path, trained: Trained) -> None:
     _transformers(out, trained)
-    shutil.copyfile(family(trained.config.backbone).SENTENCE_TRANSFORMERS, out / "metaembed.py")
+    shutil.copyfile(family(trained.config.backbone).sentence_transformers, out / "metaembed.py")
     modules = [{"idx": 0, "name": "0", "path": "", "type": "metaembed.MetaEmbed"}]
     settings = {"model_type": "MultiVectorEncoder", "similarity_fn_name": "maxsim", "prompts": {}}
     files.write_json(out / "modules.json", modules)

@@ -7,7 +7,6 @@ shape is checked, all before the first number is read. Only safetensors: other f
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from metaembed_jax.backbones.conversion import Source
+from metaembed_jax.backbones.family import Family
 from metaembed_jax.backbones.layers import quantize
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json
@@ -46,12 +46,12 @@ class Stored(NamedTuple):
             return handle.get_tensor(self.key)
 
 
-def read_backbone(directory: Path, family: ModuleType, architecture: object, wanted: dict) -> dict:
+def read_backbone(directory: Path, family: Family, architecture: object, wanted: dict) -> dict:
     """Parameters of a backbone, read tensor by tensor: beside them, memory holds one tensor at a time.
 
     Args:
       directory: with `model.safetensors.index.json` and the files that it names, or with *.safetensors alone.
-      family: module of the family, with `Backbone`, `KEYS`, `UNUSED_KEYS` and `canonical_key`.
+      family: of the architecture.
       architecture: the family's `Config`; all of its tensors must be there, whatever is wanted of them.
       wanted: nested dicts of shapes, each with the dtype and sharding that the parameter is to have. Beside an int8 kernel stands
         its `kernel_scale`.
@@ -62,9 +62,9 @@ def read_backbone(directory: Path, family: ModuleType, architecture: object, wan
     backbone = nnx.eval_shape(lambda: family.Backbone(architecture, rngs=nnx.Rngs(0)))
     shapes = {path: leaf.shape for path, leaf in flatten_dict(nnx.to_pure_dict(nnx.state(backbone)), sep=".").items()}
     stored = _open_tensors(directory, family.canonical_key)
-    used = set(family.UNUSED_KEYS)
+    used = set(family.unused_keys)
     for path, shape in shapes.items():
-        used |= _check(directory, stored, path, shape, family.KEYS[path], architecture)
+        used |= _check(directory, stored, path, shape, family.weight_map[path], architecture)
     for key, tensor in stored.items():
         if key not in used:
             name = f"{tensor.file}: {tensor.key} of shape {tensor.shape}"
@@ -72,7 +72,7 @@ def read_backbone(directory: Path, family: ModuleType, architecture: object, wan
     wanted, parameters = flatten_dict(wanted, sep="."), {}
 
     def read(path: str, leaves: list[jax.ShapeDtypeStruct], turn: Callable) -> list[jax.Array]:
-        return _read(stored, family.KEYS[path], architecture, leaves, turn)
+        return _read(stored, family.weight_map[path], architecture, leaves, turn)
 
     for path in tqdm(sorted(wanted), desc=f"reading {directory.name}", unit="parameter", delay=2):
         if path.endswith(SCALE):
@@ -99,16 +99,16 @@ def read_head(directory: Path, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     return _put(stored["weight"].read().T.astype(wanted.dtype), wanted.sharding)
 
 
-def read_vocabulary_rows(directory: Path, family: ModuleType, first: int, count: int) -> np.ndarray:
+def read_vocabulary_rows(directory: Path, family: Family, first: int, count: int) -> np.ndarray:
     """Rows of the embedding table [count, hidden], as they are stored.
 
     Raises:
       UserError: there are not as many.
     """
-    tensor = _open_tensors(directory, family.canonical_key).get(family.EMBEDDING_KEY)
+    tensor = _open_tensors(directory, family.canonical_key).get(family.embedding_key)
     rows = tensor.shape[0] if tensor and len(tensor.shape) == 2 else 0
     if first + count > rows:
-        raise UserError(f"{directory}: has {rows} rows of {family.EMBEDDING_KEY}, and {first} to {first + count} are wanted")
+        raise UserError(f"{directory}: has {rows} rows of {family.embedding_key}, and {first} to {first + count} are wanted")
     with safe_open(tensor.file, "np") as handle:
         return handle.get_slice(tensor.key)[first : first + count]
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.fields import initializer_range
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.checkpoints.base import find, open_recorded

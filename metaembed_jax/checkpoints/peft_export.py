@@ -6,14 +6,13 @@ metaembed.json                                    their numbers, and the budgets
 """
 
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from metaembed_jax.backbones import family
 from metaembed_jax.backbones.conversion import Source
+from metaembed_jax.backbones.family import Family, family
 from metaembed_jax.files import write_json
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.trained import LORA
@@ -54,10 +53,10 @@ def write_adapter(out: Path, config: ModelConfig, parameters: dict, about: dict)
     write_json(out / "metaembed.json", about | counts | {"embedding_dim": config.embedding_dim})
 
 
-def adapted_source(family: ModuleType, path: str) -> Source:
+def adapted_source(family: Family, path: str) -> Source:
     """The tensor that an adapter is for.
 
     Args:
       path: in the backbone, of the adapter's `a`.
     """
-    return family.KEYS[path.removesuffix(LORA + "a") + ".kernel"]
+    return family.weight_map[path.removesuffix(LORA + "a") + ".kernel"]

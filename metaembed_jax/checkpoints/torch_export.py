@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer
 from tqdm import tqdm
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, INDEX, SINGLE
 from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
@@ -51,7 +51,7 @@ def write_model(
       dtype: of the stored tensors, "float32" or "bfloat16".
     """
     names = meta_token_names(config.query_tokens, config.candidate_tokens) if "meta_tokens" in parameters else []
-    first, ids = _write_vocabulary(out, names, tokenizer, family(config.backbone).PAD_TOKEN)
+    first, ids = _write_vocabulary(out, names, tokenizer, family(config.backbone).pad_token)
     rows = max(parameters["backbone"]["embedding"].shape[0], first + len(names))
     stored = config.architecture.to_huggingface(rows, ids) | {"dtype": dtype}
     if names:
@@ -89,14 +89,14 @@ def _tensors(config: ModelConfig, parameters: dict, first: int, rows: int) -> It
     meta_tokens = np.asarray(parameters.get("meta_tokens", ()), np.float32)
     scale = config.lora.alpha / config.lora.rank
     by_key: dict[str, list] = {}
-    for path, source in module.KEYS.items():
+    for path, source in module.weight_map.items():
         if path in flat:  # not every version of a family has all
             by_key.setdefault(source.key, []).append((path, source))
     for key, parts in by_key.items():
         parts = sorted(parts, key=lambda part: part[1].part)
         for layer in range(flat[parts[0][0]].shape[0]) if "{}" in key else (None,):
             tensor = np.concatenate([source.write(merged(flat, path, layer, scale)) for path, source in parts])
-            if key == module.EMBEDDING_KEY:
+            if key == module.embedding_key:
                 tensor = np.concatenate([tensor, np.zeros((rows - len(tensor), tensor.shape[1]), np.float32)])
                 if len(meta_tokens):
                     tensor[first : first + len(meta_tokens)] = meta_tokens

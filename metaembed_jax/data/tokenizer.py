@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from metaembed_jax.backbones.family import Family
 from metaembed_jax.files import write_bytes
 from metaembed_jax.inputs.texts import QUERY
 
@@ -16,7 +16,7 @@ def meta_token_names(query_tokens: int, candidate_tokens: int) -> list[str]:
     return [f"<|meta_{side}_{number}|>" for side, count in sides for number in range(count)]
 
 
-def train(texts: Iterable[str], path: str | Path, family: ModuleType, vocabulary: int = 2048) -> Tokenizer:
+def train(texts: Iterable[str], path: str | Path, family: Family, vocabulary: int = 2048) -> Tokenizer:
     """Learns at most `vocabulary` tokens from `texts` and writes them to `path` (a tokenizer.json), atomically.
 
     Each text is seen as it stands in the query prompt, after its prefix, so its first word carries a space as its others do. The
@@ -27,12 +27,12 @@ def train(texts: Iterable[str], path: str | Path, family: ModuleType, vocabulary
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=list(family.SPECIAL_TOKENS),
+        special_tokens=list(family.special_tokens),
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     corpus = [QUERY + text for text in texts]
     # The words of the prompts are in every input, so they count as often as the texts.
-    tokenizer.train_from_iterator(corpus + list(family.PROMPT_WORDS) * len(corpus), trainer)
+    tokenizer.train_from_iterator(corpus + list(family.prompt_words) * len(corpus), trainer)
     write_bytes(Path(path), tokenizer.to_str(pretty=True).encode())
     return tokenizer

@@ -18,7 +18,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.parts import Attention, Part
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.training import StepShape
@@ -90,7 +90,7 @@ class _Counter:
         Args:
           is_again: the backward pass first computes the whole forward pass again.
         """
-        parts = self._family.parts(self._architecture, row)
+        parts = self._family.flop_counts(self._architecture, row)
         total = Flops(0)
         for number, part in enumerate(parts):
             before = any(self._trains(other) for other in parts[:number] if other.path != part.path)

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.training import HOST
 from metaembed_jax.config import check_config, model_config
@@ -144,7 +144,7 @@ def branches(config: ConfigDict) -> tuple[float, ...]:
     """How often each branch of a conditional runs: the only ones there are choose the kind of attention in a layer of a stack."""
     architecture = model_config(config).architecture
     row = Size(1, architecture.layout.multiple, 1)
-    parts = [part for part in family(config.backbone).parts(architecture, row) if part.scanned]
+    parts = [part for part in family(config.backbone).flop_counts(architecture, row) if part.scanned]
     for part in parts:
         kinds = [one.layers for other in parts if other.path == part.path for one in other.attention]
         if len(kinds) > 1:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.batch.packing import Fill, Size, fill, pack, row_vectors
 from metaembed_jax.config import largest_budgets, model_config, row_limits

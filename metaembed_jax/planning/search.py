@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.parts import Part
 from metaembed_jax.batch.training import StepShape, step_shape
 from metaembed_jax.config import model_config
@@ -84,7 +84,7 @@ def candidates(config: ConfigDict, where: Topology) -> list[Candidate]:
       UserError: there are none.
     """
     devices, (row, typical) = len(where.devices), typical_rows(config)
-    parts = family(config.backbone).parts(model_config(config).architecture, row)
+    parts = family(config.backbone).flop_counts(model_config(config).architecture, row)
     heads, listed = math.gcd(*(attention.key_heads for part in parts if part.has_meta for attention in part.attention)), []
     for fsdp, tensor in itertools.product(_divisors(devices), _divisors(heads)):
         shards = devices // tensor

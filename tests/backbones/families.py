@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metaembed_jax.backbones import FAMILIES
+from metaembed_jax.backbones.family import FAMILIES
 
 
 class Record(NamedTuple):

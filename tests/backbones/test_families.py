@@ -12,7 +12,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from metaembed_jax.backbones import FAMILIES, family
+from metaembed_jax.backbones.family import FAMILIES, family
 from metaembed_jax.backbones.lora import dropout_keys, dropout_of
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.training import StepShape, put
@@ -84,7 +84,7 @@ def test_every_tensor_must_be_there_and_no_other(case, tmp_path):
 
     read(whole)
     kinds = {re.sub(r"\.\d+\.", ".{}.", key): key for key in whole}  # one tensor of each
-    used = sorted(key for key in kinds.values() if case.family.canonical_key(key) not in case.family.UNUSED_KEYS)
+    used = sorted(key for key in kinds.values() if case.family.canonical_key(key) not in case.family.unused_keys)
     for key in used[::4]:
         with pytest.raises(UserError, match=re.escape(case.family.canonical_key(key))):
             read({name: tensor for name, tensor in whole.items() if name != key})
@@ -95,7 +95,7 @@ def test_every_tensor_must_be_there_and_no_other(case, tmp_path):
 
 
 def test_names_of_tensors_and_back(case):
-    for source in case.family.KEYS.values():
+    for source in case.family.weight_map.values():
         assert case.family.canonical_key(case.family.stored_key(source.key)) == source.key
 
 
@@ -138,8 +138,8 @@ def test_peft_computes_the_vectors_of_a_run_as_its_card_says(case, tmp_path):
 
 
 def test_sentence_transformers_computes_them_or_is_refused(case, ours, tmp_path):
-    if case.family.SENTENCE_TRANSFORMERS is None:
-        with pytest.raises(UserError, match=f"there is no module for {case.family.TITLE} models; use --format=transformers"):
+    if case.family.sentence_transformers is None:
+        with pytest.raises(UserError, match=f"there is no module for {case.family.title} models; use --format=transformers"):
             export(case.directory, tmp_path / "out", "sentence-transformers")
         config = training_config(case, case.record.patches)
         find_start(config)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.fields import rotary
 from metaembed_jax.errors import UserError
 from tests.backbones.llama_vision.reference import CONFIGURATIONS as LLAMA

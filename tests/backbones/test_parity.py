@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import metaembed_jax as me
-from metaembed_jax.backbones import FAMILIES
+from metaembed_jax.backbones.family import FAMILIES
 from metaembed_jax.encoding.reading import as_item
 from metaembed_jax.sharding import make_mesh
 from tests.encoding.small_rows import with_small_rows

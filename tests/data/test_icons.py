@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tokenizers import Tokenizer
 
-from metaembed_jax.backbones import qwen2_5_vl
+from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
 from metaembed_jax.data import sources, tokenizer
 from metaembed_jax.data.sources import icons, records
 from metaembed_jax.errors import UserError
@@ -179,7 +179,7 @@ def test_augmentation_is_a_pure_function_that_keeps_the_drawing(data_dir):
 def test_the_vocabulary_is_learned_from_training_names_and_encodes_anything(data_dir):
     learned = Tokenizer.from_file(str(data_dir / "icons" / "tokenizer.json"))
     assert learned.get_vocab_size() <= 2048
-    assert [learned.token_to_id(token) for token in qwen2_5_vl.SPECIAL_TOKENS] == list(range(6))
+    assert [learned.token_to_id(token) for token in QWEN2_5_VL.special_tokens] == list(range(6))
     for text in ("Query: cloud arrow", "Ünïcode \u2603 \U0001f600\n", "user\n", "Describe the image."):
         assert learned.decode(learned.encode(text).ids) == text
     assert len(learned.encode("Query: folder").ids) == 3

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metaembed_jax.backbones import qwen2_5_vl
+from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
 from metaembed_jax.batch.packing import pack
 from metaembed_jax.config import load_config, model_config, row_limits
 from metaembed_jax.data import sources, tokenizer
@@ -39,7 +39,7 @@ def processor(learned):
 
 
 def processor_of(learned, settings):
-    return qwen2_5_vl.Processor(learned, qwen2_5_vl.Images(28 * 28, 224 * 224), row_limits(settings))
+    return QWEN2_5_VL.Processor(learned, QWEN2_5_VL.Images(28 * 28, 224 * 224), row_limits(settings))
 
 
 def config(batch=8, row=(288, 128), names=(("a", 1.0, 0),), negatives=0, seed=0, steps=12, **data):

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from metaembed_jax.backbones import qwen2_5_vl
+from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
 from metaembed_jax.config import load_config, model_config
 from metaembed_jax.data import tokenizer
 from metaembed_jax.model import MetaEmbed
@@ -21,6 +21,6 @@ def model(tmp_path_factory):
     return MetaEmbed(
         model_config(config),
         parameters,
-        qwen2_5_vl.Processor(learned, qwen2_5_vl.Images(28 * 28, 84 * 84, window_size=84)),
+        QWEN2_5_VL.Processor(learned, QWEN2_5_VL.Images(28 * 28, 84 * 84, window_size=84)),
         make_mesh(devices=jax.devices()[:1]),
     )

@@ -12,9 +12,9 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from metaembed_jax.backbones import qwen2_5_vl
 from metaembed_jax.backbones.layers import Linear, quantize
 from metaembed_jax.backbones.lora import Lora, LoraConfig, dropout_keys, dropout_mask, dropout_of
+from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
 from metaembed_jax.batch.training import put
 from metaembed_jax.checkpoints.loading import run_parameters
 from metaembed_jax.checkpoints.runs import RunCheckpoints
@@ -257,7 +257,7 @@ def test_int8_base_gives_nearly_the_same_losses(config, tmp_path):
     network = model_config(load_config("configs/tiny.py", {}))
     backbone, words = {"backbone": init_parameters(network, seed=0)["backbone"]}, find_start(config).tokenizer
     config.init_from, config.architecture = str(tmp_path), {}
-    write_model(tmp_path, network, backbone, words, qwen2_5_vl.Images(28 * 28, 84 * 84, window_size=84), {}, "float32")
+    write_model(tmp_path, network, backbone, words, QWEN2_5_VL.Images(28 * 28, 84 * 84, window_size=84), {}, "float32")
     config.steps, losses = 20, {}
     config.optimizer.learning_rate, config.lora.dropout = 1e-4, 0.0  # the recipe's rate, and nothing random
     for dtype in ("bfloat16", "int8"):

@@ -1,27 +1,20 @@
-"""Llama-3.2-Vision (arXiv 2407.21783), as `metaembed_jax.backbones` asks for."""
+"""Llama-3.2-Vision (arXiv 2407.21783)."""
 
-from metaembed_jax.backbones.llama_vision.config import TITLE, Config
-from metaembed_jax.backbones.llama_vision.export import SENTENCE_TRANSFORMERS, USAGE
-from metaembed_jax.backbones.llama_vision.flops import parts
-from metaembed_jax.backbones.llama_vision.inputs import PAD_TOKEN, PROMPT_WORDS, SPECIAL_TOKENS, Images, Processor
-from metaembed_jax.backbones.llama_vision.network import Backbone
-from metaembed_jax.backbones.llama_vision.weights import EMBEDDING_KEY, KEYS, UNUSED_KEYS, canonical_key, stored_key
+from metaembed_jax.backbones.family import Family
+from metaembed_jax.backbones.llama_vision import config, export, flops, inputs, network, weights
 
-__all__ = [
-    "EMBEDDING_KEY",
-    "KEYS",
-    "PAD_TOKEN",
-    "PROMPT_WORDS",
-    "SENTENCE_TRANSFORMERS",
-    "SPECIAL_TOKENS",
-    "TITLE",
-    "UNUSED_KEYS",
-    "USAGE",
-    "Backbone",
-    "Config",
-    "Images",
-    "Processor",
-    "canonical_key",
-    "parts",
-    "stored_key",
-]
+FAMILY = Family(
+    Config=config.Config,
+    Images=inputs.Images,
+    Processor=inputs.Processor,
+    Backbone=network.Backbone,
+    special_tokens=inputs.SPECIAL_TOKENS,
+    pad_token=inputs.PAD_TOKEN,
+    prompt_words=inputs.PROMPT_WORDS,
+    weight_map=weights.KEYS,
+    unused_keys=weights.UNUSED_KEYS,
+    canonical_key=weights.canonical_key,
+    stored_key=weights.stored_key,
+    flop_counts=flops.parts,
+    usage=export.USAGE,
+)

@@ -21,5 +21,3 @@ A candidate's prompt is `<|begin_of_text|>{{text}}<|end_of_text|>`, or with an i
 `AutoImageProcessor.from_pretrained(DIRECTORY)` gives for `[[image]]`, and a `cross_attention_mask` [1, tokens, 1, tiles], which is
 1 for the first `num_tiles` tiles from the image token to the end, Meta Tokens included. Texts without an image belong in batches
 of their own."""
-
-SENTENCE_TRANSFORMERS = None

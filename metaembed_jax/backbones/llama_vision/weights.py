@@ -70,7 +70,6 @@ KEYS = {
     **linear("vision.projector", "multi_modal_projector", bias=True),
 }
 
-EMBEDDING_KEY = KEYS["embedding"].key
 UNUSED_KEYS = ("lm_head.weight",)  # predicts tokens
 
 

@@ -1,27 +1,20 @@
-"""PaliGemma 1 and 2 (arXiv 2407.07726, 2412.03555), as `metaembed_jax.backbones` asks for."""
+"""PaliGemma 1 and 2 (arXiv 2407.07726, 2412.03555)."""
 
-from metaembed_jax.backbones.paligemma.config import TITLE, Config
-from metaembed_jax.backbones.paligemma.export import SENTENCE_TRANSFORMERS, USAGE
-from metaembed_jax.backbones.paligemma.flops import parts
-from metaembed_jax.backbones.paligemma.inputs import PAD_TOKEN, PROMPT_WORDS, SPECIAL_TOKENS, Images, Processor
-from metaembed_jax.backbones.paligemma.network import Backbone
-from metaembed_jax.backbones.paligemma.weights import EMBEDDING_KEY, KEYS, UNUSED_KEYS, canonical_key, stored_key
+from metaembed_jax.backbones.family import Family
+from metaembed_jax.backbones.paligemma import config, export, flops, inputs, network, weights
 
-__all__ = [
-    "EMBEDDING_KEY",
-    "KEYS",
-    "PAD_TOKEN",
-    "PROMPT_WORDS",
-    "SENTENCE_TRANSFORMERS",
-    "SPECIAL_TOKENS",
-    "TITLE",
-    "UNUSED_KEYS",
-    "USAGE",
-    "Backbone",
-    "Config",
-    "Images",
-    "Processor",
-    "canonical_key",
-    "parts",
-    "stored_key",
-]
+FAMILY = Family(
+    Config=config.Config,
+    Images=inputs.Images,
+    Processor=inputs.Processor,
+    Backbone=network.Backbone,
+    special_tokens=inputs.SPECIAL_TOKENS,
+    pad_token=inputs.PAD_TOKEN,
+    prompt_words=inputs.PROMPT_WORDS,
+    weight_map=weights.KEYS,
+    unused_keys=weights.UNUSED_KEYS,
+    canonical_key=weights.canonical_key,
+    stored_key=weights.stored_key,
+    flop_counts=flops.parts,
+    usage=export.USAGE,
+)

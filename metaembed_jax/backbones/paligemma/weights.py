@@ -39,7 +39,6 @@ KEYS = {
     **linear("vision.projector", "multi_modal_projector.linear", bias=True),
 }
 
-EMBEDDING_KEY = KEYS["embedding"].key
 UNUSED_KEYS = ("language_model.lm_head.weight",)  # predicts tokens; stored where it is not tied to the embedding
 
 

@@ -1,29 +1,23 @@
-"""Qwen2.5-VL (arXiv 2502.13923), as `metaembed_jax.backbones` asks for."""
+"""Qwen2.5-VL (arXiv 2502.13923)."""
 
-from metaembed_jax.backbones.qwen.export import SENTENCE_TRANSFORMERS, USAGE
-from metaembed_jax.backbones.qwen.inputs import PAD_TOKEN, PROMPT_WORDS, SPECIAL_TOKENS
-from metaembed_jax.backbones.qwen2_5_vl.config import TITLE, Config
-from metaembed_jax.backbones.qwen2_5_vl.flops import parts
-from metaembed_jax.backbones.qwen2_5_vl.images import Images
-from metaembed_jax.backbones.qwen2_5_vl.inputs import Processor
-from metaembed_jax.backbones.qwen2_5_vl.network import Backbone
-from metaembed_jax.backbones.qwen2_5_vl.weights import EMBEDDING_KEY, KEYS, UNUSED_KEYS, canonical_key, stored_key
+from metaembed_jax.backbones.family import Family
+from metaembed_jax.backbones.qwen import export
+from metaembed_jax.backbones.qwen import inputs as prompts
+from metaembed_jax.backbones.qwen2_5_vl import config, flops, images, inputs, network, weights
 
-__all__ = [
-    "EMBEDDING_KEY",
-    "KEYS",
-    "PAD_TOKEN",
-    "PROMPT_WORDS",
-    "SENTENCE_TRANSFORMERS",
-    "SPECIAL_TOKENS",
-    "TITLE",
-    "UNUSED_KEYS",
-    "USAGE",
-    "Backbone",
-    "Config",
-    "Images",
-    "Processor",
-    "canonical_key",
-    "parts",
-    "stored_key",
-]
+FAMILY = Family(
+    Config=config.Config,
+    Images=images.Images,
+    Processor=inputs.Processor,
+    Backbone=network.Backbone,
+    special_tokens=prompts.SPECIAL_TOKENS,
+    pad_token=prompts.PAD_TOKEN,
+    prompt_words=prompts.PROMPT_WORDS,
+    weight_map=weights.KEYS,
+    unused_keys=weights.UNUSED_KEYS,
+    canonical_key=weights.canonical_key,
+    stored_key=weights.stored_key,
+    flop_counts=flops.parts,
+    usage=export.USAGE,
+    sentence_transformers=export.SENTENCE_TRANSFORMERS,
+)

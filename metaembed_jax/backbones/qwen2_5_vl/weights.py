@@ -28,7 +28,6 @@ KEYS = {
     **linear("vision.merger_down", "visual.merger.mlp.2", bias=True),
 }
 
-EMBEDDING_KEY = KEYS["embedding"].key
 UNUSED_KEYS = ("lm_head.weight",)  # predicts tokens; stored where it is not tied to the embedding
 
 

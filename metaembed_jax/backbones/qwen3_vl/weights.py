@@ -34,7 +34,6 @@ KEYS = {
     **linear("vision.deepstack.down", "visual.deepstack_merger_list.{}.linear_fc2", bias=True),
 }
 
-EMBEDDING_KEY = KEYS["embedding"].key
 UNUSED_KEYS = ("lm_head.weight",)  # predicts tokens; stored where it is not tied to the embedding
 
 

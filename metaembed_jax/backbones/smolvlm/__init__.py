@@ -1,28 +1,20 @@
-"""SmolVLM (arXiv 2504.05299; transformers' `idefics3`), as `metaembed_jax.backbones` asks for."""
+"""SmolVLM (arXiv 2504.05299; transformers' `idefics3`)."""
 
-from metaembed_jax.backbones.smolvlm.config import TITLE, Config
-from metaembed_jax.backbones.smolvlm.export import SENTENCE_TRANSFORMERS, USAGE
-from metaembed_jax.backbones.smolvlm.flops import parts
-from metaembed_jax.backbones.smolvlm.images import Images
-from metaembed_jax.backbones.smolvlm.inputs import PAD_TOKEN, PROMPT_WORDS, SPECIAL_TOKENS, Processor
-from metaembed_jax.backbones.smolvlm.network import Backbone
-from metaembed_jax.backbones.smolvlm.weights import EMBEDDING_KEY, KEYS, UNUSED_KEYS, canonical_key, stored_key
+from metaembed_jax.backbones.family import Family
+from metaembed_jax.backbones.smolvlm import config, export, flops, images, inputs, network, weights
 
-__all__ = [
-    "EMBEDDING_KEY",
-    "KEYS",
-    "PAD_TOKEN",
-    "PROMPT_WORDS",
-    "SENTENCE_TRANSFORMERS",
-    "SPECIAL_TOKENS",
-    "TITLE",
-    "UNUSED_KEYS",
-    "USAGE",
-    "Backbone",
-    "Config",
-    "Images",
-    "Processor",
-    "canonical_key",
-    "parts",
-    "stored_key",
-]
+FAMILY = Family(
+    Config=config.Config,
+    Images=images.Images,
+    Processor=inputs.Processor,
+    Backbone=network.Backbone,
+    special_tokens=inputs.SPECIAL_TOKENS,
+    pad_token=inputs.PAD_TOKEN,
+    prompt_words=inputs.PROMPT_WORDS,
+    weight_map=weights.KEYS,
+    unused_keys=weights.UNUSED_KEYS,
+    canonical_key=weights.canonical_key,
+    stored_key=weights.stored_key,
+    flop_counts=flops.parts,
+    usage=export.USAGE,
+)

@@ -19,5 +19,3 @@ A candidate's prompt is `<|im_start|>User: {{text}}<end_of_utterance>`, or with 
 `Idefics3Processor` does with the `image_seq_len` of this model; behind it come the {query} query tokens and then
 `<|meta_candidate_0|>` to `<|meta_candidate_{last}|>`, whose states are its vectors. With an image the model also takes what
 `AutoImageProcessor.from_pretrained(DIRECTORY)` gives for it."""
-
-SENTENCE_TRANSFORMERS = None

@@ -33,7 +33,6 @@ KEYS = {
     **linear("vision.projector", "connector.modality_projection.proj", bias=False),
 }
 
-EMBEDDING_KEY = KEYS["embedding"].key
 UNUSED_KEYS = ("lm_head.weight",)  # predicts tokens; stored where it is not tied to the embedding
 
 

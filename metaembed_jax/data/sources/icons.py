@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from metaembed_jax.backbones import family
+from metaembed_jax.backbones.family import family
 from metaembed_jax.config import default_config
 from metaembed_jax.data import tokenizer
 from metaembed_jax.data.sources import records

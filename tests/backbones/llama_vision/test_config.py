@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from metaembed_jax.backbones.llama_vision import Config
+from metaembed_jax.backbones.llama_vision.config import Config
 from metaembed_jax.errors import UserError
 from tests.backbones.llama_vision.reference import BEGIN, CONFIGURATIONS, END, IMAGE
 

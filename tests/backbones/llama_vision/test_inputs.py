@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models
 
-from metaembed_jax.backbones.llama_vision import SPECIAL_TOKENS, Config, Images, Processor
-from metaembed_jax.backbones.llama_vision.inputs import arrange, fit, patchify
+from metaembed_jax.backbones.llama_vision.config import Config
+from metaembed_jax.backbones.llama_vision.inputs import SPECIAL_TOKENS, Images, Processor, arrange, fit, patchify
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.rows import RowItem, collate

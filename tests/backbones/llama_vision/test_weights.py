@@ -8,7 +8,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from metaembed_jax.backbones.llama_vision import KEYS, Backbone, Config, canonical_key, stored_key
+from metaembed_jax.backbones.llama_vision.config import Config
+from metaembed_jax.backbones.llama_vision.network import Backbone
+from metaembed_jax.backbones.llama_vision.weights import KEYS, canonical_key, stored_key
 from metaembed_jax.errors import UserError
 from tests.backbones.llama_vision.reference import CONFIGURATIONS, read, reference
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from metaembed_jax.backbones.paligemma import Config, Images
+from metaembed_jax.backbones.paligemma.config import Config
+from metaembed_jax.backbones.paligemma.inputs import Images
 from metaembed_jax.errors import UserError
 from tests.backbones.paligemma.reference import CONFIGURATIONS, SPECIAL_TOKENS
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from metaembed_jax.backbones.paligemma import Images, Processor
+from metaembed_jax.backbones.paligemma.inputs import Images, Processor
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.errors import UserError
 from tests.backbones.paligemma.reference import string, write_tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from metaembed_jax.backbones.paligemma import KEYS, UNUSED_KEYS, canonical_key, stored_key
+from metaembed_jax.backbones.paligemma.weights import KEYS, UNUSED_KEYS, canonical_key, stored_key
 from metaembed_jax.checkpoints.export import export
 from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.model import MetaEmbed

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from metaembed_jax.backbones.qwen3_vl import Config
+from metaembed_jax.backbones.qwen3_vl.config import Config
 from metaembed_jax.errors import UserError
 from tests.backbones.qwen3_vl.reference import CONFIGURATIONS
 

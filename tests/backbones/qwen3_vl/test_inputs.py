@@ -5,13 +5,13 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
-from metaembed_jax.backbones import qwen3_vl
+from metaembed_jax.backbones.qwen3_vl import FAMILY as QWEN3_VL
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.rows import RowItem, collate
 from tests.backbones.qwen2_5_vl.reference import string, write_tokenizer
 from tests.backbones.qwen3_vl.test_config import RELEASED
 
-CONFIG = qwen3_vl.Config.from_huggingface(RELEASED)
+CONFIG = QWEN3_VL.Config.from_huggingface(RELEASED)
 # As the 2B model is released.
 PREPROCESSOR = {
     "size": {"longest_edge": 16777216, "shortest_edge": 65536}, "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2,
@@ -31,7 +31,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processor(tokenizer):
-    return qwen3_vl.Processor(tokenizer, qwen3_vl.Images.from_preprocessor(SMALL, CONFIG, 1024))
+    return QWEN3_VL.Processor(tokenizer, QWEN3_VL.Images.from_preprocessor(SMALL, CONFIG, 1024))
 
 
 def noise(width, height):
@@ -82,10 +82,10 @@ def test_the_class_that_transformers_chooses():
 
 
 def test_the_released_preprocessor():
-    images = qwen3_vl.Images.from_preprocessor(PREPROCESSOR, CONFIG, 1024)
+    images = QWEN3_VL.Images.from_preprocessor(PREPROCESSOR, CONFIG, 1024)
     assert (images.min_pixels, images.max_pixels, images.unit_size) == (64 * 1024, 1024 * 1024, 32)
     written = images.to_preprocessor(CONFIG)
-    assert qwen3_vl.Images.from_preprocessor(written, CONFIG, 1024) == images
+    assert QWEN3_VL.Images.from_preprocessor(written, CONFIG, 1024) == images
     assert {key: written[key] for key in PREPROCESSOR if key != "size"} == {
         key: value for key, value in PREPROCESSOR.items() if key != "size"
     } | {"image_processor_type": "Qwen2VLImageProcessor"}

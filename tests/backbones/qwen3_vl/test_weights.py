@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from metaembed_jax.backbones import qwen3_vl
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture
 from metaembed_jax.network import ModelConfig, abstract_parameters

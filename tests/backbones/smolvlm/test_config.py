@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from metaembed_jax.backbones.smolvlm import Config
+from metaembed_jax.backbones.smolvlm.config import Config
 from metaembed_jax.config import load_config, model_config
 from metaembed_jax.errors import UserError
 from tests.backbones.smolvlm.reference import CONFIGURATIONS, NEEDED

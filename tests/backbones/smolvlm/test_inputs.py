@@ -11,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from metaembed_jax.backbones.smolvlm import SPECIAL_TOKENS, Config, Images, Processor
-from metaembed_jax.backbones.smolvlm.images import patchify, scaled, tiling
+from metaembed_jax.backbones.smolvlm.config import Config
+from metaembed_jax.backbones.smolvlm.images import Images, patchify, scaled, tiling
+from metaembed_jax.backbones.smolvlm.inputs import SPECIAL_TOKENS, Processor
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.errors import UserError
 from tests.backbones.qwen2_5_vl.reference import noise

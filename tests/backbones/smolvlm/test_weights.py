@@ -3,7 +3,7 @@
 import pytest
 from safetensors.numpy import load_file
 
-from metaembed_jax.backbones.smolvlm import KEYS, UNUSED_KEYS, canonical_key, stored_key
+from metaembed_jax.backbones.smolvlm.weights import KEYS, UNUSED_KEYS, canonical_key, stored_key
 from tests.backbones.smolvlm.reference import CONFIGURATIONS, write_checkpoint
 
 pytest.importorskip("torch")
