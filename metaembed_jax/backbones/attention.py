@@ -1,15 +1,20 @@
 """Attention, by the implementation that suits the chip; chosen when a program is lowered.
 
     splash    TPU: JAX's Pallas kernel (`attention_splash`)
-    blocks    NVIDIA: XLA on one block of queries after another (`attention_xla`)
+    flash     NVIDIA: JAX's Pallas kernel (`attention_flash`), for bfloat16 where queries are keys
+    blocks    NVIDIA, all else: XLA on one block of queries after another (`attention_xla`)
     xla       other platforms, and few keys or scores
 
 XLA alone writes the scores of all pairs to memory, [B, H, S, T]; the others hold a part of them at a time, forward and backward.
-Temporaries with gradients, as compiled: 8 causal sequences of 2048, 16 heads of 128, for v5e: 4128 MiB with XLA, 518 with splash;
-8 pages of 5120 patches, 16 heads of 80, bfloat16, for an H100: 32,002 MiB with XLA, 1,359 in blocks.
+Temporaries with gradients, as compiled: 8 causal sequences of 2048, 16 heads of 128, for v5e: 4128 MiB with XLA, 518 with splash.
+On an H200, bfloat16, five items a row, milliseconds with gradients and MiB of temporaries:
 
-cuDNN's kernel would take 203 MiB there, but JAX's public interface to it (`jax.nn.dot_product_attention`) has no segments: only one
-length a row, or a mask of all pairs, which makes gradients NaN on Hopper cards (https://github.com/pytorch/pytorch/issues/196678).
+    [B, S, H, K], G                     flash         blocks           xla
+    [8, 2432, 28, 128], 4, causal    5.6    798    47  1,009    21  15,211
+    [8, 4096, 16, 80], 16, full     13.6    164    81  1,123    31  20,482
+
+cuDNN's kernel has no public interface with segments in JAX: `jax.nn.dot_product_attention` takes one length a row, or a mask of all
+pairs, which makes gradients NaN on Hopper cards (https://github.com/pytorch/pytorch/issues/196678).
 
 B batch, S queries, T keys, H heads, G key/value heads, K head width.
 """
@@ -18,14 +23,17 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from metaembed_jax.backbones.attention_flash import flash, has_card_before_ampere
 from metaembed_jax.backbones.attention_splash import SMALLEST_BLOCK, splash
 from metaembed_jax.backbones.attention_xla import in_blocks, queries_at_once, xla
 from metaembed_jax.sharding import named_sharding
 
-KERNELS = {"splash": splash, "blocks": in_blocks}
+KERNELS = {"splash": splash, "flash": flash, "blocks": in_blocks}
+FLASH_OPTIONS = {"causal", "scale"}  # that the kernel has
 
 
 def attention(
@@ -44,7 +52,8 @@ def attention(
     """Softmax attention with grouped heads inside segments; the softmax is float32.
 
     A query sees the keys of its own segment; with `causal`, those up to its own position. A query without a visible key gets finite
-    numbers. Two segments and padding, which is segment 0:
+    numbers. Where queries are keys, both segments are one array: then every kernel applies. Two segments and padding, which is
+    segment 0:
 
         segments   1 1 2 2 2 0
         query 1    x x . . . .
@@ -60,32 +69,38 @@ def attention(
     kind = dict(causal=causal, scale=scale, softcap=softcap, window=window)
     if positions_BS is not None:  # few queries, of small models
         return xla(*arrays, **kind, positions_BS=positions_BS)
-    shapes = query_BSHK.shape, key_BTGK.shape, query_BSHK.dtype
-    names = {platform: attention_implementation(platform, *shapes) for platform in ("tpu", "cuda")}
-    kernels = {
-        platform: partial(on_each_device, partial(KERNELS[name], **kind)) for platform, name in names.items() if name != "xla"
-    }
+    options = {name: value for name, value in kind.items() if value is not None}
+    is_plain = query_segments_BS is key_segments_BT and options.keys() <= FLASH_OPTIONS
+    kernels = {}
+    for platform in ("tpu", "cuda"):
+        name = attention_implementation(platform, query_BSHK.shape, key_BTGK.shape, query_BSHK.dtype, is_plain)
+        if name != "xla":
+            kernels[platform] = partial(on_each_device, partial(KERNELS[name], **options))
     if not kernels:
         return xla(*arrays, **kind)
     return jax.lax.platform_dependent(*arrays, **kernels, default=partial(xla, **kind))
 
 
 def attention_implementation(
-    platform: str, query_shape: tuple[int, int, int, int], key_shape: tuple[int, int, int, int], dtype
+    platform: str, query_shape: tuple[int, int, int, int], key_shape: tuple[int, int, int, int], dtype, is_plain: bool
 ) -> str:
-    """Name the implementation of `attention` that a platform's program gets: "splash", "blocks" or "xla".
+    """Name the implementation of `attention` that a platform's program gets: "splash", "flash", "blocks" or "xla".
 
     Fewer keys than a block of splash go to XLA everywhere: the kernel would pad them. Windows of patches have a function of their
     own, `attention_windows.window_attention`.
 
     Args:
       platform: "tpu", "cuda", "cpu" or "rocm".
+      is_plain: queries are keys, and there is neither a soft cap nor a window.
     """
     S, T = query_shape[1], key_shape[1]
     if T < SMALLEST_BLOCK or platform not in ("tpu", "cuda") or np.dtype(dtype) == np.float64:  # no kernel takes float64
         return "xla"
     if platform == "tpu":
         return "splash"
+    # The kernel's products of float32 are of TF32.
+    if is_plain and np.dtype(dtype) == jnp.bfloat16 and not has_card_before_ampere():
+        return "flash"
     return "blocks" if queries_at_once(query_shape, T) < S else "xla"
 
 

@@ -187,7 +187,7 @@ def best_time(compiled: Callable, arguments: tuple, carries: bool) -> float:
 
 def kernels_in(text: str) -> str:
     """Return "pallas" for a lowered program that calls Pallas kernels, else "xla"."""
-    return "pallas" if "tpu_custom_call" in text else "xla"
+    return "pallas" if "tpu_custom_call" in text or "xla.gpu.triton" in text else "xla"
 
 
 def planned_bytes(compiled) -> int | None:

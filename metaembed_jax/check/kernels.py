@@ -23,6 +23,7 @@ from metaembed_jax.check import references
 from metaembed_jax.check.case import SHORT, Case
 from metaembed_jax.late_interaction import matryoshka, maxsim
 from metaembed_jax.late_interaction.groups import GROUPS
+from metaembed_jax.precision import float32_products
 from metaembed_jax.sharding import MESH_AXES
 
 # float32: a few times the rounding error of sums of this length, far below that of a pass in TF32 (5e-4) or bfloat16 (4e-3).
@@ -126,8 +127,9 @@ def linear_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
         )
 
     def function(x, cotangent, kernel):
-        y, pull = jax.vjp(lambda x, kernel: nnx.merge(graph, {"kernel": kernel})(x), x, kernel)
-        return dict(zip(("output", "d input", "d kernel"), (y, *pull(cotangent)), strict=True))
+        with float32_products(dtype):  # as the network
+            y, pull = jax.vjp(lambda x, kernel: nnx.merge(graph, {"kernel": kernel})(x), x, kernel)
+            return dict(zip(("output", "d input", "d kernel"), (y, *pull(cotangent)), strict=True))
 
     def reference():
         # The kernel is used in the dtype of x.
@@ -166,9 +168,11 @@ def attention_case(mesh: Mesh, sizes: Sizes, kind: Kind, dtype: str) -> Case:
         def attend(*arrays):
             return attend_as(kind, *arrays, query_segments, key_segments, positions)
 
-        output, pull = jax.vjp(attend, query, key, value)
+        with float32_products(dtype):  # as the network
+            output, pull = jax.vjp(attend, query, key, value)
+            gradients = pull(cotangent)
         output = jnp.where(sees[..., None, None], output, 0)
-        return dict(zip(("output", "d query", "d key", "d value"), (output, *pull(cotangent)), strict=True))
+        return dict(zip(("output", "d query", "d key", "d value"), (output, *gradients), strict=True))
 
     def reference():
         query32, key32, value32 = (rounded(array, dtype) for array in (query, key, value))
@@ -184,7 +188,8 @@ def attention_case(mesh: Mesh, sizes: Sizes, kind: Kind, dtype: str) -> Case:
 
     device, shapes = mesh.devices.flat[0], ((2 * repeats, n, heads, K + kind.around_padding) for n, heads in ((S, H), (T, G)))
     platform = "cuda" if device.platform == "gpu" else device.platform
-    implementation = "xla" if kind.reads else attention_implementation(platform, *shapes, jnp.dtype(dtype))
+    is_plain = not kind.crossed and kind.softcap is None and kind.window is None
+    implementation = "xla" if kind.reads else attention_implementation(platform, *shapes, jnp.dtype(dtype), is_plain)
     return Case(
         f"attention {kind.name} {SHORT[dtype]}",
         jax.jit(function),
@@ -232,7 +237,8 @@ def attend_as(kind: Kind, query, key, value, query_segments, key_segments, posit
         mixed = window_attention(*flat, *angles(positions, kind.width), query_segments - 1, heads=kind.heads, window=kind.slot)
         return mixed.reshape(query.shape)
     options = dict(scale=kind.scale, softcap=kind.softcap, window=kind.window, positions_BS=positions if kind.reads else None)
-    return attention(query, key, value, query_segments, key_segments, kind.causal, **options)
+    segments = (query_segments, key_segments) if kind.reads or kind.crossed else (query_segments, query_segments)
+    return attention(query, key, value, *segments, kind.causal, **options)
 
 
 def angles(positions, width: int) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,8 @@ from metaembed_jax import cli
 from metaembed_jax.backbones import attention_windows, attention_xla, layers
 from metaembed_jax.check import command, kernels, references
 from metaembed_jax.late_interaction import matryoshka, maxsim
+from metaembed_jax.sharding import make_mesh
+from tests.products import products, rounded
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +41,15 @@ def test_all_float32_lines_are_right_on_a_cpu(capsys):
         assert line["status"] == "ok" and line["error"] < line["tolerance"] and line["seconds"] > 0 and line["planned_bytes"] > 0
         assert f"ok    {line['name']} " in table
     assert max(map(len, table.splitlines()[2:])) <= 100 and table.endswith("all are right\n")
+
+
+def test_float32_lines_ask_for_float32_on_every_chip():
+    """No chip rounds the factors of their products, forward or backward."""
+    cases = [case for case in kernels.kernel_cases(make_mesh(devices=jax.devices()[:1]), kernels.CPU) if case.dtype == "float32"]
+    assert len(cases) >= len(kernels.ATTENTION)
+    for case in cases:
+        text = case.function.lower(*case.arguments()).as_text()
+        assert products(text) and not rounded(text), case.name
 
 
 def one_key_too_many(original):
