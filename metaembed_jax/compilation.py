@@ -89,8 +89,8 @@ def _shorten_cache_warnings() -> None:
 
     def show_once(message, category, filename, lineno, file=None, line=None):
         if not str(message).startswith(CACHE_WARNINGS):
-            return show(message, category, filename, lineno, file, line)
-        if jax.config.jax_enable_compilation_cache:
+            show(message, category, filename, lineno, file, line)
+        elif jax.config.jax_enable_compilation_cache:
             keep_no_programs()
             _report_failure(str(message).partition("': ")[2].splitlines()[0])
 

@@ -138,7 +138,7 @@ def bucket_reason(error: BaseException) -> str | None:
     if type(error).__module__.partition(".")[0] not in REMOTE and not of_request:
         return None
     code = getattr(error, "code", None)
-    if isinstance(error, OSError) and text.startswith("Forbidden") or code in (401, 403) or "auth" in type(error).__module__:
+    if (isinstance(error, OSError) and text.startswith("Forbidden")) or code in (401, 403) or "auth" in type(error).__module__:
         return (
             f"access is denied ({text}); log in with `gcloud auth application-default login`, "
             "or give the machine's service account the role Storage Object User"

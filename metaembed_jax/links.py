@@ -103,7 +103,7 @@ def _count_slices(devices: Sequence, sizes: tuple[int, int, int], slices: int) -
     slices = slices or reported
     if data % slices and devices[0].platform != "tpu":
         return 1  # the "slices" are hosts: an axis that does not fit in one may go over several
-    if data % slices or len(set(members)) > 1 and slices > 1:
+    if data % slices or (len(set(members)) > 1 and slices > 1):
         raise UserError(
             f"config.mesh.data={data} does not divide over {slices} slices of {' and '.join(map(str, sorted(set(members))))} "
             f"devices: expected a multiple of {slices}, and slices of one size; config.mesh.slices=1 lets fsdp and tensor cross"

@@ -102,7 +102,7 @@ class Schedule:
 
     def _small(self) -> Call | None:
         small = row_size(SMALL, 0, self._meta, self._budget)
-        if SMALL >= self._size[0] or not len(self._sizes_N3) or (self._sizes_N3 > np.array(small)).any():
+        if self._size[0] <= SMALL or not len(self._sizes_N3) or (self._sizes_N3 > np.array(small)).any():
             return None
         rows = _rows_of(self._numbers_N, pack(self._sizes_N3, small))
         return Call(self._shards, small, rows) if len(rows) <= self._shards else None

@@ -111,7 +111,7 @@ def _has_late_exif(image: bytes | str | Path) -> bool:
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
             start = file.tell()
-            if behind and (kind == b"eXIf" or kind in TEXT_CHUNKS and file.read(32).startswith(TURNING)):
+            if behind and (kind == b"eXIf" or (kind in TEXT_CHUNKS and file.read(32).startswith(TURNING))):
                 return True
             behind = behind or kind == b"IDAT"
             file.seek(start + length + 4)  # a checksum ends each chunk

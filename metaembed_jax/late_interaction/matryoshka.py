@@ -47,7 +47,9 @@ def matryoshka_loss(
     A query's candidates are the positives of the whole global batch, its own at its own row, and its own hard negatives.
 
     Args:
-      query_BRD, candidate_BRD, negatives: unit vectors, float32 or bfloat16; similarities and logits are float32.
+      query_BRD: unit vectors, float32 or bfloat16; similarities and logits are float32.
+      candidate_BRD: unit vectors of the positives.
+      negatives: unit vectors of the hard negatives; None: no pair has any.
       groups: nested budgets (r_q, r_c), smallest first; vectors beyond the last are not used.
       normalization: "code" divides the sum over groups by their number, "paper" does not.
       mesh: the batch is split over its `batch_axes` and repeated over the others; None is one device.

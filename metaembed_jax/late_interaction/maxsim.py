@@ -48,7 +48,8 @@ def maxsim(
     """Scores of every query against every document, in float32.
 
     Args:
-      query_QRD, document_NRD: NumPy or JAX, of any float type; documents may be int8.
+      query_QRD: NumPy or JAX, of any float type.
+      document_NRD: NumPy or JAX, of any float type, or int8.
       budget: (r_q, r_c), the vectors to use of each item, from the first; None is all of them.
       document_mask: False marks padding, which wins no maximum. A document of padding alone scores -inf.
       document_scale: not negative: what each vector of a document is to be multiplied by, as those of int8 are.

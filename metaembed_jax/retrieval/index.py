@@ -16,6 +16,7 @@ from numbers import Real
 from pathlib import Path
 
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float
 
@@ -48,7 +49,7 @@ class Index:
     @classmethod
     def build(
         cls,
-        vectors,
+        vectors: np.ndarray | Array | Sequence[np.ndarray] | Iterable[tuple],
         ids: Iterable[str] | None = None,
         *,
         metadata: Sequence[dict | None] | None = None,
@@ -142,7 +143,8 @@ class Index:
 
         Args:
           query_QRD: a sample of the queries that are to come; each of them is searched for among all.
-          first, last: budgets of the stages: `search(q, k, [(*first, survivors), last])`.
+          first: the budget of the first stage of `search(q, k, [(*first, survivors), last])`.
+          last: the budget of its second stage.
           k: how many items are looked for.
           recall: the share of the k best at `last` that is to survive, in the mean over the queries; 1 for all.
 

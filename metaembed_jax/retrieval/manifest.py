@@ -112,7 +112,7 @@ def _checked(index: dict) -> Manifest:
     _need(_is_count(manifest.width) and manifest.dtype in DTYPES and isinstance(manifest.job, str), "width, dtype or job")
     levels, model = manifest.levels, manifest.model
     _need(levels and all(map(_is_count, levels)) and list(levels) == sorted(set(levels)), "levels")
-    texts = model is None or model.keys() == {"name", "fingerprint"} and all(isinstance(text, str) for text in model.values())
+    texts = model is None or (model.keys() == {"name", "fingerprint"} and all(isinstance(text, str) for text in model.values()))
     _need(texts, "model")
     _need(len({one.name for one in segments}) == len(segments), "a segment is named twice")
     _need(all(one.fewest <= levels[-1] for one in segments), "fewest")

@@ -32,7 +32,7 @@ def connect(location) -> tuple["QdrantClient", str]:
 
 
 def is_folder(location) -> bool:
-    return isinstance(location, Path) or isinstance(location, str) and location != ":memory:" and "://" not in location
+    return isinstance(location, Path) or (isinstance(location, str) and location != ":memory:" and "://" not in location)
 
 
 def vectors_config(dimension: int, candidate_vectors: int) -> dict:

@@ -168,7 +168,8 @@ def survivors(
     """How many must survive a first stage, so that of the k best that are wanted so many are among them, over all queries.
 
     Args:
-      first, wanted: of `as_stages`, one stage each.
+      first: the first stage, of `as_stages`.
+      wanted: the second stage, of `as_stages`.
       recall: a share of the Q * k best.
     """
     alive, enough = int(searched.is_alive.sum()), math.ceil(recall * len(query_QRD) * k - 1e-9)

@@ -144,8 +144,8 @@ class SegmentFiles:
 
 def layout_of(manifest: Manifest) -> dict[str, tuple]:
     """{file: (dtype, shape of a row)}."""
-    layout = {name: (np.uint8, ()) for name in ("ids", "metadata")}
-    layout |= {name: (np.int64, ()) for name in ("id-ends", "metadata-ends")}
+    layout = dict.fromkeys(("ids", "metadata"), (np.uint8, ()))
+    layout |= dict.fromkeys(("id-ends", "metadata-ends"), (np.int64, ()))
     layout |= {"id-hashes": (np.uint64, ()), "counts": (np.int32, ())}
     ends = manifest.levels
     for name, start, end in zip(manifests.level_names(manifest), (0, *ends), ends, strict=False):

@@ -107,7 +107,7 @@ def initial_state(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoi
     """
     abstract = trainer.abstract
     if abstract.frozen and start.base is None:
-        lacking = sorted(flatten_dict(abstract.frozen, sep="."))[0]
+        lacking = min(flatten_dict(abstract.frozen, sep="."))
         raise UserError(
             f"config.trained leaves {lacking} frozen, and config.init_from={config.init_from!r} is no Hugging Face directory to "
             "read it from; set one (a run becomes one by `export --format=transformers`)"

@@ -183,7 +183,7 @@ def test_an_index_that_disagrees_with_its_files(tmp_path):
     one, two = halves(TENSORS)
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     index = dict.fromkeys(one, names[0]) | dict.fromkeys(two, names[1])
-    key = sorted(one)[0]
+    key = min(one)
     refused(write(tmp_path / "a", one, two, index=index | {"phantom": names[1]}), names[1], "lacks phantom")
     refused(write(tmp_path / "b", one, two, index=index | {key: names[1]}), names[0], key, "is not there by")
     refused(write(tmp_path / "c", one, two, index={name: file for name, file in index.items() if name != key}), names[0], key)

@@ -138,7 +138,7 @@ COLUMNS = {"mmeb": "pos_image_path", "mined": "pos_image", "colpali": "image", "
 @pytest.mark.parametrize("kind", COLUMNS)
 def test_missing_columns(tmp_path, kind):
     path, _ = WITH_IMAGE[kind](tmp_path / "in", picture(2))
-    file = sorted(path.rglob("*.parquet"))[0]
+    file = min(path.rglob("*.parquet"))
     rows = parquet.read_table(file)
     other = file.with_name(file.name.replace("train-0", "train-1").replace("original-0", "original-1").replace("train.", "also."))
     parquet.write_table(rows.drop_columns([COLUMNS[kind]]), other)

@@ -44,7 +44,7 @@ def test_the_six_fonts_hold_about_16000_names_in_the_stated_shares():
 
 
 def test_aliases_of_one_character_are_one_name():
-    charmap = dict((font, path) for font, _, path in icons.font_files())["codicon"]
+    charmap = {font: path for font, _, path in icons.font_files()}["codicon"]
     glyphs = icons.glyphs(charmap)
     assert len({character for _, character in glyphs}) == len(glyphs)
     names = {name for name, _ in glyphs}

@@ -281,7 +281,7 @@ def test_a_plan_is_read_from_the_folder_of_its_run_and_made_again_where_it_does_
 
 def test_rows_without_any_image_have_no_patches(processor):
     records = [record(number, positive={"text": WORDS[number]}) for number in range(8)]
-    items, plan = plan_of(config(), processor, [records])
+    _, plan = plan_of(config(), processor, [records])
     assert plan.row.patches == 0 and "patches" not in plan.describe(plan.shape(0, 1))
     assert dataset_of(config(), processor, [records])[0].rows.patches is None
 

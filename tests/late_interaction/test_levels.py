@@ -1,5 +1,7 @@
 """Scores of levels, and the best of blocks, against their definition in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def block(rng, candidates, *, ragged=False, int8=False):
     counts = rng.integers(1, EDGES[-1] + 1, candidates).astype(np.int32) if ragged else np.full(candidates, EDGES[-1], np.int32)
     positions = np.arange(candidates, dtype=np.int32)
     positions[2] = -1
-    parts = [slice(*pair) for pair in zip(EDGES, EDGES[1:], strict=False)]
+    parts = [slice(*pair) for pair in itertools.pairwise(EDGES)]
     made = Block(
         positions,
         counts if ragged else None,

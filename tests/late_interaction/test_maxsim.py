@@ -60,7 +60,7 @@ def test_equals_the_definition(queries, documents, query_vectors, document_vecto
 def test_blocks_that_do_not_divide(queries, documents):
     rng = np.random.default_rng(0)
     query, document = vectors(rng, queries, 16, 8), vectors(rng, documents, 64, 8)
-    assert documents < 210 or documents % (module.CANDIDATE_ROWS // 64) and queries % (module.QUERY_ROWS // 16)
+    assert documents < 210 or (documents % (module.CANDIDATE_ROWS // 64) and queries % (module.QUERY_ROWS // 16))
     expected = np.einsum("qid,njd->qnij", query, document, dtype=np.float64).max(3).sum(2)
     np.testing.assert_allclose(maxsim(query, document), expected, rtol=1e-5)
 

@@ -30,7 +30,7 @@ def test_equal_to_the_definition(seed, candidates, survivors, k):
     for q in range(3):
         left = range(candidates)
         for stage, keep in zip(stages, [*survivors, k], strict=True):
-            left = sorted(sorted(left), key=lambda row: -tables[stage[:2]][q, row])[:keep]  # noqa: B023
+            left = sorted(sorted(left), key=lambda row: -tables[stage[:2]][q, row])[:keep]
         assert rows[q].tolist() == left and scores[q].tolist() == [tables[9, 9][q, row] for row in left]
     kept = np.minimum.accumulate([candidates, *survivors])
     assert asked == [None, *kept[1:]]  # no stage scores what did not survive

@@ -26,7 +26,7 @@ def states() -> set[tuple[str, ...]]:
     found = set()
     for number in range(len(SIZES)):
         ids, _ = whole(number)
-        found |= {tuple(ids), tuple([*ids, "more"]), tuple([*ids[1:], "more"])}
+        found |= {tuple(ids), (*ids, "more"), (*ids[1:], "more")}
     return found
 
 

@@ -20,7 +20,7 @@ def search(queries, items, k, stages):
         left = list(range(len(items)))
         for r_q, r_c, *survivors in stages:
             score = {n: (query[:r_q].astype(float) @ np.asarray(items[n][:r_c], float).T).max(1).sum() for n in left}
-            ranked = sorted(left, key=lambda n: (-score[n], n))  # noqa: B023
+            ranked = sorted(left, key=lambda n: (-score[n], n))
             left = sorted(ranked[: survivors[0] if survivors else k])
         rows[q] = ranked[:k]
         scores[q] = [score[n] for n in rows[q]]

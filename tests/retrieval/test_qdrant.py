@@ -191,9 +191,9 @@ def test_a_server_is_asked_the_same(monkeypatch):
 
 def test_requests_are_of_bounded_size(monkeypatch):
     items = list(qdrant._requests([10] * 130)), list(qdrant._requests([]))
-    assert items == ([range(0, 64), range(64, 128), range(128, 130)], [])
+    assert items == ([range(64), range(64, 128), range(128, 130)], [])
     monkeypatch.setattr(qdrant, "REQUEST_BYTES", 100)
-    assert list(qdrant._requests([60, 40, 1, 100, 99, 2])) == [range(0, 2), range(2, 3), range(3, 4), range(4, 5), range(5, 6)]
+    assert list(qdrant._requests([60, 40, 1, 100, 99, 2])) == [range(2), range(2, 3), range(3, 4), range(4, 5), range(5, 6)]
 
 
 def test_a_number_as_json_is_no_longer_than_thought():

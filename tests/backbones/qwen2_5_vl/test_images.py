@@ -1,5 +1,7 @@
 """Images against transformers' Pillow processor and window index, and as properties."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -97,7 +99,7 @@ def test_windows_are_those_of_transformers(rows, columns):
     vision = pytest.importorskip("transformers.vision_utils")
     index, bounds = vision.get_vision_window_index(torch.tensor([[1, 2 * rows, 2 * columns]]), 2, 112, 14)
     bounds = torch.unique_consecutive(torch.as_tensor(bounds)).numpy() // 4
-    expected = {tuple(index.numpy()[first:last]) for first, last in zip(bounds, bounds[1:], strict=False)}
+    expected = {tuple(index.numpy()[first:last]) for first, last in itertools.pairwise(bounds)}
     units, windows = CONFIG.order(rows, columns)
     keys = np.arange(len(units))[:, None] * 16 + windows
     assert {tuple(units[(keys == key) & (units >= 0)]) for key in np.unique(keys[units >= 0])} == expected

@@ -7,12 +7,12 @@ import pytest
 
 pytest.importorskip("mteb")
 
-from metaembed_jax.check.references import maxsim_scores  # noqa: E402
-from metaembed_jax.evaluation.mteb import worst  # noqa: E402
-from metaembed_jax.evaluation.mteb.run import evaluate_task  # noqa: E402
-from metaembed_jax.evaluation.mteb.searcher import Scores, Searcher  # noqa: E402
-from metaembed_jax.evaluation.worst import Miss  # noqa: E402
-from tests.evaluation.mteb.pages import OtherPages, Pages, picture  # noqa: E402
+from metaembed_jax.check.references import maxsim_scores
+from metaembed_jax.evaluation.mteb import worst
+from metaembed_jax.evaluation.mteb.run import evaluate_task
+from metaembed_jax.evaluation.mteb.searcher import Scores, Searcher
+from metaembed_jax.evaluation.worst import Miss
+from tests.evaluation.mteb.pages import OtherPages, Pages, picture
 
 
 class Gaps(Pages):
@@ -43,7 +43,7 @@ def by_hand(model, task):
             order = sorted(range(12), key=lambda n: -row[n])
             right = [n for n in order if grades.get(f"p{n}", 0) > 0]
             if right and order[0] != right[0]:
-                found = [n for n in order[: order.index(right[0])]]
+                found = list(order[: order.index(right[0])])
                 place = f"Gaps, test, {subset}, query {q}"
                 text = data["queries"]["text"][q]
                 misses.append((len(found), row[found[0]] - row[right[0]], place, text, right[:3], found[:3], row))
