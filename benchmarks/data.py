@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = QWEN2_5_VL.Images(28 * 28, 1024 * 28 * 28)
     with tempfile.TemporaryDirectory() as scratch:
-        learned = tokenizer.train(["which page is it?"] * 100, Path(scratch) / "tokenizer.json", qwen2_5_vl, vocabulary=700)
+        learned = tokenizer.train(["which page is it?"] * 100, Path(scratch) / "tokenizer.json", QWEN2_5_VL, vocabulary=700)
     for name, draw in (("pages", page), ("photos", photo)):
         encoded = [draw(number) for number in range(SOURCE)]
         config = run_config(name, WARM + arguments.batches)

@@ -95,7 +95,7 @@ def write(directory: Path, size: str) -> None:
             number += 1
     flush()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    words = tokenizer.train([TEXT], directory / "tokenizer.json", qwen2_5_vl, vocabulary=400)
+    words = tokenizer.train([TEXT], directory / "tokenizer.json", QWEN2_5_VL, vocabulary=400)
     sizes = {"size": {"shortest_edge": 4 * 784, "longest_edge": 1024 * 784}}
     (directory / "preprocessor_config.json").write_text(json.dumps(sizes))
     ids = {token: words.token_to_id(token) for token in QWEN2_5_VL.special_tokens}

@@ -72,7 +72,7 @@ def main() -> None:
         theirs = TorchTrainer(Path(scratch), meta_tokens, pairs, config)
         trainer = make_trainer(config, make_mesh(devices=jax.devices()[:1]))
         backbone = read_backbone(
-            Path(scratch), qwen2_5_vl, model_config(config).architecture, trainer.abstract.parameters["backbone"]
+            Path(scratch), QWEN2_5_VL, model_config(config).architecture, trainer.abstract.parameters["backbone"]
         )
         place = trainer.abstract.parameters["meta_tokens"].sharding
     ours = Ours(trainer, {"backbone": backbone, "meta_tokens": jax.device_put(meta_tokens, place)}, make_batch(config, pairs))

@@ -30,7 +30,7 @@ WORDS = [f"word{number}" for number in range(200)]
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    return tokenizer.train(WORDS, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json", qwen2_5_vl, vocabulary=700)
+    return tokenizer.train(WORDS, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json", QWEN2_5_VL, vocabulary=700)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from metaembed_jax.sharding import make_mesh
 def model(tmp_path_factory):
     config = load_config("tests/training/small.py", {})
     learned = tokenizer.train(
-        ["answer", "text"], tmp_path_factory.mktemp("tokenizer") / "tokenizer.json", qwen2_5_vl, vocabulary=700
+        ["answer", "text"], tmp_path_factory.mktemp("tokenizer") / "tokenizer.json", QWEN2_5_VL, vocabulary=700
     )
     parameters = init_parameters(model_config(config), 0)
     return MetaEmbed(

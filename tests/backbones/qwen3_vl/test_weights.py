@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from metaembed_jax.backbones.qwen3_vl import FAMILY
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture
 from metaembed_jax.network import ModelConfig, abstract_parameters
@@ -14,7 +15,7 @@ from tests.backbones.qwen3_vl.reference import reference
 
 def read(directory, architecture):
     wanted = abstract_parameters(ModelConfig("qwen3_vl", architecture, dtype="float32"), make_mesh(devices=jax.devices()[:1]))
-    return read_backbone(directory, qwen3_vl, architecture, wanted["backbone"])
+    return read_backbone(directory, FAMILY, architecture, wanted["backbone"])
 
 
 def keys(directory):
