@@ -103,7 +103,7 @@ class _Counter:
                 continue
             self._flops += times * flops(computation, one)
             if is_silent(one):
-                self._unknown.add(re.sub(r"\.\d+$", "", one.op_name))  # the number counts its calls
+                self._unknown.add(_kernel_name(one))
             if one.opcode.removesuffix("-start") in COLLECTIVES:
                 self._collective(computation, one, times, channels if is_fused else set())
             if one.opcode == "send" and (kind := _TRANSFER.search(one.attributes)):
@@ -170,6 +170,11 @@ class _Counter:
         sent = times * _sent(kind, operand.bytes, self._slices)
         self._dcn[kind] += sent
         self._collectives[f"{kind} between slices {operand.shapes[0].text}", times, operand.op_name] += sent
+
+
+def _kernel_name(call: Instruction) -> str:
+    """Return the name that a Pallas kernel was given, where `op_name` ends with it; else all of `op_name`."""
+    return re.sub(r".*?([^/]+)/pallas_call", r"\1", call.op_name)
 
 
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')

@@ -91,13 +91,18 @@ class Module(NamedTuple):
 
 def parse(text: str) -> Module:
     """The module of a text as `Compiled.as_text()` gives it."""
-    computations, entry, current = {}, "", None
+    computations, entry, current, name = {}, "", None, ""
     for line in text.splitlines():
         if header := _HEADER.match(line):
             current = computations[header[2]] = Computation()
             entry = header[2] if header[1] else entry
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            current[found[2]] = _instruction(found[2], found[3], bool(found[1]))
+        elif current is None or line == "}":
+            current = None
+        elif instruction := _INSTRUCTION.match(line):
+            name = instruction[2]
+            current[name] = _instruction(name, instruction[3], bool(instruction[1]))
+        else:  # the attributes of a kernel with metadata go on over several lines
+            current[name] = current[name]._replace(attributes=current[name].attributes + line)
     return Module(computations, entry)
 
 

@@ -9,9 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    FullMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha,
+)
 from jax.sharding import NamedSharding, PartitionSpec
 
-from metaembed_jax.backbones import attention_xla
+from metaembed_jax.backbones import attention_splash, attention_xla
 from metaembed_jax.backbones.attention import attention, attention_implementation, on_each_device
 from metaembed_jax.backbones.attention_flash import flash
 from metaembed_jax.backbones.attention_splash import splash
@@ -53,16 +61,20 @@ def segments(length, *shares):
 SHARES = ((0.05, 0.4, 0.3, 0.15), (0.005, 0.995), (), (1.0,))
 
 
-def noise(B, S, T, H, G, K, dtype):
+def noise(B, S, T, H, G, K, dtype, in_order=True):
     """Random queries, keys and values, their segments, and a cotangent that is 0 where a query sees nothing, and in padding.
 
-    Where queries are others than keys, the segments of keys are others too: some are missing, and some keys are padding.
+    Where queries are others than keys, the segments of keys are others too: some are missing, and some keys are padding. Not in
+    order, the first row's items have numbers that do not rise, and those of the second take turns.
     """
     rng = np.random.default_rng(0)
     query, key, value, cotangent = (
         jnp.asarray(rng.normal(size=shape), dtype) for shape in ((B, S, H, K), (B, T, G, K), (B, T, G, K), (B, S, H, K))
     )
     query_segments, key_segments = segments(S, *SHARES[:B]), segments(T, *SHARES[:B])
+    if not in_order:
+        for rows in (query_segments, key_segments):
+            rows[0], rows[1] = np.array([0, 3, 1, 4, 2])[rows[0]], 1 + np.arange(rows.shape[1]) % 2
     if S != T:
         key_segments[0][key_segments[0] == 2] = 3
         key_segments[1, ::3] = 0
@@ -119,6 +131,47 @@ def test_each_equals_the_definition(case, small_blocks):
     for name, implementation in IMPLEMENTATIONS.items():
         if name != "flash" or is_plain:
             assert_close(output_and_gradients(partial(implementation, **kind), *inputs), expected, tolerance)
+
+
+@pytest.mark.parametrize(
+    "S, T, kind", [(500, 500, CAUSAL), (500, 500, CAUSAL | dict(window=150)), (500, 500, FULL), (250, 500, FULL), (500, 250, FULL)]
+)
+def test_splash_in_several_blocks_equals_the_definition(S, T, kind, monkeypatch):
+    """Also where it skips some of them."""
+    monkeypatch.setattr(attention_splash, "LARGEST_BLOCK", 128)
+    inputs = noise(4, S, T, 4, 2, 16, "float32", in_order=False)
+    outputs = output_and_gradients(partial(IMPLEMENTATIONS["splash"], **kind), *inputs)
+    assert_close(outputs, definition(*inputs, **kind), 1e-5)
+
+
+# Four blocks of queries and of keys, of which each item has two; or in turns; or one, none and the other.
+ROWS = {"items": [1, 1, 2, 2], "descending": [2, 2, 1, 1], "padded": [1, 0, 0, 2], "padding": [0, 0, 0, 0], "one": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    "mask, row, forward, backward",
+    [
+        (CausalMask, "one", 10, 10),
+        (CausalMask, "items", 6, 6),
+        (CausalMask, "descending", 6, 6),
+        (CausalMask, "padded", 4, 2),  # queries of padding take a block each, for results that are finite
+        (FullMask, "one", 16, 16),
+        (FullMask, "items", 8, 8),
+        (FullMask, "padding", 4, 0),
+    ],
+)
+def test_splash_skips_blocks_that_share_no_segment(mask, row, forward, backward):
+    sizes = BlockSizes(**dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), 128))
+    kernel = make_splash_mha(MultiHeadMask([mask((512, 512))]), block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    segments = jnp.repeat(jnp.array(ROWS[row]), 128)
+    needed = attention_splash.needed_blocks(kernel, SegmentIds(segments, segments))
+    assert [np.count_nonzero(info.block_mask) for info in (needed.fwd_mask_info, needed.dkv_mask_info)] == [forward, backward]
+
+
+def test_a_skipped_step_of_splash_fetches_the_block_of_the_next_step_that_runs():
+    """Behind the last, it keeps that one."""
+    runs, blocks = jnp.array([0, 1, 0, 0, 1, 0], bool), jnp.array([0, 1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(attention_splash.upcoming(runs, blocks), [1, 1, 4, 4, 4, 4])
 
 
 @pytest.mark.parametrize("kind", [CAUSAL, CAUSAL | dict(window=40), CAUSAL | dict(scale=0.3, softcap=1.5)])

@@ -239,14 +239,22 @@ def test_convolutions_count_no_padding(a, b, out, how, flops):
     assert count(ONE.format(a=a, b=b, out=out, how=how), devices=1).flops == flops
 
 
+KERNEL = """
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  ROOT %call.51 = f32[8,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\"block_q\": 512}"
+}}, metadata={op_name="jit(f)/while/body/closed_call/splash/splash_forward/pallas_call"}, backend_config={COST}
+}
+"""
+
+
 def test_kernels_that_state_nothing_are_named():
-    kernel = '%y = f32[8,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/splash"}'
-    text = "ENTRY %main (a: f32[8,128]) -> f32[8,128] {\n  %a = f32[8,128]{1,0} parameter(0)\n  ROOT " + kernel
-    silent = count(text + "\n}", devices=1)
-    assert silent.flops == 0 and silent.unknown == ("jit(f)/splash",)
-    stated = count(
-        text + ', backend_config={"custom_call_config":{"cost_estimate":{"bytes_accessed":"7","flops":"99"}}}\n}', devices=1
-    )
+    """By their own name, which stands behind line breaks where a kernel has metadata."""
+    silent = count(KERNEL, devices=1)
+    assert silent.flops == 0 and silent.unknown == ("splash_forward",)
+    assert count(KERNEL.replace("/pallas_call", "/kernel"), devices=1).unknown[0].startswith("jit(f)/while")
+    stated = count(KERNEL.replace("COST", '"custom_call_config":{"cost_estimate":{"bytes_accessed":"7","flops":"99"}}'), devices=1)
     assert stated.flops == 99 and not stated.unknown
 
 
