@@ -3,7 +3,7 @@
 The kernel holds one block of scores at a time, forward and backward, and skips those that no query may see: what the mask hides is
 known when a program is traced, what the segments of a row hide when it runs (`needed_blocks`).
 
-Letters as in `attention`.
+Letters as in `attention`; I blocks of queries, J blocks of keys, N steps of a line L of a kernel's grid, M blocks that a line has.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha,
 )
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array
 
 from metaembed_jax.precision import float32_products
@@ -79,12 +78,12 @@ def splash(
     return jnp.swapaxes(mixed_BHSK, 1, 2)[:, :S]
 
 
-def _all_rows(kernel: SplashAttentionKernel, *arrays) -> Array:
+def _all_rows(kernel: SplashAttentionKernel, *arrays):
     """Run the kernel once; of rows of one block each, none is skipped."""
     return jax.vmap(kernel)(*arrays)
 
 
-def _each_row(kernel: SplashAttentionKernel, *arrays) -> Array:
+def _each_row(kernel: SplashAttentionKernel, *arrays):
     """Run the kernel on one row after another, each with the blocks that its segments need."""
 
     def attend(row):
@@ -101,24 +100,25 @@ def needed_blocks(kernel: SplashAttentionKernel, segments: SegmentIds) -> Splash
     A block runs if the ranges of segments of its queries and of its keys overlap. Padding, segment 0, needs none.
     """
     sizes = kernel.kwargs["block_sizes"]
-    (first_Q, last_Q), (first_T, last_T) = _ranges(segments.q, sizes.block_q), _ranges(segments.kv, sizes.block_kv)
-    shared_QT = (first_Q[:, None] <= last_T) & (first_T <= last_Q[:, None])
-    forward = _restricted(kernel.fwd_mask_info, shared_QT)
-    backward = _restricted(kernel.dkv_mask_info, shared_QT.T, by_key=True)
+    (first_I, last_I), (first_J, last_J) = _ranges(segments.q, sizes.block_q), _ranges(segments.kv, sizes.block_kv)
+    shared_IJ = (first_I[:, None] <= last_J) & (first_J <= last_I[:, None])
+    forward = _restricted(kernel.fwd_mask_info, shared_IJ)
+    backward = _restricted(kernel.dkv_mask_info, shared_IJ.T, by_key=True)
     return SplashAttentionKernel(forward, forward, backward, **kernel.kwargs)
 
 
 def _ranges(segments_S: Array, block: int) -> tuple[Array, Array]:
     """Return the first and the last segment of each block; one of padding alone overlaps none."""
-    segments_NS = segments_S.reshape(-1, block)
-    nothing = jnp.iinfo(segments_NS.dtype).max
-    return jnp.where(segments_NS > 0, segments_NS, nothing).min(1), segments_NS.max(1)
+    segments_IS = segments_S.reshape(-1, block)
+    nothing = jnp.iinfo(segments_IS.dtype).max
+    return jnp.where(segments_IS > 0, segments_IS, nothing).min(1), segments_IS.max(1)
 
 
-def _restricted(info: MaskInfo, shared_LM: Array, by_key: bool = False) -> MaskInfo:
+def _restricted(info, shared_LM: Array, by_key: bool = False):
     """Restrict the steps of a grid, of which a static mask may have left out some already.
 
     Args:
+      info: the kernel's `MaskInfo`.
       shared_LM: the blocks that the segments need, by the grid's lines: of queries, or of keys with `by_key`.
       by_key: the grid is that of the gradients of keys and values.
     """
