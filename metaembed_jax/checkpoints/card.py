@@ -4,6 +4,7 @@ import json
 
 from metaembed_jax.backbones.family import family
 from metaembed_jax.network import ModelConfig
+from metaembed_jax.results import Results
 
 LOAD = {
     "transformers": """\
@@ -39,13 +40,13 @@ table, not what comes out of it: some models scale that. The README of a `transf
 }
 
 
-def model_card(kind: str, config: ModelConfig, about: dict, results: dict | None) -> str:
+def model_card(kind: str, config: ModelConfig, about: dict, results: Results | None) -> str:
     """The text of README.md.
 
     Args:
       kind: the format, a key of `LOAD`.
       about: name, base or start, groups, sources and steps of the run, as far as they are known.
-      results: the content of the run's results.json.
+      results: of the run's test split.
     """
     width = config.embedding_dim or config.architecture.width
     head = ' @ load_file(f"{DIRECTORY}/head.safetensors")["weight"].T' if config.embedding_dim else ""
@@ -69,15 +70,17 @@ def model_card(kind: str, config: ModelConfig, about: dict, results: dict | None
     return "\n".join([*lines, "", "## Load", "", load, "", *_results(results)])
 
 
-def _results(results: dict | None) -> list[str]:
+def _results(results: Results | None) -> list[str]:
     if results is None:
         return []
-    lines = ["## Results", ""]
-    for direction in results["directions"]:
-        metrics = sorted(direction["rows"][0]["metrics"], key=lambda name: (name[0] != "R", len(name), name))
-        lines += [f"{direction['name']}, test split:", "", f"| budget | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
-        for row in direction["rows"]:
-            figures = " | ".join(f"{100 * row['metrics'][metric]['mean']:.1f}" for metric in metrics)
-            lines.append(f"| ({row['budget'][0]}, {row['budget'][1]}) | {figures} |")
-        lines.append("")
+    lines = ["## Results", "", f"{results.title}:", ""]
+    for board in results.boards:
+        for task in board.tasks:
+            metrics = list(task.searches[0].metrics)
+            title = board.name if board.total == 1 else f"{task.name}, {board.name}"
+            lines += [f"{title}:", "", f"| budget | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+            for search in task.searches:
+                figures = " | ".join(f"{100 * search.metrics[metric].mean:.1f}" for metric in metrics)
+                lines.append(f"| {search.budget} | {figures} |")
+            lines.append("")
     return lines

@@ -25,8 +25,8 @@ from metaembed_jax.checkpoints.loading import load, read_about, run_parameters, 
 from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config import EXPORTS, model_config, names_config
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.report import read_results
 from metaembed_jax.network import ModelConfig, abstract_parameters
+from metaembed_jax.results import Results, read_results
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.trained import LORA, paths, trained_paths
 
@@ -50,7 +50,7 @@ class Trained(NamedTuple):
     images: object
     paths: frozenset[str]
     about: dict
-    results: dict | None
+    results: Results | None
 
 
 def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = None, replace: bool = False) -> None:

@@ -6,7 +6,7 @@ checkpoints/      see metaembed_jax.checkpoints.runs
 metrics.jsonl     a line every few steps
 base/             in a bucket, the frozen weights: see metaembed_jax.checkpoints.frozen
 lock              held by the run: see metaembed_jax.lease
-results.json, quality.png, report.html    the evaluation on the test split
+results.json, results.txt, quality.png, report.html    the evaluation on the test split
 """
 
 import json

@@ -3,9 +3,11 @@
 import argparse
 from pathlib import Path
 
-from metaembed_jax.evaluation import report
+from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.plots import draw_results
 from metaembed_jax.files import write_bytes
 from metaembed_jax.flags import any_path
+from metaembed_jax.results import read_results
 
 EXAMPLES = """
   metaembed plot runs/tiny/results.json runs/boards/results.json --out=quality.png
@@ -20,6 +22,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the picture."""
-    runs = [report.read_results(path) for path in arguments.results]
-    write_bytes(arguments.out, report.picture([(results["config"]["name"], results) for results in runs]))
+    plot = draw_results([read_results(path) for path in arguments.results])
+    if plot is None:
+        raise UserError("nothing to plot: the results have searches in stages only; expected plain budgets")
+    write_bytes(arguments.out, plot)
     print(f"written: {arguments.out}")

@@ -1,1 +1,1 @@
-"""Evaluation: retrieval metrics (pure NumPy), the sweep over budgets, its costs, and the report of both."""
+"""Evaluation: metrics in NumPy, every budget from one encoding, the evaluators (held-out splits, MMEB, mteb), and their report."""

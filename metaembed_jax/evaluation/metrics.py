@@ -1,11 +1,12 @@
 """Retrieval metrics in plain NumPy, one value per query, and their bootstrap intervals.
 
-Relevance is binary, or graded: the grade is what a candidate gains. A tie never favours: of equal scores the less relevant is
-ranked first, so a model that gives everything one score gets what it deserves. The values equal pytrec_eval's `success_k`,
-`recall_k` and `ndcg_cut_k`, with ids (by which it orders ties) that rank equal scores so.
+Relevance is binary, or graded: the grade is what a document gains. A tie never favours: of equal scores the less relevant is
+ranked first, so a model that gives everything one score gets what it deserves. The values equal pytrec_eval's `success_k` and
+`ndcg_cut_k`, with ids (by which it orders ties) that rank equal scores so.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,14 +14,12 @@ from jaxtyping import Bool, Float, Int
 
 from metaembed_jax.errors import UserError
 
-METRICS = ("R@1", "R@5", "R@10", "nDCG@10")
-
 
 class Gold(NamedTuple):
-    """What one query has to find: its G relevant candidates, best ranked first.
+    """Ranks of one query's G relevant documents, best first.
 
     Attributes:
-      ranks: among all candidates, 0 is best.
+      ranks: among all documents, 0 is best.
       gains: their grades.
     """
 
@@ -31,39 +30,42 @@ class Gold(NamedTuple):
 def relevance_matrix(
     relevance: np.ndarray | Sequence[Iterable[int]], shape: tuple[int, int]
 ) -> Bool[np.ndarray, "Q N"] | Int[np.ndarray, "Q N"]:
-    """Relevance as a matrix: bool or grades from 0 already, or for each query the indices of its relevant candidates.
+    """Return relevance as a matrix: bool or grades from 0 already, or for each query the indices of its relevant documents.
 
-    Raises UserError for a matrix of another shape or kind, a wrong number of sets, and an index outside 0..N-1.
+    Raises:
+      UserError: a matrix of another shape or kind, a wrong number of sets, or an index outside 0..N-1.
     """
-    queries, candidates = shape
+    queries, documents = shape
     if isinstance(relevance, np.ndarray):
         if relevance.shape != shape or relevance.dtype.kind not in "biu" or (relevance < 0).any():
             raise UserError(
-                f"relevance is {relevance.dtype} {relevance.shape}, but the scores need bool, or whole grades from 0, {shape}"
+                f"relevance is {relevance.dtype} {relevance.shape}: expected bool, or whole grades from 0, of shape {shape}"
             )
         return relevance
     if len(relevance) != queries:
-        raise UserError(f"relevance has {len(relevance)} sets for {queries} queries; give one set per query")
+        raise UserError(f"relevance has {len(relevance)} sets for {queries} queries: expected a set for each query")
     matrix = np.zeros(shape, bool)
     for query, relevant in enumerate(relevance):
-        for candidate in relevant:
-            if not 0 <= candidate < candidates:
-                raise UserError(
-                    f"relevance of query {query} names candidate {candidate}, but there are {candidates} (0 to {candidates - 1})"
-                )
-            matrix[query, candidate] = True
+        for document in relevant:
+            if not 0 <= document < documents:
+                raise UserError(f"relevance of query {query} names document {document}: expected 0 to {documents - 1}")
+            matrix[query, document] = True
     return matrix
 
 
 def gold_of(scores: np.ndarray, relevance: np.ndarray | Sequence[Iterable[int]]) -> list[Gold]:
-    """The ranks that each query's relevant candidates take.
+    """Rank each query's relevant documents.
 
-    scores: real [Q, N], higher is better (infinities are ranked like any number); relevance: see `relevance_matrix`.
-    Raises UserError when there is no query, for a NaN score, and for a query without any relevant candidate.
+    Args:
+      scores: real [Q, N], higher is better; infinities are ranked like any number.
+      relevance: as `relevance_matrix` takes it.
+
+    Raises:
+      UserError: no query, a score that is NaN, or a query without any relevant document.
     """
     scores = np.asarray(scores)
     if scores.ndim != 2 or not len(scores):
-        raise UserError(f"scores have shape {scores.shape}; they must be [queries, candidates] with at least one query")
+        raise UserError(f"scores have shape {scores.shape}: expected [queries, documents] with at least one query")
     relevance = relevance_matrix(relevance, scores.shape)
     if len(bad := np.flatnonzero(np.isnan(scores).any(axis=1))):
         raise UserError(
@@ -71,13 +73,13 @@ def gold_of(scores: np.ndarray, relevance: np.ndarray | Sequence[Iterable[int]])
         )
     if len(bad := np.flatnonzero(~relevance.any(axis=1))):
         raise UserError(
-            f"query {bad[0]} has no relevant candidate ({len(bad)} such queries); leave them out or complete the gallery"
+            f"query {bad[0]} has no relevant document ({len(bad)} such queries); leave them out or complete the gallery"
         )
     return [_gold(row, grades) for row, grades in zip(scores, relevance, strict=True)]
 
 
 def _gold(scores: np.ndarray, grades: np.ndarray) -> Gold:
-    """Ranks of the relevant, best first: how many others score at least as much, plus the relevant before it.
+    """Rank the relevant, best first: how many others score at least as much, plus the relevant before it.
 
     Sorting only the relevant makes this O(N log G), where ranking the whole gallery would be O(N log N).
     """
@@ -90,38 +92,55 @@ def _gold(scores: np.ndarray, grades: np.ndarray) -> Gold:
 
 
 def hit_at(gold: Sequence[Gold], k: int) -> Float[np.ndarray, " Q"]:
-    """1 where any relevant candidate is among the first k, else 0. At 1 it is the precision too.
+    """Return 1 where any relevant document is among the first k, else 0. At 1 it is the precision too.
 
-    This is the "R@k" of image-text retrieval (pytrec_eval's success_k), not the share of relevant candidates found.
+    This is the "R@k" of image-text retrieval (pytrec_eval's success_k), not the share of relevant documents found.
     """
     return np.array([ranks[0] < k for ranks, _ in gold], np.float64)
 
 
-def recall_at(gold: Sequence[Gold], k: int) -> Float[np.ndarray, " Q"]:
-    """The share of the relevant candidates that are among the first k (pytrec_eval's recall_k)."""
-    return np.array([(ranks < k).mean() for ranks, _ in gold])
-
-
 def ndcg_at(gold: Sequence[Gold], k: int) -> Float[np.ndarray, " Q"]:
-    """Discounted gain of the first k over that of the best possible order (pytrec_eval's ndcg_cut_k)."""
+    """Return the discounted gain of the first k over that of the best possible order (pytrec_eval's ndcg_cut_k)."""
     discount = 1 / np.log2(np.arange(k) + 2)
     values = []
     for ranks, gains in gold:
-        found, ideal = ranks < k, np.sort(gains)[::-1][:k]
-        values.append(gains[found] @ discount[ranks[found]] / (ideal @ discount[: len(ideal)]))
+        first, ideal = ranks < k, np.sort(gains)[::-1][:k]
+        values.append(gains[first] @ discount[ranks[first]] / (ideal @ discount[: len(ideal)]))
     return np.array(values)
 
 
+class Metric(NamedTuple):
+    """A metric.
+
+    Attributes:
+      about: the meaning of its mean, for the reader of a table.
+      values: the metric of each query, from its gold.
+    """
+
+    about: str
+    values: Callable[[Sequence[Gold]], Float[np.ndarray, " Q"]]
+
+
+# In the order of the tables. A metric that is added here is in all results, and `select` may name it.
+METRICS = {
+    "R@1": Metric("queries with a right document first", partial(hit_at, k=1)),
+    "R@5": Metric("with one among the first 5", partial(hit_at, k=5)),
+    "R@10": Metric("with one among the first 10", partial(hit_at, k=10)),
+    "nDCG@10": Metric("the discounted gain of the first 10", partial(ndcg_at, k=10)),
+}
+
+
 def evaluate(scores: np.ndarray, relevance: np.ndarray | Sequence[Iterable[int]]) -> dict[str, np.ndarray]:
-    """Every metric of METRICS, per query: {"R@1": float64 [Q], ...}. Arguments and errors are those of `gold_of`."""
+    """Return every metric of METRICS, per query: {"R@1": float64 [Q], ...}. Arguments and errors are those of `gold_of`."""
     gold = gold_of(scores, relevance)
-    return {"R@1": hit_at(gold, 1), "R@5": hit_at(gold, 5), "R@10": hit_at(gold, 10), "nDCG@10": ndcg_at(gold, 10)}
+    return {name: metric.values(gold) for name, metric in METRICS.items()}
 
 
 def bootstrap_mean(values: np.ndarray, seed: int, samples: int = 10_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means over the queries and their 95 % percentile intervals, (mean, low, high), each float64 [...].
+    """Return means over the queries and their 95 % percentile intervals, (mean, low, high), each float64 [...].
 
-    values: real [..., Q]. All rows share each resample, so values of one query stay together.
+    Args:
+      values: real [..., Q]. All rows share each resample, so values of one query stay together.
     """
     values = np.asarray(values, np.float64)
     rows_KQ = values.reshape(-1, values.shape[-1])
@@ -134,15 +153,3 @@ def bootstrap_mean(values: np.ndarray, seed: int, samples: int = 10_000) -> tupl
         means.append(counts.astype(np.float64) @ rows_KQ.T / queries)  # drawing again is weighting by how often drawn
     low, high = np.percentile(np.concatenate(means), (2.5, 97.5), axis=0).reshape(2, *values.shape[:-1])
     return values.mean(axis=-1), low, high
-
-
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int, samples: int = 10_000) -> tuple[float, float, float]:
-    """Mean of a - b over the queries and its 95 % percentile interval: (difference, low, high).
-
-    a, b: one metric of the same queries under two systems, real [Q]. Raises UserError when the two do not pair up.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise UserError(f"a paired bootstrap needs two values for each query, but got shapes {a.shape} and {b.shape}")
-    difference, low, high = bootstrap_mean(a - b, seed, samples)
-    return float(difference), float(low), float(high)

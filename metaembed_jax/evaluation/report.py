@@ -1,94 +1,70 @@
-"""What people see of a sweep: a table in the terminal, results.json, and a picture of quality against cost."""
+"""The files of an evaluation: figures as JSON, tables as text, the plot, and one HTML page of all of it."""
 
-import os
-from collections.abc import Sequence
+import importlib.metadata
+from pathlib import Path
+from typing import NamedTuple
 
 from metaembed_jax import files
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.budgets import budget_name
-from metaembed_jax.evaluation.drawing import Curve, Point, Row, draw
-from metaembed_jax.evaluation.metrics import METRICS
-from metaembed_jax.evaluation.tables import Table, as_text
+from metaembed_jax.evaluation.evaluator import Evaluator, Subject
+from metaembed_jax.evaluation.failures import worst_of
+from metaembed_jax.evaluation.html_report import write_html
+from metaembed_jax.evaluation.plots import draw_results
+from metaembed_jax.evaluation.tables import format_tables, tables
+from metaembed_jax.results import Results, to_json
+
+PACKAGES = ("jax", "flax", "optax", "numpy")  # that numbers may depend on
 
 
-def format_table(results: dict) -> str:
-    """The tables of `tables` as text."""
-    return "\n\n".join(map(as_text, tables(results)))
+class ReportNames(NamedTuple):
+    """Names of the files of a report."""
+
+    figures: str
+    tables: str
+    plot: str
+    page: str
 
 
-def tables(results: dict) -> list[Table]:
-    """The results of `sweep`: of each direction, metrics in percent, the gain with its 95 % bootstrap interval below."""
-    return [_table(direction) for direction in results["directions"]]
+RUN = ReportNames("results.json", "results.txt", "quality.png", "report.html")  # of a run's test split
 
 
-def _table(direction: dict) -> Table:
-    lines = []
-    for row in direction["rows"]:
-        quality = (f"{100 * row['metrics'][metric]['mean']:.1f}" for metric in METRICS)
-        lines.append((budget_name(row["budget"]), f"{row['flops_per_candidate']:,}", f"{row['bytes_per_candidate']:,}", *quality))
-    if gain := direction["gain"]:
-        metrics = [{key: f"{100 * value:+.1f}" for key, value in gain["metrics"][metric].items()} for metric in METRICS]
-        lines.append(("gain", "", "", *(m["mean"] for m in metrics)))
-        lines.append(("95 % interval", "", "", *(f"{m['low']} to {m['high']}" for m in metrics)))
-    sizes = f"{direction['queries']:,} queries, {direction['candidates']:,} candidates"
-    return Table(
-        f"{direction['name']}: {sizes}, FLOPs and bytes per candidate",
-        "In percent, over all queries: R@k, those with a right candidate among the first k; nDCG@10, the mean of it. "
-        "A budget is query vectors : candidate vectors; the gain is the last one's over the first one's.",
-        ("budget", "FLOPs", "bytes", *METRICS),
-        [lines],
-    )
+def benchmark_names(evaluator: str) -> ReportNames:
+    """The names of a benchmark's report, which is written beside that of the test split."""
+    return ReportNames(*(f"{evaluator}.{kind}" for kind in ("json", "txt", "png", "html")))
 
 
-def write_results(path: str | os.PathLike, results: dict, config: dict, data_fingerprint: str, versions: dict[str, str]) -> None:
-    """Writes the results of `sweep` and what they came from as JSON with sorted keys; an older file is replaced whole or kept.
+def write_report(evaluator: Evaluator, subject: Subject, results: Results, out: Path, names: ReportNames) -> list[Path]:
+    """Write the files to `out`; for the first host alone.
 
-    Raises UserError when a number is NaN or infinite, and when the file cannot be written.
+    Returns:
+      Their paths.
+
+    Raises:
+      UserError: figures that are NaN or infinite, or a path that cannot be written.
     """
-    record = results | {"config": config, "data_fingerprint": data_fingerprint, "versions": versions}
+    plot, versions = draw_results([results]), package_versions()
+    record = to_json(results) | {"config": subject.config, "versions": versions}
     try:
-        content = files.to_json(record, sort_keys=True)
+        figures = files.to_json(record, sort_keys=True)
     except ValueError as error:
         raise UserError(
-            f"{path} not written: the results hold NaN or an infinity; look for it in the metrics and the config"
+            f"{out / names.figures} not written: the results hold NaN or an infinity; look for it in the metrics and the config"
         ) from error
-    files.write_bytes(files.any_path(path), content)
+    files.write_bytes(out / names.figures, figures)
+    files.write_bytes(out / names.tables, f"{format_tables(results)}\n".encode(errors="replace"))
+    if plot is not None:
+        files.write_bytes(out / names.plot, plot)
+    facts = {
+        "config": results.model,
+        "checkpoint": f"step {results.step}",
+        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
+        "data": results.data,
+    }
+    failures = evaluator.show(worst_of(failure for task in results.tasks() for failure in task.failures))
+    write_html(out / names.page, f"{results.model}: {results.title}", tables(results), plot, failures, facts)
+    return [out / name for name in names if plot is not None or name != names.plot]
 
 
-def read_results(path: str | os.PathLike) -> dict:
-    """What `write_results` wrote. Raises UserError when the file is missing or is something else; names it."""
-    try:
-        results = files.read_json(files.any_path(path))
-    except UserError as error:
-        raise UserError(f"{error}; train.py and eval.py write such files") from error
-    config, directions = results.get("config"), results.get("directions")
-    named = isinstance(config, dict) and isinstance(config.get("name"), str)
-    if not named or not isinstance(directions, list) or not all(isinstance(direction, dict) for direction in directions):
-        raise UserError(f"{path} is no results.json of train.py or eval.py")
-    return results
-
-
-def picture(labelled: Sequence[tuple[str, dict]]) -> bytes:
-    """A PNG of quality against cost: R@10 and R@1 over FLOPs and over bytes per candidate, a colour for each label.
-
-    labelled: (label, results of `sweep`) pairs. The directions are rows of panels: backward, the same budget costs other
-    bytes. Bars are 95 % bootstrap intervals; the numbers at the points are the budgets.
-    """
-    rows = []
-    for number in range(max(len(results["directions"]) for _, results in labelled)):
-        shown = [(label, results["directions"][number]) for label, results in labelled if number < len(results["directions"])]
-        title = " · ".join(dict.fromkeys(direction["name"] for _, direction in shown))
-        curves = [
-            Curve(f"{label} {metric}".strip(), _points(direction, metric), colour, secondary=metric == "R@1")
-            for colour, (label, direction) in enumerate(shown)
-            for metric in ("R@10", "R@1")
-        ]
-        rows.append(Row(title, "queries answered (%)", curves))
-    return draw(rows)
-
-
-def _points(direction: dict, metric: str) -> list[Point]:
-    return [
-        Point(budget_name(row["budget"]), row["flops_per_candidate"], row["bytes_per_candidate"], **row["metrics"][metric])
-        for row in direction["rows"]
-    ]
+def package_versions() -> dict[str, str]:
+    """The installed versions of `PACKAGES`."""
+    return {package: importlib.metadata.version(package) for package in PACKAGES}

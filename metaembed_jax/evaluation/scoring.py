@@ -1,4 +1,4 @@
-"""Scores of candidates that lie on several hosts."""
+"""Scores of documents that are spread over several hosts."""
 
 import jax
 import numpy as np
@@ -13,15 +13,15 @@ from metaembed_jax.sharding import make_mesh
 def score_parts(
     query_QRD: Float[np.ndarray, "Q Rq D"],
     rows: Int[np.ndarray, " n"],
-    candidate_nRD: Float[np.ndarray, "n Rc D"],
-    candidates: int,
+    document_nRD: Float[np.ndarray, "n Rc D"],
+    documents: int,
     budget: Budget,
 ) -> Float[np.ndarray, "Q N"]:
-    """MaxSim of all queries and all candidates, on every host: each scores its own candidates, on its devices.
+    """Return MaxSim of all queries and all documents, on every host: each scores its own documents, on its devices.
 
     Args:
-      rows, candidate_nRD: this host's part, of `MetaEmbed.encode_part`.
-      candidates: N, how many there are in all.
+      rows, document_nRD: this host's part, of `MetaEmbed.encode_part`.
+      documents: N, how many there are in all.
     """
     here = make_mesh(devices=jax.local_devices())
-    return from_parts(rows, maxsim_on(here, query_QRD, candidate_nRD, budget).T, candidates).T
+    return from_parts(rows, maxsim_on(here, query_QRD, document_nRD, budget).T, documents).T

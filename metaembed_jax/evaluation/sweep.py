@@ -1,119 +1,123 @@
-"""Every budget of one encoding, both directions: encode once at the largest budget, then slice."""
+"""Every budget of one encoding, in both directions: encoded once at the largest budget, then sliced."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.budgets import by_cost
 from metaembed_jax.evaluation.cost import index_bytes, maxsim_flops
+from metaembed_jax.evaluation.failures import Ranking, worst_queries
 from metaembed_jax.evaluation.metrics import METRICS, bootstrap_mean, evaluate, relevance_matrix
-from metaembed_jax.evaluation.worst import Ranking, worst_queries
-from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.budgets import budget_name, by_cost
+from metaembed_jax.late_interaction.groups import Budget, validate_budget
 from metaembed_jax.late_interaction.maxsim import maxsim
+from metaembed_jax.results import Gain, Interval, SearchResults, TaskResults
+
+MAIN, SECONDARY = "R@10", "R@1"
 
 
-def check_budgets(budgets: Sequence[Budget], largest: Budget | None = None) -> None:
-    """Raises UserError where there is no budget, one is given twice, holds no vector, or is beyond `largest`."""
-    if not budgets:
-        raise UserError("no budget given; write for example 1:1,4:8,16:64")
-    for n, (r_q, r_c) in enumerate(budgets):
-        if (r_q, r_c) in budgets[:n]:
-            raise UserError(f"budget {r_q}:{r_c} is given twice; leave one out")
-        if r_q < 1 or r_c < 1:
-            raise UserError(f"budget {r_q}:{r_c} holds no vector on one side; both numbers must be at least 1")
-        if largest and (r_q > largest[0] or r_c > largest[1]):
-            raise UserError(
-                f"budget {r_q}:{r_c} is beyond the model's {largest[0]} query and {largest[1]} candidate vectors; ask for fewer"
-            )
+class Sweep(NamedTuple):
+    """Both directions of a search task.
+
+    Attributes:
+      forward: queries search documents; with the worst queries at the dearest budget.
+      backward: the same scores read the other way: documents search queries, and what is searched holds r_q vectors each.
+        Documents that no query names have nothing to find and are left out (forward, that is an error).
+    """
+
+    forward: TaskResults
+    backward: TaskResults
 
 
 def sweep(
-    query_QRD: np.ndarray,
-    candidate_NRD: np.ndarray,
-    relevance: np.ndarray | Sequence[Iterable[int]],
-    budgets: Sequence[Budget],
-    directions: tuple[str, str] = ("query→candidate", "candidate→query"),
-    seed: int = 0,
-    score: Callable = maxsim,
-    candidates: int | None = None,
-) -> dict:
-    """All metrics at all budgets in both directions, with 95 % bootstrap intervals, ready for JSON.
-
-    query_QRD, candidate_NRD: the nested vectors at the largest budget, real [Q, R_q, D] and [N, R_c, D].
-    score: (query_QRD, candidate_NRD, budget) -> [Q, N]. candidates: N, where candidate_NRD is only this host's part of them.
-    relevance: bool or grades [Q, N], or a set of candidates for each query. directions: the names of forward and backward.
-
-    Backward, the same scores are read the other way: a candidate looks for its queries. What is searched then holds r_q
-    vectors each, and candidates that no query names have nothing to find and are left out (forward, that is an error).
-
-    Returns {"dimension": D, "directions": [{"name", "queries", "candidates", "rows": [...], "gain": {...} or None}, ...],
-    "worst": [...]} with a row {"budget": [r_q, r_c], "flops_per_candidate", "bytes_per_candidate", "metrics": {name: interval}}
-    for each budget, cheapest first, an interval {"mean", "low", "high"} as fractions of 1, in "gain" {"from", "to", "metrics"}
-    the paired difference between the cheapest and the dearest budget (None for a single budget), and in "worst" what
-    `worst.worst_queries` finds forward at the dearest budget, each a `worst.Miss` as a dict.
-
-    Raises UserError for vectors that do not fit together, for budgets as `check_budgets`, and as `metrics.gold_of`.
-    """
-    shapes = tuple(query_QRD.shape), tuple(candidate_NRD.shape)
-    if len(shapes[0]) != 3 or len(shapes[1]) != 3 or shapes[0][2] != shapes[1][2]:
-        raise UserError(f"query vectors {shapes[0]} and candidate vectors {shapes[1]} must be [items, vectors, D] of one D")
-    (queries, r_q, dimension), (held, r_c, _) = shapes
-    candidates = held if candidates is None else candidates
-    budgets = by_cost(budgets)
-    check_budgets(budgets, (r_q, r_c))
-    relevant = relevance_matrix(relevance, (queries, candidates))
-    named = relevant.any(axis=0)
-
-    forward, backward = [], []
-    for budget in budgets:
-        scores = np.asarray(score(query_QRD, candidate_NRD, budget))
-        forward.append(evaluate(scores, relevant))
-        backward.append(evaluate(scores.T[named], relevant.T[named]))
-    everything = np.arange(candidates)
-    worst = worst_queries(Ranking(everything, *row) for row in zip(scores, relevant > 0, strict=True))  # the last, dearest budget's
-    return {
-        "dimension": dimension,
-        "directions": [
-            _direction(directions[0], candidates, budgets, [r_c for _, r_c in budgets], forward, dimension, seed),
-            _direction(directions[1], queries, budgets, [r_q for r_q, _ in budgets], backward, dimension, seed),
-        ],
-        "worst": [miss._asdict() for miss in worst],
-    }
-
-
-def _direction(
     name: str,
-    candidates: int,
-    budgets: Sequence[Budget],
-    vectors: Sequence[int],
-    per_query: Sequence[dict[str, np.ndarray]],
-    dimension: int,
-    seed: int,
-) -> dict:
-    """One direction's part of the results; vectors: how many each searched item holds at each budget."""
-    values_BMQ = np.array([[values[metric] for metric in METRICS] for values in per_query])
-    intervals = _intervals(values_BMQ, seed)
-    rows = [
-        {
-            "budget": list(budget),
-            "flops_per_candidate": maxsim_flops(budget, dimension),
-            "bytes_per_candidate": index_bytes(held, dimension),
-            "metrics": interval,
-        }
-        for budget, held, interval in zip(budgets, vectors, intervals, strict=True)
-    ]
-    gain = None
-    if len(budgets) > 1:
-        difference = _intervals(values_BMQ[-1:] - values_BMQ[:1], seed)[0]
-        gain = {"from": list(budgets[0]), "to": list(budgets[-1]), "metrics": difference}
-    return {"name": name, "queries": values_BMQ.shape[2], "candidates": candidates, "rows": rows, "gain": gain}
+    query_QRD: Float[np.ndarray, "Q Rq D"],
+    document_NRD: Float[np.ndarray, "N Rc D"],
+    relevance: np.ndarray | Sequence[Iterable[int]],
+    budgets: Iterable[Budget],
+    *,
+    data: str = "",
+    documents: int | None = None,
+    score: Callable = maxsim,
+    seed: int = 0,
+) -> Sweep:
+    """Compute all metrics at all budgets in both directions, with 95 % bootstrap intervals.
+
+    Args:
+      name, data: of the task's results.
+      query_QRD, document_NRD: the nested vectors at the largest budget.
+      relevance: bool or grades [Q, N], or a set of documents for each query.
+      documents: N, where document_NRD is only this host's part of them.
+      score: `(query_QRD, document_NRD, budget) -> [Q, N]`.
+
+    Raises:
+      UserError: vectors that do not fit together, a budget beyond them, or as `metrics.gold_of`.
+    """
+    shapes = tuple(query_QRD.shape), tuple(document_NRD.shape)
+    if len(shapes[0]) != 3 or len(shapes[1]) != 3 or shapes[0][2] != shapes[1][2]:
+        raise UserError(f"query vectors {shapes[0]} and document vectors {shapes[1]}: expected [items, vectors, D] of one D")
+    (queries, *query_shape), (held, document_vectors, dimension) = shapes
+    total = held if documents is None else documents
+    budgets = by_cost(validate_budget(budget, query_shape[0], document_vectors) for budget in budgets)
+    relevant_QN = relevance_matrix(relevance, (queries, total))
+    named_N = relevant_QN.any(axis=0)
+
+    forward, backward, scores_QN = [], [], np.zeros((queries, total))
+    for budget in budgets:
+        scores_QN = np.asarray(score(query_QRD, document_NRD, budget))
+        forward.append(evaluate(scores_QN, relevant_QN))
+        backward.append(evaluate(scores_QN.T[named_N], relevant_QN.T[named_N]))
+    everything = np.arange(total)  # the scores are now the dearest budget's
+    rankings = (Ranking(everything, *row) for row in zip(scores_QN, relevant_QN > 0, strict=True))
+
+    def direction(values: Sequence[Mapping[str, np.ndarray]], queries: int, documents: int, side: int) -> TaskResults:
+        searches, gain = _metrics_at(budgets, values, dimension, side, seed)
+        return TaskResults(
+            name=name,
+            metric=MAIN,
+            queries=queries,
+            documents=documents,
+            dimension=dimension,
+            data=data,
+            searches=searches,
+            gain=gain,
+        )
+
+    return Sweep(
+        replace(direction(forward, queries, total, side=1), failures=worst_queries(rankings, (name,))),
+        direction(backward, int(named_N.sum()), queries, side=0),
+    )
 
 
-def _intervals(values_BMQ: np.ndarray, seed: int) -> list[dict[str, dict[str, float]]]:
-    """For each budget {metric: {"mean", "low", "high"}} of the per-query values."""
-    mean_low_high = np.stack(bootstrap_mean(values_BMQ, seed), axis=-1).tolist()
-    return [
-        {metric: dict(zip(("mean", "low", "high"), three, strict=True)) for metric, three in zip(METRICS, row, strict=True)}
-        for row in mean_low_high
-    ]
+def _metrics_at(
+    budgets: Sequence[Budget], values: Sequence[Mapping[str, np.ndarray]], dimension: int, side: int, seed: int
+) -> tuple[tuple[SearchResults, ...], Gain | None]:
+    """Results of each budget, and the last one's gain over the first one's.
+
+    Args:
+      values: of each budget, every metric per query.
+      side: of a budget, whose vectors each searched item holds.
+    """
+    values_BMQ = np.array([[metrics[name] for name in METRICS] for metrics in values])
+    searches = tuple(
+        SearchResults(
+            budget=budget_name(budget),
+            flops_per_document=maxsim_flops(budget, dimension),
+            bytes_per_document=index_bytes(budget[side], dimension),
+            metrics=metrics,
+        )
+        for budget, metrics in zip(budgets, _intervals(values_BMQ, seed), strict=True)
+    )
+    if len(budgets) == 1:
+        return searches, None
+    difference = _intervals(values_BMQ[-1:] - values_BMQ[:1], seed)[0]
+    return searches, Gain(smallest=searches[0].budget, largest=searches[-1].budget, metrics=difference)
+
+
+def _intervals(values_BMQ: Float[np.ndarray, "B M Q"], seed: int) -> list[dict[str, Interval]]:
+    """For each budget, the interval of each metric's values."""
+    ends_BM3 = np.stack(bootstrap_mean(values_BMQ, seed), axis=-1).tolist()
+    return [{name: Interval(*ends) for name, ends in zip(METRICS, ends_M3, strict=True)} for ends_M3 in ends_BM3]

@@ -1,7 +1,10 @@
 """Tables of results, which a terminal and a page show alike."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from metaembed_jax.evaluation.metrics import METRICS
+from metaembed_jax.results import Board, Interval, Results, TaskResults
 
 
 class Table(NamedTuple):
@@ -22,12 +25,22 @@ class Table(NamedTuple):
     notes: Sequence[str] = ()
 
 
+def tables(results: Results) -> list[Table]:
+    """Return a table of each board: of all metrics, where it has a single task that has them; else of its tasks."""
+    return [_metrics_table(board) if _is_detailed(board) else _tasks_table(board) for board in results.boards]
+
+
+def format_tables(results: Results) -> str:
+    """The tables as text."""
+    return "\n\n".join(map(as_text, tables(results)))
+
+
 def as_text(table: Table) -> str:
     """The title, the aligned rows, a blank line between groups, and the notes."""
     lines = [table.head, *(row for body in table.bodies for row in body)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
-    def aligned(rows):
+    def aligned(rows: Sequence[Sequence[str]]) -> str:
         return "\n".join(
             "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
             for row in rows
@@ -35,3 +48,55 @@ def as_text(table: Table) -> str:
 
     first, *others = table.bodies
     return "\n".join([table.title, "\n\n".join([aligned([table.head, *first]), *map(aligned, others)]), *table.notes])
+
+
+def _is_detailed(board: Board) -> bool:
+    searches = [search for task in board.tasks for search in task.searches]
+    return board.total == 1 and bool(searches) and all(search.metrics.keys() == METRICS.keys() for search in searches)
+
+
+def _metrics_table(board: Board) -> Table:
+    """The metrics of a board's only task at each budget, in percent, and the gain with its 95 % bootstrap interval."""
+    (task,), rows = board.tasks, []
+    for search in task.searches:
+        costs = f"{search.flops_per_document:,}", f"{search.bytes_per_document:,}"
+        rows.append([search.budget, *costs, *(f"{100 * search.metrics[name].mean:.1f}" for name in METRICS)])
+    if task.gain:
+        gains = [task.gain.metrics[name] for name in METRICS]
+        rows.append(["gain", "", "", *(f"{100 * gain.mean:+.1f}" for gain in gains)])
+        rows.append(["95 % interval", "", "", *map(_ends, gains)])
+    sizes = f"{task.queries:,} queries, {task.documents:,} documents"
+    head = ["budget", "FLOPs", "bytes", *METRICS]
+    return Table(f"{board.name}: {sizes}, FLOPs and bytes per document", board.about, head, [rows], board.notes)
+
+
+def _ends(gain: Interval) -> str:
+    return "" if gain.low is None or gain.high is None else f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
+
+
+def _tasks_table(board: Board) -> Table:
+    """Tasks, means and published figures: the main metric of each at every budget, in percent."""
+    names = list(board.mean())
+
+    def row(label: str, values: Mapping[str, float]) -> list[str]:
+        return [label, *(f"{100 * values[name]:.1f}" if name in values else "" for name in names)]
+
+    def means_of(intervals: Mapping[str, Interval]) -> dict[str, float]:
+        return {name: interval.mean for name, interval in intervals.items()}
+
+    tasks = [row(_label(board, task), means_of(task.values())) for task in board.tasks]
+    means = [row(f"mean: {group}", means_of(board.mean(group=group))) for group in board.groups]
+    means += [row(f"mean of {len(tasks)} of {board.total} tasks", means_of(board.mean()))] if tasks else []
+    published = [row(f"published: {model}", values) for model, values in board.published.items()]
+    queries = sum(task.queries for task in board.tasks)
+    title = f"{board.name}, {board.measure} (%) of {queries:,} queries in {len(tasks)} tasks"
+    about = f"{board.about} A column is a budget, query vectors : document vectors."
+    if any(">" in name for name in names):
+        about += " In stages, r_q:r_c:n>r_q:r_c, the best n are ranked again; these searches are not in the plot."
+    bodies = [tasks, *filter(None, (means, published))]
+    return Table(title, about, ["task", *names], bodies, board.notes)
+
+
+def _label(board: Board, task: TaskResults) -> str:
+    parts = [task.name, *([task.metric] if task.metric != board.measure else [])]
+    return ", ".join([*parts, *(["no better than chance"] if task.is_like_chance() else [])])

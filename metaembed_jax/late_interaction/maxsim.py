@@ -3,7 +3,8 @@
 Q queries, N candidates, R vectors of an item, D their width, b items of a block.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -103,9 +104,15 @@ def maxsim_on(
     query_vectors, document_vectors = validate_budget(budget, query_QRD.shape[1], document_NRD.shape[1])
     rows = _documents_at_once(*document_NRD[:, :document_vectors].shape) * mesh.size
     document_NRD = np.pad(document_NRD[:, :document_vectors], [(0, -documents % rows), (0, 0), (0, 0)])
+    document_NRD = jax.device_put(document_NRD, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    query_QRD = jax.device_put(query_QRD[:, :query_vectors], NamedSharding(mesh, PartitionSpec()))
+    return np.asarray(_split_over(mesh)(query_QRD, document_NRD, None, None))[:, :documents]
+
+
+@cache
+def _split_over(mesh: Mesh) -> Callable:
+    """`_blocked` with the documents split over a mesh: one function for each mesh, so that equal shapes compile once."""
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-    document_NRD = jax.device_put(document_NRD, NamedSharding(mesh, split))
-    query_QRD = jax.device_put(query_QRD[:, :query_vectors], NamedSharding(mesh, whole))
     score = jax.shard_map(
         _blocked,
         mesh=mesh,
@@ -113,7 +120,7 @@ def maxsim_on(
         out_specs=PartitionSpec(None, mesh.axis_names),
         check_vma=False,  # which sees into no kernel
     )
-    return np.asarray(jax.jit(score)(query_QRD, document_NRD, None, None))[:, :documents]
+    return jax.jit(score)
 
 
 @jax.jit

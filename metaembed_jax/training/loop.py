@@ -1,6 +1,7 @@
 """A run from its config to its results: one loop around the pure step of `training.step`."""
 
 import contextlib
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,11 @@ from metaembed_jax.data.planned import RowPlan
 from metaembed_jax.data.stored_plan import stored_plan
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation import run as evaluation
+from metaembed_jax.evaluation.evaluator import Subject
+from metaembed_jax.evaluation.held_out import HeldOut
+from metaembed_jax.evaluation.report import RUN, write_report
+from metaembed_jax.evaluation.tables import format_tables
+from metaembed_jax.late_interaction.budgets import budget_name
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.sharding import batch_shards, rows_here
 from metaembed_jax.trained import join, paths, split
@@ -106,8 +111,8 @@ def _train_one(config: ConfigDict, workdir: Path, stop: Stop) -> bool:
             mesh = run_mesh(config)
             pairs = hosts.first_then_others(lambda: sources.training_records(config))
             check_mixture(config, pairs)
-            for held_out in ("validation", "test"):
-                sources.check_split(config.data.sources[0][0], config.data.dir, held_out)
+            for split_name in ("validation", "test"):
+                _held_out(config, split_name).check()
             if hosts.is_first():  # only now that all hosts agree: before, it would make a folder for a run that is refused
                 stack.enter_context(lease.held(workdir))
             start = find_start(config, workdir)
@@ -200,14 +205,15 @@ def _train(
                     figures, spent = pending.fetch(), watch.read()
                     rates = speed.read(step, spent)
                     writer.write(step, {**figures, **rates, **spent, **items[step - 1].figures(shape)})
-                    writer.show(loss=figures["loss"], accuracy=_largest_accuracy(figures), **shown(rates))
+                    accuracy = figures[f"accuracy/{budget_name(config.groups[-1])}"]
+                    writer.show(loss=figures["loss"], accuracy=accuracy, **shown(rates))
                 trace.after(step, pending.fetch)
                 validate = step % config.validate_every == 0 or step == config.steps
                 stopping, saving = stop(), saves.due(step)
                 if validate or stopping or saving:
                     pending.fetch()
                     with watch.spending("validation"):
-                        metric = _validate(config, model, state, step, writer) if validate else None
+                        metric = _validate(config, model, state, step, writer, workdir) if validate else None
                     with watch.spending("checkpoint"):
                         saves.begin()
                         writer.flush()  # before the checkpoint: a run that resumes from it has the lines up to it
@@ -234,18 +240,27 @@ def _compile(trainer: Trainer, state: TrainState, arrays: dict, watch: Stopwatch
     return train_step
 
 
-def _validate(config: ConfigDict, model: MetaEmbed, state: TrainState, step: int, writer: MetricsWriter) -> float:
+def _held_out(config: ConfigDict, split_name: str) -> HeldOut:
+    return HeldOut(config.data.dir, [name for name, *_ in config.data.sources], split_name, config.groups)
+
+
+def _subject(config: ConfigDict, model: MetaEmbed, step: int) -> Subject:
+    return Subject(model=model, name=config.name, step=step, config=json.loads(config.to_json()))
+
+
+def _validate(config: ConfigDict, model: MetaEmbed, state: TrainState, step: int, writer: MetricsWriter, workdir: Path) -> float:
+    """Evaluate the validation split; the mean recall at the largest budget, which the best checkpoint is best at."""
     model.parameters = state.network_parameters()
-    results = evaluation.evaluate(model, config, "validation", config.groups, progress=False)
-    recalls = {
-        f"validation/R@10/{r[0]}:{r[1]}": row["metrics"]["R@10"]["mean"]
-        for row in results["directions"][0]["rows"]
-        for r in [row["budget"]]
-    }
-    writer.write(step, recalls)
-    listed = ", ".join(f"{name.rsplit('/')[-1]} {100 * value:.1f}" for name, value in recalls.items())
-    writer.say(f"step {step}: validation R@10 of text→image at {listed}")
-    return evaluation.quality(results)
+    results = _held_out(config, "validation").run(_subject(config, model, step), workdir, progress=False)
+    board = results.boards[0]
+    means = {budget: interval.mean for budget, interval in board.mean().items()}
+    figures = {f"validation/{board.measure}/{budget}": value for budget, value in means.items()}
+    for task in board.tasks if board.total > 1 else ():
+        figures |= {f"validation/{task.name}/{task.metric}/{budget}": end.mean for budget, end in task.values().items()}
+    writer.write(step, figures)
+    listed = ", ".join(f"{budget} {100 * value:.1f}" for budget, value in means.items())
+    writer.say(f"step {step}: validation {board.measure} of {board.name} at {listed}")
+    return means[budget_name(config.groups[-1])]
 
 
 def _finish(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, model: MetaEmbed, workdir: Path) -> None:
@@ -253,18 +268,17 @@ def _finish(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, m
     trained = checkpoints.restore_parameters(step, trainer.abstract.parameters)
     _, frozen = split(model.parameters, paths(trained))
     model.parameters = join(trained, frozen)
-    results = evaluation.evaluate(model, config, "test", config.groups, progress=hosts.is_first())
+    evaluator, subject = _held_out(config, "test"), _subject(config, model, step)
+    results = evaluator.run(subject, workdir, progress=hosts.is_first())
     if hosts.is_first():
-        _write(config, results, workdir, step)
+        written = write_report(evaluator, subject, results, workdir, RUN)
+        print(f"\n{workdir}: test split, best checkpoint (step {step})\n{format_tables(results)}", flush=True)
+        print(f"\nwritten: {', '.join(map(str, written))}", flush=True)
+        _export(config, workdir)
     hosts.wait_for_all("finished")
 
 
-def _write(config: ConfigDict, results: dict, workdir: Path, step: int) -> None:
-    print(
-        f"\n{workdir}: test split, best checkpoint (step {step})\n{evaluation.report(results, config, workdir, step)}", flush=True
-    )
-    written = (workdir / name for name in ("results.json", "quality.png", "report.html"))
-    print(f"\nwritten: {', '.join(map(str, written))}", flush=True)
+def _export(config: ConfigDict, workdir: Path) -> None:
     if config.exports and jax.process_count() > 1:
         command = f"python -m metaembed_jax export --checkpoint={workdir} --format={config.exports[0]} --out=DIR"
         print(f"not exported, since there are several hosts; on one of them: {command}", flush=True)
@@ -275,7 +289,3 @@ def _write(config: ConfigDict, results: dict, workdir: Path, step: int) -> None:
             files.remove_folder(part)
         export(workdir, out, kind, replace=True)
         print(f"written: {out}", flush=True)
-
-
-def _largest_accuracy(figures: dict[str, float]) -> float:
-    return [value for name, value in figures.items() if name.startswith("accuracy/")][-1]

@@ -1,4 +1,4 @@
-"""The costs against the figures published for the 7B: 100,000 candidates, 3,584 numbers a vector, bf16."""
+"""The costs against the figures published for the 7B: 100,000 documents, 3,584 numbers a vector, bf16."""
 
 import pytest
 

@@ -18,6 +18,7 @@ from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import COMMITTED
 from metaembed_jax.config import load_config
 from metaembed_jax.evaluation.command import evaluate_checkpoint
+from metaembed_jax.results import read_results
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.start import find_start
 from metaembed_jax.training.step import make_trainer
@@ -95,8 +96,7 @@ def test_the_numbers_are_those_of_a_run_on_a_disk(runs):
     start = find_start(config, run)
     assert start.base.directory == run / BASE
     jax.tree.map(np.testing.assert_array_equal, parameters_of(local, config), parameters_of(run, config))
-    results = [json.loads((folder / "results.json").read_bytes()) for folder in (local, run)]
-    assert results[0]["directions"] == results[1]["directions"] and results[0]["worst"] == results[1]["worst"]
+    assert read_results(local / "results.json").boards == read_results(run / "results.json").boards
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     assert not (run / "lock").exists()
@@ -106,7 +106,7 @@ def test_it_is_evaluated_exported_and_drawn(runs, bucket, tmp_path, monkeypatch)
     config, local, run = runs
     monkeypatch.chdir(tmp_path)
     evaluate_checkpoint(config, run, run / "eval", "1:1")
-    assert json.loads((run / "eval" / "results.json").read_bytes())["directions"][0]["rows"][0]["budget"] == [1, 1]
+    assert [search.budget for search in read_results(run / "eval" / "results.json").boards[0].tasks[0].searches] == ["1:1"]
     assert (run / "eval" / "report.html").exists()
     cli.main(["export", f"--checkpoint={run}", f"--out={run}/peft", "--format=peft"])
     cli.main(["export", f"--checkpoint={local}", "--out=peft", "--format=peft"])

@@ -25,6 +25,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_parameters, init_parameters
+from metaembed_jax.results import read_results
 from metaembed_jax.sharding import make_mesh, named_sharding
 from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
@@ -209,8 +210,7 @@ def test_a_run_needs_its_own_base(config, base, finished, tmp_path):
 
 def test_evaluation_finds_the_base(config, finished, tmp_path):
     evaluate_checkpoint(config, finished, tmp_path, None)
-    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, finished))
-    assert found["directions"] == expected["directions"]
+    assert read_results(tmp_path / "results.json") == read_results(finished / "results.json")
     config.lora.alpha = 4.0
     with pytest.raises(UserError, match="lora.alpha is 32.0 there and 4.0 here"):
         evaluate_checkpoint(config, finished, tmp_path, None)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from html import escape
 from pathlib import Path
 
 import jax
@@ -20,9 +19,12 @@ from metaembed_jax.config import check_config
 from metaembed_jax.data import sources
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.command import evaluate_checkpoint
-from metaembed_jax.evaluation.report import format_table
-from metaembed_jax.evaluation.run import origin
+from metaembed_jax.evaluation.held_out import HeldOut
+from metaembed_jax.evaluation.report import package_versions
+from metaembed_jax.evaluation.tables import format_tables
+from metaembed_jax.late_interaction.budgets import budget_name
 from metaembed_jax.model import MetaEmbed
+from metaembed_jax.results import read_results
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
@@ -70,16 +72,20 @@ def stop_at(monkeypatch, step, action):
 
 
 def test_a_run_leaves_its_results(small_config, whole):
-    results = json.loads((whole / "results.json").read_text())
-    assert [row["budget"] for row in results["directions"][0]["rows"]] == [list(group) for group in small_config.groups]
-    names = len(sources.retrieval("icons", small_config.data.dir, "test").queries)
-    assert results["directions"][0]["queries"] == names
+    results = read_results(whole / "results.json")
+    forward = results.boards[0].tasks[0]
+    assert [search.budget for search in forward.searches] == list(map(budget_name, small_config.groups))
+    assert forward.queries == len(sources.retrieval("icons", small_config.data.dir, "test").queries)
     assert (whole / "quality.png").stat().st_size > 10_000
     page = Page((whole / "report.html").read_text(encoding="utf-8"))
     (_, plot), *shown = page.images()
-    assert plot.size == Image.open(whole / "quality.png").size and len(page.all("article")) == 10 == len(results["worst"])
-    assert len(shown) == sum(len(miss["wanted"]) + len(miss["found"]) for miss in results["worst"])
-    assert f"icons, {results['data_fingerprint']}" in page.all("footer")[0][1] and "text→image" in page.all("caption")[0][1]
+    assert plot.size == Image.open(whole / "quality.png").size and len(page.all("article")) == 10 == len(forward.failures)
+    assert len(shown) == sum(len(failure.right) + len(failure.above) for failure in forward.failures)
+    assert (
+        results.data == f"icons, {forward.data}"
+        and results.data in page.all("footer")[0][1]
+        and "text→image" in page.all("caption")[0][1]
+    )
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, 9))
@@ -145,7 +151,7 @@ def test_sigterm_at_any_other_moment_loses_nothing(small_config, whole, tmp_path
     monkeypatch.undo()
 
     small_config.validate_every, small_config.save_every = 3, 100
-    terminated_in(loop.evaluation, "evaluate", lambda model, config, split, *_: split == "validation")
+    terminated_in(HeldOut, "run", lambda evaluator, *_: evaluator.name == "validation")
     terminated_in(RunCheckpoints, "save")
     terminated_in(RunCheckpoints, "wait")
     assert train(small_config, tmp_path / "run") is False
@@ -155,7 +161,7 @@ def test_sigterm_at_any_other_moment_loses_nothing(small_config, whole, tmp_path
     assert checkpoints.steps() == [3] and checkpoints.best_step() == 3
     checkpoints.close()
 
-    terminated_in(loop.evaluation, "evaluate", lambda model, config, split, *_: split == "test")
+    terminated_in(HeldOut, "run", lambda evaluator, *_: evaluator.name == "test")
     small_config.validate_every = 8
     with pytest.raises(Terminated):
         train(small_config, tmp_path / "run")
@@ -373,20 +379,19 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_config, whole, tmp_path, 
 
 def test_eval_on_a_task_of_mteb(small_config, whole, tmp_path, monkeypatch, capsys):
     pytest.importorskip("mteb")
-    from metaembed_jax.evaluation.mteb import tasks
+    from metaembed_jax.evaluation.mteb import evaluator, tasks
     from tests.evaluation.mteb.pages import Pages
 
-    monkeypatch.setattr(tasks, "find", {"noise": [tasks.Benchmark("noise", [Pages()], [])]}.get)
+    monkeypatch.setattr(evaluator, "find", {"noise": [tasks.Benchmark("noise", [Pages()], [])]}.get)
     evaluate_checkpoint(small_config, whole, tmp_path, "1:1,1:1:4>16:64", "noise")
-    found = json.loads((tmp_path / "mteb" / "NoisePages.json").read_text())["searches"]
-    assert list(found) == ["1:1", "1:1:4>16:64"]
-    said = capsys.readouterr().out
-    assert (
-        f"{whole}: noise, best checkpoint (step 8)\nnoise, main score (%)\n" in said
-        and f"{100 * found['1:1']['main_score']:.1f}" in said
-    )
+    results = read_results(tmp_path / "mteb.json")
+    means = results.boards[0].mean()
+    assert list(means) == ["1:1", "1:1:4>16:64"]
+    stdout = capsys.readouterr().out
+    assert f"{whole}: noise, best checkpoint (step 8)\nnoise, main score (%) of 14 queries in 1 tasks\n" in stdout
+    assert f"{100 * means['1:1'].mean:.1f}" in stdout
     page = (tmp_path / "mteb.html").read_text(encoding="utf-8")
-    assert "<h1>small: noise</h1>" in page and all(escape(value) in page for value in origin(small_config.name, 8).values())
+    assert "<h1>small: noise</h1>" in page and "step 8" in page and f"jax {package_versions()['jax']}" in page
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -396,6 +401,6 @@ def test_eval_reproduces_the_table(whole, data_dir, tmp_path, devices):
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "eval.py", *flags], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    trained, evaluated = (json.loads((folder / "results.json").read_text()) for folder in (whole, tmp_path))
-    assert evaluated["directions"] == trained["directions"]
-    assert format_table(trained) in done.stdout
+    trained, evaluated = (read_results(folder / "results.json") for folder in (whole, tmp_path))
+    assert [task.searches for task in evaluated.tasks()] == [task.searches for task in trained.tasks()]
+    assert format_tables(trained) in done.stdout

@@ -14,10 +14,14 @@ A generated source is a module with `prepare(data_dir) -> marker`, `training(dat
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from metaembed_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from metaembed_jax.data.sources.records import Retrieval
 
 GENERATED = {"icons": "metaembed_jax.data.sources.icons", "boards": "metaembed_jax.data.sources.boards"}
 # Of each kind, the module, the function that finds its parts in a folder (or file), and what --from is.
@@ -98,29 +102,30 @@ def training_records(config: ConfigDict) -> list[Sequence]:
     return [of(name) for name in names]
 
 
-def check_split(name: str, data_dir: str | Path, split: str) -> None:
-    """Refuses a split without pairs.
+def with_pairs(names: Sequence[str], data_dir: str | Path, split: str) -> list[str]:
+    """Return the sources that have pairs in a split.
 
     Raises:
-      UserError: names source and split, or as `prepare`.
+      UserError: none has, or as `prepare`.
     """
-    pairs = prepare(name, data_dir).get("rows", {}).get(split)  # what is generated has pairs in every split
-    if pairs == 0:
+    # What is generated has pairs in every split, and its marker does not count them.
+    present = [name for name in dict.fromkeys(names) if prepare(name, data_dir).get("rows", {}).get(split) != 0]
+    if not present:
         raise UserError(
-            f"source {name!r} has no {split} pairs, which a run is evaluated on: add pairs (of a hundred, about 5 are for "
-            "validation and 10 for the test), or put another source first in config.data.sources"
+            f"{', '.join(names)}: no source has {split} pairs, which a run is evaluated on: add pairs (of a hundred, about 5 are "
+            "for validation and 10 for the test), or a source to config.data.sources"
         )
+    return present
 
 
-def retrieval(name: str, data_dir: str | Path, split: str):
-    """The search task of a source's validation or test split: `records.Retrieval`.
+def retrieval(name: str, data_dir: str | Path, split: str) -> "Retrieval":
+    """The search task of a source's validation or test split, which has pairs.
 
     Raises:
-      UserError: as `check_split`.
+      UserError: as `prepare`.
     """
     from metaembed_jax.data.sources import records, writing
 
-    check_split(name, data_dir, split)
     if name in GENERATED:
         return importlib.import_module(GENERATED[name]).retrieval(data_dir, split)
     return records.pairs_retrieval(records.open_split(Path(data_dir) / name, writing.VERSION, split))

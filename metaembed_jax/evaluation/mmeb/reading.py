@@ -2,7 +2,7 @@
 
 DIR/{task}/test-*.parquet         qry_text, qry_img_path, tgt_text, tgt_img_path (lists), and in the second format
                                   qry_inst, tgt_inst
-DIR/eval_images/{task}/...        what the paths are relative to
+DIR/eval_images/{task}/...        the images; paths are relative to eval_images
 DIR/eval_images.zip               or, as delivered, the archive of that folder
 """
 
@@ -25,22 +25,22 @@ class Questions(NamedTuple):
     """A task as read.
 
     Attributes:
-      queries: items; an image is the path of `images` that holds it.
-      candidates: items of all queries, each once.
-      choices: of each query, the candidates to choose from; the first is the right one.
-      images: what reads the paths.
-      fingerprint: of everything above; of images, what `ImageFolder.stamp` says.
+      queries: items; an image is its path in `images`.
+      documents: items of all queries, each once.
+      choices: of each query, the documents to choose from; the first is the right one.
+      images: reads the paths.
+      fingerprint: of everything above; of images, their `ImageFolder.stamp`.
     """
 
     queries: list[dict]
-    candidates: list[dict]
+    documents: list[dict]
     choices: list[list[int]]
     images: ImageFolder
     fingerprint: str
 
 
 def read_task(task: Task, directory: Path) -> Questions:
-    """Reads one task.
+    """Read one task.
 
     Raises:
       UserError: files, columns or images that are missing, or a row that makes no sense; names the file and row.
@@ -48,39 +48,39 @@ def read_task(task: Task, directory: Path) -> Questions:
     table = open_table(sorted((directory / task.name).glob("test-*.parquet")))
     need_columns(table, COLUMNS)
     images, numbers, stamped = _images(directory), {}, set()
-    found = Questions([], [], [], images, "")
+    questions = Questions([], [], [], images, "")
     digest = hashlib.sha256()
     for number, row in enumerate(table.read(0, len(table))):
         try:
             query, targets = _query(task, row), _targets(task, row)
-            for one in (query, *(one for _, one in targets)):
-                if "image" in one and one["image"] not in stamped:  # most are candidates of many queries
-                    stamped.add(one["image"])
-                    digest.update(repr(images.stamp(one["image"])).encode())
+            for target in (query, *(target for _, target in targets)):
+                if "image" in target and target["image"] not in stamped:  # most are documents of many queries
+                    stamped.add(target["image"])
+                    digest.update(repr(images.stamp(target["image"])).encode())
         except UserError as error:
             raise UserError(f"{table.place(number)}: {error}") from None
         choices = []
-        for key, one in targets:
+        for key, target in targets:
             if key not in numbers:
-                numbers[key] = len(found.candidates)
-                found.candidates.append(one)
+                numbers[key] = len(questions.documents)
+                questions.documents.append(target)
             choices.append(numbers[key])
-        found.queries.append(query)
-        found.choices.append(list(dict.fromkeys(choices)))
+        questions.queries.append(query)
+        questions.choices.append(list(dict.fromkeys(choices)))
         digest.update(repr((query, targets)).encode())
-    return found._replace(fingerprint=digest.hexdigest()[:16])
+    return questions._replace(fingerprint=digest.hexdigest()[:16])
 
 
 def available(directory: Path, tasks: tuple[Task, ...]) -> list[Task]:
-    """Those that a folder has.
+    """Return the tasks that a folder has.
 
     Raises:
-      UserError: none.
+      UserError: it has none.
     """
-    there = [task for task in tasks if any((directory / task.name).glob("test-*.parquet"))]
-    if not there:
-        raise UserError(f"{directory}: has no {{task}}/test-*.parquet of MMEB; --from is the folder that MMEB-eval was fetched to")
-    return there
+    present = [task for task in tasks if any((directory / task.name).glob("test-*.parquet"))]
+    if not present:
+        raise UserError(f"{directory}: expected {{task}}/test-*.parquet of MMEB; give the folder that MMEB-eval was fetched to")
+    return present
 
 
 def _images(directory: Path) -> ImageFolder:
@@ -96,7 +96,7 @@ def _query(task: Task, row: dict) -> dict:
 
 
 def _targets(task: Task, row: dict) -> list[tuple[str, dict]]:
-    """(key, item) of each target: equal keys are one candidate."""
+    """(key, item) of each target: equal keys are one document."""
     texts, paths = list(row["tgt_text"] or ()), list(row["tgt_img_path"] or ())
     count = max(len(texts), len(paths))
     if not count:
@@ -106,12 +106,12 @@ def _targets(task: Task, row: dict) -> list[tuple[str, dict]]:
     else:
         paths = paths or [""] * count
     if len(texts) != len(paths):
-        raise UserError(f"tgt_text has {len(texts)} entries and tgt_img_path {len(paths)}; there must be as many")
+        raise UserError(f"tgt_text has {len(texts)} entries and tgt_img_path {len(paths)}: expected as many")
     captioned = bool((texts[0] or "").strip())
     targets = []
     for text, path in zip(texts, paths, strict=True):
         text = text or ""
         key = {"t2i": path, "i2i": f"{path}:" + text.strip('"')}.get(task.kind, text)
-        said = target_string(task, row["tgt_inst"] or "", text, captioned) if "tgt_inst" in row else text
-        targets.append((key, item("tgt_text", said, path, str)))
+        string = target_string(task, row["tgt_inst"] or "", text, captioned) if "tgt_inst" in row else text
+        targets.append((key, item("tgt_text", string, path, str)))
     return targets

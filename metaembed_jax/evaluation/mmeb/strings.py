@@ -14,7 +14,7 @@ from metaembed_jax.evaluation.mmeb.tasks import Task
 
 
 def query_string(task: Task, instruction: str, text: str) -> str:
-    """What a query says, with the mark of its image."""
+    """The text of a query, with the mark of its image."""
     if task.kind == "t2i":
         return f"{instruction.replace(MARK, '')} {text}\n" + ("\n" if task.name == "VisDial" else "")
     instruction = instruction.replace(MARK, "")
@@ -24,7 +24,7 @@ def query_string(task: Task, instruction: str, text: str) -> str:
 
 
 def target_string(task: Task, instruction: str, caption: str, captioned: bool) -> str:
-    """What a candidate says, with the mark of its image.
+    """The text of a document, with the mark of its image.
 
     Args:
       captioned: whether the query's targets have captions, which its first one tells.

@@ -1,4 +1,4 @@
-"""The 36 tasks of MMEB: their groups, which of them are in the domain of MMEB-train, and what is looked for by what."""
+"""The 36 tasks of MMEB: their groups, which of them are in the domain of MMEB-train, and the kinds of queries and documents."""
 
 import dataclasses
 

@@ -1,1 +1,1 @@
-"""Retrieval tasks of mteb, page retrieval (ViDoRe) first of all, with our model and our scorer."""
+"""Retrieval tasks of mteb, page retrieval (ViDoRe) first of all, with this package's model and scorer."""

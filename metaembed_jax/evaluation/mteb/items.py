@@ -8,6 +8,7 @@ for models that are asked to follow them; late-interaction models of pages are e
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from metaembed_jax.data.sources.files import LARGEST_FILE
 from metaembed_jax.errors import UserError
@@ -15,31 +16,32 @@ from metaembed_jax.errors import UserError
 COLUMNS = {"query": ("text", "instruction"), "candidate": ("text", "title")}
 
 
-class Items(Sequence):
+class TaskItems(Sequence):
     """Rows of a `datasets.Dataset` with an `id`, a `text`, an `image` or both, read when they are asked for.
 
     Args:
       table: the rows.
       side: "query" or "candidate".
-      modalities: what the task gives this side: other columns do not count.
+      modalities: those that the task has on this side: other columns do not count.
       name: for errors.
 
     Raises:
-      UserError: none of the columns is there.
+      UserError: the table has none of the columns.
     """
 
-    def __init__(self, table, side: str, modalities: Sequence[str], name: str):
+    def __init__(self, table: Any, side: str, modalities: Sequence[str], name: str):
         from datasets import Image
 
-        there = [modality for modality in ("text", "image") if modality in modalities and modality in table.column_names]
-        if not there:
-            raise UserError(f"{name}: has no column of {' or '.join(modalities)}, but {', '.join(table.column_names)}")
-        columns = [column for column in COLUMNS[side] if "text" in there and column in table.column_names]
-        if "image" in there:
+        present = [modality for modality in ("text", "image") if modality in modalities and modality in table.column_names]
+        if not present:
+            raise UserError(f"{name}: columns {', '.join(table.column_names)}: expected {' or '.join(modalities)}")
+        columns = [column for column in COLUMNS[side] if "text" in present and column in table.column_names]
+        if "image" in present:
             if not isinstance(table.features["image"], Image):
-                raise UserError(f"{name}: the column image holds no images, but {table.features['image']}")
+                raise UserError(f"{name}: the column image holds {table.features['image']}: expected images")
             table, columns = table.cast_column("image", Image(decode=False)), [*columns, "image"]
-        self.ids, self.side, self.name = list(table["id"]), side, name
+        self.ids: list[str] = list(table["id"])
+        self.side, self.name = side, name
         self._table = table.select_columns(columns)
 
     def __len__(self) -> int:
@@ -48,43 +50,43 @@ class Items(Sequence):
     def __getitem__(self, number: int) -> dict:
         row, item = self._table[int(number)], {}
         if row.get("text") is not None:
-            item["text"] = said(row, self.side)
+            item["text"] = text_of(row, self.side)
         if row.get("image") is not None:
             item["image"] = self._encoded(row["image"], number)
         return item
 
     def fingerprint(self) -> str:
-        """Of the content of all items in their order; ids do not count."""
+        """A digest of the content of all items in their order; ids do not count."""
         digest = hashlib.sha256()
         for item in self:
-            for part in (item.get("text", "").encode("utf-8", "surrogatepass"), item.get("image", b"")):
-                digest.update(len(part).to_bytes(8) + part)
+            for content in (item.get("text", "").encode("utf-8", "surrogatepass"), item.get("image", b"")):
+                digest.update(len(content).to_bytes(8) + content)
         return digest.hexdigest()
 
     def _encoded(self, image: dict, number: int) -> bytes:
-        """The bytes of an image as `datasets` stores it: in the row, or in a file beside it."""
+        """The bytes of an image as `datasets` stores it: in the row, or in a file."""
         if image["bytes"] is not None:
             return image["bytes"]
         file = Path(image["path"] or "")
         if not file.is_file() or file.stat().st_size > LARGEST_FILE:
-            raise UserError(f"{self.name}, {self.ids[number]}: the image {file} is no file of at most {LARGEST_FILE} bytes")
+            raise UserError(f"{self.name}, {self.ids[number]}: image {file}: expected a file of at most {LARGEST_FILE} bytes")
         return file.read_bytes()
 
 
-def items_of(table, side: str, metadata) -> Items:
+def items_of(table: Any, side: str, metadata: Any) -> TaskItems:
     """The queries or the corpus of a task, as its metadata describes them.
 
     Raises:
-      UserError: as `Items`.
+      UserError: as `TaskItems`.
     """
     from mteb.types import PromptType
 
     kind, name = {"query": (PromptType.query, "queries"), "candidate": (PromptType.document, "corpus")}[side]
-    return Items(table, side, metadata.get_modalities(kind), f"{metadata.name}, {name}")
+    return TaskItems(table, side, metadata.get_modalities(kind), f"{metadata.name}, {name}")
 
 
-def said(row: dict, side: str) -> str:
-    """What a row says, as mteb's own models read it: title and text, text and instruction, or the turns of a conversation."""
+def text_of(row: dict, side: str) -> str:
+    """The text of a row, as mteb's own models read it: title and text, text and instruction, or the turns of a conversation."""
     text = row["text"]
     if side == "candidate":
         return f"{row.get('title') or ''} {text}".strip()

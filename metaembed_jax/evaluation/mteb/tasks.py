@@ -1,7 +1,7 @@
-"""What of mteb a name means."""
+"""Names of mteb's benchmarks and tasks, and of groups of them."""
 
 import difflib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metaembed_jax.errors import UserError
 
@@ -13,8 +13,8 @@ class Benchmark(NamedTuple):
 
     Attributes:
       name: of the benchmark, or of its only task.
-      tasks: those of text and images that are searched, as mteb has them.
-      others: the names of the rest.
+      tasks: those of text and images that are searched, mteb's own objects.
+      others: the names of all other tasks.
     """
 
     name: str
@@ -23,32 +23,32 @@ class Benchmark(NamedTuple):
 
 
 def find(name: str) -> list[Benchmark]:
-    """The benchmarks of a group, one benchmark, or one task.
+    """Find the benchmarks of a group, one benchmark, or one task.
 
     Raises:
-      UserError: mteb is not installed, knows no such name, or has no task there that this model can do.
+      UserError: mteb is not installed, knows no such name, or has no task of that name that this model can do.
     """
     try:
         import mteb
     except ImportError as error:
         raise UserError(f"--benchmark={name}: needs mteb ({error}); pip install 'metaembed-jax[eval]'") from error
-    found = []
-    for one in GROUPS.get(name, (name,)):
+    benchmarks = []
+    for member in GROUPS.get(name, (name,)):
         try:
-            tasks = mteb.get_benchmark(one).tasks
+            tasks = mteb.get_benchmark(member).tasks
         except KeyError:
             try:
-                tasks = [mteb.get_task(one)]
+                tasks = [mteb.get_task(member)]
             except KeyError:
-                raise UserError(f"--benchmark={name}: mteb has no such benchmark or task{_nearest(one)}") from None
+                raise UserError(f"--benchmark={name}: mteb has no such benchmark or task{_nearest(member)}") from None
         searched = [task for task in tasks if _is_searched(task)]
-        found.append(Benchmark(one, searched, [task.metadata.name for task in tasks if task not in searched]))
-    if not any(benchmark.tasks for benchmark in found):
+        benchmarks.append(Benchmark(member, searched, [task.metadata.name for task in tasks if task not in searched]))
+    if not any(benchmark.tasks for benchmark in benchmarks):
         raise UserError(f"--benchmark={name}: none of its tasks is retrieval of texts and images")
-    return found
+    return benchmarks
 
 
-def _is_searched(task) -> bool:
+def _is_searched(task: Any) -> bool:
     from mteb.abstasks import AbsTaskRetrieval
 
     return isinstance(task, AbsTaskRetrieval) and {"text", "image"} >= set(task.metadata.modalities)
@@ -58,6 +58,6 @@ def _nearest(name: str) -> str:
     import mteb
 
     names = [benchmark.name for benchmark in mteb.get_benchmarks()] + [task.metadata.name for task in mteb.get_tasks()]
-    names = {one.casefold(): one for one in ("mmeb", *GROUPS, *names)}
-    close = difflib.get_close_matches(name.casefold(), names)
-    return f"; near to it are {', '.join(names[one] for one in close)}" if close else "; there are vidore, mmeb and what mteb lists"
+    names = {known.casefold(): known for known in ("mmeb", *GROUPS, *names)}
+    nearest = [names[known] for known in difflib.get_close_matches(name.casefold(), names)]
+    return f"; the nearest are {', '.join(nearest)}" if nearest else "; expected vidore, mmeb or a name that mteb lists"

@@ -1,20 +1,20 @@
 """Curves of quality against cost, as a PNG: over FLOPs on the left, over index bytes on the right."""
 
+import dataclasses
 import io
-from collections.abc import Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaembed_jax.evaluation.budgets import budget_name
-from metaembed_jax.evaluation.cost import index_bytes, maxsim_flops
-from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.results import Board, Interval, Results
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito: told apart by colour-blind readers
 
 
 class Point(NamedTuple):
-    """A budget, what it costs for each candidate, and how good it is.
+    """A budget, its cost for each document, and how good it is.
 
     Attributes:
       name: written over the point.
@@ -31,12 +31,6 @@ class Point(NamedTuple):
     high: float
 
 
-def point(budget: Budget, dimension: int, quality: float) -> Point:
-    """The point of a budget, without a bar. dimension: width of a vector."""
-    cost = maxsim_flops(budget, dimension), index_bytes(budget[1], dimension)
-    return Point(budget_name(budget), *cost, quality, quality, quality)
-
-
 class Curve(NamedTuple):
     """One line: `colour` counts through `COLOURS`, a secondary one is dashed and hollow."""
 
@@ -46,7 +40,7 @@ class Curve(NamedTuple):
     secondary: bool = False
 
 
-class Row(NamedTuple):
+class Panels(NamedTuple):
     """Two panels side by side with the same curves; `quality` names their vertical axis."""
 
     title: str
@@ -54,8 +48,51 @@ class Row(NamedTuple):
     curves: Sequence[Curve]
 
 
-def draw(rows: Sequence[Row]) -> bytes:
-    """A PNG of all rows; the same bytes for the same rows. The first row has the legend of all."""
+def draw_results(results: Sequence[Results]) -> bytes | None:
+    """Draw the means of some models on each board: a row of panels for each board, a colour for each model and group of tasks.
+
+    Directions are boards, because backward the same budget costs other bytes. Bars are 95 % bootstrap intervals, where there are
+    any; the numbers at the points are the budgets.
+
+    Returns:
+      A PNG, the same bytes for the same results; None if nothing was searched at a plain budget.
+    """
+    rows = []
+    for number in range(max(len(model.boards) for model in results)):
+        boards = [(model.model, model.boards[number]) for model in results if number < len(model.boards)]
+        colours = itertools.count()
+        curves = [curve for model, board in boards for curve in _curves(model, board, colours)]
+        title = " · ".join(dict.fromkeys(board.name for _, board in boards))
+        quality = dict.fromkeys(metric for _, board in boards for metric in (board.measure, board.secondary) if metric)
+        if curves:
+            rows.append(Panels(title, f"{', '.join(quality)} (%)", curves))
+    return draw(rows) if rows else None
+
+
+def _curves(model: str, board: Board, colours: Iterator[int]) -> list[Curve]:
+    """The means of a model on one board at plain budgets: of all tasks, and of the groups that are drawn."""
+    curves = []
+    for group in ("", *board.drawn) if board.tasks else ():
+        colour = next(colours)
+        for metric in ("", board.secondary) if board.secondary else ("",):
+            label = " ".join(filter(None, (model, group, metric or board.measure)))
+            curve = Curve(label, _points(board, board.mean(metric, group)), colour, secondary=bool(metric))
+            curves += [curve] if curve.points else []
+    return curves
+
+
+def _points(board: Board, means: Mapping[str, Interval]) -> list[Point]:
+    points = []
+    for search in board.tasks[0].searches:
+        mean, low, high = dataclasses.astuple(means[search.budget])
+        flops, size = search.flops_per_document, search.bytes_per_document
+        if flops is not None and size is not None:
+            points.append(Point(search.budget, flops, size, mean, mean if low is None else low, mean if high is None else high))
+    return points
+
+
+def draw(rows: Sequence[Panels]) -> bytes:
+    """Draw rows of panels as a PNG. The first row has the legend of all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # Figure objects only: pyplot keeps global state
     from matplotlib.figure import Figure
 
@@ -68,8 +105,8 @@ def draw(rows: Sequence[Row]) -> bytes:
             _style_panel(panel, unit)
         pair[0].set_title(row.title, loc="left", fontweight="bold")
         pair[0].set_ylabel(row.quality)
-    panels[-1][0].set_xlabel("MaxSim FLOPs per candidate")
-    panels[-1][1].set_xlabel("index bytes per candidate (bf16)")
+    panels[-1][0].set_xlabel("MaxSim FLOPs per document")
+    panels[-1][1].set_xlabel("index bytes per document (bf16)")
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 6), frameon=False)
     content = io.BytesIO()
@@ -77,9 +114,9 @@ def draw(rows: Sequence[Row]) -> bytes:
     return content.getvalue()
 
 
-def _draw_panel(panel, curves: Sequence[Curve], cost: str) -> None:
-    """The curves over one cost; a budget is written once, over the highest point of it."""
-    highest = {}
+def _draw_panel(panel: Any, curves: Sequence[Curve], cost: str) -> None:
+    """Draw the curves over one cost; a budget is written once, over the highest point of it."""
+    highest: dict[tuple[int, str], float] = {}
     for curve in curves:
         points = sorted(curve.points, key=lambda point: getattr(point, cost))
         x = [getattr(point, cost) for point in points]
@@ -99,13 +136,13 @@ def _draw_panel(panel, curves: Sequence[Curve], cost: str) -> None:
             elinewidth=1,
             label=curve.label,
         )
-        for spot, point, top in zip(x, points, high, strict=True):
-            highest[spot, point.name] = max(highest.get((spot, point.name), 0), top)
-    for (spot, name), top in highest.items():
-        panel.annotate(name, (spot, top), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8, color="#444444")
+        for position, point, top in zip(x, points, high, strict=True):
+            highest[position, point.name] = max(highest.get((position, point.name), 0), top)
+    for (position, name), top in highest.items():
+        panel.annotate(name, (position, top), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8, color="#444444")
 
 
-def _style_panel(panel, unit: str) -> None:
+def _style_panel(panel: Any, unit: str) -> None:
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     panel.set_xscale("log")

@@ -1,7 +1,7 @@
-"""An evaluation as one HTML page that stands alone: tables, a plot of quality against cost, the worst queries with their pictures.
+"""One self-contained HTML page of an evaluation: tables, a plot of quality against cost, the worst queries with their pictures.
 
 Nothing is fetched and nothing runs: pictures are data URIs, and a policy forbids the rest. Texts and images are other people's:
-texts are escaped and cut, images are decoded within bounds and written anew, small. The same results give the same bytes.
+texts are escaped and cut, images are decoded within bounds and encoded again, small. The same results give the same bytes.
 """
 
 import base64
@@ -10,9 +10,10 @@ import unicodedata
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
+from metaembed_jax.evaluation.failures import SHOWN, FailedQuery
 from metaembed_jax.evaluation.tables import Table
-from metaembed_jax.evaluation.worst import SHOWN, Example
 from metaembed_jax.files import write_bytes
 from metaembed_jax.inputs.images import open_image
 
@@ -47,26 +48,26 @@ dd { margin: 0 }
 """
 
 
-def write_page(
-    path: Path, title: str, tables: Sequence[Table], picture: bytes | None, worst: Sequence[Example], about: dict[str, str]
+def write_html(
+    path: Path, title: str, tables: Sequence[Table], plot: bytes | None, failures: Sequence[FailedQuery], facts: dict[str, str]
 ) -> None:
-    """Writes the page; an older one is replaced whole or kept.
+    """Write the page; an older one is replaced whole or kept.
 
     Args:
       title: what was evaluated on what.
-      picture: the plot, a PNG; None for none.
-      worst: the worst queries, worst first; none if each found what it looked for.
-      about: names and values that say where the numbers are from, at the end of the page.
+      plot: a PNG; None for none.
+      failures: the worst queries, worst first; none if each found what it looked for.
+      facts: names and values that say where the numbers are from, at the end of the page.
 
     Raises:
-      UserError: an image that cannot be read, or a place that cannot be written.
+      UserError: an image that cannot be read, or a path that cannot be written.
     """
     parts = [
         f"<h1>{escape(title)}</h1>",
         *map(_table, tables),
-        _plot(picture) if picture else "",
-        _worst(worst),
-        f"<footer><dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name, value in about.items())}</dl></footer>",
+        _plot(plot) if plot else "",
+        _failures(failures),
+        f"<footer><dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name, value in facts.items())}</dl></footer>",
     ]
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = [
@@ -77,7 +78,7 @@ def write_page(
         f"<style>{STYLE}</style>",
     ]
     lines = ["<!DOCTYPE html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *parts, "</body>", "</html>", ""]
-    write_bytes(path, "\n".join(lines).encode(errors="replace"))  # a file's name may hold what is no character
+    write_bytes(path, "\n".join(lines).encode(errors="replace"))  # a file's name may hold surrogates
 
 
 def _table(table: Table) -> str:
@@ -88,8 +89,8 @@ def _table(table: Table) -> str:
     return f'<div class="wide" tabindex="0"><table>{caption}<thead><tr>{head}</tr></thead>{bodies}</table></div>{notes}'
 
 
-def _plot(picture: bytes) -> str:
-    image = _image(picture, "png", "quality against cost; the tables hold the numbers of this plot")
+def _plot(encoded: bytes) -> str:
+    image = _image(encoded, "png", "quality against cost; the tables hold the numbers of this plot")
     return f'<figure class="plot">{image}</figure>'
 
 
@@ -97,28 +98,32 @@ def _row(cells: Sequence[str]) -> str:
     return f'<tr><th scope="row">{escape(cells[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells[1:])}</tr>'
 
 
-def _worst(worst: Sequence[Example]) -> str:
-    if not worst:
+def _failures(failures: Sequence[FailedQuery]) -> str:
+    if not failures:
         return "<h2>Worst queries</h2><p>At the largest budget, every query found what it looked for.</p>"
     legend = (
-        "By the rank, at the largest budget, of the first candidate that is right; it ranks behind all others of its score. "
-        f"Of what is right, and of what was found before it, up to {SHOWN} candidates are shown."
+        "By the rank, at the largest budget, of the first document that is right; it ranks behind all others of its score. "
+        f"Of what is right, and of what was found before it, up to {SHOWN} documents are shown."
     )
-    return f"<h2>Worst queries</h2><p>{legend}</p>" + "".join(_example(*pair) for pair in enumerate(worst, start=1))
+    return f"<h2>Worst queries</h2><p>{legend}</p>" + "".join(_failure(*pair) for pair in enumerate(failures, start=1))
 
 
-def _example(number: int, example: Example) -> str:
+def _failure(number: int, failure: FailedQuery) -> str:
     name = f"worst query {number}"
-    figures = [_item(example.query, "looked for", f"{name}: what was looked for")]
-    for kind, items in (("right", example.wanted), ("found", example.found)):
+    figures = [_item(failure.query, "looked for", f"{name}: what was looked for")]
+    for kind, items in (("right", failure.right), ("found", failure.above)):
         for position, (item, score) in enumerate(items, start=1):
             figures.append(_item(item, f"{kind} · score {score:.3f}", f"{name}: {kind}, {position}"))
-    head = f"<h3>{number}. Rank {example.rank + 1:,} of {example.among:,} <small>{escape(example.place)}</small></h3>"
+    head = f"<h3>{number}. Rank {failure.rank + 1:,} of {failure.among:,} <small>{escape(failure.origin)}</small></h3>"
     return f'<article>{head}<div class="items">{"".join(figures)}</div></article>'
 
 
 def _item(item: dict, caption: str, name: str) -> str:
-    """An item's image and text, as far as it has them. name: of the image, for those who do not see it."""
+    """Show an item's image and text, as far as it has them.
+
+    Args:
+      name: of the image, for those who do not see it.
+    """
     image = _image(_thumbnail(item["image"], name), "jpeg", name) if item.get("image") else ""
     # The text may be in any language and direction, whatever the page's are.
     text = f'<p lang="" dir="auto">{escape(shortened(item["text"]))}</p>' if item.get("text") else ""
@@ -129,8 +134,8 @@ def _image(encoded: bytes, kind: str, alt: str) -> str:
     return f'<img alt="{escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(encoded).decode()}">'
 
 
-def _thumbnail(image, name: str) -> bytes:
-    """A JPEG of what `open_image` opens. Of its metadata nothing is left."""
+def _thumbnail(image: Any, name: str) -> bytes:
+    """A small JPEG of anything that `open_image` opens, without its metadata."""
     small = open_image(image, name).copy()  # the image itself stays as it is
     small.thumbnail((SIDE, SIDE))
     small.info.clear()
@@ -140,9 +145,9 @@ def _thumbnail(image, name: str) -> bytes:
 
 
 def shortened(text: str) -> str:
-    """A text in one line of at most `LONGEST` characters and "…", cut between words if they are no longer than `LONGEST_WORD`.
+    """Put a text in one line of at most `LONGEST` characters and "…", cut between words that are no longer than `LONGEST_WORD`.
 
-    What is no character (control codes, halves of surrogate pairs) becomes U+FFFD.
+    Control codes and halves of surrogate pairs, which are no characters, become U+FFFD.
     """
     line = " ".join(text.split())
     if len(line) > LONGEST:

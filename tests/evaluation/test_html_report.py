@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.page import LONGEST, SIDE, shortened, write_page
+from metaembed_jax.evaluation.failures import FailedQuery
+from metaembed_jax.evaluation.html_report import LONGEST, SIDE, shortened, write_html
 from metaembed_jax.evaluation.tables import Table, as_text
-from metaembed_jax.evaluation.worst import Example
 from tests.evaluation.parsed_page import Page
 
 TABLE = Table("text→image: 2 queries", "R@1 in percent", ("budget", "R@1"), [[("1:1", "12.5"), ("<b>", "&")], [("4:8", "25.0")]])
-ABOUT = {"config": "tiny <script>", "checkpoint": "step 8"}
+FACTS = {"config": "tiny <script>", "checkpoint": "step 8"}
 
 
 def noise(height, width, kind="png", **options):
@@ -25,19 +25,19 @@ def noise(height, width, kind="png", **options):
 PICTURE = noise(30, 60)
 
 
-def write(path, worst, tables=(TABLE,)):
-    write_page(path, "tiny & <icons>", tables, PICTURE, worst, ABOUT)
+def write(path, failures, tables=(TABLE,)):
+    write_html(path, "tiny & <icons>", tables, PICTURE, failures, FACTS)
     return Page(path.read_text(encoding="utf-8"))
 
 
-def miss(query, wanted=(({"text": "right"}, 1.0),), found=(({"text": "wrong"}, 2.0),)):
-    return Example("icons, query 3", query, 1233, 2000, list(wanted), list(found))
+def failure(query, right=(({"text": "right"}, 1.0),), above=(({"text": "wrong"}, 2.0),), origin="icons, query 3"):
+    return FailedQuery(origin=origin, query=query, rank=1233, among=2000, right=list(right), above=list(above))
 
 
-def test_what_a_page_holds(tmp_path):
+def test_contents_of_a_page(tmp_path):
     both = {"text": "a red car", "image": noise(40, 90, "jpeg", comment=b"secret")}
-    worst = [miss(both, wanted=[({"image": noise(700, 300)}, 1.5), ({"text": "or this"}, 1.0)]), miss({"text": "only text"})]
-    page = write(tmp_path / "new" / "report.html", worst)
+    right = [({"image": noise(700, 300)}, 1.5), ({"text": "or this"}, 1.0)]
+    page = write(tmp_path / "new" / "report.html", [failure(both, right), failure({"text": "only text"})])
     assert page.all("html")[0][0]["lang"] == "en" and page.all("title") == [({}, "tiny & <icons>")] and not page.all("script")
     assert page.all("caption") == [({}, "text→image: 2 queriesR@1 in percent")]
     assert [text for attributes, text in page.all("th") if attributes["scope"] == "row"] == ["1:1", "<b>", "4:8"]
@@ -63,7 +63,7 @@ def test_notes_are_below_the_table_on_the_page_and_in_the_terminal(tmp_path):
 
 
 def test_nothing_to_plot(tmp_path):
-    write_page(tmp_path / "report.html", "none", [TABLE], None, [], ABOUT)
+    write_html(tmp_path / "report.html", "none", [TABLE], None, [], FACTS)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert not page.all("img") and not page.all("figure") and page.all("table")
 
@@ -86,9 +86,9 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_texts_are_text(tmp_path, text):
-    places = miss({"text": text}, [({"text": text}, 1.0)], [({"text": text}, 2.0)])._replace(place=text)
+    failed = failure({"text": text}, [({"text": text}, 1.0)], [({"text": text}, 2.0)], origin=text)
     table = Table(text, text, [text, text], [[[text, text]]])
-    page = write(tmp_path / "report.html", [places], [table])
+    page = write(tmp_path / "report.html", [failed], [table])
     tags = {tag for tag, *_ in page.elements}
     assert not tags & {"script", "b"} and len(page.all("img")) == 1
     assert not any(name.startswith("on") for _, attributes, _, _ in page.elements for name in attributes)
@@ -106,10 +106,10 @@ def test_long_texts_are_cut():
 
 def test_the_same_bytes_for_the_same_results(tmp_path):
     opened = Image.open(io.BytesIO(noise(300, 400)))
-    worst = [miss({"image": opened, "text": "x"})]
-    write(tmp_path / "1.html", worst)
+    failures = [failure({"image": opened, "text": "x"})]
+    write(tmp_path / "1.html", failures)
     assert opened.size == (400, 300)  # it is the caller's
-    write(tmp_path / "2.html", worst)
+    write(tmp_path / "2.html", failures)
     assert (tmp_path / "1.html").read_bytes() == (tmp_path / "2.html").read_bytes()
 
 
@@ -117,7 +117,7 @@ def test_images_are_bounded(tmp_path):
     huge = io.BytesIO()
     Image.new("1", (9_000, 9_000)).save(huge, "png")
     with pytest.raises(UserError, match="worst query 1: found, 1: the image is 9000x9000 pixels"):
-        write(tmp_path / "report.html", [miss({"text": "x"}, found=[({"image": huge.getvalue()}, 1.0)])])
+        write(tmp_path / "report.html", [failure({"text": "x"}, above=[({"image": huge.getvalue()}, 1.0)])])
     assert not any(tmp_path.iterdir())
-    page = write(tmp_path / "report.html", [miss({"image": noise(2, 4000)})])
+    page = write(tmp_path / "report.html", [failure({"image": noise(2, 4000)})])
     assert page.images()[1][1].size == (SIDE, 1)

@@ -11,22 +11,22 @@ SEARCH = re.compile(r"\s*(?:[0-9]{1,6}:[0-9]{1,6}:[0-9]{1,9}\s*>\s*)*[0-9]{1,6}:
 
 
 def parse_searches(text: str, largest: Budget) -> tuple[Stages, ...]:
-    """Searches from the command line: "1:1,1:1:1000>16:64" -> (((1, 1),), ((1, 1, 1000), (16, 64))).
+    """Return the searches of a flag: "1:1,1:1:1000>16:64" -> (((1, 1),), ((1, 1, 1000), (16, 64))).
 
     Args:
-      largest: the vectors there are.
+      largest: the vectors that a query and a document have.
 
     Raises:
       UserError: anything else, a search given twice, or one beyond `largest`.
     """
     searches = []
-    for part in text.split(","):
-        if not SEARCH.fullmatch(part):
+    for name in text.split(","):
+        if not SEARCH.fullmatch(name):
             raise UserError(
-                f"budgets {text!r}: {part!r} is not a pair r_q:r_c; write for example 1:1,4:8,16:64 "
+                f"budgets {text!r}: {name!r} is not a pair r_q:r_c; write for example 1:1,4:8,16:64 "
                 "(or stages, r_q:r_c:survivors>r_q:r_c)"
             )
-        search = as_stages([tuple(map(int, stage.split(":"))) for stage in part.split(">")], *largest)
+        search = as_stages(parse_name(name), *largest)
         if search in searches:
             raise UserError(f"budget {search_name(search)} is given twice; leave one out")
         searches.append(search)
@@ -34,7 +34,7 @@ def parse_searches(text: str, largest: Budget) -> tuple[Stages, ...]:
 
 
 def parse_budgets(text: str, largest: Budget) -> tuple[Budget, ...]:
-    """Budgets from the command line: "1:1,4:8" -> ((1, 1), (4, 8)).
+    """Return the budgets of a flag: "1:1,4:8" -> ((1, 1), (4, 8)).
 
     Raises:
       UserError: as `parse_searches`, and for a search in stages.
@@ -43,7 +43,17 @@ def parse_budgets(text: str, largest: Budget) -> tuple[Budget, ...]:
     for search in searches:
         if len(search) > 1:
             raise UserError(f"budgets {text!r}: {search_name(search)} has stages, which only mteb's benchmarks are searched in")
-    return tuple(search[0] for search in searches)
+    return tuple((search[0][0], search[0][1]) for search in searches)
+
+
+def parse_name(name: str) -> Stages:
+    """Return the stages of "1:1:1000>16:64"; inverse of `search_name`, for names that are known to be well formed."""
+    return tuple(tuple(map(int, stage.split(":"))) for stage in name.split(">"))
+
+
+def search_name(stages: Stages) -> str:
+    """((1, 1, 1000), (16, 64)) as "1:1:1000>16:64"."""
+    return ">".join(map(budget_name, stages))
 
 
 def budget_name(budget: Sequence[int]) -> str:
@@ -52,17 +62,12 @@ def budget_name(budget: Sequence[int]) -> str:
 
 
 def by_cost(budgets: Iterable[Budget]) -> list[Budget]:
-    """The budgets, cheapest first."""
-    return sorted((tuple(budget) for budget in budgets), key=lambda budget: (budget[0] * budget[1], budget[1]))
+    """Sort budgets, cheapest first."""
+    return sorted(((r_q, r_c) for r_q, r_c in budgets), key=lambda budget: (budget[0] * budget[1], budget[1]))
 
 
 def in_order(searches: Iterable[Stages]) -> list[Stages]:
     """Plain budgets, cheapest first, then the searches in stages as they come."""
     searches = list(searches)
-    plain = by_cost(search[0] for search in searches if len(search) == 1)
+    plain = by_cost((search[0][0], search[0][1]) for search in searches if len(search) == 1)
     return [*((budget,) for budget in plain), *(search for search in searches if len(search) > 1)]
-
-
-def search_name(stages: Stages) -> str:
-    """((1, 1, 1000), (16, 64)) as "1:1:1000>16:64"."""
-    return ">".join(map(budget_name, stages))

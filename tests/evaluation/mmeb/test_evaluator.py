@@ -10,32 +10,40 @@ import pytest
 from metaembed_jax.check.references import maxsim_scores
 from metaembed_jax.data.sources.files import ImageFolder
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.mmeb import report, run
+from metaembed_jax.evaluation.evaluator import Subject
+from metaembed_jax.evaluation.mmeb import evaluator
+from metaembed_jax.evaluation.mmeb.evaluator import MEASURE, Mmeb
 from metaembed_jax.evaluation.mmeb.reading import read_task
 from metaembed_jax.evaluation.mmeb.tasks import GROUPS, TASKS
+from metaembed_jax.evaluation.report import benchmark_names, write_report
+from metaembed_jax.evaluation.tables import format_tables
+from metaembed_jax.results import Interval, SearchResults, TaskResults, from_json
 from tests.data.field_files import mmeb_test_rows, picture, write_mmeb_test, write_parquet
 from tests.evaluation.parsed_page import Page
 
 BUDGETS = ((1, 1), (16, 64))
-ABOUT = {"config": "small", "checkpoint": "step 8"}
 BY_NAME = {task.name: task for task in TASKS}
 
 
 def evaluate(model, folder, out):
-    return run.evaluate(model, "a", folder, BUDGETS, out, progress=False, about=ABOUT)
+    """The table of a report that is written to `out`."""
+    mmeb, subject = Mmeb(folder, BUDGETS), Subject(model=model, name="small", step=8, config={})
+    results = mmeb.run(subject, out, progress=False)
+    write_report(mmeb, subject, results, out, benchmark_names("mmeb"))
+    return format_tables(results)
 
 
 def test_all_tasks_survive_a_kill(model, tmp_path, monkeypatch):
     write_mmeb_test(tmp_path / "in", TASKS, second=True)
     evaluated = []
 
-    def killed_at_the_third(*arguments, evaluate=run.evaluate_task):
-        evaluated.append(arguments[3].name)
+    def killed_at_the_third(*arguments, evaluate=evaluator.evaluate_task):
+        evaluated.append(arguments[1].name)
         if len(evaluated) == 3:
             raise KeyboardInterrupt
         return evaluate(*arguments)
 
-    monkeypatch.setattr(run, "evaluate_task", killed_at_the_third)
+    monkeypatch.setattr(evaluator, "evaluate_task", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, tmp_path / "in", tmp_path / "out")
     table = evaluate(model, tmp_path / "in", tmp_path / "out")
@@ -43,14 +51,15 @@ def test_all_tasks_survive_a_kill(model, tmp_path, monkeypatch):
     page = (tmp_path / "out" / "mmeb.html").read_bytes()
     assert evaluate(model, tmp_path / "in", tmp_path / "out") == table and len(evaluated) == 37
     assert (tmp_path / "out" / "mmeb.html").read_bytes() == page
-    found = json.loads((tmp_path / "out" / "mmeb.json").read_text())
-    assert set(found["tasks"]) == set(BY_NAME) and (tmp_path / "out" / "mmeb.txt").read_text() == table + "\n"
+    (board,) = json.loads((tmp_path / "out" / "mmeb.json").read_text())["boards"]
+    tasks = {task["name"]: from_json(TaskResults, task) for task in board["tasks"]}
+    assert set(tasks) == set(BY_NAME) and (tmp_path / "out" / "mmeb.txt").read_text() == table + "\n"
     members = {group: [task for task in TASKS if task.group == group] for group in GROUPS} | {"all": TASKS}
     members |= {name: [t for t in TASKS if t.in_domain == here] for name, here in (("in domain", True), ("out of domain", False))}
-    assert found["averages"].keys() == members.keys()
-    for name, tasks in members.items():
-        mean = np.mean([found["tasks"][task.name]["precision"]["16:64"] for task in tasks])
-        assert found["averages"][name]["16:64"] == pytest.approx(mean)
+    assert board["means"].keys() == members.keys()
+    for name, of_mean in members.items():
+        mean = np.mean([tasks[task.name].values()["16:64"].mean for task in of_mean])
+        assert board["means"][name]["16:64"]["mean"] == pytest.approx(mean)
     assert not list((tmp_path / "out" / "mmeb" / "embeddings").iterdir())
     assert "published: MetaEmbed-7B" in table and "76.6" in table
 
@@ -62,8 +71,9 @@ def test_the_page_has_the_worst_of_all_tasks_and_reads_no_other_image(model, tmp
     evaluate(model, tmp_path / "in", tmp_path / "whole")
     page = Page((tmp_path / "whole" / "mmeb.html").read_text(encoding="utf-8"))
     stored = {task.name: json.loads((tmp_path / "whole" / "mmeb" / f"{task.name}.json").read_text()) for task in tasks}
-    assert all(len(done["worst"]) == round(6 * (1 - done["precision"]["16:64"])) for done in stored.values())
-    misses = sorted((miss["rank"] for done in stored.values() for miss in done["worst"]), reverse=True)
+    tasks = [from_json(TaskResults, content) for content in stored.values()]
+    assert all(len(task.failures) == round(6 * (1 - task.values()["16:64"].mean)) for task in tasks)
+    misses = sorted((failure.rank for task in tasks for failure in task.failures), reverse=True)
     shown = [text for _, text in page.all("article")]
     assert len(shown) == 10 < len(misses)
     assert [int(text.split("Rank ")[1].split(" of 3 ")[0]) - 1 for text in shown] == misses[:10]
@@ -107,9 +117,9 @@ def test_all_tasks_of_the_first_format_are_read(tmp_path):
     write_mmeb_test(tmp_path, TASKS)
     for task in TASKS:
         questions = read_task(task, tmp_path)
-        assert len(questions.queries) == len(questions.candidates) == 4 and all(len(chosen) == 3 for chosen in questions.choices)
+        assert len(questions.queries) == len(questions.documents) == 4 and all(len(chosen) == 3 for chosen in questions.choices)
         assert ("image" in questions.queries[0]) == (task.kind != "t2i")
-        assert ("image" in questions.candidates[0]) == (task.kind in ("t2i", "i2i"))
+        assert ("image" in questions.documents[0]) == (task.kind in ("t2i", "i2i"))
 
 
 def test_precision_is_that_of_the_scores(model, tmp_path):
@@ -118,38 +128,43 @@ def test_precision_is_that_of_the_scores(model, tmp_path):
     for task in tasks:
         questions = read_task(task, tmp_path)
         vectors = (
-            model.encode_query(run.Pictured(questions.queries, questions.images)),
-            model.encode_document(run.Pictured(questions.candidates, questions.images)),
+            model.encode_query(evaluator.Pictured(questions.queries, questions.images)),
+            model.encode_document(evaluator.Pictured(questions.documents, questions.images)),
         )
         scores = maxsim_scores(vectors[0], vectors[1])
-        right = [np.argmax([row[one] for one in chosen]) == 0 for row, chosen in zip(scores, questions.choices, strict=True)]
-        done = run.evaluate_task(model, questions, BUDGETS, tmp_path / "cache" / task.name, False)
-        assert done["precision"]["16:64"] == np.mean(right) and done["chance"] == pytest.approx(1 / 3)
+        right = [np.argmax([row[number] for number in chosen]) == 0 for row, chosen in zip(scores, questions.choices, strict=True)]
+        results = evaluator.evaluate_task(model, task, questions, BUDGETS, tmp_path / "cache" / task.name, False)
+        assert results.values()["16:64"].mean == np.mean(right) and results.chance == pytest.approx(1 / 3)
 
 
 def test_a_tie_is_a_miss():
     scores = np.array([[1.0, 1.0, 0.0], [2.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
-    assert run.first_choices(scores, [[0, 1, 2], [0, 1, 2], [1]]).tolist() == [False, True, True]
-    assert report.is_like_chance({"chance": 0.25, "queries": 100, "precision": {"1:1": 0.3}})
-    assert not report.is_like_chance({"chance": 0.25, "queries": 100, "precision": {"1:1": 0.2, "16:64": 0.4}})
+    assert evaluator.first_choices(scores, [[0, 1, 2], [0, 1, 2], [1]]).tolist() == [False, True, True]
+
+    def task(*precisions):
+        searches = [SearchResults(budget=f"{n}:{n}", metrics={MEASURE: Interval(value)}) for n, value in enumerate(precisions)]
+        facts = {"name": "x", "metric": MEASURE, "documents": 4, "dimension": 8, "data": ""}
+        return TaskResults(**facts, queries=100, searches=tuple(searches), chance=0.25)
+
+    assert task(0.3).is_like_chance() and not task(0.2, 0.4).is_like_chance()
 
 
-def test_equal_targets_are_one_candidate(tmp_path):
+def test_equal_targets_are_one_document(tmp_path):
     write_mmeb_test(tmp_path, [BY_NAME["ChartQA"], BY_NAME["RefCOCO-Matching"]], count=4)
     rows = mmeb_test_rows(BY_NAME["ChartQA"], 4, False)
     rows[1] |= {"tgt_text": ["same", "same", "answer 0"]}
     write_parquet(tmp_path / "ChartQA" / "test-00000-of-00001.parquet", rows)
     questions = read_task(BY_NAME["ChartQA"], tmp_path)
-    assert [one["text"] for one in questions.candidates] == ["answer 0", "answer 1", "answer 2", "same", "answer 3"]
+    assert [document["text"] for document in questions.documents] == ["answer 0", "answer 1", "answer 2", "same", "answer 3"]
     assert questions.choices == [[0, 1, 2], [3, 0], [2, 0, 1], [4, 0, 1]]
-    assert len(read_task(BY_NAME["RefCOCO-Matching"], tmp_path).candidates) == 4
+    assert len(read_task(BY_NAME["RefCOCO-Matching"], tmp_path).documents) == 4
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"tgt_text": [], "tgt_img_path": []}, "tgt_text and tgt_img_path are empty"),
-        ({"tgt_text": ["a"], "tgt_img_path": ["", ""]}, "tgt_text has 1 entries and tgt_img_path 2"),
+        ({"tgt_text": ["a"], "tgt_img_path": ["", ""]}, "tgt_text has 1 entries and tgt_img_path 2: expected as many"),
         ({"qry_img_path": "ChartQA/9.jpg"}, "eval_images/ChartQA/9.jpg is missing"),
         ({"qry_img_path": "../x"}, "leads out of"),
         ({"qry_img_path": ""}, "no image stands beside it"),
@@ -181,5 +196,5 @@ def test_missing_columns(tmp_path):
 
 
 def test_a_folder_of_something_else(model, tmp_path):
-    with pytest.raises(UserError, match="has no {task}/test-"):
+    with pytest.raises(UserError, match="expected {task}/test-"):
         evaluate(model, tmp_path, tmp_path / "out")

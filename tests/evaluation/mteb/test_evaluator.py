@@ -12,17 +12,22 @@ mteb = pytest.importorskip("mteb")
 
 from datasets.exceptions import DatasetNotFoundError  # noqa: E402
 
+from metaembed_jax.config import load_config  # noqa: E402
 from metaembed_jax.errors import UserError  # noqa: E402
 from metaembed_jax.evaluation.command import evaluate_checkpoint  # noqa: E402
-from metaembed_jax.evaluation.mteb import run, tasks  # noqa: E402
+from metaembed_jax.evaluation.evaluator import Subject  # noqa: E402
+from metaembed_jax.evaluation.mteb import evaluator, tasks  # noqa: E402
+from metaembed_jax.evaluation.mteb.evaluator import Mteb  # noqa: E402
 from metaembed_jax.evaluation.mteb.searcher import Searcher  # noqa: E402
 from metaembed_jax.evaluation.mteb.tasks import Benchmark  # noqa: E402
+from metaembed_jax.evaluation.report import benchmark_names, write_report  # noqa: E402
+from metaembed_jax.evaluation.tables import format_tables  # noqa: E402
+from metaembed_jax.results import TaskResults, from_json  # noqa: E402
 from tests.evaluation.mteb.pages import MorePages, OtherPages, Pages  # noqa: E402
 from tests.evaluation.parsed_page import Page  # noqa: E402
 
 SEARCHES = {"1:1": (1, 1), "16:64": (16, 64), "1:1:4>16:64": ((1, 1, 4), (16, 64))}
 NAMES, BUDGETS = list(SEARCHES), list(SEARCHES.values())
-ABOUT = {"config": "small", "checkpoint": "step 8"}
 
 
 class ClosedPages(Pages):
@@ -36,27 +41,37 @@ def benchmarks():
     return [Benchmark("first", [Pages(), OtherPages()], ["SomethingElse"]), Benchmark("second", [MorePages()], [])]
 
 
-def evaluate(model, out, identity="a", budgets=BUDGETS, of=None):
-    return run.evaluate(model, identity, of or benchmarks(), budgets, out, progress=False, about=ABOUT)
+def evaluate(model, out, step=8, budgets=BUDGETS, of=None):
+    """The tables of a report that is written to `out`."""
+    mteb, subject = Mteb("test", budgets), Subject(model=model, name="small", step=step, config={"seed": 0})
+    mteb.benchmarks = of or benchmarks()
+    results = mteb.run(subject, out, progress=False)
+    write_report(mteb, subject, results, out, benchmark_names("mteb"))
+    return format_tables(results)
+
+
+def stored(out, *names):
+    """The results of tasks in the cache, by name."""
+    return {name: from_json(TaskResults, json.loads((out / "mteb" / f"{name}.json").read_text())) for name in names}
 
 
 def test_tasks_survive_a_kill(model, tmp_path, monkeypatch):
     evaluated = []
 
-    def killed_at_the_second(searcher, task, searches, *, evaluate_task=run.evaluate_task):
+    def killed_at_the_second(searcher, task, searches, *, evaluate_task=evaluator.evaluate_task):
         evaluated.append(task.metadata.name)
         if len(evaluated) == 2:
             raise KeyboardInterrupt
         return evaluate_task(searcher, task, searches)
 
-    monkeypatch.setattr(run, "evaluate_task", killed_at_the_second)
+    monkeypatch.setattr(evaluator, "evaluate_task", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, tmp_path)
     table = evaluate(model, tmp_path)
     assert evaluated == ["NoisePages", "OtherPages", "OtherPages", "MorePages"]
     assert evaluate(model, tmp_path) == table and len(evaluated) == 4
-    evaluate(model, tmp_path, identity="b", of=[Benchmark("x", [Pages()], [])])
-    evaluate(model, tmp_path, identity="b", budgets=[(1, 1)], of=[Benchmark("x", [Pages()], [])])
+    evaluate(model, tmp_path, step=9, of=[Benchmark("x", [Pages()], [])])
+    evaluate(model, tmp_path, step=9, budgets=[(1, 1)], of=[Benchmark("x", [Pages()], [])])
     assert len(evaluated) == 6
     assert sorted(path.name for path in (tmp_path / "mteb").iterdir()) == [
         f"{name}.json" for name in ("MorePages", "NoisePages", "OtherPages")
@@ -66,39 +81,36 @@ def test_tasks_survive_a_kill(model, tmp_path, monkeypatch):
 def test_figures_and_table(model, tmp_path):
     table = evaluate(model, tmp_path, budgets=BUDGETS[::-1])
     assert (tmp_path / "mteb.txt").read_text() == table + "\n"
-    rows, found = [line.split() for line in table.splitlines()], {}
+    rows, scores = [line.split() for line in table.splitlines()], {}
     for task in (Pages(), OtherPages(), MorePages()):
-        done = json.loads((tmp_path / "mteb" / f"{task.metadata.name}.json").read_text())
-        assert (done["task"], done["revision"], done["main_score"]) == (task.metadata.name, "1", task.metadata.main_score)
-        assert list(done["searches"]) == sorted(NAMES)
-        found[task.metadata.name] = [done["searches"][name]["main_score"] for name in NAMES]
-        assert [
-            f"{task.metadata.name},",
-            task.metadata.main_score,
-            *(f"{100 * value:.1f}" for value in found[task.metadata.name]),
-        ] in rows
-        for name, figures in done["searches"].items():
-            assert figures["main_score"] == figures[task.metadata.main_score]
-            theirs = mteb.evaluate(Searcher(model, SEARCHES[name]), type(task)(), cache=None, show_progress_bar=False)
-            assert theirs.task_results[0].get_score() == pytest.approx(figures["main_score"], abs=1e-12)
-    means = [f"{100 * value:.1f}" for value in np.mean([found["NoisePages"], found["OtherPages"]], axis=0)]
+        name, metric = task.metadata.name, task.metadata.main_score
+        results = stored(tmp_path, name)[name]
+        assert (results.name, results.data, results.metric) == (name, "revision 1", metric)
+        assert (results.queries, results.documents, list(results.values())) == (2 * 7, 2 * 12, NAMES)
+        scores[name] = [interval.mean for interval in results.values().values()]
+        assert [f"{name},", metric, *(f"{100 * value:.1f}" for value in scores[name])] in rows
+        for search, mean in zip(results.searches, scores[name], strict=True):
+            assert search.metrics.keys() == {"ndcg_at_5", "ndcg_at_10"}
+            theirs = mteb.evaluate(Searcher(model, SEARCHES[search.budget]), type(task)(), cache=None, show_progress_bar=False)
+            assert theirs.task_results[0].get_score() == pytest.approx(mean, abs=1e-12)
+    means = [f"{100 * value:.1f}" for value in np.mean([scores["NoisePages"], scores["OtherPages"]], axis=0)]
     assert (
-        rows[0] == ["first,", "main", "score", "(%)"]
+        rows[0] == "first, main score (%) of 28 queries in 2 tasks".split()
         and rows[1] == ["task", *NAMES]
         and ["mean", "of", "2", "of", "3", "tasks", *means] in rows
     )
     assert "not retrieval of texts and images: SomethingElse" in table and "mean of 1 of 1 tasks" in table
-    assert found["NoisePages"] == found["MorePages"] and len(set(found["NoisePages"])) == 3
+    assert scores["NoisePages"] == scores["MorePages"] and len(set(scores["NoisePages"])) == 3
 
 
 def test_the_files(model, tmp_path):
     table = evaluate(model, tmp_path, of=[Benchmark("pages", [Pages(), OtherPages(), ClosedPages()], ["<b>Else"])])
-    done = {name: json.loads((tmp_path / "mteb" / f"{name}.json").read_text()) for name in ("NoisePages", "OtherPages")}
-    found = json.loads((tmp_path / "mteb.json").read_text())
-    assert found["tasks"] == {name: {key: one[key] for key in one.keys() - {"key", "worst"}} for name, one in done.items()}
+    tasks = stored(tmp_path, "NoisePages", "OtherPages")
+    (board,) = json.loads((tmp_path / "mteb.json").read_text())["boards"]
+    assert [from_json(TaskResults, content) for content in board["tasks"]] == list(tasks.values())
     for name in NAMES:
-        mean = np.mean([one["searches"][name]["main_score"] for one in done.values()])
-        assert found["means"]["pages"][name] == pytest.approx(mean) and f"{100 * mean:.1f}" in table
+        mean = np.mean([task.values()[name].mean for task in tasks.values()])
+        assert board["means"]["all"][name]["mean"] == pytest.approx(mean) and f"{100 * mean:.1f}" in table
     page = Page((tmp_path / "mteb.html").read_text(encoding="utf-8"))
     assert page.all("h1") == [({}, "small: pages")] and not page.all("b")
     heads = [text for attributes, text in page.all("th") if attributes["scope"] == "col"]
@@ -144,7 +156,7 @@ def test_a_resumed_evaluation_gives_the_same_page(model, tmp_path, monkeypatch):
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_an_older_layout_and_other_parts_of_a_task_do_not_count(model, tmp_path, monkeypatch):
+def test_other_parts_of_a_task_do_not_count(model, tmp_path):
     english = Pages()
     english.hf_subsets = ["english"]
 
@@ -154,8 +166,6 @@ def test_an_older_layout_and_other_parts_of_a_task_do_not_count(model, tmp_path,
 
     both = keys()
     assert keys(english) != both == keys()
-    monkeypatch.setattr(run, "LAYOUT", run.LAYOUT - 1)
-    assert keys() != both
 
 
 def test_stages_alone_have_no_plot(model, tmp_path):
@@ -187,14 +197,14 @@ def test_any_benchmark_or_task():
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("vidor", "near to it are vidore"),
-        ("ViDoRe v2", r"near to it are .*ViDoRe\(v2\)"),
-        ("vidorearxivqaretrievals", "near to it are VidoreArxivQARetrieval"),
-        ("%%%", "there are vidore, mmeb and what mteb lists"),
+        ("vidor", "the nearest are vidore"),
+        ("ViDoRe v2", r"the nearest are .*ViDoRe\(v2\)"),
+        ("vidorearxivqaretrievals", "the nearest are VidoreArxivQARetrieval"),
+        ("%%%", "expected vidore, mmeb or a name that mteb lists"),
         ("Banking77Classification", "none of its tasks is retrieval"),
     ],
 )
-def test_names_that_mean_nothing(name, message):
+def test_unknown_names(name, message):
     with pytest.raises(UserError, match=message) as caught:
         tasks.find(name)
     assert str(caught.value).startswith(f"--benchmark={name}: ") and "\n" not in str(caught.value)
@@ -212,12 +222,12 @@ def test_without_mteb(monkeypatch):
         ("mmeb", None, "--benchmark=mmeb: --from is missing"),
         ("vidore", Path("x"), "--from=x: is for --benchmark=mmeb"),
         (None, Path("x"), "--from=x: is for --benchmark=mmeb"),
-        ("vidor", None, "near to it are vidore"),
+        ("vidor", None, "the nearest are vidore"),
     ],
 )
 def test_flags_that_do_not_go_together(tmp_path, benchmark, files, message):
     with pytest.raises(UserError, match=message):
-        evaluate_checkpoint(None, tmp_path, tmp_path, None, benchmark, files)
+        evaluate_checkpoint(load_config("tests/training/small.py", {}), tmp_path, tmp_path, None, benchmark, files)
 
 
 def test_the_hub_is_not_to_be_reached(model, tmp_path):
@@ -235,7 +245,8 @@ def test_private_data_is_left_out(model, tmp_path):
     assert "left out: ClosedPages: noise/pages at 1 is not public (DatasetNotFoundError: no such)" in table
     assert "mean of 1 of 2 tasks" in table and [path.name for path in (tmp_path / "mteb").iterdir()] == ["NoisePages.json"]
     both = evaluate(model, tmp_path, budgets=[(1, 1)], of=[Benchmark("none", [ClosedPages()], []), Benchmark("x", [Pages()], [])])
-    assert both.splitlines()[:2] == ["none, main score (%)", "task  1:1"] and both.splitlines()[2].startswith("left out: Closed")
+    assert both.splitlines()[:2] == ["none, main score (%) of 0 queries in 0 tasks", "task"]
+    assert both.splitlines()[2].startswith("left out: Closed")
     with pytest.raises(UserError, match="ClosedPages: .* is not public"):
         evaluate(model, tmp_path, of=[Benchmark("none", [ClosedPages()], [])])
 

@@ -3,7 +3,7 @@
 import pytest
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.budgets import in_order, parse_budgets, parse_searches, search_name
+from metaembed_jax.late_interaction.budgets import in_order, parse_budgets, parse_searches, search_name
 
 LARGEST = (16, 64)
 

@@ -1,0 +1,107 @@
+"""The held-out split of a run's sources: the same evaluator validates in training, and tests at the end and in `eval.py`."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from metaembed_jax.data import sources
+from metaembed_jax.evaluation.evaluator import Subject
+from metaembed_jax.evaluation.failures import FailedQuery, with_items
+from metaembed_jax.evaluation.metrics import METRICS
+from metaembed_jax.evaluation.result_cache import key_of
+from metaembed_jax.evaluation.scoring import score_parts
+from metaembed_jax.evaluation.sweep import MAIN, SECONDARY, Sweep, sweep
+from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.stages import largest_budget
+from metaembed_jax.results import Board, Failure, Results
+
+ABOUT = (
+    f"In percent, over all queries: {'; '.join(f'{name}, {metric.about}' for name, metric in METRICS.items())}. "
+    "A budget is query vectors : document vectors; the gain is the last one's over the first one's."
+)
+
+
+class HeldOut:
+    """Evaluator of a split of some sources, in both directions.
+
+    Args:
+      data_dir: the folder of all sources.
+      names: of the sources.
+      split: "validation" or "test".
+      budgets: to search at.
+    """
+
+    def __init__(self, data_dir: str | Path, names: Sequence[str], split: str, budgets: Sequence[Budget]):
+        self.name, self.budgets = split, budgets
+        self._data_dir, self._sources = data_dir, list(dict.fromkeys(names))
+
+    def check(self) -> None:
+        """Refuse sources that are not prepared, or none of which has pairs in the split.
+
+        Raises:
+          UserError: names them.
+        """
+        sources.with_pairs(self._sources, self._data_dir, self.name)
+
+    def run(self, subject: Subject, cache: Path, progress: bool) -> Results:
+        """Encode each source once, at the largest of the budgets, and score every budget in both directions.
+
+        Each host encodes its part of the documents and scores all queries against it, on its devices.
+
+        Raises:
+          UserError: as `check`.
+        """
+        names = sources.with_pairs(self._sources, self._data_dir, self.name)
+        left_out = [name for name in self._sources if name not in names]
+        notes = (f"left out, without {self.name} pairs: {', '.join(left_out)}",) if left_out else ()
+        sweeps = [self._evaluate(subject, name, progress) for name in names]
+        directions = zip(self._directions(), zip(*sweeps, strict=True), strict=True)
+        board = partial(Board, measure=MAIN, secondary=SECONDARY, about=ABOUT, total=len(self._sources), notes=notes)
+        versions = [task.forward.data for task in sweeps]
+        return Results(
+            title=f"{', '.join(names)}, {self.name} split",
+            model=subject.name,
+            step=subject.step,
+            data=f"{', '.join(names)}, {versions[0] if len(versions) == 1 else key_of(*versions)}",
+            boards=tuple(board(name=name, tasks=tasks) for name, tasks in directions),
+        )
+
+    def show(self, failures: Sequence[Failure]) -> list[FailedQuery]:
+        """Look up the items of failures.
+
+        Raises:
+          UserError: as `check`.
+        """
+        names = dict.fromkeys(failure.dataset for failure in failures)
+        items = {name: sources.retrieval(name[0], self._data_dir, self.name) for name in names}
+        return [with_items(failure, items[failure.dataset].queries, items[failure.dataset].candidates) for failure in failures]
+
+    def _directions(self) -> tuple[str, str]:
+        """Names of the boards: what is generated has texts for queries and images for documents."""
+        generated = all(name in sources.GENERATED for name in self._sources)
+        return ("text→image", "image→text") if generated else ("query→document", "document→query")
+
+    def _evaluate(self, subject: Subject, name: str, progress: bool) -> Sweep:
+        task, model = sources.retrieval(name, self._data_dir, self.name), subject.model
+        if progress and len(self._sources) > 1:
+            print(f"{name}: {len(task.queries):,} queries, {len(task.candidates):,} documents", flush=True)
+        query_vectors, document_vectors = largest_budget([(budget,) for budget in self.budgets])
+        query_QRD = model.encode_query(task.queries, budget=query_vectors, progress=progress)
+        rows, document_nRD = model.encode_part(task.candidates, "candidate", budget=document_vectors, progress=progress)
+        fingerprint = sources.prepare(name, self._data_dir)["fingerprint"]
+        score = partial(_score, rows, len(task.candidates))
+        facts = {"data": fingerprint, "documents": len(task.candidates), "score": score}
+        return sweep(name, query_QRD, document_nRD, task.relevance, self.budgets, **facts)
+
+
+def _score(
+    rows: Int[np.ndarray, " n"],
+    documents: int,
+    query_QRD: Float[np.ndarray, "Q Rq D"],
+    document_nRD: Float[np.ndarray, "n Rc D"],
+    budget: Budget,
+) -> Float[np.ndarray, "Q N"]:
+    return score_parts(query_QRD, rows, document_nRD, documents, budget)

@@ -1,0 +1,183 @@
+"""The evaluator of MMEB, on the tasks that a folder has: every budget from one encoding, a finished task never again.
+
+CACHE/mmeb/{task}.json               results of a task, and the key of its model and data
+CACHE/mmeb/embeddings/{task}-*.npz   vectors at the largest budget, until the task is finished
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from metaembed_jax import hosts
+from metaembed_jax.data.sources.files import ImageFolder
+from metaembed_jax.evaluation.cost import index_bytes, maxsim_flops
+from metaembed_jax.evaluation.evaluator import Subject
+from metaembed_jax.evaluation.failures import FailedQuery, Ranking, with_items, worst_queries
+from metaembed_jax.evaluation.mmeb.published import PUBLISHED
+from metaembed_jax.evaluation.mmeb.reading import Questions, available, read_task
+from metaembed_jax.evaluation.mmeb.tasks import TASKS, Task
+from metaembed_jax.evaluation.result_cache import cached, key_of
+from metaembed_jax.evaluation.scoring import score_parts
+from metaembed_jax.files import replacing
+from metaembed_jax.late_interaction.budgets import budget_name, by_cost
+from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.stages import largest_budget
+from metaembed_jax.model import MetaEmbed, from_parts
+from metaembed_jax.results import Board, Failure, Interval, Results, SearchResults, TaskResults
+
+MEASURE = "Precision@1"
+ABOUT = "A query is answered if its right document scores above all others that it chooses among; means are over tasks."
+IN_DOMAIN, OUT_OF_DOMAIN = "in domain", "out of domain"
+
+
+class Mmeb:
+    """Evaluator of MMEB.
+
+    Args:
+      directory: the folder that MMEB-eval was fetched to.
+      budgets: to search at.
+    """
+
+    name = "mmeb"
+
+    def __init__(self, directory: Path, budgets: Sequence[Budget]):
+        self.directory, self.budgets = directory, budgets
+        self._questions: dict[str, Questions] = {}
+
+    def check(self) -> None:
+        """Refuse a folder that has no task.
+
+        Raises:
+          UserError: names it.
+        """
+        available(self.directory, TASKS)
+
+    def run(self, subject: Subject, cache: Path, progress: bool) -> Results:
+        """Evaluate every task that the folder has.
+
+        Raises:
+          UserError: files that are missing or make no sense.
+        """
+        tasks, results = available(self.directory, TASKS), []
+        for task in tasks:
+            questions = read_task(task, self.directory)
+            key = key_of(subject.identity, questions.fingerprint, sorted(self.budgets))
+            vectors = cache / self.name / "embeddings" / f"{task.name}-{key}"
+            evaluate = partial(evaluate_task, subject.model, task, questions, self.budgets, vectors, progress)
+            results.append(cached(cache / self.name / f"{task.name}.json", key, evaluate))
+            self._questions[task.name] = questions._replace(choices=[])  # most of what a task takes in memory
+        board = Board(
+            name="MMEB",
+            measure=MEASURE,
+            about=ABOUT,
+            tasks=tuple(results),
+            total=len(TASKS),
+            groups=_groups(tasks),
+            drawn=tuple(name for name in (IN_DOMAIN, OUT_OF_DOMAIN) if name in _groups(tasks)),
+            published=PUBLISHED,
+        )
+        data = f"MMEB, {key_of([(task.name, task.data) for task in results])}"
+        return Results(title="MMEB", model=subject.name, step=subject.step, data=data, boards=(board,))
+
+    def show(self, failures: Sequence[Failure]) -> list[FailedQuery]:
+        """Look up the items of failures; images are read of these alone."""
+        return [with_items(failure, *pictured(self._questions[failure.dataset[0]])) for failure in failures]
+
+
+def _groups(tasks: Sequence[Task]) -> dict[str, tuple[str, ...]]:
+    """Names of the tasks of each mean, without means of none."""
+    kinds = dict.fromkeys(task.group for task in tasks)
+    groups = {kind: tuple(task.name for task in tasks if task.group == kind) for kind in kinds}
+    groups[IN_DOMAIN] = tuple(task.name for task in tasks if task.in_domain)
+    groups[OUT_OF_DOMAIN] = tuple(task.name for task in tasks if not task.in_domain)
+    return {name: members for name, members in groups.items() if members}
+
+
+def evaluate_task(
+    model: MetaEmbed, task: Task, questions: Questions, budgets: Sequence[Budget], cache: Path, progress: bool
+) -> TaskResults:
+    """Encode one task, or read its vectors, and score every budget.
+
+    Args:
+      cache: the beginning of the files that hold the vectors until the task is finished.
+    """
+    if progress:
+        print(f"{task.name}: {len(questions.queries):,} queries, {len(questions.documents):,} documents", flush=True)
+    query_vectors, document_vectors = largest_budget([(budget,) for budget in budgets])
+    queries, documents = pictured(questions)
+    query_rows, query_part = _encoded(model, queries, "query", query_vectors, cache, progress)
+    rows, document_nRD = _encoded(model, documents, "candidate", document_vectors, cache, progress)
+    query_QRD = from_parts(query_rows, query_part, len(queries))
+    dimension, searches, scores_QN = query_QRD.shape[2], [], np.zeros((len(queries), len(documents)))
+    for budget in by_cost(budgets):
+        scores_QN = score_parts(query_QRD, rows, document_nRD, len(documents), budget)
+        precision = Interval(float(first_choices(scores_QN, questions.choices).mean()))
+        flops, size = maxsim_flops(budget, dimension), index_bytes(budget[1], dimension)
+        searches.append(
+            SearchResults(
+                budget=budget_name(budget), flops_per_document=flops, bytes_per_document=size, metrics={MEASURE: precision}
+            )
+        )
+    failures = worst_queries(map(_ranking, scores_QN, questions.choices), (task.name,))  # the scores are the dearest budget's
+    for file in cache.parent.glob(f"{cache.name}-*") if hosts.is_first() else ():
+        file.unlink()
+    return TaskResults(
+        name=task.name,
+        metric=MEASURE,
+        queries=len(queries),
+        documents=len(documents),
+        dimension=dimension,
+        data=questions.fingerprint,
+        searches=tuple(searches),
+        chance=float(np.mean([1 / len(choices) for choices in questions.choices])),
+        failures=failures,
+    )
+
+
+def _ranking(scores_N: Float[np.ndarray, " N"], choices: Sequence[int]) -> Ranking:
+    return Ranking(np.array(choices), scores_N[choices], np.arange(len(choices)) == 0)
+
+
+def first_choices(scores_QN: Float[np.ndarray, "Q N"], choices: Sequence[Sequence[int]]) -> Bool[np.ndarray, " Q"]:
+    """Return whether each query's right document, the first of its choices, scores above all others of them. A tie is a miss.
+
+    A query that has no other choice is right.
+    """
+    return np.array([(row[numbers[0]] > row[numbers[1:]]).all() for row, numbers in zip(scores_QN, choices, strict=True)])
+
+
+class Pictured(Sequence):
+    """Items whose images are read when they are asked for."""
+
+    def __init__(self, items: list[dict], images: ImageFolder):
+        self.items, self.images = items, images
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> dict:
+        item = self.items[number]
+        return item | {"image": self.images.read(item["image"])} if "image" in item else item
+
+
+def pictured(questions: Questions) -> tuple[Pictured, Pictured]:
+    """Queries and documents."""
+    return Pictured(questions.queries, questions.images), Pictured(questions.documents, questions.images)
+
+
+def _encoded(
+    model: MetaEmbed, items: Pictured, side: str, budget: int, cache: Path, progress: bool
+) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n R D"]]:
+    """This host's rows and their vectors, read from the cache if it has them."""
+    path = cache.with_name(f"{cache.name}-{side}-{jax.process_index()}-of-{jax.process_count()}.npz")
+    if path.is_file():
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return stored["rows"], stored["vectors"]
+    rows, vectors = model.encode_part(items, side, budget=budget, progress=progress)
+    with replacing(path) as file:
+        np.savez(file, rows=rows, vectors=vectors)
+    return rows, vectors
