@@ -203,7 +203,8 @@ def from_json(kind: Any, content: Any) -> Any:
     Raises:
       TypeError: content of another type, or fields that are missing.
     """
-    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    origin: Any = get_origin(kind) or kind
+    arguments = get_args(kind)
     if origin is types.UnionType:  # with None, which is not written
         return from_json(arguments[0], content)
     expected = {float: int | float, tuple: list, Mapping: dict}.get(origin, dict if dataclasses.is_dataclass(origin) else origin)
@@ -211,7 +212,7 @@ def from_json(kind: Any, content: Any) -> Any:
         raise TypeError(f"expected {expected}, not {content!r}")
     if dataclasses.is_dataclass(kind):
         fields = {name: field for name, field in get_type_hints(kind).items() if name in content}
-        return kind(**{name: from_json(field, content[name]) for name, field in fields.items()})
+        return origin(**{name: from_json(field, content[name]) for name, field in fields.items()})
     if origin is Mapping:
         return {key: from_json(arguments[1], value) for key, value in content.items()}
     if origin is tuple:

@@ -142,9 +142,9 @@ def _search_results(searcher: Searcher, task: Any, stages: Stages, result: Any) 
         return Interval(float(result.get_score(getter=lambda values: values[key])))
 
     metrics = {name: mean(name) for name in METRICS} | {task.metadata.main_score: mean("main_score")}
-    if len(stages) > 1:
+    *earlier, (query_vectors, document_vectors) = stages
+    if earlier:
         return SearchResults(budget=search_name(stages), metrics=metrics)
-    query_vectors, document_vectors = stages[-1]
     flops = maxsim_flops((query_vectors, document_vectors), searcher.model.dimension)
     size = index_bytes(document_vectors, searcher.model.dimension)
     return SearchResults(budget=search_name(stages), flops_per_document=flops, bytes_per_document=size, metrics=metrics)

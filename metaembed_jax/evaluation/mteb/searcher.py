@@ -126,9 +126,10 @@ class Searcher:
             return scores_QN if rows_QK is None else np.take_along_axis(scores_QN, rows_QK, axis=1)
 
         scores_Qk, rows_Qk = search_in_stages(score, self.stages, top_k)
+        rows: list[list[int]] = rows_Qk.tolist()
         return {
-            query: {ids[row]: value for value, row in zip(scores, rows, strict=True) if value > -np.inf}
-            for query, scores, rows in zip(items.ids, scores_Qk.tolist(), rows_Qk.tolist(), strict=True)
+            query: {ids[row]: value for value, row in zip(scores, best, strict=True) if value > -np.inf}
+            for query, scores, best in zip(items.ids, scores_Qk.tolist(), rows, strict=True)
         }
 
     def score(self, queries: Any, budget: Budget, *, task_metadata: Any, top_ranked: dict | None = None) -> Scores:
