@@ -18,7 +18,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.files import check_scheme, local_path
 from metaembed_jax.late_interaction.groups import GROUPS, validate_groups
 from metaembed_jax.network import ModelConfig
-from metaembed_jax.trained import lora_patterns
+from metaembed_jax.trainable import lora_patterns
 
 # The configs of the package: in it where it is installed, beside it in a checkout.
 CONFIGS = next(folder for root in Path(__file__).parents[:2] if (folder := root / "configs").is_dir())
@@ -97,7 +97,7 @@ def default_config() -> ConfigDict:
     )
     config.unroll_layers = 1  # layers to a turn of the loop over a stack
 
-    config.trained = (("*", "full"),)  # (pattern of parameters, full or lora); all others are frozen: metaembed_jax.trained
+    config.trained = (("*", "full"),)  # (pattern of parameters, full or lora); all others are frozen: metaembed_jax.trainable
     config.frozen_dtype = ""  # of frozen kernels: bfloat16, float32 or int8; empty: as dtype
     config.lora = ConfigDict(dict(rank=32, alpha=32.0, dropout=0.1))
 

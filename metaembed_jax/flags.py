@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add `--config` to a parser's flags.
 
-    A command reads it with `load_config`, after `hosts.connect`: a config is a program, which may use JAX.
+    A command reads it with `load_config`, after `connect_hosts`: a config is a program, which may use JAX.
     """
     parser.add_argument(
         "--config",

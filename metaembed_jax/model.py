@@ -18,9 +18,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from metaembed_jax import hosts
-from metaembed_jax.cluster import count_hosts
 from metaembed_jax.encoding.encoder import Block, Encoder, Reduced
 from metaembed_jax.errors import UserError
+from metaembed_jax.hosts import count_hosts
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.network import ModelConfig, abstract_network
 from metaembed_jax.sharding import make_mesh, named_sharding, replicated

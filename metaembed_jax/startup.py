@@ -2,9 +2,9 @@
 
 import argparse
 
-from metaembed_jax import hosts
 from metaembed_jax.compilation import keep_no_programs, keep_programs
 from metaembed_jax.devices import use_cpu
+from metaembed_jax.hosts.connect import connect_hosts
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_host_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `hosts.connect`, for hosts that no cluster environment introduces to each other."""
+    """Add the flags of `connect_hosts`, for hosts that no cluster environment introduces to each other."""
     flags = parser.add_argument_group(
         "several hosts", "found by themselves on a TPU slice or under Slurm; elsewhere, on each host:"
     )
@@ -28,7 +28,7 @@ def start(arguments: argparse.Namespace) -> None:
     """Set up JAX by the flags of `add_device_flags`, and join the other hosts of a command that has `add_host_flags`.
 
     Raises:
-      UserError: as `hosts.connect`.
+      UserError: as `connect_hosts`.
     """
     if arguments.cpu:
         use_cpu()
@@ -36,4 +36,4 @@ def start(arguments: argparse.Namespace) -> None:
         keep_no_programs()
     keep_programs()
     if "coordinator" in arguments:
-        hosts.connect(arguments.coordinator, arguments.hosts, arguments.host)
+        connect_hosts(arguments.coordinator, arguments.hosts, arguments.host)

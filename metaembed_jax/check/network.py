@@ -40,7 +40,7 @@ from metaembed_jax.planning.flops import encode_flops, train_flops
 from metaembed_jax.planning.measure import shard_bytes
 from metaembed_jax.planning.programs import abstract_batch
 from metaembed_jax.sharding import batch_shards
-from metaembed_jax.trained import join, paths, split
+from metaembed_jax.trainable import join, paths, split
 from metaembed_jax.training.step import TrainState, make_trainer, run_mesh
 
 MAX_FLOPS = 1e12  # of a step whose reference is computed on the CPU

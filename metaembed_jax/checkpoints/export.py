@@ -28,7 +28,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig, abstract_parameters
 from metaembed_jax.results import Results, read_results
 from metaembed_jax.sharding import make_mesh
-from metaembed_jax.trained import LORA, paths, trained_paths
+from metaembed_jax.trainable import LORA, paths, trainable_paths
 
 
 class Trained(NamedTuple):
@@ -131,7 +131,7 @@ def read_trained(directory: Path, dtype: str | None) -> Trained:
     results = directory / "results.json"
     found = read_results(results) if results.is_file() else None
     return Trained(
-        config, parameters, directory / "tokenizer.json", images, trained_paths(run.trained, paths(abstract)), about, found
+        config, parameters, directory / "tokenizer.json", images, trainable_paths(run.trained, paths(abstract)), about, found
     )
 
 

@@ -22,7 +22,7 @@ from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json
 from metaembed_jax.network import SIDES, ModelConfig, abstract_parameters
-from metaembed_jax.trained import join, paths, split, trained_paths
+from metaembed_jax.trainable import join, paths, split, trainable_paths
 
 
 def load(path: str | Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int) -> tuple[ModelConfig, dict, object]:
@@ -71,7 +71,7 @@ def run_parameters(run: Path, config: ConfigDict, abstract: dict, frozen: dict |
     Raises:
       UserError: the run has no checkpoint, or none of this model; its base is missing, or another than it was.
     """
-    chosen = trained_paths(config.trained, paths(abstract))
+    chosen = trainable_paths(config.trained, paths(abstract))
     trained, frozen = split(abstract, chosen)[0], split(frozen or abstract, chosen)[1]
     step, parameters = best_parameters(run, trained)
     return step, join(parameters, frozen_parameters(run, config, frozen))

@@ -15,7 +15,7 @@ from metaembed_jax.backbones.conversion import Source
 from metaembed_jax.backbones.family import Family, family
 from metaembed_jax.files import write_json
 from metaembed_jax.network import ModelConfig
-from metaembed_jax.trained import LORA
+from metaembed_jax.trainable import LORA
 
 
 def write_adapter(out: Path, config: ModelConfig, parameters: dict, about: dict) -> None:

@@ -26,7 +26,7 @@ from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_bytes, write_json
 from metaembed_jax.network import ModelConfig
-from metaembed_jax.trained import LORA
+from metaembed_jax.trainable import LORA
 
 SHARD_BYTES = 5 * 10**9
 

@@ -5,7 +5,7 @@ tokenizer.json    the vocabulary it was trained with
 checkpoints/      see metaembed_jax.checkpoints.runs
 metrics.jsonl     a line every few steps
 base/             in a bucket, the frozen weights: see metaembed_jax.checkpoints.frozen
-lock              held by the run: see metaembed_jax.lease
+lock              held by the run: see metaembed_jax.checkpoints.lease
 results.json, results.txt, quality.png, report.html    the evaluation on the test split
 """
 
@@ -15,7 +15,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from metaembed_jax import files, hosts, lease
+from metaembed_jax import files, hosts
+from metaembed_jax.checkpoints import lease
 from metaembed_jax.checkpoints.base import Base
 from metaembed_jax.config import FREE_KEYS, REPLANNED_KEYS, check_config, default_config, is_in
 from metaembed_jax.errors import UserError

@@ -2,12 +2,12 @@
 
 import argparse
 
-from metaembed_jax import hosts
 from metaembed_jax.config import load_config
 from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.flags import add_config, any_path, local_path
+from metaembed_jax.hosts.failures import fail_together
+from metaembed_jax.hosts.votes import stop_signal
 from metaembed_jax.startup import add_device_flags, add_host_flags, start
-from metaembed_jax.votes import stop_signal
 
 EXAMPLES = """
   metaembed eval --config=tiny --checkpoint=runs/tiny --budgets=1:1,4:8,16:64
@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the table of a checkpoint, and write its results."""
     start(arguments)
-    with hosts.speaking_once(), stop_signal() as stop, stop.at_once():
+    with fail_together(), stop_signal() as stop, stop.at_once():
         config = load_config(arguments.config, arguments.overrides)
         out = arguments.out or arguments.checkpoint / "eval"
         evaluate_checkpoint(config, arguments.checkpoint, out, arguments.budgets, arguments.benchmark, arguments.files)

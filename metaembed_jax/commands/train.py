@@ -5,13 +5,13 @@ SIGTERM saves and ends it with exit code 143, which tells schedulers to start it
 
 import argparse
 
-from metaembed_jax import hosts
 from metaembed_jax.checkpoints.workdir import default_workdir
 from metaembed_jax.config import load_config
 from metaembed_jax.flags import add_config, any_path
+from metaembed_jax.hosts.failures import fail_together, leave
+from metaembed_jax.hosts.votes import TERMINATED
 from metaembed_jax.startup import add_device_flags, add_host_flags, start
 from metaembed_jax.training.loop import train
-from metaembed_jax.votes import TERMINATED
 
 EXAMPLES = """
   metaembed train --config=smoke                                       a minute, from random weights to all exports
@@ -31,8 +31,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train until the last step or a signal."""
     start(arguments)
-    with hosts.speaking_once():
+    with fail_together():
         config = load_config(arguments.config, arguments.overrides)
         finished = train(config, arguments.workdir or default_workdir(config))
     if not finished:
-        hosts.leave(TERMINATED)
+        leave(TERMINATED)

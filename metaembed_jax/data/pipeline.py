@@ -21,8 +21,8 @@ from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.batch.training import StepShape, TrainingBatch
 from metaembed_jax.data.items import Items, StepItems
 from metaembed_jax.data.mixture import Reference
+from metaembed_jax.data.workers import end_with_parent
 from metaembed_jax.errors import UserError
-from metaembed_jax.processes import end_with_parent
 
 AHEAD = 2  # batches that a thread makes before they are asked for
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from metaembed_jax.data.sources.described import describe_row
 from metaembed_jax.data.sources.records import Records
+from metaembed_jax.data.workers import map_with, workers_for
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, locked, replacing
-from metaembed_jax.processes import map_with, workers_for
 
 TOKENS, PATCHES, CUT, SHRUNK = range(4)  # the last axis of sizes
 LOCK = "sizes.lock"

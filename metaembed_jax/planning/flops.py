@@ -24,7 +24,7 @@ from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.training import StepShape
 from metaembed_jax.config import largest_budgets, model_config
 from metaembed_jax.network import abstract_network
-from metaembed_jax.trained import LORA, trained_paths
+from metaembed_jax.trainable import LORA, trainable_paths
 
 
 class Flops(NamedTuple):
@@ -81,7 +81,7 @@ class _Counter:
         self._family, self._architecture = family(model.backbone), model.architecture
         self._recomputes = model.checkpoint
         self._shapes = {path: x.shape for path, x in flatten_dict(nnx.to_pure_dict(abstract_network(model)[1]), sep=".").items()}
-        self._trained = trained_paths(config.trained, self._shapes)
+        self._trained = trainable_paths(config.trained, self._shapes)
         self.width = config.embedding_dim or model.architecture.width
 
     def row(self, row: Size, is_again: bool) -> Flops:

@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from metaembed_jax import files, hosts, lease
+from metaembed_jax import files, hosts
 from metaembed_jax.batch.training import put as put_batch
+from metaembed_jax.checkpoints import lease
 from metaembed_jax.checkpoints.export import check_format, export
 from metaembed_jax.checkpoints.frozen import keep
 from metaembed_jax.checkpoints.loading import run_processor
@@ -38,17 +39,17 @@ from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.held_out import HeldOut
 from metaembed_jax.evaluation.report import RUN, write_report
 from metaembed_jax.evaluation.tables import format_tables
+from metaembed_jax.hosts.votes import Stop, stop_signal
 from metaembed_jax.late_interaction.budgets import budget_name
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.sharding import batch_shards, rows_here
-from metaembed_jax.trained import join, paths, split
+from metaembed_jax.trainable import join, paths, split
 from metaembed_jax.training.metrics import MetricsWriter
 from metaembed_jax.training.profile import Stopwatch, Trace
 from metaembed_jax.training.saving import SaveSchedule
 from metaembed_jax.training.speed import Speed, shown
 from metaembed_jax.training.start import describe, find_start, initial_state, stages
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, run_mesh
-from metaembed_jax.votes import Stop, stop_signal
 
 
 def train(config: ConfigDict, workdir: Path) -> bool:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from metaembed_jax import hosts
-from metaembed_jax.votes import Vote
+from metaembed_jax.hosts.votes import Vote
 
 
 class SaveSchedule:

@@ -20,7 +20,7 @@ from metaembed_jax.checkpoints.workdir import check_model, default_workdir, has_
 from metaembed_jax.config import load_config, model_config, names_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import abstract_parameters
-from metaembed_jax.trained import LORA, join, lora_patterns
+from metaembed_jax.trainable import LORA, join, lora_patterns
 from metaembed_jax.training.step import Trainer, TrainState
 
 # What a run's Meta Tokens, and adapters, mean; the shape says it of all else.

@@ -24,7 +24,7 @@ from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
 from metaembed_jax.precision import float32_products
 from metaembed_jax.sharding import batch_shards, make_mesh, replicated
-from metaembed_jax.trained import join, paths, split, trained_paths
+from metaembed_jax.trainable import join, paths, split, trainable_paths
 from metaembed_jax.training.microbatches import encode
 from metaembed_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 
@@ -122,7 +122,7 @@ def abstract_state(config: ConfigDict, mesh: Mesh, optimizer: optax.GradientTran
       UserError: `config.trained` does not fit the network.
     """
     everything = abstract_parameters(model_config(config), mesh, config.frozen_dtype)
-    parameters, frozen = split(everything, trained_paths(config.trained, paths(everything)))
+    parameters, frozen = split(everything, trainable_paths(config.trained, paths(everything)))
     for path in flatten_dict(frozen, sep="."):
         if not path.startswith("backbone."):
             raise UserError(

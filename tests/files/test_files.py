@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from metaembed_jax import files, lease
+from metaembed_jax import files
+from metaembed_jax.checkpoints import lease
 from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, keep, read_kept
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import COMMITTED, has_checkpoints

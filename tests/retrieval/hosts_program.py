@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 import metaembed_jax as me
-from metaembed_jax import hosts
+from metaembed_jax.hosts.connect import connect_hosts
 from metaembed_jax.startup import add_host_flags
 
 parser = argparse.ArgumentParser()
@@ -14,7 +14,7 @@ parser.add_argument("--queries")
 parser.add_argument("--out")
 add_host_flags(parser)
 flags = parser.parse_args()
-hosts.connect(flags.coordinator, flags.hosts, flags.host)
+connect_hosts(flags.coordinator, flags.hosts, flags.host)
 index, queries = me.Index.load(flags.index), np.load(flags.queries)
 for number, budget in enumerate(((3, 7), [(1, 1, 50), (4, 9)])):
     scores, ids = index.search(queries, 20, budget)

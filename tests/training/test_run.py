@@ -22,6 +22,7 @@ from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.evaluation.held_out import HeldOut
 from metaembed_jax.evaluation.report import package_versions
 from metaembed_jax.evaluation.tables import format_tables
+from metaembed_jax.hosts.votes import Terminated
 from metaembed_jax.late_interaction.budgets import budget_name
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.results import read_results
@@ -30,7 +31,6 @@ from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer
-from metaembed_jax.votes import Terminated
 from tests.evaluation.parsed_page import Page
 
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from metaembed_jax.data.workers import map_with, workers_for
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import locked, replacing
 from metaembed_jax.inputs.images import image_size
-from metaembed_jax.processes import map_with, workers_for
 
 LOCK = "described.lock"
 BLOCK = 64  # records that are read at once, with their images

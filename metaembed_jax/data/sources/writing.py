@@ -28,9 +28,9 @@ from tqdm import tqdm
 from metaembed_jax.data.sources import described, records
 from metaembed_jax.data.sources.corpus import Corpus, remove_copy
 from metaembed_jax.data.sources.tables import Table, read_columns
+from metaembed_jax.data.workers import map_with
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, locked, replacing, write_bytes, write_json
-from metaembed_jax.processes import map_with
 
 VERSION = "1.0.0"
 SHARD_ROWS = 1024

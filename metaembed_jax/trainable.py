@@ -27,7 +27,7 @@ def lora_patterns(table: Table) -> tuple[str, ...]:
     return tuple(pattern for pattern, how in table if how == "lora")
 
 
-def trained_paths(table: Table, paths: Iterable[str]) -> frozenset[str]:
+def trainable_paths(table: Table, paths: Iterable[str]) -> frozenset[str]:
     """The paths that train, of all of a network.
 
     Raises:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from jax._src import distributed  # who has joined has no public name
 from jax._src.clusters import OmpiCluster, SlurmCluster  # the parsers of node lists have no public name
 
 from metaembed_jax.devices import nvidia_files, tpu_files
@@ -61,19 +60,14 @@ def find_cluster(root: Path = Path("/")) -> Cluster | None:
     return cluster if cluster and cluster.hosts > 1 else None
 
 
-def count_hosts() -> int:
-    """Return how many hosts have joined; `jax.process_count` would start the devices first, before a config is read."""
-    return distributed.global_state.num_processes or 1
-
-
 def _slurm(environment: Mapping[str, str], root: Path) -> Cluster | None:
     if not all(key in environment for key in SLURM_KEYS):  # a shell of sbatch or salloc without srun is one process
         return None
     hosts, local = int(environment["SLURM_NTASKS"]), int(environment["SLURM_LOCALID"])
     coordinator = SlurmCluster.get_coordinator_address(None, environment.get("JAX_COORDINATOR_PORT"))
-    one_task_a_node = hosts == int(environment.get("SLURM_STEP_NUM_NODES", 0))
+    is_task_a_node = hosts == int(environment.get("SLURM_STEP_NUM_NODES", 0))
     gpus = len(nvidia_files(root))
-    devices = None if one_task_a_node or not gpus else [local]
+    devices = None if is_task_a_node or not gpus else [local]
     return Cluster("Slurm", coordinator, hosts, int(environment["SLURM_PROCID"]), devices)
 
 
@@ -86,7 +80,7 @@ def _open_mpi(environment: Mapping[str, str]) -> Cluster | None:
 
 
 def _tpu(environment: Mapping[str, str], root: Path) -> Cluster | None:
-    """Return the hosts of a TPU job, on one slice or several."""
+    """Return the hosts of a TPU job, of one slice or several."""
     if not tpu_files(root) or environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
         return None
     hostnames = next((environment[key] for key in TPU_LISTS if environment.get(key)), None)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from metaembed_jax import hosts
-from metaembed_jax.cluster import Cluster, find_cluster
 from metaembed_jax.config import config_names
 from metaembed_jax.errors import UserError
+from metaembed_jax.hosts import connect
+from metaembed_jax.hosts.cluster import Cluster, find_cluster
+from metaembed_jax.hosts.connect import connect_hosts
 from tests.several_hosts import ROOT, free_port
 
 KAGGLE = {"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -121,26 +122,26 @@ def test_malformed_variables(root, monkeypatch):
 
 
 def test_a_coordinator_that_does_not_answer_is_one_line(monkeypatch):
-    assert hosts.COORDINATOR_SECONDS + 5 < 60  # seconds, with the last attempt
-    monkeypatch.setattr(hosts, "COORDINATOR_SECONDS", 0.1)
+    assert connect.COORDINATOR_SECONDS + 5 < 60  # seconds, with the last attempt
+    monkeypatch.setattr(connect, "COORDINATOR_SECONDS", 0.1)
     port = free_port()
     with pytest.raises(
         UserError, match=rf"host 1 of 2 .*: the first host does not answer at localhost:{port} \(Connection refused\)"
     ):
-        hosts.connect(f"localhost:{port}", 2, 1)
+        connect_hosts(f"localhost:{port}", 2, 1)
 
 
 @pytest.mark.parametrize("coordinator, host", [("localhost", 0), (":80", 0), ("h:0", 0), ("h:65536", 1), ("h:80", 2)])
 def test_a_coordinator_that_can_be_none(coordinator, host):
     with pytest.raises(UserError, match=f"--coordinator={coordinator} --hosts=2 --host={host}: expected ADDRESS:PORT, a port"):
-        hosts.connect(coordinator, 2, host)
+        connect_hosts(coordinator, 2, host)
 
 
 def test_variables_of_no_host(root, monkeypatch):
     for key, value in (SLURM | {"JAX_COORDINATOR_PORT": "first"}).items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match=r"node07:first .*by the variables of Slurm"):
-        hosts.connect(None, None, None)
+        connect_hosts(None, None, None)
 
 
 def test_a_port_that_another_program_has():
@@ -149,15 +150,15 @@ def test_a_port_that_another_program_has():
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"host 0 of 2 .*cannot listen on port {port} .Address already in use."):
-            hosts.connect(f"localhost:{port}", 2, 0)
+            connect_hosts(f"localhost:{port}", 2, 0)
 
 
 def test_hosts_that_do_not_come_are_one_line():
-    connect = f"hosts.START_SECONDS = 1; hosts.connect('localhost:{free_port()}', 2, 0)"
-    command = [sys.executable, "-c", f"from metaembed_jax import hosts; {connect}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 2)
-    assert "error: host 0 of 2 (--hosts): not all hosts came to localhost:" in done.stderr
+    program = f"connect.START_SECONDS = 1; connect.connect_hosts('localhost:{free_port()}', 2, 0)"
+    command = [sys.executable, "-c", f"from metaembed_jax.hosts import connect; {program}"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (process.returncode, len(process.stderr.splitlines())) == (2, 2)
+    assert "error: host 0 of 2 (--hosts): not all hosts came to localhost:" in process.stderr
 
 
 @pytest.mark.parametrize("program", [["train.py"], ["eval.py", "--checkpoint=nowhere"]])
@@ -166,9 +167,9 @@ def test_kaggle_reaches_its_config(program):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("TPU_", "JAX_PLATFORMS"))}
     environment |= KAGGLE | {"JAX_FORCE_TPU_INIT": "1", "GCE_METADATA_IP": f"127.0.0.1:{free_port()}"}
     command = [sys.executable, *program, "--config=configs/missing.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (process.returncode, process.stderr.splitlines()[-1]) == (
         2,
         f"error: configs/missing.py: no such file, and no config of the package; expected {', '.join(config_names())}, or a file",
     )
-    assert "Traceback" not in done.stderr and not Path("nowhere").exists()
+    assert "Traceback" not in process.stderr and not Path("nowhere").exists()

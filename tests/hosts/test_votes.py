@@ -1,4 +1,4 @@
-"""Votes of hosts: threads take their place here, and a dictionary that of their store."""
+"""Votes of hosts: threads stand in for the hosts, a dictionary for their store."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from metaembed_jax import votes
-from metaembed_jax.votes import Stop, Terminated, Vote
+from metaembed_jax import hosts
+from metaembed_jax.hosts import votes
+from metaembed_jax.hosts.votes import Stop, Terminated, Vote
 
 HOSTS = 3
 
@@ -39,10 +40,10 @@ class Store:
 
 @pytest.fixture
 def on_each(monkeypatch):
-    """A call of a function on all hosts at once, with the number of each."""
+    """A call of a function on all hosts at the same time, with the number of each."""
     here = threading.local()
-    monkeypatch.setattr(votes.jax, "process_index", lambda: here.number)
-    monkeypatch.setattr(votes.distributed, "global_state", SimpleNamespace(client=Store(), num_processes=HOSTS))
+    monkeypatch.setattr(jax, "process_index", lambda: here.number)
+    monkeypatch.setattr(hosts.distributed, "global_state", SimpleNamespace(client=Store(), num_processes=HOSTS))
 
     def call(function):
         def run(number):

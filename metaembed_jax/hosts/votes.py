@@ -9,9 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 import jax
-from jax._src import distributed  # the key-value store that its hosts share has no public name
 
-from metaembed_jax.cluster import count_hosts
+from metaembed_jax.hosts import count_hosts, key_value_store
 
 TERMINATED = 128 + signal.SIGTERM  # the exit code by which schedulers know a job that they stopped, to start it again
 POLL = 0.5  # seconds between looks at the store
@@ -74,17 +73,17 @@ class Vote:
                 self._look()
 
     def _look(self) -> None:
-        client, request = distributed.global_state.client, f"{self._name}/{self._round}"
+        store, request = key_value_store(), f"{self._name}/{self._round}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host's request is in the store already
             if self._requested():
-                client.key_value_set(request, "")
+                store.key_value_set(request, "")
         try:
-            client.key_value_try_get(request)
+            store.key_value_try_get(request)
         except jax.errors.JaxRuntimeError:  # no host's is
             return
         with self._lock:
-            client.key_value_set(f"{request}/{jax.process_index()}", str(self._calls))
-            calls = [int(client.blocking_key_value_get(f"{request}/{host}", 60_000)) for host in range(count_hosts())]
+            store.key_value_set(f"{request}/{jax.process_index()}", str(self._calls))
+            calls = [int(store.blocking_key_value_get(f"{request}/{host}", 60_000)) for host in range(count_hosts())]
             self._agreed, self._round = max(calls) + 1, self._round + 1
 
 
@@ -132,7 +131,7 @@ class Stop:
 def stop_signal() -> Iterator[Stop]:
     """Handle SIGTERM by a `Stop` inside the block; in the main thread only."""
     stop = Stop()
-    before = signal.signal(signal.SIGTERM, stop.on_signal)
+    handler = signal.signal(signal.SIGTERM, stop.on_signal)
     try:
         with stop.vote.watched():
             yield stop
@@ -140,4 +139,4 @@ def stop_signal() -> Iterator[Stop]:
         print(stopped, file=sys.stderr, flush=True)
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler)
