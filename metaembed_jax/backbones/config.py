@@ -1,46 +1,113 @@
-"""What the configs of all families share."""
+"""The fields of a config.json that every family has, and what the library asks of an architecture.
 
+A family's own classes add fields, and set the defaults of its classes in transformers.
+"""
+
+import abc
 import dataclasses
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from metaembed_jax.backbones.fields import normalisation, pick
+from metaembed_jax.backbones.config_checks import normalisation, pick
+from metaembed_jax.batch.items import Layout
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 
 
-class FamilyConfig:
-    """A base for frozen dataclasses of a `text_config` and a `vision_config`; `title` is the family's name.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FamilyTextConfig:
+    """Fields of Hugging Face's `text_config`, under their names there."""
 
-    The former has a `hidden_size` and a `vocab_size`, the latter `image_mean` and `image_std`.
-    """
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
 
-    title: ClassVar[str]
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FamilyVisionConfig:
+    """Fields of Hugging Face's `vision_config`, under their names there, and the pixels' of preprocessor_config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    patch_size: int
+    image_mean: tuple[float, float, float] = HALF
+    image_std: tuple[float, float, float] = HALF
+
+
+@dataclasses.dataclass(frozen=True)
+class FamilyConfig(abc.ABC):
+    """The architecture: everything of a config.json that fixes the network. A base for the families' own."""
+
+    text_config: FamilyTextConfig
+    vision_config: FamilyVisionConfig
+
+    title: ClassVar[str]  # the family's name in messages
     unset_pixels: ClassVar[dict] = {"image_mean": HALF, "image_std": HALF}  # of transformers' class, where a preprocessor sets none
 
     @classmethod
     def pick(cls, text: dict, vision: dict) -> Self:
-        """From the content of `text_config` and `vision_config` in a config.json.
+        """Read the content of `text_config` and `vision_config` in a config.json.
 
         Raises:
-          UserError: a field is missing or cannot be.
+          UserError: a field is missing, or has a value that no such field can have.
         """
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
         given = {"text_config": text, "vision_config": vision}
         return cls(**{name: pick(kinds[name], values, name, cls.title) for name, values in given.items()})
 
-    def default_row(self, images: object) -> tuple[int, int]:
-        """A family's own: tokens and patches of a packed row, where nothing else is asked for.
+    @classmethod
+    @abc.abstractmethod
+    def from_huggingface(cls, config: dict) -> Self:
+        """Read the content of a checkpoint's config.json, and check all of it (see `config_checks`).
+
+        Raises:
+          UserError: a field is missing, or asks for what the family's checkpoints never had.
+        """
+
+    @abc.abstractmethod
+    def to_huggingface(self, vocabulary: int, token_ids: dict[str, int]) -> dict:
+        """Return the content of config.json; inverse of `from_huggingface`.
+
+        Args:
+          vocabulary: rows of the embedding table, which may have grown.
+          token_ids: numbers of all added tokens.
+        """
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Refuse sizes that do not fit each other.
+
+        Raises:
+          UserError: names the fields and their values.
+        """
+
+    @property
+    @abc.abstractmethod
+    def layout(self) -> Layout:
+        """The arrays of a batch that not every family has."""
+
+    @abc.abstractmethod
+    def default_row(self, images: Any) -> tuple[int, int]:
+        """Return the tokens and patches of a packed row where a run names none.
 
         Args:
           images: how images become patches: the family's `Images`.
         """
-        raise NotImplementedError
 
     @property
     def width(self) -> int:
-        """Of the states of the language model."""
+        """Width of the language model's states."""
         return self.text_config.hidden_size
 
     @property
@@ -48,20 +115,24 @@ class FamilyConfig:
         """Rows of the embedding table."""
         return self.text_config.vocab_size
 
-    def stored_vision(self) -> dict:
-        """The content of `vision_config` in a config.json, where pixels' mean and deviation have no place."""
-        return {
-            key: value for key, value in dataclasses.asdict(self.vision_config).items() if key not in ("image_mean", "image_std")
-        }
-
-    def with_preprocessor(self, preprocessor: dict, place: Path) -> Self:
-        """With the mean and deviation of pixels that transformers reads in a preprocessor_config.json.
+    def with_preprocessor(self, preprocessor: dict, file: Path) -> Self:
+        """Replace the mean and deviation of pixels by those that transformers reads in a preprocessor_config.json.
 
         Args:
-          place: of the preprocessor, for errors.
+          file: of the preprocessor, for errors.
 
         Raises:
-          UserError: they are none.
+          UserError: they are not three numbers each.
         """
-        pixels = self.unset_pixels | normalisation(preprocessor, place, self.title)
+        pixels = self.unset_pixels | normalisation(preprocessor, file, self.title)
         return dataclasses.replace(self, vision_config=dataclasses.replace(self.vision_config, **pixels))
+
+    def stored_vision(self) -> dict:
+        """Return the content of `vision_config` in a config.json, which has no mean and deviation of pixels."""
+        fields = dataclasses.asdict(self.vision_config)
+        return {key: value for key, value in fields.items() if key not in ("image_mean", "image_std")}
+
+    def stored_pixels(self) -> dict:
+        """Return what preprocessor_config.json says of pixels; inverse of `with_preprocessor`."""
+        vision = self.vision_config
+        return {"image_mean": list(vision.image_mean), "image_std": list(vision.image_std), "rescale_factor": 1 / 255}

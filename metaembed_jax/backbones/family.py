@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from metaembed_jax.backbones.backbone import Backbone
 from metaembed_jax.backbones.config import FamilyConfig
-from metaembed_jax.backbones.conversion import Source
-from metaembed_jax.backbones.parts import Part
+from metaembed_jax.backbones.flop_counts import FlopCount
+from metaembed_jax.backbones.weight_map import Source
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.processors import PromptProcessor
@@ -62,8 +63,7 @@ class Family:
       Config: the architecture, from a config.json and back.
       Images: how images become patches.
       Processor: (tokenizer, images, limits) -> items to `batch.items.Example`s.
-      Backbone: (config, *, rngs) -> the network, an `nnx.Module` with `embedding`, the vocabulary [V, D], and `width`, D. It is
-        called with (batch, meta_RD, *, dtype, checkpoint, unroll), and returns the last states [B, V, D] at `batch.reads`.
+      Backbone: (config, *, rngs) -> the network.
       special_tokens: special tokens of a vocabulary made from scratch.
       pad_token: the token that an export names as padding.
       prompt_words: strings around the texts of prompts, for vocabularies made from scratch.
@@ -79,7 +79,7 @@ class Family:
     Config: type[FamilyConfig]
     Images: type[FamilyImages]
     Processor: type[PromptProcessor]
-    Backbone: Callable
+    Backbone: type[Backbone]
     special_tokens: tuple[str, ...]
     pad_token: str
     prompt_words: tuple[str, ...]
@@ -87,7 +87,7 @@ class Family:
     unused_keys: tuple[str, ...]
     canonical_key: Callable[[str], str]
     stored_key: Callable[[str], str]
-    flop_counts: Callable[[Any, Size], tuple[Part, ...]]
+    flop_counts: Callable[[Any, Size], tuple[FlopCount, ...]]
     usage: str
     sentence_transformers: Path | None = None
 

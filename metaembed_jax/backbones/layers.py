@@ -1,4 +1,4 @@
-"""What the backbones share: linear maps, norms, feed-forwards, rotary angles, the way in for images, and the scan over a stack.
+"""Layers that backbones share: linear maps, norms, feed-forwards, rotary angles, placing of visual tokens, the scan over a stack.
 
 A layer is written for one layer and created for a whole stack: every parameter takes a leading `[L]` when `layers=L` is
 given, and `scan_layers` runs the stack with one compiled body.
@@ -8,23 +8,24 @@ B batch, S sequence, D model width, F feed-forward width, H heads, K head width,
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Int8, UInt8
+from jaxtyping import Array, Float, Int, Int8, Shaped, UInt8
 
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 
-FEW_LAYERS = 8  # of more, cutting the last one off copies a stack of weights that is worth more than the rows it saves
+FEW_LAYERS = 8  # of more, cutting off the last copies a stack of weights, which costs more than the rows save
 
 
 def param(
     rngs: nnx.Rngs, initializer: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...], layers: int | None = None
 ) -> nnx.Param:
-    """A float32 parameter that knows the meaning of its axes; `layers` puts a stack axis in front."""
+    """Create a float32 parameter with logical axes; `layers` puts a stack axis in front."""
     if layers is None:
         return nnx.Param(initializer(rngs.params(), shape), logical_axes=axes)
     keys = jax.random.split(rngs.params(), layers)
@@ -32,7 +33,7 @@ def param(
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias` in the dtype of x, and what its adapter adds (see `lora.add_lora`).
+    """`x @ kernel + bias` in the dtype of x, plus the output of its adapter (see `lora.add_lora`).
 
     An int8 kernel (see `quantize`) is read as `kernel * kernel_scale`, with one scale for each output.
     """
@@ -48,9 +49,9 @@ class Linear(nnx.Module):
         layers: int | None = None,
     ):
         self.kernel = param(rngs, jax.nn.initializers.lecun_normal(), (inputs, outputs), axes, layers)
-        self.kernel_scale = nnx.data(None)
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.bias = param(rngs, jax.nn.initializers.zeros, (outputs,), axes[1:], layers) if bias else None
-        self.lora = nnx.data(None)
+        self.lora: Callable | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
         y = product(x, self.kernel[...].astype(x.dtype))
@@ -62,16 +63,16 @@ class Linear(nnx.Module):
 
 
 def product(x: Float[Array, "... inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "... outputs"]:
-    """x @ kernel, as a product of two matrices.
+    """Return x @ kernel, computed as a product of two matrices.
 
     The gradient of the kernel then sums over one axis. Where it sums over several, XLA for CPUs first writes a transposed copy of
-    the output's gradient: forward and backward of a gated MLP, 4736 x 256 x 768, took 303 ms, and 223 so.
+    the output's gradient: forward and backward of a gated MLP, 4736 x 256 x 768, took 303 ms, and 223 ms this way.
     """
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def store_int8(network: nnx.Module) -> None:
-    """Makes the kernels of all stacked `Linear`s of a network int8, with float32 scales beside them (for values: `quantize`)."""
+    """Make the kernels of all stacked `Linear`s of a network int8, each with float32 scales (for values: `quantize`)."""
     for _, linear in nnx.iter_modules(network):
         if isinstance(linear, Linear) and linear.kernel.ndim == 3:
             layers, inputs, outputs = linear.kernel.shape
@@ -81,7 +82,7 @@ def store_int8(network: nnx.Module) -> None:
 
 
 def quantize(kernel: Float[np.ndarray, "i o"]) -> tuple[Int8[np.ndarray, "i o"], Float[np.ndarray, "o"]]:
-    """A kernel as int8 and its float32 scales: kernel = int8 * scale, to half a scale. The largest of an output becomes 127."""
+    """Return a kernel as int8, and its scales: kernel = int8 * scale, to half a scale. The largest value of an output is 127."""
     kernel = kernel.astype(np.float32)
     scale = np.abs(kernel).max(axis=0) / 127
     safe = np.where(scale > 0, scale, 1)
@@ -119,7 +120,7 @@ class LayerNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(activation(up(x))), with biases. An `activation` made anew would make each network a new one: give a module's."""
+    """down(activation(up(x))), with biases. Give `activation` a function of a module: networks with new functions compile anew."""
 
     def __init__(self, width: int, hidden: int, *, activation: Callable[[Array], Array], rngs: nnx.Rngs, layers: int | None = None):
         self.activation = activation
@@ -154,16 +155,16 @@ class GatedMLP(nnx.Module):
 
 
 def normalised(patches_BPX: UInt8[Array, "B P X"], mean: Sequence[float], std: Sequence[float]) -> Float[Array, "B P X"]:
-    """uint8 pixels in (channel, y, x) order as the floats that the patch kernel reads; mean and deviation of each channel."""
+    """Return uint8 pixels, in (channel, y, x) order, as floats of this mean and deviation in each channel."""
     pixels = patches_BPX.astype(jnp.float32).reshape(*patches_BPX.shape[:2], 3, -1) / 255.0
-    mean, std = (jnp.asarray(values, jnp.float32)[:, None] for values in (mean, std))
-    return ((pixels - mean) / std).reshape(patches_BPX.shape)
+    mean_C1, std_C1 = (jnp.asarray(values, jnp.float32)[:, None] for values in (mean, std))
+    return ((pixels - mean_C1) / std_C1).reshape(patches_BPX.shape)
 
 
 def embed_tokens(table_ND: Float[Array, "N D"], meta_RD: Float[Array, "R D"], batch: Batch) -> Float[Array, "B S D"]:
-    """Rows of the vocabulary, and of the Meta Tokens where `batch.meta` names one; both tables have the dtype of the result.
+    """Look up rows of the vocabulary, and of the Meta Tokens where `batch.meta` names one. Both tables have the result's dtype.
 
-    Meta Tokens are placed by a product with zeros and ones, which is exact; its gradient is a product too, and no scatter.
+    Meta Tokens are placed by a product with zeros and ones, which is exact; its gradient is a product too, not a scatter.
     """
     x_BSD = jnp.take(table_ND, batch.tokens, axis=0)
     is_meta_BSR = batch.meta[..., None] == jnp.arange(len(meta_RD))
@@ -172,13 +173,13 @@ def embed_tokens(table_ND: Float[Array, "N D"], meta_RD: Float[Array, "R D"], ba
 
 
 def place_units(units_BUD: Float[Array, "B U D"], visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Array:
-    """x, with the unit that `visual_BS` points at where it is not negative."""
+    """Replace states by the unit that `visual_BS` points at, where it is not negative."""
     placed_BSD = jnp.take_along_axis(units_BUD, jnp.maximum(visual_BS, 0)[..., None], axis=1)
     return jnp.where(visual_BS[..., None] >= 0, placed_BSD, x_BSD)
 
 
-def at(x_BSD: Float[Array, "B S ..."], positions_BV: Int[Array, "B V"] | None) -> Float[Array, "B V ..."]:
-    """x at some positions of each row; None: at all, which is x."""
+def at(x_BSD: Shaped[Array, "B S ..."], positions_BV: Int[Array, "B V"] | None) -> Shaped[Array, "B V ..."]:
+    """Return x at some positions of each row; None: x itself."""
     if positions_BV is None:
         return x_BSD
     return jnp.take_along_axis(x_BSD, positions_BV.reshape(*positions_BV.shape, *[1] * (x_BSD.ndim - 2)), axis=1)
@@ -187,10 +188,10 @@ def at(x_BSD: Float[Array, "B S ..."], positions_BV: Int[Array, "B V"] | None) -
 def rotate(
     x_BSHK: Float[Array, "B S H K"], cos_BSK: Float[Array, "B S K"], sin_BSK: Float[Array, "B S K"]
 ) -> Float[Array, "B S H K"]:
-    """Rotary embedding in the two-halves convention (arXiv 2104.09864, as `apply_rotary_pos_emb` of transformers), in float32.
+    """Rotate heads in the two-halves convention (arXiv 2104.09864, as `apply_rotary_pos_emb` of transformers), in float32.
 
-    The halves change places by a product, (x1, x2) -> (-x2, x1), which is exact; cut and joined, they would be written to memory.
-    One step's bytes of four vision blocks, 8 images of 5120 patches, compiled for v6e: 159 GB cut and joined, 113 GB so.
+    A product exchanges the halves, (x1, x2) -> (-x2, x1), which is exact; cut and joined, they would be written to memory.
+    One step's bytes of four vision blocks, 8 images of 5120 patches, compiled for v6e: 159 GB cut and joined, 113 GB this way.
     """
     width = x_BSHK.shape[-1]
     turn_KK = np.eye(width, k=width // 2) - np.eye(width, k=-width // 2)
@@ -201,25 +202,31 @@ def rotate(
 
 
 def split_heads(x_BSD: Float[Array, "B S D"], heads: int) -> Float[Array, "B S H K"]:
-    """Whole heads to a device: were heads too few for the tensor axis and cut instead, every rotation would exchange halves."""
+    """Split states into heads, whole heads to a device: if the tensor axis cut heads, every rotation would exchange halves."""
     return constrain(x_BSD.reshape(*x_BSD.shape[:2], heads, -1), "batch", None, "heads", None)
 
 
 def inverse_frequencies(width: int, theta: float) -> Float[Array, "half"]:
-    """theta^(-2i / width) for i < width / 2, float32."""
-    # As a float: JAX takes no whole number past 32 bits, and a config.json may write one.
+    """Return theta^(-2i / width) for i < width / 2, float32."""
+    # As a float: JAX takes no integer past 32 bits, and a config.json may have one.
     return 1.0 / float(theta) ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
 
 
-def scan_layers(stack: nnx.Module, x: Array, flags: Int[Array, "L"] | None, *context, checkpoint: bool, unroll: int) -> Array:
-    """Runs `layer(x, flag, *context)` for each layer of a stack, compiled once.
+def cos_sin(angles_BSH: Float[Array, "B S K/2"]) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
+    """Return cosines and sines of angles, for both halves of a head."""
+    angles_BSK = jnp.concatenate([angles_BSH, angles_BSH], axis=-1)
+    return jnp.cos(angles_BSK), jnp.sin(angles_BSK)
+
+
+def scan_layers(stack: nnx.Module, x: Array, flags: Any, *context, checkpoint: bool, unroll: int) -> Array:
+    """Run `layer(x, flag, *context)` for each layer of a stack, compiled once.
 
     Args:
       stack: a module whose every parameter has a leading layer axis.
-      flags: one value per layer (say, its kind of attention), or None.
-      context: what every layer reads alike (masks, angles).
+      flags: arrays with a leading axis of layers (say, their kinds of attention), or None.
+      context: arrays that every layer reads alike (segments, angles).
       checkpoint: recompute each layer in the backward pass and keep only its input.
-      unroll: layers to a turn of the loop.
+      unroll: layers in a turn of the loop.
     """
     graph, state = nnx.split(stack)
 
@@ -235,13 +242,13 @@ def scan_layers(stack: nnx.Module, x: Array, flags: Int[Array, "L"] | None, *con
 def scan_and_keep(
     stack: nnx.Module, x: Array, kept: tuple[int, ...], *context, checkpoint: bool, unroll: int
 ) -> tuple[Array, Float[Array, "kept ..."]]:
-    """`scan_layers` without flags, and the states after the layers with these numbers.
+    """Run `scan_layers` without flags, and return the states after the layers with the numbers `kept` too.
 
-    They are written into one array as the loop comes by; given out by every layer, there would be L of them in memory.
+    The loop writes them into one array; if every layer returned its states, there would be L of them in memory.
     """
     graph, state = nnx.split(stack)
-    places = np.full(jax.tree.leaves(state)[0].shape[0], len(kept))  # the last place takes what nobody asked for
-    places[list(kept)] = np.arange(len(kept))
+    slots = np.full(jax.tree.leaves(state)[0].shape[0], len(kept))  # the last slot takes the states that are not kept
+    slots[list(kept)] = np.arange(len(kept))
 
     def run(x, layer_state):
         return nnx.merge(graph, layer_state)(x, None, *context)
@@ -251,27 +258,27 @@ def scan_and_keep(
 
     def body(carry, layer):
         x, states = carry
-        layer_state, place = layer
+        layer_state, slot = layer
         x = run(x, layer_state)
-        return (x, jax.lax.dynamic_update_index_in_dim(states, x, place, 0)), None
+        return (x, jax.lax.dynamic_update_index_in_dim(states, x, slot, 0)), None
 
     states = constrain(jnp.zeros((len(kept) + 1, *x.shape), x.dtype), None, "batch", *[None] * (x.ndim - 1))
-    (x, states), _ = jax.lax.scan(body, (x, states), (state, places), unroll=unroll)
+    (x, states), _ = jax.lax.scan(body, (x, states), (state, slots), unroll=unroll)
     return x, states[:-1]
 
 
 def read_at(
     stack: nnx.Module,
     x_BSD: Float[Array, "B S D"],
-    flags: Int[Array, "L"] | None,
+    flags: Any,
     *context,
     reads_BV: Int[Array, "B V"],
     checkpoint: bool,
     unroll: int,
 ) -> Float[Array, "B V D"]:
-    """The states of `scan_layers` at some positions; layers take `reads_BV` too, to compute those only.
+    """Run `scan_layers`, and return the states at the positions `reads_BV`. Layers take them too, to compute only those.
 
-    Of few layers, the last one is computed at those positions alone: its states are read nowhere else.
+    Of few layers, the last is computed at these positions alone: its states are read nowhere else.
     """
     graph, state = nnx.split(stack)
     layers = jax.tree.leaves(state)[0].shape[0]
@@ -284,5 +291,5 @@ def read_at(
 
 
 def cuts_last(layers: int) -> bool:
-    """True where `read_at` computes the last of so many layers by itself."""
+    """Return True where `read_at` computes the last of this number of layers by itself."""
     return layers <= FEW_LAYERS

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): what a frozen linear map lacks for a new task, as a product of two narrow ones.
+"""LoRA (arXiv 2106.09685): the change of a frozen linear map for a new task, as a product of two narrow maps.
 
     y = x @ kernel + dropout(x) @ a @ b * alpha / rank
 
@@ -9,6 +9,7 @@ are those of its kernel.
 import dataclasses
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from metaembed_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which linear maps carry an adapter, and of what kind.
+    """The linear maps that carry an adapter, and its kind.
 
     Attributes:
       kernels: patterns of the paths of their kernels, as in `fnmatch`; `*` matches dots too.
@@ -38,7 +39,7 @@ class LoraConfig:
 
 
 class Dropout(nnx.Variable):
-    """The random key of an adapter's dropout, or the numbers of the items in the batch; for each layer of a stack. No parameter."""
+    """Not a parameter: the random key of an adapter's dropout, or the numbers of the batch's items; for each layer of a stack."""
 
 
 class Lora(nnx.Module):
@@ -57,7 +58,7 @@ class Lora(nnx.Module):
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
         scale = self.scale
-        if self.key is not None:
+        if self.key is not None and self.items is not None:
             mask = dropout_mask(self.key[...], self.items[...], 1 - self.dropout, x.shape)
             x, scale = jnp.where(mask, x, 0), scale / (1 - self.dropout)
         return product(product(x, self.a[...].astype(x.dtype)) * scale, self.b[...].astype(x.dtype))
@@ -71,7 +72,7 @@ def dropout_mask(key: UInt32[Array, "2"], items_B: Int[Array, "B"], share: float
 
     Positions (all axes except the last) and columns are hashed by MurmurHash3's finaliser (Appleby, public domain), twice each; an
     element only mixes the two. Four layers of configs/3b.py's language model, 8 rows of 1360, compiled for v6e in 39 s this way, in
-    58 s with each element hashed in full, and in 45 s without dropout, when items were no part of the hash yet.
+    58 s with each element hashed in full, and in 45 s without dropout, before items were part of the hash.
 
     Args:
       items_B: a number for each item of the batch.
@@ -100,12 +101,14 @@ def _hash(number: UInt32[Array, "..."], words: Iterable[UInt32[Array, "..."]]) -
 
 
 def add_lora(network: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
-    """Gives an adapter to every `Linear` of a network whose kernel matches.
+    """Give an adapter to every `Linear` of a network whose kernel matches.
 
     Raises:
       UserError: a pattern that matches no kernel.
     """
-    linears = {".".join((*path, "kernel")): module for path, module in nnx.iter_modules(network) if isinstance(module, Linear)}
+    linears = {
+        ".".join((*map(str, path), "kernel")): module for path, module in nnx.iter_modules(network) if isinstance(module, Linear)
+    }
     for pattern in config.kernels:
         if not any(fnmatchcase(path, pattern) for path in linears):
             raise UserError(f"the LoRA pattern {pattern!r} matches none of the kernels {', '.join(sorted(linears))}")
@@ -115,14 +118,15 @@ def add_lora(network: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None
 
 
 def dropout_keys(abstract: dict, key: jax.Array) -> dict[tuple[str, ...], UInt32[Array, "..."]]:
-    """Returns a fresh key for each adapter by its path in `abstract`: [2], or [L, 2] for a stack."""
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract).items() if path[-1] == "key"}
+    """Return a fresh key for each adapter by its path in `abstract`: [2], or [L, 2] for a stack."""
+    leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(abstract))
+    shapes = {path: leaf.shape for path, leaf in leaves.items() if path[-1] == "key"}
     keys = jax.random.split(key, max(len(shapes), 1))
     split = [jax.random.split(key, shape[0]) if len(shape) == 2 else key for shape, key in zip(shapes.values(), keys, strict=False)]
     return dict(zip(shapes, map(jax.random.key_data, split), strict=True))
 
 
 def dropout_of(keys: dict[tuple[str, ...], UInt32[Array, "..."]], items_B: Int[Array, "B"]) -> dict:
-    """Returns the `Dropout` variables of a network as nested dicts: keys of `dropout_keys`, and the items of a batch."""
+    """Return the `Dropout` variables of a network as nested dicts: keys of `dropout_keys`, and the items of a batch."""
     items = {(*path[:-1], "items"): jnp.broadcast_to(items_B, (*key.shape[:-1], len(items_B))) for path, key in keys.items()}
     return unflatten_dict(keys | items)

@@ -18,9 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from metaembed_jax.backbones.conversion import Source
 from metaembed_jax.backbones.family import Family
 from metaembed_jax.backbones.layers import quantize
+from metaembed_jax.backbones.weight_map import Source
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json
 

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+from metaembed_jax.backbones.config_checks import initializer_range
 from metaembed_jax.backbones.family import family
-from metaembed_jax.backbones.fields import initializer_range
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.checkpoints.base import find, open_recorded
 from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, read_kept

@@ -11,8 +11,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from metaembed_jax.backbones.conversion import Source
 from metaembed_jax.backbones.family import Family, family
+from metaembed_jax.backbones.weight_map import Source
 from metaembed_jax.files import write_json
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.trainable import LORA

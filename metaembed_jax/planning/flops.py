@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from metaembed_jax.backbones.family import family
-from metaembed_jax.backbones.parts import Attention, Part
+from metaembed_jax.backbones.flop_counts import AttentionCount, FlopCount
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.training import StepShape
 from metaembed_jax.config import largest_budgets, model_config
@@ -101,10 +101,10 @@ class _Counter:
         own = meta + sum(map(_rotations, parts))
         return total + Flops(0, 0, meta * (1 + ("meta_tokens" in self._trained)) + (total.forward + own) * is_again)
 
-    def _trains(self, part: Part) -> bool:
+    def _trains(self, part: FlopCount) -> bool:
         return any(_lies_in(path, f"backbone.{part.path}") for path in self._trained)
 
-    def _part(self, part: Part, before: bool) -> Flops:
+    def _part(self, part: FlopCount, before: bool) -> Flops:
         """Of one part; `before`: something that trains lies before its stack."""
         prefix, is_stack = f"backbone.{part.path}", bool(part.attention)
         passes_back = part.has_meta or before or (self._trains(part) and is_stack)  # the layers of a stack lie before each other
@@ -151,12 +151,12 @@ def _lies_in(path: str, prefix: str) -> bool:
     return path == prefix or path.startswith(prefix + ".")
 
 
-def _attention(one: Attention) -> float:
+def _attention(one: AttentionCount) -> float:
     """Of scores and of mixing by them, forward."""
     return 4.0 * one.layers * one.queries * one.span * one.heads * one.head_width
 
 
-def _rotations(part: Part) -> float:
+def _rotations(part: FlopCount) -> float:
     """Of queries and keys, forward."""
     turned = [one for one in part.attention if one.rotates]
     heads = [one.layers * (one.queries * one.heads + one.keys * one.key_heads) for one in turned]

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from metaembed_jax.backbones.family import family
-from metaembed_jax.backbones.parts import Part
+from metaembed_jax.backbones.flop_counts import FlopCount
 from metaembed_jax.batch.training import StepShape, step_shape
 from metaembed_jax.config import model_config
 from metaembed_jax.errors import UserError
@@ -110,7 +110,7 @@ def _candidate(
     mesh: Mapping[str, int],
     shape: StepShape,
     recompute: str,
-    parts: tuple[Part, ...],
+    parts: tuple[FlopCount, ...],
     trained: int,
     frozen: int,
     held: int,

@@ -9,8 +9,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from metaembed_jax.backbones.config_checks import differences
 from metaembed_jax.backbones.family import family
-from metaembed_jax.backbones.fields import differences
 from metaembed_jax.checkpoints.base import Base, find, open_base, open_recorded
 from metaembed_jax.checkpoints.frozen import is_kept, is_kept_base, kept_base, read_kept, stands_alone
 from metaembed_jax.checkpoints.huggingface import read_backbone

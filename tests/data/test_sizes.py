@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from metaembed_jax.backbones.qwen2_5_vl.images import Images
-from metaembed_jax.backbones.qwen2_5_vl.inputs import Processor
+from metaembed_jax.backbones.qwen2_5_vl.inputs import Images, Processor
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.data import sizes
 from metaembed_jax.data.sizes import CUT, PATCHES, SHRUNK, TOKENS, SourceSizes

@@ -1,32 +1,33 @@
-"""Texts and images to what Llama-3.2-Vision reads: its prompts, and images cut into tiles.
+"""Inputs of Llama-3.2-Vision: its prompts, and images cut into tiles.
 
     text          <|begin_of_text|>{prefix}{text}<|end_of_text|>
     image + text  <|image|><|begin_of_text|>{prefix}{text}<|end_of_text|>
     image         the same, with "Describe the image." for the text
 
-`prefix` is "Query: " for queries, which end with ten more <|end_of_text|> and "\\n", and empty for candidates. Meta Tokens are no
-part of it: they get their places with the row.
+`prefix` is "Query: " for queries, which end with ten more <|end_of_text|> and "\\n", and empty for documents. Meta Tokens are
+not part of a prompt: they get their positions in a row.
 
 S tokens, P patches, X numbers in a patch.
 """
 
 import dataclasses
 import math
+from typing import Self
 
 import numpy as np
 from einops import rearrange
 from jaxtyping import Int, UInt8
-from ml_collections import ConfigDict
 from PIL import Image
 
-from metaembed_jax.backbones.fields import check_processing
+from metaembed_jax.backbones.config_checks import check_processing
+from metaembed_jax.backbones.family import PixelBounds
 from metaembed_jax.backbones.llama_vision.config import BEGIN, END, IMAGE, TITLE, Config
 from metaembed_jax.inputs.processors import Grid, Prompt, PromptProcessor, no_room
 from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY
 
 SPECIAL_TOKENS = (BEGIN, END, IMAGE)
 PAD_TOKEN = END
-PROMPT_WORDS = (QUERY, IMAGE_ALONE)  # what the prompts say around every text
+PROMPT_WORDS = (QUERY, IMAGE_ALONE)  # around the text of a prompt
 PROCESSING = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"), True) | {"resample": 2}
 
 
@@ -34,10 +35,10 @@ PROCESSING = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_conve
 class Images:
     """How images become patches: an image is laid on a canvas of tiles, scaled to it without distortion.
 
-    An image takes no place in the sequence and its tiles are few, so no bound on pixels or visual tokens has a meaning here.
+    An image has no tokens in the sequence, and few tiles, so bounds on pixels or visual tokens change nothing.
 
     Attributes:
-      tile_size, patch_size: sides, in pixels.
+      tile_size, patch_size: their sides, in pixels.
       max_tiles: of an image.
       arrangements: (rows, columns) of tiles that a canvas may have.
     """
@@ -49,45 +50,43 @@ class Images:
 
     @property
     def image_patches(self) -> int:
-        """Patches of an image: of `max_tiles` tiles, whatever its size."""
+        """Patches of an image: those of `max_tiles` tiles, whatever its size."""
         return self.max_tiles * (self.tile_size // self.patch_size) ** 2
 
     @classmethod
-    def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> "Images":
-        """From the content of preprocessor_config.json, which must ask for what the architecture reads.
+    def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> Self:
+        """Read the content of preprocessor_config.json, which must ask for what the architecture reads.
 
         Raises:
           UserError: it asks for something else.
         """
         check_processing(preprocessor, PROCESSING | _sizes(config))
-        return cls._of(config)
+        return cls.of(config)
 
     @classmethod
-    def from_run(cls, data: ConfigDict, config: Config, max_visual_tokens: int | None) -> "Images":
-        """As the architecture has them; nothing in a run's config changes that."""
-        return cls._of(config)
+    def from_run(cls, data: PixelBounds, config: Config, max_visual_tokens: int | None) -> Self:
+        """Return images as the architecture has them: neither the data of a run's config nor a cap changes them."""
+        return cls.of(config)
 
     @classmethod
-    def _of(cls, config: Config) -> "Images":
+    def of(cls, config: Config) -> Self:
+        """Return images as the architecture has them."""
         vision = config.vision_config
         return cls(vision.image_size, vision.patch_size, vision.max_num_tiles, tuple(vision.arrangements))
 
     def to_preprocessor(self, config: Config) -> dict:
-        """The content of preprocessor_config.json; the way back from `from_preprocessor`."""
-        vision = config.vision_config
+        """Return the content of preprocessor_config.json; inverse of `from_preprocessor`."""
         return {
             "image_processor_type": "MllamaImageProcessor",
             "processor_class": "MllamaProcessor",
             **PROCESSING,
             **_sizes(config),
-            "image_mean": list(vision.image_mean),
-            "image_std": list(vision.image_std),
-            "rescale_factor": 1 / 255,
+            **config.stored_pixels(),
         }
 
 
 def _sizes(config: Config) -> dict:
-    """The keys of preprocessor_config.json that the architecture fixes."""
+    """Return the keys of preprocessor_config.json that the architecture fixes."""
     vision = config.vision_config
     return {"size": {"height": vision.image_size, "width": vision.image_size}, "max_image_tiles": vision.max_num_tiles}
 
@@ -96,6 +95,7 @@ class Processor(PromptProcessor):
     """Turns items into examples with a checkpoint's tokenizer."""
 
     title, special_tokens, filler = TITLE, SPECIAL_TOKENS, END
+    images: Images
 
     def _prompt(self, grid: Grid | None, side: str, has_text: bool, with_image: bool) -> Prompt:
         ids, prefix = self._tokenizer.ids, self._prefix(side)
@@ -105,9 +105,9 @@ class Processor(PromptProcessor):
         return Prompt([ids[IMAGE], ids[BEGIN]], prefix if has_text else prefix + IMAGE_ALONE, "", tail)
 
     def _grid(self, width: int, height: int, most_tokens: int | None, most_patches: int | None, name: str) -> Grid:
-        """The canvas of tiles; with padding it has as many patches as any, and it does not shrink."""
+        """Return the canvas of tiles; with padding it has as many patches as any other, and it does not shrink."""
         patches = self.images.image_patches
-        if most_patches is not None and most_patches < patches:
+        if most_tokens is not None and most_patches is not None and most_patches < patches:
             raise no_room(name, most_tokens, most_patches, 0, patches)
         return Grid(*arrange(height, width, self.images), patches)
 
@@ -115,12 +115,12 @@ class Processor(PromptProcessor):
         return patchify(image, (grid.rows, grid.columns), self.images)
 
     def _visual(self, tokens: Int[np.ndarray, "S"], head: int, grid: Grid | None) -> Int[np.ndarray, "S"]:
-        """No image stands in the sequence."""
+        """Return -1 for every token: images have none in the sequence."""
         return np.full(len(tokens), -1, np.int32)
 
 
 def patchify(image: Image.Image, arrangement: tuple[int, int], images: Images) -> dict[str, np.ndarray]:
-    """An RGB image, scaled, laid on black and cut into tiles, each in raster order, and they into patches; then tiles of padding.
+    """Scale an RGB image, lay it on black, cut it into tiles in raster order, and these into patches; then add tiles of padding.
 
     Returns:
       patches [P, X] uint8, each in (channel, y, x) order; patch_mask [P] bool and aspect_ratio [P] int32: false and 0 in padding.
@@ -140,7 +140,7 @@ def patchify(image: Image.Image, arrangement: tuple[int, int], images: Images) -
 
 
 def arrange(height: int, width: int, images: Images) -> tuple[int, int]:
-    """The rows and columns of tiles for an image: those that enlarge it least, or if it must shrink, shrink it least.
+    """Return the rows and columns of tiles for an image: those that enlarge it least, or if it must shrink, shrink it least.
 
     Of several the smallest canvas, and of several the first, are chosen; the rule of `transformers.models.mllama`.
     """
@@ -153,7 +153,7 @@ def arrange(height: int, width: int, images: Images) -> tuple[int, int]:
 
 
 def fit(height: int, width: int, arrangement: tuple[int, int], tile_size: int) -> tuple[int, int]:
-    """The size of an image on its canvas: inside of it, the aspect ratio kept, enlarged to a tile's side at most."""
+    """Return the size of an image on its canvas: inside of it, with the same aspect ratio, enlarged to a tile's side at most."""
     most_height, most_width = (
         min(max(side, tile_size), count * tile_size) for side, count in zip((height, width), arrangement, strict=True)
     )

@@ -1,13 +1,15 @@
-"""Llama-3.2-Vision (arXiv 2407.21783). Correct is what transformers' `modeling_mllama.py` computes from the same checkpoint.
+"""Llama-3.2-Vision (arXiv 2407.21783), as transformers' `modeling_mllama.py` computes it from the same checkpoint.
 
-B rows, S tokens, V positions that are read, R Meta Tokens, T states of a row's images, D width, H heads, G key/value heads,
-K head width, L layers.
+B rows, S tokens, T states of a row's images, D width, H heads, G key/value heads, K head width, L layers.
 
-An image is no part of the sequence. Some layers attend to it in place of the text, from every token of an item that has one:
+Images have no tokens in the sequence. Some layers attend to an item's image in place of its text, from every token:
 
     layer      0 1 2 3 4 5 6 7 8 9        . causal attention to the text
-               . . . x . . . . x .        x attention to the image, behind gates; items without one pass the layer as they are
+               . . . x . . . . x .        x attention to the image, behind gates; items without one skip the layer
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,30 +17,22 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from metaembed_jax.backbones import backbone
 from metaembed_jax.backbones.attention import attention
-from metaembed_jax.backbones.layers import (
-    GatedMLP,
-    Linear,
-    RMSNorm,
-    at,
-    embed_tokens,
-    inverse_frequencies,
-    param,
-    rotate,
-    scan_layers,
-    split_heads,
-)
+from metaembed_jax.backbones.flop_counts import AttentionCount, FlopCount
+from metaembed_jax.backbones.layers import GatedMLP, Linear, RMSNorm, param, rotate, split_heads
 from metaembed_jax.backbones.llama_vision.config import Config, TextConfig
-from metaembed_jax.backbones.llama_vision.vision import VisionTower
+from metaembed_jax.backbones.llama_vision.vision import VisionTower, vision_counts
+from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 
 
 class Crossing(nnx.Module):
-    """What a cross-attention layer has beside a layer's own: norms of its heads, and gates."""
+    """The parameters that only cross-attention layers have: norms of heads, and gates."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, layers: int):
-        head_width = config.hidden_size // config.num_attention_heads
+        head_width = config.head_width
         self.query_norm = RMSNorm(head_width, epsilon=config.rms_norm_eps, rngs=rngs, layers=layers)
         self.key_norm = RMSNorm(head_width, epsilon=config.rms_norm_eps, rngs=rngs, layers=layers)
         self.attention_gate = param(rngs, jax.nn.initializers.ones, (1,), (None,), layers)
@@ -61,12 +55,12 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(width, config.intermediate_size, bias=False, rngs=rngs, layers=layers)
 
     def __call__(self, x_BSD, kind, crossing_graph, text, image):
-        """One layer.
+        """Run one layer.
 
         Args:
-          kind: whether it attends to the image, and the state of its `Crossing` (of any, if it does not).
+          kind: True if it attends to the image; and the state of its `Crossing` (of any, if it does not).
           text: segments [B, S], cosines and sines [B, S, K].
-          image: states [B, T, D], their segments [B, T], and which tokens have an image [B, S, 1]; None where rows have no patches.
+          image: states [B, T, D], their segments [B, T], and which tokens have an image [B, S, 1]; None: no row has patches.
         """
         is_crossing, state = kind
         if image is None:
@@ -83,13 +77,15 @@ class DecoderLayer(nnx.Module):
 
         return self.run(x_BSD, attend, *gates)
 
-    def run(self, x_BSD, attend, attention_gate, mlp_gate):
+    def run(self, x_BSD, attend: Callable, attention_gate, mlp_gate):
+        """Run the layer with this attention: (query_BSHK, normed_BSD) -> [B, S, H, K]."""
         normed_BSD = self.input_norm(x_BSD)
         mixed = attend(split_heads(self.query(normed_BSD), self.heads), normed_BSD)
         x_BSD = x_BSD + attention_gate * self.output(mixed.reshape(x_BSD.shape))
         return constrain(x_BSD + mlp_gate * self.mlp(self.mlp_norm(x_BSD)), "batch", None, None)
 
-    def over_text(self, text):
+    def over_text(self, text) -> Callable:
+        """Return causal attention to the text, for `run`."""
         segments_BS, cos_BSK, sin_BSK = text
 
         def attend(query_BSHK, normed_BSD):
@@ -101,7 +97,8 @@ class DecoderLayer(nnx.Module):
 
         return attend
 
-    def over_image(self, text, image, crossing: Crossing):
+    def over_image(self, text, image, crossing: Crossing) -> Callable:
+        """Return attention to the image, for `run`."""
         (segments_BS, *_), (states_BTD, segments_BT, _) = text, image
 
         def attend(query_BSHK, _):
@@ -112,66 +109,72 @@ class DecoderLayer(nnx.Module):
         return attend
 
 
-class Backbone(nnx.Module):
-    """Vision tower and language model; it returns the last hidden states at the positions that a batch names."""
+class Backbone(backbone.Backbone):
+    """Vision tower, and a language model whose cross-attention reads it. Meta Tokens look at an item's image as its tokens do."""
+
+    tower, layer = VisionTower, DecoderLayer
+    config: Config
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.config = config
-        text = config.text_config
-        self.vision = VisionTower(config.vision_config, text.hidden_size, rngs=rngs)
-        self.embedding = param(rngs, jax.nn.initializers.normal(0.02), (config.vocabulary, config.width), ("vocabulary", "embed"))
-        self.layers = DecoderLayer(text, rngs=rngs, layers=text.num_hidden_layers)
-        self.crossing = Crossing(text, rngs=rngs, layers=len(text.cross_attention_layers))
-        self.final_norm = RMSNorm(text.hidden_size, epsilon=text.rms_norm_eps, rngs=rngs)
+        super().__init__(config, rngs=rngs)
+        self.crossing = Crossing(config.text_config, rngs=rngs, layers=len(config.text_config.cross_attention_layers))
 
-    @property
-    def width(self) -> int:
-        """The hidden size D."""
-        return self.config.width
+    def place(self, seen: Any, visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Return the states as they are: images have no tokens in the sequence."""
+        return x_BSD
 
-    def __call__(
-        self, batch: Batch, meta_RD: Float[Array, "R D"], *, dtype, checkpoint: bool, unroll: int
-    ) -> Float[Array, "B V D"]:
-        """Last-layer states, after the final norm, at `batch.reads`. Meta Tokens look at an item's image as its tokens do.
+    def flags(self) -> Any:
+        """Return for each layer whether it attends to images, and the state of a `Crossing`: its own if it does."""
+        crossings, layers = self.config.text_config.cross_attention_layers, np.arange(self.config.text_config.num_hidden_layers)
+        nearest_L = np.minimum(np.searchsorted(crossings, layers), len(crossings) - 1)
+        return np.isin(layers, crossings), jax.tree.map(lambda x: x[nearest_L], nnx.split(self.crossing)[1])
 
-        Args:
-          batch: `patch_arrays` are the family's.
-          meta_RD: the table of Meta Tokens.
-          dtype: of activations and matmuls.
-          checkpoint, unroll: as in `scan_layers`.
-        """
-        how = {"checkpoint": checkpoint, "unroll": unroll}
-        image = None
-        if batch.patches is not None:
-            with jax.named_scope("vision"):
-                image = *self.vision(batch, dtype=dtype, **how), self.has_image(batch)
-        x_BSD = embed_tokens(self.embedding[...].astype(dtype), meta_RD.astype(dtype), batch)
-        text = (batch.segments, *self.rotary(batch.positions[:, 0]))
-        kinds, graph = self.kinds()
-        with jax.named_scope("language"):
-            x_BSD = scan_layers(self.layers, x_BSD, kinds, graph, text, image, **how)
-            return self.final_norm(at(x_BSD, batch.reads))
+    def context(self, batch: Batch, seen: Any) -> tuple:
+        """Return the graph of a `Crossing`, and text and image as `DecoderLayer` reads them."""
+        text = batch.segments, *self.rotary(batch.positions)
+        image = None if seen is None else (*seen, self.has_image(batch))
+        return nnx.split(self.crossing)[0], text, image
 
     def has_image(self, batch: Batch) -> Bool[Array, "B S 1"]:
-        """Mark the tokens whose item has an image, [B, S, 1]. Every image begins with a patch that is no padding."""
+        """Mark the tokens whose item has an image, [B, S, 1]. The first patch of every image is not padding."""
+        assert batch.patch_segments is not None  # a row without patches does not come here
         of_images = batch.patch_segments[:, None, :: self.config.vision_config.image_patches]
         segments_BS1 = batch.segments[..., None]
         return ((segments_BS1 == of_images) & (segments_BS1 > 0)).any(axis=-1, keepdims=True)
 
-    def kinds(self):
-        """What `DecoderLayer` is told of each layer, stacked, and the graph of the states therein."""
-        crossings, layers = self.config.text_config.cross_attention_layers, np.arange(self.config.text_config.num_hidden_layers)
-        graph, state = nnx.split(self.crossing)
-        nearest_L = np.minimum(np.searchsorted(crossings, layers), len(crossings) - 1)
-        return (np.isin(layers, crossings), jax.tree.map(lambda x: x[nearest_L], state)), graph
-
-    def rotary(self, positions_BS: Int[Array, "B S"]) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
-        """Cosines and sines; slow frequencies are scaled for long texts ("llama3")."""
-        text = self.config.text_config
-        frequencies = inverse_frequencies(text.hidden_size // text.num_attention_heads, text.rope_theta)
+    def frequencies(self) -> Float[Array, "K/2"]:
+        """Return the angles of a step of one position; slow frequencies are scaled for long texts ("llama3")."""
+        text, frequencies = self.config.text_config, super().frequencies()
         turns = text.original_max_position_embeddings * frequencies / (2 * np.pi)
         kept = jnp.clip((turns - text.low_freq_factor) / (text.high_freq_factor - text.low_freq_factor), 0.0, 1.0)
-        frequencies = (1 - kept) * frequencies / text.factor + kept * frequencies
-        angles = positions_BS[..., None].astype(jnp.float32) * frequencies
-        angles = jnp.concatenate([angles, angles], axis=-1)
-        return jnp.cos(angles), jnp.sin(angles)
+        return (1 - kept) * frequencies / text.factor + kept * frequencies
+
+
+def flop_counts(config: Config, row: Size) -> tuple[FlopCount, ...]:
+    """Count the network on a row; see `backbones.flop_counts`."""
+    vision = config.vision_config
+    T = row.patches // vision.tile_patches * (vision.tile_patches + 1)
+    return (*(vision_counts(vision, row.patches, T) if row.patches else ()), *language_counts(config.text_config, row.tokens, T))
+
+
+def language_counts(config: TextConfig, S: int, T: int) -> tuple[FlopCount, ...]:
+    """Count the language model on a row of S tokens, whose images have T states."""
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_width)
+    crossings = len(config.cross_attention_layers)
+    over_text = FlopCount(
+        "layers",
+        S,
+        config.hidden_size,
+        (AttentionCount(config.num_hidden_layers - crossings, S, S, S, *heads),),
+        last="mlp.down",
+        gate="crossing.mlp_gate" if T else "",
+        has_meta=True,
+    )
+    if not T:
+        return (over_text,)
+    over_image = over_text._replace(
+        attention=(AttentionCount(crossings, S, T, T, *heads, rotates=False),),
+        other_positions={"key": T, "value": T},
+        memory=("key", "value"),
+    )
+    return (over_text, over_image)

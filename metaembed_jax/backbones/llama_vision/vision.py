@@ -1,10 +1,10 @@
-"""The vision tower: an image as tiles, all of which look at each other.
+"""The vision tower of Llama-3.2-Vision: an image as tiles, all of which look at each other.
 
-B rows, P patches of a row or an image, J images of all rows, X numbers in a patch, M tiles of an image, N tokens of a tile, Q those
-and what fills them up to a multiple of 8, L = M * Q, D width, I width of what comes out, T states of a row, M * N for each image.
+B rows, P patches of a row or an image, J images of all rows, X numbers in a patch, M tiles of an image, N tokens of a tile,
+Q tokens of a tile filled up to a multiple of 8, L = M * Q, D width, I width of the output, T states of a row, M * N an image.
 
 A row holds whole images, so they are the tower's batch. It computes M tiles for every image, because transformers does: a token
-of a real tile attends to padding too, and its numbers would change without. Only padding does not attend to padding:
+of a real tile attends to padding too, and has other numbers without it. Only padding does not attend to padding:
 
     keys        image  padding
     image         x       x
@@ -17,23 +17,24 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from metaembed_jax.backbones.attention import attention
+from metaembed_jax.backbones.flop_counts import AttentionCount, FlopCount
 from metaembed_jax.backbones.layers import MLP, LayerNorm, Linear, normalised, param, scan_and_keep, scan_layers, split_heads
 from metaembed_jax.backbones.llama_vision.config import VisionConfig
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 
-OUTER_EPSILON = 1e-5  # of the norms around the layers, whatever the config says of those in them
-FILLED_TO = 8  # a multiple of which the tokens of a tile become
+OUTER_EPSILON = 1e-5  # of the norms around the layers; the config sets that of the norms in them
+FILLED_TO = 8  # the tokens of a tile are filled up to a multiple of it
 APART = 1024.0  # exact in bfloat16; its square lowers a score to nothing
 
 
 def gelu(x: Array) -> Array:
-    """By the error function, not its usual approximation."""
+    """Return GELU by the error function, not its usual approximation."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def gated(gate: nnx.Param | None, x: Array) -> Array:
-    """x * tanh(gate), or x where there is no gate."""
+    """Return x * tanh(gate), or x where there is no gate."""
     return x if gate is None else x * jnp.tanh(gate[...]).astype(x.dtype)
 
 
@@ -67,10 +68,10 @@ def attend_around_padding(
     value_JLHK: Float[Array, "J L H K"],
     padding_JL: Bool[Array, "J L"],
 ) -> Float[Array, "J L H K"]:
-    """Attention in which only padding does not see padding.
+    """Attend to all but from padding to padding.
 
-    Heads get one more number, of 0 for what is image, whose product is far below every score where query and key are padding and
-    exactly 0 elsewhere: no kernel needs to know of such a mask, and a TPU's registers, 128 wide, have the room.
+    Heads get one more number, which is 0 for image tokens. Its product is far below every score where query and key are padding,
+    and exactly 0 elsewhere: kernels need no such mask, and a TPU's registers, 128 wide, have the room.
     """
     apart_JLH1 = jnp.broadcast_to(jnp.where(padding_JL, APART, 0.0)[..., None, None], (*query_JLHK.shape[:3], 1))
     apart_JLH1 = apart_JLH1.astype(query_JLHK.dtype)
@@ -81,7 +82,7 @@ def attend_around_padding(
 
 
 class VisionTower(nnx.Module):
-    """Patches of each row's images to what the language model's cross-attention reads."""
+    """Patches of each row's images to the states that the language model's cross-attention reads."""
 
     def __init__(self, config: VisionConfig, out: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -100,10 +101,11 @@ class VisionTower(nnx.Module):
         self.projector = Linear(config.vision_output_dim, out, axes=("mlp", "embed"), bias=True, rngs=rngs)
 
     def __call__(self, batch: Batch, *, dtype, checkpoint: bool, unroll: int) -> tuple[Float[Array, "B T I"], Int[Array, "B T"]]:
-        """The states that text may look at, of one image of a row after the other, and their segments.
+        """Return the states of a row's images, one after the other, and their segments.
 
         States of padding are finite, and their segment is 0.
         """
+        assert batch.patches is not None and batch.patch_segments is not None  # a row without patches does not come here
         config, rows = self.config, len(batch.patches)
         M, N = config.max_num_tiles, config.tile_patches + 1
         patches_JPX, segments_JP, ratio_JP = (
@@ -115,25 +117,28 @@ class VisionTower(nnx.Module):
         x_JMND = self.embed(self.embed_patches(patches_JPX, segments_JP > 0, dtype), ratio_J)
         x_JMQD = jnp.pad(x_JMND, ((0, 0), (0, 0), (0, -N % FILLED_TO), (0, 0)))
         padding_JMQ = (segments_JM == 0)[:, :, None] | (jnp.arange(x_JMQD.shape[2]) >= N)
-        context, how = padding_JMQ.reshape(len(ratio_J), -1), dict(checkpoint=checkpoint, unroll=unroll)
+        padding_JL = padding_JMQ.reshape(len(ratio_J), -1)
 
         x_JLD = x_JMQD.reshape(len(ratio_J), -1, config.hidden_size)
-        x_JLD, kept_KJLD = scan_and_keep(self.layers, x_JLD, config.intermediate_layers_indices, context, **how)
+        x_JLD, kept_KJLD = scan_and_keep(
+            self.layers, x_JLD, config.intermediate_layers_indices, padding_JL, checkpoint=checkpoint, unroll=unroll
+        )
         x_JMQD = self.after_tiles(self.norm_after(x_JLD).reshape(x_JMQD.shape), ratio_J)
-        x_JLD = scan_layers(self.global_layers, x_JMQD.reshape(x_JLD.shape), None, context, **how)
-        states = x_JLD, jnp.moveaxis(kept_KJLD, 0, -1)  # of the latter, the layer turns fastest
+        x_JLD = x_JMQD.reshape(x_JLD.shape)
+        x_JLD = scan_layers(self.global_layers, x_JLD, None, padding_JL, checkpoint=checkpoint, unroll=unroll)
+        states = x_JLD, jnp.moveaxis(kept_KJLD, 0, -1)  # of the kept states, layers are the fastest axis
         states_JMNI = [x.reshape(len(ratio_J), M, x_JMQD.shape[2], -1)[:, :, :N] for x in states]
         out_JMNI = self.projector(jnp.concatenate(states_JMNI, axis=-1))
         segments_BT = jnp.repeat(segments_JM.reshape(rows, -1), N, axis=1)
         return constrain(out_JMNI.reshape(*segments_BT.shape, -1), "batch", None, None), segments_BT
 
     def embed_patches(self, patches_JPX: UInt8[Array, "J P X"], is_image_JP: Bool[Array, "J P"], dtype) -> Float[Array, "J P D"]:
-        """uint8 pixels to normalised floats, then the patch kernel. Padding is 0, as of pixels that are 0 when normalised."""
+        """Normalise uint8 pixels, and apply the patch kernel. Padding is 0, as if its normalised pixels were 0."""
         pixels = normalised(patches_JPX, self.config.image_mean, self.config.image_std) * is_image_JP[..., None]
         return constrain(self.patch_embedding(pixels.astype(dtype)), "batch", None, None)
 
     def embed(self, patches_JPD: Float[Array, "J P D"], ratio_J: Int[Array, "J"]) -> Float[Array, "J M N D"]:
-        """All tiles, a class token ahead of each one's patches, with the place of each in tile and image."""
+        """Put a class token before the patches of each tile, and add the positions in tile and image."""
         x_JMND = patches_JPD.reshape(len(ratio_J), -1, self.config.tile_patches, patches_JPD.shape[-1])
         x_JMND = self.before_tiles(x_JMND, ratio_J)
         class_JM1D = jnp.broadcast_to(self.class_embedding[...].astype(x_JMND.dtype), (*x_JMND.shape[:2], 1, x_JMND.shape[3]))
@@ -144,7 +149,7 @@ class VisionTower(nnx.Module):
 
 
 class TileEmbedding(nnx.Module):
-    """A gated table of what each tile, or each token of each tile, gets added in an image of an arrangement."""
+    """A gated table of embeddings that are added to each tile, or each token of each tile, by the arrangement of its image."""
 
     def __init__(self, ids: int, tiles: int, tokens: int, width: int, *, rngs: nnx.Rngs):
         self.embedding = param(rngs, jax.nn.initializers.normal(0.02), (ids, tiles * tokens * width), (None, "embed"))
@@ -154,3 +159,25 @@ class TileEmbedding(nnx.Module):
         J, M, _, D = x_JMND.shape
         added_JMND = jnp.take(self.embedding[...].astype(x_JMND.dtype), ratio_J, axis=0).reshape(J, M, -1, D)
         return x_JMND + gated(self.gate, added_JMND)
+
+
+def vision_counts(config: VisionConfig, P: int, T: int) -> tuple[FlopCount, ...]:
+    """Count the tower on a row of P patches, whose images have T states."""
+    J, Q = P // config.image_patches, config.max_num_tiles * FILLED_TO * -(-(config.tile_patches + 1) // FILLED_TO)
+    # Heads have a number more, which keeps padding apart.
+    heads = (config.attention_heads, config.attention_heads, config.hidden_size // config.attention_heads + 1)
+    local, whole = (
+        AttentionCount(layers, J * Q, J * Q, Q, *heads, rotates=False)
+        for layers in (config.num_hidden_layers, config.num_global_layers)
+    )
+    tables = ("before_tiles", "class_embedding", "position_embedding", "tile_positions", "norm_before")
+    return (
+        FlopCount("vision.patch_embedding", P),
+        *(FlopCount(f"vision.{name}", 0) for name in tables),
+        FlopCount("vision.layers", J * Q, config.hidden_size, (local,), last="mlp.down"),
+        *(FlopCount(f"vision.{name}", 0) for name in ("norm_after", "after_tiles")),
+        FlopCount(
+            "vision.global_layers", J * Q, config.hidden_size, (whole,), last="mlp.down", gate="vision.global_layers.mlp_gate"
+        ),
+        FlopCount("vision.projector", T),
+    )

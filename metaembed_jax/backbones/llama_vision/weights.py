@@ -1,24 +1,24 @@
-"""The tensors of Llama-3.2-Vision checkpoints, and the parameters that they fill."""
+"""The weight map of Llama-3.2-Vision, the names of tensors, and how stock transformers computes the vectors of an export."""
 
-from metaembed_jax.backbones.conversion import Source, linear, norm, patches, same
 from metaembed_jax.backbones.llama_vision.config import Config
+from metaembed_jax.backbones.weight_map import Source, linear, norm, patches, same
 
 LAYER = "language_model.layers.{}"
 
 
 def _attention(path: str, name: str) -> dict[str, Source]:
-    """A map of all layers, whose tensors are named after what a layer attends to."""
+    """Return the source of a linear map of all layers, whose tensors are named after what a layer attends to."""
 
-    def places(architecture: Config, layer: int) -> tuple[int, str]:
+    def names(architecture: Config, layer: int) -> tuple[int, str]:
         return layer, "cross_attn" if layer in architecture.text_config.cross_attention_layers else "self_attn"
 
-    return {path: source._replace(places=places) for path, source in linear(path, LAYER + ".{}." + name, bias=False).items()}
+    return {path: source._replace(names=names) for path, source in linear(path, LAYER + ".{}." + name, bias=False).items()}
 
 
 def _crossing(name: str) -> Source:
-    """What only cross-attention layers have: a stack of them alone, which the files count among all layers."""
+    """Return the source of a parameter of the cross-attention layers alone, which the files count among all layers."""
     return same(f"{LAYER}.{name}")._replace(
-        places=lambda architecture, layer: (architecture.text_config.cross_attention_layers[layer],)
+        names=lambda architecture, layer: (architecture.text_config.cross_attention_layers[layer],)
     )
 
 
@@ -35,8 +35,8 @@ def _vision_layers(path: str, key: str) -> dict[str, Source]:
     }
 
 
-# Every parameter, and the tensor of a checkpoint that it is read from.
-KEYS = {
+# The tensor of a checkpoint that each parameter is read from.
+WEIGHT_MAP = {
     "embedding": same("language_model.embed_tokens.weight"),
     "final_norm.scale": same("language_model.norm.weight"),
     "layers.input_norm.scale": same(f"{LAYER}.input_layernorm.weight"),
@@ -72,11 +72,33 @@ KEYS = {
 
 UNUSED_KEYS = ("lm_head.weight",)  # predicts tokens
 
+# Text of the model card of a transformers export; {query}, {last}, {width} and {head} are filled in.
+USAGE = """\
+```python
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained(DIRECTORY), AutoModel.from_pretrained(DIRECTORY)
+prompt = "<|begin_of_text|>Query: a red car<|end_of_text|>" + "<|end_of_text|>" * 10 + "\\n"
+prompt += "".join(f"<|meta_query_{{i}}|>" for i in range({query}))
+inputs = tokenizer([prompt], return_tensors="pt", add_special_tokens=False)
+states = model(**inputs).last_hidden_state[:, -{query}:]
+vectors = torch.nn.functional.normalize(states{head}, dim=-1)  # [1, {query}, {width}], nested
+```
+
+A document's prompt is `<|begin_of_text|>{{text}}<|end_of_text|>`, or with an image
+`<|image|><|begin_of_text|>Describe the image.<|end_of_text|>`; behind it come the {query} query tokens and then
+`<|meta_candidate_0|>` to `<|meta_candidate_{last}|>`, whose states are its vectors. With an image the model also takes what
+`AutoImageProcessor.from_pretrained(DIRECTORY)` gives for `[[image]]`, and a `cross_attention_mask` [1, tokens, 1, tiles], which is
+1 for the first `num_tiles` tiles from the image token to the end, Meta Tokens included. Texts without an image belong in batches
+of their own."""
+
 
 def canonical_key(key: str) -> str:
-    """The name in `KEYS` of a tensor of any layout in circulation; it is the one of transformers' `MllamaModel`.
+    """Return the name in `WEIGHT_MAP` of a tensor of any layout in circulation; it is that of transformers' `MllamaModel`.
 
-    They are `language_model.model.layers` and `vision_model` (as released, and as transformers saves what can generate),
+    Layouts are `language_model.model.layers` and `vision_model` (as released, and as transformers saves what can generate),
     `model.language_model.layers` and `model.vision_model` (as it names that in memory), and, of a model without its output layer,
     `language_model.layers` and `vision_model`.
     """
@@ -87,5 +109,5 @@ def canonical_key(key: str) -> str:
 
 
 def stored_key(key: str) -> str:
-    """The name of a tensor of `KEYS` in transformers' `MllamaModel`; the way back from `canonical_key`."""
+    """Return the name in transformers' `MllamaModel` of a tensor of `WEIGHT_MAP`; inverse of `canonical_key`."""
     return key

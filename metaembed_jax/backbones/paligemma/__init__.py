@@ -1,7 +1,7 @@
 """PaliGemma 1 and 2 (arXiv 2407.07726, 2412.03555)."""
 
 from metaembed_jax.backbones.family import Family
-from metaembed_jax.backbones.paligemma import config, export, flops, inputs, network, weights
+from metaembed_jax.backbones.paligemma import config, inputs, network, weights
 
 FAMILY = Family(
     Config=config.Config,
@@ -11,10 +11,10 @@ FAMILY = Family(
     special_tokens=inputs.SPECIAL_TOKENS,
     pad_token=inputs.PAD_TOKEN,
     prompt_words=inputs.PROMPT_WORDS,
-    weight_map=weights.KEYS,
+    weight_map=weights.WEIGHT_MAP,
     unused_keys=weights.UNUSED_KEYS,
     canonical_key=weights.canonical_key,
     stored_key=weights.stored_key,
-    flop_counts=flops.parts,
-    usage=export.USAGE,
+    flop_counts=network.flop_counts,
+    usage=weights.USAGE,
 )

@@ -1,29 +1,30 @@
-"""Prompts and images of PaliGemma.
+"""Inputs of PaliGemma: its prompts, and images that are stretched to one square.
 
     text          <bos>{prefix}{text}\\n
     image + text  <image>...<image><bos>{prefix}{text}\\n
     image         the same, with "Describe the image." for the text
 
-`prefix` is "Query: " for queries, which end with ten <pad> and "\\n" in place of "\\n", and empty for candidates. These <pad> are
+`prefix` is "Query: " for queries, which end with ten <pad> and "\\n" in place of "\\n", and empty for documents. These <pad> are
 tokens of the prompt like any other. An image has one <image> for each of its patches.
 """
 
 import dataclasses
+from typing import Self
 
 import numpy as np
 from einops import rearrange
 from jaxtyping import Int, UInt8
-from ml_collections import ConfigDict
 from PIL import Image
 
-from metaembed_jax.backbones.fields import check_processing
+from metaembed_jax.backbones.config_checks import check_processing
+from metaembed_jax.backbones.family import PixelBounds
 from metaembed_jax.backbones.paligemma.config import IMAGE_TOKEN, PAD_TOKEN, START_TOKEN, TITLE, Config
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.processors import Grid, Prompt, PromptProcessor, no_room
 from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY
 
 SPECIAL_TOKENS = (PAD_TOKEN, START_TOKEN, IMAGE_TOKEN)
-PROMPT_WORDS = (QUERY, IMAGE_ALONE + "\n")  # what the prompts say around every text
+PROMPT_WORDS = (QUERY, IMAGE_ALONE + "\n")  # around the text of a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Images:
     patch_size: int
 
     @classmethod
-    def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> "Images":
-        """From the content of preprocessor_config.json. No cap can make images smaller: the model knows one size.
+    def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> Self:
+        """Read the content of preprocessor_config.json. No cap makes images smaller: the model knows one size.
 
         Raises:
           UserError: a processing that is not PaliGemma's, or a size that is not the model's.
@@ -48,30 +49,33 @@ class Images:
         check_processing(preprocessor, {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3})
         side = config.vision_config.image_size
         if (size := preprocessor.get("size") or {"height": 224, "width": 224}) != {"height": side, "width": side}:
-            raise UserError(f"preprocessor_config.json: size is {size!r}, and config.json has images of {side} x {side} pixels")
-        return cls.from_run(None, config, max_visual_tokens)
+            raise UserError(f"preprocessor_config.json: size is {size!r}; config.json has images of {side} x {side} pixels")
+        return cls.of(config)
 
     @classmethod
-    def from_run(cls, data: ConfigDict | None, config: Config, max_visual_tokens: int | None) -> "Images":
-        """As the architecture of a run has them; `config.data` has no say in it, as no cap has."""
+    def from_run(cls, data: PixelBounds, config: Config, max_visual_tokens: int | None) -> Self:
+        """Return images as the architecture has them: neither the data of a run's config nor a cap changes them."""
+        return cls.of(config)
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Return images as the architecture has them."""
         return cls(config.vision_config.image_size, config.vision_config.patch_size)
 
     def to_preprocessor(self, config: Config) -> dict:
-        """The content of preprocessor_config.json, which transformers reads."""
+        """Return the content of preprocessor_config.json; inverse of `from_preprocessor`."""
         return {
             "image_processor_type": "SiglipImageProcessor",
             "processor_class": "PaliGemmaProcessor",
             "size": {"height": self.image_size, "width": self.image_size},
             "resample": 3,
-            "rescale_factor": 1 / 255,
-            "image_mean": list(config.vision_config.image_mean),
-            "image_std": list(config.vision_config.image_std),
+            **config.stored_pixels(),
             "image_seq_length": config.vision_config.patches,
         }
 
 
 def patchify(image: Image.Image, images: Images) -> UInt8[np.ndarray, "P X"]:
-    """Patches of an RGB image in raster order, each in (channel, y, x) order."""
+    """Stretch an RGB image to a square and cut it into patches in raster order, each in (channel, y, x) order."""
     square = image.resize((images.image_size, images.image_size), Image.Resampling.BICUBIC)
     size = images.patch_size
     return np.ascontiguousarray(rearrange(np.asarray(square), "(row y) (column x) c -> (row column) (c y x)", y=size, x=size))
@@ -81,6 +85,7 @@ class Processor(PromptProcessor):
     """Turns items into examples with a checkpoint's tokenizer."""
 
     title, special_tokens, filler = TITLE, SPECIAL_TOKENS, PAD_TOKEN
+    images: Images
 
     def _prompt(self, grid: Grid | None, side: str, has_text: bool, with_image: bool) -> Prompt:
         ids, prefix = self._tokenizer.ids, self._prefix(side)
@@ -89,9 +94,9 @@ class Processor(PromptProcessor):
         return Prompt([*visual, ids[START_TOKEN]], before, "" if side == "query" else "\n", [*self._suffix(side)])
 
     def _grid(self, width: int, height: int, most_tokens: int | None, most_patches: int | None, name: str) -> Grid:
-        """The one grid that the model knows; it does not shrink."""
+        """Return the one grid that the model knows; it does not shrink."""
         side = self.images.image_size // self.images.patch_size
-        if most_tokens is not None and min(most_tokens, most_patches) < side**2:
+        if most_tokens is not None and most_patches is not None and min(most_tokens, most_patches) < side**2:
             raise no_room(name, most_tokens, most_patches, side**2, side**2)
         return Grid(side, side, side**2)
 

@@ -1,1 +1,1 @@
-"""What the families of Qwen-VL share: prompts, images in units of patches, M-RoPE positions, exports."""
+"""Shared by the Qwen-VL families: prompts, images in units of patches, M-RoPE positions, exports."""

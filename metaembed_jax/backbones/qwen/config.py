@@ -1,24 +1,45 @@
-"""What the configs of the Qwen-VL families share."""
+"""The architecture of the Qwen-VL families, as far as they share it."""
 
+import dataclasses
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD, FamilyConfig
-from metaembed_jax.backbones.fields import check_depth, check_heads, check_key_value_heads, check_sizes
-from metaembed_jax.backbones.qwen.images import Images
+from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD, FamilyConfig, FamilyTextConfig, FamilyVisionConfig
+from metaembed_jax.backbones.config_checks import check_depth, check_heads, check_key_value_heads, check_sizes
 from metaembed_jax.errors import UserError
 
-WORDS = 192  # tokens of a row for the text and the Meta Tokens beside an image
+WORDS = 192  # tokens of a row for an image's text and Meta Tokens
 SMALLEST_ROW = 640  # holds a text of 512 tokens with its prompt and Meta Tokens
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenVisionConfig(FamilyVisionConfig):
+    """Fields of Hugging Face's `vision_config`, under their names there."""
+
+    depth: int
+    num_heads: int
+    out_hidden_size: int
+    spatial_merge_size: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenTextConfig(FamilyTextConfig):
+    """Fields of Hugging Face's `text_config`, under their names there."""
+
+    mrope_section: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class QwenConfig(FamilyConfig):
     """A base for the families' own."""
 
+    text_config: QwenTextConfig
+    vision_config: QwenVisionConfig
+
     unset_pixels = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 
-    def default_row(self, images: Images) -> tuple[int, int]:
-        """Two of the largest images, with a text each. As released: (2432, 8192).
+    def default_row(self, images: Any) -> tuple[int, int]:
+        """Return room for two of the largest images, with a text each. As released: (2432, 8192).
 
         The recipe's mixture fills 98 % of the tokens of such rows and 97 % of the patches; of rows of one image, 74 and 89 %.
         """
@@ -26,21 +47,21 @@ class QwenConfig(FamilyConfig):
         tokens, patches = max(2 * (units + WORDS), SMALLEST_ROW), 2 * units * self.layout.unit
         return tokens + -tokens % 128, patches + -patches % self.layout.multiple
 
-    def with_preprocessor(self, preprocessor: dict, place: Path) -> Self:
-        """With the mean and standard deviation of pixels that a preprocessor_config.json has.
+    def with_preprocessor(self, preprocessor: dict, file: Path) -> Self:
+        """Replace the mean and deviation of pixels by those of a preprocessor_config.json.
 
         Raises:
-          UserError: they are none, or its patches are others than this model's; names `place`.
+          UserError: they are not three numbers each, or its patches are not this model's; names `file`.
         """
         check_sizes({key: preprocessor.get(key) for key in ("patch_size", "merge_size")})
         vision = self.vision_config
         ours = (preprocessor.get("patch_size") or 14, preprocessor.get("merge_size") or 2)  # of transformers' class, if it has none
         if ours != (theirs := (vision.patch_size, vision.spatial_merge_size)):
-            raise UserError(f"{place}: patch and merge sizes are {ours} in preprocessor_config.json and {theirs} in config.json")
-        return super().with_preprocessor(preprocessor, place)
+            raise UserError(f"{file}: patch and merge sizes are {ours} in preprocessor_config.json and {theirs} in config.json")
+        return super().with_preprocessor(preprocessor, file)
 
     def check(self) -> None:
-        """Refuses sizes that do not fit each other.
+        """Refuse sizes that do not fit each other.
 
         Raises:
           UserError: names the fields and their values.
@@ -48,21 +69,21 @@ class QwenConfig(FamilyConfig):
         text, vision = self.text_config, self.vision_config
         check_depth(text.num_hidden_layers, vision.depth)
         check_key_value_heads(text.num_attention_heads, text.num_key_value_heads)
-        if len(text.mrope_section) != 3 or 2 * sum(text.mrope_section) != text.head_dim:
-            wanted = f"three numbers that add up to half a head's width, {text.head_dim}"
-            raise UserError(f"text_config: mrope_section {text.mrope_section} must be {wanted}")
+        if len(text.mrope_section) != 3 or 2 * sum(text.mrope_section) != text.head_width:
+            expected = f"three numbers that add up to half a head's width, {text.head_width}"
+            raise UserError(f"text_config: mrope_section is {text.mrope_section}; expected {expected}")
         check_heads("vision_config", vision.hidden_size, vision.num_heads, multiple=4)
         if vision.out_hidden_size != text.hidden_size:
             raise UserError(
-                f"vision_config: out_hidden_size {vision.out_hidden_size} is not the text's hidden_size, {text.hidden_size}"
+                f"vision_config: out_hidden_size is {vision.out_hidden_size}; expected the text's hidden_size, {text.hidden_size}"
             )
 
 
 def token_fields(token_ids: dict[str, int], vocabulary: int) -> dict[str, int]:
-    """The fields of a config.json that say which tokens stand for what is seen."""
+    """Return the fields of a config.json that name the tokens of images."""
     return {
         "image_token_id": token_ids["<|image_pad|>"],
-        "video_token_id": token_ids.get("<|video_pad|>", vocabulary),  # none: a number that no token has
+        "video_token_id": token_ids.get("<|video_pad|>", vocabulary),  # without one: a number that no token has
         "vision_start_token_id": token_ids["<|vision_start|>"],
         "vision_end_token_id": token_ids["<|vision_end|>"],
     }

@@ -1,22 +1,23 @@
-"""Images to uint8 patches, with the very numbers of the checkpoint's Hugging Face image processor (its Pillow implementation).
+"""Images to uint8 patches, with exactly the pixels of the checkpoint's Hugging Face image processor (the Pillow one).
 
 P patches, U units (merged squares of N = 4 patches, each one visual token), X numbers in a patch.
 
-A patch is one frame, in (channel, y, x) order. Patches lie unit by unit, and in a unit in raster order; the order of units is the
+A patch is one frame, in (channel, y, x) order. Patches go unit by unit, and in a unit in raster order; the order of units is the
 family's.
 """
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 from einops import rearrange
 from jaxtyping import Int, UInt8
-from ml_collections import ConfigDict
 from PIL import Image
 
-from metaembed_jax.backbones.fields import check_processing, check_sizes
+from metaembed_jax.backbones.config_checks import check_processing, check_sizes
+from metaembed_jax.backbones.family import PixelBounds
+from metaembed_jax.backbones.qwen.config import QwenConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.images import MAX_ASPECT_RATIO
 from metaembed_jax.inputs.processors import Grid, no_room
@@ -42,7 +43,7 @@ class Images:
 
     def __post_init__(self):
         if not 1 <= self.min_pixels <= self.max_pixels:
-            raise UserError(f"image sizes: min_pixels={self.min_pixels} must be between 1 and max_pixels={self.max_pixels}")
+            raise UserError(f"image sizes: min_pixels={self.min_pixels}: expected 1 to max_pixels={self.max_pixels}")
 
     @property
     def unit_size(self) -> int:
@@ -50,15 +51,15 @@ class Images:
         return self.patch_size * self.merge_size
 
     def patches(self, rows: int, columns: int) -> int:
-        """The patches of a grid of units, with the padding among them that a family needs."""
+        """Return the number of patches of a grid of units, with the padding among them that a family needs."""
         return rows * columns * self.merge_size**2
 
     def grid(self, width: int, height: int, most_units: int | None, most_patches: int | None, name: str) -> Grid:
-        """How an image is cut: as `smart_resize` has it where that fits, else the largest grid that does.
+        """Return the grid that an image is cut into: that of `smart_resize` where it fits, else the largest that does.
 
         Args:
           width, height: of the image, in pixels.
-          most_units, most_patches: that it may have; None: any number.
+          most_units, most_patches: limits of the grid; None: any number.
           name: of the item, for errors.
 
         Raises:
@@ -69,7 +70,7 @@ class Images:
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         natural = rows, columns = height // self.unit_size, width // self.unit_size
-        if most_units is None:
+        if most_units is None or most_patches is None:
             return Grid(rows, columns, self.patches(rows, columns))
         bound = min(most_units, most_patches // self.merge_size**2)
         while bound >= 1:
@@ -80,11 +81,11 @@ class Images:
         raise no_room(name, most_units, most_patches, 1, self.patches(1, 1))
 
     @classmethod
-    def from_preprocessor(cls, preprocessor: dict, config: object, max_visual_tokens: int) -> "Images":
-        """From the content of preprocessor_config.json, where sizes stand as `min_pixels` or as `size.shortest_edge`.
+    def from_preprocessor(cls, preprocessor: dict, config: QwenConfig, max_visual_tokens: int) -> Self:
+        """Read the content of preprocessor_config.json, which has sizes as `min_pixels` or as `size.shortest_edge`.
 
         Args:
-          config: the family's `Config`, which says how large patches and units are.
+          config: the family's `Config`, which has the sizes of patches and units.
           max_visual_tokens: cap on the visual tokens of an image.
 
         Raises:
@@ -94,17 +95,17 @@ class Images:
             preprocessor, {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
         )
         size = preprocessor.get("size") or {}
-        whole = {key: preprocessor.get(key) for key in ("min_pixels", "max_pixels")}
+        bounds = {key: preprocessor.get(key) for key in ("min_pixels", "max_pixels")}
         if not isinstance(size, dict):
-            raise UserError(f"preprocessor_config.json: size is {size!r}, not an object of keys and values")
-        check_sizes(whole | size)
-        smallest = whole["min_pixels"] or size.get("min_pixels") or size.get("shortest_edge") or 56 * 56
-        largest = whole["max_pixels"] or size.get("max_pixels") or size.get("longest_edge") or 1280 * 28 * 28
+            raise UserError(f"preprocessor_config.json: size is {size!r}; expected an object of keys and values")
+        check_sizes(bounds | size)
+        smallest = bounds["min_pixels"] or size.get("min_pixels") or size.get("shortest_edge") or 56 * 56
+        largest = bounds["max_pixels"] or size.get("max_pixels") or size.get("longest_edge") or 1280 * 28 * 28
         return cls.of(config, smallest, largest, max_visual_tokens)
 
     @classmethod
-    def from_run(cls, data: ConfigDict, config: object, max_visual_tokens: int | None) -> "Images":
-        """From `config.data` of a run; see `from_preprocessor`.
+    def from_run(cls, data: PixelBounds, config: QwenConfig, max_visual_tokens: int | None) -> Self:
+        """Read the data of a run's config; see `from_preprocessor`.
 
         Raises:
           UserError: bounds that exclude each other.
@@ -112,16 +113,15 @@ class Images:
         return cls.of(config, data.min_pixels, data.max_pixels, max_visual_tokens)
 
     @classmethod
-    def of(cls, config: object, smallest: int, largest: int, max_visual_tokens: int | None) -> "Images":
-        """With bounds of the area, and a cap on the visual tokens of an image."""
+    def of(cls, config: QwenConfig, smallest: int, largest: int, max_visual_tokens: int | None) -> Self:
+        """Return images with these bounds of the area, and a cap on the visual tokens of each."""
         vision = config.vision_config
         if max_visual_tokens is not None:
             largest = min(largest, max_visual_tokens * (vision.patch_size * vision.spatial_merge_size) ** 2)
         return cls(smallest, largest, vision.patch_size, vision.spatial_merge_size)
 
-    def to_preprocessor(self, config: object) -> dict:
-        """The content of preprocessor_config.json; the way back from `from_preprocessor`."""
-        vision = config.vision_config
+    def to_preprocessor(self, config: QwenConfig) -> dict:
+        """Return the content of preprocessor_config.json; inverse of `from_preprocessor`."""
         return {
             "image_processor_type": "Qwen2VLImageProcessor",
             "processor_class": self.processor_class,
@@ -129,14 +129,12 @@ class Images:
             "patch_size": self.patch_size,
             "temporal_patch_size": 2,
             "merge_size": self.merge_size,
-            "image_mean": list(vision.image_mean),
-            "image_std": list(vision.image_std),
-            "rescale_factor": 1 / 255,
+            **config.stored_pixels(),
         }
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size to resize to: multiples of `factor`, the aspect ratio about kept, the area within bounds where both allow it.
+    """Return the size to resize to: multiples of `factor`, about the same aspect ratio, the area within bounds where both allow it.
 
     The rule of `transformers.models.qwen2_vl`, rounding included; thin images and narrow bounds can exceed `max_pixels`.
 
@@ -156,7 +154,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def fit_grid(rows: int, columns: int, most_units: int) -> tuple[int, int]:
-    """The largest grid of about the same aspect ratio with at most so many units, one at least on a side."""
+    """Return the largest grid of about the same aspect ratio with at most `most_units` units, at least one on a side."""
     if rows * columns <= most_units:
         return rows, columns
     shrink = math.sqrt(rows * columns / most_units)
@@ -165,7 +163,7 @@ def fit_grid(rows: int, columns: int, most_units: int) -> tuple[int, int]:
 
 
 def to_units(image: Image.Image, grid: Grid, images: Images) -> tuple[UInt8[np.ndarray, "U N X"], Int[np.ndarray, "U N 2"]]:
-    """Resizes an RGB image to a grid and cuts it: the pixels of each unit's N patches, and the row and column of each patch."""
+    """Resize an RGB image to a grid and cut it; return the pixels of each unit's N patches, and each patch's row and column."""
     size = grid.columns * images.unit_size, grid.rows * images.unit_size
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
     merge = {"m": images.merge_size, "n": images.merge_size}

@@ -1,14 +1,16 @@
-"""Texts and images to what the network reads: the prompts of Qwen-VL, M-RoPE positions, places of visual tokens.
+"""Inputs of the Qwen-VL families: prompts, M-RoPE positions, and the positions of visual tokens.
 
     text          <|im_start|>user\\n{prefix}{text}<|im_end|><|endoftext|>
     image + text  <|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>{prefix}{text}<|im_end|><|endoftext|>
     image         the same, with "Describe the image." for the text
 
-`prefix` is "Query: " for queries, which end with ten more <|endoftext|> and "\\n", and empty for candidates. Meta Tokens are no
-part of it: the network appends them.
+`prefix` is "Query: " for queries, which end with ten more <|endoftext|> and "\\n", and empty for documents. Meta Tokens are not
+part of a prompt: they get their positions in a row.
 
 S tokens.
 """
+
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -18,12 +20,13 @@ from metaembed_jax.inputs.texts import IMAGE_ALONE, QUERY
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 PAD_TOKEN = "<|endoftext|>"
-PROMPT_WORDS = ("user\n", QUERY, IMAGE_ALONE)  # what the prompts say around every text
+PROMPT_WORDS = ("user\n", QUERY, IMAGE_ALONE)  # around the text of a prompt
 
 
 class Processor(PromptProcessor):
-    """A base for the families' own, which have a `title`, `_patches` and `_order`."""
+    """A base for the families' own, which have a `title` and `_patches`."""
 
+    images: Any  # the family's `Images`
     special_tokens, filler = SPECIAL_TOKENS, "<|endoftext|>"
 
     def _prompt(self, grid: Grid | None, side: str, has_text: bool, with_image: bool) -> Prompt:
@@ -46,7 +49,7 @@ class Processor(PromptProcessor):
         return visual
 
     def _order(self, grid: Grid) -> Int[np.ndarray, "U"]:
-        """The place among an image's units of each unit in raster order: raster order, but for families that have another."""
+        """Return where each unit of an image, in raster order, is among its units: by default in raster order too."""
         return np.arange(grid.rows * grid.columns, dtype=np.int32)
 
     def _positions(self, tokens: Int[np.ndarray, "S"], grid: Grid | None) -> Int[np.ndarray, "3 S"]:
@@ -57,9 +60,9 @@ class Processor(PromptProcessor):
 
 
 def rope_positions(length: int, start: int, grid: tuple[int, int] | None) -> Int[np.ndarray, "3 S"]:
-    """M-RoPE: text counts on alike on three axes; an image from `start` holds time, and spans its rows and columns.
+    """Return M-RoPE positions: of text the same on three axes; of an image from `start` one time, its rows and its columns.
 
-    After the image, text goes on past its larger side. The values of `get_rope_index` of transformers' models.
+    After the image, text continues past its larger side. The values of `get_rope_index` of transformers' models.
     """
     if grid is None:
         return np.tile(np.arange(length, dtype=np.int32), (3, 1))

@@ -1,4 +1,4 @@
-"""MetaEmbed for sentence-transformers: prompts, Meta Tokens and their read-out, around a stock Qwen-VL.
+"""MetaEmbed for sentence-transformers: a stock Qwen-VL with prompts and Meta Tokens, whose states are the vectors.
 
     from sentence_transformers import MultiVectorEncoder
     model = MultiVectorEncoder(DIRECTORY, trust_remote_code=True)
@@ -11,6 +11,7 @@ The vectors are nested: the first 4 of a query and the first 8 of a document are
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,11 +26,12 @@ class MetaEmbed(InputModule):
     """The only module of the pipeline. `directory` is where its files are."""
 
     forward_kwargs = {"task"}
+    tokenizer: Tokenizer
 
     def __init__(self, directory: str, **model_kwargs):
         super().__init__()
         self.directory = Path(directory)
-        self.about = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))["metaembed"]
+        self.metadata = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))["metaembed"]
         self.core = AutoModel.from_pretrained(directory, **model_kwargs).eval()
         head = self.directory / "head.safetensors"
         self.head = torch.nn.Parameter(load_file(head)["weight"].to(self.core.dtype)) if head.is_file() else None
@@ -39,24 +41,24 @@ class MetaEmbed(InputModule):
 
     @property
     def modalities(self) -> list:
-        """What can be embedded; "message" stands for a batch that mixes them."""
+        """The inputs that can be embedded; "message" is a batch that mixes them."""
         return ["text", "image", ("image", "text"), ("text", "image"), "message"]
 
     def get_embedding_dimension(self) -> int:
         """The width of a vector."""
-        return self.about["embedding_dim"] or self.core.config.get_text_config().hidden_size
+        return self.metadata["embedding_dim"] or self.core.config.get_text_config().hidden_size
 
-    def preprocess(self, inputs: list, prompt: str | None = None, task: str | None = None, **kwargs) -> dict:
-        """Left-padded prompts with the Meta Tokens behind them. Inputs: texts, PIL images, or {"text", "image"}."""
+    def preprocess(self, inputs: Sequence, prompt: str | None = None, task: str | None = None, **kwargs) -> dict:
+        """Return left-padded prompts with their Meta Tokens. Inputs: texts, PIL images, or {"text", "image"}."""
         items = [item if isinstance(item, dict) else {"text" if isinstance(item, str) else "image": item} for item in inputs]
         for item in items:
             known = item.keys() <= {"text", "image"} and isinstance(item.get("text") or "", str)
             if not known or isinstance(item.get("image"), list) or all(value is None for value in item.values()):
-                raise ValueError(f"cannot embed {str(item)[:200]}: give texts, images, or {{'text': ..., 'image': ...}}")
+                raise ValueError(f"cannot embed {str(item)[:200]}; expected a text, an image, or {{'text': ..., 'image': ...}}")
         pictures = [item["image"] for item in items if item.get("image") is not None]
         features = dict(self.images(pictures, return_tensors="pt")) if pictures else {}
         units = iter((features["image_grid_thw"].prod(-1) // self.images.merge_size**2).tolist() if pictures else ())
-        suffix = list(range(self.about["first_token"], self.about["first_token"] + self._rows(task)))
+        suffix = list(range(self.metadata["first_token"], self.metadata["first_token"] + self._rows(task)))
         rows = [self._tokens(item, prompt or "", task, units) + suffix for item in items]
         length = max(map(len, rows))
         features["input_ids"] = torch.tensor([[0] * (length - len(row)) + row for row in rows])
@@ -64,13 +66,13 @@ class MetaEmbed(InputModule):
         return features
 
     def forward(self, features: dict, task: str | None = None, **kwargs) -> dict:
-        """Adds `token_embeddings` [B, R, D], of length one; every one of them counts."""
+        """Add `token_embeddings` [B, R, D], unit vectors, none of them masked."""
         tokens, mask = features["input_ids"], features["attention_mask"]
         seen = {key: features[key] for key in ("pixel_values", "image_grid_thw") if key in features}
         kinds = (tokens == self.core.config.image_token_id).int()
         positions, _ = self.core.get_rope_index(tokens, kinds, seen.get("image_grid_thw"), attention_mask=mask)
         states = self.core(input_ids=tokens, attention_mask=mask, position_ids=positions, **seen).last_hidden_state
-        vectors = states[:, -self.about["query_tokens" if task == "query" else "candidate_tokens"] :]
+        vectors = states[:, -self.metadata["query_tokens" if task == "query" else "candidate_tokens"] :]
         if self.head is not None:
             vectors = vectors @ self.head.T
         features["token_embeddings"] = torch.nn.functional.normalize(vectors.float(), dim=-1)
@@ -78,7 +80,7 @@ class MetaEmbed(InputModule):
         return features
 
     def save(self, output_path: str, *args, **kwargs) -> None:
-        """Writes the weights as they are now, and copies the other files."""
+        """Write the weights as they are now, and copy the other files."""
         for file in self.directory.iterdir():
             weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
             if file.is_file() and not weights and Path(output_path).resolve() != self.directory.resolve():
@@ -90,12 +92,12 @@ class MetaEmbed(InputModule):
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", token=None, cache_folder=None, revision=None,
              local_files_only: bool = False, model_kwargs: dict | None = None, **kwargs) -> "MetaEmbed":  # fmt: skip
-        """From a directory or a hub id."""
-        where = dict(token=token, cache_folder=cache_folder, revision=revision, local_files_only=local_files_only)
-        return cls(cls.load_dir_path(model_name_or_path, subfolder=subfolder, **where), **(model_kwargs or {}))
+        """Load from a directory or a hub id."""
+        source = dict(token=token, cache_folder=cache_folder, revision=revision, local_files_only=local_files_only)
+        return cls(cls.load_dir_path(model_name_or_path, subfolder=subfolder, **source), **(model_kwargs or {}))
 
     def _rows(self, task: str | None) -> int:
-        return self.about["query_tokens"] + (0 if task == "query" else self.about["candidate_tokens"])
+        return self.metadata["query_tokens"] + (0 if task == "query" else self.metadata["candidate_tokens"])
 
     def _tokens(self, item: dict, prompt: str, task: str | None, units) -> list[int]:
         text, special, plain = item.get("text") or "", self.tokenizer.token_to_id, self._encode

@@ -1,27 +1,22 @@
 """The architecture of Qwen2.5-VL (arXiv 2502.13923), from a checkpoint's config.json and back."""
 
 import dataclasses
+from typing import Self
 
 from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD
-from metaembed_jax.backbones.fields import check_heads, free, part, require, rotary
-from metaembed_jax.backbones.qwen.config import QwenConfig, token_fields
+from metaembed_jax.backbones.config_checks import check_heads, free, require, rotary, section
+from metaembed_jax.backbones.qwen.config import QwenConfig, QwenTextConfig, QwenVisionConfig, token_fields
 from metaembed_jax.batch.items import ArraySpec, Layout
 
 TITLE = "Qwen2.5-VL"
 
 
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """The fields of Hugging Face's `vision_config`, under their names there."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig(QwenVisionConfig):
+    """Fields of Hugging Face's `vision_config`, under their names there."""
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    out_hidden_size: int
     fullatt_block_indexes: tuple[int, ...]
     patch_size: int = 14
-    spatial_merge_size: int = 2
     window_size: int = free(112)  # boards have larger pages than the icons that a run starts from
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
@@ -32,24 +27,12 @@ class VisionConfig:
         return (self.window_size // self.patch_size // self.spatial_merge_size * self.spatial_merge_size) ** 2
 
 
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """The fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(QwenTextConfig):
+    """Fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers."""
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    mrope_section: tuple[int, int, int]
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.hidden_size // self.num_attention_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,28 +43,17 @@ class Config(QwenConfig):
     text_config: TextConfig
     vision_config: VisionConfig
 
-    @property
-    def layout(self) -> Layout:
-        """The arrays of a batch; `inputs` says what they hold."""
-        vision = self.vision_config
-        patches = {
-            "patches": ArraySpec((3 * vision.patch_size**2,), "uint8"),
-            "patch_positions": ArraySpec((2,), "int32"),
-            "windows": ArraySpec((), "int32", fill=-1),
-        }
-        return Layout(patches, position_axes=3, unit=vision.spatial_merge_size**2, multiple=vision.window_patches)
-
     @classmethod
-    def from_huggingface(cls, config: dict) -> "Config":
-        """From the content of a checkpoint's config.json, in either layout in circulation (flat, or with `text_config`).
+    def from_huggingface(cls, config: dict) -> Self:
+        """Read the content of a checkpoint's config.json, in either layout in circulation (flat, or with `text_config`).
 
         Raises:
           UserError: a field is missing, or asks for what Qwen2.5-VL checkpoints never had.
         """
-        text = {**config, **part(config, "text_config")}
+        text = {**config, **section(config, "text_config")}
         rope = rotary(text)
         text |= {"rope_theta": rope["rope_theta"], "mrope_section": rope.get("mrope_section", text.get("mrope_section"))}
-        vision = part(config, "vision_config")
+        vision = section(config, "vision_config")
         fixed = (
             ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
             ("hidden_act of text", text.get("hidden_act", "silu"), ("silu",)),
@@ -91,17 +63,12 @@ class Config(QwenConfig):
         )
         for name, value, known in fixed:
             require(name, value, known, TITLE)
-        chosen = cls.pick(text, vision)
-        chosen.check()
-        return chosen
+        architecture = cls.pick(text, vision)
+        architecture.check()
+        return architecture
 
     def to_huggingface(self, vocabulary: int, token_ids: dict[str, int]) -> dict:
-        """The content of config.json; the way back from `from_huggingface`.
-
-        Args:
-          vocabulary: rows of the embedding table, which may have grown.
-          token_ids: of the special tokens.
-        """
+        """Return the content of config.json; inverse of `from_huggingface`."""
         text = dataclasses.asdict(self.text_config) | {"vocab_size": vocabulary, "model_type": "qwen2_5_vl_text"}
         sections, theta = text.pop("mrope_section"), text.pop("rope_theta")
         rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": list(sections)}
@@ -114,12 +81,19 @@ class Config(QwenConfig):
             **token_fields(token_ids, vocabulary),
         }
 
-    def check(self) -> None:
-        """Refuses sizes that do not fit each other.
+    @property
+    def layout(self) -> Layout:
+        """The arrays of a batch; see `inputs`."""
+        vision = self.vision_config
+        patches = {
+            "patches": ArraySpec((3 * vision.patch_size**2,), "uint8"),
+            "patch_positions": ArraySpec((2,), "int32"),
+            "windows": ArraySpec((), "int32", fill=-1),
+        }
+        return Layout(patches, position_axes=3, unit=vision.spatial_merge_size**2, multiple=vision.window_patches)
 
-        Raises:
-          UserError: names the fields and their values.
-        """
+    def check(self) -> None:
+        """Refuse sizes that do not fit each other."""
         text = self.text_config
         check_heads("text_config", text.hidden_size, text.num_attention_heads)
         super().check()

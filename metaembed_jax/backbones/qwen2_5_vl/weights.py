@@ -1,20 +1,12 @@
-"""Where the parameters of Qwen2.5-VL lie in a checkpoint."""
+"""The weight map of Qwen2.5-VL, and the names of tensors."""
 
-from metaembed_jax.backbones.conversion import fused_linears, linear, same, still_patches
+from metaembed_jax.backbones.weight_map import decoder_layers, fused_linears, linear, same, still_patches
 
-# Every parameter, and the tensor of a checkpoint that it is read from.
-KEYS = {
+# The tensor of a checkpoint that each parameter is read from.
+WEIGHT_MAP = {
     "embedding": same("model.embed_tokens.weight"),
     "final_norm.scale": same("model.norm.weight"),
-    "layers.input_norm.scale": same("model.layers.{}.input_layernorm.weight"),
-    "layers.mlp_norm.scale": same("model.layers.{}.post_attention_layernorm.weight"),
-    **linear("layers.query", "model.layers.{}.self_attn.q_proj", bias=True),
-    **linear("layers.key", "model.layers.{}.self_attn.k_proj", bias=True),
-    **linear("layers.value", "model.layers.{}.self_attn.v_proj", bias=True),
-    **linear("layers.output", "model.layers.{}.self_attn.o_proj", bias=False),
-    **linear("layers.mlp.gate", "model.layers.{}.mlp.gate_proj", bias=False),
-    **linear("layers.mlp.up", "model.layers.{}.mlp.up_proj", bias=False),
-    **linear("layers.mlp.down", "model.layers.{}.mlp.down_proj", bias=False),
+    **decoder_layers("model.layers.{}", attention_bias=True),
     "vision.patch_embedding.kernel": still_patches("visual.patch_embed.proj.weight"),
     "vision.blocks.norm1.scale": same("visual.blocks.{}.norm1.weight"),
     "vision.blocks.norm2.scale": same("visual.blocks.{}.norm2.weight"),
@@ -28,13 +20,11 @@ KEYS = {
     **linear("vision.merger_down", "visual.merger.mlp.2", bias=True),
 }
 
-UNUSED_KEYS = ("lm_head.weight",)  # predicts tokens; stored where it is not tied to the embedding
-
 
 def canonical_key(key: str) -> str:
-    """The name in `KEYS` of a tensor of any layout in circulation.
+    """Return the name in `WEIGHT_MAP` of a tensor of any layout in circulation.
 
-    They are `model.layers` and `visual` (as released), `model.language_model.layers` and `model.visual`, and, of a model without
+    Layouts are `model.layers` and `visual` (as released), `model.language_model.layers` and `model.visual`, and, of a model without
     its output layer, `language_model.layers` and `visual`.
     """
     for new, old in (("model.language_model.", "model."), ("model.visual.", "visual."), ("language_model.", "model.")):
@@ -44,5 +34,5 @@ def canonical_key(key: str) -> str:
 
 
 def stored_key(key: str) -> str:
-    """The name of a tensor of `KEYS` in transformers' `Qwen2_5_VLModel`; the way back from `canonical_key`."""
+    """Return the name in transformers' `Qwen2_5_VLModel` of a tensor of `WEIGHT_MAP`; inverse of `canonical_key`."""
     return key if key.startswith("visual.") else key.replace("model.", "language_model.", 1)

@@ -2,31 +2,23 @@
 
 import dataclasses
 import math
+from typing import Self
 
-from metaembed_jax.backbones.config import HALF
-from metaembed_jax.backbones.fields import part, require, rotary
-from metaembed_jax.backbones.qwen.config import QwenConfig, token_fields
+from metaembed_jax.backbones.config_checks import check_ascending, require, rotary, section
+from metaembed_jax.backbones.qwen.config import QwenConfig, QwenTextConfig, QwenVisionConfig, token_fields
 from metaembed_jax.batch.items import ArraySpec, Layout
 from metaembed_jax.errors import UserError
 
 TITLE = "Qwen3-VL"
 
 
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """The fields of Hugging Face's `vision_config`, under their names there, and what preprocessor_config.json says of pixels."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig(QwenVisionConfig):
+    """Fields of Hugging Face's `vision_config`, under their names there."""
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    out_hidden_size: int
     deepstack_visual_indexes: tuple[int, ...]
     num_position_embeddings: int = 2304
     patch_size: int = 16
-    spatial_merge_size: int = 2
-    image_mean: tuple[float, float, float] = HALF
-    image_std: tuple[float, float, float] = HALF
 
     @property
     def table_side(self) -> int:
@@ -34,20 +26,17 @@ class VisionConfig:
         return math.isqrt(self.num_position_embeddings)
 
 
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """The fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(QwenTextConfig):
+    """Fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers."""
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    mrope_section: tuple[int, int, int]
     head_dim: int = 128
-    rms_norm_eps: float = 1e-6
     rope_theta: float = 5e5
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +48,16 @@ class Config(QwenConfig):
     vision_config: VisionConfig
 
     @classmethod
-    def from_huggingface(cls, config: dict) -> "Config":
-        """From the content of a checkpoint's config.json, as released, or as transformers 5 writes it.
+    def from_huggingface(cls, config: dict) -> Self:
+        """Read the content of a checkpoint's config.json, as released, or as transformers 5 writes it.
 
         Raises:
           UserError: a field is missing, or asks for what Qwen3-VL checkpoints never had.
         """
-        text, vision = dict(part(config, "text_config")), part(config, "vision_config")
+        text, vision = dict(section(config, "text_config")), section(config, "vision_config")
         rope = rotary(text)
         text |= {"rope_theta": rope["rope_theta"], "mrope_section": rope.get("mrope_section", text.get("mrope_section"))}
-        vision_rope = part(vision, "rope_parameters")
+        vision_rope = section(vision, "rope_parameters")
         fixed = (
             ("attention_bias of text", text.get("attention_bias") or False, False),
             ("hidden_act of text", text.get("hidden_act", "silu"), "silu"),
@@ -82,17 +71,12 @@ class Config(QwenConfig):
         )
         for name, value, known in fixed:
             require(name, value, (known,), TITLE)
-        chosen = cls.pick(text, vision)
-        chosen.check()
-        return chosen
+        architecture = cls.pick(text, vision)
+        architecture.check()
+        return architecture
 
     def to_huggingface(self, vocabulary: int, token_ids: dict[str, int]) -> dict:
-        """The content of config.json; the way back from `from_huggingface`.
-
-        Args:
-          vocabulary: rows of the embedding table, which may have grown.
-          token_ids: of the special tokens.
-        """
+        """Return the content of config.json; inverse of `from_huggingface`."""
         text = dataclasses.asdict(self.text_config) | {"vocab_size": vocabulary, "model_type": "qwen3_vl_text"}
         rope = {"rope_type": "default", "mrope_interleaved": True}
         rope |= {"rope_theta": text.pop("rope_theta"), "mrope_section": list(text.pop("mrope_section"))}
@@ -107,7 +91,7 @@ class Config(QwenConfig):
 
     @property
     def layout(self) -> Layout:
-        """The arrays of a batch; `inputs` says what they hold."""
+        """The arrays of a batch; see `inputs`."""
         vision = self.vision_config
         unit = vision.spatial_merge_size**2
         patches = {
@@ -118,16 +102,9 @@ class Config(QwenConfig):
         return Layout(patches, position_axes=3, unit=unit, multiple=unit)
 
     def check(self) -> None:
-        """Refuses sizes that do not fit each other.
-
-        Raises:
-          UserError: names the fields and their values.
-        """
+        """Refuse sizes that do not fit each other."""
         super().check()
         vision = self.vision_config
         if vision.table_side**2 != vision.num_position_embeddings:
-            raise UserError(f"vision_config: num_position_embeddings {vision.num_position_embeddings} is no square number")
-        taken = vision.deepstack_visual_indexes
-        if not taken or list(taken) != sorted(set(taken)) or taken[-1] >= vision.depth:
-            wanted = f"ascending numbers of its {vision.depth} layers, at least one"
-            raise UserError(f"vision_config: deepstack_visual_indexes {taken} must be {wanted}")
+            raise UserError(f"vision_config: num_position_embeddings is {vision.num_position_embeddings}; expected a square number")
+        check_ascending("deepstack_visual_indexes", vision.deepstack_visual_indexes, vision.depth)

@@ -1,7 +1,7 @@
-"""Qwen3-VL (arXiv 2511.21631), dense. Correct is what transformers' `modeling_qwen3_vl.py` computes from the same checkpoint.
+"""Qwen3-VL (arXiv 2511.21631), dense, as transformers' `modeling_qwen3_vl.py` computes it from the same checkpoint.
 
 B rows, S tokens, V positions that are read, P patches, U units (merged 2x2 patches), N DeepStack features, D width, H heads,
-G key/value heads, K head width, L layers, X numbers in a patch.
+G key/value heads, K head width, X numbers in a patch.
 
 DeepStack (arXiv 2406.04334): the states of the tower after some of its layers are merged too, each by a merger of its own, and
 added to the image tokens after the first layers of the language model:
@@ -11,6 +11,9 @@ added to the image tokens after the first layers of the language model:
     language       0     1     2   3 ..
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from metaembed_jax.backbones.attention import attention
+from metaembed_jax.backbones.flop_counts import AttentionCount, FlopCount
 from metaembed_jax.backbones.layers import (
     MLP,
     GatedMLP,
@@ -33,8 +37,9 @@ from metaembed_jax.backbones.layers import (
     split_heads,
 )
 from metaembed_jax.backbones.qwen import network
-from metaembed_jax.backbones.qwen.network import patch_angles
-from metaembed_jax.backbones.qwen3_vl.config import TextConfig, VisionConfig
+from metaembed_jax.backbones.qwen.network import language_counts, patch_angles
+from metaembed_jax.backbones.qwen3_vl.config import Config, TextConfig, VisionConfig
+from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 
@@ -63,13 +68,13 @@ class VisionBlock(nnx.Module):
 
 
 class Merger(nnx.Module):
-    """Each 2x2 block of patches becomes one unit of the language model's width; normed before they are joined, or after."""
+    """Makes each 2x2 block of patches one unit of the language model's width; normed before they are joined, or after."""
 
-    def __init__(self, config: VisionConfig, *, norm_joined: bool, rngs: nnx.Rngs, layers: int | None = None):
+    def __init__(self, config: VisionConfig, width: int, *, norm_joined: bool, rngs: nnx.Rngs, layers: int | None = None):
         self.joined, self.norm_joined = config.hidden_size * config.spatial_merge_size**2, norm_joined
         self.norm = LayerNorm(self.joined if norm_joined else config.hidden_size, epsilon=1e-6, rngs=rngs, layers=layers)
         self.up = Linear(self.joined, self.joined, axes=("embed", "mlp"), bias=True, rngs=rngs, layers=layers)
-        self.down = Linear(self.joined, config.out_hidden_size, axes=("mlp", "embed"), bias=True, rngs=rngs, layers=layers)
+        self.down = Linear(self.joined, width, axes=("mlp", "embed"), bias=True, rngs=rngs, layers=layers)
 
     def __call__(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B U D"]:
         joined = (x_BPD.shape[0], -1, self.joined)
@@ -78,53 +83,54 @@ class Merger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Patches of one image per row to language-width units."""
+    """Patches of a row's images to units of the language model's width."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, width: int, *, rngs: nnx.Rngs):
         self.config = config
-        width, table = config.hidden_size, (config.num_position_embeddings, config.hidden_size)
-        self.patch_embedding = Linear(3 * config.patch_size**2, width, axes=("patch", "embed"), bias=True, rngs=rngs)
+        inner, table = config.hidden_size, (config.num_position_embeddings, config.hidden_size)
+        self.patch_embedding = Linear(3 * config.patch_size**2, inner, axes=("patch", "embed"), bias=True, rngs=rngs)
         self.position_table = param(rngs, jax.nn.initializers.normal(0.02), table, (None, "embed"))
         self.blocks = VisionBlock(config, rngs=rngs, layers=config.depth)
-        self.merger = Merger(config, norm_joined=False, rngs=rngs)
-        self.deepstack = Merger(config, norm_joined=True, rngs=rngs, layers=len(config.deepstack_visual_indexes))
+        self.merger = Merger(config, width, norm_joined=False, rngs=rngs)
+        self.deepstack = Merger(config, width, norm_joined=True, rngs=rngs, layers=len(config.deepstack_visual_indexes))
 
     def __call__(
         self, batch: Batch, *, dtype, checkpoint: bool, unroll: int
     ) -> tuple[Float[Array, "B U D"], Float[Array, "N B U D"]]:
-        """The units, and those of DeepStack; those of padding hold finite numbers that nothing reads."""
+        """Return the units, and those of DeepStack; those of padding hold finite numbers that nothing reads."""
+        assert batch.patches is not None  # a row without patches does not come here
         positions_BP2 = batch.patch_arrays["patch_positions"]
         x_BPD = self.embed_patches(batch.patches, positions_BP2, batch.patch_arrays["patch_grid"], dtype)
         context = batch.patch_segments, *patch_angles(positions_BP2, self.config.hidden_size // self.config.num_heads)
-        taken, how = self.config.deepstack_visual_indexes, {"checkpoint": checkpoint, "unroll": unroll}
-        x_BPD, kept_NBPD = scan_and_keep(self.blocks, x_BPD, taken, *context, **how)
+        kept = self.config.deepstack_visual_indexes
+        x_BPD, kept_NBPD = scan_and_keep(self.blocks, x_BPD, kept, *context, checkpoint=checkpoint, unroll=unroll)
         return self.merger(x_BPD), self.merge_kept(kept_NBPD)
 
     def embed_patches(
         self, patches_BPX: UInt8[Array, "B P X"], positions_BP2: Int[Array, "B P 2"], grid_BP2: Int[Array, "B P 2"], dtype
     ) -> Float[Array, "B P D"]:
-        """The patch kernel on normalised pixels (the temporal kernel, summed over two equal frames), and learned positions."""
+        """Normalise pixels, apply the patch kernel (the temporal kernel, summed over two equal frames), add learned positions."""
         pixels = normalised(patches_BPX, self.config.image_mean, self.config.image_std)
         x_BPD = self.patch_embedding(pixels.astype(dtype)) + self.learned_positions(positions_BP2, grid_BP2).astype(dtype)
         return constrain(x_BPD, "batch", None, None)
 
     def learned_positions(self, positions_BP2: Int[Array, "B P 2"], grid_BP2: Int[Array, "B P 2"]) -> Float[Array, "B P D"]:
-        """The square table of positions, stretched over each image's grid: corners meet corners, and between rows it is linear."""
+        """Stretch the square table of positions over each image's grid: corners meet corners, and between rows it is linear."""
         side = self.config.table_side
-        place_BP2 = positions_BP2.astype(jnp.float32) * (side - 1) / jnp.maximum(grid_BP2 - 1, 1)
-        corner_BP2 = jnp.floor(place_BP2)
-        beyond_BP2 = place_BP2 - corner_BP2
-        total_BPD = 0.0
+        point_BP2 = positions_BP2.astype(jnp.float32) * (side - 1) / jnp.maximum(grid_BP2 - 1, 1)
+        corner_BP2 = jnp.floor(point_BP2)
+        beyond_BP2 = point_BP2 - corner_BP2
+        terms_BPD = []
         for corner in np.ndindex(2, 2):
             row_BP, column_BP = jnp.moveaxis(jnp.minimum(corner_BP2.astype(jnp.int32) + jnp.asarray(corner), side - 1), -1, 0)
             weight_BP = jnp.where(jnp.asarray(corner), beyond_BP2, 1 - beyond_BP2).prod(axis=-1)
-            total_BPD += weight_BP[..., None] * jnp.take(self.position_table[...], row_BP * side + column_BP, axis=0)
-        return total_BPD
+            terms_BPD.append(weight_BP[..., None] * jnp.take(self.position_table[...], row_BP * side + column_BP, axis=0))
+        return functools.reduce(jnp.add, terms_BPD)
 
     def merge_kept(self, kept_NBPD: Float[Array, "N B P D"]) -> Float[Array, "N B U D"]:
-        """Each of the kept states through its merger."""
+        """Run each of the kept states through its merger."""
         graph, state = nnx.split(self.deepstack)
-        return jax.lax.map(lambda one: nnx.merge(graph, one[0])(one[1]), (state, kept_NBPD))
+        return jax.lax.map(lambda layer: nnx.merge(graph, layer[0])(layer[1]), (state, kept_NBPD))
 
 
 class DecoderLayer(nnx.Module):
@@ -133,11 +139,11 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, layers: int):
         width, eps = config.hidden_size, config.rms_norm_eps
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
-        query_width, key_value_width = self.heads * config.head_dim, self.key_value_heads * config.head_dim
+        query_width, key_value_width = self.heads * config.head_width, self.key_value_heads * config.head_width
         self.input_norm = RMSNorm(width, epsilon=eps, rngs=rngs, layers=layers)
         self.mlp_norm = RMSNorm(width, epsilon=eps, rngs=rngs, layers=layers)
-        self.query_norm = RMSNorm(config.head_dim, epsilon=eps, rngs=rngs, layers=layers)
-        self.key_norm = RMSNorm(config.head_dim, epsilon=eps, rngs=rngs, layers=layers)
+        self.query_norm = RMSNorm(config.head_width, epsilon=eps, rngs=rngs, layers=layers)
+        self.key_norm = RMSNorm(config.head_width, epsilon=eps, rngs=rngs, layers=layers)
         self.query = Linear(width, query_width, axes=("embed", "heads"), bias=False, rngs=rngs, layers=layers)
         self.key = Linear(width, key_value_width, axes=("embed", "heads"), bias=False, rngs=rngs, layers=layers)
         self.value = Linear(width, key_value_width, axes=("embed", "heads"), bias=False, rngs=rngs, layers=layers)
@@ -145,7 +151,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(width, config.intermediate_size, bias=False, rngs=rngs, layers=layers)
 
     def __call__(self, x_BSD, number, segments_BS, cos_BSK, sin_BSK, features_NBSD=None, reads_BV=None):
-        """The layer's output at the positions `reads_BV` (all by default), with its feature, if it is one of the first N."""
+        """Return the layer's output at the positions `reads_BV` (all by default), plus its feature, if it is one of the first N."""
         normed = self.input_norm(x_BSD)
         key_BSGK = rotate(self.key_norm(split_heads(self.key(normed), self.key_value_heads)), cos_BSK, sin_BSK)
         value_BSGK = split_heads(self.value(normed), self.key_value_heads)
@@ -157,7 +163,7 @@ class DecoderLayer(nnx.Module):
         x_BSD = x_BSD + self.output(mixed.reshape(*x_BSD.shape[:2], -1))
         x_BSD = x_BSD + self.mlp(self.mlp_norm(x_BSD))
         if features_NBSD is not None:
-            # A number past the end reads the last feature. Read by its number, it gets its gradient in place.
+            # A number past the end reads the last feature. Read by its number, a feature gets its gradient in place.
             feature_BSD = at(jax.lax.dynamic_index_in_dim(features_NBSD, number, keepdims=False), reads_BV)
             x_BSD = x_BSD + jnp.where(number < len(features_NBSD), feature_BSD, 0)
         return constrain(x_BSD, "batch", None, None)
@@ -168,15 +174,22 @@ class Backbone(network.Backbone):
 
     tower, layer = VisionTower, DecoderLayer
 
-    def place(self, seen, visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], tuple]:
-        """The units stand for the image tokens; DeepStack's [N, B, S, D] in the same places, and zero elsewhere, are for layers."""
-        units_BUD, units_NBUD = seen
-        features_NBSD = jax.vmap(place_units, in_axes=(0, None, None))(units_NBUD, visual_BS, jnp.zeros((), x_BSD.dtype))
-        return place_units(units_BUD, visual_BS, x_BSD), (constrain(features_NBSD, None, "batch", None, None),)
+    def place(self, seen: Any, visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Put the units in place of the image tokens."""
+        return place_units(seen[0], visual_BS, x_BSD)
+
+    def context(self, batch: Batch, seen: Any) -> tuple:
+        """Return what every layer reads alike; DeepStack's features [N, B, S, D] are at the image tokens, and zero elsewhere."""
+        context = super().context(batch, seen)
+        if seen is None:
+            return context
+        units_NBUD = seen[1]
+        features_NBSD = jax.vmap(place_units, in_axes=(0, None, None))(units_NBUD, batch.visual, jnp.zeros((), units_NBUD.dtype))
+        return *context, constrain(features_NBSD, None, "batch", None, None)
 
     @staticmethod
     def mrope_axes(sections: tuple[int, int, int]) -> Int[np.ndarray, "K/2"]:
-        """Interleaved: of every three frequencies one turns with time, one with the row, one with the column.
+        """Return interleaved axes: of every three frequencies one turns with time, one with the row, one with the column.
 
         Past the end of the section of rows, or of columns, its frequencies turn with time.
         """
@@ -184,3 +197,20 @@ class Backbone(network.Backbone):
         for axis in (1, 2):
             axes[axis : 3 * sections[axis] : 3] = axis
         return axes
+
+
+def flop_counts(config: Config, row: Size) -> tuple[FlopCount, ...]:
+    """Count the network on a row; see `backbones.flop_counts`."""
+    vision = vision_counts(config.vision_config, row.patches) if row.patches else ()
+    return (*vision, *language_counts(config.text_config, row.tokens, row.vectors))
+
+
+def vision_counts(config: VisionConfig, P: int) -> tuple[FlopCount, ...]:
+    """Count the tower on a row of P patches."""
+    heads, units = (config.num_heads, config.num_heads, config.hidden_size // config.num_heads), P // config.spatial_merge_size**2
+    return (
+        FlopCount("vision.patch_embedding", P),
+        FlopCount("vision.position_table", P),
+        FlopCount("vision.blocks", P, config.hidden_size, (AttentionCount(config.depth, P, P, P, *heads),), last="mlp.down"),
+        *(FlopCount(f"vision.{merger}.{name}", units) for merger in ("merger", "deepstack") for name in ("norm", "up", "down")),
+    )

@@ -1,22 +1,14 @@
-"""Where the parameters of Qwen3-VL lie in a checkpoint."""
+"""The weight map of Qwen3-VL, and the names of tensors."""
 
-from metaembed_jax.backbones.conversion import fused_linears, linear, norm, same, still_patches
+from metaembed_jax.backbones.weight_map import decoder_layers, fused_linears, linear, norm, same, still_patches
 
-# Every parameter, and the tensor of a checkpoint that it is read from.
-KEYS = {
+# The tensor of a checkpoint that each parameter is read from.
+WEIGHT_MAP = {
     "embedding": same("language_model.embed_tokens.weight"),
     "final_norm.scale": same("language_model.norm.weight"),
-    "layers.input_norm.scale": same("language_model.layers.{}.input_layernorm.weight"),
-    "layers.mlp_norm.scale": same("language_model.layers.{}.post_attention_layernorm.weight"),
+    **decoder_layers("language_model.layers.{}", attention_bias=False),
     "layers.query_norm.scale": same("language_model.layers.{}.self_attn.q_norm.weight"),
     "layers.key_norm.scale": same("language_model.layers.{}.self_attn.k_norm.weight"),
-    **linear("layers.query", "language_model.layers.{}.self_attn.q_proj", bias=False),
-    **linear("layers.key", "language_model.layers.{}.self_attn.k_proj", bias=False),
-    **linear("layers.value", "language_model.layers.{}.self_attn.v_proj", bias=False),
-    **linear("layers.output", "language_model.layers.{}.self_attn.o_proj", bias=False),
-    **linear("layers.mlp.gate", "language_model.layers.{}.mlp.gate_proj", bias=False),
-    **linear("layers.mlp.up", "language_model.layers.{}.mlp.up_proj", bias=False),
-    **linear("layers.mlp.down", "language_model.layers.{}.mlp.down_proj", bias=False),
     "vision.patch_embedding.kernel": still_patches("visual.patch_embed.proj.weight"),
     "vision.patch_embedding.bias": same("visual.patch_embed.proj.bias"),
     "vision.position_table": same("visual.pos_embed.weight"),
@@ -34,18 +26,16 @@ KEYS = {
     **linear("vision.deepstack.down", "visual.deepstack_merger_list.{}.linear_fc2", bias=True),
 }
 
-UNUSED_KEYS = ("lm_head.weight",)  # predicts tokens; stored where it is not tied to the embedding
-
 
 def canonical_key(key: str) -> str:
-    """The name in `KEYS` of a tensor of any layout in circulation.
+    """Return the name in `WEIGHT_MAP` of a tensor of any layout in circulation.
 
-    They are `model.language_model` and `model.visual` (as released), and, of a model without its output layer, `language_model`
+    Layouts are `model.language_model` and `model.visual` (as released), and, of a model without its output layer, `language_model`
     and `visual`.
     """
     return key.removeprefix("model.")
 
 
 def stored_key(key: str) -> str:
-    """The name of a tensor of `KEYS` in transformers' `Qwen3VLModel`."""
+    """Return the name in transformers' `Qwen3VLModel` of a tensor of `WEIGHT_MAP`; inverse of `canonical_key`."""
     return key

@@ -1,9 +1,11 @@
 """The architecture of SmolVLM (arXiv 2504.05299; transformers' `idefics3`), from a checkpoint's config.json and back."""
 
 import dataclasses
+from typing import Any, Self
 
-from metaembed_jax.backbones import fields
-from metaembed_jax.backbones.config import HALF, FamilyConfig
+from metaembed_jax.backbones import config_checks
+from metaembed_jax.backbones.config import FamilyConfig, FamilyTextConfig
+from metaembed_jax.backbones.siglip import SiglipConfig
 from metaembed_jax.batch.items import ArraySpec, Layout
 from metaembed_jax.errors import UserError
 
@@ -12,36 +14,22 @@ START, PAD, END, FRAME, IMAGE = "<|im_start|>", "<|im_end|>", "<end_of_utterance
 GELU = "gelu_pytorch_tanh"
 ROW_TILES = 21
 MOST_PATCHES = 32  # on a tile's side, as released
-SHARED = (19, 25, 29, 31)  # so many on a side are too many for transformers' rounding, which gives two of them one position
+SHARED = (19, 25, 29, 31)  # with so many on a side, transformers' rounding gives two of them one position
 
 
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """The fields of Hugging Face's `vision_config`, under their names there; defaults are those of its class in transformers.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig(SiglipConfig):
+    """Fields of Hugging Face's `vision_config` of a tile; defaults are those of its class in transformers.
 
-    `scale_factor` stands beside `vision_config` there.
+    `scale_factor` is next to `vision_config` there.
     """
 
     hidden_size: int = 1152
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 16
-    image_size: int = 224
     patch_size: int = 32
-    layer_norm_eps: float = 1e-6
     scale_factor: int = 2
-    image_mean: tuple[float, float, float] = HALF
-    image_std: tuple[float, float, float] = HALF
-
-    @property
-    def side(self) -> int:
-        """Patches on a side of a tile; pixels that do not fill one are not read."""
-        return self.image_size // self.patch_size
-
-    @property
-    def tile_patches(self) -> int:
-        """Patches of a tile."""
-        return self.side**2
 
     @property
     def tile_units(self) -> int:
@@ -49,23 +37,12 @@ class VisionConfig:
         return (self.side // self.scale_factor) ** 2
 
 
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """The fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(FamilyTextConfig):
+    """Fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers."""
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
     num_attention_heads: int = 32
     num_key_value_heads: int = 32
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-
-    @property
-    def head_width(self) -> int:
-        """Width of each attention head."""
-        return self.hidden_size // self.num_attention_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +54,23 @@ class Config(FamilyConfig):
     vision_config: VisionConfig
 
     @classmethod
-    def from_huggingface(cls, config: dict) -> "Config":
-        """From the content of a checkpoint's config.json.
+    def from_huggingface(cls, config: dict) -> Self:
+        """Read the content of a checkpoint's config.json.
 
         Raises:
           UserError: a field is missing, or asks for what SmolVLM checkpoints never had.
         """
-        text, vision = fields.part(config, "text_config"), fields.part(config, "vision_config")
-        rope = fields.rotary(text)
+        text, vision = config_checks.section(config, "text_config"), config_checks.section(config, "vision_config")
+        rope = config_checks.rotary(text)
         text = {key: value for key, value in text.items() if value is not None}
         text = {"num_key_value_heads": text.get("num_attention_heads")} | text | {"rope_theta": rope["rope_theta"]}
         vision = {"scale_factor": config.get("scale_factor")} | vision
-        chosen = cls.pick(text, vision)
-        chosen.check()
+        architecture = cls.pick(text, vision)
+        architecture.check()
+        head_width = architecture.text_config.head_width
         for name, value, known in (
             ("model_type of text", text.get("model_type", "llama"), ("llama",)),
-            ("head_dim", text.get("head_dim", chosen.text_config.head_width), (chosen.text_config.head_width,)),
+            ("head_dim", text.get("head_dim", head_width), (head_width,)),
             ("attention_bias", text.get("attention_bias", False), (False,)),
             ("mlp_bias", text.get("mlp_bias", False), (False,)),
             ("rope_type", rope["rope_type"], ("default",)),
@@ -100,16 +78,11 @@ class Config(FamilyConfig):
             ("hidden_act of vision", vision.get("hidden_act", GELU), (GELU,)),
             ("num_channels", vision.get("num_channels", 3), (3,)),
         ):
-            fields.require(name, value, known, TITLE)
-        return chosen
+            config_checks.require(name, value, known, TITLE)
+        return architecture
 
     def to_huggingface(self, vocabulary: int, token_ids: dict[str, int]) -> dict:
-        """The content of config.json; the way back from `from_huggingface`.
-
-        Args:
-          vocabulary: rows of the embedding table, which may have grown.
-          token_ids: of the special tokens.
-        """
+        """Return the content of config.json; inverse of `from_huggingface`."""
         text = dataclasses.asdict(self.text_config) | {"vocab_size": vocabulary, "model_type": "llama"}
         text |= {"rope_parameters": {"rope_type": "default", "rope_theta": text.pop("rope_theta")}}
         text |= {"bos_token_id": token_ids[START], "eos_token_id": token_ids[END], "pad_token_id": token_ids[PAD]}
@@ -124,37 +97,33 @@ class Config(FamilyConfig):
             "pad_token_id": token_ids[PAD],
         }
 
-    def default_row(self, images: object) -> tuple[int, int]:
-        """Two images of three tiles on a side, and a tile more, with their texts and Meta Tokens, in tokens and patches.
+    def default_row(self, images: Any) -> tuple[int, int]:
+        """Return room for two images of three tiles on a side, and a tile more, with their texts and Meta Tokens.
 
         As released: (1920, 21504). An image of the recipe takes 7 or 10 tiles, and they fill 96 % of 21; of rows of 10, 92 %.
         """
         vision = self.vision_config
         tokens = ROW_TILES * (vision.tile_units + 24)
-        return tokens + -tokens % 128, ROW_TILES * vision.tile_patches
+        return tokens + -tokens % 128, ROW_TILES * vision.patches
 
     @property
     def layout(self) -> Layout:
         """The arrays of a batch: pixels, in whole tiles."""
         vision = self.vision_config
         patches = {"patches": ArraySpec((3 * vision.patch_size**2,), "uint8")}
-        return Layout(patches, position_axes=1, unit=vision.scale_factor**2, multiple=vision.tile_patches)
+        return Layout(patches, position_axes=1, unit=vision.scale_factor**2, multiple=vision.patches)
 
     def check(self) -> None:
-        """Refuses sizes that do not fit each other.
-
-        Raises:
-          UserError: names the fields and their values.
-        """
+        """Refuse sizes that do not fit each other."""
         text, vision = self.text_config, self.vision_config
-        fields.check_depth(text.num_hidden_layers, vision.num_hidden_layers)
-        fields.check_heads("text_config", text.hidden_size, text.num_attention_heads, multiple=2)
-        fields.check_key_value_heads(text.num_attention_heads, text.num_key_value_heads)
-        fields.check_heads("vision_config", vision.hidden_size, vision.num_attention_heads)
+        config_checks.check_depth(text.num_hidden_layers, vision.num_hidden_layers)
+        config_checks.check_heads("text_config", text.hidden_size, text.num_attention_heads, multiple=2)
+        config_checks.check_key_value_heads(text.num_attention_heads, text.num_key_value_heads)
+        config_checks.check_heads("vision_config", vision.hidden_size, vision.num_attention_heads)
         if vision.image_size % 2:  # processors make sides even, which could be a tile more
-            raise UserError(f"vision_config: an image_size of {vision.image_size} is odd, and tiles have even sides")
+            raise UserError(f"vision_config: image_size is {vision.image_size}; expected an even number")
         side = f"an image_size of {vision.image_size} has {vision.side} patches of patch_size {vision.patch_size} on a side"
         if not 0 < vision.side <= MOST_PATCHES or vision.side in SHARED:
-            raise UserError(f"vision_config: {side}; 1 to {MOST_PATCHES} are read, but for {', '.join(map(str, SHARED))}")
+            raise UserError(f"vision_config: {side}; expected 1 to {MOST_PATCHES} except {', '.join(map(str, SHARED))}")
         if vision.side % vision.scale_factor:
-            raise UserError(f"vision_config: {side}, no multiple of scale_factor {vision.scale_factor}")
+            raise UserError(f"vision_config: {side}; expected a multiple of scale_factor, {vision.scale_factor}")

@@ -1,26 +1,27 @@
-"""Images to tiles and patches, with the very numbers of the checkpoint's Hugging Face image processor (its Pillow implementation).
+"""Images to tiles and patches, with exactly the pixels of the checkpoint's Hugging Face image processor (the Pillow one).
 
 P patches, X numbers in a patch.
 
-An image is scaled until its longest side has `longest_edge` pixels, then stretched to whole tiles. Behind the tiles comes the whole
-image once more, as one tile; where there is one tile anyway, it comes alone. An image that is to take less than that is scaled to
-fewer tiles on its longest side, as transformers would with that for `longest_edge`.
+An image is scaled until its longest side has `longest_edge` pixels, then stretched to whole tiles. After the tiles comes the whole
+image once more, as one tile, unless there is only one tile. An image that must take less is scaled to fewer tiles on its longest
+side, as transformers does with a smaller `longest_edge`.
 
     1 2 3
-    4 5 6   and 7, which is all of 1 to 6
+    4 5 6   and 7, the whole image
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Self
 
 import numpy as np
 from einops import rearrange
 from jaxtyping import UInt8
-from ml_collections import ConfigDict
 from PIL import Image
 
-from metaembed_jax.backbones.fields import check_processing, check_sizes
+from metaembed_jax.backbones.config_checks import check_processing, check_sizes
+from metaembed_jax.backbones.family import PixelBounds
 from metaembed_jax.backbones.smolvlm.config import Config
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.processors import Grid
@@ -35,8 +36,8 @@ class Images:
     """How images become patches.
 
     Attributes:
-      longest_edge: of an image as it is scaled, in pixels, whatever it was.
-      tile_size, patch_size: sides, in pixels.
+      longest_edge: pixels on the longest side of an image after scaling.
+      tile_size, patch_size: their sides, in pixels.
       tile_units: visual tokens of a tile.
     """
 
@@ -46,12 +47,12 @@ class Images:
     tile_units: int
 
     @classmethod
-    def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> "Images":
-        """From the content of preprocessor_config.json.
+    def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> Self:
+        """Read the content of preprocessor_config.json.
 
         Args:
-          max_visual_tokens: cap on the visual tokens of an image. It lowers `longest_edge` to so many tiles that even a square
-            image keeps it; one tile is read whatever the cap.
+          max_visual_tokens: cap on the visual tokens of an image. It lowers `longest_edge` until even a square image keeps it;
+            one tile is read whatever the cap.
 
         Raises:
           UserError: a processing that is not SmolVLM's, or tiles that are not the model's.
@@ -60,43 +61,42 @@ class Images:
         size = preprocessor.get("size") or {"longest_edge": 4 * 364}
         longest = size.get("longest_edge") if isinstance(size, dict) and len(size) == 1 else None
         if longest is None:
-            raise UserError(f"preprocessor_config.json: size is {size!r}, which has no longest_edge alone")
+            raise UserError(f"preprocessor_config.json: size is {size!r}; expected longest_edge alone")
         check_sizes({"size.longest_edge": longest})
         if longest > (most := _most(config)):
-            raise UserError(f"preprocessor_config.json: size.longest_edge is {longest}; at most {most} are read")
-        return cls._of(config, longest, max_visual_tokens)
+            raise UserError(f"preprocessor_config.json: size.longest_edge is {longest}; expected at most {most}")
+        return cls.of(config, longest, max_visual_tokens)
 
     @classmethod
-    def from_run(cls, data: ConfigDict, config: Config, max_visual_tokens: int | None) -> "Images":
-        """From `config.data` of a run: whole tiles on the longest side, so many that a square of it has at most `max_pixels`.
+    def from_run(cls, data: PixelBounds, config: Config, max_visual_tokens: int | None) -> Self:
+        """Read the data of a run's config: as many tiles on the longest side as keep a square image within `max_pixels`.
 
-        As every image is enlarged to that, `min_pixels` has no say. For the cap see `from_preprocessor`.
+        Every image is enlarged to that, so `min_pixels` changes nothing. For the cap see `from_preprocessor`.
         """
         tile = config.vision_config.image_size
-        return cls._of(config, tile * max(1, min(math.isqrt(data.max_pixels), _most(config)) // tile), max_visual_tokens)
+        return cls.of(config, tile * max(1, min(math.isqrt(data.max_pixels), _most(config)) // tile), max_visual_tokens)
 
     @classmethod
-    def _of(cls, config: Config, longest: int, max_visual_tokens: int | None) -> "Images":
+    def of(cls, config: Config, longest: int, max_visual_tokens: int | None) -> Self:
+        """Return images with this longest side, and a cap on the visual tokens of each."""
         vision = config.vision_config
         if max_visual_tokens is not None:
-            tiles = max(1, max_visual_tokens // vision.tile_units - 1)  # beside the whole image
+            tiles = max(1, max_visual_tokens // vision.tile_units - 1)  # without the whole image
             longest = min(longest, vision.image_size * math.isqrt(tiles))
         return cls(longest, vision.image_size, vision.patch_size, vision.tile_units)
 
     def to_preprocessor(self, config: Config) -> dict:
-        """The content of preprocessor_config.json; the way back from `from_preprocessor`."""
+        """Return the content of preprocessor_config.json; inverse of `from_preprocessor`."""
         return {
             "image_processor_type": "Idefics3ImageProcessor",
             "processor_class": "Idefics3Processor",
             **_processing(config),
             "size": {"longest_edge": self.longest_edge},
-            "image_mean": list(config.vision_config.image_mean),
-            "image_std": list(config.vision_config.image_std),
-            "rescale_factor": 1 / 255,
+            **config.stored_pixels(),
         }
 
     def grids(self, width: int, height: int) -> Iterator[Grid]:
-        """Yield how an image of this size may be cut into tiles: as transformers has it, then smaller and smaller.
+        """Yield the grids that an image of this size may be cut into: that of transformers, then smaller ones.
 
         Args:
           width, height: of the image, in pixels.
@@ -113,7 +113,7 @@ class Images:
 
 
 def patchify(image: Image.Image, grid: Grid, images: Images) -> UInt8[np.ndarray, "P X"]:
-    """The patches of an RGB image: tile by tile, in a tile in raster order, each in (channel, y, x) order.
+    """Scale an RGB image and cut it into patches: tile by tile, in a tile in raster order, each in (channel, y, x) order.
 
     Args:
       grid: one of `Images.grids`.
@@ -132,7 +132,7 @@ def patchify(image: Image.Image, grid: Grid, images: Images) -> UInt8[np.ndarray
 
 
 def scaled(height: int, width: int, longest: int) -> tuple[int, int]:
-    """The size with the longest side so many pixels, the other even and at least one; the rounding of `transformers`' idefics3."""
+    """Return the size with this longest side, the other even and at least one pixel, by the rounding of transformers' idefics3."""
 
     def other(side: float) -> int:
         return max(1, int(side) + int(side) % 2)
@@ -142,7 +142,7 @@ def scaled(height: int, width: int, longest: int) -> tuple[int, int]:
 
 
 def tiling(height: int, width: int, tile: int) -> tuple[int, int]:
-    """Rows and columns of tiles: the longer side's next whole tile, then the shorter one's at the same ratio."""
+    """Return rows and columns of tiles: the longer side's next whole tile, then the shorter one's at the same ratio."""
     ratio = width / height
     if width >= height:
         columns = math.ceil(width / tile)
@@ -152,10 +152,10 @@ def tiling(height: int, width: int, tile: int) -> tuple[int, int]:
 
 
 def _processing(config: Config) -> dict:
-    """The keys of preprocessor_config.json that the architecture fixes; 1 is Lanczos' filter."""
+    """Return the keys of preprocessor_config.json that the architecture fixes; 1 is Lanczos' filter."""
     return PROCESSING | {"resample": 1, "max_image_size": {"longest_edge": config.vision_config.image_size}}
 
 
 def _most(config: Config) -> int:
-    """Pixels on the longest side at most."""
+    """Return the most pixels on the longest side."""
     return min(MOST_TILES * config.vision_config.image_size, MOST_PIXELS)

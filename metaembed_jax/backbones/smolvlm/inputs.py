@@ -1,11 +1,11 @@
-"""Texts and images to what SmolVLM reads: its prompts, with markers between the tiles of an image.
+"""Inputs of SmolVLM: its prompts, with markers between the tiles of an image.
 
     text          <|im_start|>User: {prefix}{text}<end_of_utterance>
     image + text  <|im_start|>User:{tiles}{prefix}{text}<end_of_utterance>
     image         the same, with "Describe the image." for the text
 
-`prefix` is "Query: " for queries, which end with ten more <end_of_utterance> and "\\n", and empty for candidates. Meta Tokens are
-no part of it: they get their places in a row. `tiles` of two rows and one column are, without the line breaks here,
+`prefix` is "Query: " for queries, which end with ten more <end_of_utterance> and "\\n", and empty for documents. Meta Tokens are
+not part of a prompt: they get their positions in a row. `tiles` of two rows and one column are, without the line breaks here,
 
     <fake_token_around_image><row_1_col_1><image>...<image>\\n
     <fake_token_around_image><row_2_col_1><image>...<image>\\n\\n
@@ -30,13 +30,14 @@ WHOLE = "<global-img>"
 MARKERS = (WHOLE, *(f"<row_{row + 1}_col_{column + 1}>" for row in range(MOST_TILES) for column in range(MOST_TILES)))
 NEEDED = (START, PAD, END, FRAME, IMAGE)
 SPECIAL_TOKENS = (*NEEDED, *MARKERS)  # of a vocabulary made from scratch; a checkpoint's may lack the markers
-PROMPT_WORDS = ("User: " + QUERY, IMAGE_ALONE)  # what the prompts say around every text
+PROMPT_WORDS = ("User: " + QUERY, IMAGE_ALONE)  # around the text of a prompt
 
 
 class Processor(PromptProcessor):
     """Turns items into examples with a checkpoint's tokenizer."""
 
     title, special_tokens, filler = TITLE, NEEDED, END
+    images: Images
 
     def __init__(self, tokenizer: Tokenizer, images: Images, limits: Limits | None = None):
         self._markers = {marker: tokenizer.token_to_id(marker) for marker in MARKERS}
@@ -54,11 +55,16 @@ class Processor(PromptProcessor):
         return Prompt(head, prefix if has_text else prefix + IMAGE_ALONE, "", tail)
 
     def _grid(self, width: int, height: int, most_tokens: int | None, most_patches: int | None, name: str) -> Grid:
-        for grid in self.images.grids(width, height):
-            tokens = len(self._tiles(grid.rows, grid.columns))
-            if most_tokens is None or (tokens <= most_tokens and grid.patches <= most_patches):
-                return grid
-        raise no_room(name, most_tokens, most_patches, tokens, grid.patches)
+        grids = self.images.grids(width, height)
+        grid = next(grids)
+        if most_tokens is None or most_patches is None:
+            return grid
+        while (tokens := len(self._tiles(grid.rows, grid.columns))) > most_tokens or grid.patches > most_patches:
+            smaller = next(grids, None)
+            if smaller is None:
+                raise no_room(name, most_tokens, most_patches, tokens, grid.patches)
+            grid = smaller
+        return grid
 
     def _patches(self, image: Image.Image, grid: Grid) -> dict[str, np.ndarray]:
         return {"patches": patchify(image, grid, self.images)}
@@ -68,7 +74,7 @@ class Processor(PromptProcessor):
         return np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32)
 
     def _tiles(self, rows: int, columns: int) -> list[int]:
-        """The tokens of an image."""
+        """Return the tokens of an image."""
         if (rows, columns) not in self._known_tiles:
             tokens = []
             for row in range(rows if rows * columns > 1 else 0):

@@ -1,47 +1,48 @@
-"""Tensors of SmolVLM checkpoints and the parameters that they become."""
+"""The weight map of SmolVLM, the names of tensors, and how stock transformers computes the vectors of an export."""
 
-from metaembed_jax.backbones.conversion import linear, norm, patches, same
+from metaembed_jax.backbones import siglip
+from metaembed_jax.backbones.weight_map import decoder_layers, linear, same
 
-TEXT, VISION = "text_model.", "vision_model."
-BLOCK, LAYER = VISION + "encoder.layers.{}.", TEXT + "layers.{}."
-
-# Every parameter, and the tensor of a checkpoint that it is read from.
-KEYS = {
-    "embedding": same(TEXT + "embed_tokens.weight"),
-    "final_norm.scale": same(TEXT + "norm.weight"),
-    "layers.input_norm.scale": same(LAYER + "input_layernorm.weight"),
-    "layers.mlp_norm.scale": same(LAYER + "post_attention_layernorm.weight"),
-    **linear("layers.query", LAYER + "self_attn.q_proj", bias=False),
-    **linear("layers.key", LAYER + "self_attn.k_proj", bias=False),
-    **linear("layers.value", LAYER + "self_attn.v_proj", bias=False),
-    **linear("layers.output", LAYER + "self_attn.o_proj", bias=False),
-    **linear("layers.mlp.gate", LAYER + "mlp.gate_proj", bias=False),
-    **linear("layers.mlp.up", LAYER + "mlp.up_proj", bias=False),
-    **linear("layers.mlp.down", LAYER + "mlp.down_proj", bias=False),
-    "vision.patch_embedding.kernel": patches(VISION + "embeddings.patch_embedding.weight"),
-    "vision.patch_embedding.bias": same(VISION + "embeddings.patch_embedding.bias"),
-    "vision.positions": same(VISION + "embeddings.position_embedding.weight"),
-    **norm("vision.blocks.norm1", BLOCK + "layer_norm1"),
-    **norm("vision.blocks.norm2", BLOCK + "layer_norm2"),
-    **linear("vision.blocks.query", BLOCK + "self_attn.q_proj", bias=True),
-    **linear("vision.blocks.key", BLOCK + "self_attn.k_proj", bias=True),
-    **linear("vision.blocks.value", BLOCK + "self_attn.v_proj", bias=True),
-    **linear("vision.blocks.output", BLOCK + "self_attn.out_proj", bias=True),
-    **linear("vision.blocks.mlp.up", BLOCK + "mlp.fc1", bias=True),
-    **linear("vision.blocks.mlp.down", BLOCK + "mlp.fc2", bias=True),
-    **norm("vision.final_norm", VISION + "post_layernorm"),
+# The tensor of a checkpoint that each parameter is read from.
+WEIGHT_MAP = {
+    "embedding": same("text_model.embed_tokens.weight"),
+    "final_norm.scale": same("text_model.norm.weight"),
+    **decoder_layers("text_model.layers.{}", attention_bias=False),
+    **siglip.weight_map("vision_model."),
     **linear("vision.projector", "connector.modality_projection.proj", bias=False),
 }
 
 UNUSED_KEYS = ("lm_head.weight",)  # predicts tokens; stored where it is not tied to the embedding
 
+# Text of the model card of a transformers export; {query}, {last}, {width} and {head} are filled in.
+USAGE = """\
+```python
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained(DIRECTORY), AutoModel.from_pretrained(DIRECTORY)
+prompt = "<|im_start|>User: Query: a red car<end_of_utterance>" + "<end_of_utterance>" * 10 + "\\n"
+prompt += "".join(f"<|meta_query_{{i}}|>" for i in range({query}))
+states = model(**tokenizer([prompt], return_tensors="pt")).last_hidden_state[:, -{query}:]
+vectors = torch.nn.functional.normalize(states{head}, dim=-1)  # [1, {query}, {width}], nested
+```
+
+A document's prompt is `<|im_start|>User: {{text}}<end_of_utterance>`, or with an image
+`<|im_start|>User:<image>Describe the image.<end_of_utterance>`, whose `<image>` is replaced by the tiles' as transformers'
+`Idefics3Processor` does with the `image_seq_len` of this model; behind it come the {query} query tokens and then
+`<|meta_candidate_0|>` to `<|meta_candidate_{last}|>`, whose states are its vectors. With an image the model also takes what
+`AutoImageProcessor.from_pretrained(DIRECTORY)` gives for it."""
+
 
 def canonical_key(key: str) -> str:
-    """The name in `KEYS` of a tensor of any layout in circulation: as released, with `model.` in front; or of a model without its
-    output layer."""
+    """Return the name in `WEIGHT_MAP` of a tensor of any layout in circulation.
+
+    Layouts are that of releases, with the prefix `model.`, and that of a model without its output layer.
+    """
     return key.removeprefix("model.")
 
 
 def stored_key(key: str) -> str:
-    """The name of a tensor of `KEYS` in transformers' `Idefics3Model`; the way back from `canonical_key`."""
+    """Return the name in transformers' `Idefics3Model` of a tensor of `WEIGHT_MAP`; inverse of `canonical_key`."""
     return key

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from metaembed_jax.backbones.llama_vision.config import Config
 from metaembed_jax.backbones.llama_vision.network import Backbone
-from metaembed_jax.backbones.llama_vision.weights import KEYS, canonical_key, stored_key
+from metaembed_jax.backbones.llama_vision.weights import WEIGHT_MAP, canonical_key, stored_key
 from metaembed_jax.errors import UserError
 from tests.backbones.llama_vision.reference import CONFIGURATIONS, read, reference
 
@@ -60,7 +60,7 @@ def test_every_layout_gives_the_same_parameters(saved, tmp_path, rename):
     """With its output layer, and of a model without."""
     tensors = {rename(key): tensor for key, tensor in saved[1].items() if rename is as_in_memory or "lm_head" not in key}
     expected, found = (flat(read(directory)) for directory in (saved[0], rewritten(saved, tmp_path / "new", tensors)))
-    assert len(found) == len(KEYS)
+    assert len(found) == len(WEIGHT_MAP)
     for (path, ours), (_, theirs) in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path))
 
@@ -100,7 +100,7 @@ def test_the_table_writes_what_transformers_has(name):
     backbone = nnx.eval_shape(lambda: Backbone(config, rngs=nnx.Rngs(0)))
     found = {}
     for path, leaf in jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(backbone))):
-        source = KEYS[".".join(entry.key for entry in path)]
+        source = WEIGHT_MAP[".".join(entry.key for entry in path)]
         stacked = "{}" in source.key
         for layer in range(leaf.shape[0] if stacked else 1):
             found[stored_key(source.name(config, layer))] = source.shape(leaf.shape[stacked:])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from metaembed_jax.backbones.paligemma.weights import KEYS, UNUSED_KEYS, canonical_key, stored_key
+from metaembed_jax.backbones.paligemma.weights import UNUSED_KEYS, WEIGHT_MAP, canonical_key, stored_key
 from metaembed_jax.checkpoints.export import export
 from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.model import MetaEmbed
@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 
 
 def names(config):
-    """The tensors of a checkpoint as `KEYS` has them."""
+    """The tensors of a checkpoint as `WEIGHT_MAP` has them."""
     second = config["text_config"]["model_type"] == "gemma2"
     absent = (
         {"layers.mlp_norm.scale"}
@@ -30,7 +30,7 @@ def names(config):
     language, vision = config["text_config"]["num_hidden_layers"], config["vision_config"]["num_hidden_layers"]
     return {
         source.key.format(layer)
-        for path, source in KEYS.items()
+        for path, source in WEIGHT_MAP.items()
         if path not in absent
         for layer in range(language if path.startswith("layers") else vision if path.startswith("vision.blocks") else 1)
     }

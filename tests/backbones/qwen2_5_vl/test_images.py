@@ -10,8 +10,7 @@ from PIL import Image
 
 from metaembed_jax.backbones.qwen.images import fit_grid, smart_resize
 from metaembed_jax.backbones.qwen2_5_vl.config import Config
-from metaembed_jax.backbones.qwen2_5_vl.images import Images
-from metaembed_jax.backbones.qwen2_5_vl.inputs import Processor
+from metaembed_jax.backbones.qwen2_5_vl.inputs import Images, Processor
 from metaembed_jax.errors import UserError
 from tests.backbones.qwen2_5_vl.reference import CONFIGURATIONS, tokenizer
 

@@ -3,7 +3,7 @@
 import pytest
 from safetensors.numpy import load_file
 
-from metaembed_jax.backbones.smolvlm.weights import KEYS, UNUSED_KEYS, canonical_key, stored_key
+from metaembed_jax.backbones.smolvlm.weights import UNUSED_KEYS, WEIGHT_MAP, canonical_key, stored_key
 from tests.backbones.smolvlm.reference import CONFIGURATIONS, write_checkpoint
 
 pytest.importorskip("torch")
@@ -20,7 +20,7 @@ def test_every_layout_has_the_same_names(name, tmp_path):
     depth = {path: config["num_hidden_layers"] for path, config in depth.items()}
     wanted = {
         source.key.format(layer)
-        for path, source in KEYS.items()
+        for path, source in WEIGHT_MAP.items()
         for layer in range(next((count for start, count in depth.items() if path.startswith(start)), 1))
     }
     saved = {key for file in tmp_path.glob("*.safetensors") for key in load_file(file)}

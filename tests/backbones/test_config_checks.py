@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from metaembed_jax.backbones.config_checks import rotary
 from metaembed_jax.backbones.family import family
-from metaembed_jax.backbones.fields import rotary
 from metaembed_jax.errors import UserError
 from tests.backbones.llama_vision.reference import CONFIGURATIONS as LLAMA
 from tests.backbones.paligemma.reference import CONFIGURATIONS as PALIGEMMA

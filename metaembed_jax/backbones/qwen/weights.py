@@ -1,8 +1,10 @@
-"""What an export of a Qwen-VL says to its users, and the code that it ships."""
+"""Exports of the Qwen-VL families: how stock transformers computes the vectors, and a module for sentence-transformers."""
 
 from pathlib import Path
 
-# In the model card of a transformers export; {query}, {last}, {width} and {head} are filled in.
+UNUSED_KEYS = ("lm_head.weight",)  # predicts tokens; stored where it is not tied to the embedding
+
+# Text of the model card of a transformers export; {query}, {last}, {width} and {head} are filled in.
 USAGE = """\
 ```python
 import torch
@@ -16,7 +18,7 @@ states = model(**tokenizer([prompt], return_tensors="pt")).last_hidden_state[:, 
 vectors = torch.nn.functional.normalize(states{head}, dim=-1)  # [1, {query}, {width}], nested
 ```
 
-A candidate's prompt is `<|im_start|>user\\n{{text}}<|im_end|><|endoftext|>`, or with an image
+A document's prompt is `<|im_start|>user\\n{{text}}<|im_end|><|endoftext|>`, or with an image
 `<|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>Describe the image.<|im_end|><|endoftext|>`, with one
 `<|image_pad|>` for each visual token; behind it come the {query} query tokens and then `<|meta_candidate_0|>` to
 `<|meta_candidate_{last}|>`, whose states are its vectors."""

@@ -1,0 +1,104 @@
+"""The frame of every backbone: tokens and visual tokens pass the language model's layers, and some of the last states are read.
+
+B rows, A axes of positions, S tokens, V positions that are read, R Meta Tokens, U units (visual tokens), D width, K head width.
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from metaembed_jax.backbones.config import FamilyConfig
+from metaembed_jax.backbones.layers import (
+    RMSNorm,
+    at,
+    cos_sin,
+    embed_tokens,
+    inverse_frequencies,
+    param,
+    place_units,
+    scan_layers,
+)
+from metaembed_jax.batch.rows import Batch
+from metaembed_jax.sharding import constrain
+
+
+class Backbone(nnx.Module):
+    """Vision tower and language model; a call returns the last hidden states at the positions that a batch names.
+
+    A family's own sets the classes of its parts, and overrides the steps in which it differs.
+    """
+
+    tower: ClassVar[type]  # (vision_config, width, *, rngs); called with (batch, *, dtype, checkpoint, unroll)
+    layer: ClassVar[type]  # (text_config, *, rngs, layers); called with (x_BSD, flag, *context)
+    norm: ClassVar[type] = RMSNorm  # (width, *, epsilon, rngs)
+
+    def __init__(self, config: FamilyConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        text = config.text_config
+        self.vision = self.tower(config.vision_config, config.width, rngs=rngs)
+        self.embedding = param(rngs, jax.nn.initializers.normal(0.02), (config.vocabulary, config.width), ("vocabulary", "embed"))
+        self.layers = self.layer(text, rngs=rngs, layers=text.num_hidden_layers)
+        self.final_norm = self.norm(config.width, epsilon=text.rms_norm_eps, rngs=rngs)
+
+    @property
+    def width(self) -> int:
+        """The hidden size D."""
+        return self.config.width
+
+    def __call__(
+        self, batch: Batch, meta_RD: Float[Array, "R D"], *, dtype, checkpoint: bool, unroll: int
+    ) -> Float[Array, "B V D"]:
+        """Return the last layer's states, after the final norm, at `batch.reads`.
+
+        Args:
+          batch: rows of the family's layout. Without patches, the tower does not run.
+          meta_RD: the table of Meta Tokens.
+          dtype: of activations and matmuls.
+          checkpoint, unroll: as in `scan_layers`.
+        """
+        loop = {"checkpoint": checkpoint, "unroll": unroll}
+        x_BSD, seen = self.embed(batch, meta_RD, dtype), None
+        if batch.patches is not None:
+            with jax.named_scope("vision"):
+                seen = self.vision(batch, dtype=dtype, **loop)
+            x_BSD = self.place(seen, batch.visual, x_BSD)
+        context = self.context(batch, seen)
+        with jax.named_scope("language"):
+            x_BSD = constrain(x_BSD, "batch", None, None)
+            return self.final_norm(self.read(x_BSD, batch.reads, context, loop))
+
+    def embed(self, batch: Batch, meta_RD: Float[Array, "R D"], dtype) -> Float[Array, "B S D"]:
+        """Look up tokens and Meta Tokens."""
+        return embed_tokens(self.embedding[...].astype(dtype), meta_RD.astype(dtype), batch)
+
+    def place(self, seen: Any, visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Put what the tower returned in its places among the tokens: by default units [B, U, D]."""
+        return place_units(seen, visual_BS, x_BSD)
+
+    def flags(self) -> Any:
+        """Return what tells each layer what it is: arrays with a leading axis of layers, or None."""
+        return None
+
+    def context(self, batch: Batch, seen: Any) -> tuple:
+        """Return what every layer reads alike: by default segments, cosines and sines.
+
+        Args:
+          seen: what the tower returned; None where rows have no patches.
+        """
+        return batch.segments, *self.rotary(batch.positions)
+
+    def read(self, x_BSD: Float[Array, "B S D"], reads_BV: Int[Array, "B V"], context: tuple, loop: dict) -> Float[Array, "B V D"]:
+        """Run the layers, and return the states at the positions `reads_BV`."""
+        return at(scan_layers(self.layers, x_BSD, self.flags(), *context, **loop), reads_BV)
+
+    def rotary(self, positions_BAS: Int[Array, "B A S"]) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
+        """Return cosines and sines of each position's angles."""
+        return cos_sin(positions_BAS[:, 0][..., None].astype(jnp.float32) * self.frequencies())
+
+    def frequencies(self) -> Float[Array, "K/2"]:
+        """Return the angles of a step of one position."""
+        text = self.config.text_config
+        return inverse_frequencies(text.head_width, text.rope_theta)
