@@ -60,12 +60,12 @@ class Backbone(nnx.Module):
           checkpoint, unroll: as in `scan_layers`.
         """
         loop = {"checkpoint": checkpoint, "unroll": unroll}
-        x_BSD, seen = self.embed(batch, meta_RD, dtype), None
+        x_BSD, tower_output = self.embed(batch, meta_RD, dtype), None
         if batch.patches is not None:
             with jax.named_scope("vision"):
-                seen = self.vision(batch, dtype=dtype, **loop)
-            x_BSD = self.place(seen, batch.visual, x_BSD)
-        context = self.context(batch, seen)
+                tower_output = self.vision(batch, dtype=dtype, **loop)
+            x_BSD = self.insert(tower_output, batch.visual, x_BSD)
+        context = self.context(batch, tower_output)
         with jax.named_scope("language"):
             x_BSD = constrain(x_BSD, "batch", None, None)
             return self.final_norm(self.read(x_BSD, batch.reads, context, loop))
@@ -74,19 +74,19 @@ class Backbone(nnx.Module):
         """Look up tokens and Meta Tokens."""
         return embed_tokens(self.embedding[...].astype(dtype), meta_RD.astype(dtype), batch)
 
-    def place(self, seen: Any, visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Put what the tower returned in its places among the tokens: by default units [B, U, D]."""
-        return place_units(seen, visual_BS, x_BSD)
+    def insert(self, tower_output: Any, visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Insert the output of the tower among the tokens: by default units [B, U, D]."""
+        return place_units(tower_output, visual_BS, x_BSD)
 
     def flags(self) -> Any:
-        """Return what tells each layer what it is: arrays with a leading axis of layers, or None."""
+        """Return the flags of all layers: arrays with a leading axis of layers, or None."""
         return None
 
-    def context(self, batch: Batch, seen: Any) -> tuple:
-        """Return what every layer reads alike: by default segments, cosines and sines.
+    def context(self, batch: Batch, tower_output: Any) -> tuple:
+        """Return the arrays that every layer reads alike: by default segments, cosines and sines.
 
         Args:
-          seen: what the tower returned; None where rows have no patches.
+          tower_output: None where rows have no patches.
         """
         return batch.segments, *self.rotary(batch.positions)
 

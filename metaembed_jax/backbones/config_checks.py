@@ -40,7 +40,7 @@ def section(config: dict, key: str) -> dict:
     """
     value = config.get(key)
     if value is not None and not isinstance(value, dict):
-        raise UserError(f"config.json: {key} is {value!r}, not an object of keys and values")
+        raise UserError(f"config.json: {key} is {value!r}; expected an object of keys and values")
     return value or {}
 
 

@@ -119,7 +119,7 @@ class Backbone(backbone.Backbone):
         super().__init__(config, rngs=rngs)
         self.crossing = Crossing(config.text_config, rngs=rngs, layers=len(config.text_config.cross_attention_layers))
 
-    def place(self, seen: Any, visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def insert(self, tower_output: Any, visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Return the states as they are: images have no tokens in the sequence."""
         return x_BSD
 
@@ -129,10 +129,10 @@ class Backbone(backbone.Backbone):
         nearest_L = np.minimum(np.searchsorted(crossings, layers), len(crossings) - 1)
         return np.isin(layers, crossings), jax.tree.map(lambda x: x[nearest_L], nnx.split(self.crossing)[1])
 
-    def context(self, batch: Batch, seen: Any) -> tuple:
+    def context(self, batch: Batch, tower_output: Any) -> tuple:
         """Return the graph of a `Crossing`, and text and image as `DecoderLayer` reads them."""
         text = batch.segments, *self.rotary(batch.positions)
-        image = None if seen is None else (*seen, self.has_image(batch))
+        image = None if tower_output is None else (*tower_output, self.has_image(batch))
         return nnx.split(self.crossing)[0], text, image
 
     def has_image(self, batch: Batch) -> Bool[Array, "B S 1"]:

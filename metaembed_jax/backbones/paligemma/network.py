@@ -133,7 +133,7 @@ class Backbone(backbone.Backbone):
         """Return True for the layers that are local in Gemma 2."""
         return jnp.arange(self.config.text_config.num_hidden_layers) % 2 == 0
 
-    def context(self, batch: Batch, seen: Any) -> tuple:
+    def context(self, batch: Batch, tower_output: Any) -> tuple:
         """Return segments, the positions of Meta Tokens, cosines and sines."""
         return batch.segments, batch.meta >= 0, *self.rotary(batch.positions)
 

@@ -68,7 +68,7 @@ class VisionBlock(nnx.Module):
 
 
 class Merger(nnx.Module):
-    """Makes each 2x2 block of patches one unit of the language model's width; normed before they are joined, or after."""
+    """A merger of each 2x2 block of patches into a unit of the language model's width; normed before they are joined, or after."""
 
     def __init__(self, config: VisionConfig, width: int, *, norm_joined: bool, rngs: nnx.Rngs, layers: int | None = None):
         self.joined, self.norm_joined = config.hidden_size * config.spatial_merge_size**2, norm_joined
@@ -174,16 +174,16 @@ class Backbone(network.Backbone):
 
     tower, layer = VisionTower, DecoderLayer
 
-    def place(self, seen: Any, visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def insert(self, tower_output: Any, visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Put the units in place of the image tokens."""
-        return place_units(seen[0], visual_BS, x_BSD)
+        return place_units(tower_output[0], visual_BS, x_BSD)
 
-    def context(self, batch: Batch, seen: Any) -> tuple:
-        """Return what every layer reads alike; DeepStack's features [N, B, S, D] are at the image tokens, and zero elsewhere."""
-        context = super().context(batch, seen)
-        if seen is None:
+    def context(self, batch: Batch, tower_output: Any) -> tuple:
+        """Return the arrays that every layer reads alike; DeepStack's features [N, B, S, D] are at the image tokens, and zero elsewhere."""
+        context = super().context(batch, tower_output)
+        if tower_output is None:
             return context
-        units_NBUD = seen[1]
+        units_NBUD = tower_output[1]
         features_NBSD = jax.vmap(place_units, in_axes=(0, None, None))(units_NBUD, batch.visual, jnp.zeros((), units_NBUD.dtype))
         return *context, constrain(features_NBSD, None, "batch", None, None)
 

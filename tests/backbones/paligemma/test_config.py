@@ -45,13 +45,13 @@ WRONG = [
     ("text_config", "layer_types", ["full_attention"] * 5, "layer_types is"),
     ("text_config", "sliding_window", None, "sliding_window is None; PaliGemma has 4096"),
     ("text_config", "attn_logit_softcapping", None, "attn_logit_softcapping is None; PaliGemma has 50.0"),
-    ("text_config", "attn_logit_softcapping", 0, "attn_logit_softcapping is 0, which cannot be"),
+    ("text_config", "attn_logit_softcapping", 0, "attn_logit_softcapping is 0; expected a positive number"),
     ("text_config", "num_key_value_heads", 4, "6 attention heads cannot share 4 key-value heads"),
     ("text_config", "head_dim", 7, "head_dim 7 is odd"),
     ("text_config", "num_hidden_layers", 10**6, "layers"),
     ("text_config", "hidden_size", 64, "projection_dim is 60; PaliGemma has 64"),
     ("vision_config", "hidden_act", "gelu", "hidden_act of vision is 'gelu'"),
-    ("vision_config", "image_size", 51, "an image_size of 51 is no multiple of patch_size 10"),
+    ("vision_config", "image_size", 51, "image_size is 51; expected a multiple of patch_size, 10"),
     ("vision_config", "num_attention_heads", 5, "a hidden_size of 36 cannot be split over 5 heads"),
     ("vision_config", "hidden_size", None, "vision_config of a PaliGemma config lacks hidden_size"),
 ]
@@ -69,7 +69,7 @@ def test_wrong_configs_are_refused(part, key, value, message):
     [
         ({"size": {"height": 224, "width": 224}}, "224.*config.json has images of 50 x 50 pixels"),
         ({"size": {"shortest_edge": 50}}, "shortest_edge"),
-        ({"resample": 2}, "resample=2 is not supported, only 3"),
+        ({"resample": 2}, "resample=2 is not supported; expected 3"),
         ({"do_resize": False}, "do_resize=False"),
     ],
 )

@@ -81,7 +81,7 @@ def test_vision_block(case):
 def test_vision_tower_and_projector(case):
     tower = jax.jit(functools.partial(case.backbone.vision, dtype=jnp.float32, checkpoint=False, unroll=1))
     theirs = run(case.core.get_image_features, case.pixels).pooler_output
-    np.testing.assert_allclose(tower(case.batch.patches).reshape(theirs.shape), theirs, **TOLERANCE)
+    np.testing.assert_allclose(tower(case.batch).reshape(theirs.shape), theirs, **TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -60,17 +60,17 @@ WRONG = [
     ("text_config", "mlp_bias", True, "mlp_bias is True"),
     ("text_config", "rope_parameters", {"rope_type": "llama3"}, "rope_type is 'llama3'"),
     ("text_config", "hidden_act", "gelu", "hidden_act of text is 'gelu'"),
-    ("text_config", "num_hidden_layers", 10**6, "layers; at most"),
+    ("text_config", "num_hidden_layers", 10**6, "layers; expected at most"),
     ("vision_config", "hidden_act", "gelu", "hidden_act of vision is 'gelu'"),
     ("vision_config", "num_channels", 1, "num_channels is 1"),
     ("vision_config", "num_attention_heads", 4, "a hidden_size of 30 cannot be split over 4 heads"),
     ("vision_config", "image_size", [24, 24], "image_size is"),
-    ("vision_config", "image_size", 27, "an image_size of 27 is odd"),
+    ("vision_config", "image_size", 27, "image_size is 27; expected an even number"),
     ("vision_config", "image_size", 2, "has 0 patches"),
-    ("vision_config", "image_size", 100, "has 25 patches of patch_size 4 on a side; 1 to 32 are read, but for 19, 25, 29, 31"),
-    ("vision_config", "image_size", 10**6, "1 to 32 are read"),
-    ("vision_config", "image_size", 20, "has 5 patches of patch_size 4 on a side, no multiple of scale_factor 3"),
-    ("vision_config", "scale_factor", 0, "scale_factor is 0, which cannot be"),
+    ("vision_config", "image_size", 100, "has 25 patches of patch_size 4 on a side; expected 1 to 32 except 19, 25, 29, 31"),
+    ("vision_config", "image_size", 10**6, "expected 1 to 32 except"),
+    ("vision_config", "image_size", 20, "has 5 patches of patch_size 4 on a side; expected a multiple of scale_factor, 3"),
+    ("vision_config", "scale_factor", 0, "scale_factor is 0; expected a positive integer"),
 ]
 
 

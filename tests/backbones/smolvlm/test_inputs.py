@@ -225,11 +225,11 @@ def test_a_run_says_how_large_images_are_by_max_pixels(pixels, cap, edge):
     "change, message",
     [
         ({"do_image_splitting": False}, "do_image_splitting=False is not supported"),
-        ({"resample": 3}, "resample=3 is not supported, only 1"),
-        ({"max_image_size": {"longest_edge": 364}}, "max_image_size=.*364.* only {'longest_edge': 24}"),
-        ({"size": {"height": 48, "width": 48}}, "size is .* which has no longest_edge alone"),
-        ({"size": {"longest_edge": 48.0}}, "size.longest_edge is 48.0, not a positive whole number"),
-        ({"size": {"longest_edge": 145}}, "size.longest_edge is 145; at most 144 are read"),
+        ({"resample": 3}, "resample=3 is not supported; expected 1"),
+        ({"max_image_size": {"longest_edge": 364}}, "max_image_size=.*364.* expected {'longest_edge': 24}"),
+        ({"size": {"height": 48, "width": 48}}, "size is .*; expected longest_edge alone"),
+        ({"size": {"longest_edge": 48.0}}, "size.longest_edge is 48.0; expected a positive integer"),
+        ({"size": {"longest_edge": 145}}, "size.longest_edge is 145; expected at most 144"),
         ({"size": 48}, "size is 48"),
     ],
 )

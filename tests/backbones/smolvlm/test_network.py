@@ -34,8 +34,8 @@ class Case:
         theirs = Transformers(directory)
         self.core = theirs.model.model
         items = [RowItem(self.processor.candidate({"image": picture}), 1, 1) for picture in PICTURES]
-        self.tiles = [item.size.patches // self.vision.tile_patches for item in items]
-        row = Size(200, (sum(self.tiles) + 1) * self.vision.tile_patches, 3)
+        self.tiles = [item.size.patches // self.vision.patches for item in items]
+        row = Size(200, (sum(self.tiles) + 1) * self.vision.patches, 3)
         self.batch = collate([items], row, self.config.layout)
         self.seen = theirs.processor.image_processor([[picture] for picture in PICTURES], return_tensors="pt")
 
@@ -55,12 +55,12 @@ def test_patch_embedding_and_positions(case):
     assert case.tiles == [3, 5, 3] and len(pixels) == 11
     mask = torch.ones(len(pixels), case.vision.side, case.vision.side, dtype=torch.bool)
     theirs = run(case.core.vision_model.embeddings, pixels, patch_attention_mask=mask)
-    tiles_TNX = case.batch.patches.reshape(12, case.vision.tile_patches, -1)[:11]
+    tiles_TNX = case.batch.patches.reshape(12, case.vision.patches, -1)[:11]
     np.testing.assert_allclose(case.tower.embed_patches(tiles_TNX, jnp.float32), theirs, **TOLERANCE)
 
 
 def test_vision_block(case):
-    x_TND = values(2, case.vision.tile_patches, case.vision.hidden_size)
+    x_TND = values(2, case.vision.patches, case.vision.hidden_size)
     ours = jax.jit(layer_of(case.tower.blocks, 1))(x_TND, None)
     theirs = run(case.core.vision_model.encoder.layers[1], x_TND, attention_mask=None)
     np.testing.assert_allclose(ours, theirs, **TOLERANCE)
@@ -68,14 +68,14 @@ def test_vision_block(case):
 
 def test_merging_of_patches(case):
     """The shuffle, and the projection of what it puts behind each other."""
-    x_TND = values(3, case.vision.tile_patches, case.vision.hidden_size)
-    np.testing.assert_allclose(jax.jit(case.tower.merge)(x_TND), run(case.core.connector, x_TND), **TOLERANCE)
+    x_TND = values(3, case.vision.patches, case.vision.hidden_size)
+    np.testing.assert_allclose(jax.jit(case.tower.project)(x_TND), run(case.core.connector, x_TND), **TOLERANCE)
 
 
 def test_vision_tower(case):
     """All visual tokens of a row, in the order in which the prompts have them; what stands in padding is read by nobody."""
     tower = jax.jit(functools.partial(case.tower, dtype=jnp.float32, checkpoint=False, unroll=1))
-    units_UD, visual_S = np.asarray(tower(case.batch.patches))[0], case.batch.visual[0]
+    units_UD, visual_S = np.asarray(tower(case.batch))[0], case.batch.visual[0]
     theirs = run(case.core.get_image_features, *case.seen.values())
     expected = torch.cat([*theirs.pooler_output]).flatten(0, -2)
     np.testing.assert_allclose(units_UD[visual_S[visual_S >= 0]], expected, **TOLERANCE)
