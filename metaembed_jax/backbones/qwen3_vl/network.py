@@ -179,7 +179,7 @@ class Backbone(network.Backbone):
         return place_units(tower_output[0], visual_BS, x_BSD)
 
     def context(self, batch: Batch, tower_output: Any) -> tuple:
-        """Return the arrays that every layer reads alike; DeepStack's features [N, B, S, D] are at the image tokens, and zero elsewhere."""
+        """Return segments, cosines and sines, and DeepStack's features [N, B, S, D]: at the image tokens, and zero elsewhere."""
         context = super().context(batch, tower_output)
         if tower_output is None:
             return context

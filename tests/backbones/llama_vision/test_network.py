@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from metaembed_jax.backbones.llama_vision.vision import APART, attend_around_padding
 from metaembed_jax.batch.packing import Size
@@ -143,7 +144,7 @@ def test_rotary_angles(case):
     rotary = case.theirs.model.model.language_model.rotary_emb
     positions_BS = np.stack([np.arange(300), np.concatenate([np.arange(41), np.arange(259)])])
     expected = run(rotary, np.zeros(1, np.float32), positions_BS)
-    for ours, theirs in zip(case.backbone.rotary(positions_BS), expected, strict=True):
+    for ours, theirs in zip(case.backbone.rotary(positions_BS[:, None]), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)  # an angle of 300 is 3e-5 from the next one
 
 
@@ -154,11 +155,11 @@ def context(case):
     """A text's states and what layers read of it: segments and angles."""
     positions_BS = np.random.default_rng(0).integers(0, 50, SEGMENTS.shape)
     model = case.theirs.model.model.language_model
-    return case.noise(*SEGMENTS.shape, model.config.hidden_size), (SEGMENTS, *case.backbone.rotary(positions_BS)), model
+    return case.noise(*SEGMENTS.shape, model.config.hidden_size), (SEGMENTS, *case.backbone.rotary(positions_BS[:, None])), model
 
 
 def layer_and_kind(case, number):
-    (is_crossing_L, states), graph = case.backbone.kinds()
+    (is_crossing_L, states), graph = case.backbone.flags(), nnx.split(case.backbone.crossing)[0]
     layer = layer_of(case.backbone.layers, number)
     kind = is_crossing_L[number], jax.tree.map(lambda x: x[number], states)
     return jax.jit(lambda x, text, image: layer(x, kind, graph, text, image))

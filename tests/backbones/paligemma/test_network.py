@@ -107,7 +107,7 @@ def test_norm(case):
 def test_rotary_angles(case):
     positions_BT = np.random.default_rng(0).integers(0, 300, (2, 11))
     expected = run(case.core.language_model.rotary_emb, np.zeros(1, np.float32), positions_BT)
-    for ours, theirs in zip(case.backbone.rotary(positions_BT), expected, strict=True):
+    for ours, theirs in zip(case.backbone.rotary(positions_BT[:, None]), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, **TOLERANCE)
 
 
@@ -137,7 +137,7 @@ def test_decoder_layer(case, number):
         segments[start:end], is_meta[start + prompt : end], positions[start:end] = segment, 1, np.arange(prompt + meta)
         start = end
     x_BSD = values(1, len(segments), case.config.width)
-    cos, sin = case.backbone.rotary(positions[None])
+    cos, sin = case.backbone.rotary(positions[None, None])
     local = text.is_gemma2 and number == 0
     layer = jax.jit(layer_of(case.backbone.layers, number))
     ours = layer(x_BSD, local, segments[None], is_meta[None] > 0, cos, sin)

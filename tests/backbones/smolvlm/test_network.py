@@ -90,7 +90,7 @@ def test_decoder_layer_and_rotary_angles(case):
     """Two items and padding, which sees itself: no empty softmax."""
     text, segments, positions = case.core.text_model, np.repeat([1, 2, 0], [4, 5, 2]), np.r_[:4, :5, 0, 0]
     x_BSD = values(1, len(segments), case.config.width)
-    angles = case.backbone.rotary(positions[None])
+    angles = case.backbone.rotary(positions[None, None])
     expected = run(text.rotary_emb, np.zeros(1, np.float32), positions[None])
     for ours, theirs in zip(angles, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, **TOLERANCE)
