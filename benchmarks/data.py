@@ -25,12 +25,13 @@ from PIL import Image, ImageDraw, ImageFilter
 from metaembed_jax.backbones.qwen.images import to_units
 from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
 from metaembed_jax.batch.rows import filled_shares
-from metaembed_jax.config import default_config, load_config, model_config, row_limits
+from metaembed_jax.config import RunConfig, load_config, with_keys
 from metaembed_jax.data import tokenizer
 from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import iterate, training_batches
 from metaembed_jax.data.planned import plan_rows
 from metaembed_jax.inputs.images import open_image
+from metaembed_jax.network_config import model_config, row_limits
 
 BATCH, SOURCE, WARM = 8, 64, 4  # images; images in all; batches that are not timed
 MEAN, STD = np.float32([0.48145466, 0.4578275, 0.40821073]), np.float32([0.26862954, 0.26130258, 0.27577711])
@@ -59,8 +60,8 @@ def main() -> None:
         print(f"{name}: {size:.0f} kB of JPEG; largest difference {largest:.1e}; rows hold {fractions}")
         for workers in arguments.workers:
             sides = {
-                "metaembed_jax": partial(iterate, dataset, 0, config.steps, workers),
-                "transformers": partial(dataloader, encoded, sizes, workers, config.steps),
+                "metaembed_jax": partial(iterate, dataset, 0, config.schedule.steps, workers),
+                "transformers": partial(dataloader, encoded, sizes, workers, config.schedule.steps),
             }
             rates = {side: [] for side in sides}
             for _ in range(arguments.rounds):
@@ -74,12 +75,15 @@ def main() -> None:
 
 def run_config(name: str, steps: int):
     """One image a pair, in rows of the family's default."""
-    config = default_config()
-    with config.unlocked():
-        config.architecture = load_config(str(Path(__file__).parents[1] / "configs" / "7b.py"), {}).architecture
-    config.data.sources = ((name, 1.0, 0),)
-    config.batch_size, config.steps = BATCH, steps
-    return config
+    return with_keys(
+        RunConfig(),
+        {
+            "model.architecture": load_config(str(Path(__file__).parents[1] / "configs" / "7b.py")).model.architecture,
+            "data.sources": ((name, 1.0, 0),),
+            "rows.batch_size": BATCH,
+            "schedule.steps": steps,
+        },
+    )
 
 
 def rate(batches: Iterator, count: int) -> float:

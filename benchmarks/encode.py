@@ -30,11 +30,12 @@ from PIL import Image
 from metaembed_jax.backbones.family import family
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.batch.rows import Batch
-from metaembed_jax.config import load_config, model_config
+from metaembed_jax.config import load_config
 from metaembed_jax.data import tokenizer
 from metaembed_jax.encoding.encoder import CHUNK, Encoder
 from metaembed_jax.encoding.reading import MOST_THREADS
 from metaembed_jax.encoding.schedule import Schedule
+from metaembed_jax.network_config import model_config
 from metaembed_jax.sharding import make_mesh
 
 PHOTOS, SEED, ROUNDS = 1000, 0, 3
@@ -63,7 +64,7 @@ def main() -> None:
 
 def qwen() -> tuple:
     """The network's config and the processor of a 3b, with a small vocabulary."""
-    config = load_config("configs/3b.py", {})
+    config = load_config("configs/3b.py")
     network = model_config(config)
     architecture = network.architecture
     images = family(network.backbone).Images.from_run(config.data, architecture, None)

@@ -63,13 +63,14 @@ def write(directory: Path, size: str) -> None:
     from tqdm import tqdm
 
     from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
-    from metaembed_jax.config import load_config, model_config
+    from metaembed_jax.config import load_config
     from metaembed_jax.data import tokenizer
+    from metaembed_jax.network_config import model_config
 
     if (directory / "config.json").is_file():
         return
     directory.mkdir(parents=True, exist_ok=True)
-    config = model_config(load_config(f"configs/{size}.py", {}))
+    config = model_config(load_config(f"configs/{size}.py"))
     backbone = nnx.eval_shape(lambda: QWEN2_5_VL.Backbone(config.architecture, rngs=nnx.Rngs(0)))
     tensors = {}
     for path, leaf in flatten_dict(nnx.to_pure_dict(nnx.state(backbone)), sep=".").items():

@@ -82,9 +82,9 @@ class TorchTrainer:
         similarity_BNij = torch.einsum("bid,njd->bnij", query_BRD, candidate_NRD)
         target = torch.arange(len(query_BRD))
         losses = []
-        for r_q, r_c in self.config.groups:
+        for r_q, r_c in self.config.objectives.matryoshka.groups:
             scores = similarity_BNij[:, :, :r_q, :r_c].amax(3).sum(2)
-            losses.append(torch.nn.functional.cross_entropy(scores / self.config.temperature, target))
+            losses.append(torch.nn.functional.cross_entropy(scores / self.config.objectives.matryoshka.temperature, target))
         return torch.stack(losses).mean()
 
     def _vectors(self, inputs: dict) -> torch.Tensor:

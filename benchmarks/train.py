@@ -32,9 +32,10 @@ from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.batch.training import TrainingBatch, put
 from metaembed_jax.checkpoints.huggingface import read_backbone
-from metaembed_jax.config import default_config, model_config
+from metaembed_jax.config import RunConfig, with_keys
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network
+from metaembed_jax.network_config import model_config
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.step import Trainer, make_trainer
 
@@ -95,12 +96,16 @@ def main() -> None:
 
 def run_config():
     """The config of the race: the recipe's AdamW, all groups, and no recomputation."""
-    config = default_config()
-    with config.unlocked():
-        config.architecture = ARCHITECTURE
-    config.dtype, config.recompute, config.unroll_layers = "float32", "nothing", 4
-    config.batch_size = PAIRS
-    return config
+    return with_keys(
+        RunConfig(),
+        {
+            "model.architecture": ARCHITECTURE,
+            "model.dtype": "float32",
+            "rows.recompute": "nothing",
+            "rows.unroll_layers": 4,
+            "rows.batch_size": PAIRS,
+        },
+    )
 
 
 def make_pairs() -> list[tuple[Example, Example]]:

@@ -1,15 +1,22 @@
 """MetaEmbed-32B: the recipe of `configs/7b.py` on Qwen2.5-VL-32B, with its variants."""
 
-from metaembed_jax.config import load_config
+from metaembed_jax.config import load_config, with_keys
 
 
 def get_config(arg=None):
     """`lora` (the default) or `full`."""
-    config = load_config(f"7b:{arg or 'lora'}", {})
-    config.name = config.name.replace("7b", "32b")
-    config.init_from = "Qwen/Qwen2.5-VL-32B-Instruct"
-    text, vision = config.architecture.text_config, config.architecture.vision_config
-    text.hidden_size = vision.out_hidden_size = 5120
-    text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 64, 40, 8
-    text.intermediate_size, vision.intermediate_size = 27648, 3456
-    return config
+    base = load_config(f"7b:{arg or 'lora'}")
+    return with_keys(
+        base,
+        {
+            "name": base.name.replace("7b", "32b"),
+            "init_from": "Qwen/Qwen2.5-VL-32B-Instruct",
+            "model.architecture.text_config.hidden_size": 5120,
+            "model.architecture.text_config.num_hidden_layers": 64,
+            "model.architecture.text_config.num_attention_heads": 40,
+            "model.architecture.text_config.num_key_value_heads": 8,
+            "model.architecture.text_config.intermediate_size": 27648,
+            "model.architecture.vision_config.out_hidden_size": 5120,
+            "model.architecture.vision_config.intermediate_size": 3456,
+        },
+    )

@@ -3,8 +3,39 @@
 `configs/7b.py` or `configs/7b.py:lora` trains adapters, Meta Tokens and head; `configs/7b.py:full` trains everything.
 """
 
-from metaembed_jax.config import default_config
+from metaembed_jax.config import (
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    ModelSettings,
+    OptimizerConfig,
+    RowsConfig,
+    RunConfig,
+    ScheduleConfig,
+)
 from metaembed_jax.errors import UserError
+
+ARCHITECTURE = dict(
+    text_config=dict(
+        vocab_size=152064,
+        hidden_size=3584,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+        mrope_section=(16, 24, 24),
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+    ),
+    vision_config=dict(
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        out_hidden_size=3584,
+        fullatt_block_indexes=(7, 15, 23, 31),
+    ),
+)
 
 LORA = (
     ("meta_tokens", "full"),
@@ -32,39 +63,15 @@ def get_config(arg=None):
     """`lora` (the default) or `full`."""
     if arg not in (None, "lora", "full"):
         raise UserError(f"no variant {arg!r}: write lora or full")
-    config = default_config()
-    config.name = "7b" if arg != "full" else "7b_full"
-    config.init_from = "Qwen/Qwen2.5-VL-7B-Instruct"
-    with config.unlocked():
-        config.architecture = dict(
-            text_config=dict(
-                vocab_size=152064,
-                hidden_size=3584,
-                num_hidden_layers=28,
-                num_attention_heads=28,
-                num_key_value_heads=4,
-                intermediate_size=18944,
-                mrope_section=(16, 24, 24),
-                rms_norm_eps=1e-6,
-                rope_theta=1e6,
-            ),
-            vision_config=dict(
-                depth=32,
-                hidden_size=1280,
-                intermediate_size=3420,
-                num_heads=16,
-                out_hidden_size=3584,
-                fullatt_block_indexes=(7, 15, 23, 31),
-            ),
-        )
-    config.trained = LORA if arg != "full" else (("*", "full"),)
-
-    config.data.sources = SOURCES
-    config.data.negatives = 1
-    config.data.sub_batch, config.data.workers = 32, 4
-    config.batch_size, config.microbatch_rows, config.row = 384, 128, (2432, 8192)
-    config.mesh.fsdp = 8
-    config.steps = 4000
-    config.optimizer.learning_rate = 1e-4 if arg != "full" else 1e-5
-    config.validate_every = config.save_every = 500
-    return config
+    is_full = arg == "full"
+    return RunConfig(
+        name="7b_full" if is_full else "7b",
+        init_from="Qwen/Qwen2.5-VL-7B-Instruct",
+        model=ModelSettings(architecture=ARCHITECTURE, trained=(("*", "full"),) if is_full else LORA),
+        rows=RowsConfig(size=(2432, 8192), batch_size=384, microbatch_rows=128),
+        data=DataConfig(sources=SOURCES, sub_batch=32, negatives=1, workers=4),
+        optimizer=OptimizerConfig(learning_rate=1e-5 if is_full else 1e-4),
+        mesh=MeshConfig(fsdp=8),
+        schedule=ScheduleConfig(steps=4000, save_every=500),
+        evaluation=EvaluationConfig(validate_every=500),
+    )

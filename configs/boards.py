@@ -7,9 +7,16 @@ configs/boards.py        more and more icons, up to 4 to 9 on a page
 Each starts from the one before, which is trained first.
 """
 
-from ml_collections import ConfigDict
+import dataclasses
 
-from metaembed_jax.config import default_config, load_config
+from metaembed_jax.config import (
+    DataConfig,
+    EvaluationConfig,
+    RunConfig,
+    ScheduleConfig,
+    load_config,
+    with_keys,
+)
 from metaembed_jax.errors import UserError
 
 
@@ -17,25 +24,22 @@ def get_config(arg=None):
     """`one` is the first stage; without it, the second."""
     if arg not in (None, "one"):
         raise UserError(f"no stage {arg!r}: write boards:one or boards")
-    config = default_config()
-    tiny = load_config("tiny", {})
-    with config.unlocked():
-        config.architecture = ConfigDict(tiny.architecture.to_dict())
-    config.architecture.vision_config.window_size = 112
-    for key in ("dtype", "recompute", "unroll_layers", "meta_token_scale", "temperature", "optimizer"):
-        config[key] = tiny[key]
-    config.embedding_dim = 32
-
-    config.data.sources = (("boards", 1.0, 0),)
-    config.batch_size = 64
-    if arg == "one":
-        config.name, config.init_from = "boards_one", "tiny"
-        config.data.page_side, config.data.curriculum = 112, ((0, 1, 1),)
-        config.row, config.steps = (152, 64), 400
-    else:
-        config.name, config.init_from = "boards", "boards:one"
-        config.data.page_side, config.data.curriculum = 224, ((150, 1, 2), (400, 2, 4), (700, 3, 6), (0, 4, 9))
-        config.row, config.steps = (216, 256), 2000
-    config.data.min_pixels = config.data.max_pixels = config.data.page_side**2
-    config.validate_every = config.save_every = config.steps // 4
-    return config
+    is_one, tiny = arg == "one", load_config("tiny")
+    steps, side = (400, 112) if is_one else (2000, 224)
+    return RunConfig(
+        name="boards_one" if is_one else "boards",
+        init_from="tiny" if is_one else "boards:one",
+        model=with_keys(tiny.model, {"architecture.vision_config.window_size": 112, "embedding_dim": 32}),
+        rows=dataclasses.replace(tiny.rows, size=(152, 64) if is_one else (216, 256)),
+        data=DataConfig(
+            sources=(("boards", 1.0, 0),),
+            min_pixels=side**2,
+            max_pixels=side**2,
+            page_side=side,
+            curriculum=((0, 1, 1),) if is_one else ((150, 1, 2), (400, 2, 4), (700, 3, 6), (0, 4, 9)),
+        ),
+        objectives=tiny.objectives,
+        optimizer=tiny.optimizer,
+        schedule=ScheduleConfig(steps=steps, save_every=steps // 4),
+        evaluation=EvaluationConfig(validate_every=steps // 4),
+    )

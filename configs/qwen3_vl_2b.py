@@ -1,16 +1,27 @@
 """The recipe of `configs/7b.py` on Qwen3-VL-2B, with its variants."""
 
-from metaembed_jax.config import load_config
+from metaembed_jax.config import load_config, with_keys
 
 
 def get_config(arg=None):
     """`lora` (the default) or `full`."""
-    config = load_config(f"qwen3_vl_8b:{arg or 'lora'}", {})
-    config.name = config.name.replace("8b", "2b")
-    config.init_from = "Qwen/Qwen3-VL-2B-Instruct"
-    text, vision = config.architecture.text_config, config.architecture.vision_config
-    text.hidden_size = vision.out_hidden_size = 2048
-    text.num_hidden_layers, text.num_attention_heads, text.intermediate_size = 28, 16, 6144
-    vision.depth, vision.hidden_size, vision.intermediate_size, vision.deepstack_visual_indexes = 24, 1024, 4096, (5, 11, 17)
-    config.microbatch_rows, config.recompute, config.mesh.fsdp = 8, "everything", 1
-    return config
+    base = load_config(f"qwen3_vl_8b:{arg or 'lora'}")
+    return with_keys(
+        base,
+        {
+            "name": base.name.replace("8b", "2b"),
+            "init_from": "Qwen/Qwen3-VL-2B-Instruct",
+            "model.architecture.text_config.hidden_size": 2048,
+            "model.architecture.text_config.num_hidden_layers": 28,
+            "model.architecture.text_config.num_attention_heads": 16,
+            "model.architecture.text_config.intermediate_size": 6144,
+            "model.architecture.vision_config.depth": 24,
+            "model.architecture.vision_config.hidden_size": 1024,
+            "model.architecture.vision_config.intermediate_size": 4096,
+            "model.architecture.vision_config.out_hidden_size": 2048,
+            "model.architecture.vision_config.deepstack_visual_indexes": (5, 11, 17),
+            "rows.microbatch_rows": 8,
+            "rows.recompute": "everything",
+            "mesh.fsdp": 1,
+        },
+    )

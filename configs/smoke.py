@@ -5,36 +5,49 @@ import tempfile
 from pathlib import Path
 
 from metaembed_jax.backbones.family import family
-from metaembed_jax.config import default_config, load_config, model_config
+from metaembed_jax.config import (
+    EXPORTS,
+    DataConfig,
+    EvaluationConfig,
+    LoraSettings,
+    MatryoshkaConfig,
+    ModelSettings,
+    ObjectivesConfig,
+    OptimizerConfig,
+    RowsConfig,
+    RunConfig,
+    ScheduleConfig,
+    load_config,
+    with_keys,
+)
 from metaembed_jax.data import tokenizer
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
+from metaembed_jax.network_config import model_config
 
 BASE = "runs/smoke_base"
 
 
 def get_config(arg=None):
     """The argument is where the random model is, or is made; runs/smoke_base by default."""
-    config = default_config()
-    config.name = "smoke"
-    config.init_from = arg or BASE
-    config.dtype = "float32"
-    config.trained = load_config("7b", {}).trained
-    config.lora.rank = 8
-    config.embedding_dim = 16
-    config.temperature = 0.15  # as configs/tiny.py, for weights that know nothing
-
-    config.data.min_pixels = config.data.max_pixels = 84 * 84
-    config.row, config.batch_size = (160, 36), 16
-    config.steps, config.optimizer.warmup_steps, config.optimizer.learning_rate = 40, 4, 1e-3
-    config.validate_every = config.save_every = 20
-    config.exports = ("transformers", "sentence-transformers", "peft")
-    make_base(local_path(config.init_from))
-    return config
+    make_base(local_path(arg or BASE))
+    lora = load_config("7b").model.trained
+    return RunConfig(
+        name="smoke",
+        init_from=arg or BASE,
+        model=ModelSettings(embedding_dim=16, dtype="float32", trained=lora, lora=LoraSettings(rank=8)),
+        rows=RowsConfig(size=(160, 36), batch_size=16),
+        data=DataConfig(min_pixels=84 * 84, max_pixels=84 * 84),
+        # As in configs/tiny.py, for weights that know nothing.
+        objectives=ObjectivesConfig(matryoshka=MatryoshkaConfig(temperature=0.15)),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=4),
+        schedule=ScheduleConfig(steps=40, save_every=20, exports=EXPORTS),
+        evaluation=EvaluationConfig(validate_every=20),
+    )
 
 
 def make_base(directory):
-    """A Qwen2.5-VL directory of random weights, unless it is there."""
+    """Make a Qwen2.5-VL directory of random weights, unless it is there."""
     from metaembed_jax.checkpoints.torch_export import write_model
     from metaembed_jax.network import init_parameters
 
@@ -42,19 +55,18 @@ def make_base(directory):
         return
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: is neither a Hugging Face model nor an empty place to make one")
-    config = load_config("tiny", {})
-    text, vision = config.architecture.text_config, config.architecture.vision_config
-    text.vocab_size, text.hidden_size, text.intermediate_size, text.mrope_section = 512, 32, 64, (2, 3, 3)
-    vision.hidden_size = vision.out_hidden_size = 32
-    vision.intermediate_size = 64
-    config.data.min_pixels = 28 * 28
+    text = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "mrope_section": (2, 3, 3)}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
+    sizes = {f"model.architecture.text_config.{key}": value for key, value in text.items()}
+    sizes |= {f"model.architecture.vision_config.{key}": value for key, value in vision.items()}
+    config = with_keys(load_config("tiny"), sizes | {"data.min_pixels": 28 * 28})
     network = model_config(config)
     parameters = {"backbone": init_parameters(network, seed=0)["backbone"]}
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         words, made = Path(scratch) / "words.json", Path(scratch) / "model"
-        tokenizer.train(["cloud snow", "airplane lock"], words, family(config.backbone), vocabulary=500)
-        images = family(config.backbone).Images.from_run(config.data, network.architecture, None)
+        tokenizer.train(["cloud snow", "airplane lock"], words, family(network.backbone), vocabulary=500)
+        images = family(network.backbone).Images.from_run(config.data, network.architecture, None)
         made.mkdir()
         write_model(made, network, parameters, words, images, {}, "float32")
         try:

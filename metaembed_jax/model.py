@@ -72,7 +72,7 @@ class MetaEmbed:
         It says whether vectors are of one model, wherever that was loaded from, and whatever it computes in.
         """
         config = self.config
-        fixed = (config.backbone, config.architecture, config.query_tokens, config.candidate_tokens, config.embedding_dim)
+        fixed = (config.backbone, config.architecture, config.query_tokens, config.document_tokens, config.embedding_dim)
         digest = hashlib.sha256(repr((*fixed, config.lora.alpha if config.lora.kernels else None)).encode())
         sample = jax.jit(lambda parameters: jax.tree.map(_sample, parameters), out_shardings=replicated(self.mesh))
         for path, leaf in jax.tree_util.tree_leaves_with_path(sample(self.parameters)):
@@ -81,7 +81,7 @@ class MetaEmbed:
 
     @property
     def meta_tokens(self) -> Float[np.ndarray, "R D"]:
-        """The learned rows, query rows first, float32 [query_tokens + candidate_tokens, backbone width]."""
+        """The learned rows, query rows first, float32 [query_tokens + document_tokens, backbone width]."""
         return np.asarray(self.parameters["meta_tokens"], np.float32)
 
     @property

@@ -34,7 +34,7 @@ class ModelConfig:
     Attributes:
       backbone: name of the family.
       architecture: the family's `Config`.
-      query_tokens, candidate_tokens: numbers of Meta Tokens, and so of vectors, of each side.
+      query_tokens, document_tokens: numbers of Meta Tokens, and so of vectors, of each side.
       meta_token_scale: standard deviation of fresh Meta Tokens.
       embedding_dim: width of the linear head; 0 for none (vectors have the backbone's width).
       dtype: of activations and matmuls, "float32" or "bfloat16".
@@ -47,7 +47,7 @@ class ModelConfig:
     backbone: str
     architecture: object
     query_tokens: int = 16
-    candidate_tokens: int = 64
+    document_tokens: int = 64
     meta_token_scale: float = 0.02
     embedding_dim: int = 0
     dtype: str = "bfloat16"
@@ -58,7 +58,7 @@ class ModelConfig:
 
     def vectors(self, side: str) -> int:
         """The largest budget of a side."""
-        return {"query": self.query_tokens, "candidate": self.candidate_tokens}[side]
+        return {"query": self.query_tokens, "candidate": self.document_tokens}[side]
 
     def meta_tokens(self, side: str, budget: int) -> int:
         """The number of Meta Tokens behind a prompt, of which the last `budget` are read."""
@@ -71,7 +71,7 @@ class Network(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.backbone = family(config.backbone).Backbone(config.architecture, rngs=rngs)
-        rows, width = config.query_tokens + config.candidate_tokens, self.backbone.width
+        rows, width = config.query_tokens + config.document_tokens, self.backbone.width
         self.meta_tokens = param(rngs, jax.nn.initializers.normal(config.meta_token_scale), (rows, width), (None, "embed"))
         dim = config.embedding_dim
         self.head = Linear(width, dim, axes=("embed", "output"), bias=False, rngs=rngs) if dim else None

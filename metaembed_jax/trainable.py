@@ -1,6 +1,6 @@
 """Which parameters train, and which a run leaves as its base has them.
 
-`config.trained` is a table of (pattern of parameter paths, "full" or "lora"), with patterns as in `fnmatch`:
+`config.model.trained` is a table of (pattern of parameter paths, "full" or "lora"), with patterns as in `fnmatch`:
 
     ("backbone.layers.*.kernel", "lora")    these kernels are frozen; an adapter beside each of them trains
     ("meta_tokens", "full")                 trains itself
@@ -22,11 +22,6 @@ LORA = ".lora."  # in the path of every parameter of an adapter
 Table = Sequence[tuple[str, str]]
 
 
-def lora_patterns(table: Table) -> tuple[str, ...]:
-    """The patterns of the kernels that carry an adapter."""
-    return tuple(pattern for pattern, how in table if how == "lora")
-
-
 def trainable_paths(table: Table, paths: Iterable[str]) -> frozenset[str]:
     """The paths that train, of all of a network.
 
@@ -39,9 +34,9 @@ def trainable_paths(table: Table, paths: Iterable[str]) -> frozenset[str]:
     for pattern, how in table:
         found = [path for path in paths if fnmatchcase(path, pattern) and LORA not in path]
         if not found and not any(fnmatchcase(path, pattern) for path in ALWAYS_KNOWN):
-            raise UserError(f"config.trained: {pattern!r} matches none of the parameters {', '.join(paths)}")
+            raise UserError(f"config.model.trained: {pattern!r} matches none of the parameters {', '.join(paths)}")
         if how == "full" and (both := sorted(adapted.intersection(found))):
-            raise UserError(f"config.trained: {pattern!r} trains {both[0]} in full, which carries an adapter by another pattern")
+            raise UserError(f"config.model.trained: {pattern!r} trains {both[0]} in full, and another pattern gives it an adapter")
         trained.update(found if how == "full" else ())
     return frozenset(trained)
 

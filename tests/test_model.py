@@ -17,8 +17,10 @@ import metaembed_jax as me
 from metaembed_jax.backbones import layers
 from metaembed_jax.checkpoints import base
 from metaembed_jax.checkpoints.runs import RunCheckpoints
-from metaembed_jax.config import default_config, model_config
+from metaembed_jax.config import MatryoshkaConfig, ModelSettings, ObjectivesConfig, RunConfig
+from metaembed_jax.config.record import to_record
 from metaembed_jax.network import init_parameters
+from metaembed_jax.network_config import model_config
 from metaembed_jax.sharding import make_mesh
 from tests.backbones.qwen2_5_vl.reference import noise, write_tokenizer
 from tests.checkpoints.huggingface_files import SMALL, random_tensors, write
@@ -165,13 +167,14 @@ def test_the_preprocessor_sets_mean_and_size(directory, tmp_path):
 
 def make_run(directory):
     """A folder as train.py leaves it, with a best step that is not the last."""
-    config = default_config()
-    config.unlock()
-    config.architecture = {key: SMALL[key] for key in ("text_config", "vision_config")}
-    config.update(dict(embedding_dim=24, query_tokens=4, candidate_tokens=8, dtype="float32", groups=((1, 1), (4, 8))))
+    architecture = {key: SMALL[key] for key in ("text_config", "vision_config")}
+    config = RunConfig(
+        model=ModelSettings(architecture=architecture, query_tokens=4, document_tokens=8, embedding_dim=24, dtype="float32"),
+        objectives=ObjectivesConfig(matryoshka=MatryoshkaConfig(groups=((1, 1), (4, 8)))),
+    )
     directory.mkdir()
     write_tokenizer(directory)
-    (directory / "run.json").write_text(json.dumps({"config": json.loads(config.to_json())}))
+    (directory / "run.json").write_text(json.dumps({"config": to_record(config)}))
     checkpoints = RunCheckpoints(directory)
     parameters = [init_parameters(model_config(config), seed) for seed in (1, 2)]
     for step, (saved, metric) in enumerate(zip(parameters, (0.9, 0.1), strict=True)):

@@ -10,8 +10,8 @@ import pytest
 
 nbclient = pytest.importorskip("nbclient")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
-SHRUNKEN = "--config.init_from= --config.steps=12 --config.optimizer.warmup_steps=2 --config.validate_every=12 "
-SHRUNKEN += "--config.save_every=12 --config.batch_size=16 --config.unroll_layers=1"
+SHRUNKEN = "--config.init_from= --config.schedule.steps=12 --config.optimizer.warmup_steps=2 --config.evaluation.validate_every=12 "
+SHRUNKEN += "--config.schedule.save_every=12 --config.rows.batch_size=16 --config.rows.unroll_layers=1"
 
 
 def test_quickstart(tmp_path, monkeypatch):

@@ -46,18 +46,18 @@ class Limits(NamedTuple):
       tokens: of a row.
       patches: of a row.
       text_tokens: of the user's text in an item.
-      query_tokens, candidate_tokens: Meta Tokens behind a prompt of each side.
+      query_tokens, document_tokens: Meta Tokens behind a prompt of each side.
     """
 
     tokens: int
     patches: int
     text_tokens: int
     query_tokens: int
-    candidate_tokens: int
+    document_tokens: int
 
     def prompt(self, side: str) -> int:
         """The most tokens of a prompt of "query" or "candidate"."""
-        return self.tokens - {"query": self.query_tokens, "candidate": self.candidate_tokens}[side]
+        return self.tokens - {"query": self.query_tokens, "candidate": self.document_tokens}[side]
 
 
 class Fitted(NamedTuple):

@@ -67,7 +67,7 @@ def step_shape(row: Size, rows: int, most: int, shards: int) -> StepShape:
 
     Args:
       rows: that a step needs.
-      most: `config.microbatch_rows`.
+      most: `config.rows.microbatch_rows`.
       shards: a microbatch is a multiple of it.
 
     Raises:
@@ -87,7 +87,7 @@ def check_microbatch(most: int, shards: int) -> None:
     """
     if 0 < most < shards:
         raise UserError(
-            f"config.microbatch_rows={most}: expected at least data x fsdp = {shards} of config.mesh, a row for each, "
+            f"config.rows.microbatch_rows={most}: expected at least data x fsdp = {shards} of config.mesh, a row for each, "
             "or 0 for all rows of a step"
         )
 

@@ -8,21 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from metaembed_jax.check import table
 from metaembed_jax.check.case import SHORT, Case, Result, memory_limit, run
 from metaembed_jax.check.estimate import Estimate, estimate
 from metaembed_jax.check.kernels import CHIP, CPU, kernel_cases
 from metaembed_jax.check.network import MAX_FLOPS, Subject, encode_case, small_config, step_case
+from metaembed_jax.config import RunConfig
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
-from metaembed_jax.planning import measure
+from metaembed_jax.planning.measure import with_architecture
 from metaembed_jax.planning.peaks import Peak, peak
 from metaembed_jax.sharding import make_mesh
 
 
-def check(config: ConfigDict | None, only: str = "", as_json: bool = False, devices: Sequence[jax.Device] | None = None) -> bool:
+def check(config: RunConfig | None, only: str = "", as_json: bool = False, devices: Sequence[jax.Device] | None = None) -> bool:
     """Print a line for each case as it ends, and a summary.
 
     Args:
@@ -66,7 +66,7 @@ def keep_cpu() -> None:
         jax.config.update("jax_platforms", f"{platforms},cpu")
 
 
-def make_subjects(config: ConfigDict | None, devices: Sequence[jax.Device]) -> list[Subject]:
+def make_subjects(config: RunConfig | None, devices: Sequence[jax.Device]) -> list[Subject]:
     """Return the networks to run: the config's, or a small one of each dtype (float32 only on a CPU, which has no bfloat16).
 
     Raises:
@@ -74,12 +74,11 @@ def make_subjects(config: ConfigDict | None, devices: Sequence[jax.Device]) -> l
     """
     on_chip = devices[0].platform != "cpu"
     if config is not None:
-        measure.check(config)
-        subject = Subject(config, devices)
+        subject = Subject(with_architecture(config), devices)
         if not on_chip and not subject.has_reference:
             raise UserError(
                 f"{config.name}: a train step takes {sum(subject.flops):.0e} FLOPs, and a CPU gets at most {MAX_FLOPS:.0e}; run it "
-                "on a chip, or set a smaller config.batch_size and config.row"
+                "on a chip, or set a smaller config.rows.batch_size and config.rows.size"
             )
         return [subject]
     dtypes = SHORT if on_chip else ("float32",)

@@ -6,7 +6,6 @@ its gradient by NumPy. Networks too large for that are timed, and their numbers 
 B pairs, N documents, n rows of a step, V vectors of a row, R vectors of an item, D their width.
 """
 
-import copy
 import dataclasses
 import functools
 import tempfile
@@ -19,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from ml_collections import ConfigDict
 from PIL import Image
 
 from metaembed_jax.backbones.family import family
@@ -29,13 +27,24 @@ from metaembed_jax.batch.training import TrainingBatch, put
 from metaembed_jax.check import references
 from metaembed_jax.check.case import SHORT, Case
 from metaembed_jax.checkpoints.loading import run_processor
-from metaembed_jax.config import default_config, largest_budgets, model_config, row_limits
+from metaembed_jax.config import (
+    DataConfig,
+    MatryoshkaConfig,
+    MeshConfig,
+    ModelSettings,
+    ObjectivesConfig,
+    OptimizerConfig,
+    RowsConfig,
+    RunConfig,
+    with_keys,
+)
 from metaembed_jax.data import tokenizer
 from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.data.planned import plan_rows
 from metaembed_jax.model import make_encode
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
+from metaembed_jax.network_config import model_config, row_limits
 from metaembed_jax.planning.flops import encode_flops, train_flops
 from metaembed_jax.planning.measure import shard_bytes
 from metaembed_jax.planning.programs import abstract_batch
@@ -51,42 +60,41 @@ GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
 WORDS = "a drawing of one small red house under many tall trees by the water in early spring light".split()
 
 
-def small_config(devices: int, on_chip: bool, dtype: str) -> ConfigDict:
+def small_config(devices: int, on_chip: bool, dtype: str) -> RunConfig:
     """Return the config of a Qwen2.5-VL, small enough for a CPU or wide enough for a chip's kernels, on all mesh axes it can."""
-    config = default_config()
-    config.name, config.dtype = "small", dtype
     width, head, layers = (512, 128, 4) if on_chip else (32, 16, 2)
-    with config.unlocked():
-        config.architecture = dict(
-            text_config=dict(
-                vocab_size=512,
-                hidden_size=width,
-                num_hidden_layers=layers,
-                num_attention_heads=width // head,
-                num_key_value_heads=2,
-                intermediate_size=2 * width,
-                mrope_section=(head // 8, head * 3 // 16, head * 3 // 16),
-                rope_theta=10000.0,
-            ),
-            vision_config=dict(
-                hidden_size=320 if on_chip else 32,
-                depth=layers,
-                num_heads=4 if on_chip else 2,
-                intermediate_size=640 if on_chip else 64,
-                out_hidden_size=width,
-                fullatt_block_indexes=(1,),
-                window_size=112 if on_chip else 84,
-            ),
-        )
-    config.embedding_dim, config.meta_token_scale = 16, 1.0
-    config.temperature = 0.15  # of weights that know nothing, so that the loss is of order 1
-    config.row = (384, 576) if on_chip else (160, 36)
-    config.data.max_pixels = 14 * 14 * config.row[1]
-    config.mesh.tensor = 2 if devices % 2 == 0 else 1
-    config.mesh.fsdp = 2 if devices % 4 == 0 else 1
-    config.batch_size = max(8, devices)
-    config.optimizer.warmup_steps = 1
-    return config
+    architecture = dict(
+        text_config=dict(
+            vocab_size=512,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // head,
+            num_key_value_heads=2,
+            intermediate_size=2 * width,
+            mrope_section=(head // 8, head * 3 // 16, head * 3 // 16),
+            rope_theta=10000.0,
+        ),
+        vision_config=dict(
+            hidden_size=320 if on_chip else 32,
+            depth=layers,
+            num_heads=4 if on_chip else 2,
+            intermediate_size=640 if on_chip else 64,
+            out_hidden_size=width,
+            fullatt_block_indexes=(1,),
+            window_size=112 if on_chip else 84,
+        ),
+    )
+    tokens, patches = (384, 576) if on_chip else (160, 36)
+    return RunConfig(
+        name="small",
+        model=ModelSettings(architecture=architecture, embedding_dim=16, meta_token_scale=1.0, dtype=dtype),
+        rows=RowsConfig(size=(tokens, patches), batch_size=max(8, devices)),
+        data=DataConfig(max_pixels=14 * 14 * patches),
+        # Weights that know nothing: at this temperature the loss is of order 1.
+        objectives=ObjectivesConfig(matryoshka=MatryoshkaConfig(temperature=0.15)),
+        optimizer=OptimizerConfig(warmup_steps=1),
+        mesh=MeshConfig(fsdp=2 if devices % 4 == 0 else 1, tensor=2 if devices % 2 == 0 else 1),
+    )
 
 
 class Expected(NamedTuple):
@@ -112,18 +120,17 @@ class Subject:
       devices: of its mesh.
     """
 
-    def __init__(self, config: ConfigDict, devices: list[jax.Device]):
-        config = copy.deepcopy(config)
-        config.lora.dropout = 0.0  # the reference draws other random numbers
-        config.steps, config.data.sources, config.data.sub_batch = 1, (("random", 1.0, 0),), 0
-        self.config, self.dtype = config, config.dtype
-        self.name = f"{config.name} {SHORT[config.dtype]}"
+    def __init__(self, config: RunConfig, devices: list[jax.Device]):
+        one_step = {"schedule.steps": 1, "optimizer.warmup_steps": 0, "data.sources": (("random", 1.0, 0),), "data.sub_batch": 0}
+        config = with_keys(config, {"model.lora.dropout": 0.0, **one_step})  # the reference draws other random numbers
+        self.config, self.dtype = config, config.model.dtype
+        self.name = f"{config.name} {SHORT[config.model.dtype]}"
         self.mesh = run_mesh(config, devices)
         self.trainer = make_trainer(config, self.mesh)
         self.model = model_config(config)
         limits, records = row_limits(config), RandomPairs(config)
         self._items = run_items(config, _processor(config), [records])
-        self.shape = plan_rows(self._items, limits).shape(config.microbatch_rows, batch_shards(self.mesh))
+        self.shape = plan_rows(self._items, limits).shape(config.rows.microbatch_rows, batch_shards(self.mesh))
         self.flops = train_flops(config, self.shape)
 
     @property
@@ -180,13 +187,14 @@ class Subject:
             vectors_nVD = np.asarray(vectors, np.float64)
             query_places, document_places = (
                 starts[:, None] + np.arange(count)
-                for starts, count in zip((batch.queries, batch.documents), largest_budgets(config), strict=True)
+                for starts, count in zip((batch.queries, batch.documents), config.objectives.largest_budget, strict=True)
             )
             vectors_TD = vectors_nVD.reshape(-1, vectors_nVD.shape[-1])
             query, documents, pairs = vectors_TD[query_places], vectors_TD[document_places], len(batch.queries)
             negatives = documents[pairs:].reshape(pairs, -1, *documents.shape[1:])
+            matryoshka = config.objectives.matryoshka
             loss, gradients, losses, _ = references.matryoshka(
-                query, documents[:pairs], negatives, config.groups, config.temperature, config.normalization
+                query, documents[:pairs], negatives, matryoshka.groups, matryoshka.temperature, matryoshka.normalization
             )
             d_documents = np.concatenate([gradients[1], gradients[2].reshape(-1, *documents.shape[1:])])
             d_vectors_TD = np.zeros_like(vectors_TD)
@@ -204,8 +212,8 @@ class RandomPairs(Sequence):
       config: of the run.
     """
 
-    def __init__(self, config: ConfigDict):
-        self._pairs, self._negatives, self._seed = config.batch_size, config.data.negatives, config.seed
+    def __init__(self, config: RunConfig):
+        self._pairs, self._negatives, self._seed = config.rows.batch_size, config.data.negatives, config.seed
 
     def __len__(self) -> int:
         return self._pairs
@@ -233,12 +241,12 @@ def _random_item(rng: np.random.Generator, with_image: bool) -> dict:
     return {"text": " ".join(rng.choice(WORDS, rng.integers(1, 16)))}
 
 
-def _processor(config: ConfigDict):
+def _processor(config: RunConfig):
     """The family's, with a vocabulary of `WORDS`."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "tokenizer.json"
         vocabulary = min(400, model_config(config).architecture.vocabulary)
-        tokenizer.train(WORDS, file, family(config.backbone), vocabulary=vocabulary)
+        tokenizer.train(WORDS, file, family(config.model.backbone), vocabulary=vocabulary)
         return run_processor(config, file)
 
 
@@ -306,6 +314,6 @@ def step_case(subject: Subject) -> Case:
     )
 
 
-def group_losses(config: ConfigDict, metrics: dict) -> jax.Array:
+def group_losses(config: RunConfig, metrics: dict) -> jax.Array:
     """The loss of each group."""
-    return jnp.stack([metrics[f"loss/{r_q}:{r_c}"] for r_q, r_c in config.groups])
+    return jnp.stack([metrics[f"loss/{r_q}:{r_c}"] for r_q, r_c in config.objectives.budgets])

@@ -50,7 +50,7 @@ def model_card(kind: str, config: ModelConfig, about: dict, results: Results | N
     """
     width = config.embedding_dim or config.architecture.width
     head = ' @ load_file(f"{DIRECTORY}/head.safetensors")["weight"].T' if config.embedding_dim else ""
-    facts = dict(query=config.query_tokens, last=config.candidate_tokens - 1, width=width, head=head)
+    facts = dict(query=config.query_tokens, last=config.document_tokens - 1, width=width, head=head)
     usage = family(config.backbone).usage.format(**facts)
     load = LOAD[kind].format(usage=usage, base=json.dumps(about.get("base", "")), **facts)
     lines = ["---", "tags: [metaembed, multi-vector, late-interaction, retrieval]"]
@@ -58,7 +58,7 @@ def model_card(kind: str, config: ModelConfig, about: dict, results: Results | N
     lines += [f"# {about.get('name', 'MetaEmbed')}", ""]
     lines += [
         f"A MetaEmbed retriever (arXiv 2509.18095): up to {config.query_tokens} vectors of {width} numbers for a query and "
-        f"{config.candidate_tokens} for a candidate. Every prefix of them is an embedding by itself, so quality is chosen against "
+        f"{config.document_tokens} for a candidate. Every prefix of them is an embedding by itself, so quality is chosen against "
         "cost when searching. The score is the sum over query vectors of the largest inner product with a candidate vector.",
         "",
     ]

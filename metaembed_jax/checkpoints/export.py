@@ -13,7 +13,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
 from metaembed_jax import files
@@ -23,9 +22,10 @@ from metaembed_jax.checkpoints.base import find
 from metaembed_jax.checkpoints.card import model_card
 from metaembed_jax.checkpoints.loading import load, read_about, run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import read_base, read_config
-from metaembed_jax.config import EXPORTS, model_config, names_config
+from metaembed_jax.config import EXPORTS, RunConfig, names_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig, abstract_parameters
+from metaembed_jax.network_config import model_config
 from metaembed_jax.results import Results, read_results
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.trainable import LORA, paths, trainable_paths
@@ -99,7 +99,9 @@ def check_format(kind: str, backbone: str, trained: Collection[str]) -> None:
         return
     adapted = sorted(path for path in trained if path.endswith(LORA + "a"))
     if not adapted:
-        raise UserError("--format=peft: this model has no adapters (nothing in its config.trained says lora); use transformers")
+        raise UserError(
+            "--format=peft: this model has no adapters (its config.model.trained has nothing as lora); use transformers"
+        )
     for path in adapted:
         key = peft_export.adapted_source(known, path.removeprefix("backbone.")).key
         if sum(other.key == key for other in known.weight_map.values()) > 1:
@@ -122,20 +124,22 @@ def read_trained(directory: Path, dtype: str | None) -> Trained:
         about = read_about(directory)
         return Trained(config, parameters, directory / "tokenizer.json", processor.images, frozenset(), about, None)
     run = read_config(directory)
-    config = dataclasses.replace(model_config(run), dtype=dtype or run.dtype, int8=False)
+    config = dataclasses.replace(model_config(run), dtype=dtype or run.model.dtype, int8=False)
     abstract = abstract_parameters(config, mesh)
     _, parameters = run_parameters(directory, run, abstract)
     images = run_processor(run, directory / "tokenizer.json").images
-    about = {"groups": [list(group) for group in run.groups], "temperature": run.temperature, "name": run.name, "steps": run.steps}
+    about = {"groups": [list(group) for group in run.objectives.budgets], "name": run.name, "steps": run.schedule.steps}
+    if matryoshka := run.objectives.matryoshka:
+        about["temperature"] = matryoshka.temperature
     about |= {"sources": [list(entry) for entry in run.data.sources]} | _origin(directory, run)
     results = directory / "results.json"
     found = read_results(results) if results.is_file() else None
     return Trained(
-        config, parameters, directory / "tokenizer.json", images, trainable_paths(run.trained, paths(abstract)), about, found
+        config, parameters, directory / "tokenizer.json", images, trainable_paths(run.model.trained, paths(abstract)), about, found
     )
 
 
-def _origin(directory: Path, run: ConfigDict) -> dict[str, str]:
+def _origin(directory: Path, run: RunConfig) -> dict[str, str]:
     """{"base": released weights that a run started from} or {"start": another run, or the config of one} or nothing."""
     if base := read_base(directory):
         return {"base": base["name"]}

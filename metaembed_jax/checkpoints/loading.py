@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from metaembed_jax.backbones.config_checks import initializer_range
@@ -17,11 +16,12 @@ from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, read_kept
 from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, read_backbone, read_head, read_vocabulary_rows
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import read_base, read_config
-from metaembed_jax.config import default_config, model_config, row_limits
+from metaembed_jax.config import DataConfig, RunConfig
 from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json
 from metaembed_jax.network import SIDES, ModelConfig, abstract_parameters
+from metaembed_jax.network_config import model_config, row_limits
 from metaembed_jax.trainable import join, paths, split, trainable_paths
 
 
@@ -45,7 +45,7 @@ def load(path: str | Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens:
     raise UserError(f"{directory}: is neither a run (it has no run.json) nor a Hugging Face model (it has no config.json)")
 
 
-def run_processor(run: ConfigDict, tokenizer: Path, max_visual_tokens: int | None = None):
+def run_processor(run: RunConfig, tokenizer: Path, max_visual_tokens: int | None = None):
     """Prompts and images as the config of a run has them: the family's `Processor`.
 
     Args:
@@ -60,7 +60,7 @@ def run_processor(run: ConfigDict, tokenizer: Path, max_visual_tokens: int | Non
     return _processor(tokenizer, images, config, row_limits(run))
 
 
-def run_parameters(run: Path, config: ConfigDict, abstract: dict, frozen: dict | None = None) -> tuple[int, dict]:
+def run_parameters(run: Path, config: RunConfig, abstract: dict, frozen: dict | None = None) -> tuple[int, dict]:
     """(step, all parameters) of a run: what it trained from its best checkpoint, all else from its base.
 
     Args:
@@ -71,7 +71,7 @@ def run_parameters(run: Path, config: ConfigDict, abstract: dict, frozen: dict |
     Raises:
       UserError: the run has no checkpoint, or none of this model; its base is missing, or another than it was.
     """
-    chosen = trainable_paths(config.trained, paths(abstract))
+    chosen = trainable_paths(config.model.trained, paths(abstract))
     trained, frozen = split(abstract, chosen)[0], split(frozen or abstract, chosen)[1]
     step, parameters = best_parameters(run, trained)
     return step, join(parameters, frozen_parameters(run, config, frozen))
@@ -95,7 +95,7 @@ def best_parameters(run: Path, abstract: dict) -> tuple[int, dict]:
         checkpoints.close()
 
 
-def frozen_parameters(run: Path, config: ConfigDict, abstract: dict) -> dict:
+def frozen_parameters(run: Path, config: RunConfig, abstract: dict) -> dict:
     """What a run did not train, read from its base; {} where it trained everything.
 
     Raises:
@@ -109,7 +109,7 @@ def frozen_parameters(run: Path, config: ConfigDict, abstract: dict) -> dict:
     if is_kept(run) and fits(run / BASE, abstract):
         return read_kept(run / BASE, abstract)
     base = open_recorded(run, record)
-    module, architecture = family(config.backbone), model_config(config).architecture
+    module, architecture = family(config.model.backbone), model_config(config).architecture
     return {"backbone": read_backbone(base.directory, module, architecture, abstract["backbone"])}
 
 
@@ -134,14 +134,14 @@ def read_about(directory: Path) -> dict:
     about, head = read_json(directory / "config.json").get(ABOUT, {}), (directory / HEAD).is_file()
     if about == {} and not head:
         return {}
-    keys = ("query_tokens", "candidate_tokens", "first_token", "embedding_dim")
+    keys = ("query_tokens", "document_tokens", "first_token", "embedding_dim")
     found = {key: about.get(key) for key in keys} if isinstance(about, dict) else about
     if not isinstance(found, dict) or not all(type(number) is int and number >= 0 for number in found.values()):
         raise UserError(f"{directory / 'config.json'}: {ABOUT} is {found!r}, which does not say where Meta Tokens and head are")
     if bool(about["embedding_dim"]) != head:
         width, there = about["embedding_dim"], "is" if head else "is not"
         raise UserError(f"{directory}: {ABOUT}.embedding_dim of config.json is {width}, and {HEAD} {there} there; export it again")
-    tokenizer, counts = _read_tokenizer(directory / "tokenizer.json"), (about["query_tokens"], about["candidate_tokens"])
+    tokenizer, counts = _read_tokenizer(directory / "tokenizer.json"), (about["query_tokens"], about["document_tokens"])
     if sum(counts) > tokenizer.get_vocab_size():
         raise UserError(f"{directory}: {ABOUT} of config.json has {counts} Meta Tokens, more than tokenizer.json has tokens")
     for number, name in enumerate(meta_token_names(*counts), about["first_token"]):
@@ -177,11 +177,11 @@ def _load_huggingface(
 ) -> tuple[ModelConfig, dict, object]:
     backbone, architecture, preprocessor = base_architecture(directory)
     about = read_about(directory)
-    known = {key: about[key] for key in ("query_tokens", "candidate_tokens", "embedding_dim") if about}
+    known = {key: about[key] for key in ("query_tokens", "document_tokens", "embedding_dim") if about}
     config = ModelConfig(backbone, architecture, dtype=dtype, **known)
     images = family(backbone).Images.from_preprocessor(preprocessor, architecture, max_visual_tokens)
     meta = (config.meta_tokens(side, config.vectors(side)) for side in SIDES)
-    limits = Limits(*architecture.default_row(images), default_config().data.max_text_tokens, *meta)
+    limits = Limits(*architecture.default_row(images), DataConfig().max_text_tokens, *meta)
     processor = _processor(directory / "tokenizer.json", images, config, limits)
 
     abstract = abstract_parameters(config, mesh)

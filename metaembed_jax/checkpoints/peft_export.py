@@ -49,7 +49,7 @@ def write_adapter(out: Path, config: ModelConfig, parameters: dict, about: dict)
     if config.embedding_dim:
         beside["head"] = np.ascontiguousarray(np.asarray(parameters["head"]["kernel"], np.float32).T)
     save_file(beside, out / "metaembed.safetensors", {"format": "pt"})
-    counts = {"query_tokens": config.query_tokens, "candidate_tokens": config.candidate_tokens}
+    counts = {"query_tokens": config.query_tokens, "document_tokens": config.document_tokens}
     write_json(out / "metaembed.json", about | counts | {"embedding_dim": config.embedding_dim})
 
 

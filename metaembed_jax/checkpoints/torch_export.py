@@ -50,12 +50,12 @@ def write_model(
       about: what config.json is to say about the model, beside its Meta Tokens.
       dtype: of the stored tensors, "float32" or "bfloat16".
     """
-    names = meta_token_names(config.query_tokens, config.candidate_tokens) if "meta_tokens" in parameters else []
+    names = meta_token_names(config.query_tokens, config.document_tokens) if "meta_tokens" in parameters else []
     first, ids = _write_vocabulary(out, names, tokenizer, family(config.backbone).pad_token)
     rows = max(parameters["backbone"]["embedding"].shape[0], first + len(names))
     stored = config.architecture.to_huggingface(rows, ids) | {"dtype": dtype}
     if names:
-        counts = {"query_tokens": config.query_tokens, "candidate_tokens": config.candidate_tokens}
+        counts = {"query_tokens": config.query_tokens, "document_tokens": config.document_tokens}
         stored[ABOUT] = about | counts | {"first_token": first, "embedding_dim": config.embedding_dim}
     write_json(out / "config.json", stored)
     write_json(out / "preprocessor_config.json", images.to_preprocessor(config.architecture))

@@ -13,22 +13,31 @@ import json
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
 from metaembed_jax import files, hosts
 from metaembed_jax.checkpoints import lease
 from metaembed_jax.checkpoints.base import Base
-from metaembed_jax.config import FREE_KEYS, REPLANNED_KEYS, check_config, default_config, is_in
+from metaembed_jax.config import RunConfig
+from metaembed_jax.config.record import FREE_KEYS, REPLANNED_KEYS, flat, from_record, is_in, to_record
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json
 
 BEFORE = ("tokenizer.json", lease.NAME)  # what a run that is being made has before its run.json
 COMMITTED = "commit_success.txt"  # what Orbax writes last into a folder in a bucket
 # What the numbers of a checkpoint mean.
-MODEL_KEYS = ("backbone", "architecture", "query_tokens", "candidate_tokens", "embedding_dim", "trained", "lora.rank", "lora.alpha")
+MODEL_KEYS = (
+    "model.backbone",
+    "model.architecture",
+    "model.query_tokens",
+    "model.document_tokens",
+    "model.embedding_dim",
+    "model.trained",
+    "model.lora.rank",
+    "model.lora.alpha",
+)
 
 
-def default_workdir(config: ConfigDict, later: Path | None = None) -> Path:
+def default_workdir(config: RunConfig, later: Path | None = None) -> Path:
     """runs/<config name>; for a first stage of a run in a bucket, next to `later`, the folder of that.
 
     Raises:
@@ -39,7 +48,7 @@ def default_workdir(config: ConfigDict, later: Path | None = None) -> Path:
     return (later.parent if later and files.is_bucket(later) else Path("runs")) / config.name
 
 
-def claim(workdir: Path, config: ConfigDict, tokenizer: Path, base: Base | None) -> None:
+def claim(workdir: Path, config: RunConfig, tokenizer: Path, base: Base | None) -> None:
     """Makes the folder this config's, or finds that it is; the first host makes it, and the others then find it.
 
     Args:
@@ -64,7 +73,7 @@ def claim(workdir: Path, config: ConfigDict, tokenizer: Path, base: Base | None)
     files.write_json(record, _record(config, base))
 
 
-def record_changes(workdir: Path, config: ConfigDict, base: Base | None, step: int) -> str:
+def record_changes(workdir: Path, config: RunConfig, base: Base | None, step: int) -> str:
     """Records the config that a run goes on with, and since which step; the first host writes.
 
     Returns:
@@ -73,10 +82,12 @@ def record_changes(workdir: Path, config: ConfigDict, base: Base | None, step: i
     Raises:
       UserError: it is to end before where it is.
     """
-    if step > config.steps:
-        raise UserError(f"config.steps={config.steps}: {workdir} is at step {step} already; expected at least that many")
+    if step > config.schedule.steps:
+        raise UserError(
+            f"config.schedule.steps={config.schedule.steps}: {workdir} is at step {step} already; expected at least that many"
+        )
     record = read_json(workdir / "run.json")
-    ours, theirs = _flat(_plain(config)), _flat(record["config"])
+    ours, theirs = flat(to_record(config)), flat(record["config"])
     changed = {key: [theirs.get(key), value] for key, value in ours.items() if theirs.get(key) != value}
     if not changed:
         return ""
@@ -84,34 +95,34 @@ def record_changes(workdir: Path, config: ConfigDict, base: Base | None, step: i
     if hosts.is_first():
         files.write_json(workdir / "run.json", record)
     words = ", ".join(f"{key} from {before!r} to {after!r}" for key, (before, after) in changed.items())
-    if "steps" in changed and step < config.steps:
-        words += f"; from here on the learning rate is that of a run of {config.steps} steps"
+    if "schedule.steps" in changed and step < config.schedule.steps:
+        words += f"; from here on the learning rate is that of a run of {config.schedule.steps} steps"
     return words
 
 
-def agree(config: ConfigDict) -> None:
+def agree(config: RunConfig) -> None:
     """Whether all hosts were started with the first one's config.
 
     Raises:
       UserError: names the first key that differs.
     """
-    theirs = json.loads(hosts.from_first(json.dumps(_plain(config))))
-    if different := _different(_plain(config), theirs, ("data.dir",)):
+    theirs = json.loads(hosts.from_first(json.dumps(to_record(config))))
+    if different := _different(to_record(config), theirs, ("data.dir",)):
         raise UserError(
             f"the hosts of this run disagree: {different}; 'there' is the first host, 'here' host {jax.process_index()}"
         )
 
 
-def check_workdir(workdir: Path, config: ConfigDict) -> None:
+def check_workdir(workdir: Path, config: RunConfig) -> None:
     """Whether a folder is this config's, or could become it.
 
     Raises:
       UserError: it is another config's run (names the keys), or something else.
     """
     if (workdir / "run.json").exists():
-        filled = () if config.architecture else ("backbone", "architecture")  # by what the run started from
+        filled = () if config.model.architecture else ("model.backbone", "model.architecture")  # by what the run started from
         moved = ("init_from",) if read_base(workdir) else ()  # the fingerprint says whether it is the same
-        if different := _different(_plain(config), _plain(read_config(workdir)), FREE_KEYS + REPLANNED_KEYS + filled + moved):
+        if different := _different(to_record(config), to_record(read_config(workdir)), FREE_KEYS + REPLANNED_KEYS + filled + moved):
             raise UserError(f"{workdir} is a run of another config: {different}; choose another --workdir, or move the folder away")
     elif workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file: choose another --workdir")
@@ -119,13 +130,13 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
         raise UserError(f"{workdir} exists and is no run: choose another --workdir")
 
 
-def check_model(workdir: Path, config: ConfigDict, keys: tuple[str, ...] = MODEL_KEYS) -> None:
+def check_model(workdir: Path, config: RunConfig, keys: tuple[str, ...] = MODEL_KEYS) -> None:
     """Whether a run's parameters mean in this config what they meant in its own.
 
     Raises:
       UserError: names the first key of the model that differs.
     """
-    if different := _different(_plain(config), _plain(read_config(workdir)), (), keys):
+    if different := _different(to_record(config), to_record(read_config(workdir)), (), keys):
         raise UserError(f"{workdir} is a run of another model: {different}")
 
 
@@ -139,7 +150,7 @@ def is_saved(step: Path) -> bool:
     return step.name.isdigit() and (not files.is_bucket(step) or (step / COMMITTED).exists())
 
 
-def is_finished(workdir: Path, config: ConfigDict) -> bool:
+def is_finished(workdir: Path, config: RunConfig) -> bool:
     """Whether the folder holds a run of this config that was trained to its end, evaluated and exported.
 
     Raises:
@@ -147,34 +158,24 @@ def is_finished(workdir: Path, config: ConfigDict) -> bool:
     """
     check_workdir(workdir, config)
     results = workdir / "results.json"
-    if not results.exists() or read_json(results).get("config", {}).get("steps") != config.steps:  # or of an earlier end
+    if not results.exists() or flat(read_json(results)).get("config.schedule.steps") != config.schedule.steps:  # of an earlier end
         return False
-    return all((workdir / "export" / kind / "README.md").exists() for kind in config.exports)
+    return all((workdir / "export" / kind / "README.md").exists() for kind in config.schedule.exports)
 
 
-def read_config(workdir: Path) -> ConfigDict:
-    """The config of a run.
+def read_config(workdir: Path) -> RunConfig:
+    """Return the config of a run.
 
     Raises:
-      UserError: it is no run, or one with other keys than those of `default_config`.
+      UserError: it is not a run, or its keys or values are not those of a config.
     """
     record = workdir / "run.json"
     if not record.exists():
         raise UserError(f"{workdir} is no run of train.py: it has no run.json")
-    stored = read_json(record).get("config")
-    found, known = _flat(stored if isinstance(stored, dict) else {}), _flat(_plain(default_config()))
-    for key in sorted(known.keys() | found.keys()):
-        if key.startswith("architecture."):
-            continue
-        kind = (int, float) if isinstance(known.get(key), float) else type(known.get(key))
-        if key not in known or not isinstance(found.get(key), kind):
-            raise UserError(f"{record}: {key} is {found.get(key)!r}; this is no record of a run, or one of another version")
-    config = ConfigDict(_tuples(stored))
     try:
-        check_config(config)
+        return from_record(read_json(record).get("config"))
     except UserError as error:
-        raise UserError(f"{record}: {error}") from error
-    return config
+        raise UserError(f"{record}: {error}; not the record of a run, or that of another version") from error
 
 
 def read_base(workdir: Path) -> dict | None:
@@ -190,33 +191,16 @@ def read_base(workdir: Path) -> dict | None:
     return base
 
 
-def _record(config: ConfigDict, base: Base | None) -> dict:
-    return {"config": _plain(config)} | ({"base": {"name": base.name, "fingerprint": base.fingerprint}} if base else {})
-
-
-def _plain(config: ConfigDict) -> dict:
-    return json.loads(config.to_json())
-
-
-def _tuples(value):
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def _record(config: RunConfig, base: Base | None) -> dict:
+    return {"config": to_record(config)} | ({"base": {"name": base.name, "fingerprint": base.fingerprint}} if base else {})
 
 
 def _different(ours: dict, theirs: dict, free: tuple[str, ...], only: tuple[str, ...] = ()) -> str:
     """Name the keys that differ, in words; those in `free` may, and with `only` no others than those in it count."""
-    ours, theirs = _flat(ours), _flat(theirs)
+    ours, theirs = flat(ours), flat(theirs)
     keys = [key for key in sorted(ours.keys() | theirs.keys()) if (not only or is_in(key, only)) and not is_in(key, free)]
     different = [key for key in keys if ours.get(key) != theirs.get(key)]
     if not different:
         return ""
     key, more = different[0], f", and {len(different) - 1} more keys differ" if different[1:] else ""
     return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here{more}"
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import grain
 import numpy as np
 from jaxtyping import Bool, Int
-from ml_collections import ConfigDict
 
 from metaembed_jax.batch.rows import RowItem
 from metaembed_jax.batch.training import StepShape
-from metaembed_jax.config import largest_budgets, row_limits
+from metaembed_jax.config import RunConfig
 from metaembed_jax.data.mixture import Reference, check_mixture, mixture
 from metaembed_jax.data.sizes import CUT, PATCHES, SHRUNK, TOKENS, SourceSizes
+from metaembed_jax.network_config import row_limits
 
 SAMPLED_PAIRS = 64  # of a source, for the mean size of its pairs
 
@@ -126,7 +126,7 @@ class Items:
         return f"source {self.names[reference.source]!r}, row {reference.row}, {item}"
 
 
-def run_items(config: ConfigDict, processor: object, sources: Sequence[Sequence]) -> Items:
+def run_items(config: RunConfig, processor: object, sources: Sequence[Sequence]) -> Items:
     """The items of a run's steps, at the largest budgets that it trains.
 
     Args:
@@ -141,9 +141,9 @@ def run_items(config: ConfigDict, processor: object, sources: Sequence[Sequence]
     sizes = tuple(SourceSizes(source, processor, config.data.negatives, name) for name, source in zip(names, sources, strict=True))
     means_S2 = np.array([_mean_pair(size, len(source)) for size, source in zip(sizes, sources, strict=True)])
     limits = row_limits(config)
-    meta = (limits.query_tokens, limits.candidate_tokens)
+    meta = (limits.query_tokens, limits.document_tokens)
     references = mixture(config, sources, means_S2)
-    return Items(references, tuple(sources), names, sizes, processor, meta, largest_budgets(config))
+    return Items(references, tuple(sources), names, sizes, processor, meta, config.objectives.largest_budget)
 
 
 def _mean_pair(sizes: SourceSizes, pairs: int) -> Int[np.ndarray, "2"]:

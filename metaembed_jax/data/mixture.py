@@ -6,7 +6,6 @@ Each source is shuffled every epoch and repeated without a gap (by grain, which 
 S sources.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,8 +13,8 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Int
-from ml_collections import ConfigDict
 
+from metaembed_jax.config import RunConfig
 from metaembed_jax.data.schedule import balanced_schedule
 from metaembed_jax.errors import UserError
 
@@ -28,7 +27,7 @@ class Reference(NamedTuple):
     row: int
 
 
-def mixture(config: ConfigDict, sources: Sequence[Sequence], sizes_S2: Int[np.ndarray, "S 2"]) -> grain.MapDataset:
+def mixture(config: RunConfig, sources: Sequence[Sequence], sizes_S2: Int[np.ndarray, "S 2"]) -> grain.MapDataset:
     """The dataset whose element n is the list of references of step n, sub-batch by sub-batch.
 
     Args:
@@ -36,35 +35,34 @@ def mixture(config: ConfigDict, sources: Sequence[Sequence], sizes_S2: Int[np.nd
       sizes_S2: mean tokens and patches of a source's pairs.
 
     Raises:
-      UserError: a source has fewer pairs than a sub-batch, a weight is not positive, or sizes do not divide.
+      UserError: a source has fewer pairs than a sub-batch, or sizes do not divide.
     """
     check_mixture(config, sources)
-    sub_batch = config.data.sub_batch or config.batch_size
+    sub_batch = config.data.sub_batch or config.rows.batch_size
     _, weights, caps = zip(*config.data.sources, strict=True)
     used = [min(cap or len(source), len(source)) for cap, source in zip(caps, sources, strict=True)]
     references = [_references(number, len(source), used[number], config.seed) for number, source in enumerate(sources)]
-    chosen = balanced_schedule(weights, sizes_S2, config.batch_size // sub_batch, config.steps)
+    chosen = balanced_schedule(weights, sizes_S2, config.rows.batch_size // sub_batch, config.schedule.steps)
     counts = _counts_before(chosen)
 
     def step(number: int) -> list[Reference]:
         sub_batches = zip(chosen[number].tolist(), counts[number].tolist(), strict=True)
         return [reference for source, count in sub_batches for reference in references[source](count * sub_batch, sub_batch)]
 
-    return grain.MapDataset.range(config.steps).map(step)
+    return grain.MapDataset.range(config.schedule.steps).map(step)
 
 
-def check_mixture(config: ConfigDict, sources: Sequence[Sequence]) -> None:
+def check_mixture(config: RunConfig, sources: Sequence[Sequence]) -> None:
     """Refuses what `mixture` cannot mix, and raises as it does."""
-    sub_batch = config.data.sub_batch or config.batch_size
-    if config.batch_size % sub_batch:
-        raise UserError(f"config.batch_size={config.batch_size} must be a multiple of config.data.sub_batch={sub_batch}")
-    for (name, weight, cap), source in zip(config.data.sources, sources, strict=True):
-        if not 0 < weight < math.inf:
-            raise UserError(f"config.data.sources: the weight of {name!r} is {weight}; it must be positive, and finite")
+    sub_batch = config.data.sub_batch or config.rows.batch_size
+    if config.rows.batch_size % sub_batch:
+        pairs = config.rows.batch_size
+        raise UserError(f"config.rows.batch_size={pairs}: expected a multiple of config.data.sub_batch={sub_batch}")
+    for (name, _, cap), source in zip(config.data.sources, sources, strict=True):
         if not len(source):
             raise UserError(f"source {name!r} has no training records")
         if (pairs := min(cap or len(source), len(source))) < sub_batch:
-            key = "data.sub_batch" if config.data.sub_batch else "batch_size"
+            key = "data.sub_batch" if config.data.sub_batch else "rows.batch_size"
             used = f"uses {pairs} training pairs" if cap and cap < len(source) else f"has {pairs} training pairs"
             raise UserError(
                 f"source {name!r} {used}; expected at least config.{key}={sub_batch}, or a pair would be its own negative: "

@@ -6,20 +6,21 @@ import json
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from metaembed_jax.batch.packing import Size
-from metaembed_jax.config import FIXED_KEYS, row_limits
+from metaembed_jax.config import RunConfig
+from metaembed_jax.config.record import fixed
 from metaembed_jax.data.items import Items
 from metaembed_jax.data.planned import RowPlan, plan_rows
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json, write_json
+from metaembed_jax.network_config import row_limits
 
 NAME = "rows.json"
 SAMPLED_STEPS = 8  # whose sizes are compared, for sources without a table, and for other code
 
 
-def stored_plan(items: Items, config: ConfigDict, workdir: Path, silent: bool = True) -> RowPlan:
+def stored_plan(items: Items, config: RunConfig, workdir: Path, silent: bool = True) -> RowPlan:
     """The plan that the folder of the run keeps; made and kept where there is none, it is damaged, or of something else.
 
     Args:
@@ -36,10 +37,9 @@ def stored_plan(items: Items, config: ConfigDict, workdir: Path, silent: bool = 
     return plan
 
 
-def plan_digest(items: Items, config: ConfigDict) -> str:
+def plan_digest(items: Items, config: RunConfig) -> str:
     """Change with all that a plan depends on: the keys that a run keeps, its steps, and the sizes of its items."""
-    settings = json.loads(config.to_json_best_effort())
-    kept = {key: _value(settings, key) for key in (*FIXED_KEYS, "steps")}
+    kept = {**fixed(config), "schedule.steps": config.schedule.steps}
     hashed = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for source, sizes in zip(items.sources, items.sizes, strict=True):
         hashed.update(f"{len(source)}".encode())
@@ -48,12 +48,6 @@ def plan_digest(items: Items, config: ConfigDict) -> str:
     for step in np.linspace(0, len(items) - 1, min(len(items), SAMPLED_STEPS)).astype(int).tolist():
         hashed.update(np.ascontiguousarray(items[step].sizes_N3))
     return hashed.hexdigest()[:16]
-
-
-def _value(settings: dict, key: str):
-    for name in key.split("."):
-        settings = settings[name]
-    return settings
 
 
 def _read(file: Path, digits: str) -> RowPlan | None:

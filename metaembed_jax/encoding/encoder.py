@@ -48,7 +48,7 @@ class Reduced:
 
     def __str__(self) -> str:
         parts = [f"{self.cut:,} texts cut"] * bool(self.cut) + [f"{self.shrunk:,} images shrunk"] * bool(self.shrunk)
-        return f"of {self.items:,} items, {' and '.join(parts)} to fit a row (config.row, config.data.max_text_tokens)"
+        return f"of {self.items:,} items, {' and '.join(parts)} to fit a row (config.rows.size, config.data.max_text_tokens)"
 
     def __bool__(self) -> bool:
         return bool(self.cut or self.shrunk)

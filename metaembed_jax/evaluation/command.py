@@ -1,14 +1,13 @@
 """`eval.py`: the best checkpoint of a run on the test split, or on a benchmark."""
 
-import json
+import dataclasses
 from pathlib import Path
-
-from ml_collections import ConfigDict
 
 from metaembed_jax import hosts
 from metaembed_jax.checkpoints.loading import run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import agree, check_model, read_config
-from metaembed_jax.config import check_config, model_config
+from metaembed_jax.config import RunConfig
+from metaembed_jax.config.record import to_record
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.evaluator import Evaluator, Subject
@@ -21,11 +20,12 @@ from metaembed_jax.files import check_bucket
 from metaembed_jax.late_interaction.budgets import parse_budgets, parse_searches
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_parameters
+from metaembed_jax.network_config import model_config
 from metaembed_jax.sharding import make_mesh
 
 
 def evaluate_checkpoint(
-    config: ConfigDict, checkpoint: Path, out: Path, budgets: str | None, benchmark: str | None = None, files: Path | None = None
+    config: RunConfig, checkpoint: Path, out: Path, budgets: str | None, benchmark: str | None = None, files: Path | None = None
 ) -> None:
     """Print the table of the best checkpoint, and write the report to `out`.
 
@@ -38,21 +38,20 @@ def evaluate_checkpoint(
     evaluator = choose_evaluator(config, benchmark, files, budgets)
     check_devices()
     agree(config)
-    check_config(config)
     for folder in (checkpoint, out):
         check_bucket(folder)
     run_config = read_config(checkpoint)
-    if not config.architecture:  # the run has it from what it started from
-        with config.unlocked():
-            config.backbone, config.architecture = run_config.backbone, run_config.architecture
+    if not config.model.architecture:  # the run has it from what it started from
+        known = {"backbone": run_config.model.backbone, "architecture": run_config.model.architecture}
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **known))
     check_model(checkpoint, config)
-    mesh, network = make_mesh(**config.mesh), model_config(config)
+    mesh, network = make_mesh(**dataclasses.asdict(config.mesh)), model_config(config)
     print(describe_devices(mesh), flush=True)
     hosts.first_then_others(evaluator.check)
-    abstract, frozen = abstract_parameters(network, mesh), abstract_parameters(network, mesh, config.frozen_dtype)
+    abstract, frozen = abstract_parameters(network, mesh), abstract_parameters(network, mesh, config.model.frozen_dtype)
     step, parameters = run_parameters(checkpoint, config, abstract, frozen)
     model = MetaEmbed(network, parameters, run_processor(config, checkpoint / "tokenizer.json"), mesh)
-    subject = Subject(model=model, name=config.name, step=step, config=json.loads(config.to_json()))
+    subject = Subject(model=model, name=config.name, step=step, config=to_record(config))
     results = evaluator.run(subject, out, progress=hosts.is_first())
     if hosts.is_first():
         write_report(evaluator, subject, results, out, benchmark_names(evaluator.name) if benchmark else RUN)
@@ -60,7 +59,7 @@ def evaluate_checkpoint(
     hosts.wait_for_all("evaluated")
 
 
-def choose_evaluator(config: ConfigDict, benchmark: str | None, files: Path | None, budgets: str | None) -> Evaluator:
+def choose_evaluator(config: RunConfig, benchmark: str | None, files: Path | None, budgets: str | None) -> Evaluator:
     """The evaluator that the flags name, at their budgets or at the config's.
 
     Raises:
@@ -70,12 +69,12 @@ def choose_evaluator(config: ConfigDict, benchmark: str | None, files: Path | No
         raise UserError("--benchmark=mmeb: --from is missing, the folder that MMEB-eval was fetched to")
     if benchmark != "mmeb" and files is not None:
         raise UserError(f"--from={files}: is for --benchmark=mmeb; mteb fetches its own data, and the config names that of a run")
-    largest = config.query_tokens, config.candidate_tokens
+    largest = config.model.query_tokens, config.model.document_tokens
     if benchmark is not None and benchmark != "mmeb":
-        mteb = Mteb(benchmark, parse_searches(budgets, largest) if budgets is not None else config.groups)
+        mteb = Mteb(benchmark, parse_searches(budgets, largest) if budgets is not None else config.objectives.budgets)
         mteb.check()
         return mteb
-    plain = parse_budgets(budgets, largest) if budgets is not None else config.groups
+    plain = parse_budgets(budgets, largest) if budgets is not None else config.objectives.budgets
     if files is not None:
         return Mmeb(files, plain)
     return HeldOut(config.data.dir, [name for name, *_ in config.data.sources], "test", plain)

@@ -163,8 +163,8 @@ class PromptProcessor:
         left = limits.prompt(side) - len(prompt.head) - len(prompt.tail)
         if left < words:
             raise UserError(
-                f"{name}: its prompt alone takes {limits.prompt(side) - left + words} tokens, and config.row leaves "
-                f"{limits.prompt(side)} for one; raise config.row"
+                f"{name}: its prompt alone takes {limits.prompt(side) - left + words} tokens, and config.rows.size leaves "
+                f"{limits.prompt(side)} for one; raise config.rows.size"
             )
         return grid, prompt, min(left, words + limits.text_tokens)
 
@@ -204,6 +204,6 @@ def no_room(name: str, most_tokens: int, most_patches: int, tokens: int, patches
       tokens, patches: that it takes at least.
     """
     return UserError(
-        f"{name}: config.row leaves {most_tokens} tokens and {most_patches} patches for an image: expected at least {tokens} and "
-        f"{patches}; raise config.row"
+        f"{name}: config.rows.size leaves {most_tokens} tokens and {most_patches} patches for an image: expected at least {tokens} "
+        f"and {patches}; raise config.rows.size"
     )

@@ -67,7 +67,7 @@ class PromptTokenizer:
         encoding = self._encode_text(before + text + after, name)
         while room is not None and (excess := len(encoding.ids) - room) > 0:
             if not text:
-                raise UserError(f"{name}: its prompt alone is {excess} tokens over the limit of {room}; raise config.row")
+                raise UserError(f"{name}: its prompt alone is {excess} tokens over the limit of {room}; raise config.rows.size")
             # Of the tokens that begin ahead of `after`; none do where a normaliser drops all there is.
             starts = [start for start, _ in encoding.offsets if start < len(before) + len(text)] or [len(before)]
             start = starts[max(len(starts) - excess, 0)] - len(before)

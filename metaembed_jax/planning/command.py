@@ -4,16 +4,16 @@ import json
 import sys
 
 import jax
-from ml_collections import ConfigDict
 
+from metaembed_jax.config import RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning import report
 from metaembed_jax.planning.chips import topology
-from metaembed_jax.planning.measure import check, make_plan
+from metaembed_jax.planning.measure import make_plan, with_architecture
 from metaembed_jax.planning.search import search
 
 
-def plan(config: ConfigDict, slice_name: str, what: str, is_search: bool, as_json: bool) -> bool:
+def plan(config: RunConfig, slice_name: str, what: str, is_search: bool, as_json: bool) -> bool:
     """Prints the plan of one program, or with `is_search` of the train step on every mesh worth trying.
 
     Returns:
@@ -24,7 +24,7 @@ def plan(config: ConfigDict, slice_name: str, what: str, is_search: bool, as_jso
     """
     jax.config.update("jax_platforms", "cpu")  # of the TPU only its compiler is wanted
     where = topology(slice_name)
-    check(config)
+    config = with_architecture(config)
     if is_search and what != "train":
         raise UserError(f"--search is for training, not for --what={what}")
     if is_search:

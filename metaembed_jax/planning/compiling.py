@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
+from metaembed_jax.config import RunConfig
 from metaembed_jax.planning.chips import topology
 from metaembed_jax.planning.programs import PROGRAMS
 from metaembed_jax.training.step import run_mesh
@@ -41,7 +41,7 @@ class Compiled(NamedTuple):
     error: str = ""
 
 
-def compile_program(config: ConfigDict, what: str, topology_name: str) -> Compiled:
+def compile_program(config: RunConfig, what: str, topology_name: str) -> Compiled:
     """Compiles one of `PROGRAMS` for a slice that need not be there."""
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs XLA hangs
     receiver, sender = context.Pipe(duplex=False)
@@ -82,7 +82,7 @@ def _wait(directory: Path, receiver: Connection) -> str:
         return "the compiler's process died; it may have been short of memory"
 
 
-def _compile(config: ConfigDict, what: str, topology_name: str, directory: str, sender: Connection) -> None:
+def _compile(config: RunConfig, what: str, topology_name: str, directory: str, sender: Connection) -> None:
     jax.config.update("jax_platforms", "cpu")  # of the TPU only its compiler is wanted
     mesh = run_mesh(config, topology(topology_name).devices)
     options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.flop_counts import AttentionCount, FlopCount
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.training import StepShape
-from metaembed_jax.config import largest_budgets, model_config
+from metaembed_jax.config import RunConfig
 from metaembed_jax.network import abstract_network
+from metaembed_jax.network_config import model_config
 from metaembed_jax.trainable import LORA, trainable_paths
 
 
@@ -52,17 +52,17 @@ class Flops(NamedTuple):
         return self.forward + self.backward
 
 
-def train_flops(config: ConfigDict, shape: StepShape) -> Flops:
+def train_flops(config: RunConfig, shape: StepShape) -> Flops:
     """Count a training step on rows of this shape: their encoding, and the loss."""
-    counter, (query_vectors, document_vectors) = _Counter(config), largest_budgets(config)
-    is_again = config.recompute in ("everything", "microbatches") and shape.microbatches > 1
+    counter, (query_vectors, document_vectors) = _Counter(config), config.objectives.largest_budget
+    is_again = config.rows.recompute in ("everything", "microbatches") and shape.microbatches > 1
     rows = counter.row(shape.row, is_again).times(shape.rows)
-    pairs, documents = config.batch_size, config.batch_size + config.data.negatives
+    pairs, documents = config.rows.batch_size, config.rows.batch_size + config.data.negatives
     similarities = 2.0 * pairs * documents * query_vectors * document_vectors * counter.width
     return rows + Flops(similarities, 2 * similarities)
 
 
-def encode_flops(config: ConfigDict, row: Size, rows: int) -> Flops:
+def encode_flops(config: RunConfig, row: Size, rows: int) -> Flops:
     """Count the encoding of rows."""
     counted = _Counter(config).row(row, is_again=False)
     return Flops(rows * counted.forward)
@@ -76,13 +76,13 @@ def search_flops(queries: int, query_vectors: int, candidates: int, candidate_ve
 class _Counter:
     """Counts what a config's network does."""
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: RunConfig):
         model = model_config(config)
         self._family, self._architecture = family(model.backbone), model.architecture
         self._recomputes = model.checkpoint
         self._shapes = {path: x.shape for path, x in flatten_dict(nnx.to_pure_dict(abstract_network(model)[1]), sep=".").items()}
-        self._trained = trainable_paths(config.trained, self._shapes)
-        self.width = config.embedding_dim or model.architecture.width
+        self._trained = trainable_paths(config.model.trained, self._shapes)
+        self.width = config.model.embedding_dim or model.architecture.width
 
     def row(self, row: Size, is_again: bool) -> Flops:
         """Count one packed row.

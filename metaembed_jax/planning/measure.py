@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from metaembed_jax.backbones.family import family
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.training import HOST
-from metaembed_jax.config import check_config, model_config
+from metaembed_jax.config import RunConfig, with_keys
 from metaembed_jax.errors import UserError
 from metaembed_jax.links import rings
+from metaembed_jax.network_config import model_config
 from metaembed_jax.planning.chips import Chip, Topology
 from metaembed_jax.planning.compiling import compile_program
 from metaembed_jax.planning.cost import Cost, Item, count
@@ -30,22 +30,21 @@ HELD_BATCHES = 2  # by the loop of training: that of the step that is computed, 
 _OUT_OF_MEMORY = re.compile(r"required[^()]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of")
 
 
-def check(config: ConfigDict) -> None:
-    """Fills an empty architecture from the stage before, and refuses what cannot be planned.
+def with_architecture(config: RunConfig) -> RunConfig:
+    """Return a config whose architecture, where it is empty, is that of the stage before.
 
     Raises:
-      UserError: names the key.
+      UserError: no stage has one.
     """
-    check_config(config)
-    if not config.architecture:
-        known = [stage.architecture for stage in stages(config) if stage.architecture]
-        if not known:
-            raise UserError("config.architecture is empty, and no weights are read to learn it from: set it in the config")
-        with config.unlocked():
-            config.architecture = known[-1]
+    if config.model.architecture:
+        return config
+    known = [stage.model.architecture for stage in stages(config) if stage.model.architecture]
+    if not known:
+        raise UserError("config.model.architecture is empty, and no weights are read to learn it from: set it in the config")
+    return with_keys(config, {"model.architecture": known[-1]})
 
 
-def make_plan(config: ConfigDict, what: str, where: Topology) -> Plan:
+def make_plan(config: RunConfig, what: str, where: Topology) -> Plan:
     """Compiles a program of a checked config for a slice, and measures it.
 
     Raises:
@@ -66,7 +65,7 @@ def make_plan(config: ConfigDict, what: str, where: Topology) -> Plan:
         mesh=dict(mesh.shape),
         rings={axis: ring._asdict() for axis, ring in rings(mesh).items()},
         rows=program.rows._asdict() if program.rows else {},
-        recompute=config.recompute,
+        recompute=config.rows.recompute,
         parameters={name: _numbers(program.arguments.get(name)) for name in ("trained", "frozen")},
         memory=memory,
         host_bytes=HELD_BATCHES * shard_bytes(program.arguments["batch"], in_host=True),
@@ -104,7 +103,7 @@ class _Measured(NamedTuple):
     arrays: Sequence[Item] = ()
 
 
-def _measure(config: ConfigDict, what: str, where: Topology, program: Program, mesh: Mesh) -> _Measured:
+def _measure(config: RunConfig, what: str, where: Topology, program: Program, mesh: Mesh) -> _Measured:
     held = {name: shard_bytes(tree) for name, tree in program.arguments.items()}
     beside = {"next batch": (HELD_BATCHES - 1) * held["batch"]} if what == "train" else {}
     compiled = compile_program(config, what, where.name)
@@ -140,11 +139,11 @@ def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:
     return seconds
 
 
-def branches(config: ConfigDict) -> tuple[float, ...]:
+def branches(config: RunConfig) -> tuple[float, ...]:
     """How often each branch of a conditional runs: the only ones there are choose the kind of attention in a layer of a stack."""
     architecture = model_config(config).architecture
     row = Size(1, architecture.layout.multiple, 1)
-    parts = [part for part in family(config.backbone).flop_counts(architecture, row) if part.scanned]
+    parts = [part for part in family(config.model.backbone).flop_counts(architecture, row) if part.scanned]
     for part in parts:
         kinds = [one.layers for other in parts if other.path == part.path for one in other.attention]
         if len(kinds) > 1:

@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from ml_collections import ConfigDict
-
+from metaembed_jax.config import RunConfig
 from metaembed_jax.planning.chips import GIB
 from metaembed_jax.planning.cost import Item
 
@@ -109,20 +108,22 @@ class Plan:
         return dataclasses.asdict(self) | listed | {key: getattr(self, key) for key in derived}
 
 
-def knob(plan: Plan, config: ConfigDict) -> str:
+def knob(plan: Plan, config: RunConfig) -> str:
     """What takes most of the memory, and which key of the config to change."""
     largest = max(plan.memory, key=plan.memory.get)
     shards = plan.mesh["data"] * plan.mesh["fsdp"]
     if largest in ("trained", "optimizer", "frozen") and plan.mesh["fsdp"] < plan.devices // plan.slices:
         advice = f"raise config.mesh.fsdp={plan.mesh['fsdp']}"
-        if largest == "frozen" and config.frozen_dtype != "int8":
-            advice += ", or set config.frozen_dtype=int8"
+        if largest == "frozen" and config.model.frozen_dtype != "int8":
+            advice += ", or set config.model.frozen_dtype=int8"
     elif plan.what == "train" and largest == "temporaries" and plan.rows["at_once"] > shards:
-        advice = f"set config.microbatch_rows={plan.rows['at_once'] // shards // 2 * shards}"
+        advice = f"set config.rows.microbatch_rows={plan.rows['at_once'] // shards // 2 * shards}"
     elif plan.what == "train" and largest == "temporaries" and plan.recompute != "everything":
-        advice = "set config.recompute=everything"
+        advice = "set config.rows.recompute=everything"
     elif plan.what != "search" and largest in ("temporaries", "batch", "next batch"):
-        advice = f"raise config.mesh.tensor={plan.mesh['tensor']}, or lower config.row={plan.rows['tokens'], plan.rows['patches']}"
+        advice = (
+            f"raise config.mesh.tensor={plan.mesh['tensor']}, or lower config.rows.size={plan.rows['tokens'], plan.rows['patches']}"
+        )
     else:
         advice = "take a larger slice"
     size = f"largest are {largest} with {plan.memory[largest] / GIB:.2f} GiB"

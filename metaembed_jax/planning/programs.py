@@ -6,16 +6,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from metaembed_jax.batch import training
 from metaembed_jax.batch.rows import abstract
 from metaembed_jax.batch.training import StepShape, TrainingBatch, step_shape
-from metaembed_jax.config import model_config
+from metaembed_jax.config import RunConfig
 from metaembed_jax.encoding.schedule import CALL_ROWS
 from metaembed_jax.late_interaction.topk import top_k
 from metaembed_jax.model import make_encode
 from metaembed_jax.network import abstract_parameters
+from metaembed_jax.network_config import model_config
 from metaembed_jax.planning.flops import Flops, encode_flops, search_flops, train_flops
 from metaembed_jax.planning.rows import typical_rows
 from metaembed_jax.sharding import batch_shards, replicated
@@ -65,14 +65,14 @@ class Program(NamedTuple):
     rows: Rows | None = None
 
 
-def train_program(config: ConfigDict, mesh: Mesh) -> Program:
+def train_program(config: RunConfig, mesh: Mesh) -> Program:
     """The train step, as `train.py` runs it on items of typical sizes.
 
     Raises:
-      UserError: `config.trained` or `config.row` do not fit the network, or `config.microbatch_rows` the mesh.
+      UserError: `config.model.trained` or `config.rows.size` do not fit the network, or `config.rows.microbatch_rows` the mesh.
     """
     row, typical = typical_rows(config)
-    shape = step_shape(row, typical.most, config.microbatch_rows, batch_shards(mesh))
+    shape = step_shape(row, typical.most, config.rows.microbatch_rows, batch_shards(mesh))
     trainer, batch = make_trainer(config, mesh), abstract_batch(config, shape, mesh)
     state = trainer.abstract
     arguments = {"trained": state.parameters, "frozen": state.frozen, "optimizer": state.optimizer, "batch": batch}
@@ -81,14 +81,14 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Program:
         lambda: trainer.step.trace(state, batch),
         arguments,
         train_flops(config, shape),
-        config.batch_size,
+        config.rows.batch_size,
         "pairs",
-        config.steps,
+        config.schedule.steps,
         Rows(*row, shape.rows, shape.size, typical.fill.tokens * used, typical.fill.patches * used),
     )
 
 
-def encode_program(config: ConfigDict, mesh: Mesh) -> Program:
+def encode_program(config: RunConfig, mesh: Mesh) -> Program:
     """Encoding of documents at the largest budget: a full call of the encoder, of items of typical sizes."""
     network = model_config(config)
     row, typical = typical_rows(config)
@@ -96,7 +96,7 @@ def encode_program(config: ConfigDict, mesh: Mesh) -> Program:
     parameters = abstract_parameters(network, mesh)
     batch = abstract(rows, row, network.architecture.layout, mesh)
     encode = make_encode(network, mesh)
-    items = round(rows * config.batch_size * (2 + config.data.negatives) / typical.mean)
+    items = round(rows * config.rows.batch_size * (2 + config.data.negatives) / typical.mean)
     return Program(
         lambda: encode.trace(parameters, batch),
         {"frozen": parameters, "batch": batch},
@@ -107,17 +107,17 @@ def encode_program(config: ConfigDict, mesh: Mesh) -> Program:
     )
 
 
-def search_program(config: ConfigDict, mesh: Mesh) -> Program:
+def search_program(config: RunConfig, mesh: Mesh) -> Program:
     """Exact search of `SEARCH_QUERIES` among at least `SEARCH_CANDIDATES` of all vectors, in bfloat16."""
-    width = config.embedding_dim or model_config(config).architecture.width
+    width = config.model.embedding_dim or model_config(config).architecture.width
     candidates = -(-SEARCH_CANDIDATES // mesh.size) * mesh.size
     everywhere = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
-    query = _abstract((SEARCH_QUERIES, config.query_tokens, width), jnp.bfloat16, replicated(mesh))
-    candidate = _abstract((candidates, config.candidate_tokens, width), jnp.bfloat16, everywhere)
+    query = _abstract((SEARCH_QUERIES, config.model.query_tokens, width), jnp.bfloat16, replicated(mesh))
+    candidate = _abstract((candidates, config.model.document_tokens, width), jnp.bfloat16, everywhere)
     return Program(
         lambda: top_k.trace(query, candidate, SEARCH_K, mesh),
         {"batch": query, "index": candidate},
-        search_flops(SEARCH_QUERIES, config.query_tokens, candidates, config.candidate_tokens, width),
+        search_flops(SEARCH_QUERIES, config.model.query_tokens, candidates, config.model.document_tokens, width),
         SEARCH_QUERIES,
         "queries",
     )
@@ -126,10 +126,10 @@ def search_program(config: ConfigDict, mesh: Mesh) -> Program:
 PROGRAMS = {"train": train_program, "encode": encode_program, "search": search_program}
 
 
-def abstract_batch(config: ConfigDict, shape: StepShape, mesh: Mesh) -> TrainingBatch:
+def abstract_batch(config: RunConfig, shape: StepShape, mesh: Mesh) -> TrainingBatch:
     """A training batch as shapes, dtypes and shardings."""
     layout = model_config(config).architecture.layout
-    return training.abstract(shape, config.batch_size, config.data.negatives, layout, mesh)
+    return training.abstract(shape, config.rows.batch_size, config.data.negatives, layout, mesh)
 
 
 def _abstract(shape: tuple[int, ...], dtype, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

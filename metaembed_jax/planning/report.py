@@ -1,7 +1,6 @@
 """A plan in words."""
 
-from ml_collections import ConfigDict
-
+from metaembed_jax.config import RunConfig
 from metaembed_jax.planning.chips import GIB, Chip, Topology
 from metaembed_jax.planning.plan import Plan, knob
 
@@ -10,7 +9,7 @@ Rows = list[tuple[str, str]]
 TABLE = "{:27}{:>12}{:>12}{:>12}{:>9}{:>13}{:>9}{:>8}{:>11}"
 
 
-def verdict(plan: Plan, config: ConfigDict) -> str:
+def verdict(plan: Plan, config: RunConfig) -> str:
     """Whether it fits, by how much, and if not, what to do; one line."""
     used = f"{plan.total_bytes / GIB:.2f} of {plan.usable_bytes / GIB:.2f} GiB a device"
     if plan.fits:
@@ -18,7 +17,7 @@ def verdict(plan: Plan, config: ConfigDict) -> str:
     return f"does not fit: {used}, {(plan.total_bytes - plan.usable_bytes) / GIB:.2f} GiB too many; {knob(plan, config)}"
 
 
-def describe(plan: Plan, config: ConfigDict, where: Topology) -> str:
+def describe(plan: Plan, config: RunConfig, where: Topology) -> str:
     """The whole report, verdict first."""
     parts = [_about(plan, where.chip), _memory(plan), _work(plan), _speed(plan)]
     named = (("temporaries", plan.temporaries), ("collectives", plan.collectives), ("arrays, of all devices", plan.arrays))
@@ -101,10 +100,11 @@ def describe_search(plans: list[Plan]) -> str:
     """Plans of one program that fit, side by side, and the flags of the first, which is the fastest."""
     if not plans:
         return (
-            "does not fit: no mesh, microbatch and recompute that was tried; take a larger slice, or set config.frozen_dtype=int8"
+            "does not fit: no mesh, microbatch and recompute that was tried; "
+            "take a larger slice, or set config.model.frozen_dtype=int8"
         )
     flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in plans[0].mesh.items())
-    free = f"--config.microbatch_rows={plans[0].rows['at_once']} --config.recompute={plans[0].recompute}"
+    free = f"--config.rows.microbatch_rows={plans[0].rows['at_once']} --config.rows.recompute={plans[0].recompute}"
     lines = [f"fastest: {flags} {free}", ""]
     lines.append(
         TABLE.format("mesh (data, fsdp, tensor)", "rows at once", "recompute", "a device", "spare", "bound", "by", "MFU", "pairs/s")

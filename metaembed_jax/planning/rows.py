@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from ml_collections import ConfigDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from metaembed_jax.backbones.family import family
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.batch.packing import Fill, Size, fill, pack, row_vectors
-from metaembed_jax.config import largest_budgets, model_config, row_limits
+from metaembed_jax.config import RunConfig
 from metaembed_jax.data.schedule import balanced_schedule
+from metaembed_jax.network_config import model_config, row_limits
 from metaembed_jax.planning.typical import typical_document, typical_pair
 
 STEPS = 8  # that are packed
@@ -37,14 +37,14 @@ class RowsOfSteps(NamedTuple):
     vectors: int
 
 
-def typical_steps(config: ConfigDict, size: Callable[[dict, str], Size], steps: int) -> Iterator[Int[np.ndarray, "N 3"]]:
+def typical_steps(config: RunConfig, size: Callable[[dict, str], Size], steps: int) -> Iterator[Int[np.ndarray, "N 3"]]:
     """Yields the sizes of the items of steps of a config's mixture, each item drawn as `typical` has it.
 
     Args:
       size: of an item on a side, "query" or "candidate".
     """
     names, weights, _ = zip(*config.data.sources, strict=True)
-    sub_batch = config.data.sub_batch or config.batch_size
+    sub_batch = config.data.sub_batch or config.rows.batch_size
     rng = np.random.default_rng(config.seed)
 
     def pairs(name: str, count: int) -> np.ndarray:
@@ -55,31 +55,31 @@ def typical_steps(config: ConfigDict, size: Callable[[dict, str], Size], steps: 
         return np.array([[size(item, "candidate" if rank else "query") for rank, item in enumerate(pair)] for pair in drawn])
 
     means_S2 = np.array([pairs(name, 100).sum(axis=1).mean(axis=0)[:2].astype(int) for name in names])
-    for sources in balanced_schedule(weights, means_S2, config.batch_size // sub_batch, steps).tolist():
+    for sources in balanced_schedule(weights, means_S2, config.rows.batch_size // sub_batch, steps).tolist():
         yield np.concatenate([pairs(names[source], sub_batch) for source in sources]).reshape(-1, 3)
 
 
-def typical_rows(config: ConfigDict) -> tuple[Size, RowsOfSteps]:
+def typical_rows(config: RunConfig) -> tuple[Size, RowsOfSteps]:
     """Returns what a row of a config holds, and the rows of some steps of its mixture, each item of typical size.
 
     Raises:
-      UserError: `config.row` does not fit the network.
+      UserError: `config.rows.size` does not fit the network.
     """
     limits = row_limits(config)
-    steps = list(typical_steps(config, _item_size(config, limits), min(config.steps, STEPS)))
-    vectors = row_vectors(steps, limits.tokens, limits.patches, sum(largest_budgets(config)))
+    steps = list(typical_steps(config, _item_size(config, limits), min(config.schedule.steps, STEPS)))
+    vectors = row_vectors(steps, limits.tokens, limits.patches, sum(config.objectives.largest_budget))
     row = Size(limits.tokens, limits.patches, vectors)
     return row, rows_of_steps(steps, row)
 
 
-def _item_size(config: ConfigDict, limits: Limits) -> Callable[[dict, str], Size]:
+def _item_size(config: RunConfig, limits: Limits) -> Callable[[dict, str], Size]:
     """The size of an item in a row, by the family's prompts and images, with a vocabulary of whole words."""
-    module, meta = family(config.backbone), (limits.query_tokens, limits.candidate_tokens)
+    module, meta = family(config.model.backbone), (limits.query_tokens, limits.document_tokens)
     words = Tokenizer(models.WordLevel({UNKNOWN: 0}, unk_token=UNKNOWN))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.add_special_tokens(list(module.Processor.special_tokens))
     images = module.Images.from_run(config.data, model_config(config).architecture, None)
-    processor, vectors = module.Processor(words, images, limits), largest_budgets(config)
+    processor, vectors = module.Processor(words, images, limits), config.objectives.largest_budget
 
     def size(item: dict, side: str) -> Size:
         fitted, number = processor.size(item, side), ("query", "candidate").index(side)

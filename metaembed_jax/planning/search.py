@@ -1,26 +1,24 @@
 """The mesh, microbatch and recomputation that train fastest on a slice. Only the most promising are compiled: it takes minutes."""
 
-import copy
 import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.flop_counts import FlopCount
 from metaembed_jax.batch.training import StepShape, step_shape
-from metaembed_jax.config import model_config
+from metaembed_jax.config import RECOMPUTE, RunConfig, with_keys
 from metaembed_jax.errors import UserError
+from metaembed_jax.network_config import model_config
 from metaembed_jax.planning.chips import Topology
 from metaembed_jax.planning.flops import train_flops
 from metaembed_jax.planning.measure import make_plan, shard_bytes
 from metaembed_jax.planning.plan import Plan
 from metaembed_jax.planning.rows import typical_rows
-from metaembed_jax.sharding import make_mesh
-from metaembed_jax.training.microbatches import RECOMPUTE
+from metaembed_jax.sharding import MESH_AXES, make_mesh
 from metaembed_jax.training.step import make_trainer
 
 COMPILED = 6  # at most
@@ -57,7 +55,7 @@ class Candidate(NamedTuple):
         return self.data, self.fsdp, self.tensor
 
 
-def search(config: ConfigDict, where: Topology) -> list[Plan]:
+def search(config: RunConfig, where: Topology) -> list[Plan]:
     """Plans of train steps that fit, fastest first.
 
     Raises:
@@ -77,18 +75,18 @@ def search(config: ConfigDict, where: Topology) -> list[Plan]:
     return sorted(fitting, key=lambda plan: -plan.items_per_second)
 
 
-def candidates(config: ConfigDict, where: Topology) -> list[Candidate]:
+def candidates(config: RunConfig, where: Topology) -> list[Candidate]:
     """All meshes, microbatches of a few rows and rungs of the ladder, the fastest by a rough count first.
 
     Raises:
       UserError: there are none.
     """
     devices, (row, typical) = len(where.devices), typical_rows(config)
-    parts = family(config.backbone).flop_counts(model_config(config).architecture, row)
+    parts = family(config.model.backbone).flop_counts(model_config(config).architecture, row)
     heads, listed = math.gcd(*(attention.key_heads for part in parts if part.has_meta for attention in part.attention)), []
     for fsdp, tensor in itertools.product(_divisors(devices), _divisors(heads)):
         shards = devices // tensor
-        if devices // where.slices % (fsdp * tensor) or config.batch_size % shards:  # both stay inside a slice
+        if devices // where.slices % (fsdp * tensor) or config.rows.batch_size % shards:  # both stay inside a slice
             continue
         mesh = make_mesh(devices // (fsdp * tensor), fsdp, tensor, devices=where.devices)
         state = make_trainer(config, mesh).abstract
@@ -100,12 +98,12 @@ def candidates(config: ConfigDict, where: Topology) -> list[Candidate]:
                 shape = step_shape(row, typical.most, at_once, shards)
                 listed.append(_candidate(config, where, mesh.shape, shape, recompute, parts, *bytes_held))
     if not listed:
-        raise UserError(f"--search: no mesh of {devices} devices divides config.batch_size={config.batch_size}")
+        raise UserError(f"--search: no mesh of {devices} devices divides config.rows.batch_size={config.rows.batch_size}")
     return sorted(listed)
 
 
 def _candidate(
-    config: ConfigDict,
+    config: RunConfig,
     where: Topology,
     mesh: Mapping[str, int],
     shape: StepShape,
@@ -127,7 +125,7 @@ def _candidate(
     reduced = 2 * 2 * shape.size // (data * fsdp) * of_a_row * (tensor - 1) / tensor  # two all-reduces a layer, of twice its bytes
     sent = shape.microbatches * PASSES[recompute] * ((trained + frozen) * (fsdp - 1) + reduced)
     between = shape.microbatches * 2 * trained * (where.slices - 1) / where.slices
-    with_rung = _copy(config, recompute=recompute)
+    with_rung = with_keys(config, {"rows.recompute": recompute})
     seconds = max(
         sum(train_flops(with_rung, shape)) / len(where.devices) * chip.devices / chip.flops,
         sent * chip.devices / (chip.ici_bandwidth / 2),
@@ -136,16 +134,10 @@ def _candidate(
     return Candidate(seconds, data, fsdp, tensor, shape.size, recompute, held, kept)
 
 
-def _laid_out(config: ConfigDict, candidate: Candidate) -> ConfigDict:
-    config = _copy(config, microbatch_rows=candidate.at_once, recompute=candidate.recompute)
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = candidate.mesh
-    return config
-
-
-def _copy(config: ConfigDict, **changes) -> ConfigDict:
-    config = copy.deepcopy(config)
-    config.update(changes)
-    return config
+def _laid_out(config: RunConfig, candidate: Candidate) -> RunConfig:
+    changes = {"rows.microbatch_rows": candidate.at_once, "rows.recompute": candidate.recompute}
+    axes = {f"mesh.{axis}": size for axis, size in zip(MESH_AXES, candidate.mesh, strict=True)}
+    return with_keys(config, changes | axes)
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,13 +1,11 @@
 """A run from its config to its results: one loop around the pure step of `training.step`."""
 
 import contextlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
 from metaembed_jax import files, hosts
 from metaembed_jax.batch.training import put as put_batch
@@ -26,7 +24,8 @@ from metaembed_jax.checkpoints.workdir import (
     record_changes,
 )
 from metaembed_jax.compilation import announced
-from metaembed_jax.config import check_config, model_config
+from metaembed_jax.config import RunConfig
+from metaembed_jax.config.record import to_record
 from metaembed_jax.data import sources
 from metaembed_jax.data.items import Items, run_items
 from metaembed_jax.data.mixture import check_mixture
@@ -37,11 +36,13 @@ from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.held_out import HeldOut
+from metaembed_jax.evaluation.metrics import METRICS
 from metaembed_jax.evaluation.report import RUN, write_report
 from metaembed_jax.evaluation.tables import format_tables
 from metaembed_jax.hosts.votes import Stop, stop_signal
 from metaembed_jax.late_interaction.budgets import budget_name
 from metaembed_jax.model import MetaEmbed
+from metaembed_jax.network_config import model_config
 from metaembed_jax.sharding import batch_shards, rows_here
 from metaembed_jax.trainable import join, paths, split
 from metaembed_jax.training.metrics import MetricsWriter
@@ -52,7 +53,7 @@ from metaembed_jax.training.start import describe, find_start, initial_state, st
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, run_mesh
 
 
-def train(config: ConfigDict, workdir: Path) -> bool:
+def train(config: RunConfig, workdir: Path) -> bool:
     """Trains, or goes on training, until the last step; then evaluates the best checkpoint on the test split.
 
     Returns:
@@ -79,7 +80,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     return True
 
 
-def _needed(runs: list[tuple[ConfigDict, Path]]) -> list[tuple[ConfigDict, Path]]:
+def _needed(runs: list[tuple[RunConfig, Path]]) -> list[tuple[RunConfig, Path]]:
     """The last run, and before it those that it still needs: none once it has checkpoints, or the one before is finished."""
     folders = [folder if files.is_bucket(folder) else folder.resolve() for _, folder in runs]
     for (stage, folder), resolved in zip(runs[:-1], folders, strict=False):
@@ -91,38 +92,39 @@ def _needed(runs: list[tuple[ConfigDict, Path]]) -> list[tuple[ConfigDict, Path]
     return runs[first:]
 
 
-def _check(config: ConfigDict, workdir: Path) -> None:
+def _check(config: RunConfig, workdir: Path) -> None:
     """Refuses what cannot be trained: better before hours of a first stage than after."""
-    check_config(config)
     mesh = run_mesh(config)
+    if config.evaluation.select not in METRICS:
+        raise UserError(f"config.evaluation.select={config.evaluation.select!r}: expected {' or '.join(METRICS)}")
     files.check_bucket(workdir)
     check_workdir(workdir, config)
-    if config.architecture:
+    if config.model.architecture:
         _check_exports(config, make_trainer(config, mesh))
 
 
-def _check_exports(config: ConfigDict, trainer: Trainer) -> None:
-    for kind in config.exports:
-        check_format(kind, config.backbone, paths(trainer.abstract.parameters))
+def _check_exports(config: RunConfig, trainer: Trainer) -> None:
+    for kind in config.schedule.exports:
+        check_format(kind, config.model.backbone, paths(trainer.abstract.parameters))
 
 
-def _train_one(config: ConfigDict, workdir: Path, stop: Stop) -> bool:
+def _train_one(config: RunConfig, workdir: Path, stop: Stop) -> bool:
     with contextlib.ExitStack() as stack:
         with stop.at_once():
             mesh = run_mesh(config)
-            pairs = hosts.first_then_others(lambda: sources.training_records(config))
+            pairs = hosts.first_then_others(lambda: sources.training_records(config.data, config.seed))
             check_mixture(config, pairs)
             for split_name in ("validation", "test"):
                 _held_out(config, split_name).check()
             if hosts.is_first():  # only now that all hosts agree: before, it would make a folder for a run that is refused
                 stack.enter_context(lease.held(workdir))
-            start = find_start(config, workdir)
+            config, start = find_start(config, workdir)
             processor = run_processor(config, start.tokenizer)
             trainer = make_trainer(config, mesh)
             _check_exports(config, trainer)
             base = start.base if trainer.abstract.frozen else None
             hosts.first_then_others(lambda: claim(workdir, config, start.tokenizer, base))
-            checkpoints = stack.enter_context(contextlib.closing(RunCheckpoints(workdir, config.keep_checkpoints)))
+            checkpoints = stack.enter_context(contextlib.closing(RunCheckpoints(workdir, config.schedule.keep_checkpoints)))
             state = initial_state(config, trainer, checkpoints, start)
             keep(workdir, state.frozen)
             if hosts.is_first() and (changes := record_changes(workdir, config, base, int(state.step))):
@@ -180,18 +182,18 @@ def _train(
     stop: Stop,
 ) -> bool:
     first, mesh = int(state.step), trainer.mesh
-    shape = plan.shape(config.microbatch_rows, batch_shards(mesh))
+    shape = plan.shape(config.rows.microbatch_rows, batch_shards(mesh))
     dataset = training_batches(items, shape, model.config.architecture.layout, rows_here(mesh, shape.size))
-    writer = MetricsWriter(workdir, first, config.steps, silent=not hosts.is_first())
-    pending, watch, trace = _Pending(checkpoints), Stopwatch(), Trace(config.trace_steps, workdir)
-    speed, saves = Speed(config, shape, mesh, first), SaveSchedule(config.save_every, config.save_minutes)
-    batches = iterate(dataset, first, config.steps, config.data.workers)
+    writer = MetricsWriter(workdir, first, config.schedule.steps, silent=not hosts.is_first())
+    pending, watch, trace = _Pending(checkpoints), Stopwatch(), Trace(config.schedule.trace_steps, workdir)
+    speed, saves = Speed(config, shape, mesh, first), SaveSchedule(config.schedule.save_every, config.schedule.save_minutes)
+    batches = iterate(dataset, first, config.schedule.steps, config.data.workers)
     train_step = None
     try:
         writer.say(plan.describe(shape))
         writer.write(first, plan.figures(shape))
         with saves.vote.watched():
-            for step in range(first + 1, config.steps + 1):
+            for step in range(first + 1, config.schedule.steps + 1):
                 trace.before(step)
                 # SIGTERM comes to all processes of a job, and ends workers that are not started up yet: those of the first batch.
                 with watch.spending("input"), stop.at_once() if train_step is None else contextlib.nullcontext():
@@ -202,14 +204,14 @@ def _train(
                 pending.fetch()
                 pending.put(step, figures)
                 writer.advance()
-                if step % config.log_every == 0 or step == config.steps:
+                if step % config.schedule.log_every == 0 or step == config.schedule.steps:
                     figures, spent = pending.fetch(), watch.read()
                     rates = speed.read(step, spent)
                     writer.write(step, {**figures, **rates, **spent, **items[step - 1].figures(shape)})
-                    accuracy = figures[f"accuracy/{budget_name(config.groups[-1])}"]
+                    accuracy = figures[f"accuracy/{budget_name(config.objectives.budgets[-1])}"]
                     writer.show(loss=figures["loss"], accuracy=accuracy, **shown(rates))
                 trace.after(step, pending.fetch)
-                validate = step % config.validate_every == 0 or step == config.steps
+                validate = step % config.evaluation.validate_every == 0 or step == config.schedule.steps
                 stopping, saving = stop(), saves.due(step)
                 if validate or stopping or saving:
                     pending.fetch()
@@ -220,7 +222,7 @@ def _train(
                         writer.flush()  # before the checkpoint: a run that resumes from it has the lines up to it
                         checkpoints.save(step, state.parameters, state.optimizer, metric)
                     stopping = stop()  # SIGTERM may have come during the validation
-                if stopping and step < config.steps:
+                if stopping and step < config.schedule.steps:
                     checkpoints.wait()
                     writer.say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
                     return False
@@ -241,16 +243,16 @@ def _compile(trainer: Trainer, state: TrainState, arrays: dict, watch: Stopwatch
     return train_step
 
 
-def _held_out(config: ConfigDict, split_name: str) -> HeldOut:
-    return HeldOut(config.data.dir, [name for name, *_ in config.data.sources], split_name, config.groups)
+def _held_out(config: RunConfig, split_name: str) -> HeldOut:
+    return HeldOut(config.data.dir, [name for name, *_ in config.data.sources], split_name, config.objectives.budgets)
 
 
-def _subject(config: ConfigDict, model: MetaEmbed, step: int) -> Subject:
-    return Subject(model=model, name=config.name, step=step, config=json.loads(config.to_json()))
+def _subject(config: RunConfig, model: MetaEmbed, step: int) -> Subject:
+    return Subject(model=model, name=config.name, step=step, config=to_record(config))
 
 
-def _validate(config: ConfigDict, model: MetaEmbed, state: TrainState, step: int, writer: MetricsWriter, workdir: Path) -> float:
-    """Evaluate the validation split; the mean recall at the largest budget, which the best checkpoint is best at."""
+def _validate(config: RunConfig, model: MetaEmbed, state: TrainState, step: int, writer: MetricsWriter, workdir: Path) -> float:
+    """Evaluate the validation split; return the mean over sources of what the best checkpoint is best at, at the largest budget."""
     model.parameters = state.network_parameters()
     results = _held_out(config, "validation").run(_subject(config, model, step), workdir, progress=False)
     board = results.boards[0]
@@ -261,10 +263,12 @@ def _validate(config: ConfigDict, model: MetaEmbed, state: TrainState, step: int
     writer.write(step, figures)
     listed = ", ".join(f"{budget} {100 * value:.1f}" for budget, value in means.items())
     writer.say(f"step {step}: validation {board.measure} of {board.name} at {listed}")
-    return means[budget_name(config.groups[-1])]
+    largest = budget_name(config.objectives.budgets[-1])
+    selecting = [task.values(config.evaluation.select)[largest].mean for task in board.tasks]
+    return sum(selecting) / len(selecting)
 
 
-def _finish(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, model: MetaEmbed, workdir: Path) -> None:
+def _finish(config: RunConfig, trainer: Trainer, checkpoints: RunCheckpoints, model: MetaEmbed, workdir: Path) -> None:
     step = checkpoints.best_step()
     trained = checkpoints.restore_parameters(step, trainer.abstract.parameters)
     _, frozen = split(model.parameters, paths(trained))
@@ -279,12 +283,12 @@ def _finish(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, m
     hosts.wait_for_all("finished")
 
 
-def _export(config: ConfigDict, workdir: Path) -> None:
-    if config.exports and jax.process_count() > 1:
-        command = f"python -m metaembed_jax export --checkpoint={workdir} --format={config.exports[0]} --out=DIR"
+def _export(config: RunConfig, workdir: Path) -> None:
+    if config.schedule.exports and jax.process_count() > 1:
+        command = f"python -m metaembed_jax export --checkpoint={workdir} --format={config.schedule.exports[0]} --out=DIR"
         print(f"not exported, since there are several hosts; on one of them: {command}", flush=True)
         return
-    for kind in config.exports:
+    for kind in config.schedule.exports:
         out = workdir / "export" / kind
         for part in filter(files.is_part, out.parent.glob("*")):  # of a run that was killed here
             files.remove_folder(part)

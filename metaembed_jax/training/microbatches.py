@@ -1,4 +1,4 @@
-"""Encoding of a step's rows in microbatches, and what of it the backward pass computes again: the ladder of `config.recompute`.
+"""Encoding of a step's rows in microbatches, and what the backward pass computes again: the ladder of `config.rows.recompute`.
 
     everything      a microbatch at a time, and in it a layer at a time: only vectors are kept (GradCache, arXiv 2101.06983)
     microbatches    a microbatch at a time: of one, all is kept that a gradient reads
@@ -18,8 +18,6 @@ from jaxtyping import Array, Float
 
 from metaembed_jax.batch.rows import Batch
 
-RECOMPUTE = ("everything", "microbatches", "layers", "nothing")
-
 
 def encode(apply: Callable, rows: Batch, recompute: str, dtype: str) -> Float[Array, "M*b V D"]:
     """The vectors of all rows of a step.
@@ -27,7 +25,7 @@ def encode(apply: Callable, rows: Batch, recompute: str, dtype: str) -> Float[Ar
     Args:
       apply: `(row numbers) -> network`. Its dropout, if any, depends on the numbers of the rows and not on their microbatches.
       rows: of a `TrainingBatch`.
-      recompute: a rung of `RECOMPUTE`.
+      recompute: a rung of the ladder.
       dtype: of the vectors.
     """
 

@@ -3,13 +3,13 @@
 import jax
 import optax
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
+from metaembed_jax.config import OptimizerConfig
 from metaembed_jax.sharding import replicated
 
 
-def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up to `learning_rate`, then linear or cosine decay to 0 at the last step."""
     peak, warmup = config.learning_rate, config.warmup_steps
     decay = {
@@ -19,7 +19,7 @@ def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
-def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer of `config.optimizer`; weight decay acts on kernels alone.
 
     AdamW (arXiv 1711.05101) is the published recipe. Muon (arXiv 2502.16982) orthogonalises the momentum of the kernels and leaves

@@ -11,8 +11,8 @@ class SaveSchedule:
     """Saves at multiples of a number of steps, and some minutes after the last save, by the first host's clock.
 
     Args:
-      steps: `config.save_every`.
-      minutes: `config.save_minutes`; 0: by steps only.
+      steps: `config.schedule.save_every`.
+      minutes: `config.schedule.save_minutes`; 0: by steps only.
       now: the clock, in seconds.
     """
 

@@ -1,9 +1,9 @@
 """The speed of a run: pairs and FLOPs a second, the share of the chips' peak, and the time left."""
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from metaembed_jax.batch.training import StepShape
+from metaembed_jax.config import RunConfig
 from metaembed_jax.planning.flops import train_flops
 from metaembed_jax.planning.peaks import peak
 
@@ -18,8 +18,8 @@ class Speed:
       first: the step that the run resumes from.
     """
 
-    def __init__(self, config: ConfigDict, shape: StepShape, mesh: Mesh, first: int):
-        self._pairs, self._steps, self._last = config.batch_size, config.steps, first
+    def __init__(self, config: RunConfig, shape: StepShape, mesh: Mesh, first: int):
+        self._pairs, self._steps, self._last = config.rows.batch_size, config.schedule.steps, first
         self._flops = train_flops(config, shape).model
         peaks = [peak(device) for device in mesh.devices.flat]
         self._peak = None if None in peaks else sum(figures.flops for figures in peaks)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
 
 from metaembed_jax.backbones.config_checks import differences
 from metaembed_jax.backbones.family import family
@@ -17,14 +16,15 @@ from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture, best_parameters, exported_parameters, read_about
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import check_model, default_workdir, has_checkpoints, read_base, read_config
-from metaembed_jax.config import load_config, model_config, names_config
+from metaembed_jax.config import RunConfig, load_config, names_config, with_keys
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import abstract_parameters
-from metaembed_jax.trainable import LORA, join, lora_patterns
+from metaembed_jax.network_config import model_config
+from metaembed_jax.trainable import LORA, join
 from metaembed_jax.training.step import Trainer, TrainState
 
 # What a run's Meta Tokens, and adapters, mean; the shape says it of all else.
-TOKEN_KEYS, LORA_KEYS = ("query_tokens", "candidate_tokens"), ("lora.rank", "lora.alpha")
+TOKEN_KEYS, LORA_KEYS = ("query_tokens", "document_tokens"), ("lora.rank", "lora.alpha")  # of config.model
 
 
 class Start(NamedTuple):
@@ -41,19 +41,18 @@ class Start(NamedTuple):
     tokenizer: Path
 
 
-def stage_before(config: ConfigDict) -> ConfigDict | None:
+def stage_before(config: RunConfig) -> RunConfig | None:
     """The config whose run this one starts from, where `config.init_from` names a config; its folder is `default_workdir`'s."""
     if not names_config(config.init_from):
         return None
     try:
-        before = load_config(config.init_from, {})
+        before = load_config(config.init_from)
     except UserError as error:
         raise UserError(f"config.init_from: {error}") from error
-    before.data.dir, before.mesh = config.data.dir, config.mesh
-    return before
+    return with_keys(before, {"data.dir": config.data.dir, "mesh": config.mesh})
 
 
-def stages(config: ConfigDict) -> list[ConfigDict]:
+def stages(config: RunConfig) -> list[RunConfig]:
     """The configs whose runs lead to this one's, which comes last: each starts from the one before it.
 
     Raises:
@@ -68,8 +67,8 @@ def stages(config: ConfigDict) -> list[ConfigDict]:
     return found
 
 
-def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
-    """Finds the start of a run, and fills an empty `config.architecture` from it.
+def find_start(config: RunConfig, workdir: Path | None = None) -> tuple[RunConfig, Start]:
+    """Find the start of a run, and return it with the config, whose architecture is the start's where it was empty.
 
     Args:
       workdir: of the run. Once it has checkpoints, it needs no first stage any more: it has all that it took from there. In a
@@ -79,7 +78,7 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
       UserError: it is not there, is no model of ours, or has another architecture than the config.
     """
     if not config.init_from:
-        return Start(None, None, _tokenizer(Path(config.data.dir) / config.data.sources[0][0]))
+        return config, Start(None, None, _tokenizer(Path(config.data.dir) / config.data.sources[0][0]))
     before = stage_before(config)
     if workdir and has_checkpoints(workdir) and (before or stands_alone(workdir, config)):
         directory = workdir
@@ -87,19 +86,20 @@ def find_start(config: ConfigDict, workdir: Path | None = None) -> Start:
         directory = default_workdir(before, workdir) if before else find(config.init_from)
     if (directory / "run.json").is_file():
         other = read_config(directory)
-        _fill_architecture(config, other.backbone, other.architecture.to_dict(), directory, but_free=True)
-        both_adapted = lora_patterns(config.trained) and lora_patterns(other.trained)
-        check_model(directory, config, TOKEN_KEYS + (LORA_KEYS if both_adapted else ()))
+        config = _fill_architecture(config, other.model.backbone, other.model.architecture, directory, but_free=True)
+        both_adapted = config.model.lora_patterns and other.model.lora_patterns
+        keys = TOKEN_KEYS + (LORA_KEYS if both_adapted else ())
+        check_model(directory, config, tuple(f"model.{key}" for key in keys))
         record = read_base(directory)
         opens = kept_base if directory == workdir and is_kept(workdir) else open_recorded
-        return Start(directory, opens(directory, record) if record else None, _tokenizer(directory))
+        return config, Start(directory, opens(directory, record) if record else None, _tokenizer(directory))
     base = open_base(config.init_from)
     backbone, architecture, _ = base_architecture(directory)
-    _fill_architecture(config, backbone, dataclasses.asdict(architecture), directory)
-    return Start(None, base, _tokenizer(directory))
+    config = _fill_architecture(config, backbone, dataclasses.asdict(architecture), directory)
+    return config, Start(None, base, _tokenizer(directory))
 
 
-def initial_state(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoints, start: Start) -> TrainState:
+def initial_state(config: RunConfig, trainer: Trainer, checkpoints: RunCheckpoints, start: Start) -> TrainState:
     """The latest checkpoint; else the start's parameters, and fresh ones where it has none.
 
     Raises:
@@ -109,14 +109,14 @@ def initial_state(config: ConfigDict, trainer: Trainer, checkpoints: RunCheckpoi
     if abstract.frozen and start.base is None:
         lacking = min(flatten_dict(abstract.frozen, sep="."))
         raise UserError(
-            f"config.trained leaves {lacking} frozen, and config.init_from={config.init_from!r} is no Hugging Face directory to "
-            "read it from; set one (a run becomes one by `export --format=transformers`)"
+            f"config.model.trained leaves {lacking} frozen, and config.init_from={config.init_from!r} is no Hugging Face directory "
+            "to read it from; set one (a run becomes one by `export --format=transformers`)"
         )
     restored = checkpoints.restore_latest(abstract.parameters, abstract.optimizer, lambda line: print(line, flush=True))
     if restored is not None:
         step, parameters, optimizer = restored
         checkpoints.set_aside_after(step)
-        print(f"resuming at step {step} of {config.steps}", flush=True)
+        print(f"resuming at step {step} of {config.schedule.steps}", flush=True)
         frozen = _read(config, start.base, abstract.frozen)
         return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), parameters, frozen, optimizer)
     if start.run is not None:
@@ -141,10 +141,10 @@ def describe(state: TrainState) -> str:
     return f"parameters: {trained} trained, {frozen} frozen; numbers of the optimizer: {optimizer}"
 
 
-def _read_run(config: ConfigDict, run: Path, trainer: Trainer) -> tuple[int, dict]:
+def _read_run(config: RunConfig, run: Path, trainer: Trainer) -> tuple[int, dict]:
     """(step, parameters) of another run's best checkpoint, of those that train here; without its head if that has another width."""
-    wanted, width = trainer.abstract.parameters, read_config(run).embedding_dim
-    if width == config.embedding_dim:
+    wanted, width = trainer.abstract.parameters, read_config(run).model.embedding_dim
+    if width == config.model.embedding_dim:
         return best_parameters(run, wanted)
     theirs = abstract_parameters(dataclasses.replace(model_config(config), embedding_dim=width), trainer.mesh, "float32")
     heads = {"head": theirs["head"]} if width else {}
@@ -152,7 +152,7 @@ def _read_run(config: ConfigDict, run: Path, trainer: Trainer) -> tuple[int, dic
     return step, {name: leaf for name, leaf in parameters.items() if name != "head"}
 
 
-def _read(config: ConfigDict, base: Base | None, wanted: dict) -> dict:
+def _read(config: RunConfig, base: Base | None, wanted: dict) -> dict:
     """What of the wanted parameters a base has: its backbone, without adapters."""
     flat = flatten_dict(wanted, sep=".")
     found = {path: leaf for path, leaf in flat.items() if path.startswith("backbone.") and LORA not in path}
@@ -161,33 +161,43 @@ def _read(config: ConfigDict, base: Base | None, wanted: dict) -> dict:
     if is_kept_base(base):
         return read_kept(base.directory, wanted)
     backbone = unflatten_dict(found, sep=".")["backbone"]
-    return {"backbone": read_backbone(base.directory, family(config.backbone), model_config(config).architecture, backbone)}
+    return {"backbone": read_backbone(base.directory, family(config.model.backbone), model_config(config).architecture, backbone)}
 
 
-def _read_exported(config: ConfigDict, base: Base, wanted: dict) -> dict:
+def _read_exported(config: RunConfig, base: Base, wanted: dict) -> dict:
     """The Meta Tokens of a base that is one of our exports, and its head unless that has another width."""
     about = read_about(base.directory)
     if not about:
         return {}
     for key in TOKEN_KEYS:
-        if about[key] != config[key]:
-            raise UserError(f"{base.name}: has {key}={about[key]}, and the config has {config[key]}")
-    if about["embedding_dim"] != config.embedding_dim:
+        if about[key] != (ours := getattr(config.model, key)):
+            raise UserError(f"{base.name}: has {key}={about[key]}, and config.model has {ours}")
+    if about["embedding_dim"] != config.model.embedding_dim:
         wanted = {name: leaf for name, leaf in wanted.items() if name != "head"}
-    return exported_parameters(base.directory, config.backbone, about, wanted)
+    return exported_parameters(base.directory, config.model.backbone, about, wanted)
 
 
-def _fill_architecture(config: ConfigDict, backbone: str, found: dict, directory: Path, but_free: bool = False) -> None:
-    if not config.architecture:
-        with config.unlocked():
-            config.backbone, config.architecture = backbone, ConfigDict(found)
-        return
-    different = [("backbone", config.backbone, backbone)]
-    if config.backbone == backbone:
+def _fill_architecture(config: RunConfig, backbone: str, architecture: dict, directory: Path, but_free: bool = False) -> RunConfig:
+    """Return a config whose architecture, where it is empty, is that of its start.
+
+    Args:
+      directory: of the start, for errors.
+      but_free: the two may differ where no parameter depends on it.
+
+    Raises:
+      UserError: the config has another architecture.
+    """
+    if not config.model.architecture:
+        return with_keys(config, {"model.backbone": backbone, "model.architecture": architecture})
+    different = [("backbone", config.model.backbone, backbone)]
+    if config.model.backbone == backbone:
         make = family(backbone).Config.from_huggingface
-        different = differences(make(config.architecture.to_dict()), make(found), but_free)
+        different = differences(make(config.model.architecture), make(architecture), but_free)
     for key, mine, other in different[:1]:
-        raise UserError(f"{directory}: has {key}={other!r}, and config.architecture has {mine!r}; leave the architecture empty")
+        raise UserError(
+            f"{directory}: has {key}={other!r}, and config.model.architecture has {mine!r}; leave the architecture empty"
+        )
+    return config
 
 
 def _tokenizer(directory: Path) -> Path:

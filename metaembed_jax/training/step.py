@@ -14,14 +14,14 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from ml_collections import ConfigDict
 
 from metaembed_jax.backbones.lora import dropout_keys, dropout_of
 from metaembed_jax.batch.training import TrainingBatch, check_microbatch
-from metaembed_jax.config import largest_budgets, model_config
+from metaembed_jax.config import RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
+from metaembed_jax.network_config import model_config
 from metaembed_jax.precision import float32_products
 from metaembed_jax.sharding import batch_shards, make_mesh, replicated
 from metaembed_jax.trainable import join, paths, split, trainable_paths
@@ -56,11 +56,11 @@ def gather(vectors_TD: Float[Array, "T D"], starts_N: Int[Array, "N"], count: in
     return jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(vectors_TD, start, count))(starts_N)
 
 
-def make_loss(config: ConfigDict, mesh: Mesh) -> Callable:
+def make_loss(config: RunConfig, mesh: Mesh) -> Callable:
     """`loss(parameters, frozen, batch, step) -> (scalar, metrics)` of a run's configuration; `step` seeds the dropout."""
     graph, _, abstract_dropout = abstract_network(model_config(config, training=True))
     abstract_dropout = nnx.to_pure_dict(abstract_dropout)
-    query_vectors, document_vectors = largest_budgets(config)
+    (query_vectors, document_vectors), matryoshka = config.objectives.largest_budget, config.objectives.matryoshka
 
     def loss(parameters: dict, frozen: dict, batch: TrainingBatch, step: Array) -> tuple[Array, dict[str, Array]]:
         everything = join(parameters, frozen)
@@ -72,7 +72,7 @@ def make_loss(config: ConfigDict, mesh: Mesh) -> Callable:
         # A bfloat16 model's vectors go on as bfloat16: half the bytes to gather and hold, and a similarity is one product on a TPU,
         # not six. Beside the noise of such a model (taken as 1 %), the rounding took the gradient's error from 2.9 to 3.4 % at
         # most; among items nearly all alike, from 30 to 51 %.
-        vectors_nVD = encode(network_of, batch.rows, config.recompute, config.dtype)
+        vectors_nVD = encode(network_of, batch.rows, config.rows.recompute, config.model.dtype)
         vectors_TD = vectors_nVD.reshape(-1, vectors_nVD.shape[-1])
         query_BRD = gather(vectors_TD, batch.queries, query_vectors)
         document_NRD = gather(vectors_TD, batch.documents, document_vectors)
@@ -85,9 +85,9 @@ def make_loss(config: ConfigDict, mesh: Mesh) -> Callable:
                 query_BRD,
                 positive_BRD,
                 negatives,
-                groups=config.groups,
-                temperature=config.temperature,
-                normalization=config.normalization,
+                groups=matryoshka.groups,
+                temperature=matryoshka.temperature,
+                normalization=matryoshka.normalization,
                 mesh=mesh,
                 negative_mask=batch.negative_mask,
                 sources=batch.source if config.data.within_source else None,
@@ -115,24 +115,26 @@ class Trainer:
     loss: Callable
 
 
-def abstract_state(config: ConfigDict, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
-    """A run's state as shapes, dtypes and shardings. What trains is float32; frozen kernels have `config.frozen_dtype`.
+def abstract_state(config: RunConfig, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+    """A run's state as shapes, dtypes and shardings. What trains is float32; frozen kernels have `config.model.frozen_dtype`.
 
     Raises:
-      UserError: `config.trained` does not fit the network.
+      UserError: `config.model.trained` does not fit the network.
     """
-    everything = abstract_parameters(model_config(config), mesh, config.frozen_dtype)
-    parameters, frozen = split(everything, trainable_paths(config.trained, paths(everything)))
+    everything = abstract_parameters(model_config(config), mesh, config.model.frozen_dtype)
+    parameters, frozen = split(everything, trainable_paths(config.model.trained, paths(everything)))
     for path in flatten_dict(frozen, sep="."):
         if not path.startswith("backbone."):
             raise UserError(
-                f"config.trained leaves {path} frozen, and no base holds it; add ({path.partition('.')[0] + '*'!r}, 'full')"
+                f"config.model.trained leaves {path} frozen, and no base holds it; add ({path.partition('.')[0] + '*'!r}, 'full')"
             )
     for path, leaf in flatten_dict(parameters, sep=".").items():
         if path.endswith("kernel_scale"):
-            raise UserError(f"config.trained has {path} train, the scale of an int8 kernel; narrow the pattern")
+            raise UserError(f"config.model.trained has {path} train, the scale of an int8 kernel; narrow the pattern")
         if leaf.dtype == jnp.int8:
-            raise UserError(f"config.frozen_dtype=int8, but config.trained has {path} train in full; freeze it or choose bfloat16")
+            raise UserError(
+                f"config.model.frozen_dtype=int8, but config.model.trained has {path} train in full; freeze it or choose bfloat16"
+            )
     parameters = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), parameters)
     moments = jax.eval_shape(optimizer.init, parameters)
     lies = optimizer_shardings(mesh, moments, jax.tree.map(lambda leaf: leaf.sharding, parameters))
@@ -140,7 +142,7 @@ def abstract_state(config: ConfigDict, mesh: Mesh, optimizer: optax.GradientTran
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), parameters, frozen, moments)
 
 
-def make_init(config: ConfigDict, abstract: TrainState, optimizer: optax.GradientTransformation) -> Callable:
+def make_init(config: RunConfig, abstract: TrainState, optimizer: optax.GradientTransformation) -> Callable:
     """`init(given)` of a Trainer."""
     wanted = join(abstract.parameters, abstract.frozen)
 
@@ -160,31 +162,31 @@ def make_init(config: ConfigDict, abstract: TrainState, optimizer: optax.Gradien
     return init
 
 
-def run_mesh(config: ConfigDict, devices: Sequence | None = None) -> Mesh:
+def run_mesh(config: RunConfig, devices: Sequence | None = None) -> Mesh:
     """The mesh of a run, over all devices by default.
 
     Raises:
       UserError: it does not fit the devices, or pairs or a microbatch do not divide over it.
     """
-    mesh = make_mesh(**config.mesh, devices=devices)
-    if config.batch_size % (shards := batch_shards(mesh)):
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    if config.rows.batch_size % (shards := batch_shards(mesh)):
         raise UserError(
-            f"config.batch_size={config.batch_size} does not divide over the mesh {dict(mesh.shape)}: "
+            f"config.rows.batch_size={config.rows.batch_size} does not divide over the mesh {dict(mesh.shape)}: "
             f"expected a multiple of data x fsdp = {shards}"
         )
-    check_microbatch(config.microbatch_rows, shards)
+    check_microbatch(config.rows.microbatch_rows, shards)
     return mesh
 
 
-def make_trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
+def make_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
     """Builds the functions of a run for a mesh, without touching a device."""
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    schedule = learning_rate(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.schedule.steps)
+    schedule = learning_rate(config.optimizer, config.schedule.steps)
     abstract, loss = abstract_state(config, mesh, optimizer), make_loss(config, mesh)
 
     def step(state: TrainState, batch: TrainingBatch) -> tuple[TrainState, dict[str, Array]]:
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters, state.frozen, batch, state.step)
-        with jax.named_scope("optimizer"), float32_products(config.dtype):  # Muon's products
+        with jax.named_scope("optimizer"), float32_products(config.model.dtype):  # Muon's products
             updates, moments = optimizer.update(gradients, state.optimizer, state.parameters)
             parameters = optax.apply_updates(state.parameters, updates)
         metrics = {"loss": value, **metrics, "gradient_norm": optax.global_norm(gradients), "learning_rate": schedule(state.step)}

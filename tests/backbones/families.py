@@ -21,7 +21,7 @@ class Record(NamedTuple):
       pixels: least and most of an image, for `config.data`.
       vectors: (directory of an export, items, side, model) -> unit vectors, by stock transformers from the strings of prompts and
         Meta Tokens, all items in one left-padded batch. The model is another than that of the directory, if it is given.
-      lora: `config.trained` of the recipe.
+      lora: `config.model.trained` of the recipe.
     """
 
     write: Callable[[Path], None]

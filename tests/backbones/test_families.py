@@ -20,7 +20,7 @@ from metaembed_jax.checkpoints.export import export
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture, run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
-from metaembed_jax.config import default_config, model_config, row_limits
+from metaembed_jax.config import RunConfig, with_keys
 from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.data.planned import plan_rows
@@ -28,6 +28,7 @@ from metaembed_jax.encoding.reading import as_item
 from metaembed_jax.errors import UserError
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_network
+from metaembed_jax.network_config import model_config, row_limits
 from metaembed_jax.planning.compiling import compile_program
 from metaembed_jax.planning.flops import train_flops
 from metaembed_jax.planning.programs import encode_program, train_program
@@ -142,8 +143,8 @@ def test_sentence_transformers_computes_them_or_is_refused(case, ours, tmp_path)
         with pytest.raises(UserError, match=f"there is no module for {case.family.title} models; use --format=transformers"):
             export(case.directory, tmp_path / "out", "sentence-transformers")
         config = training_config(case, case.record.patches)
-        find_start(config)
-        config.exports = ("sentence-transformers",)
+        config, _ = find_start(config)
+        config = with_keys(config, {"schedule.exports": ("sentence-transformers",)})
         with pytest.raises(UserError, match="there is no module"):  # better before the first step than after the last
             train(config, tmp_path / "run")
         assert not (tmp_path / "run").exists()
@@ -163,27 +164,39 @@ def test_eight_devices_give_what_one_gives(case, ours):
 
 def training_config(case, patches):
     """Adapters on the small model; queries are texts, candidates both."""
-    config, found = default_config(), case.record
-    config.init_from, config.dtype, config.trained = str(case.directory), "float32", found.lora
-    config.lora.rank, config.lora.dropout = 4, 0.0
-    config.data.sources = (("noise", 1.0, 0),)
-    config.row = found.tokens + 80, patches
-    config.data.min_pixels, config.data.max_pixels = found.pixels
-    config.batch_size, config.steps = 8, 3
-    config.optimizer.warmup_steps, config.optimizer.learning_rate, config.temperature = 0, 1e-4, 0.15
-    return config
+    found = case.record
+    return with_keys(
+        RunConfig(),
+        {
+            "init_from": str(case.directory),
+            "model.dtype": "float32",
+            "model.trained": found.lora,
+            "model.lora.rank": 4,
+            "model.lora.dropout": 0.0,
+            "data.sources": (("noise", 1.0, 0),),
+            "rows.size": (found.tokens + 80, patches),
+            "data.min_pixels": found.pixels[0],
+            "data.max_pixels": found.pixels[1],
+            "rows.batch_size": 8,
+            "schedule.steps": 3,
+            "optimizer.warmup_steps": 0,
+            "optimizer.learning_rate": 1e-4,
+            "objectives.matryoshka.temperature": 0.15,
+        },
+    )
 
 
 def batches_of(config, tokenizer, records, shards=1):
     """The batches of a run on one source."""
     items = run_items(config, run_processor(config, tokenizer), [records])
-    shape = plan_rows(items, row_limits(config)).shape(config.microbatch_rows, shards)
+    shape = plan_rows(items, row_limits(config)).shape(config.rows.microbatch_rows, shards)
     return training_batches(items, shape, model_config(config).architecture.layout)
 
 
 def test_three_steps_train_every_adapter_and_nothing_else(case, tmp_path):
     config, found = training_config(case, case.record.patches), case.record
-    start, trainer = find_start(config), make_trainer(config, make_mesh(devices=jax.devices()[:1]))
+    config, start = find_start(config)
+    trainer = make_trainer(config, make_mesh(devices=jax.devices()[:1]))
     checkpoints = RunCheckpoints(tmp_path)
     state = initial_state(config, trainer, checkpoints, start)
     checkpoints.close()
@@ -191,7 +204,7 @@ def test_three_steps_train_every_adapter_and_nothing_else(case, tmp_path):
     candidates = map(as_item, found.candidates)
     records = [{"query": {"text": f"number {number}"}, "positive": item} for number, item in enumerate(candidates)]
     dataset, losses = batches_of(config, start.tokenizer, records), []
-    for step in range(config.steps):
+    for step in range(config.schedule.steps):
         state, figures = trainer.step(state, put(dataset[step], trainer.mesh))
         losses.append(float(figures["loss"]))
     assert losses[-1] < losses[0]
@@ -205,9 +218,16 @@ def test_three_steps_train_every_adapter_and_nothing_else(case, tmp_path):
 def test_dropout_belongs_to_a_row_wherever_it_is(case):
     """With an adapter on every kernel: in two microbatches, and in another order, so that rows change microbatch and place."""
     config = training_config(case, case.record.patches)
-    start = find_start(config)
-    config.trained, config.lora.dropout = (("*", "full"), ("backbone.*.kernel", "lora")), 0.5
-    config.microbatch_rows, config.unroll_layers = 4, 1
+    config, start = find_start(config)
+    config = with_keys(
+        config,
+        {
+            "model.trained": (("*", "full"), ("backbone.*.kernel", "lora")),
+            "model.lora.dropout": 0.5,
+            "rows.microbatch_rows": 4,
+            "rows.unroll_layers": 1,
+        },
+    )
     graph, shapes, abstract = abstract_network(model_config(config, training=True))
     noise = np.random.default_rng(0)
     flat = flatten_dict(nnx.to_pure_dict(shapes), sep=".")
@@ -238,19 +258,25 @@ def test_dropout_belongs_to_a_row_wherever_it_is(case):
 def test_flops_equal_what_jax_traces(case, trained, recompute, microbatch):
     """The branches of a conditional count as often as they run."""
     config = training_config(case, case.record.patches)
-    find_start(config)
+    config, _ = find_start(config)
     tables = {"lora": case.record.lora, "full": (("*", "full"),), "meta_tokens": (("meta_tokens", "full"),)}
-    config.trained, config.recompute, config.microbatch_rows = tables[trained], recompute, microbatch
-    shape = StepShape(Size(*config.row, 128), 2 if microbatch else 1, microbatch or 3)
+    config = with_keys(config, {"model.trained": tables[trained], "rows.recompute": recompute, "rows.microbatch_rows": microbatch})
+    shape = StepShape(Size(*config.rows.size, 128), 2 if microbatch else 1, microbatch or 3)
     assert sum(train_flops(config, shape)) == pytest.approx(traced_flops(config, shape), rel=1e-9)  # shares are not exact
 
 
 def test_no_chip_rounds_a_float32_product(case):
     """In a step that trains adapters, and a kernel with Muon, and in encoding."""
     config = training_config(case, case.record.patches)
-    config.trained = (*case.record.lora, ("backbone.vision.patch_embedding.kernel", "full"))
-    config.optimizer.algorithm, config.microbatch_rows = "muon", 4
-    find_start(config)
+    config = with_keys(
+        config,
+        {
+            "model.trained": (*case.record.lora, ("backbone.vision.patch_embedding.kernel", "full")),
+            "optimizer.algorithm": "muon",
+            "rows.microbatch_rows": 4,
+        },
+    )
+    config, _ = find_start(config)
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         for traced in (train_program(config, mesh).trace(), encode_program(config, mesh).trace()):
@@ -264,7 +290,7 @@ def test_no_chip_rounds_a_float32_product(case):
 def test_a_tpu_compiles_its_step(case):
     pytest.importorskip("libtpu")
     config = training_config(case, case.record.patches)
-    find_start(config)
-    config.dtype = "bfloat16"
+    config, _ = find_start(config)
+    config = with_keys(config, {"model.dtype": "bfloat16"})
     found = compile_program(config, "train", "v6e:1x1")
     assert not found.error and found.text.startswith("HloModule")

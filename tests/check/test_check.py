@@ -129,12 +129,12 @@ def test_a_name_without_a_line_is_refused(capsys):
     with pytest.raises(command.UserError, match="--only=nothing: no line has that in its name"):
         cli.main(["check", "--only=nothing"])
     with pytest.raises(command.UserError, match="add --config=FILE"):
-        cli.main(["check", "--config.steps=3"])
+        cli.main(["check", "--config.schedule.steps=3"])
 
 
 def test_a_config_too_large_for_a_cpu_is_refused():
     with pytest.raises(command.UserError, match=r"a train step takes 2e\+15 FLOPs, and a CPU gets at most 1e\+12"):
-        cli.main(["check", "--config=configs/smolvlm_256m.py", "--config.microbatch_rows=0"])
+        cli.main(["check", "--config=configs/smolvlm_256m.py", "--config.rows.microbatch_rows=0"])
 
 
 def check(*flags) -> int:

@@ -12,7 +12,8 @@ from metaembed_jax.training.step import make_trainer
 
 def save_noise(config, workdir):
     """A run's folder after one step that put noise into all that trains."""
-    start, trainer = find_start(config), make_trainer(config, make_mesh())
+    config, start = find_start(config)
+    trainer = make_trainer(config, make_mesh())
     claim(workdir, config, start.tokenizer, start.base)
     checkpoints, noise = RunCheckpoints(workdir), np.random.default_rng(0)
     state = initial_state(config, trainer, checkpoints, start)

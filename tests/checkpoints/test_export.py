@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from metaembed_jax.checkpoints.export import export
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.torch_export import write_model
-from metaembed_jax.config import load_config
+from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.errors import UserError
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.sharding import make_mesh
@@ -36,10 +36,9 @@ def run(tmp_path_factory, data_dir):
     folder = tmp_path_factory.mktemp("export")
 
     def config_of(width):
-        overrides = {"data.dir": str(data_dir), "steps": "4", "optimizer.warmup_steps": "1", "embedding_dim": width}
+        overrides = {"data.dir": str(data_dir), "schedule.steps": "4", "optimizer.warmup_steps": "1", "model.embedding_dim": width}
         config = load_config(f"configs/smoke.py:{folder / 'base'}", overrides)
-        config.exports = ()
-        return config
+        return with_keys(config, {"schedule.exports": ()})
 
     train(config_of("16"), folder / "head")
     save_noise(config_of("0"), folder / "plain")
@@ -123,9 +122,15 @@ def test_sentence_transformers_saves_what_it_holds(run, tmp_path):
 
 
 def test_peft_has_no_place_for_what_trained_in_full(run, tmp_path, data_dir):
-    overrides = {"data.dir": str(data_dir), "steps": "4", "optimizer.warmup_steps": "1"}
+    overrides = {"data.dir": str(data_dir), "schedule.steps": "4", "optimizer.warmup_steps": "1"}
     config = load_config(f"configs/smoke.py:{run['plain'].parent / 'base'}", overrides)
-    config.exports, config.trained = ("transformers", "peft"), (*config.trained, ("backbone.vision.merger_*", "full"))
+    config = with_keys(
+        config,
+        {
+            "schedule.exports": ("transformers", "peft"),
+            "model.trained": (*config.model.trained, ("backbone.vision.merger_*", "full")),
+        },
+    )
     message = r"--format=peft: backbone\.vision\.merger_.* trains in full, and an adapter has no place for it"
     with pytest.raises(UserError, match=message):  # better before the first step than after the last
         train(config, tmp_path / "run")
@@ -143,16 +148,17 @@ def test_a_run_starts_from_the_transformers_export_with_its_meta_tokens_and_head
     expected = MetaEmbed.from_pretrained(run["head"], dtype="float32").parameters
     np.testing.assert_array_equal(found["meta_tokens"], expected["meta_tokens"])
     np.testing.assert_array_equal(found["head"]["kernel"], expected["head"]["kernel"])
-    config.embedding_dim = 8
+    config = with_keys(config, {"model.embedding_dim": 8})
     assert started(config, tmp_path / "b")["head"]["kernel"].shape == (32, 8)
-    config.query_tokens, config.candidate_tokens = 40, 40
-    with pytest.raises(UserError, match="has query_tokens=16, and the config has 40"):
+    config = with_keys(config, {"model.query_tokens": 40, "model.document_tokens": 40})
+    with pytest.raises(UserError, match="has query_tokens=16, and config.model has 40"):
         started(config, tmp_path / "c")
 
 
 def started(config, workdir):
     """The parameters that train of a run at its first step."""
-    start, trainer = find_start(config), make_trainer(config, make_mesh())
+    config, start = find_start(config)
+    trainer = make_trainer(config, make_mesh())
     checkpoints = RunCheckpoints(workdir)
     state = initial_state(config, trainer, checkpoints, start)
     checkpoints.close()

@@ -5,18 +5,16 @@ import io
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
+from metaembed_jax.config import DataConfig
 from metaembed_jax.data import sources
 from metaembed_jax.data.sources import boards, icons, records
 from metaembed_jax.errors import UserError
 
 
-def config(data_dir, curriculum=(), seed=0):
-    return ConfigDict(
-        {"seed": seed, "data": {"dir": str(data_dir), "curriculum": curriculum, "page_side": 224, "sources": (("boards", 1.0, 0),)}}
-    )
+def settings(data_dir, curriculum=(), page_side=224):
+    return DataConfig(dir=str(data_dir), curriculum=curriculum, page_side=page_side, sources=(("boards", 1.0, 0),))
 
 
 def fixed(data_dir, split):
@@ -84,7 +82,7 @@ def test_a_preparation_that_fails_leaves_nothing_that_looks_finished(tmp_path, m
 
 
 def test_training_pages_are_a_pure_function_of_seed_epoch_and_row(data_dir):
-    one, two, three = (boards.training(data_dir, config(data_dir, seed=seed)) for seed in (0, 0, 1))
+    one, two, three = (boards.training(settings(data_dir), seed) for seed in (0, 0, 1))
     one.compose(3, 8, 0)  # whatever was asked before
 
     def same(a, b):
@@ -97,9 +95,7 @@ def test_training_pages_are_a_pure_function_of_seed_epoch_and_row(data_dir):
 
 
 def test_a_smaller_page_holds_the_same_icons(data_dir):
-    small = config(data_dir, ((0, 1, 1),))
-    small.data.page_side = 112
-    page = boards.training(data_dir, small).compose(7, 2, 0)["positive"]["image"]
+    page = boards.training(settings(data_dir, ((0, 1, 1),), page_side=112), 0).compose(7, 2, 0)["positive"]["image"]
     ink = (np.asarray(page) < 128).nonzero()
     assert page.size == (112, 112)
     assert max(np.ptp(ink[0]), np.ptp(ink[1])) > 0.5 * 0.75 * boards.LARGEST
@@ -108,7 +104,7 @@ def test_a_smaller_page_holds_the_same_icons(data_dir):
 def test_training_pages_hold_training_icons_and_deal_each_once_an_epoch(data_dir, monkeypatch):
     shown = []
     monkeypatch.setattr(boards, "compose", lambda images, random, side: shown.append([id(image) for image in images]))
-    pages = boards.training(data_dir, config(data_dir))
+    pages = boards.training(settings(data_dir), 0)
     names = {id(pages.drawings[row][1]): pages.drawings[row][0] for row in range(len(pages.drawings))}
     for row in range(len(pages)):
         query = pages.compose(row, 0, 0)["query"]["text"].split(", ")
@@ -121,7 +117,7 @@ def test_training_pages_hold_training_icons_and_deal_each_once_an_epoch(data_dir
 
 def test_the_curriculum_sets_how_many_icons_a_page_shows(data_dir, monkeypatch):
     monkeypatch.setattr(boards, "compose", lambda images, random, side: len(images))
-    pages = boards.training(data_dir, config(data_dir, ((10, 1, 1), (20, 2, 4), (0, 5, 9))))
+    pages = boards.training(settings(data_dir, ((10, 1, 1), (20, 2, 4), (0, 5, 9))), 0)
     for step, expected in (
         (0, {1}),
         (9, {1}),
@@ -141,7 +137,7 @@ def test_the_curriculum_sets_how_many_icons_a_page_shows(data_dir, monkeypatch):
 )
 def test_a_curriculum_that_cannot_be_followed_is_an_error(data_dir, curriculum, clue):
     with pytest.raises(UserError, match=f"config.data.curriculum.*{clue}"):
-        boards.training(data_dir, config(data_dir, curriculum))
+        boards.training(settings(data_dir, curriculum), 0)
 
 
 def test_pages_on_disk_are_readable(data_dir):

@@ -9,8 +9,8 @@ import threading
 import time
 
 import pytest
-from ml_collections import ConfigDict
 
+from metaembed_jax.config import DataConfig
 from metaembed_jax.data import sources
 from metaembed_jax.data.sources import described, records, writing
 from metaembed_jax.errors import UserError
@@ -52,9 +52,10 @@ def files_of(folder):
 
 @pytest.mark.parametrize("name, augment", [("icons", False), ("icons", True), ("boards", False)])
 def test_generated_sources_describe_what_they_would_draw(data_dir, name, augment, monkeypatch):
-    data = {"augment": augment, "dir": str(data_dir), "negatives": 0, "curriculum": ((10, 1, 2), (0, 4, 9)), "page_side": 112}
-    config = ConfigDict({"seed": 3, "data": data | {"sources": ((name, 1.0, 0),)}})
-    source = sources.training_records(config)[0]
+    data = DataConfig(
+        dir=str(data_dir), sources=((name, 1.0, 0),), augment=augment, page_side=112, curriculum=((10, 1, 2), (0, 4, 9))
+    )
+    source = sources.training_records(data, seed=3)[0]
     asked = [(row, epoch, step) for row in (0, 5, len(source) - 1) for epoch, step in ((0, 0), (2, 9), (7, 50))]
     composed = [sized(source.compose(*at) if hasattr(source, "compose") else source[at[0]]) for at in asked]
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))

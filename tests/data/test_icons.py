@@ -9,18 +9,14 @@ import sys
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 from tokenizers import Tokenizer
 
 from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
+from metaembed_jax.config import DataConfig
 from metaembed_jax.data import sources, tokenizer
 from metaembed_jax.data.sources import icons, records
 from metaembed_jax.errors import UserError
-
-
-def settings(augment: bool, data_dir="") -> ConfigDict:
-    return ConfigDict({"seed": 3, "data": {"augment": augment, "dir": str(data_dir), "sources": (("icons", 1.0, 0),)}})
 
 
 @pytest.mark.parametrize("name, split", [
@@ -160,8 +156,8 @@ def test_retrieval_is_every_name_against_every_drawing(data_dir):
 
 
 def test_augmentation_is_a_pure_function_that_keeps_the_drawing(data_dir):
-    plain, varied = (icons.training(data_dir, settings(augment)) for augment in (False, True))
-    again = icons.training(data_dir, settings(True))
+    plain, varied = (icons.training(DataConfig(dir=str(data_dir), augment=augment), 3) for augment in (False, True))
+    again = icons.training(DataConfig(dir=str(data_dir), augment=True), 3)
     assert len(plain) == len(varied)
     for epoch in range(icons.PLAIN_EPOCHS):
         assert varied.compose(5, epoch, 0) == plain[5]

@@ -1,17 +1,22 @@
 """Which pairs a step draws: by weight, every row of a source once an epoch."""
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from metaembed_jax.config import load_config
+from metaembed_jax.config import DataConfig, OptimizerConfig, RowsConfig, RunConfig, ScheduleConfig, load_config, with_keys
 from metaembed_jax.data.mixture import mixture
 
 ALIKE = np.ones((2, 2), int)
 
 
+def settings_of(sources, sub_batch, batch_size, steps):
+    data = DataConfig(sources=sources, sub_batch=sub_batch)
+    rows, optimizer = RowsConfig(batch_size=batch_size), OptimizerConfig(warmup_steps=0)
+    return RunConfig(data=data, rows=rows, optimizer=optimizer, schedule=ScheduleConfig(steps=steps))
+
+
 def test_a_step_has_sub_batches_of_sources_by_weight():
     """The published mixture, with sources of two sizes."""
-    config = load_config("configs/7b.py", {"steps": "300"})
+    config = load_config("configs/7b.py", {"schedule.steps": "300", "optimizer.warmup_steps": "0"})
     names, weights, _ = zip(*config.data.sources, strict=True)
     sizes_S2 = np.array([(300, 1000), (900, 3500)])[np.arange(len(names)) % 2]
     steps = mixture(config, [range(1000)] * len(names), sizes_S2)
@@ -24,18 +29,16 @@ def test_a_step_has_sub_batches_of_sources_by_weight():
 
 
 def test_a_rare_source_of_large_pairs_is_not_starved():
-    data = {"sources": (("a", 1.0, 0), ("b", 0.05, 0)), "sub_batch": 0}
-    settings = ConfigDict({"seed": 0, "steps": 420, "batch_size": 2, "data": data})
+    settings = settings_of((("a", 1.0, 0), ("b", 0.05, 0)), sub_batch=0, batch_size=2, steps=420)
     steps = mixture(settings, [range(9), range(9)], np.array([(100, 0), (3000, 4000)]))
     assert abs(sum(step[0].source for step in steps) - 20) <= 4
 
 
 def test_no_row_is_left_out_and_a_prefix_does_not_depend_on_what_follows():
-    data = {"sources": (("a", 3.0, 0), ("b", 1.0, 0)), "sub_batch": 2}
-    settings = ConfigDict({"seed": 0, "steps": 28, "batch_size": 8, "data": data})
+    settings = settings_of((("a", 3.0, 0), ("b", 1.0, 0)), sub_batch=2, batch_size=8, steps=28)
     steps = list(mixture(settings, [range(7), range(5)], ALIKE))
     of_a = [reference for step in steps for reference in step if reference.source == 0]
     assert [reference.epoch for reference in of_a] == list(np.repeat(range(24), 7))
     assert all(sorted(row.row for row in of_a[first : first + 7]) == list(range(7)) for first in range(0, 168, 7))
-    settings.steps = 3
+    settings = with_keys(settings, {"schedule.steps": 3})
     assert list(mixture(settings, [range(7), range(5)], ALIKE)) == steps[:3]

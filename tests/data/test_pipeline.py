@@ -15,7 +15,7 @@ from PIL import Image
 
 from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
 from metaembed_jax.batch.packing import pack
-from metaembed_jax.config import load_config, model_config, row_limits
+from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.data import sources, tokenizer
 from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import iterate, training_batches
@@ -24,6 +24,7 @@ from metaembed_jax.data.sources import icons
 from metaembed_jax.data.sources.described import describe
 from metaembed_jax.data.stored_plan import NAME, stored_plan
 from metaembed_jax.errors import UserError
+from metaembed_jax.network_config import model_config, row_limits
 
 WORDS = [f"word{number}" for number in range(200)]
 
@@ -43,10 +44,9 @@ def processor_of(learned, settings):
 
 
 def config(batch=8, row=(288, 128), names=(("a", 1.0, 0),), negatives=0, seed=0, steps=12, **data):
-    settings = load_config("configs/7b.py", {})
-    settings.seed, settings.batch_size, settings.row, settings.steps = seed, batch, row, steps
-    settings.data.update({"sources": names, "negatives": negatives, "sub_batch": 0, "page_side": 224, **data})
-    return settings
+    changes = {"seed": seed, "rows.batch_size": batch, "rows.size": row, "schedule.steps": steps, "optimizer.warmup_steps": 0}
+    data = {"sources": names, "negatives": negatives, "sub_batch": 0, "page_side": 224, **data}
+    return with_keys(load_config("configs/7b.py"), changes | {f"data.{key}": value for key, value in data.items()})
 
 
 def plan_of(settings, processor, sources):
@@ -261,7 +261,7 @@ def test_a_plan_is_read_from_the_folder_of_its_run_and_made_again_where_it_does_
     items, plan = plan_of(settings, processor, [source])
     assert stored_plan(items, settings, tmp_path) == stored_plan(items, settings, tmp_path) == plan
     assert len(made) == 1
-    settings.log_every += 1
+    settings = with_keys(settings, {"schedule.log_every": settings.schedule.log_every + 1})
     stored_plan(items, settings, tmp_path)
     assert len(made) == 1
     for damaged in (b"{", b"[]", (tmp_path / NAME).read_bytes().replace(b"longest", b"x")):
@@ -270,9 +270,9 @@ def test_a_plan_is_read_from_the_folder_of_its_run_and_made_again_where_it_does_
         assert stored_plan(items, settings, tmp_path) == stored_plan(items, settings, tmp_path) == plan
         assert len(made) == 1
     made.clear()
-    settings.seed = 1
+    settings = with_keys(settings, {"seed": 1})
     stored_plan(plan_of(settings, processor, [source])[0], settings, tmp_path)
-    settings.steps += 1
+    settings = with_keys(settings, {"schedule.steps": settings.schedule.steps + 1})
     stored_plan(plan_of(settings, processor, [source])[0], settings, tmp_path)
     source[0] = record(0, positive={"image": png(0, 112, 112)})
     stored_plan(plan_of(settings, processor, [source])[0], settings, tmp_path)
@@ -340,51 +340,51 @@ def test_sub_batches_are_of_one_source_and_say_which(processor):
     drawn = np.concatenate([dataset[step].source for step in range(8)])
     assert (drawn.reshape(-1, 4) == drawn[::4, None]).all()
     assert np.bincount(drawn).tolist() == [32, 96]
-    with pytest.raises(UserError, match="config.batch_size=16 must be a multiple of config.data.sub_batch=5"):
+    with pytest.raises(UserError, match="config.rows.batch_size=16: expected a multiple of config.data.sub_batch=5"):
         dataset_of(config(batch=16, sub_batch=5), processor, sources[:1])
 
 
 def test_too_few_pairs_are_refused(processor):
     with pytest.raises(UserError, match="source 'a' has no training records"):
         dataset_of(config(), processor, [[]])
-    with pytest.raises(UserError, match="source 'a' has 7 training pairs; expected at least config.batch_size=8"):
+    with pytest.raises(UserError, match="source 'a' has 7 training pairs; expected at least config.rows.batch_size=8"):
         dataset_of(config(), processor, [[record(number) for number in range(7)]])
     with pytest.raises(UserError, match="source 'a' uses 3 training pairs; expected at least config.data.sub_batch=4"):
         dataset_of(config(sub_batch=4, names=(("a", 1.0, 3),)), processor, [[record(number) for number in range(7)]])
-    with pytest.raises(UserError, match="config.data.sources: the weight of 'a' is 0"):
+    with pytest.raises(UserError, match="config.data.sources\\[0\\]=\\('a', 0, 0\\): expected"):
         dataset_of(config(names=(("a", 0, 0),)), processor, [[record(0)]])
 
 
 def test_a_row_that_holds_no_item_is_refused(processor):
-    with pytest.raises(UserError, match=r"config.row=\(80, 64\): 80 of its tokens are Meta Tokens; expected more"):
+    with pytest.raises(UserError, match=r"config.rows.size=\(80, 64\): 80 of its tokens are Meta Tokens; expected more"):
         row_limits(config(row=(80, 64)))
-    with pytest.raises(UserError, match=r"config.row=\(288, 96\): expected a multiple of 64 patches"):
+    with pytest.raises(UserError, match=r"config.rows.size=\(288, 96\): expected a multiple of 64 patches"):
         row_limits(config(row=(288, 96)))
-    with pytest.raises(UserError, match=r"config.microbatch_rows=3: expected at least data x fsdp = 4"):
+    with pytest.raises(UserError, match=r"config.rows.microbatch_rows=3: expected at least data x fsdp = 4"):
         dataset_of(config(), processor, [[record(number) for number in range(8)]], most=3, shards=4)
 
 
 def test_the_curriculum_follows_the_step(processor, data_dir):
     settings = config(batch=4, row=(288, 256), names=(("boards", 1.0, 0),), dir=str(data_dir), curriculum=((2, 1, 1), (0, 2, 9)))
     larger = processor_of(processor._tokenizer._tokenizer, settings)
-    dataset = dataset_of(settings, larger, sources.training_records(settings))
+    dataset = dataset_of(settings, larger, sources.training_records(settings.data, settings.seed))
 
     def asked(step):
         queries, _ = items_in_order(dataset[step])
         return [processor._tokenizer._tokenizer.decode(list(tokens)).count(", ") for tokens, _ in queries]
 
     assert sum(asked(0) + asked(1)) == 0 < sum(asked(2) + asked(3) + asked(4))
-    assert equal(dataset[7], dataset_of(settings, larger, sources.training_records(settings))[7])
+    assert equal(dataset[7], dataset_of(settings, larger, sources.training_records(settings.data, settings.seed))[7])
 
 
 def test_icons_train_with_and_without_augmentation(processor, data_dir):
-    plain, varied = (
-        dataset_of(settings, processor, sources.training_records(settings))
-        for settings in (
-            config(names=(("icons", 1.0, 0),), dir=str(data_dir), augment=augment, steps=140) for augment in (False, True)
-        )
-    )
-    later = -(-icons.PLAIN_EPOCHS * len(sources.training_records(config(names=(("icons", 1.0, 0),), dir=str(data_dir)))[0]) // 8)
+    def made(augment):
+        settings = config(names=(("icons", 1.0, 0),), dir=str(data_dir), augment=augment, steps=140)
+        records = sources.training_records(settings.data, settings.seed)
+        return dataset_of(settings, processor, records), len(records[0])
+
+    (plain, count), (varied, _) = made(augment=False), made(augment=True)
+    later = -(-icons.PLAIN_EPOCHS * count // 8)
     assert equal(plain[1], varied[1])
     assert equal(plain[later].rows.tokens, varied[later].rows.tokens)
     assert not equal(plain[later].rows.patches, varied[later].rows.patches)

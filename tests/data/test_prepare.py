@@ -1,5 +1,6 @@
 """Files of the field to prepared sources: every format, killed and resumed, and read from anywhere."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet
 
-from metaembed_jax.config import default_config
+from metaembed_jax.config import DataConfig
 from metaembed_jax.data import sources
 from metaembed_jax.data.sources import files, records, tables, writing
 from metaembed_jax.errors import UserError
@@ -218,13 +219,11 @@ def test_negatives_that_no_source_has(tmp_path):
     write_pairs(tmp_path / "without.jsonl", [{"query": "q", "positive": "p"}])
     for name in ("with", "without"):
         prepare("pairs", tmp_path / f"{name}.jsonl", tmp_path)
-    config = default_config()
-    config.data.dir, config.data.negatives = str(tmp_path), 1
-    config.data.sources = (("without", 1.0, 0), ("with", 1.0, 0))
-    assert [len(split) for split in sources.training_records(config)] == [1, 1]
-    config.data.sources = (("without", 1.0, 0),)
+    data = DataConfig(dir=str(tmp_path), negatives=1, sources=(("without", 1.0, 0), ("with", 1.0, 0)))
+    assert [len(split) for split in sources.training_records(data, 0)] == [1, 1]
+    data = dataclasses.replace(data, sources=(("without", 1.0, 0),))
     with pytest.raises(UserError, match="config.data.negatives=1, and no pair of without has any: set it to 0"):
-        sources.training_records(config)
+        sources.training_records(data, 0)
 
 
 def test_an_input_that_changed_is_another_one_even_at_the_same_size(tmp_path):

@@ -13,7 +13,7 @@ from metaembed_jax.data.sizes import CUT, PATCHES, SHRUNK, TOKENS, SourceSizes
 from metaembed_jax.data.sources import records, writing
 from tests.data.described_files import prepare_pairs
 
-LIMITS = Limits(tokens=100, patches=128, text_tokens=60, query_tokens=4, candidate_tokens=8)
+LIMITS = Limits(tokens=100, patches=128, text_tokens=60, query_tokens=4, document_tokens=8)
 NEGATIVES = 2
 
 

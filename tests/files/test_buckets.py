@@ -16,7 +16,7 @@ from metaembed_jax import cli, files
 from metaembed_jax.checkpoints.frozen import BASE, is_kept
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import COMMITTED
-from metaembed_jax.config import load_config
+from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.results import read_results
 from metaembed_jax.sharding import make_mesh
@@ -67,7 +67,7 @@ def runs(bucket, data_dir, tmp_path_factory):
 
     files.upload(folder / "base", files.any_path(f"{BUCKET}/model"))
     run = files.any_path(f"{BUCKET}/run")
-    config.init_from = f"{BUCKET}/model"
+    config = with_keys(config, {"init_from": f"{BUCKET}/model"})
     flags.append(f"--config.init_from={config.init_from}")
     bucket = bucket | {"XDG_CACHE_HOME": str(folder / "cache")}
     random = np.random.default_rng()
@@ -93,7 +93,7 @@ def runs(bucket, data_dir, tmp_path_factory):
 
 def test_the_numbers_are_those_of_a_run_on_a_disk(runs):
     config, local, run = runs
-    start = find_start(config, run)
+    config, start = find_start(config, run)
     assert start.base.directory == run / BASE
     jax.tree.map(np.testing.assert_array_equal, parameters_of(local, config), parameters_of(run, config))
     assert read_results(local / "results.json").boards == read_results(run / "results.json").boards

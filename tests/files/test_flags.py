@@ -8,7 +8,7 @@ import pytest
 
 from metaembed_jax import cli, files
 from metaembed_jax.checkpoints.workdir import default_workdir
-from metaembed_jax.config import check_config, load_config
+from metaembed_jax.config import load_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.flags import any_path, local_path, model_name
 from metaembed_jax.model import MetaEmbed
@@ -88,7 +88,7 @@ def test_paths_in_configs_and_calls(tmp_path, monkeypatch):
         ("data.dir", "gs://b/x", "gcloud storage cp -r gs://b/x DIR"),
     ):
         with pytest.raises(UserError, match=message):
-            check_config(load_config(f"{ROOT}/tests/training/small.py", {key: path}))
+            load_config(f"{ROOT}/tests/training/small.py", {key: path})
     for char in files.SPECIAL + "\n":
         with pytest.raises(UserError, match="expected names in the bucket without"):
             files.any_path(f"gs://b/x/a{char}b")
@@ -104,4 +104,4 @@ def test_paths_in_configs_and_calls(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match="gcloud storage cp -r gs://b/x DIR"):
-        load_config("configs/smoke.py:gs://b/x", {})
+        load_config("configs/smoke.py:gs://b/x")

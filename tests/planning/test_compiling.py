@@ -46,4 +46,4 @@ def test_buffers_elsewhere_do_not_count():
 
 def test_a_compiler_that_dies_is_no_plan(monkeypatch):
     monkeypatch.setattr(compiling, "_compile", exit)
-    assert "process died" in compile_program(load_config(SMALL, {}), "train", "v5e:2x2").error
+    assert "process died" in compile_program(load_config(SMALL), "train", "v5e:2x2").error

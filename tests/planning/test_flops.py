@@ -3,32 +3,29 @@
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
 
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.training import StepShape
-from metaembed_jax.config import load_config
+from metaembed_jax.config import RunConfig, load_config, with_keys
 from metaembed_jax.planning.flops import encode_flops, train_flops
 from tests.planning.tracing import traced_flops
 
 ROOT = Path(__file__).parents[2]
 SMALL = str(ROOT / "tests" / "training" / "small.py")
-LORA = load_config(str(ROOT / "configs" / "7b.py"), {}).trained
+LORA = load_config(str(ROOT / "configs" / "7b.py")).model.trained
 MERGER = (("meta_tokens", "full"), ("head.*", "full"), ("backbone.vision.merger_up.kernel", "full"))
 
 
 ROW = Size(144, 36, 80)
 
 
-def small(trained=(("*", "full"),), **overrides) -> ConfigDict:
-    config = load_config(SMALL, {"optimizer.algorithm": "adamw", **overrides})
-    config.trained = trained
-    return config
+def small(trained=(("*", "full"),), **changes) -> RunConfig:
+    return with_keys(load_config(SMALL), {"optimizer.algorithm": "adamw", "model.trained": trained, **changes})
 
 
 def test_hand_count():
     """`small`, everything trained, one microbatch of 16 rows of 144 tokens, 36 patches and 80 vectors."""
-    config = small(recompute="layers")
+    config = small(**{"rows.recompute": "layers"})
     width, feed_forward, layers, depth, heads, rows = 32, 64, 2, 3, 16, 16  # one key-value head of 16
     tokens, patches, vectors = ROW
     layer = 2 * (2 * width * width + 2 * width * heads + 3 * width * feed_forward)
@@ -49,7 +46,7 @@ def test_hand_count():
     meta = 2 * 2 * tokens * 80 * width  # placing the rows of their table, and its gradient
 
     found = train_flops(config, StepShape(ROW, 1, rows))
-    assert layers == config.architecture.text_config.num_hidden_layers
+    assert layers == config.model.architecture["text_config"]["num_hidden_layers"]
     assert found.forward == rows * row + loss
     assert found.backward == 2 * (rows * row + loss) - rows * pixels  # not for pixels
     assert found.extra == rows * (again + 2 * turns + meta)
@@ -60,16 +57,18 @@ def test_hand_count():
     "layers, microbatches, recompute", [(2, 1, "nothing"), (10, 2, "everything"), (10, 2, "layers"), (2, 2, "microbatches")]
 )
 def test_equals_what_jax_traces(trained, layers, microbatches, recompute):
-    config = small(trained, recompute=recompute, **{"data.negatives": "1"})
-    config.architecture.text_config.num_hidden_layers = layers
+    config = small(
+        trained,
+        **{"rows.recompute": recompute, "data.negatives": 1, "model.architecture.text_config.num_hidden_layers": layers},
+    )
     shape = StepShape(Size(160, 72, 96), microbatches, 4)
     assert sum(train_flops(config, shape)) == traced_flops(config, shape)
 
 
 def test_windows_cost_less_than_whole_images():
-    config = load_config(str(ROOT / "configs" / "7b.py"), {})
-    all_full = load_config(str(ROOT / "configs" / "7b.py"), {})
-    all_full.architecture.vision_config.fullatt_block_indexes = tuple(range(32))
+    config = load_config(str(ROOT / "configs" / "7b.py"))
+    all_full = load_config(str(ROOT / "configs" / "7b.py"))
+    all_full = with_keys(all_full, {"model.architecture.vision_config.fullatt_block_indexes": tuple(range(32))})
     row = Size(1280, 5120, 64)
     saved = encode_flops(all_full, row, 1).forward - encode_flops(config, row, 1).forward
     assert saved == 28 * 4 * 5120 * 1280 * (5120 - 64)

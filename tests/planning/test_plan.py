@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("libtpu")
 
 from metaembed_jax import cli
-from metaembed_jax.config import load_config
+from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning import report, search
 from metaembed_jax.planning.chips import CHIPS, topology
@@ -19,7 +19,7 @@ from metaembed_jax.sharding import MESH_AXES
 ROOT = Path(__file__).parents[2]
 SMALL = str(ROOT / "tests" / "training" / "small.py")
 TINY = str(ROOT / "configs" / "tiny.py")
-LORA = load_config(str(ROOT / "configs" / "7b.py"), {}).trained
+LORA = load_config(str(ROOT / "configs" / "7b.py")).model.trained
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,16 @@ def where():
 @pytest.fixture(scope="module")
 def config():
     """`small` with the recipe's adapters and optimizer, on a mesh that splits batch and weights."""
-    config = load_config(SMALL, {"optimizer.algorithm": "adamw", "mesh.data": "2", "mesh.fsdp": "2", "microbatch_rows": "4"})
-    config.trained, config.recompute, config.row = LORA, "everything", (288, 256)
-    config.architecture.vision_config.window_size = 112
-    return config
+    config = load_config(SMALL, {"optimizer.algorithm": "adamw", "mesh.data": "2", "mesh.fsdp": "2", "rows.microbatch_rows": "4"})
+    return with_keys(
+        config,
+        {
+            "model.trained": LORA,
+            "rows.recompute": "everything",
+            "rows.size": (288, 256),
+            "model.architecture.vision_config.window_size": 112,
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +98,7 @@ def test_report(plan, config, where):
 
 def test_two_slices(config):
     """fsdp stays inside a slice, data goes over both, and so do sums of gradients and the vectors that the loss gathers."""
-    with config.unlocked():
-        config = config.copy_and_resolve_references()
-    config.mesh.data, config.mesh.fsdp = 4, 8
-    config.batch_size, config.microbatch_rows = 32, 0
+    config = with_keys(config, {"mesh.data": 4, "mesh.fsdp": 8, "rows.batch_size": 32, "rows.microbatch_rows": 0})
     where = topology("2xv5e:4x4")
     plan = make_plan(config, "train", where)
     assert plan.fits and plan.slices == 2 and plan.hosts == 8
@@ -130,7 +133,7 @@ def test_other_programs(config, where, what, unit):
 def test_what_does_not_fit_exits_with_1(capsys):
     flags = [f"--config={SMALL}", "--topology=v5e:1x1", "--what=encode"]
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["plan", *flags, "--config.architecture.text_config.vocab_size=200_000_000"])
+        cli.main(["plan", *flags, "--config.model.architecture.text_config.vocab_size=200_000_000"])
     assert stopped.value.code == 1
     first, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith("does not fit: ") and "GiB too many; largest are frozen" in first and "take a larger slice" in first
@@ -141,19 +144,21 @@ def test_search_compiles_little_and_keeps_what_fits(plan, config, where, monkeyp
     tried = []
 
     def compile_at_once(config, what, where):
-        sizes, size = {axis: config.mesh[axis] for axis in MESH_AXES}, config.microbatch_rows
-        tried.append((*sizes.values(), size, config.recompute))
+        sizes, size = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}, config.rows.microbatch_rows
+        tried.append((*sizes.values(), size, config.rows.recompute))
         memory = plan.memory | {"temporaries": int(where.chip.usable_bytes * size / 8.5)}
         seconds = {"compute": config.mesh.fsdp / size}
         rows = plan.rows | {"at_once": size}
-        return dataclasses.replace(plan, memory=memory, seconds=seconds, mesh=sizes, rows=rows, recompute=config.recompute)
+        return dataclasses.replace(plan, memory=memory, seconds=seconds, mesh=sizes, rows=rows, recompute=config.rows.recompute)
 
     monkeypatch.setattr(search, "make_plan", compile_at_once)
     plans = search.search(config, where)
     assert len(tried) == len(set(tried)) <= search.COMPILED
     assert plans and all(found.fits and found.rows["at_once"] <= 8 for found in plans)
     first, _, _, *rows = report.describe_search(plans).splitlines()
-    assert first.startswith("fastest: --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=1 --config.microbatch_rows=8 ")
+    assert first.startswith(
+        "fastest: --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=1 --config.rows.microbatch_rows=8 "
+    )
     assert len(rows) == len(plans)
 
 
@@ -164,9 +169,12 @@ WRONG = [
     (["--topology=2xv5e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=8"], "config.mesh.data=1 does not divide over 2 slices"),
     (["--topology=v5e:2x2", "--config.mesh.slices=2"], "config.mesh.slices=2: the devices are of 1"),
     (["--topology=v5e:2x4", "--config.mesh.data=3"], r"config.mesh \(data=3, fsdp=1, tensor=1\) does not fit 8 devices"),
-    (["--topology=v5e:4x8"], "config.batch_size=16 does not divide over the mesh"),
-    (["--topology=v5e:2x2", "--config.microbatch_rows=2"], "config.microbatch_rows=2: expected at least data x fsdp = 4"),
-    (["--topology=v5e:2x2", "--config.recompute=all"], "config.recompute='all': expected everything or microbatches or layers or"),
+    (["--topology=v5e:4x8"], "config.rows.batch_size=16 does not divide over the mesh"),
+    (["--topology=v5e:2x2", "--config.rows.microbatch_rows=2"], "config.rows.microbatch_rows=2: expected at least data x fsdp = 4"),
+    (
+        ["--topology=v5e:2x2", "--config.rows.recompute=all"],
+        "config.rows.recompute='all': expected 'everything' or 'microbatches' or 'layers' or",
+    ),
     (["--topology=v5e:2x2", "--what=encode", "--search"], "--search is for training"),
     (["--topology=v5e:2x2", "--what=serve"], "invalid choice: 'serve'"),
 ]
@@ -180,8 +188,8 @@ def test_wrong_flags(flags, message):
 
 def test_architecture_comes_from_the_config_before(tmp_path):
     empty = tmp_path / "empty.py"
-    empty.write_text("from metaembed_jax.config import default_config\nget_config = lambda arg=None: default_config()\n")
-    with pytest.raises(UserError, match="config.architecture is empty"):
+    empty.write_text("from metaembed_jax.config import RunConfig\nget_config = lambda arg=None: RunConfig()\n")
+    with pytest.raises(UserError, match="config.model.architecture is empty"):
         cli.main(["plan", f"--config={empty}", "--topology=v5e:1x1", "--config.init_from=some/model"])
 
 

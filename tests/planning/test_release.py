@@ -30,6 +30,6 @@ RELEASES = [
 @pytest.mark.parametrize("name, slice_name", RELEASES)
 def test_fits_with_room_to_spare(name, slice_name, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
-    config = load_config(f"configs/{name}.py", {})
+    config = load_config(f"configs/{name}.py")
     plan = make_plan(config, "train", topology(slice_name))
-    assert plan.spare >= 0.1 and config.batch_size >= 384 and not plan.arrays
+    assert plan.spare >= 0.1 and config.rows.batch_size >= 384 and not plan.arrays

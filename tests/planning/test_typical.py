@@ -16,7 +16,7 @@ WORDS_OF_PROMPT = {"query": 6 + 12 + 16, "candidate": 6 + 80}  # frame, suffix, 
 
 @pytest.fixture(scope="module")
 def recipe():
-    return load_config("configs/7b.py", {})
+    return load_config("configs/7b.py")
 
 
 def size(item, side):
@@ -33,7 +33,7 @@ def size(item, side):
 def test_rows_of_the_recipe_are_filled(recipe):
     steps = list(typical_steps(recipe, size, 4))
     rows = rows_of_steps(steps, ROW)
-    assert [len(sizes_N3) for sizes_N3 in steps] == [recipe.batch_size * 3] * 4
+    assert [len(sizes_N3) for sizes_N3 in steps] == [recipe.rows.batch_size * 3] * 4
     assert max(rows.fill) >= 0.95 and rows.fill.tokens > 0.9 and rows.fill.patches > 0.9
     assert rows.vectors <= ROW.vectors
     assert rows.most <= 1.06 * rows.mean

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from metaembed_jax.batch.training import put
-from metaembed_jax.config import load_config, model_config
+from metaembed_jax.config import load_config
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.hosts.connect import connect_hosts
+from metaembed_jax.network_config import model_config
 from metaembed_jax.sharding import batch_shards, make_mesh, rows_here
 from metaembed_jax.startup import add_host_flags
 from metaembed_jax.training.step import make_trainer
@@ -24,10 +25,10 @@ parser.add_argument("--out")
 add_host_flags(parser)
 flags = parser.parse_args()
 connect_hosts(flags.coordinator, flags.hosts, flags.host)
-config = load_config("configs/tiny.py", {"data.dir": flags.data, "init_from": "", "steps": "61"})
+config = load_config("configs/tiny.py", {"data.dir": flags.data, "init_from": "", "schedule.steps": "61"})
 mesh = make_mesh(devices=np.array(jax.devices()).reshape(2, 4).T.ravel().tolist())
 items, plan = make_plan(config)
-shape = plan.shape(config.microbatch_rows, batch_shards(mesh))
+shape = plan.shape(config.rows.microbatch_rows, batch_shards(mesh))
 rows = rows_here(mesh, shape.size)
 dataset = training_batches(items, shape, model_config(config).architecture.layout, rows)
 trainer = make_trainer(config, mesh)

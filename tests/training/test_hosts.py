@@ -35,7 +35,7 @@ def wait_for(path, pattern="."):
         time.sleep(0.05)
 
 
-LONG = {"steps": 30, "save_every": 5, "validate_every": 30}
+LONG = {"schedule.steps": 30, "schedule.save_every": 5, "evaluation.validate_every": 30}
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,9 @@ def test_two_hosts_evaluate_as_one(whole, data_dir, tmp_path):
 
 def test_sigterm_to_one_host_saves_and_stops_all(data_dir, tmp_path):
     """After a save by the first host's clock; both exit with the code that schedulers start a job again for."""
-    by_clock = training(tmp_path / "run", data_dir, **LONG | {"steps": 300, "save_every": 300, "save_minutes": 0.02})
-    command = training(tmp_path / "run", data_dir, **LONG | {"steps": 300})
+    often = {"schedule.save_every": 300, "schedule.save_minutes": 0.02}
+    by_clock = training(tmp_path / "run", data_dir, **LONG | {"schedule.steps": 300} | often)
+    command = training(tmp_path / "run", data_dir, **LONG | {"schedule.steps": 300})
     with Hosts(2, by_clock) as hosts:
         wait_for(tmp_path / "run/checkpoints", "[0-9]*")
         hosts.processes[1].send_signal(signal.SIGTERM)
@@ -125,7 +126,7 @@ def test_any_layout_gives_the_same_losses_and_batches(data_dir, tmp_path):
 
 
 def assert_whole_batches(data_dir, parts):
-    config = load_config("configs/tiny.py", {"data.dir": str(data_dir), "init_from": "", "steps": "61"})
+    config = load_config("configs/tiny.py", {"data.dir": str(data_dir), "init_from": "", "schedule.steps": "61"})
     dataset = make_dataset(config)
     order = np.argsort(np.concatenate([part["rows"] for part in parts]))
     for step in range(10):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from metaembed_jax.checkpoints.runs import RunCheckpoints
+from metaembed_jax.config import with_keys
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.step import make_trainer
 
@@ -21,7 +22,7 @@ STEPS, KILLS = 40, 10
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(small_config, data_dir, tmp_path):
-    flags = [f"--config.data.dir={data_dir}", f"--config.steps={STEPS}", f"--config.validate_every={STEPS}"]
+    flags = [f"--config.data.dir={data_dir}", f"--config.schedule.steps={STEPS}", f"--config.evaluation.validate_every={STEPS}"]
 
     def start(workdir: Path) -> subprocess.Popen:
         command = [sys.executable, "train.py", "--config=tests/training/small.py", f"--workdir={workdir}", *flags]
@@ -48,7 +49,7 @@ def test_killed_at_ten_random_moments(small_config, data_dir, tmp_path):
             process.communicate()
     finish(start(killed))
 
-    small_config.steps = small_config.validate_every = STEPS
+    small_config = with_keys(small_config, {"schedule.steps": STEPS, "evaluation.validate_every": STEPS})
     abstract = make_trainer(small_config, make_mesh(devices=jax.devices()[:1])).abstract.parameters
     whole, again = (last_parameters(tmp_path / name, abstract) for name in ("whole", "killed"))
     jax.tree.map(np.testing.assert_array_equal, whole, again)

@@ -20,11 +20,12 @@ from metaembed_jax.checkpoints.loading import run_parameters
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.torch_export import write_model
 from metaembed_jax.checkpoints.workdir import claim, is_finished, read_config
-from metaembed_jax.config import load_config, model_config
+from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_parameters, init_parameters
+from metaembed_jax.network_config import model_config
 from metaembed_jax.results import read_results
 from metaembed_jax.sharding import make_mesh, named_sharding
 from metaembed_jax.training import loop
@@ -38,16 +39,23 @@ from tests.training.batches import make_dataset
 def base(tmp_path_factory):
     """A Qwen2.5-VL directory of random weights."""
     directory = tmp_path_factory.mktemp("base") / "model"
-    load_config(f"configs/smoke.py:{directory}", {})
+    load_config(f"configs/smoke.py:{directory}")
     return directory
 
 
-def small(base, data_dir, **overrides):
+def small(base, data_dir):
     """Four steps of configs/smoke.py, without exports."""
-    config = load_config(f"configs/smoke.py:{base}", {"data.dir": str(data_dir), **overrides})
-    config.steps, config.optimizer.warmup_steps, config.log_every = 4, 1, 1
-    config.validate_every, config.save_every, config.exports = 4, 2, ()
-    return config
+    return with_keys(
+        load_config(f"configs/smoke.py:{base}", {"data.dir": str(data_dir)}),
+        {
+            "schedule.steps": 4,
+            "optimizer.warmup_steps": 1,
+            "schedule.log_every": 1,
+            "evaluation.validate_every": 4,
+            "schedule.save_every": 2,
+            "schedule.exports": (),
+        },
+    )
 
 
 @pytest.fixture
@@ -66,7 +74,7 @@ def finished(base, data_dir, tmp_path_factory):
 
 def started(config, workdir, mesh=None):
     """(trainer, state, batches) of a run that starts."""
-    start = find_start(config)
+    config, start = find_start(config)
     trainer = make_trainer(config, mesh or make_mesh(devices=jax.devices()[:1]))
     checkpoints = RunCheckpoints(workdir)
     state = initial_state(config, trainer, checkpoints, start)
@@ -80,12 +88,11 @@ def flat(tree):
 
 def test_fresh_adapters_change_nothing(config, base, tmp_path):
     _, state, _ = started(config, tmp_path)
-    config.embedding_dim = 0
-    config.trained = (("*", "full"),)
+    config = with_keys(config, {"model.embedding_dim": 0, "model.trained": (("*", "full"),)})
     plain = MetaEmbed.from_pretrained(base, dtype="float32", mesh=make_mesh(devices=jax.devices()[:1]))
     plain.parameters["meta_tokens"] = state.parameters["meta_tokens"]
-    config = load_config(f"configs/smoke.py:{base}", {"embedding_dim": "0"})
-    find_start(config)
+    config = load_config(f"configs/smoke.py:{base}", {"model.embedding_dim": "0"})
+    config, _ = find_start(config)
     adapted = {key: value for key, value in state.network_parameters().items() if key != "head"}
     ours = MetaEmbed(model_config(config), adapted, plain.processor, plain.mesh)
     image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
@@ -119,7 +126,7 @@ def test_start_says_what_trains(config, tmp_path):
 
 
 def trained(workdir, config):
-    find_start(config)
+    config, _ = find_start(config)
     checkpoints = RunCheckpoints(workdir)
     found = flat(checkpoints.restore_parameters(4, make_trainer(config, make_mesh()).abstract.parameters))
     checkpoints.close()
@@ -128,7 +135,7 @@ def trained(workdir, config):
 
 def test_interrupted_run_ends_as_an_uninterrupted_one(config, finished, tmp_path):
     """With dropout, whose keys are a function of the step."""
-    assert config.lora.dropout > 0
+    assert config.model.lora.dropout > 0
     batches = iter(range(3))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
         patch.setattr(loop, "put_batch", lambda batch, mesh: (next(batches), put(batch, mesh))[1])
@@ -147,44 +154,44 @@ def losses(workdir):
 def test_a_run_goes_on_with_other_microbatches_and_to_more_steps(config, finished, tmp_path, capsys):
     """With dropout. It starts with microbatches of 8 rows on eight devices, and ends as if it had had one from the first step."""
     run, batches = tmp_path / "run", iter(range(2))
-    config.microbatch_rows, config.recompute, config.save_every = 8, "nothing", 1
+    config = with_keys(config, {"rows.microbatch_rows": 8, "rows.recompute": "nothing", "schedule.save_every": 1})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
         patch.setattr(loop, "put_batch", lambda batch, mesh: (next(batches), put(batch, mesh))[1])
         train(config, run)
-    config.microbatch_rows, config.recompute, config.save_every = 0, "layers", 2
+    config = with_keys(config, {"rows.microbatch_rows": 0, "rows.recompute": "layers", "schedule.save_every": 2})
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:  # the end is evaluated once, below
         patch.setattr(loop, "_validate", lambda *_: None)
         patch.setattr(loop, "_finish", lambda *_: None)
         train(config, run)
-    changes = "recompute from 'nothing' to 'layers', microbatch_rows from 8 to 0, save_every from 1 to 2"
+    changes = "rows.microbatch_rows from 8 to 0, rows.recompute from 'nothing' to 'layers', schedule.save_every from 1 to 2"
     assert f"going on with other settings: {changes}\n" in capsys.readouterr().out
     expected = losses(finished)
     assert list(losses(run)) == list(expected) == [1, 2, 3, 4]
     np.testing.assert_allclose(list(losses(run).values()), list(expected.values()), rtol=1e-6)
 
-    config.steps = 6
+    config = with_keys(config, {"schedule.steps": 6})
     train(config, run)
-    assert "steps from 4 to 6; from here on the learning rate is that of a run of 6 steps\n" in capsys.readouterr().out
+    assert "schedule.steps from 4 to 6; from here on the learning rate is that of a run of 6 steps\n" in capsys.readouterr().out
     lines = (run / "metrics.jsonl").read_text().splitlines()
     rates = {line["step"]: line["learning_rate"] for line in map(json.loads, lines) if "loss" in line}
     np.testing.assert_allclose([rates[step] for step in (4, 5, 6)], np.array([1 / 3, 2 / 5, 1 / 5]) * 1e-3, rtol=1e-5)
     record = json.loads((run / "run.json").read_text())
-    assert record["config"]["steps"] == 6 and record["changes"][-1] == {"step": 4, "keys": {"steps": [4, 6]}}
-    assert record["changes"][0]["keys"]["microbatch_rows"] == [8, 0] and set(record["base"]) == {"name", "fingerprint"}
-    assert is_finished(run, config) and read_config(run).steps == 6
+    assert record["config"]["schedule"]["steps"] == 6 and record["changes"][-1] == {"step": 4, "keys": {"schedule.steps": [4, 6]}}
+    assert record["changes"][0]["keys"]["rows.microbatch_rows"] == [8, 0] and set(record["base"]) == {"name", "fingerprint"}
+    assert is_finished(run, config) and read_config(run).schedule.steps == 6
 
-    config.steps = 7
+    config = with_keys(config, {"schedule.steps": 7})
     assert not is_finished(run, config)
-    config.steps = 5
-    with pytest.raises(UserError, match="config.steps=5: .*run is at step 6 already; expected at least that many"):
+    config = with_keys(config, {"schedule.steps": 5})
+    with pytest.raises(UserError, match="config.schedule.steps=5: .*run is at step 6 already; expected at least that many"):
         train(config, run)
 
 
 def test_a_run_needs_its_own_base(config, base, finished, tmp_path):
     run, moved = shutil.copytree(finished, tmp_path / "run"), shutil.copytree(base, tmp_path / "moved")
-    config.init_from = str(moved)  # the same weights in another place
-    start = find_start(config)
+    config = with_keys(config, {"init_from": str(moved)})  # the same weights in another place
+    config, start = find_start(config)
     claim(run, config, start.tokenizer, start.base)
 
     def record(name):
@@ -211,13 +218,13 @@ def test_a_run_needs_its_own_base(config, base, finished, tmp_path):
 def test_evaluation_finds_the_base(config, finished, tmp_path):
     evaluate_checkpoint(config, finished, tmp_path, None)
     assert read_results(tmp_path / "results.json") == read_results(finished / "results.json")
-    config.lora.alpha = 4.0
+    config = with_keys(config, {"model.lora.alpha": 4.0})
     with pytest.raises(UserError, match="lora.alpha is 32.0 there and 4.0 here"):
         evaluate_checkpoint(config, finished, tmp_path, None)
 
 
 def test_frozen_kernels_are_evaluated_as_they_were_trained(config, finished):
-    find_start(config)
+    config, _ = find_start(config)
     mesh, network = make_mesh(), model_config(config)
     abstract, frozen = abstract_parameters(network, mesh), abstract_parameters(network, mesh, "bfloat16")
     _, parameters = run_parameters(finished, config, abstract, frozen)
@@ -226,16 +233,16 @@ def test_frozen_kernels_are_evaluated_as_they_were_trained(config, finished):
 
 
 def test_a_run_can_start_from_another_with_the_same_base(config, base, finished, tmp_path):
-    config.init_from = str(finished)
+    config = with_keys(config, {"init_from": str(finished)})
     _, state, _ = started(config, tmp_path)
     expected = trained(finished, config)
     for path, leaf in flat(state.parameters).items():
         np.testing.assert_array_equal(leaf, expected[path])
-    assert find_start(config).base.name == str(base)
+    assert find_start(config)[1].base.name == str(base)
 
 
 def test_everything_can_train_from_a_released_model(config, base, tmp_path):
-    config.trained = (("*", "full"),)
+    config = with_keys(config, {"model.trained": (("*", "full"),)})
     _, state, _ = started(config, tmp_path)
     expected = flat(MetaEmbed.from_pretrained(base, dtype="float32").parameters["backbone"])
     assert state.frozen == {}
@@ -244,6 +251,7 @@ def test_everything_can_train_from_a_released_model(config, base, tmp_path):
 
 
 def test_checkpoints_hold_what_trained(config, finished):
+    config, _ = find_start(config)
     assert set(trained(finished, config)) == set(flat(make_trainer(config, make_mesh()).abstract.parameters))
     stored = json.loads((finished / "run.json").read_text())
     assert set(stored["base"]) == {"name", "fingerprint"}
@@ -254,14 +262,14 @@ def test_checkpoints_hold_what_trained(config, finished):
 
 def test_int8_base_gives_nearly_the_same_losses(config, tmp_path):
     """On a model as wide as `tiny`: the fewer numbers a sum has, the less its rounding averages out."""
-    network = model_config(load_config("configs/tiny.py", {}))
-    backbone, words = {"backbone": init_parameters(network, seed=0)["backbone"]}, find_start(config).tokenizer
-    config.init_from, config.architecture = str(tmp_path), {}
+    network = model_config(load_config("configs/tiny.py"))
+    backbone, words = {"backbone": init_parameters(network, seed=0)["backbone"]}, find_start(config)[1].tokenizer
+    config = with_keys(config, {"init_from": str(tmp_path), "model.architecture": {}})
     write_model(tmp_path, network, backbone, words, QWEN2_5_VL.Images(28 * 28, 84 * 84, window_size=84), {}, "float32")
-    config.steps, losses = 20, {}
-    config.optimizer.learning_rate, config.lora.dropout = 1e-4, 0.0  # the recipe's rate, and nothing random
+    losses, changes = {}, {"schedule.steps": 20, "optimizer.learning_rate": 1e-4, "model.lora.dropout": 0.0}
+    config = with_keys(config, changes)  # the recipe's rate, and nothing random
     for dtype in ("bfloat16", "int8"):
-        config.frozen_dtype = dtype
+        config = with_keys(config, {"model.frozen_dtype": dtype})
         trainer, state, dataset = started(config, tmp_path / f"run_{dtype}")
         assert state.frozen["backbone"]["layers"]["query"]["kernel"].dtype == dtype
         losses[dtype] = []
@@ -343,43 +351,47 @@ def test_every_adapter_and_layer_has_a_key_of_its_own():
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("trained", "(('backbone.layers.q.kernel', 'lora'),)", "the LoRA pattern 'backbone.layers.q.kernel' matches none"),
-        ("trained", "(('meta', 'full'),)", "'meta' matches none of the parameters"),
-        ("trained", "(('*', 'ful'),)", r"\('\*', 'ful'\) is not"),
-        ("trained", "(('*', 'full'), ('backbone.layers.*.kernel', 'lora'))", "which carries an adapter by another pattern"),
-        ("trained", "(('meta_tokens', 'full'), ('backbone.layers.*.kernel', 'lora'))", "leaves head.kernel frozen, and no base"),
-        ("trained", "(('head.kernel', 'full'), ('backbone.layers.*.kernel', 'lora'))", "leaves meta_tokens frozen, and no base"),
-        ("frozen_dtype", "int4", "config.frozen_dtype='int4': expected"),
+        ("model.trained", (("backbone.layers.q.kernel", "lora"),), "the LoRA pattern 'backbone.layers.q.kernel' matches none"),
+        ("model.trained", (("meta", "full"),), "'meta' matches none of the parameters"),
+        ("model.trained", (("*", "ful"),), r"config.model.trained\[0\]=\('\*', 'ful'\): expected \(a text, 'full' or 'lora'\)"),
+        ("model.trained", (("*", "full"), ("backbone.layers.*.kernel", "lora")), "and another pattern gives it an adapter"),
+        (
+            "model.trained",
+            (("meta_tokens", "full"), ("backbone.layers.*.kernel", "lora")),
+            "leaves head.kernel frozen, and no base",
+        ),
+        (
+            "model.trained",
+            (("head.kernel", "full"), ("backbone.layers.*.kernel", "lora")),
+            "leaves meta_tokens frozen, and no base",
+        ),
+        ("model.frozen_dtype", "int4", "config.model.frozen_dtype='int4': expected"),
         ("init_from", "", "is no Hugging Face directory to read it from"),
         ("init_from", "no/such_model", "there is no such directory, and the hub gives no model of this id"),
     ],
 )
 def test_what_cannot_train_is_refused(config, tmp_path, key, value, message):
-    from metaembed_jax.config import _override
-
-    _override(config, key, value)
-    if not value:
-        config.architecture = load_config("configs/tiny.py", {}).architecture
+    changes = {key: value} | ({} if value else {"model.architecture": load_config("configs/tiny.py").model.architecture})
     with pytest.raises(UserError, match=message):
-        train(config, tmp_path / "run")
+        train(with_keys(config, changes), tmp_path / "run")
 
 
 def test_a_truncated_base_is_named(config, base, tmp_path):
     moved = shutil.copytree(base, tmp_path / "moved")
     content = (moved / "model.safetensors").read_bytes()
     (moved / "model.safetensors").write_bytes(content[: len(content) // 2])
-    config.init_from = str(moved)
+    config = with_keys(config, {"init_from": str(moved)})
     with pytest.raises(UserError, match="model.safetensors: cannot be read"):
         train(config, tmp_path / "run")
 
 
 def test_int8_kernels_cannot_train(config, tmp_path):
-    config.frozen_dtype, config.trained = "int8", (("*", "full"),)
-    with pytest.raises(UserError, match="config.frozen_dtype=int8, but config.trained has backbone"):
+    config = with_keys(config, {"model.frozen_dtype": "int8", "model.trained": (("*", "full"),)})
+    with pytest.raises(UserError, match="config.model.frozen_dtype=int8, but config.model.trained has backbone"):
         train(config, tmp_path / "run")
 
 
 def test_another_architecture_than_the_base_is_refused(config, tmp_path):
-    config.architecture = load_config("configs/tiny.py", {}).architecture
-    with pytest.raises(UserError, match="has text_config.vocab_size=512, and config.architecture has 2048"):
+    config = with_keys(config, {"model.architecture": load_config("configs/tiny.py").model.architecture})
+    with pytest.raises(UserError, match="has text_config.vocab_size=512, and config.model.architecture has 2048"):
         train(config, tmp_path / "run")

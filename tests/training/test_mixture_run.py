@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from metaembed_jax.config import load_config
+from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.data import sources
 from metaembed_jax.training.loop import train
 from tests.checkpoints.huggingface_files import random_tensors, write
@@ -22,9 +22,7 @@ def mixed_config(tmp_path_factory):
     """configs/7b.py with its whole mixture, on a small model and 24 rows of each source."""
     place = tmp_path_factory.mktemp("mixture")
     config = load_config("configs/7b.py", {"data.dir": str(place / "data")})
-    config.init_from = str(write(place / "model", random_tensors()))
-    with config.unlocked():
-        config.architecture = {}
+    config = with_keys(config, {"init_from": str(write(place / "model", random_tensors())), "model.architecture": {}})
     names = [name for name, *_ in config.data.sources]
     for name in names[2:]:
         kind = "it2it" if name in IMAGE_TO_IMAGE else "t2i" if name in TEXT_TO_IMAGE else "vqa"
@@ -36,12 +34,24 @@ def mixed_config(tmp_path_factory):
     for kind, files in (("mmeb", "MMEB-train"), ("colpali", "colpali"), ("pairs", "visrag.jsonl")):
         sources.prepare_from(kind, place / files, place / "data", workers=0, skips=0)
 
-    config.data.sub_batch, config.data.workers, config.batch_size, config.microbatch_rows = 2, 0, 24, 8
-    config.row = (256, 128)
-    config.dtype, config.mesh.fsdp, config.lora.rank = "float32", 1, 4
-    config.steps, config.optimizer.warmup_steps, config.log_every = 4, 1, 1
-    config.validate_every, config.save_every = 4, 2
-    return config
+    return with_keys(
+        config,
+        {
+            "data.sub_batch": 2,
+            "data.workers": 0,
+            "rows.batch_size": 24,
+            "rows.microbatch_rows": 8,
+            "rows.size": (256, 128),
+            "model.dtype": "float32",
+            "mesh.fsdp": 1,
+            "model.lora.rank": 4,
+            "schedule.steps": 4,
+            "optimizer.warmup_steps": 1,
+            "schedule.log_every": 1,
+            "evaluation.validate_every": 4,
+            "schedule.save_every": 2,
+        },
+    )
 
 
 def losses(workdir):

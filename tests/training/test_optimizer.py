@@ -5,14 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaembed_jax.config import default_config
+from metaembed_jax.config import OptimizerConfig
 from metaembed_jax.training.optimizer import learning_rate, make_optimizer
 
 
 def settings(**changes):
-    config = default_config().optimizer
-    config.update(dict(warmup_steps=10, learning_rate=1e-2, **changes))
-    return config
+    return OptimizerConfig(warmup_steps=10, learning_rate=1e-2, **changes)
 
 
 def tree(seed):

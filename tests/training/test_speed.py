@@ -21,7 +21,7 @@ def mesh(kind):
 
 
 def test_rates_and_the_time_left():
-    config = load_config("tests/training/small.py", {"steps": "100"})
+    config = load_config("tests/training/small.py", {"schedule.steps": "100"})
     speed = Speed(config, SHAPE, mesh("TPU v5 lite"), 10)
     rates = speed.read(20, SPENT)
     flops = train_flops(config, SHAPE).model * 10 / 4
@@ -38,5 +38,5 @@ def test_rates_and_the_time_left():
 
 
 def test_without_a_known_peak_there_is_no_mfu():
-    config = load_config("tests/training/small.py", {})
+    config = load_config("tests/training/small.py")
     assert "mfu" not in Speed(config, SHAPE, mesh(jax.devices()[0].device_kind), 0).read(1, SPENT)

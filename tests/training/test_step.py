@@ -9,7 +9,8 @@ import pytest
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.rows import collate
 from metaembed_jax.batch.training import StepShape, TrainingBatch, abstract, put
-from metaembed_jax.config import load_config, model_config
+from metaembed_jax.config import load_config, with_keys
+from metaembed_jax.network_config import model_config
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.step import make_trainer
 from tests.training.batches import make_dataset, make_plan
@@ -82,7 +83,7 @@ def test_any_mesh_microbatches_and_rows_give_the_same_loss_and_gradients(small_c
     """On eight devices in microbatches of 8 rows, and with each item in a row of its own."""
     items, plan = planned
     loss, gradients = loss_and_gradients(small_config, one_device(), make_dataset(small_config, planned, shards=1)[0])
-    small_config.microbatch_rows = 8
+    small_config = with_keys(small_config, {"rows.microbatch_rows": 8})
     batch = make_dataset(small_config, planned, shards=4)[0]
     assert batch.rows.tokens.shape[:2] == (-(-plan.rows // 8), 8) and batch.rows.tokens.shape[0] > 1
     others = {"alone": (one_device(), alone(small_config, items, 0)), "sharded": (eight_devices(), batch)}
@@ -94,7 +95,7 @@ def test_any_mesh_microbatches_and_rows_give_the_same_loss_and_gradients(small_c
 
 @pytest.mark.parametrize("dtype, name", [("float32", "f32"), ("bfloat16", "bf16")])
 def test_documents_are_gathered_in_the_dtype_of_the_model(small_config, dataset, dtype, name):
-    small_config.dtype = dtype
+    small_config = with_keys(small_config, {"model.dtype": dtype})
     mesh = make_mesh(2, 2, 2, devices=jax.devices()[:8])
     trainer = make_trainer(small_config, mesh)
     program = trainer.step.lower(trainer.abstract, put(dataset[0], mesh)).as_text()
@@ -110,7 +111,7 @@ def test_the_parts_of_a_step_have_names_for_the_profiler(small_config, dataset):
 
 @pytest.mark.parametrize("algorithm, moments", [("adamw", 2), ("muon", 1)])
 def test_parameters_and_their_moments_are_split_over_the_mesh(small_config, algorithm, moments):
-    small_config.optimizer.algorithm = algorithm
+    small_config = with_keys(small_config, {"optimizer.algorithm": algorithm})
     state = make_trainer(small_config, make_mesh(2, 2, 2, devices=jax.devices()[:8])).init()
     kernel = state.parameters["backbone"]["layers"]["mlp"]["gate"]["kernel"]
     layers, width, hidden = kernel.shape
@@ -125,7 +126,7 @@ def test_the_shapes_of_a_batch_are_known_before_it(small_config, dataset):
     shape = StepShape(
         Size(*(x.shape[-1] for x in (batch.rows.tokens, batch.rows.patch_segments, batch.rows.reads))), *batch.rows.row.shape
     )
-    expected = abstract(shape, small_config.batch_size, 0, model_config(small_config).architecture.layout, mesh)
+    expected = abstract(shape, small_config.rows.batch_size, 0, model_config(small_config).architecture.layout, mesh)
     jax.tree.map(lambda x, leaf: assert_like(x, leaf), put(batch, mesh), expected)
 
 

@@ -72,7 +72,7 @@ class MetaEmbed(InputModule):
         kinds = (tokens == self.core.config.image_token_id).int()
         positions, _ = self.core.get_rope_index(tokens, kinds, seen.get("image_grid_thw"), attention_mask=mask)
         states = self.core(input_ids=tokens, attention_mask=mask, position_ids=positions, **seen).last_hidden_state
-        vectors = states[:, -self.metadata["query_tokens" if task == "query" else "candidate_tokens"] :]
+        vectors = states[:, -self.metadata["query_tokens" if task == "query" else "document_tokens"] :]
         if self.head is not None:
             vectors = vectors @ self.head.T
         features["token_embeddings"] = torch.nn.functional.normalize(vectors.float(), dim=-1)
@@ -97,7 +97,7 @@ class MetaEmbed(InputModule):
         return cls(cls.load_dir_path(model_name_or_path, subfolder=subfolder, **source), **(model_kwargs or {}))
 
     def _rows(self, task: str | None) -> int:
-        return self.metadata["query_tokens"] + (0 if task == "query" else self.metadata["candidate_tokens"])
+        return self.metadata["query_tokens"] + (0 if task == "query" else self.metadata["document_tokens"])
 
     def _tokens(self, item: dict, prompt: str, task: str | None, units) -> list[int]:
         text, special, plain = item.get("text") or "", self.tokenizer.token_to_id, self._encode

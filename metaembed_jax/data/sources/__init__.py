@@ -7,8 +7,8 @@ A source of training pairs is a sequence of records. Where it draws or varies th
 `described(row, epoch, step)` makes the same with (width, height) in place of each image, and reads and draws none. `stored` are
 the `Records` that have the same descriptions in every epoch and step, if there are any.
 
-A generated source is a module with `prepare(data_dir) -> marker`, `training(data_dir, config) -> sequence of records` and
-`retrieval(data_dir, split) -> Retrieval`. Modules are imported when they are asked for.
+A generated source is a module with `prepare(data_dir) -> marker`, `training(data, seed) -> sequence of records`, with `config.data`
+of a run, and `retrieval(data_dir, split) -> Retrieval`. Modules are imported when they are asked for.
 """
 
 import importlib
@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ml_collections import ConfigDict
-
+from metaembed_jax.config import DataConfig
 from metaembed_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def summary(name: str, data_dir: str | Path) -> str:
     return described.summary(records.open_splits(Path(data_dir) / name, version))
 
 
-def training_records(config: ConfigDict) -> list[Sequence]:
+def training_records(data: DataConfig, seed: int) -> list[Sequence]:
     """The training split of each entry of `config.data.sources`, for `pipeline.training_batches`; generates what is missing.
 
     Raises:
@@ -86,18 +85,18 @@ def training_records(config: ConfigDict) -> list[Sequence]:
     """
     from metaembed_jax.data.sources import records, writing
 
-    names = [name for name, *_ in config.data.sources]
-    markers = [prepare(name, config.data.dir) for name in names]
-    if config.data.negatives and not any(marker.get("negatives") for marker in markers):
+    names = [name for name, *_ in data.sources]
+    markers = [prepare(name, data.dir) for name in names]
+    if data.negatives and not any(marker.get("negatives") for marker in markers):
         raise UserError(
-            f"config.data.negatives={config.data.negatives}, and no pair of {', '.join(names)} has any: "
+            f"config.data.negatives={data.negatives}, and no pair of {', '.join(names)} has any: "
             "set it to 0, or each step encodes as many candidates in vain"
         )
 
     def of(name: str) -> Sequence:
         if name in GENERATED:
-            return importlib.import_module(GENERATED[name]).training(config.data.dir, config)
-        return records.open_split(Path(config.data.dir) / name, writing.VERSION, "train").with_descriptions()
+            return importlib.import_module(GENERATED[name]).training(data, seed)
+        return records.open_split(Path(data.dir) / name, writing.VERSION, "train").with_descriptions()
 
     return [of(name) for name in names]
 

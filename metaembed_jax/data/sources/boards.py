@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
+from metaembed_jax.config import DataConfig
 from metaembed_jax.data.sources import icons, records
 from metaembed_jax.errors import UserError
 
@@ -251,9 +251,9 @@ def prepare(data_dir: str | Path) -> dict:
     return marker
 
 
-def training(data_dir: str | Path, config: ConfigDict) -> Pages:
+def training(data: DataConfig, seed: int) -> Pages:
     """Training pages, by `config.data.curriculum` and `config.data.page_side`."""
-    return Pages(Drawings(data_dir, "train"), config.seed, config.data.curriculum, config.data.page_side)
+    return Pages(Drawings(data.dir, "train"), seed, data.curriculum, data.page_side)
 
 
 def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:

@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from metaembed_jax.backbones.family import family
-from metaembed_jax.config import default_config
+from metaembed_jax.config import DataConfig, ModelSettings
 from metaembed_jax.data import tokenizer
 from metaembed_jax.data.sources import records
 from metaembed_jax.errors import UserError
@@ -185,7 +184,7 @@ def prepare(data_dir: str | Path) -> dict:
     records.write(Icons(icons=icons, data_dir=str(data_dir), file_format="array_record"))
     train_names = sorted({icon.name for icon in icons if split_of(icon.name) == "train"})
     # Models that are trained from scratch are of the default family; others start with a vocabulary of their own.
-    tokenizer.train(train_names, directory / "tokenizer.json", family(default_config().backbone))
+    tokenizer.train(train_names, directory / "tokenizer.json", family(ModelSettings().backbone))
     in_split = {split: [icon for icon in icons if split_of(icon.name) == split] for split in records.SPLITS}
     marker = {
         "version": VERSION,
@@ -213,10 +212,10 @@ def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:
     return records.Retrieval(queries, candidates, [holders[name] for name in names])
 
 
-def training(data_dir: str | Path, config: ConfigDict) -> Sequence:
+def training(data: DataConfig, seed: int) -> Sequence:
     """The training split, with `config.data.augment` each drawing in another size and place in every epoch after the first two."""
-    found = records.open_split(Path(data_dir) / NAME, VERSION, "train").with_descriptions()
-    return Varied(found, config.seed) if config.data.augment else found
+    found = records.open_split(Path(data.dir) / NAME, VERSION, "train").with_descriptions()
+    return Varied(found, seed) if data.augment else found
 
 
 class Varied(Sequence):

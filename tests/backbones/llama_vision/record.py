@@ -47,5 +47,5 @@ RECORD = Record(
     patches=3 * 16,
     pixels=(1, 1),  # which say nothing here
     vectors=stock_vectors,
-    lora=load_config("configs/llama_vision_11b.py", {}).trained,
+    lora=load_config("configs/llama_vision_11b.py").model.trained,
 )

@@ -142,13 +142,13 @@ def test_truncation_cuts_only_the_end_of_the_users_text(tokenizer, processor, si
 
 
 def test_a_row_without_room_for_an_image_is_refused(tokenizer):
-    with pytest.raises(UserError, match="^query: config.row leaves .* and 35 patches for an image: .* 0 and 36"):
+    with pytest.raises(UserError, match="^query: config.rows.size leaves .* and 35 patches for an image: .* 0 and 36"):
         within(tokenizer, 100, "query", patches=PATCHES - 1)
-    with pytest.raises(UserError, match="^query: its prompt alone takes .* tokens, and config.row leaves 20"):
+    with pytest.raises(UserError, match="^query: its prompt alone takes .* tokens, and config.rows.size leaves 20"):
         within(tokenizer, 20, "query")
     texts = within(tokenizer, 100, "candidate", patches=0)
     assert len(texts.candidate({"text": "a red car"}).tokens) > 3
-    with pytest.raises(UserError, match="^row 3: config.row leaves .* and 0 patches for an image"):
+    with pytest.raises(UserError, match="^row 3: config.rows.size leaves .* and 0 patches for an image"):
         texts.candidate({"image": TALL}, name="row 3")
 
 

@@ -37,5 +37,5 @@ RECORD = Record(
     patches=25,
     pixels=(1, 1),  # in which this family has no say
     vectors=stock_vectors,
-    lora=load_config("configs/paligemma_3b.py", {}).trained,
+    lora=load_config("configs/paligemma_3b.py").model.trained,
 )

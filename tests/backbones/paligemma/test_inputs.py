@@ -69,11 +69,13 @@ def test_cuts_take_the_end_of_the_text_only(tokenizer):
 def test_rows_hold_an_image_or_none(tokenizer):
     """An image has one size. Rows without patches are for texts."""
     for limits in (Limits(100, 8, 9, 0, 0), Limits(40, 9, 9, 0, 30)):
-        with pytest.raises(UserError, match="config.row leaves .* tokens and [89] patches for an image: expected at least 9 and 9"):
+        with pytest.raises(
+            UserError, match="config.rows.size leaves .* tokens and [89] patches for an image: expected at least 9 and 9"
+        ):
             Processor(tokenizer, IMAGES, limits)
     texts = Processor(tokenizer, IMAGES, Limits(40, 0, 9, 0, 0))
     assert texts.query({"text": "where"}).tokens.tolist() == Processor(tokenizer, IMAGES).query({"text": "where"}).tokens.tolist()
-    with pytest.raises(UserError, match="^thing: config.row leaves .* tokens and 0 patches for an image"):
+    with pytest.raises(UserError, match="^thing: config.rows.size leaves .* tokens and 0 patches for an image"):
         texts.size({"image": (4, 5)}, "query", name="thing")
 
 

@@ -38,5 +38,5 @@ RECORD = Record(
     patches=256,
     pixels=(4 * 784, 64 * 784),
     vectors=stock_vectors,
-    lora=load_config("configs/7b.py", {}).trained,
+    lora=load_config("configs/7b.py").model.trained,
 )

@@ -209,11 +209,13 @@ def test_truncation_keeps_the_most_that_fits():
 
 
 def test_no_room_for_a_prompt_is_an_error():
-    with pytest.raises(UserError, match="its prompt alone takes .* tokens, and config.row leaves 8 for one; raise config.row"):
+    with pytest.raises(
+        UserError, match="its prompt alone takes .* tokens, and config.rows.size leaves 8 for one; raise config.rows.size"
+    ):
         within(8, "query")
-    with pytest.raises(UserError, match="^query: config.row leaves .* tokens and 63 patches for an image: .* 1 and 64"):
+    with pytest.raises(UserError, match="^query: config.rows.size leaves .* tokens and 63 patches for an image: .* 1 and 64"):
         Processor(TOKENIZER, CONFIG, Limits(100, 63, 9, 0, 0))
-    with pytest.raises(UserError, match="^row 3: config.row leaves .* tokens and 0 patches for an image"):
+    with pytest.raises(UserError, match="^row 3: config.rows.size leaves .* tokens and 0 patches for an image"):
         Processor(TOKENIZER, CONFIG, Limits(100, 0, 9, 0, 0)).candidate({"image": noise(56, 56)}, name="row 3")
 
 

@@ -14,5 +14,5 @@ RECORD = Record(
     patches=256,
     pixels=(4 * 1024, 64 * 1024),
     vectors=stock_vectors,
-    lora=load_config("configs/qwen3_vl_8b.py", {}).trained,
+    lora=load_config("configs/qwen3_vl_8b.py").model.trained,
 )

@@ -26,5 +26,5 @@ RECORD = Record(
     patches=5 * 36,
     pixels=(1, 48 * 48),
     vectors=stock_vectors,
-    lora=load_config("configs/smolvlm_256m.py", {}).trained,
+    lora=load_config("configs/smolvlm_256m.py").model.trained,
 )

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from metaembed_jax.backbones.smolvlm.config import Config
-from metaembed_jax.config import load_config, model_config
+from metaembed_jax.config import load_config
 from metaembed_jax.errors import UserError
+from metaembed_jax.network_config import model_config
 from tests.backbones.smolvlm.reference import CONFIGURATIONS, NEEDED
 
 IDS = {token: number for number, token in enumerate(NEEDED)}
@@ -27,7 +28,7 @@ def test_the_released_config_is_that_of_the_run():
     config = Config.from_huggingface(SMOLVLM_256M)
     assert (config.width, config.vocabulary, config.layout.multiple, config.vision_config.tile_units) == (576, 49280, 1024, 64)
     assert config.default_row(None) == (1920, 21 * 1024)
-    assert config == model_config(load_config("configs/smolvlm_256m.py", {})).architecture
+    assert config == model_config(load_config("configs/smolvlm_256m.py")).architecture
 
 
 def test_pixels_that_fill_no_patch_and_as_many_key_heads_as_heads():

@@ -164,10 +164,10 @@ def test_a_row_holds_a_tile_or_no_image(case):
     size = one_tile.size({"image": (300, 7)}, "query")
     assert size.tokens <= least and size.patches == tile and size.shrunk
     for limits in (Limits(least, tile - 1, 9, 0, 0), Limits(least - 1, tile, 9, 0, 0)):
-        with pytest.raises(UserError, match="^query: config.row leaves .* patches for an image: expected at least"):
+        with pytest.raises(UserError, match="^query: config.rows.size leaves .* patches for an image: expected at least"):
             Processor(case.tokenizer, case.ours.images, limits)
     texts = Processor(case.tokenizer, case.ours.images, Limits(least, 0, 9, 0, 0))
-    with pytest.raises(UserError, match="^thing: config.row leaves .* tokens and 0 patches for an image"):
+    with pytest.raises(UserError, match="^thing: config.rows.size leaves .* tokens and 0 patches for an image"):
         texts.candidate({"image": TALL}, name="thing")
 
 

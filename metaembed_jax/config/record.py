@@ -1,0 +1,84 @@
+"""The JSON of a config, as a run's folder keeps it, and the keys that may change between two starts of the run."""
+
+import dataclasses
+import json
+from typing import TypeVar
+
+from metaembed_jax.config.run import RunConfig
+from metaembed_jax.config.section import Section, annotations, section_of
+from metaembed_jax.errors import UserError
+
+# Keys, or groups of keys, that change only speed, memory, files and reports, up to the rounding of float sums: each start may
+# change them. `validate_every` also determines which steps can be the best. A run keeps all others: they determine its numbers.
+FREE_KEYS = (
+    "name",
+    "rows.microbatch_rows",
+    "rows.recompute",
+    "rows.unroll_layers",
+    "data.dir",
+    "data.workers",
+    "mesh",
+    "schedule.log_every",
+    "schedule.save_every",
+    "schedule.save_minutes",
+    "schedule.keep_checkpoints",
+    "schedule.trace_steps",
+    "schedule.exports",
+    "evaluation.validate_every",
+)
+# Keys that a start may change while the steps already taken fit them; the rest of the run is planned again.
+REPLANNED_KEYS = ("schedule.steps",)
+
+S = TypeVar("S", bound=Section)
+
+
+def to_record(config: RunConfig) -> dict:
+    """Return a config as what JSON can hold: tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_record(record: object) -> RunConfig:
+    """Return the config of a record; inverse of `to_record`.
+
+    Raises:
+      UserError: a key is unknown or missing, or a value is one that it cannot have.
+    """
+    return _read(RunConfig, record, "config")
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Return the values of nested dicts by dotted keys."""
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+def fixed(config: RunConfig) -> dict:
+    """Return what a started run keeps: the values of all keys that no start may change, by dotted keys."""
+    return {key: value for key, value in flat(to_record(config)).items() if not is_in(key, FREE_KEYS + REPLANNED_KEYS)}
+
+
+def is_in(key: str, keys: tuple[str, ...]) -> bool:
+    """Return whether a key is among `keys`, or in a group among them."""
+    return any(key == entry or key.startswith(f"{entry}.") for entry in keys)
+
+
+def _read(kind: type[S], record: object, key: str) -> S:
+    if not isinstance(record, dict):
+        raise UserError(f"{key}={record!r}: expected keys with values")
+    known = annotations(kind)
+    for name in (*known, *record):
+        if (name in known) != (name in record):
+            raise UserError(f"{key}.{name} is {'missing' if name in known else 'not a key'}")
+    values = {}
+    for name, annotation in known.items():
+        inner, value = section_of(annotation), record[name]
+        values[name] = _read(inner, value, f"{key}.{name}") if inner and isinstance(value, dict) else _tuples(value)
+    return kind(**values)
+
+
+def _tuples(value):
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

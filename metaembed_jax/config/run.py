@@ -1,0 +1,228 @@
+"""The keys of a run's configuration, with their defaults.
+
+`configs/*.py` give a `RunConfig`. Its values are those of the published recipe; what has no sensible default is empty.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal, get_args
+
+from metaembed_jax.config.section import (
+    NonNegative,
+    NonNegativeNumber,
+    Positive,
+    PositiveNumber,
+    Section,
+    Share,
+)
+from metaembed_jax.errors import UserError
+from metaembed_jax.files import check_scheme, local_path
+from metaembed_jax.late_interaction.groups import GROUPS, Budget, validate_groups
+
+Recompute = Literal["everything", "microbatches", "layers", "nothing"]  # see metaembed_jax.training.microbatches
+Export = Literal["transformers", "sentence-transformers", "peft"]  # what metaembed_jax.checkpoints.export writes
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
+EXPORTS: tuple[Export, ...] = get_args(Export)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraSettings(Section):
+    """Adapters of the kernels that `trained` has as lora."""
+
+    KEY: ClassVar[str] = "config.model.lora"
+
+    rank: Positive = 32
+    alpha: PositiveNumber = 32.0
+    dropout: Share = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings(Section):
+    """The network, and what of it trains; `network.ModelConfig` is made of it."""
+
+    KEY: ClassVar[str] = "config.model"
+
+    backbone: str = "qwen2_5_vl"
+    architecture: dict = dataclasses.field(default_factory=dict)  # the keys of Hugging Face's config.json; empty: of init_from
+    query_tokens: Positive = 16
+    document_tokens: Positive = 64
+    meta_token_scale: NonNegativeNumber = 0.02  # standard deviation of fresh Meta Tokens
+    embedding_dim: NonNegative = 0  # width of the head; 0: none
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations and matmuls; float32 for parity
+    # (pattern of parameters, how); all others are frozen: metaembed_jax.trainable
+    trained: tuple[tuple[str, Literal["full", "lora"]], ...] = (("*", "full"),)
+    frozen_dtype: Literal["", "bfloat16", "float32", "int8"] = ""  # of frozen kernels; empty: as dtype
+    lora: LoraSettings = LoraSettings()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.trained:
+            raise UserError("config.model.trained=(): expected at least one (pattern, 'full' or 'lora'), such as ('*', 'full')")
+
+    @property
+    def lora_patterns(self) -> tuple[str, ...]:
+        """The patterns of the kernels that carry an adapter."""
+        return tuple(pattern for pattern, how in self.trained if how == "lora")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowsConfig(Section):
+    """The rows of a step, and how they are computed."""
+
+    KEY: ClassVar[str] = "config.rows"
+
+    size: tuple[()] | tuple[Positive, NonNegative] = ()  # (tokens, patches), which several items share; empty: the family's default
+    batch_size: Positive = 32  # pairs a step, over all devices
+    microbatch_rows: NonNegative = 0  # most rows encoded at once, over all devices; 0: all rows of a step
+    recompute: Recompute = "layers"  # by the backward pass: everything (least memory) to nothing
+    unroll_layers: Positive = 1  # layers to a turn of the loop over a stack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """The pairs to train on, and how they are read."""
+
+    KEY: ClassVar[str] = "config.data"
+
+    dir: str = "data"  # prepared sources; what is missing is prepared
+    # (name in metaembed_jax.data.sources, weight, at most so many pairs; 0: all)
+    sources: tuple[tuple[str, PositiveNumber, NonNegative], ...] = (("icons", 1.0, 0),)
+    sub_batch: NonNegative = 0  # consecutive pairs of one source; 0: rows.batch_size
+    negatives: NonNegative = 0  # hard negatives a pair, at most
+    within_source: bool = False  # a query's candidates are the positives of its own source only, not of the whole batch
+    min_pixels: Positive = 28 * 28
+    max_pixels: Positive = 1024 * 28 * 28
+    max_text_tokens: Positive = 512  # of the text of an item; what is longer is cut
+    workers: NonNegative = 0  # processes of a host that make batches; 0: a thread
+    augment: bool = False  # icons: random size and place of drawings after the first epochs
+    page_side: Positive = 224  # boards: pixels of a training page
+    # boards: ((until step, fewest icons, most icons), ...)
+    curriculum: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        local_path(self.dir)
+        if not self.sources:
+            raise UserError("config.data.sources=(): expected at least one (name, weight, most pairs), such as ('icons', 1.0, 0)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatryoshkaConfig(Section):
+    """The Matryoshka loss: budgets trained together, each a prefix of the next."""
+
+    KEY: ClassVar[str] = "config.objectives.matryoshka"
+
+    groups: tuple[tuple[Positive, Positive], ...] = GROUPS  # budgets, nested
+    temperature: PositiveNumber = 0.03
+    normalization: Literal["code", "paper"] = "code"  # code: mean over groups; paper: sum
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectivesConfig(Section):
+    """The losses whose sum is trained, by name; None: not used."""
+
+    KEY: ClassVar[str] = "config.objectives"
+
+    matryoshka: MatryoshkaConfig | None = MatryoshkaConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.matryoshka is None:
+            raise UserError("config.objectives: all are None; expected at least one, such as matryoshka=MatryoshkaConfig()")
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budgets that are trained, smallest first."""
+        return self.matryoshka.groups if self.matryoshka else ()
+
+    @property
+    def largest_budget(self) -> Budget:
+        """Vectors of a query and of a document that the losses read."""
+        return max(r_q for r_q, _ in self.budgets), max(r_d for _, r_d in self.budgets)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
+    """AdamW or Muon, its learning rate over the steps, and clipping."""
+
+    KEY: ClassVar[str] = "config.optimizer"
+
+    algorithm: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-4
+    warmup_steps: NonNegative = 500
+    decay: Literal["linear", "cosine"] = "linear"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig(Section):
+    """Sizes of the mesh's axes; -1: all devices that the others leave."""
+
+    KEY: ClassVar[str] = "config.mesh"
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    slices: NonNegative = 0  # how many `data` goes over; 0: as the devices report; 1: any axis may cross
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(Section):
+    """The steps of a run, and what is done at which of them."""
+
+    KEY: ClassVar[str] = "config.schedule"
+
+    steps: Positive = 1000
+    log_every: Positive = 10  # steps
+    save_every: Positive = 250
+    save_minutes: NonNegativeNumber = 15.0  # since the last save, by the first host's clock; 0: by steps only
+    keep_checkpoints: Positive = 2  # besides the best
+    trace_steps: tuple[()] | tuple[Positive, Positive] = ()  # (first, last) to trace for the profiler, into <workdir>/trace
+    exports: tuple[Export, ...] = ()  # formats that the best checkpoint is written in at the end, to <workdir>/export
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.trace_steps and self.trace_steps[0] > self.trace_steps[1]:
+            raise UserError(f"config.schedule.trace_steps={self.trace_steps}: expected (first, last) with first <= last, or ()")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Section):
+    """Validation during training."""
+
+    KEY: ClassVar[str] = "config.evaluation"
+
+    validate_every: Positive = 250  # steps
+    select: str = "R@10"  # the metric of text→image, at the largest budget, that the best checkpoint is best at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """Every key there is."""
+
+    name: str = ""  # names the folder runs/<name>
+    seed: NonNegative = 0
+    # What the weights start from: a run, a Hugging Face directory or hub id, or a config FILE[:ARG], whose run is trained first.
+    init_from: str = ""
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    rows: RowsConfig = RowsConfig()
+    data: DataConfig = DataConfig()
+    objectives: ObjectivesConfig = ObjectivesConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_scheme(self.init_from)
+        validate_groups(self.objectives.budgets, self.model.query_tokens, self.model.document_tokens)
+        if (warmup := self.optimizer.warmup_steps) >= (steps := self.schedule.steps):
+            raise UserError(f"config.optimizer.warmup_steps={warmup}: expected fewer than config.schedule.steps={steps}")
+        if "peft" in self.schedule.exports and not self.model.lora_patterns:
+            raise UserError(
+                "config.schedule.exports: peft is for adapters, and config.model.trained has nothing as lora; use transformers"
+            )

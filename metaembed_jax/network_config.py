@@ -1,0 +1,47 @@
+"""The network that a config describes, and the largest item of its rows."""
+
+from metaembed_jax.backbones.family import family
+from metaembed_jax.backbones.lora import LoraConfig
+from metaembed_jax.batch.items import Limits
+from metaembed_jax.config import RunConfig
+from metaembed_jax.errors import UserError
+from metaembed_jax.network import ModelConfig
+
+
+def model_config(config: RunConfig, training: bool = False) -> ModelConfig:
+    """Return the network that a run's configuration describes; with dropout in training only."""
+    model, rows = config.model, config.rows
+    dropout = model.lora.dropout if training else 0.0
+    return ModelConfig(
+        backbone=model.backbone,
+        architecture=family(model.backbone).Config.from_huggingface(model.architecture),
+        query_tokens=model.query_tokens,
+        document_tokens=model.document_tokens,
+        meta_token_scale=model.meta_token_scale,
+        embedding_dim=model.embedding_dim,
+        dtype=model.dtype,
+        checkpoint=rows.recompute in ("everything", "layers"),
+        unroll=rows.unroll_layers,
+        lora=LoraConfig(model.lora_patterns, model.lora.rank, model.lora.alpha, dropout),
+        int8=model.frozen_dtype == "int8",
+    )
+
+
+def row_limits(config: RunConfig) -> Limits:
+    """Return the largest item of a run: one that fills a row, with the Meta Tokens of the largest budgets behind it.
+
+    Raises:
+      UserError: the row has no room for Meta Tokens, or its patches are not whole images of the family.
+    """
+    network, (query_vectors, document_vectors) = model_config(config), config.objectives.largest_budget
+    architecture = network.architecture
+    images = family(config.model.backbone).Images.from_run(config.data, architecture, None)
+    tokens, patches = config.rows.size or architecture.default_row(images)
+    meta = [network.meta_tokens("query", query_vectors), network.meta_tokens("candidate", document_vectors)]
+    if tokens <= max(meta):
+        raise UserError(f"config.rows.size={(tokens, patches)}: {max(meta)} of its tokens are Meta Tokens; expected more tokens")
+    if patches % (multiple := architecture.layout.multiple):
+        raise UserError(
+            f"config.rows.size={(tokens, patches)}: expected a multiple of {multiple} patches, as images of this model have"
+        )
+    return Limits(tokens, patches, config.data.max_text_tokens, *meta)
