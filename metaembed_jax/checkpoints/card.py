@@ -64,7 +64,7 @@ def model_card(kind: str, config: ModelConfig, about: dict, results: Results | N
     ]
     lines += [f"- base: {about.get('base') or about.get('start') or 'none, trained from scratch'}"]
     if "groups" in about:
-        lines += [f"- budgets (query vectors, candidate vectors): {', '.join(f'({q}, {c})' for q, c in about['groups'])}"]
+        lines += [f"- budgets (query vectors : document vectors): {', '.join(f'{q}:{c}' for q, c in about['groups'])}"]
         sources = ", ".join(str(source[0]) for source in about["sources"])
         lines += [f"- trained for {about['steps']:,} steps at temperature {about['temperature']} on: {sources}"]
     return "\n".join([*lines, "", "## Load", "", load, "", *_results(results)])

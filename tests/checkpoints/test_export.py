@@ -150,7 +150,7 @@ def test_a_run_starts_from_the_transformers_export_with_its_meta_tokens_and_head
     np.testing.assert_array_equal(found["head"]["kernel"], expected["head"]["kernel"])
     config = with_keys(config, {"model.embedding_dim": 8})
     assert started(config, tmp_path / "b")["head"]["kernel"].shape == (32, 8)
-    config = with_keys(config, {"model.query_tokens": 40, "model.document_tokens": 40})
+    config = with_keys(config, {"model.query_tokens": 40, "model.document_tokens": 80})
     with pytest.raises(UserError, match="has query_tokens=16, and config.model has 40"):
         started(config, tmp_path / "c")
 
@@ -201,7 +201,7 @@ def test_every_export_has_a_card(run, tmp_path):
     for kind in ("transformers", "sentence-transformers", "peft"):
         export(run["head"], tmp_path / kind, kind)
         card = (tmp_path / kind / "README.md").read_text()
-        assert "(1, 1), (2, 4), (4, 8), (8, 16), (16, 64)" in card and "## Load" in card and "| (16, 64) |" in card
+        assert "1:1, 2:4, 4:8, 8:16, 16:64" in card and "## Load" in card and "| 16:64 |" in card
     assert 'states @ beside["head"].T' in card  # of the last one, peft
     assert not list(tmp_path.glob("*.part"))
 
