@@ -1,4 +1,4 @@
-"""Compiled programs, kept on disk between processes: JAX's own cache, in the user's cache folder, of bounded size."""
+"""The cache of compiled programs on disk: JAX's own, in the user's cache folder, of bounded size."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ CACHE_WARNINGS = ("Error writing persistent compilation cache", "Error reading p
 def keep_programs(environment: Mapping[str, str] = os.environ) -> Path | None:
     """Keep compiled programs in the user's cache folder from now on; return the folder, None if nothing is kept there.
 
-    With JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE=false, JAX's own settings stand. A folder that is not writable is
+    JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE=false take precedence. A folder that is not writable is
     reported on stderr, and the run goes on.
     """
     if environment.get("JAX_COMPILATION_CACHE_DIR") or not jax.config.jax_enable_compilation_cache:
@@ -52,7 +52,7 @@ def keep_no_programs() -> None:
 def announced(program: str) -> Iterator[None]:
     """Print a line on stderr if the block, which compiles a program, takes longer than `ANNOUNCE_SECONDS`."""
     folder = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
-    outlook = f"the next run finds it in {folder}" if folder else "the next run compiles it again"
+    outlook = f"the next run reads it from {folder}" if folder else "the next run compiles it again"
     line = f"compiling {program}: seconds for a small model, minutes for a large one; {outlook}"
     timer = threading.Timer(ANNOUNCE_SECONDS, lambda: tqdm.write(line, file=sys.stderr))
     timer.daemon = True
@@ -64,7 +64,7 @@ def announced(program: str) -> Iterator[None]:
 
 
 def _prune(folder: Path) -> None:
-    """Remove the least recently used programs beyond `MAX_PROGRAMS`, and those that a killed process left incomplete.
+    """Remove the least recently used programs beyond `MAX_PROGRAMS`, and those that a killed process did not complete.
 
     JAX writes <key>-cache and then <key>-atime, both under the lock. Where the second is missing, every later write of JAX fails.
     """
@@ -84,7 +84,7 @@ def _report_failure(reason: str) -> None:
 
 
 def _shorten_cache_warnings() -> None:
-    """Replace JAX's warnings about its cache, two lines for each program (on a full disk, say), by one line in all."""
+    """Replace JAX's warnings about its cache, two lines for each program (on a full disk, for example), by a single line."""
     show = warnings.showwarning
 
     def show_once(message, category, filename, lineno, file=None, line=None):

@@ -35,7 +35,7 @@ def _is_tpu(folder: Path) -> bool:
 
 
 def use_cpu() -> None:
-    """Run this process on the CPU, whatever chips there are. Must be called before JAX asks for devices."""
+    """Run this process on the CPU, whatever chips it has. Must be called before JAX asks for devices."""
     jax.config.update("jax_platforms", "cpu")
 
 

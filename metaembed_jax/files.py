@@ -23,16 +23,16 @@ from metaembed_jax.errors import UserError
 
 BUCKET, PART = "gs://", ".part"
 LAST = ("README.md", "config.json", "adapter_config.json")  # files that make a folder a model: uploaded after all others
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system that has none, such as a mounted bucket
-SPECIAL = "?#%|[]*"  # what URLs and patterns mean by them: gcsfs, Orbax and TensorStore then read and write at different places
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system without locks, such as a mounted bucket
+SPECIAL = "?#%|[]*"  # special in URLs and patterns: gcsfs, Orbax and TensorStore would then read and write at different paths
 REMOTE = {"gcsfs", "google", "aiohttp", "requests", "fsspec"}  # packages whose errors speak of a bucket
 
 
 def any_path(path: str | os.PathLike) -> Path:
-    """A path on a disk or in a bucket.
+    """Return a path on a disk or in a bucket.
 
     Raises:
-      UserError: it has another scheme than gs://, or what reads buckets is not installed.
+      UserError: it has another scheme than gs://, or gcsfs is not installed.
     """
     text = check_scheme(os.fspath(path))
     if not is_bucket(text):
@@ -43,7 +43,7 @@ def any_path(path: str | os.PathLike) -> Path:
 
 
 def local_path(path: str | os.PathLike) -> Path:
-    """A path on a disk, for what is read in place or written by libraries that know no buckets: data and indexes.
+    """Return a path on a disk, for data and indexes: they are memory-mapped, or written by libraries that know no buckets.
 
     Raises:
       UserError: it is in a bucket; gives the commands that mount or copy it.
@@ -59,11 +59,11 @@ def local_path(path: str | os.PathLike) -> Path:
 
 
 def check_scheme(text: str) -> str:
-    """Returns a path, or the id of a model, as it is written.
+    """Return a path, or the id of a model, unchanged.
 
     Raises:
-      UserError: it has another scheme than gs://, or is what `pathlib.Path` makes of gs://; or it is a whole bucket, or has a name
-        in it that is not the same for all libraries.
+      UserError: another scheme than gs://, gs:/ (which `pathlib.Path` makes of gs://), a whole bucket, or a name in it that
+        libraries read differently.
     """
     if re.match("gs:/(?!/)", text):
         raise UserError(f"{text}: expected gs://BUCKET/PATH; pathlib.Path drops a slash, so give a str")
@@ -71,7 +71,7 @@ def check_scheme(text: str) -> str:
     if "://" in (text if bucket is None else bucket):
         raise UserError(f"{text}: expected a folder or gs://BUCKET/PATH; no other scheme is read or written")
     if bucket is not None and not bucket.partition("/")[0]:
-        raise UserError(f"{text}: names no bucket; expected gs://BUCKET/PATH")
+        raise UserError(f"{text}: has no name of a bucket; expected gs://BUCKET/PATH")
     if bucket is not None:
         _check_names(text, bucket.partition("/")[2].rstrip("/").split("/"))
     return text
@@ -91,7 +91,7 @@ def is_bucket(path: str | os.PathLike) -> bool:
 
 
 def absolute(path: Path) -> Path:
-    """The absolute path; one in a bucket is absolute, which its own `absolute` does not know."""
+    """Return the absolute path; one in a bucket is absolute, but its own `absolute` fails."""
     return path if is_bucket(path) else path.absolute()
 
 
@@ -107,24 +107,24 @@ def _bucket_path(text: str) -> Path:
     return epath.Path(text)
 
 
-def file_system(path: Path):
-    """The `GCSFileSystem` of a path in a bucket."""
+def bucket_file_system():
+    """Return the `GCSFileSystem` that reads and writes buckets."""
     import fsspec
 
-    return fsspec.filesystem("gcs", finalize_on_close=True)  # the very one that epath uses
+    return fsspec.filesystem("gcs", finalize_on_close=True)  # the instance that epath uses
 
 
 def check_bucket(path: Path) -> None:
-    """Checks that the bucket of a path exists and lists its objects; does nothing for a path on a disk.
+    """Check that the bucket of a path exists and lists its objects; do nothing for a path on a disk.
 
     Raises:
-      UserError: it does not exist, cannot be reached, or the credentials do not fit.
+      UserError: it does not exist or does not answer, or access is denied.
     """
     if not is_bucket(path):
         return
     bucket = os.fspath(path).removeprefix(BUCKET).partition("/")[0]
     try:
-        file_system(path).call("GET", "b/{}/o", bucket, maxResults=1)
+        bucket_file_system().call("GET", "b/{}/o", bucket, maxResults=1)
     except Exception as error:
         if (reason := bucket_reason(error)) is None:
             raise
@@ -132,10 +132,10 @@ def check_bucket(path: Path) -> None:
 
 
 def bucket_reason(error: BaseException) -> str | None:
-    """One line that says why a request to a bucket failed; None for an error of something else."""
+    """Return one line that says why a request to a bucket failed; None for any other error."""
     text = " ".join(str(error).split())[:200] or type(error).__name__
-    of_request = isinstance(error, OSError) and error.errno is None  # as gcsfs raises them; the system's have a number
-    if type(error).__module__.partition(".")[0] not in REMOTE and not of_request:
+    is_request = isinstance(error, OSError) and error.errno is None  # gcsfs sets no errno, the system does
+    if type(error).__module__.partition(".")[0] not in REMOTE and not is_request:
         return None
     code = getattr(error, "code", None)
     if (isinstance(error, OSError) and text.startswith("Forbidden")) or code in (401, 403) or "auth" in type(error).__module__:
@@ -150,13 +150,13 @@ def bucket_reason(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turns an error of a disk or a bucket into a `UserError` that names the file."""
+    """Turn an error of a disk or a bucket into a `UserError` that names the file."""
     try:
         yield
     except Exception as error:
         reason = bucket_reason(error) if is_bucket(path) else None
         if reason is None and isinstance(error, OSError):
-            reason = f"{error.strerror or error}; free space or choose another place"
+            reason = f"{error.strerror or error}; free space or choose another path"
         if reason is None:
             raise
         raise UserError(f"cannot write {path}: {reason}") from error
@@ -164,7 +164,7 @@ def write_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends: a reader or a crash never meets half of it.
+    """Open a file that replaces `path` when the block ends: readers never see half of it, even after a crash.
 
     Raises:
       UserError: it cannot be written.
@@ -177,48 +177,48 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             if is_bucket(path):
-                file_system(path).put_file(str(part), os.fspath(path))
+                bucket_file_system().put_file(str(part), os.fspath(path))
             else:
                 part.replace(path)
                 sync_folder(path.parent)
         finally:
-            with contextlib.suppress(OSError):  # the write's own error is the one to tell
+            with contextlib.suppress(OSError):  # the error of the write matters more
                 part.unlink(missing_ok=True)
 
 
 def is_part(path: Path) -> bool:
-    """Return whether a file is a part that a killed writer left in a folder."""
+    """Return whether a file is the unfinished one of a killed writer."""
     return path.name.startswith(".") and path.name.endswith(PART)
 
 
 def _new_part(path: Path) -> Path:
-    """Makes the path where a file is written before it replaces `path`."""
+    """Return the path where a file is written before it replaces `path`; make its folder."""
     if is_bucket(path):
         descriptor, name = tempfile.mkstemp()
         os.close(descriptor)
         return Path(name)
-    if not path.name or (path.exists() and not path.is_file()):  # a device would be gone
-        raise UserError(f"cannot write {path}: it is a folder or a device; expected a file, or a place for one")
+    if not path.name or (path.exists() and not path.is_file()):  # a device would be deleted
+        raise UserError(f"cannot write {path}: it is a folder or a device; expected a file, or an unused path")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}{PART}")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole: an older one is replaced or kept.
+    """Write a file; a failure keeps the older one.
 
     Raises:
       UserError: it cannot be written.
     """
     if is_bucket(path):
         with write_errors(path):
-            file_system(path).pipe_file(os.fspath(path), content)
+            bucket_file_system().pipe_file(os.fspath(path), content)
         return
     with replacing(path) as file:
         file.write(content)
 
 
 def write_json(path: Path, content: dict | list, sort_keys: bool = False) -> None:
-    """Writes JSON, as `write_bytes` does.
+    """Write a JSON file, as `write_bytes` does.
 
     Raises:
       UserError: it cannot be written.
@@ -228,20 +228,20 @@ def write_json(path: Path, content: dict | list, sort_keys: bool = False) -> Non
 
 
 def to_json(content: dict | list, sort_keys: bool = False) -> bytes:
-    """JSON as it is stored: indented, with a line feed at its end.
+    """Return JSON as it is stored: indented, with a line feed at its end.
 
     Raises:
       ValueError: a number is NaN or infinite.
     """
     text = json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)
-    return f"{text}\n".encode(errors="backslashreplace")  # half of a surrogate pair, as in a file's name, becomes JSON's \udc80
+    return f"{text}\n".encode(errors="backslashreplace")  # a lone surrogate, as in a file's name, becomes JSON's \udc80
 
 
 def read_json(path: Path) -> dict:
-    """The content of a JSON file that holds an object.
+    """Return the content of a JSON file that holds an object.
 
     Raises:
-      UserError: names the file.
+      UserError: it is missing or unreadable, or holds something else.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -256,16 +256,18 @@ def read_json(path: Path) -> dict:
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the user's cache folder of the project."""
     folder = Path(environment.get("XDG_CACHE_HOME") or "")
-    return (folder if folder.is_absolute() else Path.home() / ".cache") / "metaembed_jax"  # gs://..., too, would be made here
+    return (
+        folder if folder.is_absolute() else Path.home() / ".cache"
+    ) / "metaembed_jax"  # not in a bucket, nor in the working directory
 
 
 def digest(content: bytes) -> str:
-    """16 hexadecimal digits of SHA-256."""
+    """Return 16 hexadecimal digits of SHA-256."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until renames and new files in a folder are on the disk, so that they survive a crash of the machine."""
+    """Wait until renames and new files in a folder are on the disk, so that they survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -274,7 +276,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder with all that it holds, if it is there."""
+    """Remove a folder and its content, if it exists."""
     if is_bucket(path):
         path.rmtree(missing_ok=True)
     else:
@@ -283,7 +285,7 @@ def remove_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder on a disk that becomes `path`, in place of an older one, when the block ends: it is moved there, or uploaded.
+    """Make a folder on a disk that replaces `path` when the block ends: it is renamed, or uploaded.
 
     Raises:
       UserError: it cannot be written.
@@ -296,7 +298,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                 upload(Path(scratch), path)
             return
         scratch = path.with_name(f".{path.name}.{os.getpid()}{PART}")
-        remove_folder(scratch)  # of a killed process with this one's id: in containers, all have the same
+        remove_folder(scratch)  # of a killed process with the same id, as all have in containers
         scratch.mkdir(parents=True)
         try:
             yield scratch
@@ -308,16 +310,16 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def upload(folder: Path, target: Path) -> None:
-    """Copies the files of a folder on a disk into a bucket; those that make it a model come last.
+    """Copy the files of a folder on a disk into a bucket; those that make it a model come last.
 
     Raises:
-      UserError: one cannot be written.
+      UserError: a file cannot be written.
     """
     paths = [path for path in folder.rglob("*") if path.is_file()]
     for path in sorted(paths, key=lambda path: (path.name in LAST, -LAST.index(path.name) if path.name in LAST else 0, path)):
-        goal = target / path.relative_to(folder).as_posix()
-        with write_errors(goal):
-            file_system(target).put_file(str(path), os.fspath(goal))
+        target_path = target / path.relative_to(folder).as_posix()
+        with write_errors(target_path):
+            bucket_file_system().put_file(str(path), os.fspath(target_path))
 
 
 class Uploads:
@@ -332,7 +334,7 @@ class Uploads:
         self.folder = Path(self._scratch.name) if self._scratch else path
 
     def send(self) -> None:
-        """Copies all files into the bucket; does nothing on a disk.
+        """Copy all files into the bucket; do nothing on a disk.
 
         Raises:
           UserError: it cannot be written.
@@ -341,7 +343,7 @@ class Uploads:
             upload(self.folder, self._path)
 
     def close(self) -> None:
-        """Sends, and removes the temporary folder."""
+        """Send the files, and remove the temporary folder."""
         if self._scratch:
             self.send()
             self._scratch.cleanup()
@@ -349,14 +351,14 @@ class Uploads:
 
 @contextlib.contextmanager
 def locked(file: Path, busy: str, wait: bool = False) -> Iterator[None]:
-    """Holds a lock on a disk, which ends with the process at the latest. The file stays.
+    """Hold a lock on a disk, which ends with the process at the latest. The file stays.
 
     Args:
-      busy: the message where another process holds it.
-      wait: print the message and wait, in place of an error.
+      busy: the message if another process holds it.
+      wait: print the message and wait, instead of raising an error.
 
     Raises:
-      UserError: another process holds it; or the file cannot be made.
+      UserError: another process holds it, or the file cannot be made.
     """
     try:
         lock = open(file, "a", opener=_open)
@@ -375,5 +377,5 @@ def locked(file: Path, busy: str, wait: bool = False) -> Iterator[None]:
 
 
 def _open(path: str, flags: int) -> int:
-    """Opens a file without following a link out of the folder, or waiting for the reader of a pipe."""
+    """Open a file without following a link out of the folder, or waiting for the reader of a pipe."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

@@ -1,7 +1,7 @@
 """The order of devices in a mesh: neighbours on an axis are neighbours on the links between chips.
 
 The chips of a TPU slice form a box, with links (ICI) between neighbours. Slices are joined by the data center's network (DCN),
-which is tens of times slower. A collective over a mesh axis goes round the ring of its devices.
+which is tens of times slower. A collective over a mesh axis goes around the ring of its devices.
 """
 
 import warnings
@@ -16,10 +16,10 @@ from metaembed_jax.errors import UserError
 
 
 class Ring(NamedTuple):
-    """The longest of the rings of a mesh axis.
+    """The longest ring of a mesh axis.
 
     Attributes:
-      hops: links that one turn goes over.
+      hops: links of one turn.
       step: the most links between two neighbours.
       crossings: steps from one slice to another, which go over no links.
     """
@@ -30,18 +30,17 @@ class Ring(NamedTuple):
 
 
 def arrange(devices: Sequence, sizes: tuple[int, int, int], slices: int = 0) -> np.ndarray:
-    """Returns devices as an array of `sizes` (data, fsdp, tensor).
+    """Return devices as an array of `sizes` (data, fsdp, tensor).
 
     The devices of a TPU slice get the order of `mesh_utils.create_device_mesh`, or keep their own where that has shorter rings (on
     v5e:2x4, JAX's order gives a (4, 2) mesh rings of 8 hops, their own 4). Several slices make JAX's hybrid mesh: `data` goes over
-    slices, and inside them too if it is larger; fsdp and tensor stay inside. Devices of other platforms keep their order, in which
-    those of a host follow each other.
+    slices, and also inside them if it is larger; fsdp and tensor stay inside. Devices of other platforms keep their order, by host.
 
     Args:
       slices: the expected number; 0: as many as the devices report; 1: fsdp and tensor may cross slices.
 
     Raises:
-      UserError: another number of slices than the devices report, or one that does not divide data.
+      UserError: the devices report another number of slices, or it does not divide data.
     """
     slices = _count_slices(devices, sizes, slices)
     if devices[0].platform != "tpu":
@@ -56,11 +55,11 @@ def arrange(devices: Sequence, sizes: tuple[int, int, int], slices: int = 0) -> 
 
 
 def rings(mesh: Mesh) -> dict[str, Ring]:
-    """Returns the rings of a TPU mesh by axis; none on other platforms, whose devices have no coordinates.
+    """Return the rings of a TPU mesh by axis; none on other platforms, whose devices have no coordinates.
 
     Each side of a slice counts as closed, with one link from its last chip to its first. Real slices have that link on sides of
-    16 chips (v5e, v6e), and on multiples of 4 in whole cubes (v4, v5p, tpu7x); elsewhere the ring returns over the links that it
-    came by, in their other direction.
+    16 chips (v5e, v6e), and on multiples of 4 in whole cubes (v4, v5p, tpu7x); elsewhere the ring returns
+    over the same links, in the other direction.
     """
     if not hasattr(mesh.devices.flat[0], "coords"):
         return {}
@@ -97,7 +96,7 @@ def _count_slices(devices: Sequence, sizes: tuple[int, int, int], slices: int) -
     reported, data = len(members), sizes[0]
     if slices not in (0, 1, reported):
         raise UserError(
-            f"config.mesh.slices={slices}: the devices are of {reported}; expected that number, 0 (as many as there are), "
+            f"config.mesh.slices={slices}: the devices are of {reported}; expected that number, 0 (all), "
             "or 1 (fsdp and tensor may cross slices)"
         )
     slices = slices or reported
@@ -112,5 +111,5 @@ def _count_slices(devices: Sequence, sizes: tuple[int, int, int], slices: int) -
 
 
 def _slice_index(device) -> int:
-    """Returns the slice of a device; where JAX reports none, 0 for a TPU (compile-only devices of one slice), else the host."""
+    """Return the slice of a device; if JAX reports none, 0 for a TPU (compile-only devices of one slice), else the host."""
     return getattr(device, "slice_index", 0 if device.platform == "tpu" else device.process_index)

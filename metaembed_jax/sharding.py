@@ -1,8 +1,8 @@
-"""The mesh, and the one table that says how arrays lie on it.
+"""The mesh, and the one table of how arrays are sharded on it.
 
 Parameters, activations, optimizer state and checkpoints name their axes by meaning ("batch", "mlp", ...); `RULES`
-maps each meaning to axes of the mesh. Nothing else in the package knows a mesh axis but the loss and the search, which
-are written with `shard_map`.
+maps each meaning to axes of the mesh. Only the loss and the search, which
+are written with `shard_map`, know axes of the mesh.
 """
 
 from collections.abc import Sequence
@@ -32,10 +32,10 @@ RULES = {
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 0, devices: Sequence | None = None) -> Mesh:
-    """Makes a mesh with axes `MESH_AXES` whose neighbours are neighbours on the links between chips.
+    """Make a mesh with axes `MESH_AXES` whose neighbours are neighbours on the links between chips.
 
     Args:
-      data, fsdp, tensor: sizes of the axes; one may be -1, which takes all devices that the others leave.
+      data, fsdp, tensor: sizes of the axes; one may be -1 (all remaining devices).
       slices: as in `links.arrange`.
       devices: all by default.
 
@@ -46,74 +46,70 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 0, d
     sizes = [data, fsdp, tensor]
     named = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"config.mesh ({named}): sizes are positive, and at most one is -1 (all remaining devices)")
+        raise UserError(f"config.mesh ({named}): expected positive sizes, of which at most one is -1 (all remaining devices)")
     if -1 in sizes:
         known = -int(np.prod(sizes))
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
-        raise UserError(f"config.mesh ({named}) does not fit {len(devices)} devices: the sizes must multiply to that number")
+        raise UserError(f"config.mesh ({named}) does not fit {len(devices)} devices: expected sizes that multiply to that number")
     return Mesh(arrange(devices, tuple(sizes), slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Over how many shards the batch axis is split."""
+    """Return the number of shards of the batch axis."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
-def row_parts(mesh: Mesh, rows: int) -> tuple[list[Int[np.ndarray, " n"]], int]:
-    """How the hosts share the rows of a batch: equal parts of it, and which of them lies on this host's devices.
+def rows_here(mesh: Mesh, rows: int, host: int | None = None) -> Int[np.ndarray, " n"]:
+    """Return which of the `rows` of a batch are on a host's devices, in order.
 
-    Hosts that hold the same rows, where the tensor axis goes over several, are of one part.
+    Hosts have disjoint rows, as many each; or the same ones, if the tensor axis goes over several hosts.
+
+    Args:
+      host: its number; None: this one.
     """
-    of_host: dict[int, set[int]] = {}
-    for device, place in named_sharding(mesh, ("batch",)).devices_indices_map((rows,)).items():
-        of_host.setdefault(device.process_index, set()).update(range(rows)[place[0]])
-    parts = sorted({tuple(sorted(part)) for part in of_host.values()})
-    return [np.array(part) for part in parts], parts.index(tuple(sorted(of_host[jax.process_index()])))
-
-
-def rows_here(mesh: Mesh, rows: int) -> Int[np.ndarray, " n"]:
-    """Which rows of a batch of so many lie on this host's devices, in order."""
-    parts, here = row_parts(mesh, rows)
-    return parts[here]
+    host = jax.process_index() if host is None else host
+    indices = named_sharding(mesh, ("batch",)).devices_indices_map((rows,))
+    local = {row for device, index in indices.items() if device.process_index == host for row in range(rows)[index[0]]}
+    return np.array(sorted(local))
 
 
 def put_rows(x: np.ndarray, mesh: Mesh, axis: int = 0, memory_kind: str | None = None) -> jax.Array:
-    """This host's rows of a batch, as a part of the batch over the whole mesh.
+    """Return the batch over the whole mesh of which this host has some rows.
 
     Args:
-      x: what `rows_here` names, along `axis`.
-      memory_kind: of the devices' or their hosts' memory; None: the devices'.
+      x: the rows of `rows_here`, along `axis`.
+      memory_kind: as in `NamedSharding`; None: the devices' memory.
     """
     shards = batch_shards(mesh)
     size = x.shape[axis] * shards // len(rows_here(mesh, shards))
     here, shape = rows_here(mesh, size), (*x.shape[:axis], size, *x.shape[axis + 1 :])
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[axis].indices(size)
         first = np.searchsorted(here, start)
         return x[(*index[:axis], slice(first, first + stop - start))]
 
     axes = [None] * x.ndim
     axes[axis] = "batch"
-    return jax.make_array_from_callback(shape, named_sharding(mesh, axes).with_memory_kind(memory_kind), part)
+    return jax.make_array_from_callback(shape, named_sharding(mesh, axes).with_memory_kind(memory_kind), shard)
 
 
-def rows_of(x: jax.Array) -> np.ndarray:
-    """What of a batch lies on this host's devices: the way back from `put_rows`."""
-    pieces = {shard.index[0].indices(x.shape[0])[0]: shard.data for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+def fetch_rows(x: jax.Array) -> np.ndarray:
+    """Return this host's rows of a sharded batch; inverse of `put_rows`."""
+    shards = {shard.index[0].indices(x.shape[0])[0]: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def put_whole(x: np.ndarray, mesh: Mesh) -> jax.Array:
-    """What every host has alike, whole on every device."""
+def put_replicated(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Put an array that is the same on every host, whole, on every device."""
     return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
 
 
 def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
-    """The sharding of an array whose axes have these meanings.
+    """Return the sharding of an array whose axes have these meanings.
 
-    With `shape`, a dimension that its mesh axes do not divide is replicated, so that any mesh can hold any model.
+    With `shape`, a dimension that its mesh axes do not divide is replicated: any mesh can hold any model.
     """
     spec = []
     for dimension, name in enumerate(logical_axes):
@@ -126,7 +122,7 @@ def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None], shape: Sequen
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Pins an activation to the rules table on the mesh of `jax.set_mesh`; without one it is the identity."""
+    """Shard an activation by `RULES` on the mesh of `jax.set_mesh`; without a mesh, return it unchanged."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -134,14 +130,14 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 
 def parameter_shardings(mesh: Mesh, state: nnx.State) -> dict:
-    """The sharding of every parameter of an abstract state, from the `logical_axes` each was created with, as nested dicts."""
+    """Return the sharding of every parameter of an abstract state, by its `logical_axes`, as nested dicts."""
 
-    def of(variable: nnx.Variable) -> nnx.Variable:
+    def with_sharding(variable: nnx.Variable) -> nnx.Variable:
         return variable.replace(named_sharding(mesh, variable.get_metadata()["logical_axes"], variable.shape))
 
-    return nnx.to_pure_dict(jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, nnx.Variable)))
+    return nnx.to_pure_dict(jax.tree.map(with_sharding, state, is_leaf=lambda node: isinstance(node, nnx.Variable)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""The start of every command that computes: its devices, the other hosts, compiled programs."""
+"""Setup that every command with computations shares: devices, other hosts, compiled programs."""
 
 import argparse
 
@@ -15,13 +15,13 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_host_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `connect_hosts`, for hosts that no cluster environment introduces to each other."""
+    """Add the flags of `connect_hosts`, for hosts without a cluster environment."""
     flags = parser.add_argument_group(
-        "several hosts", "found by themselves on a TPU slice or under Slurm; elsewhere, on each host:"
+        "several hosts", "found automatically on a TPU slice or under Slurm; elsewhere, on each host:"
     )
     flags.add_argument("--coordinator", metavar="ADDRESS:PORT", help="of the first host")
-    flags.add_argument("--hosts", type=int, help="how many there are")
-    flags.add_argument("--host", type=int, help="which of them this is, from 0")
+    flags.add_argument("--hosts", type=int, help="the number of hosts")
+    flags.add_argument("--host", type=int, help="the number of this host, from 0")
 
 
 def start(arguments: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.links import Ring, rings
-from metaembed_jax.sharding import MESH_AXES, make_mesh, put_rows, row_parts, rows_here, rows_of
+from metaembed_jax.sharding import MESH_AXES, fetch_rows, make_mesh, put_rows, rows_here
 
 
 def devices_of(name, slices=1):
@@ -78,7 +78,7 @@ def test_one_slice_lets_fsdp_cross_slices(two_slices):
 
 WRONG = [
     ((1, 32, 1, 0), r"config.mesh.data=1 does not divide over 2 slices of 16 devices: expected a multiple of 2"),
-    ((2, 16, 1, 3), r"config.mesh.slices=3: the devices are of 2; expected that number, 0"),
+    ((2, 16, 1, 3), r"config.mesh.slices=3: the devices are of 2; expected that number, 0 .all."),
     ((2, 16, 1, -1), r"config.mesh.slices=-1: the devices are of 2"),
 ]
 
@@ -127,13 +127,14 @@ SHAPES = [("v5e:4x4", 1), ("v5p:2x2x4", 1), ("tpu7x:2x2x2", 1), ("v5e:4x4", 2)]
 
 @pytest.mark.parametrize("name, slices", SHAPES)
 def test_hosts_share_rows_in_any_order(name, slices):
-    """On any mesh, hosts hold equal parts of a batch that do not overlap, as `encode_part` and the loader need."""
+    """On any mesh, hosts hold equal shares of a batch that do not overlap, as `encode_share` and the loader need."""
     devices = devices_of(name, slices)
     for fsdp, tensor in itertools.product((1, 2, 4, 8), (1, 2)):
         mesh = make_mesh(-1, fsdp, tensor, devices=devices)
-        parts, _ = row_parts(mesh, 64)
-        assert len({len(part) for part in parts}) == 1
-        np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(64))
+        hosts = {device.process_index for device in devices}
+        shares = {tuple(rows_here(mesh, 64, host)) for host in hosts}
+        assert len({len(share) for share in shares}) == 1
+        np.testing.assert_array_equal(np.sort(np.concatenate(list(shares))), np.arange(64))
 
 
 def test_rows_are_placed_by_the_mesh():
@@ -141,6 +142,6 @@ def test_rows_are_placed_by_the_mesh():
     x = np.arange(24, dtype=np.float32).reshape(8, 3)
     rows = put_rows(x[rows_here(mesh, 8)], mesh)
     np.testing.assert_array_equal(rows, x)
-    np.testing.assert_array_equal(rows_of(rows), x)
+    np.testing.assert_array_equal(fetch_rows(rows), x)
     shard = next(shard for shard in rows.addressable_shards if shard.device == mesh.devices[1, 0, 0])
     np.testing.assert_array_equal(shard.data, x[4:6])

@@ -1,4 +1,4 @@
-"""The batch of a training step: packed rows in microbatches, and where the vectors of each pair are in them.
+"""The batch of a training step: packed rows in microbatches, and the positions of each pair's vectors in them.
 
 M microbatches of b rows, V vectors of a row, B pairs, K negatives a pair, N documents: B positives, then B*K negatives by pair.
 """
@@ -17,7 +17,7 @@ from metaembed_jax.batch.items import Layout
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.errors import UserError
-from metaembed_jax.sharding import put_rows, put_whole, replicated
+from metaembed_jax.sharding import put_replicated, put_rows, replicated
 
 HOST = "pinned_host"  # the kind of memory that devices read without their host's help
 REGISTER = (8, 128)  # of a TPU
@@ -30,9 +30,9 @@ class TrainingBatch:
 
     Attributes:
       rows: [M, b, ...]; row r of the step is row r % b of microbatch r // b. Pixels in a host's memory are [M, b, N, 8, 128].
-      queries, documents: the number of each item's first vector among those of the step, row * V + v. Where a pair lacks a
-        negative, that of its positive.
-      negative_mask: false where a pair lacks a negative.
+      queries, documents: the number of each item's first vector in the step, row * V + v. A missing negative has the number of
+        its pair's positive.
+      negative_mask: false for missing negatives.
       source: the number of each pair's source.
     """
 
@@ -58,12 +58,12 @@ class StepShape(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of a step, those included that are always empty."""
+        """Rows of a step, including those that are always empty."""
         return self.microbatches * self.size
 
 
 def step_shape(row: Size, rows: int, most: int, shards: int) -> StepShape:
-    """Divides the rows of a step into microbatches as equal as can be; empty rows are at the end.
+    """Divide the rows of a step into microbatches of one size, as small as possible; empty rows are at the end.
 
     Args:
       rows: that a step needs.
@@ -80,7 +80,7 @@ def step_shape(row: Size, rows: int, most: int, shards: int) -> StepShape:
 
 
 def check_microbatch(most: int, shards: int) -> None:
-    """Refuses microbatches that cannot hold a row for each shard.
+    """Refuse microbatches without a row for each shard.
 
     Raises:
       UserError: names both numbers.
@@ -93,7 +93,7 @@ def check_microbatch(most: int, shards: int) -> None:
 
 
 def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh: Mesh) -> TrainingBatch:
-    """A batch as shapes with shardings, for tracing and compiling.
+    """Return a batch as shapes with shardings, for tracing and compiling.
 
     Args:
       negatives: a pair.
@@ -113,27 +113,29 @@ def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh:
 
 def put(batch: TrainingBatch, mesh: Mesh) -> TrainingBatch:
     """Send a batch to the mesh: rows to this host's devices, pixels that `streams` to its memory, the rest to every device."""
-    whole = {field.name: put_whole(getattr(batch, field.name), mesh) for field in dataclasses.fields(batch) if field.name != "rows"}
+    names = [field.name for field in dataclasses.fields(batch) if field.name != "rows"]
+    whole = {name: put_replicated(getattr(batch, name), mesh) for name in names}
     if not streams(batch.rows, mesh):
         return TrainingBatch(rows=rows.put(batch.rows, mesh, axis=1), **whole)
-    here = rows.put(dataclasses.replace(batch.rows, patches=None), mesh, axis=1)
+    others = rows.put(dataclasses.replace(batch.rows, patches=None), mesh, axis=1)
     pixels = put_rows(batch.rows.patches.reshape(_in_registers(batch.rows)), mesh, axis=1, memory_kind=HOST)
-    return TrainingBatch(rows=dataclasses.replace(here, patches=pixels), **whole)
+    return TrainingBatch(rows=dataclasses.replace(others, patches=pixels), **whole)
 
 
 def streams(batch: Batch, mesh: Mesh) -> bool:
-    """True where the pixels of a step's rows stay in the hosts' memory, from where microbatches go to the devices one at a time.
+    """Return whether pixels stay in the hosts' memory, from which they go to the devices one microbatch at a time.
 
-    They do for TPUs. A device would hold the pixels of two steps: the one that it computes, and the next.
+    They do on TPUs. A device would otherwise hold the pixels of two steps: the one that it computes, and the next.
     """
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     return on_tpu and batch.patches is not None and math.prod(batch.patches.shape[2:]) % math.prod(REGISTER) == 0
 
 
 def _in_registers(batch: Batch) -> tuple[int, ...]:
-    """The shape of pixels in a host's memory, [M, b, N, 8, 128].
+    """Return the shape of pixels in a host's memory, [M, b, N, 8, 128].
 
-    In another, libtpu 0.0.52 may mix those of several microbatches, or copy those of all to the device and back for each one.
+    In other shapes, libtpu 0.0.52 may mix pixels of several microbatches, or copy all of them to the device and back for each
+    microbatch.
     """
     return (*batch.patches.shape[:2], math.prod(batch.patches.shape[2:]) // math.prod(REGISTER), *REGISTER)
 

@@ -69,7 +69,7 @@ def _find_in_bucket(directory: Path) -> Path:
         return directory
     if not (directory / "config.json").exists():
         raise UserError(f"{directory}: is neither a run (it has no run.json) nor a Hugging Face model (it has no config.json)")
-    system = files.file_system(directory)
+    system = files.bucket_file_system()
     stored = [entry for entry in system.ls(os.fspath(directory), detail=True) if entry["name"].endswith((".safetensors", ".json"))]
     version = [(entry["name"], entry["size"], entry["generation"]) for entry in stored]
     folder = files.cache_folder() / "models" / files.digest(repr(sorted(version)).encode())

@@ -1,4 +1,4 @@
-"""One writer of a run's folder at a time, on a disk or in a bucket.
+"""The lock of a run's folder, on a disk or in a bucket: one writer at a time.
 
 On a disk it is a lock of the operating system, which ends with the process. A bucket has no locks, so an object `lock` names the
 writer: the lease. It is replaced only where its generation is the expected one, so that one of two writers fails. The holder
@@ -30,10 +30,10 @@ RENEW, EXPIRE = 15.0, 60.0  # seconds
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder, which is made if it does not exist.
+    """Hold the lock of a folder, which is made if it does not exist.
 
     Raises:
-      UserError: another run writes there, or the folder is not writable.
+      UserError: another run writes to it, or it is not writable.
     """
     if not files.is_bucket(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class _Lease:
     """
 
     def __init__(self, folder: Path):
-        self._path, self._files = folder / NAME, files.file_system(folder)
+        self._path, self._files = folder / NAME, files.bucket_file_system()
         self._bucket, _, self._key = os.fspath(self._path).removeprefix(files.BUCKET).partition("/")
         self._holder = {"token": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
         self._generation = self._take()
@@ -80,7 +80,7 @@ class _Lease:
         self._thread.start()
 
     def release(self) -> None:
-        """Gives the lease back."""
+        """Remove the lease."""
         if self._released.is_set():  # lost
             return
         self._released.set()
@@ -89,19 +89,19 @@ class _Lease:
             self._files.call("DELETE", "b/{}/o/{}", self._bucket, self._key, ifGenerationMatch=self._generation)
 
     def _take(self) -> str:
-        first = None
+        first_state = None
         while state := self._read():
-            first = first or state
-            if state.generation != first.generation:  # renewed while this waited
+            first_state = first_state or state
+            if state.generation != first_state.generation:  # renewed meanwhile
                 break
             if state.age >= EXPIRE or _is_gone(state.holder):
                 with contextlib.suppress(FileExistsError):
                     return self._put(state.generation)
                 break
-            if state is first:
+            if state is first_state:
                 print(
                     f"{self._path.parent} was written {state.age:.0f} s ago by {_name(state.holder)}; "
-                    f"waiting up to {EXPIRE - state.age:.0f} s to see whether that still runs",
+                    f"waiting up to {EXPIRE - state.age:.0f} s to see whether that process still runs",
                     flush=True,
                 )
             time.sleep(min(2.0, EXPIRE))
@@ -116,7 +116,7 @@ class _Lease:
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW):
-            with contextlib.suppress(Exception):  # the network may fail: there is time for another try
+            with contextlib.suppress(Exception):  # the network may fail: there is time to try again
                 try:
                     self._generation = self._put(self._generation)
                 except FileExistsError:
@@ -125,7 +125,7 @@ class _Lease:
                         self._stop()
 
     def _stop(self) -> None:
-        """Ends this process at once: another one has taken the folder, and two writers would damage it."""
+        """End this process at once: another one has taken the folder, and two writers would damage it."""
         state = None
         with contextlib.suppress(Exception):
             state = self._read()
@@ -141,15 +141,15 @@ class _Lease:
             holder = files.read_json(self._path)
         except FileNotFoundError:
             return None
-        except UserError:  # of something else that is called so
+        except UserError:  # another file of this name
             holder = {}
         return _State(metadata["generation"], age, holder)
 
     def _put(self, generation: str) -> str:
-        """Replaces the object of a generation ("0": none) and returns its new one.
+        """Replace the object of a generation ("0": none) and return the new generation.
 
         Raises:
-          FileExistsError: it is of another generation, and not this lease.
+          FileExistsError: the object has another generation, and is not this lease.
         """
         sections = (json.dumps({"name": self._key}), json.dumps(self._holder))
         head = "--lease\nContent-Type: application/json; charset=UTF-8\n\n"
@@ -157,17 +157,17 @@ class _Lease:
         url = self._files.base.replace("/storage/v1", "/upload/storage/v1") + "b/{}/o"
         headers = {"Content-Type": 'multipart/related; boundary="lease"'}
         try:
-            asked = dict(uploadType="multipart", ifGenerationMatch=generation, headers=headers, data=body.encode())
-            return self._files.call("POST", url, self._bucket, **asked, json_out=True)["generation"]
+            request = dict(uploadType="multipart", ifGenerationMatch=generation, headers=headers, data=body.encode())
+            return self._files.call("POST", url, self._bucket, **request, json_out=True)["generation"]
         except FileExistsError:
-            state = self._read()  # an answer that was lost, and asked for again, meets its own work
+            state = self._read()  # if the answer was lost, the retry finds its own object
             if state and state.holder.get("token") == self._holder["token"]:
                 return state.generation
             raise
 
 
 def _machine() -> str:
-    """Returns the boot and the namespace in which this machine's process ids are valid; empty if not known."""
+    """Return the boot and the namespace in which this machine's process ids are valid; empty if unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -16,30 +16,30 @@ MOST_WORKERS = 16  # each of them holds the libraries in memory
 
 
 def end_with_parent() -> None:
-    """Called in a worker process: it ends when its parent does, even one that was killed."""
+    """End this worker process when its parent ends, even if that is killed."""
 
-    def follow() -> None:
+    def wait_for_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def workers_for(rows: int) -> int:
-    """Processes that pay for a task that takes a fraction of a millisecond a row; 0: this process alone is faster."""
+    """Return how many processes pay off for a task of a fraction of a millisecond a row; 0: this process alone is faster."""
     workers = min(os.cpu_count() or 1, MOST_WORKERS, rows // ROWS_OF_WORKER)
     return workers if workers > 1 else 0
 
 
 def map_with(job: Job, function: Callable[[Job, Part], Result], parts: Sequence[Part], workers: int) -> Iterator[Result]:
-    """Yields function(job, part) of each part, in order.
+    """Yield function(job, part) of each part, in order.
 
     Args:
-      job: goes to each process once, which keeps what it opens.
-      workers: processes beside this one; 0 for none.
+      job: is sent to each process once, which keeps the files that it opens.
+      workers: processes next to this one; 0 for none.
 
     Raises:
-      UserError: a process was ended from outside.
+      UserError: a process was killed.
     """
     if not workers:
         yield from (function(job, part) for part in parts)
@@ -50,7 +50,7 @@ def map_with(job: Job, function: Callable[[Job, Part], Result], parts: Sequence[
             yield from pool.map(_run_part, parts)
         except BrokenProcessPool as error:
             raise UserError(
-                f"one of {workers} worker processes was ended from outside, most often for want of memory: free some"
+                f"one of {workers} worker processes was killed, most often for lack of memory: free some memory"
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -25,7 +25,7 @@ from metaembed_jax.encoding.reading import Reader, as_table, results
 from metaembed_jax.encoding.schedule import Call, Schedule
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig
-from metaembed_jax.sharding import batch_shards, rows_here, rows_of
+from metaembed_jax.sharding import batch_shards, fetch_rows, rows_here
 
 CHUNK = 64  # items of a shard whose sizes are found at once
 AHEAD = 32  # rows of a shard that are decoded before their turn
@@ -180,7 +180,7 @@ def _ahead(calls: Iterator[tuple], rows: int) -> Iterator[tuple]:
 
 
 def _fetch(call: Call, here: list[list[int]], vectors_BVD: jax.Array, budget: int) -> tuple[list[int], list[int], np.ndarray]:
-    vectors_bVD = rows_of(vectors_BVD)
+    vectors_bVD = fetch_rows(vectors_BVD)
     numbers = [number for row in here for number in row]
     slots = [(row, rank * budget) for row, items in enumerate(here) for rank in range(len(items))]
     vectors_nRD = np.empty((len(numbers), budget, vectors_bVD.shape[2]), np.float32)

@@ -29,8 +29,8 @@ class Cluster(NamedTuple):
     Attributes:
       kind: where the hosts were read from, such as Slurm; for messages.
       coordinator: ADDRESS:PORT of the first host.
-      hosts: how many there are.
-      host: the number of this one, from 0.
+      hosts: the number of hosts.
+      host: the number of this host, from 0.
       local_devices: the GPUs of this host that this process uses; None: all.
     """
 

@@ -24,11 +24,11 @@ def connect_hosts(coordinator: str | None, hosts: int | None, host: int | None) 
 
     Args:
       coordinator: address:port of the first host.
-      hosts: how many there are.
-      host: which of them this is, from 0.
+      hosts: the number of hosts.
+      host: the number of this host, from 0.
 
     Raises:
-      UserError: one or two of the three flags, or a host that does not answer in time.
+      UserError: one or two of the three flags, malformed ones, or a host that does not answer in time.
     """
     flags = (coordinator, hosts, host)
     if any(flag is not None for flag in flags) and None in flags:

@@ -1,4 +1,4 @@
-"""Decisions that all hosts of a run take at the same step: to stop, after SIGTERM to any of them, or to save, by the clock."""
+"""Decisions of all hosts at the same step: to stop, after SIGTERM to any of them, or to save, by the clock."""
 
 import contextlib
 import itertools
@@ -32,8 +32,8 @@ class Vote:
 
     A thread of each host looks for a request. Once all know of one, they agree on a call that none has reached: the next one
     after the largest number of calls that any host has made. The devices take no part, since the main thread may hang in a step
-    meanwhile. (JAX's own agreement on preemption would do for a single request, but Orbax takes part in it with step numbers of
-    its own.)
+    meanwhile. (JAX's own agreement on preemption is for a single request, and Orbax takes part in it with step numbers of its
+    own.)
 
     Args:
       requested: whether this host requests it now.
@@ -79,7 +79,7 @@ class Vote:
                 store.key_value_set(request, "")
         try:
             store.key_value_try_get(request)
-        except jax.errors.JaxRuntimeError:  # no host's is
+        except jax.errors.JaxRuntimeError:  # no host has a request
             return
         with self._lock:
             store.key_value_set(f"{request}/{jax.process_index()}", str(self._calls))

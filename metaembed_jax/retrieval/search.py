@@ -21,7 +21,7 @@ from metaembed_jax.late_interaction.levels import Block, merge_block, no_best
 from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.retrieval.checked import CheckedFile
 from metaembed_jax.retrieval.segment import SegmentFiles
-from metaembed_jax.sharding import put_whole
+from metaembed_jax.sharding import put_replicated
 
 # Of candidates that are scored at once on a device: similarities, numbers in their vectors, and how many may always be.
 PART_SIMILARITIES, PART_NUMBERS, PART_ITEMS = 2**20, 2**22, 1024
@@ -92,8 +92,8 @@ class Searched:
         Queries, k and the last block are filled up to powers of two, so that few programs are compiled.
         """
         queries, rows = len(query_QRD), min(_ceil(len(query_QRD)) * query_QRD.shape[1], levels.QUERY_ROWS)
-        query_QRD = put_whole(np.pad(query_QRD, [(0, _ceil(queries) - queries), (0, 0), (0, 0)]), self.mesh)
-        best = jax.tree.map(lambda x: put_whole(np.asarray(x), self.mesh), no_best(len(query_QRD), _ceil(k)))
+        query_QRD = put_replicated(np.pad(query_QRD, [(0, _ceil(queries) - queries), (0, 0), (0, 0)]), self.mesh)
+        best = jax.tree.map(lambda x: put_replicated(np.asarray(x), self.mesh), no_best(len(query_QRD), _ceil(k)))
         numbers = vectors * self.width
         # It follows the number of candidates, not that of devices, so that the scores are the same bits on any mesh.
         fair = min(_ceil(len(positions_N)), max(_ceil(len(positions_N)) // 8, PART_ITEMS))

@@ -94,7 +94,7 @@ def test_what_makes_a_folder_a_model_is_uploaded_last(bucket, tmp_path, monkeypa
     names = ["README.md", "a.bin", "adapter_config.json", "config.json", "z.bin"]
     for name in names:
         (tmp_path / name).touch()
-    sent, system = [], files.file_system(files.any_path(f"{BUCKET}/order"))
+    sent, system = [], files.bucket_file_system()
     monkeypatch.setattr(system, "put_file", lambda path, goal: sent.append(goal.rpartition("/")[2]))
     files.upload(tmp_path, files.any_path(f"{BUCKET}/order"))
     assert sent == ["a.bin", "z.bin", "adapter_config.json", "config.json", "README.md"]
@@ -231,7 +231,7 @@ def test_what_is_wrong_with_a_bucket_is_one_line(bucket, small_config, monkeypat
     system = gcsfs.GCSFileSystem(
         endpoint_url=f"http://127.0.0.1:{server.server_port}", token="anon", cache_timeout=0, skip_instance_cache=True
     )
-    monkeypatch.setattr(files, "file_system", lambda path: system)
+    monkeypatch.setattr(files, "bucket_file_system", lambda: system)
     run = files.any_path(f"{BUCKET}/unwritable")
     files.check_bucket(run)
     for write in (lambda: lease.held(run).__enter__(), lambda: files.write_bytes(run / "a", b"")):
@@ -275,7 +275,7 @@ def test_torn_checkpoints_in_a_bucket(bucket):
     save(1)
     save(2)
     assert has_checkpoints(run) and restored(2) == []
-    for path in files.file_system(run).find(f"{run}/checkpoints/2/parameters"):
+    for path in files.bucket_file_system().find(f"{run}/checkpoints/2/parameters"):
         if "/d/" in path:
             files.write_bytes(files.any_path(f"gs://{path}"), b"damaged")
     (line,) = restored(1)
