@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from metaembed_jax.backbones.qwen.images import to_units
 from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
+from metaembed_jax.backbones.qwen2_5_vl.inputs import Images
 from metaembed_jax.batch.rows import filled_shares
 from metaembed_jax.config import RunConfig, load_config, with_keys
 from metaembed_jax.data import tokenizer
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12, help="batches of 8 a turn (default: 12)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes (default: 1, then 2)")
     arguments = parser.parse_args()
-    sizes = QWEN2_5_VL.Images(28 * 28, 1024 * 28 * 28)
+    sizes = Images(28 * 28, 1024 * 28 * 28)
     with tempfile.TemporaryDirectory() as scratch:
         learned = tokenizer.train(["which page is it?"] * 100, Path(scratch) / "tokenizer.json", QWEN2_5_VL, vocabulary=700)
     for name, draw in (("pages", page), ("photos", photo)):
@@ -114,7 +115,7 @@ class Encoded:
 class Collator:
     """A batch of images by transformers' Pillow processor."""
 
-    def __init__(self, sizes: QWEN2_5_VL.Images):
+    def __init__(self, sizes: Images):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         self.processor = Qwen2VLImageProcessorPil(size={"shortest_edge": sizes.min_pixels, "longest_edge": sizes.max_pixels})
@@ -123,7 +124,7 @@ class Collator:
         return dict(self.processor(images, return_tensors="pt"))
 
 
-def dataloader(encoded: list[bytes], sizes: QWEN2_5_VL.Images, workers: int, batches: int) -> Iterator[dict]:
+def dataloader(encoded: list[bytes], sizes: Images, workers: int, batches: int) -> Iterator[dict]:
     """Their batches, two ahead for each worker as is the default there."""
     from torch.utils.data import DataLoader
 
@@ -131,7 +132,7 @@ def dataloader(encoded: list[bytes], sizes: QWEN2_5_VL.Images, workers: int, bat
     return iter(DataLoader(images, BATCH, collate_fn=Collator(sizes), **options))
 
 
-def difference(encoded: bytes, sizes: QWEN2_5_VL.Images) -> float:
+def difference(encoded: bytes, sizes: Images) -> float:
     """The largest difference of a normalised number of one image."""
     theirs = Collator(sizes)([Image.open(io.BytesIO(encoded)).convert("RGB")])["pixel_values"].numpy().reshape(-1, 3, 2, 196)
     image = open_image(encoded, "image")

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from metaembed_jax.backbones.config import FamilyConfig
 from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.layers import Linear, param, store_int8
 from metaembed_jax.backbones.lora import Dropout, LoraConfig, add_lora
@@ -45,7 +46,7 @@ class ModelConfig:
     """
 
     backbone: str
-    architecture: object
+    architecture: FamilyConfig
     query_tokens: int = 16
     document_tokens: int = 64
     meta_token_scale: float = 0.02

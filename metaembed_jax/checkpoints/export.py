@@ -16,7 +16,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 
 from metaembed_jax import files
-from metaembed_jax.backbones.family import family
+from metaembed_jax.backbones.family import FamilyImages, family
 from metaembed_jax.checkpoints import peft_export, torch_export
 from metaembed_jax.checkpoints.base import find
 from metaembed_jax.checkpoints.card import model_card
@@ -47,7 +47,7 @@ class Trained(NamedTuple):
     config: ModelConfig
     parameters: dict
     tokenizer: Path
-    images: object
+    images: FamilyImages
     paths: frozenset[str]
     about: dict
     results: Results | None

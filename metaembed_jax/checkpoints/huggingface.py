@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from metaembed_jax.backbones.config import FamilyConfig
 from metaembed_jax.backbones.family import Family
 from metaembed_jax.backbones.layers import quantize
 from metaembed_jax.backbones.weight_map import Source
@@ -46,7 +47,7 @@ class Stored(NamedTuple):
             return handle.get_tensor(self.key)
 
 
-def read_backbone(directory: Path, family: Family, architecture: object, wanted: dict) -> dict:
+def read_backbone(directory: Path, family: Family, architecture: FamilyConfig, wanted: dict) -> dict:
     """Parameters of a backbone, read tensor by tensor: beside them, memory holds one tensor at a time.
 
     Args:
@@ -113,7 +114,7 @@ def read_vocabulary_rows(directory: Path, family: Family, first: int, count: int
         return handle.get_slice(tensor.key)[first : first + count]
 
 
-def _names(source: Source, architecture: object, shape: tuple[int, ...]) -> tuple[list[str], tuple[int, ...]]:
+def _names(source: Source, architecture: FamilyConfig, shape: tuple[int, ...]) -> tuple[list[str], tuple[int, ...]]:
     """The tensors that fill a parameter (one for each layer of a stack), and the shape that each must have."""
     if "{}" not in source.key:
         return [source.key], source.shape(shape)
@@ -121,7 +122,7 @@ def _names(source: Source, architecture: object, shape: tuple[int, ...]) -> tupl
 
 
 def _check(
-    directory: Path, stored: dict[str, Stored], path: str, wanted: tuple[int, ...], source: Source, architecture: object
+    directory: Path, stored: dict[str, Stored], path: str, wanted: tuple[int, ...], source: Source, architecture: FamilyConfig
 ) -> set[str]:
     names, shape = _names(source, architecture, wanted)
     for name in names:
@@ -135,7 +136,7 @@ def _check(
 
 
 def _read(
-    stored: dict[str, Stored], source: Source, architecture: object, wanted: list[jax.ShapeDtypeStruct], turn: Callable
+    stored: dict[str, Stored], source: Source, architecture: FamilyConfig, wanted: list[jax.ShapeDtypeStruct], turn: Callable
 ) -> list[jax.Array]:
     """Fills parameters from one source; `turn` makes their values (of one layer) from the tensor as the family reads it."""
     names, _ = _names(source, architecture, wanted[0].shape)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from metaembed_jax.backbones.config_checks import initializer_range
-from metaembed_jax.backbones.family import family
+from metaembed_jax.backbones.family import FamilyImages, family
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.checkpoints.base import find, open_recorded
 from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, read_kept
@@ -214,7 +214,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def _processor(path: Path, images: object, config: ModelConfig, limits: Limits):
+def _processor(path: Path, images: FamilyImages, config: ModelConfig, limits: Limits):
     tokenizer = _read_tokenizer(path)
     highest, rows = max(tokenizer.get_vocab().values(), default=-1), config.architecture.vocabulary
     if highest >= rows:

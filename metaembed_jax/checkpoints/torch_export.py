@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer
 from tqdm import tqdm
 
-from metaembed_jax.backbones.family import family
+from metaembed_jax.backbones.family import FamilyImages, family
 from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, INDEX, SINGLE
 from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
@@ -36,7 +36,7 @@ def write_model(
     config: ModelConfig,
     parameters: dict,
     tokenizer: Path,
-    images: object,
+    images: FamilyImages,
     about: dict,
     dtype: str,
     shard_bytes: int = SHARD_BYTES,

@@ -1,7 +1,7 @@
 """Queries and candidates to examples, and their sizes: the same for all families, around what each family's prompts say."""
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -63,7 +63,7 @@ class PromptProcessor:
     special_tokens: ClassVar[tuple[str, ...]]  # of its prompts
     filler: ClassVar[str]  # the special token that ten times ends a query, before a line's end
 
-    def __init__(self, tokenizer: Tokenizer, images: object, limits: Limits | None = None):
+    def __init__(self, tokenizer: Tokenizer, images: Any, limits: Limits | None = None):
         self.images, self.limits = images, limits
         self._tokenizer = PromptTokenizer(tokenizer, self.special_tokens, self.title)
         self._end_of_query = [self._tokenizer.ids[self.filler]] * 10 + self._tokenizer.encode("\n")
