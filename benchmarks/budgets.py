@@ -32,13 +32,13 @@ def main() -> None:
     arguments = parser.parse_args()
     model = me.MetaEmbed.from_pretrained(arguments.run, dtype="float32")
     task = {split: sources.retrieval("icons", arguments.data, split) for split in SPLITS}
-    drawings = [item for split in SPLITS for item in task[split].candidates]
-    candidate = model.encode_document(drawings, progress=True)
+    drawings = [item for split in SPLITS for item in task[split].documents]
+    document = model.encode_document(drawings, progress=True)
     sample, query = (model.encode_query(task[split].queries, progress=True) for split in SPLITS[1:])
 
-    built = {dtype: me.Index.build(candidate, dtype=dtype) for dtype in ("float32", *sorted({*DTYPES} - {"float32"}))}
+    built = {dtype: me.Index.build(document, dtype=dtype) for dtype in ("float32", *sorted({*DTYPES} - {"float32"}))}
     best = built["float32"].search(query, K, FULL)[1]
-    print(f"{len(candidate):,} icons of {candidate.shape[1]} x {candidate.shape[2]}, {len(query):,} queries, top {K}")
+    print(f"{len(document):,} icons of {document.shape[1]} x {document.shape[2]}, {len(query):,} queries, top {K}")
     for dtype, index in built.items():
         size = sum(file.stat().st_size for file in index.folder.glob("*/*") if file.name.startswith(("vectors", "scales")))
         vectors = sum(file.stat().st_size for file in index.folder.glob("*/vectors*"))

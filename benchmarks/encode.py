@@ -85,9 +85,9 @@ def sizes_of_photos(count: int) -> list[tuple[int, int]]:
 
 def counted(processor, network, shapes: list[tuple[int, int]], devices: int, bound: float) -> str:
     """A line on the calls that the schedule makes of items of these sizes."""
-    sizes = np.array([processor.size({"image": shape}, "candidate")[:2] for shape in shapes])
+    sizes = np.array([processor.size({"image": shape}, "document")[:2] for shape in shapes])
     limits, calls = processor.limits, []
-    schedule, chunk = Schedule(limits.tokens, limits.patches, network.meta_tokens("candidate", 64), 64, devices), CHUNK * devices
+    schedule, chunk = Schedule(limits.tokens, limits.patches, network.meta_tokens("document", 64), 64, devices), CHUNK * devices
     for first in range(0, len(sizes), chunk):
         part, is_last = sizes[first : first + chunk], first + chunk >= len(sizes)
         schedule.add(np.arange(first, first + len(part)), part)
@@ -111,7 +111,7 @@ def jpeg(shape: tuple[int, int], number: int) -> bytes:
 
 def make(processor, photo: bytes) -> int:
     """One photo to arrays; the bytes that a process would send back."""
-    return len(processor.candidate({"image": photo}).tokens)
+    return len(processor.document({"image": photo}).tokens)
 
 
 def take(processor) -> None:
@@ -200,7 +200,7 @@ def overlap(processor, network, photos: list[bytes]) -> Iterator[str]:
 
     def stream(encode: Callable) -> Cost:
         encoder = Encoder(network, processor, mesh, encode)
-        return measure(lambda: list(encoder.blocks({}, items, "candidate", 64, start=0, size=len(items))))
+        return measure(lambda: list(encoder.blocks({}, items, "document", 64, start=0, size=len(items))))
 
     stream(first := Accelerator(0.0))  # slower than those behind it
     rows, product = first.rows, measure(partial(Cores(1).compute, 300)).seconds / 300

@@ -78,8 +78,8 @@ class TorchTrainer:
     def loss(self) -> torch.Tensor:
         """The mean over the groups of the cross-entropies, from one set of similarities."""
         query_BRD = self._vectors(self.query)[:, :QUERY_ROWS]
-        candidate_NRD = self._vectors(self.document)[:, QUERY_ROWS:]
-        similarity_BNij = torch.einsum("bid,njd->bnij", query_BRD, candidate_NRD)
+        document_NRD = self._vectors(self.document)[:, QUERY_ROWS:]
+        similarity_BNij = torch.einsum("bid,njd->bnij", query_BRD, document_NRD)
         target = torch.arange(len(query_BRD))
         losses = []
         for r_q, r_c in self.config.objectives.matryoshka.groups:

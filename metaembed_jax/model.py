@@ -104,8 +104,8 @@ class MetaEmbed:
         return self._encode_items(items, "query", budget, progress)
 
     def encode_document(self, items: Sequence, *, budget: int | None = None, progress: bool = False) -> Float[np.ndarray, "N R D"]:
-        """Candidate vectors; otherwise as `encode_query`."""
-        return self._encode_items(items, "candidate", budget, progress)
+        """Document vectors; otherwise as `encode_query`."""
+        return self._encode_items(items, "document", budget, progress)
 
     def similarity(self, query_QRD, document_NRD, budget: tuple[int, int] | None = None) -> Float[np.ndarray, "Q N"]:
         """MaxSim scores of every query against every document, float32."""
@@ -117,7 +117,7 @@ class MetaEmbed:
         """This host's part of the items, and their vectors. Hosts share the work, and no host holds all of it.
 
         Args:
-          side: "query" or "candidate".
+          side: "query" or "document".
 
         Returns:
           The rows of `items`, ascending, and a vector set for each; all of them where there is one host.
@@ -138,7 +138,7 @@ class MetaEmbed:
         """Yield this host's part of each block of consecutive items, in order, as soon as it is complete.
 
         Args:
-          side: "query" or "candidate".
+          side: "query" or "document".
           size: items of a block; the last may have fewer.
           start: the first item that is encoded.
           bar: is advanced by the items that are encoded on all hosts.

@@ -2,10 +2,10 @@
 
 B rows of a batch, V vectors of a row, R Meta Tokens, D width of a vector, M width of the backbone.
 
-    query      [prompt, q_1 .. q_16]                 -> the states at q_1 .. q_16
-    candidate  [prompt, q_1 .. q_16, c_1 .. c_64]    -> the states at c_1 .. c_64
+    query     [prompt, q_1 .. q_16]                 -> the states at q_1 .. q_16
+    document  [prompt, q_1 .. q_16, c_1 .. c_64]    -> the states at c_1 .. c_64
 
-Attention is causal, so Meta Tokens after the last one that is read change nothing: queries run without the candidate tokens, and a
+Attention is causal, so Meta Tokens after the last one that is read change nothing: queries run without the document tokens, and a
 budget of r vectors runs only the tokens up to the r-th. `batch.rows` draws how items share rows.
 """
 
@@ -25,7 +25,7 @@ from metaembed_jax.batch.rows import Batch
 from metaembed_jax.precision import float32_products
 from metaembed_jax.sharding import parameter_shardings
 
-SIDES = ("query", "candidate")
+SIDES = ("query", "document")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ModelConfig:
 
     def vectors(self, side: str) -> int:
         """The largest budget of a side."""
-        return {"query": self.query_tokens, "candidate": self.document_tokens}[side]
+        return {"query": self.query_tokens, "document": self.document_tokens}[side]
 
     def meta_tokens(self, side: str, budget: int) -> int:
         """The number of Meta Tokens behind a prompt, of which the last `budget` are read."""

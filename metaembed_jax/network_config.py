@@ -37,7 +37,7 @@ def row_limits(config: RunConfig) -> Limits:
     architecture = network.architecture
     images = family(config.model.backbone).Images.from_run(config.data, architecture, None)
     tokens, patches = config.rows.size or architecture.default_row(images)
-    meta = [network.meta_tokens("query", query_vectors), network.meta_tokens("candidate", document_vectors)]
+    meta = [network.meta_tokens("query", query_vectors), network.meta_tokens("document", document_vectors)]
     if tokens <= max(meta):
         raise UserError(f"config.rows.size={(tokens, patches)}: {max(meta)} of its tokens are Meta Tokens; expected more tokens")
     if patches % (multiple := architecture.layout.multiple):

@@ -103,7 +103,7 @@ def test_what_is_too_large_is_made_smaller(model, capsys):
     other = me.MetaEmbed(model.config, model.parameters, processor, model.mesh)
     vectors = other.encode_document(["another " * 3000, noise(900, 900, 3), "short"])
     assert (other.reduced.items, other.reduced.cut, other.reduced.shrunk) == (3, 1, 1) and vectors.shape == (3, 64, 32)
-    assert "candidate: of 3 items, 1 texts cut and 1 images shrunk to fit a row" in capsys.readouterr().err
+    assert "document: of 3 items, 1 texts cut and 1 images shrunk to fit a row" in capsys.readouterr().err
     np.testing.assert_allclose(vectors[2], model.encode_document(["short"])[0], rtol=0, atol=1e-6)
     assert not model.reduced
 

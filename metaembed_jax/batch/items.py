@@ -56,8 +56,8 @@ class Limits(NamedTuple):
     document_tokens: int
 
     def prompt(self, side: str) -> int:
-        """The most tokens of a prompt of "query" or "candidate"."""
-        return self.tokens - {"query": self.query_tokens, "candidate": self.document_tokens}[side]
+        """The most tokens of a prompt of "query" or "document"."""
+        return self.tokens - {"query": self.query_tokens, "document": self.document_tokens}[side]
 
 
 class Fitted(NamedTuple):

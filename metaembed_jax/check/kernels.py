@@ -316,14 +316,14 @@ def loss_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
         loss, gradients, losses, _ = references.matryoshka(*vectors, GROUPS)
         return {"loss": loss, "losses": losses, "gradient": gradients}
 
-    (r_q, r_c), candidates = GROUPS[-1], pairs + 1
+    (r_q, r_c), documents = GROUPS[-1], pairs + 1
     return Case(
         f"loss {SHORT[dtype]}",
         jax.jit(function),
         arguments,
         reference,
         LOSS_TOLERANCE,
-        6.0 * pairs * candidates * r_q * r_c * width,
+        6.0 * pairs * documents * r_q * r_c * width,
         2.0 * sum(x.size for x in vectors) * itemsize(dtype),
         tolerances={"gradient": LOSS_GRADIENT_TOLERANCE[dtype]},
         dtype=dtype,

@@ -99,8 +99,8 @@ def matryoshka(
     losses, accuracies = np.zeros(len(groups)), np.zeros(len(groups))
     for b in range(len(query)):
         counts = np.concatenate([sources == sources[b], negative_mask[b]])
-        candidate_MJD = np.concatenate([positive, negatives[b]])
-        similarity_MRJ = query[b] @ np.swapaxes(candidate_MJD, 1, 2)
+        document_MJD = np.concatenate([positive, negatives[b]])
+        similarity_MRJ = query[b] @ np.swapaxes(document_MJD, 1, 2)
         coefficient_MRJ = np.zeros_like(similarity_MRJ)
         for number, (r_q, r_c) in enumerate(groups):
             of_group = similarity_MRJ[:, :r_q, :r_c]
@@ -112,9 +112,9 @@ def matryoshka(
             d_score_M = (shifted_M / shifted_M.sum() - (np.arange(len(scores_M)) == b)) * weight / temperature / len(query)
             m, i = np.indices(of_group.shape[:2])
             coefficient_MRJ[m, i, of_group.argmax(2)] += d_score_M[:, None]
-        gradients[0][b] += np.einsum("mrj,mjd->rd", coefficient_MRJ, candidate_MJD, optimize=True)
-        d_candidate_MJD = np.swapaxes(coefficient_MRJ, 1, 2) @ query[b]
-        gradients[1][...] += d_candidate_MJD[: len(positive)]
-        gradients[2][b] += d_candidate_MJD[len(positive) :]
+        gradients[0][b] += np.einsum("mrj,mjd->rd", coefficient_MRJ, document_MJD, optimize=True)
+        d_document_MJD = np.swapaxes(coefficient_MRJ, 1, 2) @ query[b]
+        gradients[1][...] += d_document_MJD[: len(positive)]
+        gradients[2][b] += d_document_MJD[len(positive) :]
     losses, accuracies = losses / len(query), accuracies / len(query)
     return weight * losses.sum(), gradients, losses, accuracies

@@ -34,7 +34,7 @@ beside = load_file(DIRECTORY + "/metaembed.safetensors")
 table.weight = torch.nn.Parameter(torch.cat([table.weight, beside["meta_tokens"].to(table.weight.dtype)]))
 ```
 
-The Meta Tokens are now the tokens `first` and on: {query} of queries, then those of candidates. They are rows of the embedding
+The Meta Tokens are now the tokens `first` and on: {query} of queries, then those of documents. They are rows of the embedding
 table, not what comes out of it: some models scale that. The README of a `transformers` export has the prompts. Where `beside` has a
 `head`, states are multiplied with it, `states @ beside["head"].T`, before they become unit vectors.""",
 }
@@ -58,8 +58,8 @@ def model_card(kind: str, config: ModelConfig, about: dict, results: Results | N
     lines += [f"# {about.get('name', 'MetaEmbed')}", ""]
     lines += [
         f"A MetaEmbed retriever (arXiv 2509.18095): up to {config.query_tokens} vectors of {width} numbers for a query and "
-        f"{config.document_tokens} for a candidate. Every prefix of them is an embedding by itself, so quality is chosen against "
-        "cost when searching. The score is the sum over query vectors of the largest inner product with a candidate vector.",
+        f"{config.document_tokens} for a document. Every prefix of them is an embedding by itself, so quality is chosen against "
+        "cost when searching. The score is the sum over query vectors of the largest inner product with a document vector.",
         "",
     ]
     lines += [f"- base: {about.get('base') or about.get('start') or 'none, trained from scratch'}"]

@@ -88,7 +88,7 @@ class DataConfig(Section):
     sources: tuple[tuple[str, PositiveNumber, NonNegative], ...] = (("icons", 1.0, 0),)
     sub_batch: NonNegative = 0  # consecutive pairs of one source; 0: rows.batch_size
     negatives: NonNegative = 0  # hard negatives a pair, at most
-    within_source: bool = False  # a query's candidates are the positives of its own source only, not of the whole batch
+    within_source: bool = False  # a query's documents are the positives of its own source only, not of the whole batch
     min_pixels: Positive = 28 * 28
     max_pixels: Positive = 1024 * 28 * 28
     max_text_tokens: Positive = 512  # of the text of an item; what is longer is cut

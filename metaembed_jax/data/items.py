@@ -118,7 +118,7 @@ class Items:
         if number == 0:
             return RowItem(self.processor.query(record["query"], name=name), self.meta[0], self.vectors[0])
         item = record["positive"] if number == 1 else record["negatives"][number - 2]
-        return RowItem(self.processor.candidate(item, name=name), self.meta[1], self.vectors[1])
+        return RowItem(self.processor.document(item, name=name), self.meta[1], self.vectors[1])
 
     def name(self, reference: Reference, number: int) -> str:
         """The name of an item in errors."""

@@ -74,9 +74,9 @@ class _Sizer:
     def __call__(self, description: dict, name: str) -> Int[np.ndarray, "2+K 4"]:
         sizes = np.zeros((2 + self.negatives, 4), np.int32)
         sizes[0] = self.size(description["query"], "query", f"{name}, query")
-        sizes[1] = self.size(description["positive"], "candidate", f"{name}, positive")
+        sizes[1] = self.size(description["positive"], "document", f"{name}, positive")
         for number, item in enumerate(description["negatives"][: self.negatives]):
-            sizes[2 + number] = self.size(item, "candidate", f"{name}, negative {number}")
+            sizes[2 + number] = self.size(item, "document", f"{name}, negative {number}")
         return sizes
 
     def size(self, item: dict, side: str, name: str) -> tuple[int, int, int, bool]:
@@ -89,7 +89,7 @@ class _Sizer:
 
     def digits(self, source: str) -> str:
         """Change with the fingerprint of the source, and with all that sizes depend on, the code of the processor included."""
-        probes = [self._probe(item, side) for item in PROBES for side in ("query", "candidate")]
+        probes = [self._probe(item, side) for item in PROBES for side in ("query", "document")]
         return digest(json.dumps([source, self.processor.fingerprint, self.negatives, probes]).encode())
 
     def _probe(self, item: dict, side: str) -> Sequence[int] | str:

@@ -12,7 +12,7 @@ from metaembed_jax.inputs.texts import QUERY
 
 def meta_token_names(query_tokens: int, document_tokens: int) -> list[str]:
     """The strings that Meta Tokens have in the vocabulary of an export, query rows first."""
-    sides = (("query", query_tokens), ("candidate", document_tokens))
+    sides = (("query", query_tokens), ("document", document_tokens))
     return [f"<|meta_{side}_{number}|>" for side, count in sides for number in range(count)]
 
 

@@ -95,7 +95,7 @@ class Encoder:
         All hosts call it with the same items. They run the same calls at the same time, and each decodes its own rows' items.
 
         Args:
-          side: "query" or "candidate".
+          side: "query" or "document".
           budget: vectors of each item.
           size: items of a block.
           bar: is advanced by the items of all hosts.

@@ -31,13 +31,13 @@ class Reader:
     Args:
       processor: the family's.
       items: texts, PIL images or dicts of both.
-      side: "query" or "candidate".
+      side: "query" or "document".
       meta, budget: Meta Tokens of each item, and how many of them are read.
     """
 
     def __init__(self, processor: object, items: Sequence, side: str, meta: int, budget: int):
         self._processor, self._items, self._side, self._meta, self._budget = processor, items, side, meta, budget
-        self._make = {"query": processor.query, "candidate": processor.candidate}[side]
+        self._make = {"query": processor.query, "document": processor.document}[side]
         self._described, self._name = getattr(items, "described", None), getattr(items, "item_name", _name)
         self._alone = contextlib.nullcontext() if self._described else threading.Lock()
         self._held: dict[int, dict | Example] = {}

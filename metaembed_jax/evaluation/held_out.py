@@ -77,7 +77,7 @@ class HeldOut:
         """
         names = dict.fromkeys(failure.dataset for failure in failures)
         items = {name: sources.retrieval(name[0], self._data_dir, self.name) for name in names}
-        return [with_items(failure, items[failure.dataset].queries, items[failure.dataset].candidates) for failure in failures]
+        return [with_items(failure, items[failure.dataset].queries, items[failure.dataset].documents) for failure in failures]
 
     def _directions(self) -> tuple[str, str]:
         """Names of the boards: what is generated has texts for queries and images for documents."""
@@ -87,13 +87,13 @@ class HeldOut:
     def _evaluate(self, subject: Subject, name: str, progress: bool) -> Sweep:
         task, model = sources.retrieval(name, self._data_dir, self.name), subject.model
         if progress and len(self._sources) > 1:
-            print(f"{name}: {len(task.queries):,} queries, {len(task.candidates):,} documents", flush=True)
+            print(f"{name}: {len(task.queries):,} queries, {len(task.documents):,} documents", flush=True)
         query_vectors, document_vectors = largest_budget([(budget,) for budget in self.budgets])
         query_QRD = model.encode_query(task.queries, budget=query_vectors, progress=progress)
-        rows, document_nRD = model.encode_part(task.candidates, "candidate", budget=document_vectors, progress=progress)
+        rows, document_nRD = model.encode_part(task.documents, "document", budget=document_vectors, progress=progress)
         fingerprint = sources.prepare(name, self._data_dir)["fingerprint"]
-        score = partial(_score, rows, len(task.candidates))
-        facts = {"data": fingerprint, "documents": len(task.candidates), "score": score}
+        score = partial(_score, rows, len(task.documents))
+        facts = {"data": fingerprint, "documents": len(task.documents), "score": score}
         return sweep(name, query_QRD, document_nRD, task.relevance, self.budgets, **facts)
 
 

@@ -1,4 +1,4 @@
-"""Queries and candidates to examples, and their sizes: the same for all families, around what each family's prompts say."""
+"""Queries and documents to examples, and their sizes: the same for all families, around what each family's prompts say."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -88,16 +88,16 @@ class PromptProcessor:
         """
         return self._example(item, "query", name)
 
-    def candidate(self, item: dict, *, name: str = "candidate") -> Example:
-        """Convert an item of the candidate side; otherwise as `query`."""
-        return self._example(item, "candidate", name)
+    def document(self, item: dict, *, name: str = "document") -> Example:
+        """Convert an item of the document side; otherwise as `query`."""
+        return self._example(item, "document", name)
 
     def size(self, item: dict, side: str, *, name: str = "item", text_tokens: int | None = None) -> Fitted:
-        """Return the size of the example that `query` or `candidate` makes, without decoding an image.
+        """Return the size of the example that `query` or `document` makes, without decoding an image.
 
         Args:
           item: its image may also be (width, height), upright.
-          side: "query" or "candidate".
+          side: "query" or "document".
           text_tokens: what `text_tokens` gave for this text, to spare the tokenizer.
 
         Raises:
@@ -123,7 +123,7 @@ class PromptProcessor:
     def _check_limits(self) -> None:
         """Refuses limits that not even an empty text keeps, or the smallest image; rows without patches are for texts alone."""
         if self.limits is not None:
-            for side in ("query", "candidate"):
+            for side in ("query", "document"):
                 self.size({"text": ""}, side, name=side)
                 if self.limits.patches:
                     self.size({"image": (1, 1)}, side, name=side)

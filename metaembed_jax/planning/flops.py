@@ -68,9 +68,9 @@ def encode_flops(config: RunConfig, row: Size, rows: int) -> Flops:
     return Flops(rows * counted.forward)
 
 
-def search_flops(queries: int, query_vectors: int, candidates: int, candidate_vectors: int, width: int) -> Flops:
-    """Of the similarities of every query vector to every candidate vector."""
-    return Flops(2.0 * queries * query_vectors * candidates * candidate_vectors * width)
+def search_flops(queries: int, query_vectors: int, documents: int, document_vectors: int, width: int) -> Flops:
+    """Of the similarities of every query vector to every document vector."""
+    return Flops(2.0 * queries * query_vectors * documents * document_vectors * width)
 
 
 class _Counter:

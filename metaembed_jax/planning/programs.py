@@ -21,7 +21,7 @@ from metaembed_jax.planning.rows import typical_rows
 from metaembed_jax.sharding import batch_shards, replicated
 from metaembed_jax.training.step import make_trainer
 
-SEARCH_QUERIES, SEARCH_CANDIDATES, SEARCH_K = 32, 100_000, 10
+SEARCH_QUERIES, SEARCH_DOCUMENTS, SEARCH_K = 32, 100_000, 10
 
 
 class Rows(NamedTuple):
@@ -108,16 +108,16 @@ def encode_program(config: RunConfig, mesh: Mesh) -> Program:
 
 
 def search_program(config: RunConfig, mesh: Mesh) -> Program:
-    """Exact search of `SEARCH_QUERIES` among at least `SEARCH_CANDIDATES` of all vectors, in bfloat16."""
+    """Exact search of `SEARCH_QUERIES` among at least `SEARCH_DOCUMENTS` of all vectors, in bfloat16."""
     width = config.model.embedding_dim or model_config(config).architecture.width
-    candidates = -(-SEARCH_CANDIDATES // mesh.size) * mesh.size
+    documents = -(-SEARCH_DOCUMENTS // mesh.size) * mesh.size
     everywhere = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
     query = _abstract((SEARCH_QUERIES, config.model.query_tokens, width), jnp.bfloat16, replicated(mesh))
-    candidate = _abstract((candidates, config.model.document_tokens, width), jnp.bfloat16, everywhere)
+    document = _abstract((documents, config.model.document_tokens, width), jnp.bfloat16, everywhere)
     return Program(
-        lambda: top_k.trace(query, candidate, SEARCH_K, mesh),
-        {"batch": query, "index": candidate},
-        search_flops(SEARCH_QUERIES, config.model.query_tokens, candidates, config.model.document_tokens, width),
+        lambda: top_k.trace(query, document, SEARCH_K, mesh),
+        {"batch": query, "index": document},
+        search_flops(SEARCH_QUERIES, config.model.query_tokens, documents, config.model.document_tokens, width),
         SEARCH_QUERIES,
         "queries",
     )

@@ -41,7 +41,7 @@ def typical_steps(config: RunConfig, size: Callable[[dict, str], Size], steps: i
     """Yields the sizes of the items of steps of a config's mixture, each item drawn as `typical` has it.
 
     Args:
-      size: of an item on a side, "query" or "candidate".
+      size: of an item on a side, "query" or "document".
     """
     names, weights, _ = zip(*config.data.sources, strict=True)
     sub_batch = config.data.sub_batch or config.rows.batch_size
@@ -52,7 +52,7 @@ def typical_steps(config: RunConfig, size: Callable[[dict, str], Size], steps: i
         drawn = [
             (*typical_pair(name, rng), *(typical_document(name, rng) for _ in range(config.data.negatives))) for _ in range(count)
         ]
-        return np.array([[size(item, "candidate" if rank else "query") for rank, item in enumerate(pair)] for pair in drawn])
+        return np.array([[size(item, "document" if rank else "query") for rank, item in enumerate(pair)] for pair in drawn])
 
     means_S2 = np.array([pairs(name, 100).sum(axis=1).mean(axis=0)[:2].astype(int) for name in names])
     for sources in balanced_schedule(weights, means_S2, config.rows.batch_size // sub_batch, steps).tolist():
@@ -82,7 +82,7 @@ def _item_size(config: RunConfig, limits: Limits) -> Callable[[dict, str], Size]
     processor, vectors = module.Processor(words, images, limits), config.objectives.largest_budget
 
     def size(item: dict, side: str) -> Size:
-        fitted, number = processor.size(item, side), ("query", "candidate").index(side)
+        fitted, number = processor.size(item, side), ("query", "document").index(side)
         return Size(fitted.tokens + meta[number], fitted.patches, vectors[number])
 
     return size

@@ -52,7 +52,7 @@ def index_documents(
       UserError: a document that cannot be read, a budget beyond the model's, or a folder that is something else or being written.
     """
     check_dtype(dtype)
-    folder, most = local_path(path), model.config.vectors("candidate")
+    folder, most = local_path(path), model.config.vectors("document")
     budget = most if budget is None else budget
     if type(budget) is not int or not 1 <= budget <= most:
         raise UserError(f"budget={budget!r}: this model has 1 to {most} candidate vectors")
@@ -65,7 +65,7 @@ def index_documents(
         done = int(hosts.from_first(str(len(documents) if draft is None else sum(one.items for one in draft.segments))))
         size = PART * batch_shards(model.mesh)
         with tqdm(total=len(documents), initial=done, desc="indexing", unit="item", disable=not progress) as bar:
-            for block in model.encode_blocks(documents, "candidate", budget=budget, size=size, start=done, bar=bar):
+            for block in model.encode_blocks(documents, "document", budget=budget, size=size, start=done, bar=bar):
                 vectors_nRD = from_parts(block.numbers - block.items.start, block.vectors, len(block.items))
                 if hosts.is_first():
                     draft = _write(folder, draft, Part(documents, block.items), vectors_nRD)

@@ -16,7 +16,7 @@ class Record(NamedTuple):
     Attributes:
       write: makes a directory as transformers saves it: random weights (norms, biases and gates too), tokenizer.json and
         preprocessor; several layers of each kind.
-      queries, candidates: items: texts, images of different shapes, both; at least eight of each.
+      queries, documents: items: texts, images of different shapes, both; at least eight of each.
       tokens, patches: of a shape class that holds all of them.
       pixels: least and most of an image, for `config.data`.
       vectors: (directory of an export, items, side, model) -> unit vectors, by stock transformers from the strings of prompts and
@@ -26,7 +26,7 @@ class Record(NamedTuple):
 
     write: Callable[[Path], None]
     queries: Sequence
-    candidates: Sequence
+    documents: Sequence
     tokens: int
     patches: int
     pixels: tuple[int, int]

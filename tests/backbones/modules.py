@@ -26,11 +26,11 @@ def run(module, *arguments, **keywords):
         return module(*(torch.tensor(np.asarray(x)) for x in arguments), **keywords)
 
 
-def assert_company_is_unseen(network: Network, queries: list[Example], candidates: list[Example]) -> None:
+def assert_company_is_unseen(network: Network, queries: list[Example], documents: list[Example]) -> None:
     """Items have the vectors that each has alone in a row: all in one row, in that order and another, with room to spare."""
     config, layout = network.config, network.config.architecture.layout
     items = [RowItem(example, config.meta_tokens("query", 4), 4) for example in queries]
-    items += [RowItem(example, config.meta_tokens("candidate", 8), 8) for example in candidates]
+    items += [RowItem(example, config.meta_tokens("document", 8), 8) for example in documents]
     sizes = np.array([item.size for item in items])
     row = Size(*(int(total) for total in sizes.sum(axis=0) + [5, layout.multiple, 3]))
     orders = np.arange(len(items)), np.random.default_rng(0).permutation(len(items))

@@ -63,11 +63,11 @@ def ours(case):
 def vectors(case, directory):
     model = MetaEmbed.from_pretrained(directory, dtype="float32", mesh=make_mesh(devices=jax.devices()[:1]))
     model = with_small_rows(model, case.record.tokens + 80, case.record.patches)
-    return {"query": model.encode_query(case.record.queries), "candidate": model.encode_document(case.record.candidates)}
+    return {"query": model.encode_query(case.record.queries), "document": model.encode_document(case.record.documents)}
 
 
 def assert_same(found, expected, tolerance):
-    for side in ("query", "candidate"):
+    for side in ("query", "document"):
         np.testing.assert_allclose(found[side], expected[side], atol=tolerance)
 
 
@@ -102,7 +102,7 @@ def test_names_of_tensors_and_back(case):
 
 def test_stock_transformers_computes_the_vectors_of_an_export(case, ours, tmp_path):
     export(case.directory, tmp_path / "one", "transformers")
-    items = {"query": case.record.queries, "candidate": case.record.candidates}
+    items = {"query": case.record.queries, "document": case.record.documents}
     assert_same({side: case.record.vectors(tmp_path / "one", items[side], side) for side in items}, ours, 1e-4)
 
     assert_same(vectors(case, tmp_path / "one"), ours, 1e-5)
@@ -133,7 +133,7 @@ def test_peft_computes_the_vectors_of_a_run_as_its_card_says(case, tmp_path):
     rows, about = known["table"].weight.data, json.loads((tmp_path / "transformers" / "config.json").read_text())["metaembed"]
     assert len(rows) == known["first"] + 80
     rows[about["first_token"] : about["first_token"] + 80] = rows[known["first"] :].clone()  # to where that vocabulary has them
-    model, items = known["model"].base_model.model.eval(), {"query": case.record.queries, "candidate": case.record.candidates}
+    model, items = known["model"].base_model.model.eval(), {"query": case.record.queries, "document": case.record.documents}
     found = {side: case.record.vectors(tmp_path / "transformers", items[side], side, model) for side in items}
     assert_same(found, vectors(case, tmp_path / "run"), 1e-4)
 
@@ -152,18 +152,18 @@ def test_sentence_transformers_computes_them_or_is_refused(case, ours, tmp_path)
     module = pytest.importorskip("sentence_transformers")
     export(case.directory, tmp_path / "out", "sentence-transformers")
     model = module.MultiVectorEncoder(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
-    queries, documents = model.encode_query(list(case.record.queries)), model.encode_document(list(case.record.candidates))
-    assert_same({"query": np.stack(queries), "candidate": np.stack(documents)}, ours, 1e-4)
+    queries, documents = model.encode_query(list(case.record.queries)), model.encode_document(list(case.record.documents))
+    assert_same({"query": np.stack(queries), "document": np.stack(documents)}, ours, 1e-4)
 
 
 def test_eight_devices_give_what_one_gives(case, ours):
     model = MetaEmbed.from_pretrained(case.directory, dtype="float32", mesh=make_mesh(2, 2, 2))
-    found = with_small_rows(model, case.record.tokens + 80, case.record.patches).encode_document(case.record.candidates)
-    np.testing.assert_allclose(found, ours["candidate"], atol=1e-5)
+    found = with_small_rows(model, case.record.tokens + 80, case.record.patches).encode_document(case.record.documents)
+    np.testing.assert_allclose(found, ours["document"], atol=1e-5)
 
 
 def training_config(case, patches):
-    """Adapters on the small model; queries are texts, candidates both."""
+    """Adapters on the small model; queries are texts, documents both."""
     found = case.record
     return with_keys(
         RunConfig(),
@@ -201,8 +201,8 @@ def test_three_steps_train_every_adapter_and_nothing_else(case, tmp_path):
     state = initial_state(config, trainer, checkpoints, start)
     checkpoints.close()
     frozen = jax.device_get(state.frozen)
-    candidates = map(as_item, found.candidates)
-    records = [{"query": {"text": f"number {number}"}, "positive": item} for number, item in enumerate(candidates)]
+    documents = map(as_item, found.documents)
+    records = [{"query": {"text": f"number {number}"}, "positive": item} for number, item in enumerate(documents)]
     dataset, losses = batches_of(config, start.tokenizer, records), []
     for step in range(config.schedule.steps):
         state, figures = trainer.step(state, put(dataset[step], trainer.mesh))
@@ -239,7 +239,7 @@ def test_dropout_belongs_to_a_row_wherever_it_is(case):
         tree = unflatten_dict(parameters, sep=".")
         return encode(lambda row: nnx.merge(graph, tree, dropout_of(keys, row)), rows, "everything", "float32")
 
-    records = [{"query": {"text": "x"}, "positive": as_item(item)} for item in case.record.candidates]
+    records = [{"query": {"text": "x"}, "positive": as_item(item)} for item in case.record.documents]
     rows = batches_of(config, start.tokenizer, records)[0].rows
     count = rows.tokens.shape[0] * rows.tokens.shape[1]
     assert len(rows.tokens) > 1

@@ -17,11 +17,11 @@ from metaembed_jax.network import abstract_network
 from metaembed_jax.sharding import make_mesh
 from tests.backbones.test_parity import CASES, ONE_EACH, REFERENCES
 
-VECTORS = {"query": 16, "candidate": 64}
+VECTORS = {"query": 16, "document": 64}
 
 
 def row_items(processor, config, items):
-    """Queries and candidates with all their Meta Tokens."""
+    """Queries and documents with all their Meta Tokens."""
     made = []
     for side, budget in VECTORS.items():
         examples = [getattr(processor, side)(as_item(item)) for item in items[side]]
@@ -55,8 +55,8 @@ def case(request, tmp_path_factory):
         encode=jax.jit(lambda parameters, batch: nnx.merge(graph, parameters)(batch)),
         parameters=parameters,
         layout=config.architecture.layout,
-        items=row_items(processor, config, {"query": reference.QUERIES, "candidate": reference.CANDIDATES}),
-        vectors=[*expected.query, *expected.candidate],
+        items=row_items(processor, config, {"query": reference.QUERIES, "document": reference.DOCUMENTS}),
+        vectors=[*expected.query, *expected.document],
     )
 
 

@@ -19,7 +19,7 @@ TOLERANCE = dict(rtol=0, atol=1e-5)  # float32 leaves 2e-6 at most
 REFERENCES = {package: importlib.import_module(f"tests.backbones.{package}.reference") for package in FAMILIES.values()}
 CASES = [(package, name) for package, reference in REFERENCES.items() for name in reference.CONFIGURATIONS]
 ONE_EACH = [next(case for case in CASES if case[0] == package) for package in REFERENCES]
-SIDES = ("query", "candidate")
+SIDES = ("query", "document")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def case(request, tmp_path_factory):
     expected = reference.reference(name, tmp_path_factory.mktemp("references"))
     model = me.MetaEmbed.from_pretrained(expected.directory, dtype="float32", mesh=make_mesh(devices=jax.devices()[:1]))
     model.parameters["meta_tokens"] = jax.device_put(expected.meta_tokens, model.parameters["meta_tokens"].sharding)
-    items = {"query": reference.QUERIES, "candidate": reference.CANDIDATES}
+    items = {"query": reference.QUERIES, "document": reference.DOCUMENTS}
     sizes = np.array([model.processor.size(as_item(item), side)[:2] for side in SIDES for item in items[side]])
     tokens, patches = sizes.max(axis=0).tolist()
     return with_small_rows(model, 2 * tokens + 80, 2 * patches), expected, items
@@ -41,7 +41,7 @@ one_of_each = pytest.mark.parametrize("case", ONE_EACH, indirect=True, ids="-".j
 
 
 def encode(model, side, items, **keywords):
-    return {"query": model.encode_query, "candidate": model.encode_document}[side](items, **keywords)
+    return {"query": model.encode_query, "document": model.encode_document}[side](items, **keywords)
 
 
 @all_cases
@@ -56,7 +56,7 @@ def test_vectors_equal_transformers(case):
 def test_the_reference_tells_its_vectors_apart(case):
     """Agreement says little about vectors that are all alike."""
     _, expected, _ = case
-    for vectors in (expected.query, expected.candidate):
+    for vectors in (expected.query, expected.document):
         flat = vectors.reshape(-1, vectors.shape[-1])
         assert np.abs(np.linalg.norm(flat, axis=-1) - 1).max() < 1e-5
         assert np.median(np.abs(vectors[1:] - vectors[:-1]).max(axis=-1)) > 1e-2  # between items

@@ -51,7 +51,7 @@ def ours(run):
 
     def vectors(directory):
         model = MetaEmbed.from_pretrained(directory, dtype="float32")
-        return {"query": model.encode_query(ITEMS), "candidate": model.encode_document(ITEMS)}
+        return {"query": model.encode_query(ITEMS), "document": model.encode_document(ITEMS)}
 
     return {name: vectors(directory) for name, directory in run.items()}
 
@@ -62,7 +62,7 @@ def test_our_own_loader_reads_the_transformers_export_and_writes_it_again(run, o
     model = MetaEmbed.from_pretrained(tmp_path / "one", dtype="float32")
     tolerance = 1e-5 if dtype == "float32" else 0.05
     np.testing.assert_allclose(model.encode_query(ITEMS), ours[name]["query"], atol=tolerance)
-    np.testing.assert_allclose(model.encode_document(ITEMS), ours[name]["candidate"], atol=tolerance)
+    np.testing.assert_allclose(model.encode_document(ITEMS), ours[name]["document"], atol=tolerance)
 
     export(tmp_path / "one", tmp_path / "two", "transformers")
     files = {path.name for path in (tmp_path / "one").iterdir()}
@@ -89,7 +89,7 @@ def test_a_directory_that_older_transformers_wrote_keeps_its_dtype(run, tmp_path
 def test_stock_transformers_computes_the_same_vectors(run, ours, tmp_path, name):
     pytest.importorskip("torch")
     export(run[name], tmp_path / "out", "transformers")
-    for side in ("query", "candidate"):
+    for side in ("query", "document"):
         found = stock_vectors(tmp_path / "out", ITEMS, side)
         np.testing.assert_allclose(found, ours[name][side], atol=1e-4)
 
@@ -101,8 +101,8 @@ def test_sentence_transformers_computes_the_same_vectors_and_scores(run, ours, t
     model = module.MultiVectorEncoder(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
     queries, documents = model.encode_query(ITEMS), model.encode_document(ITEMS)
     np.testing.assert_allclose(np.stack(queries), ours[name]["query"], atol=1e-4)
-    np.testing.assert_allclose(np.stack(documents), ours[name]["candidate"], atol=1e-4)
-    scores = MetaEmbed.from_pretrained(run[name]).similarity(ours[name]["query"], ours[name]["candidate"])
+    np.testing.assert_allclose(np.stack(documents), ours[name]["document"], atol=1e-4)
+    scores = MetaEmbed.from_pretrained(run[name]).similarity(ours[name]["query"], ours[name]["document"])
     np.testing.assert_allclose(model.similarity(queries, documents), scores, atol=1e-3)
     assert model.get_embedding_dimension() == ours[name]["query"].shape[-1]
     for odd in ({}, {"text": None}, {"text": "x", "img": TALL}, {"text": 5}, None, [{"role": "user", "content": "hi"}]):
@@ -167,7 +167,7 @@ def started(config, workdir):
 
 WRONG = [
     ({"first_token": 3}, "config.json has <|meta_query_0|> as token 3, and tokenizer.json as"),
-    ({"query_tokens": 8}, "has <|meta_candidate_0|> as token 311, and tokenizer.json as 319"),
+    ({"query_tokens": 8}, "has <|meta_document_0|> as token 311, and tokenizer.json as 319"),
     ({"query_tokens": 10**12}, "more than tokenizer.json has tokens"),
     ({"embedding_dim": 0}, "embedding_dim of config.json is 0, and head.safetensors is there"),
     ({"embedding_dim": 8}, r"asks for weight of shape \(8, 32\)"),

@@ -59,7 +59,7 @@ def test_relevant_is_every_page_that_shows_all_that_is_named(data_dir):
     asked = [query["text"].split(", ") for query in task.queries]
     assert {len(names) for names in asked} == {1, 2} and len(asked) == len({tuple(names) for names in asked})
     assert {names[0] for names in asked if len(names) == 1} == {name for page in pages for name in page}
-    assert len(task.candidates) == len(pages)
+    assert len(task.documents) == len(pages)
     for names, relevant in zip(asked, task.relevance, strict=True):
         assert relevant == {number for number, page in enumerate(pages) if set(names) <= set(page)} != set()
 
@@ -141,5 +141,5 @@ def test_a_curriculum_that_cannot_be_followed_is_an_error(data_dir, curriculum, 
 
 
 def test_pages_on_disk_are_readable(data_dir):
-    for candidate in sources.retrieval("boards", data_dir, "validation").candidates:
-        assert Image.open(io.BytesIO(candidate["image"])).size == (boards.SIDE, boards.SIDE)
+    for document in sources.retrieval("boards", data_dir, "validation").documents:
+        assert Image.open(io.BytesIO(document["image"])).size == (boards.SIDE, boards.SIDE)

@@ -150,7 +150,7 @@ def test_retrieval_is_every_name_against_every_drawing(data_dir):
     task = icons.retrieval(data_dir, "test")
     found = list(icons_of(data_dir, "test"))
     assert [query["text"] for query in task.queries] == sorted({record["query"]["text"] for record in found})
-    assert [candidate["image"] for candidate in task.candidates] == [record["positive"]["image"] for record in found]
+    assert [document["image"] for document in task.documents] == [record["positive"]["image"] for record in found]
     for query, relevant in zip(task.queries, task.relevance, strict=True):
         assert relevant == {row for row, record in enumerate(found) if record["query"] == query}
 

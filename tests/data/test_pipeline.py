@@ -215,7 +215,7 @@ def test_queries_and_positives_are_in_pair_order_then_negatives_pair_by_pair(pro
     drawn = [records[row] for _, _, row in source.asked]
     documents = [pair["positive"] for pair in drawn] + [item for pair in drawn for item in pair["negatives"][:2]]
     queries = expected([pair["query"] for pair in drawn], processor.query)
-    assert items_in_order(whole) == (queries, expected(documents, processor.candidate))
+    assert items_in_order(whole) == (queries, expected(documents, processor.document))
     assert whole.negative_mask.shape == (8, 2) and whole.negative_mask.all()
     rows = whole.rows.row.size
     batch = dataset_of(config(negatives=2), processor, [records], most=5, shards=2)[0]

@@ -112,10 +112,10 @@ def test_held_out_rows_are_a_search_task(tmp_path):
     every = {record["query"]["text"] for split in records.SPLITS for record in read(tmp_path, "mine", split)}
     assert every == {row["query"] for row in rows}
     task = sources.retrieval("mine", tmp_path, "test")
-    assert len({str(item) for item in task.candidates}) == len(task.candidates)
+    assert len({str(item) for item in task.documents}) == len(task.documents)
     for query, relevant in zip(task.queries, task.relevance, strict=True):
-        (candidate,) = relevant
-        assert task.candidates[candidate] == {"text": f"p{int(query['text'][1:]) // 2}"}
+        (document,) = relevant
+        assert task.documents[document] == {"text": f"p{int(query['text'][1:]) // 2}"}
 
 
 def test_shards_resume_and_do_not_depend_on_workers(tmp_path, monkeypatch):

@@ -58,8 +58,8 @@ def source(prepared):
 
 def sizes_of(processor, record):
     """The sizes of the examples that the processor makes from a record."""
-    examples = [processor.query(record["query"]), processor.candidate(record["positive"])]
-    examples += [processor.candidate(item) for item in record["negatives"][:NEGATIVES]]
+    examples = [processor.query(record["query"]), processor.document(record["positive"])]
+    examples += [processor.document(item) for item in record["negatives"][:NEGATIVES]]
     made = np.zeros((2 + NEGATIVES, 4), np.int32)
     made[: len(examples)] = [(len(one.tokens), one.patches, one.cut, one.shrunk) for one in examples]
     return made

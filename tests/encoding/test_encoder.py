@@ -41,7 +41,7 @@ class Processor:
         visual = np.full(len(tokens), -1, np.int32)
         return Example(tokens, np.arange(len(tokens))[None], visual, arrays, np.ones(fitted.patches, bool), fitted.cut)
 
-    candidate = query
+    document = query
 
 
 class Described(list):

@@ -11,7 +11,7 @@ from metaembed_jax.planning.rows import rows_of_steps, typical_steps
 from metaembed_jax.planning.typical import typical_document, typical_pair
 
 ROW = Size(2560, 8192, 512)
-WORDS_OF_PROMPT = {"query": 6 + 12 + 16, "candidate": 6 + 80}  # frame, suffix, Meta Tokens
+WORDS_OF_PROMPT = {"query": 6 + 12 + 16, "document": 6 + 80}  # frame, suffix, Meta Tokens
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ vectors = torch.nn.functional.normalize(states{head}, dim=-1)  # [1, {query}, {w
 
 A document's prompt is `<|begin_of_text|>{{text}}<|end_of_text|>`, or with an image
 `<|image|><|begin_of_text|>Describe the image.<|end_of_text|>`; after it come the {query} query tokens and then
-`<|meta_candidate_0|>` to `<|meta_candidate_{last}|>`, whose states are its vectors. With an image the model also takes what
+`<|meta_document_0|>` to `<|meta_document_{last}|>`, whose states are its vectors. With an image the model also takes what
 `AutoImageProcessor.from_pretrained(DIRECTORY)` gives for `[[image]]`, and a `cross_attention_mask` [1, tokens, 1, tiles], which is
 1 for the first `num_tiles` tiles from the image token to the end, Meta Tokens included. Texts without an image belong in batches
 of their own."""

@@ -37,7 +37,7 @@ vectors = torch.nn.functional.normalize(states{head}, dim=-1)  # [1, {query}, {w
 ```
 
 A document's prompt is `<bos>{{text}}\\n`, or with an image `<image>...<image><bos>Describe the image.\\n`, with one `<image>` for
-each patch; after it come the {query} query tokens and then `<|meta_candidate_0|>` to `<|meta_candidate_{last}|>`, whose states are
+each patch; after it come the {query} query tokens and then `<|meta_document_0|>` to `<|meta_document_{last}|>`, whose states are
 its vectors. Of both kinds of Meta Tokens the type is 1."""
 
 

@@ -20,7 +20,7 @@ vectors = torch.nn.functional.normalize(states{head}, dim=-1)  # [1, {query}, {w
 
 A document's prompt is `<|im_start|>user\\n{{text}}<|im_end|><|endoftext|>`, or with an image
 `<|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>Describe the image.<|im_end|><|endoftext|>`, with one
-`<|image_pad|>` for each visual token; after it come the {query} query tokens and then `<|meta_candidate_0|>` to
-`<|meta_candidate_{last}|>`, whose states are its vectors."""
+`<|image_pad|>` for each visual token; after it come the {query} query tokens and then `<|meta_document_0|>` to
+`<|meta_document_{last}|>`, whose states are its vectors."""
 
 SENTENCE_TRANSFORMERS = Path(__file__).with_name("sentence_transformers_module.py")

@@ -31,7 +31,7 @@ vectors = torch.nn.functional.normalize(states{head}, dim=-1)  # [1, {query}, {w
 A document's prompt is `<|im_start|>User: {{text}}<end_of_utterance>`, or with an image
 `<|im_start|>User:<image>Describe the image.<end_of_utterance>`, whose `<image>` is replaced by the tiles' as transformers'
 `Idefics3Processor` does with the `image_seq_len` of this model; after it come the {query} query tokens and then
-`<|meta_candidate_0|>` to `<|meta_candidate_{last}|>`, whose states are its vectors. With an image the model also takes what
+`<|meta_document_0|>` to `<|meta_document_{last}|>`, whose states are its vectors. With an image the model also takes what
 `AutoImageProcessor.from_pretrained(DIRECTORY)` gives for it."""
 
 

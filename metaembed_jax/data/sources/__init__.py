@@ -90,7 +90,7 @@ def training_records(data: DataConfig, seed: int) -> list[Sequence]:
     if data.negatives and not any(marker.get("negatives") for marker in markers):
         raise UserError(
             f"config.data.negatives={data.negatives}, and no pair of {', '.join(names)} has any: "
-            "set it to 0, or each step encodes as many candidates in vain"
+            "set it to 0, or each step encodes as many documents in vain"
         )
 
     def of(name: str) -> Sequence:

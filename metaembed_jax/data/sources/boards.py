@@ -1,4 +1,4 @@
-"""Boards: page retrieval in miniature. A candidate is a page of icons at random places and sizes; the query names one or two.
+"""Boards: page retrieval in miniature. A document is a page of icons at random places and sizes; the query names one or two.
 
 Pages of the validation and test splits are fixed and lie on disk; they hold icons of that split only, each of them on three
 pages. On disk a page's query text names all its icons in order, separated by ", "; `retrieval` makes the queries of one and of

@@ -201,15 +201,15 @@ def prepare(data_dir: str | Path) -> dict:
 
 
 def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:
-    """A split as a search task: a query for each name, a candidate for each drawing, relevant where the names are equal."""
+    """A split as a search task: a query for each name, a document for each drawing, relevant where the names are equal."""
     found = records.open_split(Path(data_dir) / NAME, VERSION, split)
     drawings = [(record["query"]["text"], record["positive"]["image"]) for record in found]
     names = sorted({name for name, _ in drawings})
     holders = {name: set() for name in names}
-    for candidate, (name, _) in enumerate(drawings):
-        holders[name].add(candidate)
-    queries, candidates = [{"text": name} for name in names], [{"image": image} for _, image in drawings]
-    return records.Retrieval(queries, candidates, [holders[name] for name in names])
+    for document, (name, _) in enumerate(drawings):
+        holders[name].add(document)
+    queries, documents = [{"text": name} for name in names], [{"image": image} for _, image in drawings]
+    return records.Retrieval(queries, documents, [holders[name] for name in names])
 
 
 def training(data: DataConfig, seed: int) -> Sequence:

@@ -174,21 +174,21 @@ def open_split(source_dir: str | Path, version: str, split: str) -> Records:
 
 
 class Retrieval(NamedTuple):
-    """A search task: every query's relevant candidates, as sets of their indices."""
+    """A search task: every query's relevant documents, as sets of their indices."""
 
     queries: list[dict]
-    candidates: list[dict]
+    documents: list[dict]
     relevance: list[set[int]]
 
 
 def pairs_retrieval(pairs: Sequence[dict]) -> Retrieval:
-    """Pairs as a search task: every query looks for its positive among all of them, equal ones being one candidate."""
-    numbers, candidates, relevance = {}, [], []
+    """Pairs as a search task: every query looks for its positive among all of them, equal ones being one document."""
+    numbers, documents, relevance = {}, [], []
     for record in pairs:
         positive = record["positive"]
         key = positive.get("text"), positive.get("image")
         if key not in numbers:
-            numbers[key] = len(candidates)
-            candidates.append(positive)
+            numbers[key] = len(documents)
+            documents.append(positive)
         relevance.append({numbers[key]})
-    return Retrieval([record["query"] for record in pairs], candidates, relevance)
+    return Retrieval([record["query"] for record in pairs], documents, relevance)

@@ -110,7 +110,7 @@ def evaluate_task(
     query_vectors, document_vectors = largest_budget([(budget,) for budget in budgets])
     queries, documents = pictured(questions)
     query_rows, query_part = _encoded(model, queries, "query", query_vectors, cache, progress)
-    rows, document_nRD = _encoded(model, documents, "candidate", document_vectors, cache, progress)
+    rows, document_nRD = _encoded(model, documents, "document", document_vectors, cache, progress)
     query_QRD = from_parts(query_rows, query_part, len(queries))
     dimension, searches, scores_QN = query_QRD.shape[2], [], np.zeros((len(queries), len(documents)))
     for budget in by_cost(budgets):

@@ -37,7 +37,7 @@ def fetch_here(task: Any) -> None:
 def items_in(task: Any, split: str, subset: str) -> tuple[TaskItems, TaskItems]:
     """Queries and documents of a task that is loaded: all of them, as they are before mteb leaves some out."""
     data = task.dataset[subset][split]
-    return items_of(data["queries"], "query", task.metadata), items_of(data["corpus"], "candidate", task.metadata)
+    return items_of(data["queries"], "query", task.metadata), items_of(data["corpus"], "document", task.metadata)
 
 
 def _load(task: Any) -> str | None:

@@ -61,7 +61,7 @@ class Mteb:
         Raises:
           UserError: a budget beyond the model's, or data that cannot be fetched or makes no sense.
         """
-        vectors = subject.model.config.vectors("query"), subject.model.config.vectors("candidate")
+        vectors = subject.model.config.vectors("query"), subject.model.config.vectors("document")
         searches = in_order(as_stages(budget, *vectors) for budget in self.budgets)
         largest, revision = largest_budget(searches), subject.identity[:16]
         searcher = Searcher(subject.model, largest, name=subject.name, revision=revision, progress=progress)

@@ -13,7 +13,7 @@ from typing import Any
 from metaembed_jax.data.sources.files import LARGEST_FILE
 from metaembed_jax.errors import UserError
 
-COLUMNS = {"query": ("text", "instruction"), "candidate": ("text", "title")}
+COLUMNS = {"query": ("text", "instruction"), "document": ("text", "title")}
 
 
 class TaskItems(Sequence):
@@ -21,7 +21,7 @@ class TaskItems(Sequence):
 
     Args:
       table: the rows.
-      side: "query" or "candidate".
+      side: "query" or "document".
       modalities: those that the task has on this side: other columns do not count.
       name: for errors.
 
@@ -81,14 +81,14 @@ def items_of(table: Any, side: str, metadata: Any) -> TaskItems:
     """
     from mteb.types import PromptType
 
-    kind, name = {"query": (PromptType.query, "queries"), "candidate": (PromptType.document, "corpus")}[side]
+    kind, name = {"query": (PromptType.query, "queries"), "document": (PromptType.document, "corpus")}[side]
     return TaskItems(table, side, metadata.get_modalities(kind), f"{metadata.name}, {name}")
 
 
 def text_of(row: dict, side: str) -> str:
     """The text of a row, as mteb's own models read it: title and text, text and instruction, or the turns of a conversation."""
     text = row["text"]
-    if side == "candidate":
+    if side == "document":
         return f"{row.get('title') or ''} {text}".strip()
     instruction = row.get("instruction")
     if isinstance(text, list):

@@ -67,7 +67,7 @@ class Searcher:
         progress: bool = False,
     ):
         self.model, self.name, self.revision, self.progress = model, name, revision, progress
-        vectors = model.config.vectors("query"), model.config.vectors("candidate")
+        vectors = model.config.vectors("query"), model.config.vectors("document")
         self.stages = as_stages(vectors if budget is None else budget, *vectors)
         self._largest = largest_budget([self.stages])
         self._held: dict[str, Encoded] = {}
@@ -105,7 +105,7 @@ class Searcher:
         Raises:
           UserError: names the item that cannot be encoded.
         """
-        items = items_of(corpus, "candidate", task_metadata)
+        items = items_of(corpus, "document", task_metadata)
         self._documents = None
         self._documents = items.ids, self._encoded(items)
 

@@ -3,8 +3,8 @@
 from metaembed_jax.config import load_config
 from tests.backbones.families import Record
 from tests.backbones.llama_vision.reference import (
-    CANDIDATES,
     CONFIGURATIONS,
+    DOCUMENTS,
     QUERIES,
     by_kind,
     looks,
@@ -26,7 +26,7 @@ def stock_vectors(directory, items, side, model=None):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     images = AutoImageProcessor.from_pretrained(directory, backend="pil")
     suffix = "".join(f"<|meta_query_{number}|>" for number in range(16))
-    suffix += "".join(f"<|meta_candidate_{number}|>" for number in range(64)) if side == "candidate" else ""
+    suffix += "".join(f"<|meta_document_{number}|>" for number in range(64)) if side == "document" else ""
 
     def vectors(items):
         prompts = [string(item, side) + suffix for item in items]
@@ -42,7 +42,7 @@ def stock_vectors(directory, items, side, model=None):
 RECORD = Record(
     write=lambda directory: write_checkpoint(directory, CONFIGURATIONS["irregular"]),
     queries=QUERIES,
-    candidates=CANDIDATES,
+    documents=DOCUMENTS,
     tokens=64,
     patches=3 * 16,
     pixels=(1, 1),  # which say nothing here

@@ -55,7 +55,7 @@ CONFIGURATIONS = {
 TALL, WIDE, LARGE, SMALL = noise(150, 61, 1), noise(50, 160, 2), noise(139, 123, 4), noise(26, 33, 3)
 TEXTS = ["a red car", "", "what stands left of the hut", "airplane lock", "cloud snow 漢字"]
 QUERIES = [*TEXTS, {"text": "where", "image": TALL}, {"text": "a longer question", "image": WIDE}, {"image": SMALL}]
-CANDIDATES = [*TEXTS[2:], *({"image": image} for image in (TALL, WIDE, SMALL)), {"text": "with its caption", "image": LARGE}, "a"]
+DOCUMENTS = [*TEXTS[2:], *({"image": image} for image in (TALL, WIDE, SMALL)), {"text": "with its caption", "image": LARGE}, "a"]
 
 
 @functools.cache
@@ -170,8 +170,8 @@ def string(item, side: str) -> str:
 
 
 def reference(name: str, scratch: Path) -> SimpleNamespace:
-    """The directory of a checkpoint, Meta Tokens, and the vectors of QUERIES and CANDIDATES with them."""
-    items = {"query": QUERIES, "candidate": CANDIDATES}
+    """The directory of a checkpoint, Meta Tokens, and the vectors of QUERIES and DOCUMENTS with them."""
+    items = {"query": QUERIES, "document": DOCUMENTS}
     return kept(f"llama_vision/{name}", scratch, CONFIGURATIONS[name], write_checkpoint, Transformers, items)
 
 

@@ -99,7 +99,7 @@ def test_arrangements_are_numbered_as_by_transformers(tiles):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("side", ["query", "candidate"])
+@pytest.mark.parametrize("side", ["query", "document"])
 def test_prompts_are_the_strings_of_the_recipe(tokenizer, processor, text, side):
     process, end = getattr(processor, side), END * 11 + "\n" if side == "query" else END
     prefix = "Query: " if side == "query" else ""
@@ -118,18 +118,18 @@ def test_prompts_are_the_strings_of_the_recipe(tokenizer, processor, text, side)
 @given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "a red", " ", "<|", "image|>", "é"]), max_size=6).map("".join))
 def test_special_strings_of_the_user_stay_text(tokenizer, processor, text):
     for one in (processor, pickle.loads(pickle.dumps(processor))):
-        tokens = one.candidate({"text": text, "image": TALL}).tokens.tolist()
+        tokens = one.document({"text": text, "image": TALL}).tokens.tolist()
         assert [tokens.count(tokenizer.token_to_id(token)) for token in SPECIAL_TOKENS] == [1, 1, 1]
         assert tokenizer.decode(tokens[2:-1], skip_special_tokens=False) == (text or "Describe the image.")
 
 
 def within(tokenizer, prompt, side, patches=PATCHES, text=1000):
     """A processor whose prompts of one side have at most so many tokens; those of the other have 500 more."""
-    query, candidate = {"query": (500, 0), "candidate": (0, 500)}[side]
-    return Processor(tokenizer, IMAGES, Limits(500 + prompt, patches, text, query, candidate))
+    query, document = {"query": (500, 0), "document": (0, 500)}[side]
+    return Processor(tokenizer, IMAGES, Limits(500 + prompt, patches, text, query, document))
 
 
-@pytest.mark.parametrize("side", ["query", "candidate"])
+@pytest.mark.parametrize("side", ["query", "document"])
 def test_truncation_cuts_only_the_end_of_the_users_text(tokenizer, processor, side):
     words = "a red car " * 20
     whole = getattr(processor, side)({"text": words, "image": TALL}).tokens
@@ -146,17 +146,17 @@ def test_a_row_without_room_for_an_image_is_refused(tokenizer):
         within(tokenizer, 100, "query", patches=PATCHES - 1)
     with pytest.raises(UserError, match="^query: its prompt alone takes .* tokens, and config.rows.size leaves 20"):
         within(tokenizer, 20, "query")
-    texts = within(tokenizer, 100, "candidate", patches=0)
-    assert len(texts.candidate({"text": "a red car"}).tokens) > 3
+    texts = within(tokenizer, 100, "document", patches=0)
+    assert len(texts.document({"text": "a red car"}).tokens) > 3
     with pytest.raises(UserError, match="^row 3: config.rows.size leaves .* and 0 patches for an image"):
-        texts.candidate({"image": TALL}, name="row 3")
+        texts.document({"image": TALL}, name="row 3")
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.none() | st.tuples(st.integers(1, 300), st.integers(1, 300)),
     st.text(max_size=30) | st.integers(0, 90).map(lambda words: "a red été " * words),
-    st.sampled_from(["query", "candidate"]),
+    st.sampled_from(["query", "document"]),
     st.none() | st.tuples(st.integers(60, 130), st.just(PATCHES), st.integers(1, 60)),
 )
 def test_sizes_are_those_of_the_examples(tokenizer, processor, image, text, side, limits):
@@ -187,7 +187,7 @@ def test_bad_items_are_named(processor, item, message):
 def test_rows_hold_items_with_and_without_images(processor):
     """Two images in a row, with a text between them; padding tiles belong to no item."""
     items = {"image": noise(20, 100, 0)}, {"text": "a red car"}, {"image": noise(80, 80, 0)}
-    examples = [processor.candidate(item) for item in items]
+    examples = [processor.document(item) for item in items]
     counts = [each.patch_mask.sum() for each in examples]
     assert 0 == counts[1] < counts[0] < PATCHES and counts[2] == PATCHES
     batch = collate([[RowItem(each, 3, 2) for each in examples], []], Size(160, 3 * PATCHES, 6), CONFIG.layout)

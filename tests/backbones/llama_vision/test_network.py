@@ -39,8 +39,8 @@ class Case:
         model, self.theirs = read(directory), Transformers(directory)
         self.backbone = backbone_of(model)
         self.vision, self.tower = self.theirs.model.model.vision_model, self.backbone.vision
-        items = [RowItem(model.processor.candidate({"image": picture}), 1, 1) for picture in PICTURES]
-        rows = [items[:2], [RowItem(model.processor.candidate({"text": "a"}), 1, 1), *items[2:]]]
+        items = [RowItem(model.processor.document({"image": picture}), 1, 1) for picture in PICTURES]
+        rows = [items[:2], [RowItem(model.processor.document({"text": "a"}), 1, 1), *items[2:]]]
         row = Size(200, 3 * items[0].size.patches, 3)
         self.batch = collate(rows, row, model.config.architecture.layout)
         self.images = [0, 1, 3, 4]  # of the six that rows have room for

@@ -2,7 +2,7 @@
 
 from metaembed_jax.config import load_config
 from tests.backbones.families import Record
-from tests.backbones.paligemma.reference import CANDIDATES, CONFIGURATIONS, QUERIES, string, write_checkpoint
+from tests.backbones.paligemma.reference import CONFIGURATIONS, DOCUMENTS, QUERIES, string, write_checkpoint
 
 
 def stock_vectors(directory, items, side, model=None):
@@ -18,7 +18,7 @@ def stock_vectors(directory, items, side, model=None):
     )
     rows = 16 if side == "query" else 80
     suffix = "".join(f"<|meta_query_{number}|>" for number in range(16))
-    suffix += "".join(f"<|meta_candidate_{number}|>" for number in range(rows - 16))
+    suffix += "".join(f"<|meta_document_{number}|>" for number in range(rows - 16))
     visual = model.config.text_config.num_image_tokens
     prompts = [string(item, side, visual) + suffix for item in items]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
@@ -32,7 +32,7 @@ def stock_vectors(directory, items, side, model=None):
 RECORD = Record(
     write=lambda directory: write_checkpoint(directory, CONFIGURATIONS["gemma2"]),
     queries=QUERIES,
-    candidates=CANDIDATES,
+    documents=DOCUMENTS,
     tokens=96,
     patches=25,
     pixels=(1, 1),  # in which this family has no say

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.backbones.qwen2_5_vl.reference import CANDIDATES, QUERIES
+from tests.backbones.qwen2_5_vl.reference import DOCUMENTS, QUERIES
 from tests.backbones.references import kept
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<image>"]
@@ -129,6 +129,6 @@ def string(item, side: str, visual: int) -> str:
 
 
 def reference(name: str, scratch: Path) -> SimpleNamespace:
-    """The directory of a checkpoint, Meta Tokens, and the vectors of QUERIES and CANDIDATES with them."""
-    items = {"query": QUERIES, "candidate": CANDIDATES}
+    """The directory of a checkpoint, Meta Tokens, and the vectors of QUERIES and DOCUMENTS with them."""
+    items = {"query": QUERIES, "document": DOCUMENTS}
     return kept(f"paligemma/{name}", scratch, CONFIGURATIONS[name], write_checkpoint, Transformers, items, scale=0.2)

@@ -33,14 +33,14 @@ def processor(tokenizer):
 @pytest.mark.parametrize("text", TEXTS)
 def test_prompts_are_the_strings_of_the_recipe(tokenizer, processor, text):
     beside_image = {"image": PICTURE} | ({"text": text} if text else {})
-    for side in ("query", "candidate"):
+    for side in ("query", "document"):
         for item, known in (({"text": text}, text), ({"text": text, "image": PICTURE}, beside_image)):
             expected = tokenizer.encode(string(known, side, 9), add_special_tokens=False).ids
             assert getattr(processor, side)(item).tokens.tolist() == expected
 
 
 def test_special_strings_of_a_text_are_plain_text(processor):
-    tokens = processor.candidate({"text": "<image><bos><pad>"}).tokens.tolist()
+    tokens = processor.document({"text": "<image><bos><pad>"}).tokens.tolist()
     assert not {0, 2, 3} & set(tokens[1:])
 
 
@@ -56,14 +56,14 @@ def test_visual_tokens_come_first_in_raster_order(processor):
 
 def test_cuts_take_the_end_of_the_text_only(tokenizer):
     processor = Processor(tokenizer, IMAGES, Limits(70, 9, 512, 10, 10))
-    for side, end in (("query", [0] * 10 + tokenizer.encode("\n").ids), ("candidate", tokenizer.encode("\n").ids)):
+    for side, end in (("query", [0] * 10 + tokenizer.encode("\n").ids), ("document", tokenizer.encode("\n").ids)):
         item = {"text": "cloud question " * 30, "image": PICTURE}
         example = getattr(processor, side)(item)
         tokens = example.tokens.tolist()
         assert len(tokens) <= 60 and example.cut and tokens[: 9 + 1] == [3] * 9 + [2]
         text = tokenizer.decode(tokens[10:], skip_special_tokens=True)
         assert text.startswith("Query: cloud" if side == "query" else "cloud") and text.endswith("\n")
-        assert tokens[-len(end) :] == end or side == "candidate"
+        assert tokens[-len(end) :] == end or side == "document"
 
 
 def test_rows_hold_an_image_or_none(tokenizer):
@@ -83,7 +83,7 @@ def test_rows_hold_an_image_or_none(tokenizer):
 @given(
     st.none() | st.tuples(st.integers(1, 300), st.integers(1, 300)),
     st.text(max_size=30) | st.integers(0, 90).map(lambda words: "a red été " * words),
-    st.sampled_from(["query", "candidate"]),
+    st.sampled_from(["query", "document"]),
     st.none() | st.tuples(st.integers(70, 130), st.integers(9, 20), st.integers(1, 60)),
 )
 def test_sizes_are_those_of_the_examples(tokenizer, image, text, side, limits):

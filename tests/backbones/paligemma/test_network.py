@@ -37,7 +37,7 @@ class Case:
         self.config, self.backbone = network.architecture, self.network.backbone
         self.theirs = Transformers(directory)
         self.core = self.theirs.model.model
-        examples = [self.processor.candidate({"image": picture}) for picture in PICTURES]
+        examples = [self.processor.document({"image": picture}) for picture in PICTURES]
         self.images = len(PICTURES), self.config.vision_config.patches
         row = Size(200, 3 * self.images[1], 3)  # all in one
         self.batch = collate([[RowItem(example, 1, 1) for example in examples]], row, self.config.layout)
@@ -58,7 +58,7 @@ def test_pixels(case):
     grey = noise(61, 33, 4).convert("L")
     for picture in (*PICTURES, noise(500, 3, 4), noise(1, 90, 5), grey.convert("RGB"), Image.new("RGB", (50, 50), (1, 200, 3))):
         theirs = case.theirs.images(picture, return_tensors="np")["pixel_values"][0]
-        patches = case.processor.candidate({"image": picture}).patch_arrays["patches"]
+        patches = case.processor.document({"image": picture}).patch_arrays["patches"]
         vision = case.config.vision_config
         side, size = vision.image_size // vision.patch_size, vision.patch_size
         square = patches.reshape(side, side, 3, size, size).transpose(2, 0, 3, 1, 4).reshape(theirs.shape)
@@ -154,6 +154,6 @@ def test_decoder_layer(case, number):
 def test_items_in_shared_rows_are_as_alone(case):
     """Texts of very different lengths, images in the same row; of Gemma 2 with local layers, whose window cuts items."""
     queries = [{"text": "a red car"}, {"text": "where " * 30, "image": TALL}, {"text": ""}]
-    candidates = [{"image": WIDE}, {"text": "cloud question " * 20}, {"text": "x", "image": SMALL}]
+    documents = [{"image": WIDE}, {"text": "cloud question " * 20}, {"text": "x", "image": SMALL}]
     process = case.processor
-    assert_company_is_unseen(case.network, [*map(process.query, queries)], [*map(process.candidate, candidates)])
+    assert_company_is_unseen(case.network, [*map(process.query, queries)], [*map(process.document, documents)])

@@ -14,7 +14,7 @@ from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.sharding import make_mesh
 from tests.backbones.paligemma.record import stock_vectors
-from tests.backbones.paligemma.reference import CANDIDATES, QUERIES, reference
+from tests.backbones.paligemma.reference import DOCUMENTS, QUERIES, reference
 
 torch = pytest.importorskip("torch")
 
@@ -74,9 +74,7 @@ def test_an_export_of_the_first_version_computes_the_same_vectors(tmp_path):
     export(expected.directory, tmp_path / "out", "transformers")
     model = MetaEmbed.from_pretrained(expected.directory, dtype="float32")
     np.testing.assert_allclose(stock_vectors(tmp_path / "out", QUERIES, "query"), model.encode_query(QUERIES), atol=1e-5)
-    np.testing.assert_allclose(
-        stock_vectors(tmp_path / "out", CANDIDATES, "candidate"), model.encode_document(CANDIDATES), atol=1e-5
-    )
+    np.testing.assert_allclose(stock_vectors(tmp_path / "out", DOCUMENTS, "document"), model.encode_document(DOCUMENTS), atol=1e-5)
 
 
 def test_the_released_layout_gives_the_same_parameters(tmp_path):

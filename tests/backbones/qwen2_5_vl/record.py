@@ -2,7 +2,7 @@
 
 from metaembed_jax.config import load_config
 from tests.backbones.families import Record
-from tests.backbones.qwen2_5_vl.reference import CANDIDATES, CONFIGURATIONS, QUERIES, string, write_checkpoint
+from tests.backbones.qwen2_5_vl.reference import CONFIGURATIONS, DOCUMENTS, QUERIES, string, write_checkpoint
 
 
 def stock_vectors(directory, items, side, model=None):
@@ -18,7 +18,7 @@ def stock_vectors(directory, items, side, model=None):
     seen = images([item["image"] for item in items if isinstance(item, dict)], return_tensors="pt")
     counts = iter((seen["image_grid_thw"].prod(-1) // 4).tolist())
     suffix = "".join(f"<|meta_query_{number}|>" for number in range(16))
-    suffix += "".join(f"<|meta_candidate_{number}|>" for number in range(64)) if side == "candidate" else ""
+    suffix += "".join(f"<|meta_document_{number}|>" for number in range(64)) if side == "document" else ""
     prompts = [string(item, side, counts) + suffix for item in items]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
     kinds = (batch["input_ids"] == model.config.image_token_id).int()
@@ -33,7 +33,7 @@ def stock_vectors(directory, items, side, model=None):
 RECORD = Record(
     write=lambda directory: write_checkpoint(directory, CONFIGURATIONS["grouped"]),
     queries=QUERIES,
-    candidates=CANDIDATES,
+    documents=DOCUMENTS,
     tokens=64,
     patches=256,
     pixels=(4 * 784, 64 * 784),

@@ -62,7 +62,7 @@ def noise(height, width, seed):
 TALL, WIDE, SMALL = noise(140, 199, 1), noise(80, 250, 2), noise(84, 56, 3)
 TEXTS = ["a red car", "", "what stands left of the hut", "airplane lock", "cloud snow 漢字"]
 QUERIES = [*TEXTS, {"text": "where", "image": TALL}, {"text": "a longer question", "image": WIDE}, {"image": SMALL}]
-CANDIDATES = [*TEXTS[1:], {"image": TALL}, {"image": WIDE}, {"text": "with a caption of its own", "image": WIDE}, {"image": SMALL}]
+DOCUMENTS = [*TEXTS[1:], {"image": TALL}, {"image": WIDE}, {"text": "with a caption of its own", "image": WIDE}, {"image": SMALL}]
 
 
 @functools.cache
@@ -166,7 +166,7 @@ def string(item, side: str, counts) -> str:
 
 
 def reference(name: str, scratch: Path, configurations: dict = CONFIGURATIONS) -> SimpleNamespace:
-    """The directory of a checkpoint, Meta Tokens, and the vectors of QUERIES and CANDIDATES with them."""
+    """The directory of a checkpoint, Meta Tokens, and the vectors of QUERIES and DOCUMENTS with them."""
     configuration = configurations[name]
     name = f"{configuration['model_type']}/{name}"
-    return kept(name, scratch, configuration, write_checkpoint, Transformers, {"query": QUERIES, "candidate": CANDIDATES})
+    return kept(name, scratch, configuration, write_checkpoint, Transformers, {"query": QUERIES, "document": DOCUMENTS})

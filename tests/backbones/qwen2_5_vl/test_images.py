@@ -34,7 +34,7 @@ def reference(image, config=CONFIG):
 
 def cut(image, config=CONFIG, name="image"):
     """An image's grid, its arrays, and the place of each unit in raster order."""
-    example = Processor(tokenizer(), config).candidate({"image": image}, name=name)
+    example = Processor(tokenizer(), config).document({"image": image}, name=name)
     return config.grid(*image.size, None, None, name), example, example.visual[example.visual >= 0]
 
 

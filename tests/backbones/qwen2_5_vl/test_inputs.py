@@ -79,8 +79,8 @@ def visual(image):
 
 def within(prompt, side, patches=0):
     """A processor whose prompts of one side have at most so many tokens."""
-    query, candidate = {"query": (500, 0), "candidate": (0, 500)}[side]
-    return Processor(TOKENIZER, CONFIG, Limits(500 + prompt, patches, 1000, query, candidate))
+    query, document = {"query": (500, 0), "document": (0, 500)}[side]
+    return Processor(TOKENIZER, CONFIG, Limits(500 + prompt, patches, 1000, query, document))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -92,7 +92,7 @@ def test_prompts_are_the_strings_of_the_recipe(text):
         ({"image": image}, lambda prefix: visual(image) + prefix + "Describe the image."),
     ]:
         assert PROCESSOR.query(item).tokens.tolist() == whole("<|im_start|>user\n" + middle("Query: ") + QUERY_END)
-        assert PROCESSOR.candidate(item).tokens.tolist() == whole("<|im_start|>user\n" + middle("") + END)
+        assert PROCESSOR.document(item).tokens.tolist() == whole("<|im_start|>user\n" + middle("") + END)
 
 
 def test_prompts_equal_the_tokenizer_of_transformers():
@@ -117,7 +117,7 @@ def test_any_text_is_tokenized_in_one_string_with_its_prompt(text):
 @given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "a red", " ", "<|", "pad|>", "é"]), max_size=6).map("".join))
 def test_special_strings_of_the_user_stay_text(text):
     for processor in (PROCESSOR, pickle.loads(pickle.dumps(PROCESSOR))):
-        example = processor.candidate({"text": text, "image": noise(56, 56)})
+        example = processor.document({"text": text, "image": noise(56, 56)})
         counts = {token: (example.tokens == number).sum() for token, number in IDS.items()}
         expected = dict.fromkeys(SPECIAL_TOKENS, 1) | {"<|image_pad|>": 4}
         assert counts == expected
@@ -130,7 +130,7 @@ def test_the_given_tokenizer_is_left_alone():
     tokenizer = train_tokenizer()
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=50)
-    example = Processor(tokenizer, CONFIG).candidate({"text": "a red car"})
+    example = Processor(tokenizer, CONFIG).document({"text": "a red car"})
     assert example.tokens.tolist() == whole(f"<|im_start|>user\na red car{END}")
     assert tokenizer.truncation and tokenizer.padding and not tokenizer.encode_special_tokens
 
@@ -145,7 +145,7 @@ def test_positions_equal_get_rope_index(size, text):
     model.get_vision_position_ids = lambda *args, **kwargs: reference.get_vision_position_ids(model, *args, **kwargs)
     examples = [
         PROCESSOR.query({"text": text, "image": noise(*size)}),
-        PROCESSOR.candidate({"image": noise(*size[::-1])}),
+        PROCESSOR.document({"image": noise(*size[::-1])}),
         PROCESSOR.query({"text": text}),
     ]
     meta = 3  # count on as text
@@ -167,7 +167,7 @@ def test_positions_equal_get_rope_index(size, text):
 
 def test_image_tokens_point_at_their_units():
     image = noise(28 * 7, 28 * 5)
-    example = PROCESSOR.candidate({"image": image, "text": "a"})
+    example = PROCESSOR.document({"image": image, "text": "a"})
     assert grid(image) == (5, 7)
     tokens = example.visual >= 0
     corners = example.patch_arrays["patch_positions"].reshape(-1, 4, 2)[example.visual[tokens], 0] // 2
@@ -180,7 +180,7 @@ def test_image_tokens_point_at_their_units():
 @given(st.text(min_size=1, max_size=60) | st.text(alphabet=" \n\te\u0301漢👩‍", min_size=1, max_size=60), st.integers(0, 40))
 def test_truncation_cuts_only_the_end_of_the_users_text(text, spare):
     image = noise(56, 84)
-    for side in (PROCESSOR.query, PROCESSOR.candidate):
+    for side in (PROCESSOR.query, PROCESSOR.document):
         for item in ({"text": text}, {"text": text, "image": image}):
             limit = len(whole_prompt(side, "", item.get("image"))) + spare
             example = getattr(within(limit, side.__name__, 1024 * ("image" in item)), side.__name__)(item)
@@ -200,11 +200,11 @@ def whole_prompt(side, text, image):
 
 def test_truncation_keeps_the_most_that_fits():
     words = "a red car " * 50
-    fixed = len(PROCESSOR.candidate({"text": ""}).tokens)
+    fixed = len(PROCESSOR.document({"text": ""}).tokens)
     for room in (1, 7, 40):
-        cut = within(fixed + room, "candidate").candidate({"text": words})
+        cut = within(fixed + room, "document").document({"text": words})
         assert len(cut.tokens) == fixed + room
-    some = Processor(TOKENIZER, CONFIG, Limits(500, 1024, 5, 0, 0)).candidate({"text": words})
+    some = Processor(TOKENIZER, CONFIG, Limits(500, 1024, 5, 0, 0)).document({"text": words})
     assert len(some.tokens) == fixed + 5
 
 
@@ -216,14 +216,14 @@ def test_no_room_for_a_prompt_is_an_error():
     with pytest.raises(UserError, match="^query: config.rows.size leaves .* tokens and 63 patches for an image: .* 1 and 64"):
         Processor(TOKENIZER, CONFIG, Limits(100, 63, 9, 0, 0))
     with pytest.raises(UserError, match="^row 3: config.rows.size leaves .* tokens and 0 patches for an image"):
-        Processor(TOKENIZER, CONFIG, Limits(100, 0, 9, 0, 0)).candidate({"image": noise(56, 56)}, name="row 3")
+        Processor(TOKENIZER, CONFIG, Limits(100, 0, 9, 0, 0)).document({"image": noise(56, 56)}, name="row 3")
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.none() | st.tuples(st.integers(1, 700), st.integers(1, 700)),
     st.text(max_size=30) | st.integers(0, 90).map(lambda words: "a red été " * words),
-    st.sampled_from(["query", "candidate"]),
+    st.sampled_from(["query", "document"]),
     st.none() | st.tuples(st.integers(60, 130), st.integers(1, 20).map(lambda slots: 64 * slots), st.integers(1, 60)),
 )
 def test_sizes_are_those_of_the_examples(image, text, side, limits):
@@ -264,7 +264,7 @@ def test_bad_items_are_named(item, message):
 
 
 def test_a_batch_is_the_one_that_the_network_reads():
-    examples = [PROCESSOR.query({"text": "a red car"}), PROCESSOR.candidate({"image": noise(90, 200)})]
+    examples = [PROCESSOR.query({"text": "a red car"}), PROCESSOR.document({"image": noise(90, 200)})]
     items = [RowItem(examples[0], 2, 2), RowItem(examples[1], 5, 3)]
     batch = collate([[], items], Size(tokens=100, patches=256, vectors=6), LAYOUT)
     arrays = vars(batch) | batch.patch_arrays

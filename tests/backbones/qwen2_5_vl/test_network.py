@@ -32,7 +32,7 @@ class Case:
         config, parameters, self.processor = load(directory, "float32", make_mesh(devices=jax.devices()[:1]), 0, 1024)
         self.backbone = nnx.merge(abstract_network(config)[0], parameters).backbone
         self.theirs = Transformers(directory)
-        self.examples = [self.processor.candidate({"image": picture}) for picture in PICTURES]
+        self.examples = [self.processor.document({"image": picture}) for picture in PICTURES]
         self.rasters = [example.visual[example.visual >= 0] for example in self.examples]
         row = Size(64, max(example.patches for example in self.examples), 1)
         self.batch = collate([[RowItem(example, 1, 1)] for example in self.examples], row, config.architecture.layout)

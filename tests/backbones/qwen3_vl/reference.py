@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from tests.backbones.qwen2_5_vl import reference as qwen2_5_vl
-from tests.backbones.qwen2_5_vl.reference import CANDIDATES, QUERIES, VOCABULARY  # noqa: F401  the items are the same
+from tests.backbones.qwen2_5_vl.reference import DOCUMENTS, QUERIES, VOCABULARY  # noqa: F401  the items are the same
 
 
 def configuration(

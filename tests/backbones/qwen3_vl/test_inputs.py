@@ -42,7 +42,7 @@ def noise(width, height):
 def test_prompts_are_the_strings_of_the_recipe(processor, tokenizer, text):
     image = noise(130, 70)  # 4x2 visual tokens
     beside = {"text": text, "image": image} if text else {"image": image}
-    for side, process in (("query", processor.query), ("candidate", processor.candidate)):
+    for side, process in (("query", processor.query), ("document", processor.document)):
         for given, known in (
             (text, {"text": text}),
             (beside, {"text": text, "image": image}),
@@ -69,7 +69,7 @@ def test_patches_equal_the_pillow_processor_of_transformers(processor, size):
     module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     theirs = module.Qwen2VLImageProcessorPil(**{key: SMALL[key] for key in ("size", "patch_size", "image_mean", "image_std")})
     expected = theirs(noise(*size), return_tensors="np")
-    arrays = processor.candidate({"image": noise(*size)}).patch_arrays
+    arrays = processor.document({"image": noise(*size)}).patch_arrays
     assert (1, *arrays["patch_grid"][0]) == tuple(expected["image_grid_thw"][0])
     ours = (arrays["patches"].reshape(-1, 3, 256).astype(np.float32) / 255 - 0.5) / 0.5
     for frame in range(2):

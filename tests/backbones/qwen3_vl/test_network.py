@@ -33,7 +33,7 @@ class Case:
         config, parameters, processor = load(directory, "float32", make_mesh(devices=jax.devices()[:1]), 0, 1024)
         self.backbone = nnx.merge(abstract_network(config)[0], parameters).backbone
         self.theirs = Transformers(directory)
-        examples = [processor.candidate({"image": picture}) for picture in PICTURES]
+        examples = [processor.document({"image": picture}) for picture in PICTURES]
         row = Size(64, max(example.patches for example in examples) + 4, 1)
         self.batch = collate([[RowItem(example, 1, 1)] for example in examples], row, config.architecture.layout)
         self.is_patch = self.batch.patch_segments > 0

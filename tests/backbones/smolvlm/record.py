@@ -2,7 +2,7 @@
 
 from metaembed_jax.config import load_config
 from tests.backbones.families import Record
-from tests.backbones.smolvlm.reference import CANDIDATES, CONFIGURATIONS, QUERIES, process, stock_processor, write_checkpoint
+from tests.backbones.smolvlm.reference import CONFIGURATIONS, DOCUMENTS, QUERIES, process, stock_processor, write_checkpoint
 
 
 def stock_vectors(directory, items, side, model=None):
@@ -12,7 +12,7 @@ def stock_vectors(directory, items, side, model=None):
 
     model = AutoModel.from_pretrained(directory).eval() if model is None else model
     suffix = "".join(f"<|meta_query_{number}|>" for number in range(16))
-    suffix += "".join(f"<|meta_candidate_{number}|>" for number in range(64)) if side == "candidate" else ""
+    suffix += "".join(f"<|meta_document_{number}|>" for number in range(64)) if side == "document" else ""
     with torch.no_grad():
         states = model(**process(stock_processor(directory, model.config), items, side, suffix)).last_hidden_state
     return torch.nn.functional.normalize(states[:, -(16 if side == "query" else 64) :], dim=-1).numpy()
@@ -21,7 +21,7 @@ def stock_vectors(directory, items, side, model=None):
 RECORD = Record(
     write=lambda directory: write_checkpoint(directory, CONFIGURATIONS["marked"]),
     queries=QUERIES,
-    candidates=CANDIDATES,
+    documents=DOCUMENTS,
     tokens=64,
     patches=5 * 36,
     pixels=(1, 48 * 48),

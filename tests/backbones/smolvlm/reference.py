@@ -44,7 +44,7 @@ CONFIGURATIONS = {
 TALL, WIDE, SMALL, LARGE, SQUARE = noise(150, 61, 1), noise(50, 160, 2), noise(13, 33, 3), noise(139, 123, 4), noise(90, 90, 5)
 TEXTS = ["a red car", "", "left of the hut", "airplane", "cloud 漢字"]
 QUERIES = [*TEXTS, {"text": "where", "image": LARGE}, {"text": "which", "image": SQUARE}, {"image": LARGE}]
-CANDIDATES = [*TEXTS[1:], *({"image": image} for image in (TALL, WIDE, SMALL)), {"text": "snow", "image": TALL}]
+DOCUMENTS = [*TEXTS[1:], *({"image": image} for image in (TALL, WIDE, SMALL)), {"text": "snow", "image": TALL}]
 
 
 def write_tokenizer(directory: Path, marked: bool) -> None:
@@ -143,6 +143,6 @@ def string(item, side: str) -> str:
 
 
 def reference(name: str, scratch: Path) -> SimpleNamespace:
-    """The directory of a checkpoint, Meta Tokens, and the vectors of QUERIES and CANDIDATES with them."""
-    items = {"query": QUERIES, "candidate": CANDIDATES}
+    """The directory of a checkpoint, Meta Tokens, and the vectors of QUERIES and DOCUMENTS with them."""
+    items = {"query": QUERIES, "document": DOCUMENTS}
     return kept(f"smolvlm/{name}", scratch, CONFIGURATIONS[name], write_checkpoint, Transformers, items)

@@ -97,7 +97,7 @@ def test_sizes_equal_transformers(height, width, tile, sides, less):
     assert max(rows, columns) <= sides
 
 
-@pytest.mark.parametrize("side", ["query", "candidate"])
+@pytest.mark.parametrize("side", ["query", "document"])
 @pytest.mark.parametrize("size", [(150, 61), (50, 160), (90, 90), (1, 1)])
 def test_prompts_are_the_strings_of_transformers(case, side, size):
     """As its processor puts tiles into them."""
@@ -116,8 +116,8 @@ def test_prompts_are_the_strings_of_transformers(case, side, size):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from([*NEEDED, "<row_1_col_1>", "a red", " ", "<|", "image>", "é"]), max_size=6).map("".join))
 def test_special_strings_of_the_user_stay_text(case, text):
-    least = case.ours.candidate({"text": "x", "image": TALL}).tokens.tolist()
-    tokens = pickle.loads(pickle.dumps(case.ours)).candidate({"text": text, "image": TALL}).tokens.tolist()
+    least = case.ours.document({"text": "x", "image": TALL}).tokens.tolist()
+    tokens = pickle.loads(pickle.dumps(case.ours)).document({"text": text, "image": TALL}).tokens.tolist()
     for token in SPECIAL_TOKENS:
         number = case.tokenizer.token_to_id(token)
         assert number is None or tokens.count(number) == least.count(number)
@@ -128,11 +128,11 @@ def test_special_strings_of_the_user_stay_text(case, text):
 @pytest.mark.parametrize("spare", [0, 1, 5])
 def test_truncation_cuts_only_the_end_of_the_users_text(case, spare):
     words = "a red car " * 9
-    for side in ("query", "candidate"):
+    for side in ("query", "document"):
         encode = getattr(case.ours, side)
         least = len(encode({"text": "x", "image": TALL}).tokens) - 1
-        query, candidate = {"query": (500, 0), "candidate": (0, 500)}[side]
-        limits = Limits(500 + least + spare, 10**4, 512, query, candidate)
+        query, document = {"query": (500, 0), "document": (0, 500)}[side]
+        limits = Limits(500 + least + spare, 10**4, 512, query, document)
         example = getattr(Processor(case.tokenizer, case.ours.images, limits), side)({"text": words, "image": TALL})
         wholes = [encode({"text": words[:n], "image": TALL}).tokens.tolist() for n in range(1, len(words))]
         tokens = example.tokens.tolist()
@@ -168,14 +168,14 @@ def test_a_row_holds_a_tile_or_no_image(case):
             Processor(case.tokenizer, case.ours.images, limits)
     texts = Processor(case.tokenizer, case.ours.images, Limits(least, 0, 9, 0, 0))
     with pytest.raises(UserError, match="^thing: config.rows.size leaves .* tokens and 0 patches for an image"):
-        texts.candidate({"image": TALL}, name="thing")
+        texts.document({"image": TALL}, name="thing")
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.none() | st.tuples(st.integers(1, 300), st.integers(1, 300)) | st.sampled_from([(1, 3000), (3000, 1), (150, 61)]),
     st.text(max_size=30) | st.integers(0, 90).map(lambda words: "a red été " * words),
-    st.sampled_from(["query", "candidate"]),
+    st.sampled_from(["query", "document"]),
     st.none() | st.tuples(st.integers(110, 220), st.integers(36, 300), st.integers(1, 60)),
 )
 def test_sizes_are_those_of_the_examples(case, image, text, side, limits):

@@ -33,7 +33,7 @@ class Case:
         self.vision, self.tower = self.config.vision_config, self.backbone.vision
         theirs = Transformers(directory)
         self.core = theirs.model.model
-        items = [RowItem(self.processor.candidate({"image": picture}), 1, 1) for picture in PICTURES]
+        items = [RowItem(self.processor.document({"image": picture}), 1, 1) for picture in PICTURES]
         self.tiles = [item.size.patches // self.vision.patches for item in items]
         row = Size(200, (sum(self.tiles) + 1) * self.vision.patches, 3)
         self.batch = collate([items], row, self.config.layout)
@@ -104,6 +104,6 @@ def test_decoder_layer_and_rotary_angles(case):
 def test_items_in_shared_rows_are_as_alone(case):
     """Texts of very different lengths; images of 3 and 5 tiles in the same row."""
     queries = [{"text": "a red car"}, {"text": "where " * 30, "image": TALL}, {"text": ""}]
-    candidates = [{"image": LARGE}, {"text": "left of the hut " * 20}, {"text": "x", "image": SMALL}]
+    documents = [{"image": LARGE}, {"text": "left of the hut " * 20}, {"text": "x", "image": SMALL}]
     process = case.processor
-    assert_company_is_unseen(case.network, [*map(process.query, queries)], [*map(process.candidate, candidates)])
+    assert_company_is_unseen(case.network, [*map(process.query, queries)], [*map(process.document, documents)])

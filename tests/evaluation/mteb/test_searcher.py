@@ -133,12 +133,12 @@ def test_what_was_encoded_is_not_encoded_again(model, pages, monkeypatch):
     for subset in ("english", "french"):
         for budget in ((1, 1), (4, 8), [(1, 1, 3), (2, 4)]):
             evaluate(pages, searcher.at(budget), subset)
-    pages_once, questions = ("candidate", 12, 8), ("query", 7, 4)
+    pages_once, questions = ("document", 12, 8), ("query", 7, 4)
     assert encoded == [pages_once, questions, questions]  # the French pages are the English ones
 
 
 def test_pages_are_decoded_by_us(model, pages):
-    items = TaskItems(pages.dataset["english"]["test"]["corpus"], "candidate", ["image"], "pages")
+    items = TaskItems(pages.dataset["english"]["test"]["corpus"], "document", ["image"], "pages")
     assert all(isinstance(item["image"], bytes) for item in items) and items[0].keys() == {"image"}
     vectors = model.encode_document(items)
     np.testing.assert_array_equal(
@@ -149,9 +149,9 @@ def test_pages_are_decoded_by_us(model, pages):
 @pytest.mark.parametrize(
     "columns, side",
     [
-        ({"text": ["a b ", " c"]}, "candidate"),
-        ({"text": ["a b ", " c"], "title": ["t", ""]}, "candidate"),
-        ({"text": ["", "c"], "title": ["t", "ü"]}, "candidate"),
+        ({"text": ["a b ", " c"]}, "document"),
+        ({"text": ["a b ", " c"], "title": ["t", ""]}, "document"),
+        ({"text": ["", "c"], "title": ["t", "ü"]}, "document"),
         ({"text": ["a ", "c"]}, "query"),
         ({"text": ["a ", "c"], "instruction": ["do", None]}, "query"),
         ({"text": [[{"role": "user", "content": "x"}, {"role": "bot", "content": "y"}]] * 2}, "query"),
@@ -162,15 +162,15 @@ def test_pages_are_decoded_by_us(model, pages):
 @pytest.mark.filterwarnings("ignore:Conversations are a list")
 def test_texts_are_those_of_mteb(columns, side):
     rows = Dataset.from_dict({"id": ["1", "2"], **columns})
-    expected = _retrieval_texts(rows, {"query": PromptType.query, "candidate": PromptType.document}[side])
+    expected = _retrieval_texts(rows, {"query": PromptType.query, "document": PromptType.document}[side])
     assert [item["text"] for item in TaskItems(rows, side, ["text"], "rows")] == list(expected)
 
 
 def test_only_what_the_task_gives_counts():
     rows = table([picture(0), None], id=["1", "2"], text=["a", None])
-    assert [item.keys() for item in TaskItems(rows, "candidate", ["text", "image"], "rows")] == [{"text", "image"}, set()]
-    assert [item.keys() for item in TaskItems(rows, "candidate", ["image"], "rows")] == [{"image"}, set()]
-    prints = {TaskItems(rows, "candidate", names, "rows").fingerprint() for names in (["text"], ["image"], ["text", "image"])}
+    assert [item.keys() for item in TaskItems(rows, "document", ["text", "image"], "rows")] == [{"text", "image"}, set()]
+    assert [item.keys() for item in TaskItems(rows, "document", ["image"], "rows")] == [{"image"}, set()]
+    prints = {TaskItems(rows, "document", names, "rows").fingerprint() for names in (["text"], ["image"], ["text", "image"])}
     assert len(prints) == 3
 
 
