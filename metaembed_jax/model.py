@@ -1,4 +1,4 @@
-"""MetaEmbed, as people use it: loading, and encoding of texts and images into nested vectors.
+"""The public model: load it, and encode texts and images into nested vectors.
 
 N items, R vectors of an item, D width of a vector.
 """
@@ -25,7 +25,7 @@ from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.network import ModelConfig, abstract_network
 from metaembed_jax.sharding import make_mesh, named_sharding, replicated
 
-SAMPLES = 16  # along each axis of a parameter, that the fingerprint reads at most
+SAMPLES = 16  # of a parameter along each axis, at most, that the fingerprint reads
 
 
 class MetaEmbed:
@@ -34,7 +34,7 @@ class MetaEmbed:
     Args:
       config: of the network.
       parameters: nested dicts of arrays, on the mesh.
-      processor: turns items into tokens and patches: the family's `Processor`.
+      processor: the family's `Processor`, which turns items into tokens and patches.
       mesh: all devices that encode.
     """
 
@@ -46,12 +46,12 @@ class MetaEmbed:
     def from_pretrained(
         cls, path: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None, seed: int = 0, max_visual_tokens: int = 1024
     ) -> "MetaEmbed":
-        """Loads a run of `train.py`, or a Hugging Face directory of a vision-language model, with fresh Meta Tokens.
+        """Load a run of `train.py`, or a Hugging Face directory of a vision-language model, with fresh Meta Tokens.
 
         Args:
           path: the directory, or a hub id.
           dtype: of activations and matmuls, "bfloat16" or "float32".
-          mesh: of `sharding.make_mesh`; by default all devices encode side by side.
+          mesh: of `sharding.make_mesh`; by default all devices, along the data axis.
           seed: of fresh Meta Tokens.
           max_visual_tokens: cap on the visual tokens of an image.
 
@@ -67,9 +67,9 @@ class MetaEmbed:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the network, and of numbers from all over its parameters.
+        """16 hexadecimal digits of the network and of samples of all its parameters.
 
-        It says whether vectors are of one model, wherever that was loaded from, and whatever it computes in.
+        They are the same for the same model, whatever folder it was loaded from and whatever dtype it computes in.
         """
         config = self.config
         fixed = (config.backbone, config.architecture, config.query_tokens, config.document_tokens, config.embedding_dim)
@@ -81,7 +81,7 @@ class MetaEmbed:
 
     @property
     def meta_tokens(self) -> Float[np.ndarray, "R D"]:
-        """The learned rows, query rows first, float32 [query_tokens + document_tokens, backbone width]."""
+        """The learned Meta Tokens, those of queries first, float32 [query_tokens + document_tokens, backbone width]."""
         return np.asarray(self.parameters["meta_tokens"], np.float32)
 
     @property
@@ -90,12 +90,12 @@ class MetaEmbed:
         return self.config.embedding_dim or self.parameters["meta_tokens"].shape[1]
 
     def encode_query(self, items: Sequence, *, budget: int | None = None, progress: bool = False) -> Float[np.ndarray, "N R D"]:
-        """Query vectors, each of length one, float32.
+        """Return the query vectors of items, each of length one, float32.
 
         Args:
-          items: each a text, a PIL image, or {"text": str, "image": PIL image or encoded bytes} with either or both. An item too
-            large for a row is made smaller: its image shrunk, or the end of its text cut; a line on stderr says so.
-          budget: vectors an item; all by default. A smaller budget is a prefix of a larger one, and cheaper.
+          items: each a text, a PIL image, or {"text": str, "image": PIL image or encoded bytes} with either or both. An item that
+            is too large for a row is made smaller, and a line on stderr reports it: its image is shrunk, or its text is cut.
+          budget: vectors of an item; all by default. A smaller budget is a prefix of a larger one, and cheaper.
           progress: show a bar.
 
         Raises:
@@ -104,23 +104,23 @@ class MetaEmbed:
         return self._encode_items(items, "query", budget, progress)
 
     def encode_document(self, items: Sequence, *, budget: int | None = None, progress: bool = False) -> Float[np.ndarray, "N R D"]:
-        """Document vectors; otherwise as `encode_query`."""
+        """Return the document vectors of items; otherwise as `encode_query`."""
         return self._encode_items(items, "document", budget, progress)
 
     def similarity(self, query_QRD, document_NRD, budget: tuple[int, int] | None = None) -> Float[np.ndarray, "Q N"]:
-        """MaxSim scores of every query against every document, float32."""
+        """Return the MaxSim scores of every query and every document, float32."""
         return np.asarray(maxsim(query_QRD, document_NRD, budget))
 
-    def encode_part(
+    def encode_share(
         self, items: Sequence, side: str, *, budget: int, progress: bool = False
     ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n R D"]]:
-        """This host's part of the items, and their vectors. Hosts share the work, and no host holds all of it.
+        """Encode this host's share of the items. Hosts divide the work, and no host holds all vectors.
 
         Args:
           side: "query" or "document".
 
         Returns:
-          The rows of `items`, ascending, and a vector set for each; all of them where there is one host.
+          The indices of the share in `items`, ascending, and a vector set for each; a single host has all items.
 
         Raises:
           UserError: as `encode_query`.
@@ -135,13 +135,13 @@ class MetaEmbed:
     def encode_blocks(
         self, items: Sequence, side: str, *, budget: int, size: int, start: int = 0, bar: tqdm | None = None
     ) -> Iterator[Block]:
-        """Yield this host's part of each block of consecutive items, in order, as soon as it is complete.
+        """Yield this host's share of each block of consecutive items, in order, as soon as it is complete.
 
         Args:
           side: "query" or "document".
           size: items of a block; the last may have fewer.
-          start: the first item that is encoded.
-          bar: is advanced by the items that are encoded on all hosts.
+          start: the index of the first item.
+          bar: advances by the items that all hosts encode.
 
         Raises:
           UserError: as `encode_query`.
@@ -156,32 +156,37 @@ class MetaEmbed:
 
     def _check(self, items: Sequence, side: str, budget: int) -> None:
         if isinstance(items, str | dict | Image.Image) or not hasattr(items, "__len__"):
-            raise UserError(f"a list of items is expected, and this is one {type(items).__name__}: put it in a list")
+            raise UserError(f"expected a list of items, not a {type(items).__name__}; put a single item in a list")
         limit = self.config.vectors(side)
         if not 1 <= budget <= limit:
-            raise UserError(f"budget={budget}: this model has 1 to {limit} {side} vectors")
+            raise UserError(f"budget={budget}: expected 1 to {limit} {side} vectors for this model")
 
     def _encode_items(self, items: Sequence, side: str, budget: int | None, progress: bool) -> Float[np.ndarray, "N R D"]:
         budget = self.config.vectors(side) if budget is None else budget
-        rows, part_NRD = self.encode_part(items, side, budget=budget, progress=progress)
-        return from_parts(rows, part_NRD, len(items))
+        indices, share_nRD = self.encode_share(items, side, budget=budget, progress=progress)
+        return join_shares(indices, share_nRD, len(items))
 
 
-def from_parts(rows: Int[np.ndarray, " n"], part: np.ndarray, count: int) -> np.ndarray:
-    """All `count` items on every host, from each host's `rows` and what belongs to them."""
+def join_shares(indices: Int[np.ndarray, " n"], share: np.ndarray, count: int) -> np.ndarray:
+    """Gather arrays of all `count` items on every host, from each host's share.
+
+    Args:
+      indices: the items of this host.
+      share: an entry for each of them.
+    """
     if count_hosts() == 1:
-        return part
-    fill = hosts.gather(np.array(len(rows))).max() - len(rows)
-    places = hosts.gather(np.pad(rows, (0, fill), constant_values=-1))
-    values = hosts.gather(np.pad(part, [(0, fill)] + [(0, 0)] * (part.ndim - 1)))
-    whole = np.zeros((count, *part.shape[1:]), part.dtype)
-    for place, value in zip(places, values, strict=True):
-        whole[place[place >= 0]] = value[place >= 0]
-    return whole
+        return share
+    padding = hosts.gather(np.array(len(indices))).max() - len(indices)
+    all_indices = hosts.gather(np.pad(indices, (0, padding), constant_values=-1))
+    shares = hosts.gather(np.pad(share, [(0, padding)] + [(0, 0)] * (share.ndim - 1)))
+    joined = np.zeros((count, *share.shape[1:]), share.dtype)
+    for indices, share in zip(all_indices, shares, strict=True):
+        joined[indices[indices >= 0]] = share[indices >= 0]
+    return joined
 
 
 def make_encode(config: ModelConfig, mesh: Mesh) -> Callable:
-    """The jitted `(parameters, batch) -> vectors [B, V, D]` of a network, rows over the batch axes of the mesh."""
+    """Return the jitted `(parameters, batch) -> vectors [B, V, D]` of a network, with rows over the batch axes of the mesh."""
     graph, _, _ = abstract_network(config)
 
     def encode(parameters, batch):
@@ -191,5 +196,5 @@ def make_encode(config: ModelConfig, mesh: Mesh) -> Callable:
 
 
 def _sample(parameter: jax.Array) -> jax.Array:
-    """Some of its numbers, in what all dtypes round to alike."""
+    """Return some numbers of a parameter in bfloat16, to which all dtypes round alike."""
     return parameter[tuple(slice(None, None, math.ceil(size / SAMPLES)) for size in parameter.shape)].astype("bfloat16")

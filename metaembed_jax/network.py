@@ -1,4 +1,4 @@
-"""The network of MetaEmbed: a backbone with Meta Tokens at the end of each input, whose last states are a nested set of vectors.
+"""The network of MetaEmbed: a backbone, and Meta Tokens at the end of each input, whose last states are a nested set of vectors.
 
 B rows of a batch, V vectors of a row, R Meta Tokens, D width of a vector, M width of the backbone.
 
@@ -30,7 +30,7 @@ SIDES = ("query", "document")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything that fixes the network.
+    """The description of a network.
 
     Attributes:
       backbone: name of the family.
@@ -58,16 +58,16 @@ class ModelConfig:
     int8: bool = False
 
     def vectors(self, side: str) -> int:
-        """The largest budget of a side."""
+        """Return the largest budget of a side."""
         return {"query": self.query_tokens, "document": self.document_tokens}[side]
 
     def meta_tokens(self, side: str, budget: int) -> int:
-        """The number of Meta Tokens behind a prompt, of which the last `budget` are read."""
+        """Return the number of Meta Tokens after a prompt, of which the last `budget` are read."""
         return budget if side == "query" else self.query_tokens + budget
 
 
 class Network(nnx.Module):
-    """Backbone, Meta Tokens (query rows first) and head; parameters are float32, but for int8 kernels."""
+    """Backbone, Meta Tokens (those of queries first) and head; parameters are float32, except int8 kernels."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -81,7 +81,7 @@ class Network(nnx.Module):
             store_int8(self.backbone)
 
     def __call__(self, batch: Batch) -> Float[Array, "B V D"]:
-        """The vectors at the positions that `batch.reads` names, float32, each of length one."""
+        """Return the vectors at the positions `batch.reads`, float32, each of length one."""
         with float32_products(self.config.dtype):
             states_BVM = self.backbone(
                 batch,
@@ -95,30 +95,30 @@ class Network(nnx.Module):
 
 
 def abstract_network(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The structure of a network, its parameters as shapes with logical axes, and its `Dropout` as shapes, for no memory.
+    """Return a network's structure, its parameters as shapes with logical axes, and its `Dropout` as shapes; takes no memory.
 
-    `nnx.merge(structure, parameters, dropout)` with nested dicts of arrays is a network that can be called; `dropout` is empty, and
-    may be left out, unless `config.lora.dropout` is above 0.
+    `nnx.merge(structure, parameters, dropout)` with nested dicts of arrays is a network that can be called; `dropout` is empty,
+    and optional, unless `config.lora.dropout` is above 0.
     """
     return nnx.split(nnx.eval_shape(lambda: Network(config, rngs=nnx.Rngs(0))), nnx.Param, Dropout)
 
 
 def abstract_parameters(config: ModelConfig, mesh: Mesh, large: str = "") -> dict:
-    """The parameters as nested dicts of shapes, with their shardings and the dtypes that inference needs.
+    """Return the parameters as nested dicts of shapes, with their shardings and the dtypes that inference needs.
 
-    Kernels and the vocabulary have the dtype `large` (empty: the config's, in which they are used anyway), but int8 kernels stay
-    int8; all else is float32.
+    Kernels and the vocabulary have the dtype `large` (empty: the config's, in which they are used), but int8 kernels stay int8; all
+    other parameters are float32.
     """
     _, state, _ = abstract_network(config)
     large = large if large in ("float32", "bfloat16") else config.dtype
 
-    def of(path, leaf, sharding):
+    def with_dtype(path, leaf, sharding):
         is_large = path[-1].key in ("kernel", "embedding") and leaf.dtype != jnp.int8
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(large) if is_large else leaf.dtype, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(of, nnx.to_pure_dict(state), parameter_shardings(mesh, state))
+    return jax.tree_util.tree_map_with_path(with_dtype, nnx.to_pure_dict(state), parameter_shardings(mesh, state))
 
 
 def init_parameters(config: ModelConfig, seed: int) -> dict:
-    """Fresh parameters as nested dicts; under `jax.jit` with `out_shardings` made in their shards, the same on every mesh."""
+    """Return fresh parameters as nested dicts; under `jax.jit` with `out_shardings`, made in shards and the same on every mesh."""
     return nnx.to_pure_dict(nnx.state(Network(config, rngs=nnx.Rngs(seed)), nnx.Param))

@@ -20,7 +20,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several processes may compile at once
 
-# Files that take minutes start first: one that starts last keeps a single process busy while the others have nothing to do.
+# Files that take minutes start first: one that starts last would run alone at the end.
 LONG = ("test_families", "test_hosts", "test_notebook", "test_mixture_run", "test_run", "test_lora", "test_export")
 
 
@@ -33,7 +33,7 @@ SMALL_FONTS = ("fontawesome6-regular", "codicon")
 
 @pytest.fixture
 def small_fonts(monkeypatch):
-    """Prepare about 600 icons in place of 16,000."""
+    """Prepare about 600 icons instead of 16,000."""
     from metaembed_jax.data.sources import icons
 
     monkeypatch.setattr(icons, "FONTS", SMALL_FONTS)
@@ -53,7 +53,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bucket():
-    """The variables that lead to a bucket in an emulator: one for all tests, for gcsfs keeps the address that it saw."""
+    """Environment variables of a bucket in an emulator: one for all tests, because gcsfs keeps the first address."""
     from tests.files.emulator import emulator
 
     with emulator() as variables:

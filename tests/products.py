@@ -1,4 +1,4 @@
-"""Products of a lowered program, and those whose float32 factors a chip would round."""
+"""Products of a lowered program that have float32 factors, and those that a chip would round."""
 
 import re
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ _PRODUCT = re.compile(r"stablehlo\.(?:dot_general|convolution|dot)\b.*")
 
 
 def products(text: str) -> list[str]:
-    """The products of a StableHLO text that have a float32 factor."""
+    """Return the products of a StableHLO text that have a float32 factor."""
     return [line for line in _PRODUCT.findall(text) if "f32>" in line.rpartition(" : ")[2].partition("->")[0]]
 
 
 def rounded(text: str) -> list[str]:
-    """The products that do not ask for the highest precision."""
+    """Return the products that do not ask for the highest precision."""
     return [line for line in products(text) if line.count("HIGHEST") < 2]
 
 
 def rounded_in_kernels(jaxpr: Jaxpr) -> list[JaxprEqn]:
-    """The same for the Pallas kernels in a jaxpr; StableHLO has them only as bytes."""
+    """Return the same for Pallas kernels in a jaxpr; StableHLO has them only as bytes."""
     highest = (jax.lax.Precision.HIGHEST,) * 2
     return [
         product
@@ -33,7 +33,7 @@ def rounded_in_kernels(jaxpr: Jaxpr) -> list[JaxprEqn]:
 
 
 def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """The equations of a jaxpr, those of loops, branches and kernels included."""
+    """Yield the equations of a jaxpr, including those of loops, branches and kernels."""
     for equation in jaxpr.eqns:
         yield equation
         for value in equation.params.values():

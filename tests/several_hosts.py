@@ -1,4 +1,4 @@
-"""Several processes on one machine that are several hosts, with real collectives."""
+"""Several processes of one machine as several hosts, with real collectives."""
 
 import os
 import socket
@@ -10,13 +10,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def free_port():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 class Hosts:
-    """One command on so many processes, with eight devices in all; reaped at the end whatever happens."""
+    """Processes that run one command, with eight devices in all; they end with the block."""
 
     def __init__(self, count, command, flags_of_host=lambda host: []):
         port = free_port()
@@ -35,20 +35,20 @@ class Hosts:
         self.kill()
 
     def kill(self):
-        """Ends all at once; what each had printed, but for what the collectives print of themselves."""
+        """End all; return the stdout of each, without lines of the collectives."""
         for process in self.processes:
             process.kill()
         return [printed(process.communicate()[0]) for process in self.processes]
 
     def wait(self, code=0):
-        """(stdout, stderr) of each, all of which exit with `code`."""
-        said = [process.communicate(timeout=300) for process in self.processes]
+        """Wait until all exit with `code`; return (stdout, stderr) of each."""
+        outputs = [process.communicate(timeout=300) for process in self.processes]
         codes = [process.returncode for process in self.processes]
-        assert codes == [code] * len(codes), (codes, said)
-        return [(printed(out), errors) for out, errors in said]
+        assert codes == [code] * len(codes), (codes, outputs)
+        return [(printed(out), errors) for out, errors in outputs]
 
 
 def printed(out):
-    """Without what the collectives say, whose threads may write into each other's lines."""
+    """Return lines without those of the collectives, whose threads may write into each other's lines."""
     kept = (line for line in out.splitlines(keepends=True) if "Gloo" not in line and "peer ranks" not in line)
     return "".join(line for line in kept if line.strip())

@@ -88,25 +88,25 @@ def test_help_of_a_command(command, capsys):
 
 @pytest.mark.parametrize("program", [["train.py"], ["eval.py"], ["-m", "metaembed_jax", "search"]])
 def test_other_ways_to_the_commands(program):
-    done = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and done.stdout.startswith(f"usage: metaembed {program[-1].removesuffix('.py')} ")
+    process = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 0 and process.stdout.startswith(f"usage: metaembed {program[-1].removesuffix('.py')} ")
 
 
 def test_a_command_without_its_packages():
     program = "import sys; sys.modules['grain'] = None; from metaembed_jax import cli; cli.run('train')"
-    done = subprocess.run([sys.executable, "-c", program, TINY], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (2, "error: metaembed train needs grain: pip install 'metaembed-jax[train]'\n")
+    process = subprocess.run([sys.executable, "-c", program, TINY], capture_output=True, text=True, cwd=ROOT)
+    assert (process.returncode, process.stderr) == (2, "error: metaembed train needs grain: pip install 'metaembed-jax[train]'\n")
 
 
 def test_a_search_needs_nothing_of_training():
-    """In a process of its own: no package of the extra `train` is imported by the commands of a server."""
+    """The commands of a server import no package of the extra `train`."""
     program = (
         "import sys, metaembed_jax.commands.search, metaembed_jax.commands.index, metaembed_jax.commands.export\n"
         "import metaembed_jax.cli, metaembed_jax.checkpoints.loading\n"
         "print([name for name in metaembed_jax.cli.TRAIN_PACKAGES if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout == "[]\n"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert process.stdout == "[]\n"
 
 
 def test_configs_of_the_package(monkeypatch, tmp_path):

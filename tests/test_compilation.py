@@ -25,9 +25,11 @@ print(sum(event.endswith("cache_hits") for event in events), sum(event.endswith(
 def run(home, program=PROGRAM, **variables):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
     environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(home), **variables}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines(), done.stderr
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines(), process.stderr
 
 
 def test_the_next_process_compiles_nothing(tmp_path):
@@ -69,7 +71,7 @@ def test_a_folder_that_is_not_writable_costs_one_line(tmp_path):
 
 
 def test_a_disk_that_fills_up_costs_one_line(tmp_path):
-    """A limit of 100 bytes to a file stands in for the full disk."""
+    """A limit of 100 bytes a file stands in for a full disk."""
     full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + PROGRAM.replace(
         "events = []", "events = []; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
     )

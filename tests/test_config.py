@@ -1,4 +1,4 @@
-"""The config of a run: what its values may be, flags and files that set them, and its record."""
+"""The config of a run: its allowed values, flags and files that set them, and its record."""
 
 import dataclasses
 import json

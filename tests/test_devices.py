@@ -15,7 +15,7 @@ from tests.several_hosts import ROOT
 
 
 def machine(root, files=(), pci=()):
-    """Make the device files of a machine in a folder; returns the folder."""
+    """Make the device files of a machine in a folder; return the folder."""
     for name in files:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -74,18 +74,18 @@ def test_first_line():
 
 
 def test_a_platform_that_does_not_start_is_one_line():
-    """JAX_PLATFORMS asks for a GPU that does not exist; `--cpu` goes before it."""
+    """JAX_PLATFORMS asks for a GPU that does not exist; `--cpu` takes precedence."""
     command = [sys.executable, "train.py", "--config=tests/training/small.py", "--workdir=nowhere"]
     environment = os.environ | {"JAX_PLATFORMS": "cuda"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: JAX does not start cuda: ")
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert process.stderr.splitlines()[-1].startswith("error: JAX does not start cuda: ")
     forced = subprocess.run([*command, "--cpu", "--config.seed=x"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "--config.seed=x: expected int" in forced.stderr
 
 
 def test_train_names_the_install_line(tmp_path):
-    """On a TPU VM without libtpu."""
+    """The install line is that of a TPU VM without libtpu."""
     root = machine(tmp_path, ["dev/accel0"])
     lines = [
         "import runpy, sys, pathlib",
@@ -96,5 +96,5 @@ def test_train_names_the_install_line(tmp_path):
         "runpy.run_path('train.py', run_name='__main__')",
     ]
     environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and devices.INSTALL["TPU"] in done.stderr.splitlines()[-1], done.stderr
+    process = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 2 and devices.INSTALL["TPU"] in process.stderr.splitlines()[-1], process.stderr

@@ -1,4 +1,4 @@
-"""MetaEmbed as people use it: loading, encoding, and what it refuses."""
+"""The public model: loading, encoding, and its errors."""
 
 import copy as copying
 import dataclasses
@@ -114,7 +114,7 @@ def test_nothing_to_encode(model):
 
 @pytest.mark.parametrize("items", ["a text", {"text": "one item"}, Image.new("RGB", (30, 30)), iter(["a", "b"])])
 def test_one_item_instead_of_a_list(model, items):
-    with pytest.raises(me.UserError, match="put it in a list"):
+    with pytest.raises(me.UserError, match="put a single item in a list"):
         model.encode_query(items)
 
 
@@ -128,12 +128,12 @@ def test_bad_items_are_named(model, item, message):
 
 @pytest.mark.parametrize("budget", [0, -1, 17])
 def test_budgets_beyond_the_model(model, budget):
-    with pytest.raises(me.UserError, match=f"budget={budget}: .* 1 to 16 query"):
+    with pytest.raises(me.UserError, match=f"budget={budget}: expected 1 to 16 query"):
         model.encode_query(["a"], budget=budget)
 
 
 def test_fresh_meta_tokens(directory, model):
-    """Of the config's initializer_range, the same for the same seed on any mesh."""
+    """Their scale is the config's initializer_range; one seed gives the same tokens on any mesh."""
     assert (model.meta_tokens.shape, model.meta_tokens.dtype) == ((80, 32), np.float32)
     assert abs(model.meta_tokens.std() - SMALL["text_config"]["initializer_range"]) < 0.01
     again = me.MetaEmbed.from_pretrained(directory, mesh=make_mesh(2, 2, 2))
@@ -166,7 +166,7 @@ def test_the_preprocessor_sets_mean_and_size(directory, tmp_path):
 
 
 def make_run(directory):
-    """A folder as train.py leaves it, with a best step that is not the last."""
+    """Write the folder of a run, with a best step that is not the last."""
     architecture = {key: SMALL[key] for key in ("text_config", "vision_config")}
     config = RunConfig(
         model=ModelSettings(architecture=architecture, query_tokens=4, document_tokens=8, embedding_dim=24, dtype="float32"),
@@ -278,9 +278,9 @@ def test_what_does_not_fit_together_is_refused(directory, tmp_path):
 
 
 def test_deep_models_do_not_cut_their_last_layer_off(model, monkeypatch):
-    """Which saves memory and changes no number."""
+    """Cutting it off saves memory, and changes no number."""
     items = ["a red car", {"image": noise(60, 100, 1)}]
     expected = model.encode_document(items)
     monkeypatch.setattr(layers, "FEW_LAYERS", 0)
-    found = me.MetaEmbed(model.config, model.parameters, model.processor, model.mesh).encode_document(items)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    vectors = me.MetaEmbed(model.config, model.parameters, model.processor, model.mesh).encode_document(items)
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)

@@ -1,1 +1,1 @@
-"""Items and packed rows: the one way from a query or document to the arrays that a network reads."""
+"""Items and packed rows: from a query or document to the arrays that a network reads."""

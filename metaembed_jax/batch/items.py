@@ -1,6 +1,6 @@
-"""One query or document as arrays, before it has a row.
+"""Arrays of a query or document, before it has a row.
 
-S tokens, A axes of positions, P patches (what a family counts as one: a square of an image).
+S tokens, A axes of positions, P patches (squares of an image, as the family counts them).
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class ArraySpec(NamedTuple):
     """An array of patches.
 
     Attributes:
-      shape: of one patch's part.
+      shape: of a patch.
       dtype: NumPy's name.
       fill: the value of padding.
     """
@@ -24,11 +24,11 @@ class ArraySpec(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The arrays of a family's batches that not every family has.
+    """The arrays of batches that differ between families.
 
     Attributes:
       patches: arrays [P, *shape] of an item, by name; "patches", the pixels in uint8, is one of them.
-      position_axes: A, 1 where positions count on, 3 for M-RoPE.
+      position_axes: A, 3 for M-RoPE, else 1.
       unit: patches that become one visual token.
       multiple: the number of patches of every image, padding included, is a multiple of it.
     """
@@ -40,13 +40,13 @@ class Layout(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """The largest item that a row takes. What is larger is shrunk (an image) or cut (a text).
+    """The largest item of a row. A larger image is shrunk, a longer text is cut.
 
     Attributes:
       tokens: of a row.
       patches: of a row.
       text_tokens: of the user's text in an item.
-      query_tokens, document_tokens: Meta Tokens behind a prompt of each side.
+      query_tokens, document_tokens: Meta Tokens after a prompt of each side.
     """
 
     tokens: int
@@ -56,12 +56,12 @@ class Limits(NamedTuple):
     document_tokens: int
 
     def prompt(self, side: str) -> int:
-        """The most tokens of a prompt of "query" or "document"."""
+        """Return the most tokens of a prompt of "query" or "document"."""
         return self.tokens - {"query": self.query_tokens, "document": self.document_tokens}[side]
 
 
 class Fitted(NamedTuple):
-    """The size of an item once it fits its limits.
+    """The size of an item that fits its limits.
 
     Attributes:
       tokens: of the prompt, without Meta Tokens.
@@ -81,7 +81,7 @@ class Example(NamedTuple):
 
     Attributes:
       tokens: rows of the vocabulary.
-      positions: from 0, on each axis; Meta Tokens count on from the largest.
+      positions: from 0, on each axis; those of Meta Tokens continue after the largest.
       visual: the visual token (unit) of the image at each token, -1 elsewhere.
       patch_arrays: [P, *shape], by the names of `Layout.patches`; {} without an image.
       patch_mask: false for padding among the patches; empty without an image.

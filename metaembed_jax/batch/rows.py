@@ -1,11 +1,11 @@
-"""Packed rows: several items in a row, each a segment, and each with its Meta Tokens at its end.
+"""Packed rows: several items in a row, each a segment that ends with its Meta Tokens.
 
     tokens     a a a M M M M b b M M . .     M Meta Tokens, . padding
     segments   1 1 1 1 1 1 1 2 2 2 2 0 0
     meta       - - - 0 1 2 3 - - 0 1 - -     rows of the table of Meta Tokens
     reads            ^ ^ ^ ^     ^ ^         positions whose last states become vectors
 
-Attention of any kind stays inside a segment, so an item's vectors do not depend on its company.
+Attention of any kind stays inside a segment, so an item's vectors do not depend on the others of its row.
 
 B rows, S tokens, P patches, V vectors of a row, A axes of positions.
 """
@@ -27,18 +27,18 @@ from metaembed_jax.sharding import named_sharding, put_rows
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed rows, as arrays of NumPy or JAX, or as shapes. Training puts an axis of microbatches in front of each.
+    """Packed rows, as arrays of NumPy or JAX, or as shapes. Training adds an axis of microbatches in front of each.
 
     Attributes:
       tokens: rows of the vocabulary; 0 at Meta Tokens and in padding.
       segments: the number of the item in its row, from 1; 0 in padding.
       positions: for rotary embeddings, from 0 in each item.
-      meta: the row of the table of Meta Tokens; -1 where there is none.
-      visual: the visual token (unit) of the row at each token; -1 where there is none.
-      reads: the positions of vectors, item by item; 0 behind the last.
+      meta: the row of the table of Meta Tokens; -1 at other tokens.
+      visual: the visual token (unit) of the row at each token; -1 at other tokens.
+      reads: the positions of vectors, item by item; 0 after the last.
       row: the number of the row in its step: dropout depends on it, not on where the row is computed.
-      patches: pixels; None where rows have no patches.
-      patch_segments: as `segments`, of patches; 0 in any padding; None where rows have no patches.
+      patches: pixels; None if rows have no patches.
+      patch_segments: as `segments`, of patches; 0 in any padding; None if rows have no patches.
       patch_arrays: the family's other arrays of patches, [B, P, *shape] by name.
     """
 
@@ -63,8 +63,8 @@ class RowItem(NamedTuple):
 
     Attributes:
       example: the prompt.
-      meta: the number of Meta Tokens behind it: the first rows of the table.
-      read: of them, the last that become vectors.
+      meta: the number of Meta Tokens after it: the first rows of the table.
+      read: the number of them, from the end, that become vectors.
     """
 
     example: Example
@@ -73,12 +73,12 @@ class RowItem(NamedTuple):
 
     @property
     def size(self) -> Size:
-        """Tokens, patches and vectors that it takes of a row."""
+        """Tokens, patches and vectors of the item in a row."""
         return Size(len(self.example.tokens) + self.meta, self.example.patches, self.read)
 
 
 def empty(rows: int, row: Size, layout: Layout) -> Batch:
-    """Rows of padding, in NumPy."""
+    """Return rows of padding, in NumPy."""
     S, P, V = row
 
     def full(*shape: int, fill: int = 0) -> np.ndarray:
@@ -100,11 +100,11 @@ def empty(rows: int, row: Size, layout: Layout) -> Batch:
 
 
 def collate(rows: Sequence[Sequence[RowItem]], row: Size, layout: Layout, numbers: Sequence[int] | None = None) -> Batch:
-    """Place items in rows, one behind the other from the left.
+    """Put items into rows, one after the other from the left.
 
     Args:
       rows: the items of each row; their sizes fit.
-      numbers: of the rows in their step; 0, 1, 2.. by default.
+      numbers: of the rows in their step; 0, 1, 2 ... by default.
 
     Returns:
       A batch in NumPy.
@@ -115,12 +115,12 @@ def collate(rows: Sequence[Sequence[RowItem]], row: Size, layout: Layout, number
     for number, items in enumerate(rows):
         token, patch, vector = 0, 0, 0
         for segment, item in enumerate(items, 1):
-            _place(batch, number, segment, item, (token, patch, vector), layout)
+            _put_item(batch, number, segment, item, (token, patch, vector), layout)
             token, patch, vector = (start + size for start, size in zip((token, patch, vector), item.size, strict=True))
     return batch
 
 
-def _place(batch: Batch, row: int, segment: int, item: RowItem, start: tuple[int, int, int], layout: Layout) -> None:
+def _put_item(batch: Batch, row: int, segment: int, item: RowItem, start: tuple[int, int, int], layout: Layout) -> None:
     (first, first_patch, first_vector), example = start, item.example
     prompt, size = len(example.tokens), item.size
     last = first + size.tokens
@@ -140,39 +140,39 @@ def _place(batch: Batch, row: int, segment: int, item: RowItem, start: tuple[int
 
 
 def batch_sharding(mesh: Mesh, rank: int, axis: int = 0) -> NamedSharding:
-    """The sharding of an array of rows over the batch axes of a mesh; rows are its axis `axis`."""
+    """Return the sharding of an array over the batch axes of a mesh; its rows are on the axis `axis`."""
     axes = [None] * rank
     axes[axis] = "batch"
     return named_sharding(mesh, axes)
 
 
 def abstract(rows: int, row: Size, layout: Layout, mesh: Mesh, microbatches: int | None = None) -> Batch:
-    """A batch as shapes with shardings, for tracing and compiling.
+    """Return a batch as shapes with shardings, for tracing and compiling.
 
     Args:
       rows: of a microbatch, over all devices.
-      microbatches: adds that axis in front; None: no such axis.
+      microbatches: the size of an axis in front; None: no such axis.
     """
     front = () if microbatches is None else (microbatches,)
 
-    def of(x: np.ndarray) -> jax.ShapeDtypeStruct:
+    def sharded(x: np.ndarray) -> jax.ShapeDtypeStruct:
         shape = (*front, rows, *x.shape[1:])
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=batch_sharding(mesh, len(shape), len(front)))
 
-    return empty(1, row, layout).map(of)
+    return empty(1, row, layout).map(sharded)
 
 
 def put(batch: Batch, mesh: Mesh, axis: int = 0) -> Batch:
     """Send this host's rows to its devices.
 
     Args:
-      axis: of the rows: 1 behind an axis of microbatches.
+      axis: that of the rows; 1 after an axis of microbatches.
     """
     return batch.map(lambda x: put_rows(x, mesh, axis=axis))
 
 
 def filled_shares(batch: Batch) -> Iterator[tuple[str, float]]:
-    """Yield the share of a batch's tokens, patches and vectors that hold something, by name."""
+    """Yield the used share of a batch's tokens and patches, by name."""
     yield "tokens", float(np.mean(batch.segments > 0))
     if batch.patch_segments is not None:
         yield "patches", float(np.mean(batch.patch_segments > 0))

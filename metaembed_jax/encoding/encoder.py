@@ -1,4 +1,4 @@
-"""Items to vectors: the schedule's calls, decoded ahead, sent before the vectors of those before them are fetched.
+"""Encoding of items: calls of the schedule are decoded ahead, and sent before the vectors of earlier calls are fetched.
 
 N items, V vectors of a row, R vectors of an item, D width of a vector.
 """
@@ -27,19 +27,19 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.sharding import batch_shards, fetch_rows, rows_here
 
-CHUNK = 64  # items of a shard whose sizes are found at once
+CHUNK = 64  # items of a shard whose sizes are read together
 AHEAD = 32  # rows of a shard that are decoded before their turn
-IN_FLIGHT = 32  # rows of a shard that are sent before the vectors of those before them are fetched
+IN_FLIGHT = 32  # rows of a shard that are sent before the vectors of earlier rows are fetched
 
 
 @dataclasses.dataclass
 class Reduced:
-    """Items that were made smaller, so that they fit their row.
+    """Counts of items that were made smaller to fit a row.
 
     Attributes:
-      items: that were encoded.
+      items: all that were encoded.
       cut: texts that lost their end.
-      shrunk: images that are smaller than the model would have them.
+      shrunk: images that are smaller than the family would make them.
     """
 
     items: int = 0
@@ -47,20 +47,20 @@ class Reduced:
     shrunk: int = 0
 
     def __str__(self) -> str:
-        parts = [f"{self.cut:,} texts cut"] * bool(self.cut) + [f"{self.shrunk:,} images shrunk"] * bool(self.shrunk)
-        return f"of {self.items:,} items, {' and '.join(parts)} to fit a row (config.rows.size, config.data.max_text_tokens)"
+        counts = [f"{self.cut:,} texts cut"] * bool(self.cut) + [f"{self.shrunk:,} images shrunk"] * bool(self.shrunk)
+        return f"of {self.items:,} items, {' and '.join(counts)} to fit a row (config.rows.size, config.data.max_text_tokens)"
 
     def __bool__(self) -> bool:
         return bool(self.cut or self.shrunk)
 
 
 class Block(NamedTuple):
-    """Consecutive items, of which a host has a part.
+    """Vectors of a host's share of consecutive items.
 
     Attributes:
-      items: the numbers of all.
-      numbers: of those here, ascending.
-      vectors: of each.
+      items: the numbers of all items of the block.
+      numbers: those of this host, ascending.
+      vectors: a set for each of them.
     """
 
     items: range
@@ -75,11 +75,11 @@ class Encoder:
       config: of the network.
       processor: the family's; its limits are the row's.
       mesh: all devices that encode.
-      encode: of `model.make_encode`.
+      encode: the result of `model.make_encode`.
 
     Attributes:
       programs: (rows, capacity of a row) of each program that has run.
-      reduced: items of the last stream.
+      reduced: counts of the last stream.
     """
 
     def __init__(self, config: ModelConfig, processor: object, mesh: Mesh, encode: Callable):
@@ -90,15 +90,15 @@ class Encoder:
     def blocks(
         self, parameters: dict, items: Sequence, side: str, budget: int, *, start: int, size: int, bar: tqdm | None = None
     ) -> Iterator[Block]:
-        """Encode the items from `start` on, and yield them by blocks of consecutive ones, each when it is complete, in order.
+        """Encode items from `start` on, and yield blocks of consecutive items, in order, each when it is complete.
 
-        All hosts call it with the same items. They run the same calls at the same time, and each decodes its own rows' items.
+        All hosts call it with the same items. They run the same calls at the same time, and each decodes the items of its rows.
 
         Args:
           side: "query" or "document".
           budget: vectors of each item.
           size: items of a block.
-          bar: is advanced by the items of all hosts.
+          bar: advances by the items of all hosts.
 
         Raises:
           UserError: names the item that cannot be encoded.
@@ -133,7 +133,7 @@ class Encoder:
                 yield from schedule.take(is_last=number + 1 == len(chunks))
 
     def _row(self, side: str) -> tuple[int, int]:
-        """Tokens and patches of a row: the same for every budget, within which the processor keeps an item."""
+        """Return the tokens and patches of a row, the same for every budget; the processor makes items that fit."""
         limits = self._processor.limits
         if limits is None:
             return self._config.architecture.default_row(self._processor.images)
@@ -152,7 +152,7 @@ class Encoder:
             yield _fetch(*call, budget)
 
     def _start_call(self, call: Call, reader: Reader) -> tuple[Call, list[list[int]], list[list[Future]]]:
-        """The call, the items of this host's rows, and their arrays to come."""
+        """Return the call, the items of this host's rows, and futures of their arrays."""
         here = [call.rows[row] if row < len(call.rows) else [] for row in rows_here(self._mesh, call.size)]
         return call, here, [reader.row_items(numbers) for numbers in here]
 
@@ -168,7 +168,7 @@ class Encoder:
 
 
 def _ahead(calls: Iterator[tuple], rows: int) -> Iterator[tuple]:
-    """Yield calls in their order, each once at least `rows` rows of those behind it are taken, or all are."""
+    """Yield calls in order, each once at least `rows` rows of later calls are taken, or all are."""
     taken, waiting = deque(), 0
     for call in calls:
         taken.append(call)
@@ -186,15 +186,13 @@ def _fetch(call: Call, here: list[list[int]], vectors_BVD: jax.Array, budget: in
     vectors_nRD = np.empty((len(numbers), budget, vectors_bVD.shape[2]), np.float32)
     for item, (row, first) in enumerate(slots):
         vectors_nRD[item] = vectors_bVD[row, first : first + budget]
-    if len(bad := np.flatnonzero(~np.isfinite(vectors_nRD).all(axis=(1, 2)))):  # a maximum over NaN may hide it
-        raise UserError(
-            f"item {min(numbers[item] for item in bad)}: its vectors hold NaN or infinities; look for them in the checkpoint"
-        )
+    if len(bad := np.flatnonzero(~np.isfinite(vectors_nRD).all(axis=(1, 2)))):  # a maximum may hide NaN
+        raise UserError(f"item {min(numbers[item] for item in bad)}: its vectors hold NaN or infinities; check the checkpoint")
     return [number for row in call.rows for number in row], numbers, vectors_nRD
 
 
 def _gather_sizes(sizes: list, count: int) -> Int[np.ndarray, "N 4"]:
-    """The sizes of a chunk's items, from every host those that it found."""
+    """Return the sizes of a chunk's items, of which every host has read some."""
     each = -(-count // hosts.count_hosts())
     table_HN4 = hosts.gather(as_table(sizes, each))
     return table_HN4.swapaxes(0, 1).reshape(-1, table_HN4.shape[2])[:count]
@@ -207,33 +205,34 @@ class _Blocks:
         self._start, self._size = numbers.start, size
         self._waiting = deque(numbers[first : first + size] for first in range(0, len(numbers), size))
         self._missing = [len(block) for block in self._waiting]
-        self._parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in self._waiting]
+        self._arrays: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in self._waiting]
         self._next = 0
 
     def add(self, numbers: list[int], here: list[int], vectors_nRD: np.ndarray) -> Iterator[Block]:
-        """Take what a call gave, and yield the blocks that are complete.
+        """Add the vectors of a call, and yield the blocks that are complete.
 
         Args:
-          numbers: of its items on all hosts.
-          here: of those whose vectors these are.
+          numbers: of the call's items on all hosts.
+          here: of this host's items.
+          vectors_nRD: of this host's items.
         """
         for block, count in zip(*np.unique(self._block(numbers), return_counts=True), strict=True):
             self._missing[block] -= count
         blocks_n = self._block(here)
         for block in np.unique(blocks_n):
             is_in_n = blocks_n == block
-            self._parts[block].append((np.array(here)[is_in_n], vectors_nRD[is_in_n]))
+            self._arrays[block].append((np.array(here)[is_in_n], vectors_nRD[is_in_n]))
         while self._waiting and not self._missing[self._next]:
-            yield self._join(self._waiting.popleft(), self._parts[self._next], vectors_nRD.shape[1:])
+            yield self._join(self._waiting.popleft(), self._arrays[self._next], vectors_nRD.shape[1:])
             self._next += 1
 
-    def _join(self, block: range, parts: list[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]) -> Block:
-        numbers_n = np.concatenate([numbers for numbers, _ in parts] or [np.zeros(0, np.int64)])
+    def _join(self, block: range, arrays: list[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]) -> Block:
+        numbers_n = np.concatenate([numbers for numbers, _ in arrays] or [np.zeros(0, np.int64)])
         order_n = np.argsort(numbers_n)
         slots_n = np.argsort(order_n)
         vectors_nRD, last = np.empty((len(numbers_n), *shape), np.float32), len(numbers_n)
-        while parts:  # one by one from the end, so that two copies are never held
-            numbers, vectors = parts.pop()
+        while arrays:  # one at a time from the end, so that two copies are never held
+            numbers, vectors = arrays.pop()
             vectors_nRD[slots_n[last - len(numbers) : last]] = vectors
             last -= len(numbers)
         return Block(block, numbers_n[order_n], vectors_nRD)

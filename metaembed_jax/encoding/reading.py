@@ -1,7 +1,7 @@
-"""Threads that find sizes of items and make their arrays, ahead of the devices.
+"""Threads that read sizes of items and make their arrays, ahead of the devices.
 
-Pillow decodes and resizes, and the tokenizer works, without Python's lock: threads do what processes would (benchmarks/encode.py),
-start at once, and work from any script.
+Pillow and the tokenizer release Python's lock, so threads are as fast as processes (benchmarks/encode.py). They start at once, and
+work from any script.
 """
 
 import contextlib
@@ -24,38 +24,38 @@ MOST_THREADS = 8
 class Reader:
     """Reads the items of a sequence.
 
-    A sequence with `described(number)`, which is the item with (width, height) in place of its image, is read by several threads
-    at once, and its images when their turn comes. Of others, an item is read once, and kept until it is made into arrays.
-    A sequence with `item_name(number)` names its items in errors.
+    A sequence may have `described(number)`, the item with (width, height) in place of its image: several threads then read it, and
+    open images when their turn comes. Otherwise an item is read once, and kept until its arrays are made.
+    A sequence may have `item_name(number)`, the name of an item in errors.
 
     Args:
       processor: the family's.
       items: texts, PIL images or dicts of both.
       side: "query" or "document".
-      meta, budget: Meta Tokens of each item, and how many of them are read.
+      meta, budget: Meta Tokens of each item, and the number of them that are read.
     """
 
     def __init__(self, processor: object, items: Sequence, side: str, meta: int, budget: int):
         self._processor, self._items, self._side, self._meta, self._budget = processor, items, side, meta, budget
         self._make = {"query": processor.query, "document": processor.document}[side]
         self._described, self._name = getattr(items, "described", None), getattr(items, "item_name", _name)
-        self._alone = contextlib.nullcontext() if self._described else threading.Lock()
+        self._lock = contextlib.nullcontext() if self._described else threading.Lock()
         self._held: dict[int, dict | Example] = {}
         count = min(os.cpu_count() or 1, MOST_THREADS)
-        # Sizes have threads of their own: behind the items of several calls, they would keep the next calls waiting.
+        # Sizes have threads of their own: queued after the items of several calls, they would delay the next calls.
         self._threads, self._size_threads = ThreadPoolExecutor(count, "encode"), ThreadPoolExecutor(count, "encode sizes")
 
     def close(self) -> None:
-        """End the threads; what waits is not done."""
+        """End the threads, and cancel what has not begun."""
         for threads in (self._size_threads, self._threads):
             threads.shutdown(wait=True, cancel_futures=True)
 
     def sizes(self, numbers: Sequence[int]) -> list[Future]:
-        """Start to find the sizes of items: `Fitted` of each."""
+        """Start to read the sizes of items; return a future `Fitted` for each."""
         return [self._size_threads.submit(self._size, int(number)) for number in numbers]
 
     def row_items(self, numbers: Sequence[int]) -> list[Future]:
-        """Start to make items for their rows: `RowItem` of each."""
+        """Start to make the arrays of items; return a future `RowItem` for each."""
         return [self._threads.submit(self._row_item, int(number)) for number in numbers]
 
     def _size(self, number: int) -> Fitted:
@@ -75,30 +75,30 @@ class Reader:
         return RowItem(held, self._meta, self._budget)
 
     def _read(self, number: int) -> dict:
-        with self._alone:
+        with self._lock:
             return as_item(self._items[number], self._name(number))
 
 
 def results(futures: Sequence[Future]) -> list:
-    """The results of futures in their order; the first error is raised."""
+    """Return the results of futures in order; raise the first error."""
     return [future.result() for future in futures]
 
 
 def as_table(sizes: Sequence[Fitted], rows: int) -> Int[np.ndarray, "N 4"]:
-    """Sizes as integers, with rows of zeros behind."""
+    """Return sizes as integers, padded with zeros to `rows` rows."""
     table = np.zeros((rows, len(Fitted._fields)), np.int32)
     table[: len(sizes)] = np.array(sizes, np.int32).reshape(-1, table.shape[1])
     return table
 
 
 def as_item(item: str | Image.Image | dict, name: str = "item") -> dict:
-    """A text, a PIL image or a dict, as a dict.
+    """Return a text, a PIL image or a dict, as a dict.
 
     Args:
       name: of the item, for errors.
 
     Raises:
-      UserError: it is something else.
+      UserError: the item has another type.
     """
     if isinstance(item, str):
         return {"text": item}

@@ -1,7 +1,7 @@
-"""The calls that encode a stream of items: a pure function of sizes and of the number of devices, the same on every host.
+"""Calls that encode a stream of items: a pure function of sizes and of the number of devices, the same on every host.
 
-Items wait in a pool until they fill `WINDOW` rows a device; packing chooses among all of them. Rows are called by 16, 4 and 1 a
-device, so that three programs encode everything; a few short texts have a small row of their own. The first call starts when
+Items wait in a pool until they fill `WINDOW` rows a device; packing chooses among all of them. A call has 16, 4 or 1 rows a
+device, so three programs encode everything. A few short texts have a small row of their own. The first call starts when
 its items are decoded, and nothing overlaps with the end of the last: short streams have no calls of 16 rows a device.
 
 N items, D shards of the batch axis (each a device, or several that share its rows).
@@ -18,7 +18,7 @@ from metaembed_jax.batch.packing import Size, least_rows, pack
 CALL_ROWS = (16, 4, 1)  # of a shard, in a call
 LONG = 256  # rows of a shard that are sent before the first call of the largest size
 WINDOW = 64  # rows of a shard that items in the pool fill
-SHORTEST = 16  # tokens of a prompt that rows have vectors for: items that are all shorter leave tokens empty
+SHORTEST = 16  # tokens of the shortest prompt that fills rows; with shorter ones, vectors run out before tokens
 VECTORS = 16  # the number of a row's vectors is a multiple of it
 SMALL = 128  # tokens of the small row
 
@@ -29,7 +29,7 @@ class Call(NamedTuple):
     Attributes:
       size: rows over all shards.
       row: the capacity of each.
-      rows: the items of each row in their order; rows behind them are empty.
+      rows: the items of each row, in order; further rows are empty.
     """
 
     size: int
@@ -38,17 +38,17 @@ class Call(NamedTuple):
 
 
 def row_size(tokens: int, patches: int, meta: int, budget: int) -> Size:
-    """The capacity of a row for items that all have `meta` Meta Tokens, of which `budget` are read."""
+    """Return the capacity of a row for items with `meta` Meta Tokens, of which `budget` are read."""
     items = max(tokens // (SHORTEST + meta), 1)
     return Size(tokens, patches, -(-items * budget // VECTORS) * VECTORS)
 
 
 class Schedule:
-    """Calls for items whose sizes come bit by bit.
+    """Calls for items whose sizes arrive in chunks.
 
     Args:
       tokens, patches: of a row.
-      meta, budget: Meta Tokens of each item, and how many of them are read.
+      meta, budget: Meta Tokens of each item, and the number of them that are read.
       shards: D.
     """
 
@@ -75,7 +75,7 @@ class Schedule:
         self._has_patches |= bool(sizes_N3[:, 1].any())
 
     def take(self, is_last: bool) -> Iterator[Call]:
-        """Yield calls for items of the pool; before the last time only rows that fill calls of the largest size, oldest first."""
+        """Yield calls for items of the pool, oldest first; unless `is_last`, only full calls of the largest size."""
         if is_last and not self._sent and (small := self._small()):
             self._clear(np.zeros(0, np.int64))
             yield small
@@ -91,7 +91,7 @@ class Schedule:
             first, self._sent = first + size, self._sent + size
 
     def _call_size(self, rows: int) -> int:
-        """Choose the rows of the next call, given how many are left."""
+        """Choose the rows of the next call, of so many that remain."""
         sizes = [size * self._shards for size in (CALL_ROWS if self._sent >= LONG * self._shards else CALL_ROWS[1:])]
         return next((size for size in sizes if size <= rows), self._shards)
 
@@ -108,13 +108,13 @@ class Schedule:
         return Call(self._shards, small, rows) if len(rows) <= self._shards else None
 
     def _clear(self, kept_N: Int[np.ndarray, "N"]) -> None:
-        """Keep only these items."""
+        """Remove all other items from the pool."""
         is_kept = np.isin(self._numbers_N, kept_N)
         self._numbers_N, self._sizes_N3 = self._numbers_N[is_kept], self._sizes_N3[is_kept]
 
 
 def _rows_of(numbers_N: Int[np.ndarray, "N"], slots_N2: Int[np.ndarray, "N 2"]) -> list[list[int]]:
-    """The items of each row by rank, rows in the order of their first items."""
+    """Return the items of each row by rank; rows are in the order of their first items."""
     order = np.lexsort((slots_N2[:, 1], slots_N2[:, 0]))
     counts = np.bincount(slots_N2[:, 0])[:-1] if len(slots_N2) else []
-    return [part.tolist() for part in np.split(numbers_N[order], np.cumsum(counts))] if len(slots_N2) else []
+    return [row.tolist() for row in np.split(numbers_N[order], np.cumsum(counts))] if len(slots_N2) else []

@@ -90,7 +90,7 @@ class HeldOut:
             print(f"{name}: {len(task.queries):,} queries, {len(task.documents):,} documents", flush=True)
         query_vectors, document_vectors = largest_budget([(budget,) for budget in self.budgets])
         query_QRD = model.encode_query(task.queries, budget=query_vectors, progress=progress)
-        rows, document_nRD = model.encode_part(task.documents, "document", budget=document_vectors, progress=progress)
+        rows, document_nRD = model.encode_share(task.documents, "document", budget=document_vectors, progress=progress)
         fingerprint = sources.prepare(name, self._data_dir)["fingerprint"]
         score = partial(_score, rows, len(task.documents))
         facts = {"data": fingerprint, "documents": len(task.documents), "score": score}

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.maxsim import maxsim_on
-from metaembed_jax.model import from_parts
+from metaembed_jax.model import join_shares
 from metaembed_jax.sharding import make_mesh
 
 
@@ -20,8 +20,8 @@ def score_parts(
     """Return MaxSim of all queries and all documents, on every host: each scores its own documents, on its devices.
 
     Args:
-      rows, document_nRD: this host's part, of `MetaEmbed.encode_part`.
+      rows, document_nRD: this host's part, of `MetaEmbed.encode_share`.
       documents: N, how many there are in all.
     """
     here = make_mesh(devices=jax.local_devices())
-    return from_parts(rows, maxsim_on(here, query_QRD, document_nRD, budget).T, documents).T
+    return join_shares(rows, maxsim_on(here, query_QRD, document_nRD, budget).T, documents).T

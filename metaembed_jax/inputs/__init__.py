@@ -1,1 +1,1 @@
-"""What every family of backbones makes its inputs with: images, texts, and their rows of a batch."""
+"""Images and texts as inputs, for all families of backbones."""

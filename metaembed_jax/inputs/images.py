@@ -1,4 +1,4 @@
-"""Images as they come from others: opened, upright and RGB, with the very pixels that transformers reads."""
+"""Images of any format: upright and RGB, with exactly the pixels that transformers reads."""
 
 import contextlib
 import functools
@@ -20,15 +20,15 @@ TEXT_CHUNKS, TURNING = (b"tEXt", b"zTXt", b"iTXt"), (b"Raw profile type exif", b
 
 
 def open_image(image: bytes | str | Path | Image.Image, name: str) -> Image.Image:
-    """Decodes to RGB as transformers does. An image that is open, and RGB, comes back itself.
+    """Decode an image to RGB as transformers does; an open RGB image is returned itself.
 
     Encoded bytes and files are turned upright by their EXIF orientation (as `transformers.image_utils.load_image`); an image
     that is open already stays as it is. Transparency of any kind is composited onto white, every other mode goes through
-    Pillow's `convert("RGB")` (as `transformers.image_transforms.convert_to_rgb`): 16 bits are clipped to 8, not scaled. Of an
-    animation the first frame counts.
+    Pillow's `convert("RGB")` (as `transformers.image_transforms.convert_to_rgb`): 16 bits are clipped to 8, not scaled. The
+    first frame stands for an animation.
 
     Raises:
-      UserError: names `name` and why: unreadable, truncated, empty, or more than `MAX_SOURCE_PIXELS`, found before decoding.
+      UserError: the image is unreadable, truncated or empty, or has more than `MAX_SOURCE_PIXELS` (checked before decoding).
     """
     encoded = not isinstance(image, Image.Image)
     with _reading(name):
@@ -46,26 +46,26 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except UnidentifiedImageError as error:  # whose own words name a place in memory
+    except UnidentifiedImageError as error:  # its own message is an address in memory
         raise UserError(f"{name}: the image cannot be read (it is of no known format); repair or remove it") from error
     except Exception as error:  # decoders of broken bytes raise errors of every kind
         raise UserError(f"{name}: the image cannot be read ({' '.join(str(error).split())}); repair or remove it") from error
 
 
 def check_size(image: Image.Image, name: str) -> None:
-    """Refuses an opened image, before it is decoded, that has no pixels or more than `MAX_SOURCE_PIXELS`.
+    """Refuse an opened image without pixels, or with more than `MAX_SOURCE_PIXELS`, before it is decoded.
 
     Raises:
-      UserError: names `name` and its size.
+      UserError: with the size of the image.
     """
     width, height = image.size
     if not 0 < width * height <= MAX_SOURCE_PIXELS:
-        raise UserError(f"{name}: the image is {width}x{height} pixels; from 1 to {MAX_SOURCE_PIXELS} pixels in all are accepted")
+        raise UserError(f"{name}: the image is {width}x{height} pixels; expected 1 to {MAX_SOURCE_PIXELS} pixels")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and image.info.get("transparency") is None:
-        image.load()  # what convert would do before it copied
+        image.load()  # as `convert` does, but without its copy
         return image
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
@@ -77,10 +77,10 @@ def image_size(image: bytes | str | Path | Image.Image | tuple[int, int], name: 
     """Return (width, height) of the image that `open_image` would give, from its header alone.
 
     Args:
-      image: as for `open_image`; or its (width, height), which comes back.
+      image: as for `open_image`; or its (width, height), which is returned.
 
     Raises:
-      UserError: as `open_image`, but for what only decoding finds.
+      UserError: as `open_image`, except errors that only decoding finds.
     """
     if isinstance(image, tuple):
         return image
@@ -94,7 +94,7 @@ def image_size(image: bytes | str | Path | Image.Image | tuple[int, int], name: 
         width, height = (header.tag_v2[WIDTH], header.tag_v2[HEIGHT]) if header.format == "TIFF" else header.size
         exif = header.getexif
         if header.format == "PNG" and not _has_late_exif(image):
-            exif = functools.partial(Image.Image.getexif, header)  # the format's own would decode the image to look behind it
+            exif = functools.partial(Image.Image.getexif, header)  # PNG's own would decode the image first
         turned = exif().get(ORIENTATION, 1) in QUARTER_TURNS
     return (height, width) if turned else (width, height)
 
@@ -104,15 +104,15 @@ def _open_file(image: bytes | str | Path) -> BinaryIO:
 
 
 def _has_late_exif(image: bytes | str | Path) -> bool:
-    """Return whether something that may turn a PNG stands behind its pixels, where opening does not look."""
-    behind = False
+    """Return whether a PNG has EXIF data after its pixels, which opening does not read."""
+    after_pixels = False
     with _open_file(image) as file:
         file.seek(8)  # the signature
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
             start = file.tell()
-            if behind and (kind == b"eXIf" or (kind in TEXT_CHUNKS and file.read(32).startswith(TURNING))):
+            if after_pixels and (kind == b"eXIf" or (kind in TEXT_CHUNKS and file.read(32).startswith(TURNING))):
                 return True
-            behind = behind or kind == b"IDAT"
+            after_pixels = after_pixels or kind == b"IDAT"
             file.seek(start + length + 4)  # a checksum ends each chunk
     return False

@@ -1,4 +1,4 @@
-"""Queries and documents to examples, and their sizes: the same for all families, around what each family's prompts say."""
+"""Queries and documents as arrays, and their sizes: the frame that all families share, around their prompts."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -14,16 +14,16 @@ from metaembed_jax.files import digest
 from metaembed_jax.inputs.images import image_size, open_image
 from metaembed_jax.inputs.texts import QUERY, PromptTokenizer, read_item
 
-Described = tuple[int, int]  # (width, height): stands for an image where only its size is asked for
+Described = tuple[int, int]  # (width, height), in place of an image whose size is enough
 
 
 class Grid(NamedTuple):
-    """An image as its family would cut it into patches.
+    """The grid by which a family cuts an image into patches.
 
     Attributes:
-      rows, columns: of units or tiles, whatever the family counts.
-      patches: that it takes, padding included.
-      shrunk: it is smaller than the family would make it, to fit.
+      rows, columns: of units or tiles, as the family counts.
+      patches: with padding.
+      shrunk: the image was made smaller to fit.
     """
 
     rows: int
@@ -36,9 +36,9 @@ class Prompt(NamedTuple):
     """A prompt around the user's text.
 
     Attributes:
-      head: tokens before it, visual tokens among them.
-      before, after: strings that are tokenized together with it.
-      tail: tokens behind it.
+      head: tokens before the text, including visual tokens.
+      before, after: strings that are tokenized together with the text.
+      tail: tokens after the text.
     """
 
     head: list[int]
@@ -48,7 +48,7 @@ class Prompt(NamedTuple):
 
 
 class PromptProcessor:
-    """A base for what turns items into examples with a checkpoint's tokenizer. Survives pickling, for worker processes.
+    """The base class of processors, which turn items into examples. Can be pickled, for worker processes.
 
     Args:
       tokenizer: the checkpoint's.
@@ -61,7 +61,7 @@ class PromptProcessor:
 
     title: ClassVar[str]  # of the family
     special_tokens: ClassVar[tuple[str, ...]]  # of its prompts
-    filler: ClassVar[str]  # the special token that ten times ends a query, before a line's end
+    filler: ClassVar[str]  # the special token that ends a query, ten times, before a line feed
 
     def __init__(self, tokenizer: Tokenizer, images: Any, limits: Limits | None = None):
         self.images, self.limits = images, limits
@@ -71,16 +71,16 @@ class PromptProcessor:
 
     @property
     def fingerprint(self) -> str:
-        """16 digits that change with the family, the tokenizer, the processing of images and the limits."""
+        """16 hexadecimal digits of the family, the tokenizer, the processing of images and the limits."""
         return digest(repr([self.title, self.images, self.limits, self._tokenizer.to_str()]).encode())
 
     def query(self, item: dict, *, name: str = "query") -> Example:
         """Convert an item of the query side: {"text": str, "image": PIL image or encoded bytes}, either or both.
 
-        An image that does not fit the limits is shrunk, then a text is cut, at its end, to what is left.
+        An image that does not fit the limits is shrunk; then the end of a text that does not fit is cut.
 
         Args:
-          item: text that is empty beside an image counts as absent. Special strings in it are plain text.
+          item: an empty text next to an image counts as absent. Special strings in a text are plain text.
           name: of the item, for errors.
 
         Raises:
@@ -98,10 +98,10 @@ class PromptProcessor:
         Args:
           item: its image may also be (width, height), upright.
           side: "query" or "document".
-          text_tokens: what `text_tokens` gave for this text, to spare the tokenizer.
+          text_tokens: the result of `text_tokens` for this text, if known.
 
         Raises:
-          UserError: as `query`, but for images that only decoding finds broken.
+          UserError: as `query`, except for images that only decoding finds broken.
         """
         text, image = read_item(item, name)
         shape = None if image is None else image_size(image, name)
@@ -121,7 +121,7 @@ class PromptProcessor:
         return len(self._tokenizer.fit(prompt.before, text, prompt.after, None, name))
 
     def _check_limits(self) -> None:
-        """Refuses limits that not even an empty text keeps, or the smallest image; rows without patches are for texts alone."""
+        """Refuse limits that an empty text or the smallest image exceeds; rows without patches are for texts alone."""
         if self.limits is not None:
             for side in ("query", "document"):
                 self.size({"text": ""}, side, name=side)
@@ -150,7 +150,7 @@ class PromptProcessor:
         )
 
     def _plan(self, text: str, shape: Described | None, side: str, name: str) -> tuple[Grid | None, Prompt, int | None]:
-        """The grid of an image of this size, the prompt, and the tokens that the text with its words may take; None: any number."""
+        """Return an image's grid, the prompt, and the most tokens of the text with the words around it (None: any number)."""
         limits, with_image = self.limits, shape is not None
         if limits is None:
             grid = self._grid(*shape, None, None, name) if with_image else None
@@ -160,32 +160,32 @@ class PromptProcessor:
         room = limits.prompt(side) - len(bare.head) - len(bare.tail) - words
         grid = self._grid(*shape, room, limits.patches, name) if with_image else None
         prompt = self._prompt(grid, side, bool(text), with_image)
-        left = limits.prompt(side) - len(prompt.head) - len(prompt.tail)
-        if left < words:
+        room = limits.prompt(side) - len(prompt.head) - len(prompt.tail)
+        if room < words:
             raise UserError(
-                f"{name}: its prompt alone takes {limits.prompt(side) - left + words} tokens, and config.rows.size leaves "
+                f"{name}: its prompt alone takes {limits.prompt(side) - room + words} tokens, and config.rows.size leaves "
                 f"{limits.prompt(side)} for one; raise config.rows.size"
             )
-        return grid, prompt, min(left, words + limits.text_tokens)
+        return grid, prompt, min(room, words + limits.text_tokens)
 
     def _prompt(self, grid: Grid | None, side: str, has_text: bool, with_image: bool) -> Prompt:
-        """A family's own: the prompt of an item. With an image but without its grid, it lacks what depends on the image's size."""
+        """Return the prompt of an item (of each family). If the grid of its image is not known, visual tokens are missing."""
         raise NotImplementedError
 
     def _grid(self, width: int, height: int, most_tokens: int | None, most_patches: int | None, name: str) -> Grid:
-        """A family's own: how an image of this size is cut, within so many tokens and patches (None: any number)."""
+        """Return the grid of an image of this size (of each family), within so many tokens and patches (None: any number)."""
         raise NotImplementedError
 
     def _patches(self, image: Image.Image, grid: Grid) -> dict[str, np.ndarray]:
-        """A family's own: the arrays of `Layout.patches` of an RGB image, and `patch_mask` where some patches are padding."""
+        """Return the arrays of `Layout.patches` of an RGB image (of each family), and `patch_mask` if some patches are padding."""
         raise NotImplementedError
 
     def _visual(self, tokens: Int[np.ndarray, "S"], head: int, grid: Grid | None) -> Int[np.ndarray, "S"]:
-        """A family's own: the unit at each token, -1 where there is none; images stand in the first `head` tokens."""
+        """Return the unit at each token (of each family), -1 for none; images are in the first `head` tokens."""
         raise NotImplementedError
 
     def _positions(self, tokens: Int[np.ndarray, "S"], grid: Grid | None) -> Int[np.ndarray, "A S"]:
-        """Positions that count on; families with others say so."""
+        """Return the positions of tokens: 0, 1, 2, ..., unless a family has others."""
         return np.arange(len(tokens), dtype=np.int32)[None]
 
     def _prefix(self, side: str) -> str:
@@ -196,12 +196,12 @@ class PromptProcessor:
 
 
 def no_room(name: str, most_tokens: int, most_patches: int, tokens: int, patches: int) -> UserError:
-    """The error of an image that does not fit, however small it is made.
+    """Return the error of an image that does not fit at its smallest size.
 
     Args:
       name: of its item.
-      most_tokens, most_patches: that it may take.
-      tokens, patches: that it takes at least.
+      most_tokens, most_patches: limits of the image.
+      tokens, patches: of the smallest image.
     """
     return UserError(
         f"{name}: config.rows.size leaves {most_tokens} tokens and {most_patches} patches for an image: expected at least {tokens} "

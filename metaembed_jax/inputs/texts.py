@@ -1,4 +1,4 @@
-"""Texts to tokens of a checkpoint's vocabulary: special tokens only where a prompt has them, cuts only in the user's text."""
+"""Prompts as tokens of a checkpoint's vocabulary: special tokens only from the prompt, cuts only in the user's text."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,16 @@ from tokenizers import Encoding, Tokenizer
 
 from metaembed_jax.errors import UserError
 
-QUERY = "Query: "  # stands before the text of a query
-IMAGE_ALONE = "Describe the image."  # stands for a text beside an image that has none
+QUERY = "Query: "  # before the text of a query
+IMAGE_ALONE = "Describe the image."  # the text of an image without one
 
 
 class PromptTokenizer:
-    """A tokenizer that a family writes its prompts with. Survives pickling, for worker processes.
+    """A tokenizer of a family's prompts. Can be pickled, for worker processes.
 
     Args:
       tokenizer: a checkpoint's; it is copied.
-      special_tokens: that the prompts have.
+      special_tokens: those of the prompts.
       title: of the family, for errors.
 
     Attributes:
@@ -30,7 +30,7 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._encoded: dict[str, list[int]] = {}
-        # What looks like a special token is plain text. Not set again while it encodes, which several threads do at once.
+        # Special strings in a text are plain text. Set once, because several threads encode at the same time.
         self._tokenizer.encode_special_tokens = True
         self.ids: dict[str, int] = {token: self._tokenizer.token_to_id(token) for token in special_tokens}
         if missing := [token for token, number in self.ids.items() if number is None]:
@@ -43,32 +43,32 @@ class PromptTokenizer:
         self._tokenizer.encode_special_tokens = True  # pickling drops it
 
     def to_str(self) -> str:
-        """The tokenizer as JSON."""
+        """Return the tokenizer as JSON."""
         return self._tokenizer.to_str()
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a prompt's own words, remembered; what looks like a special token is plain text."""
+        """Return the tokens of a prompt's own words, from a cache; special strings in them are plain text."""
         if text not in self._encoded:
             self._encoded[text] = self._encode(text).ids
         return list(self._encoded[text])
 
     def fit(self, before: str, text: str, after: str, room: int | None, name: str) -> list[int]:
-        """Tokens of before + text + after as one string (merges may cross from one to the other), `room` at most.
+        """Return the tokens of before + text + after as one string (merges may cross the seams), at most `room`.
 
-        A cut leaves exactly the tokens of a shorter text, so what stands around it stays whole whatever was merged.
+        A cut text has exactly the tokens of a shorter text, so the words around it stay whole whatever was merged.
 
         Args:
-          room: tokens that they may take; None for any number.
+          room: the most tokens; None for any number.
           name: of the item, for errors.
 
         Raises:
-          UserError: the text is not valid Unicode, or what stands around it alone does not fit.
+          UserError: the text is not valid Unicode, or the words around it do not fit.
         """
         encoding = self._encode_text(before + text + after, name)
         while room is not None and (excess := len(encoding.ids) - room) > 0:
             if not text:
                 raise UserError(f"{name}: its prompt alone is {excess} tokens over the limit of {room}; raise config.rows.size")
-            # Of the tokens that begin ahead of `after`; none do where a normaliser drops all there is.
+            # Of the tokens that begin ahead of `after`; none do if a normaliser drops the whole string.
             starts = [start for start, _ in encoding.offsets if start < len(before) + len(text)] or [len(before)]
             start = starts[max(len(starts) - excess, 0)] - len(before)
             text = text[: max(0, min(start, len(text) - 1))]
@@ -86,16 +86,16 @@ class PromptTokenizer:
 
 
 def read_item(item: dict, name: str) -> tuple[str, object]:
-    """(text, image or None) of {"text": str, "image": ...}; an absent text is empty.
+    """Return (text, image or None) of {"text": str, "image": ...}; an absent text is empty.
 
     Raises:
-      UserError: other keys, neither text nor image, or a text that is none; names `name`.
+      UserError: other keys, neither text nor image, or a text that is not a string.
     """
     if unknown := item.keys() - {"text", "image"}:
-        raise UserError(f"{name}: has {', '.join(sorted(map(repr, unknown)))}; an item's keys are 'text' and 'image'")
+        raise UserError(f"{name}: unknown keys {', '.join(sorted(map(repr, unknown)))}; allowed: text, image")
     text, image = item.get("text"), item.get("image")
     if text is None and image is None:
         raise UserError(f"{name}: has neither text nor image; give at least one")
     if text is not None and not isinstance(text, str):
-        raise UserError(f"{name}: the text is a {type(text).__name__}, not a string")
+        raise UserError(f"{name}: expected a string as text, not {type(text).__name__}")
     return text or "", image

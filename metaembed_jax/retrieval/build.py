@@ -13,7 +13,7 @@ from metaembed_jax import hosts
 from metaembed_jax.data.documents import Documents
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, local_path
-from metaembed_jax.model import MetaEmbed, from_parts
+from metaembed_jax.model import MetaEmbed, join_shares
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.index import Index, check_dtype
 from metaembed_jax.retrieval.items import make_items
@@ -66,7 +66,7 @@ def index_documents(
         size = PART * batch_shards(model.mesh)
         with tqdm(total=len(documents), initial=done, desc="indexing", unit="item", disable=not progress) as bar:
             for block in model.encode_blocks(documents, "document", budget=budget, size=size, start=done, bar=bar):
-                vectors_nRD = from_parts(block.numbers - block.items.start, block.vectors, len(block.items))
+                vectors_nRD = join_shares(block.numbers - block.items.start, block.vectors, len(block.items))
                 if hosts.is_first():
                     draft = _write(folder, draft, Part(documents, block.items), vectors_nRD)
         if hosts.is_first() and draft is not None:

@@ -12,7 +12,7 @@ ROW = Size(40, 60, 20)
 
 
 def sizes(largest=ROW):
-    """Items up to a row, with few distinct values, so that equal items and exact fits occur."""
+    """Draw items up to the size of a row, with few distinct values: equal items and exact fits occur."""
     item = st.tuples(*(st.integers(0, x // 5).map(lambda n: 5 * n) | st.integers(0, x) for x in largest))
     return st.lists(item, max_size=60).map(lambda items: np.array(items, np.int64).reshape(-1, 3))
 

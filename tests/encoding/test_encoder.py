@@ -1,4 +1,4 @@
-"""Items to vectors and back into their order; the network is a sum over each item's tokens."""
+"""Encoding of items in order, with a network that sums the tokens of each item."""
 
 import threading
 from concurrent.futures import wait
@@ -127,19 +127,19 @@ def test_calls_are_taken_ahead():
 
 
 def test_sizes_do_not_wait_for_items():
-    made = threading.Event()
+    may_read = threading.Event()
 
     class Slow(Processor):
-        """Makes items once it is told to."""
+        """A processor that makes items only after `may_read`."""
 
         def query(self, item, *, name):
-            made.wait()
+            may_read.wait()
             return super().query(item, name=name)
 
     reader = Reader(Slow(), Described(items_of(100)), "query", 3, 3)
     items, sizes = reader.row_items(range(100)), reader.sizes(range(100))
     unknown = wait(sizes, timeout=20).not_done
-    made.set()
+    may_read.set()
     assert not unknown and len(results(items)) == 100
     reader.close()
 

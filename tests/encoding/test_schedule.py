@@ -1,4 +1,4 @@
-"""The calls that encode a stream, as a pure function of sizes."""
+"""Calls that encode a stream, as a pure function of sizes."""
 
 import numpy as np
 import pytest
@@ -11,24 +11,24 @@ ROW, META, BUDGET = (1664, 4608), 80, 64
 
 
 def plan(prompts_N2, shards, chunk=None, row=ROW, meta=META, budget=BUDGET):
-    """All calls for items that come in chunks, as the encoder asks for them."""
+    """Return all calls for items that arrive in chunks, as the encoder takes them."""
     schedule, chunk, calls = Schedule(*row, meta, budget, shards), chunk or 64 * shards, []
     for first in range(0, len(prompts_N2), chunk):
-        part, last = prompts_N2[first : first + chunk], first + chunk >= len(prompts_N2)
-        schedule.add(np.arange(first, first + len(part)), part)
-        if schedule.is_full or last:
-            calls += schedule.take(is_last=last)
+        prompts_n2, is_last = prompts_N2[first : first + chunk], first + chunk >= len(prompts_N2)
+        schedule.add(np.arange(first, first + len(prompts_n2)), prompts_n2)
+        if schedule.is_full or is_last:
+            calls += schedule.take(is_last)
     return calls
 
 
 def images(count, seed=0):
-    """(tokens, patches) of images of very different sizes."""
+    """Return (tokens, patches) of images of very different sizes."""
     patches = 64 * np.clip(np.exp(np.random.default_rng(seed).normal(2.3, 1.2, count)), 1, 72).astype(int)
     return np.stack([patches // 4 + 20, patches], axis=1)
 
 
 def check(calls, prompts_N2, meta=META, budget=BUDGET):
-    """Every item is in one row, which holds it with all others of the row."""
+    """Check that every item is in exactly one row, and that rows hold their items."""
     assert sorted(number for call in calls for items in call.rows for number in items) == list(range(len(prompts_N2)))
     for call in calls:
         assert 0 < len(call.rows) <= call.size

@@ -16,7 +16,7 @@ BUCKET = "gs://bucket"
 
 @contextlib.contextmanager
 def emulator() -> Iterator[dict[str, str]]:
-    """Starts it, and gives the environment variables that lead to it, which are set meanwhile."""
+    """Start the emulator inside the block; yield its environment variables, which are set meanwhile."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

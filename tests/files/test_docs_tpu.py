@@ -1,4 +1,4 @@
-"""The commands of docs/tpu.md, run as they are written, but for those that say that they are not."""
+"""The commands of docs/tpu.md, run as written, except those that are marked."""
 
 import os
 import re
@@ -22,7 +22,7 @@ def test_what_needs_a_slice_says_so():
 
 @pytest.mark.slow
 def test_the_others_run(bucket, data_dir, tmp_path):
-    """With a bucket of the emulator, and a small config whose data is already there."""
+    """They run with a bucket of the emulator, and a small config whose data is prepared."""
     config = tmp_path / "config.py"
     config.write_text(
         "from metaembed_jax.config import load_config\n"
@@ -39,6 +39,6 @@ def test_the_others_run(bucket, data_dir, tmp_path):
     for name in ("train.py", "eval.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     for command in COMMANDS:
-        done = subprocess.run(command, shell=True, cwd=tmp_path, env=os.environ | variables, capture_output=True)
-        assert done.returncode == 0, (command, done.stderr.decode()[-2000:])
+        process = subprocess.run(command, shell=True, cwd=tmp_path, env=os.environ | variables, capture_output=True)
+        assert process.returncode == 0, (command, process.stderr.decode()[-2000:])
     assert (tmp_path / "exported" / "README.md").is_file() and not (tmp_path / "gs:").exists()

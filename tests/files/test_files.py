@@ -1,4 +1,4 @@
-"""Writes that are whole or not there, locks, leases, and what is wrong with a bucket: one line."""
+"""Atomic writes, locks, leases, and errors of buckets in one line."""
 
 import contextlib
 import json
@@ -76,9 +76,9 @@ def test_what_is_no_file_is_not_replaced(tmp_path, monkeypatch):
 
 
 def test_a_folder_after_a_kill_of_a_process_with_the_same_id(tmp_path):
-    left = tmp_path / f".model.{os.getpid()}{files.PART}"
-    left.mkdir()
-    (left / "torn.bin").touch()
+    torn = tmp_path / f".model.{os.getpid()}{files.PART}"
+    torn.mkdir()
+    (torn / "torn.bin").touch()
     with files.new_folder(tmp_path / "model") as scratch:
         (scratch / "a.bin").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "a.bin"]
@@ -172,8 +172,8 @@ def test_frozen_weights_are_kept_whole(bucket):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named_sharding(other, ("embed", None))), frozen
     )
     assert fits(run / BASE, abstract)
-    found = read_kept(run / BASE, abstract)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(frozen))
+    read = read_kept(run / BASE, abstract)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(read), jax.device_get(frozen))
     assert not fits(run / BASE, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "bfloat16"), abstract))
     files.write_bytes(run / BASE / "manifest.ocdbt", b"torn")
     with pytest.raises(UserError, match=r"frozen/base: cannot be read .*remove it, and the base is read again"):
@@ -181,7 +181,7 @@ def test_frozen_weights_are_kept_whole(bucket):
 
 
 class Refusing(BaseHTTPRequestHandler):
-    """A bucket that answers to reading with `reading`, and to writing with 403."""
+    """A bucket that answers reads with `reading`, and writes with 403."""
 
     reading = 200
 
@@ -207,7 +207,7 @@ def test_vectors_of_a_benchmark_are_kept_in_a_bucket(bucket):
     class Model:
         calls = 0
 
-        def encode_part(self, items, side, budget, progress):
+        def encode_share(self, items, side, budget, progress):
             self.calls += 1
             return np.arange(3), np.full((3, budget, 2), self.calls, np.float32)
 

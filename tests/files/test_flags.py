@@ -1,4 +1,4 @@
-"""Every path flag of every command: a folder, gs:// where that works, no other scheme; and no file of such a name is made."""
+"""Path flags of all commands: a folder, gs:// if the command supports it, no other scheme; no file of such a name is made."""
 
 import argparse
 import importlib.util
@@ -31,7 +31,7 @@ TEXTS = {
 
 
 def all_flags():
-    """(command, flag) of every flag that takes a value."""
+    """Return (command, flag) of every flag that takes a value."""
     for command in cli.COMMANDS:
         (commands,) = (action for action in cli.make_parser(command)._actions if isinstance(action, argparse._SubParsersAction))
         yield from ((command, action) for action in commands.choices[command]._actions if action.nargs != 0)

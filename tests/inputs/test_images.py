@@ -1,4 +1,4 @@
-"""Opening of images against what transformers reads of them."""
+"""Opening of images, against the pixels that transformers reads."""
 
 import io
 import struct
@@ -27,7 +27,7 @@ def encode(image, format="PNG", **options):
 
 
 def reference(image):
-    """The pixels that every image processor of transformers starts from, of an open image or a file."""
+    """Return the pixels of an open image or a file from which every image processor of transformers starts."""
     pytest.importorskip("torch")
     transforms, utils = (pytest.importorskip(f"transformers.{name}") for name in ("image_transforms", "image_utils"))
     return np.asarray(utils.load_image(image)) if isinstance(image, str) else transforms.convert_to_rgb(image, return_numpy=True)

@@ -1,4 +1,4 @@
-"""Tokens of a prompt: one string, of which only the end of the user's text is ever cut."""
+"""Tokens of a prompt: one string; only the end of the user's text is cut."""
 
 import pickle
 
@@ -14,7 +14,7 @@ SPECIAL = ("<s>", "<image>")
 
 
 def train():
-    """A byte-level BPE that learns to merge text with what stands around it."""
+    """Train a byte-level BPE that merges text with the words around it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -97,8 +97,8 @@ def test_a_tokenizer_of_another_family_is_refused():
     [
         ({}, "neither text nor image"),
         ({"text": None, "image": None}, "neither text nor image"),
-        ({"text": b"bytes"}, "the text is a bytes"),
-        ({"text": "a", "images": []}, "has 'images'; an item's keys"),
+        ({"text": b"bytes"}, "expected a string as text, not bytes"),
+        ({"text": "a", "images": []}, "unknown keys 'images'; allowed: text, image"),
     ],
 )
 def test_items_that_are_none_are_named(item, message):

@@ -26,7 +26,7 @@ from metaembed_jax.files import replacing
 from metaembed_jax.late_interaction.budgets import budget_name, by_cost
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import largest_budget
-from metaembed_jax.model import MetaEmbed, from_parts
+from metaembed_jax.model import MetaEmbed, join_shares
 from metaembed_jax.results import Board, Failure, Interval, Results, SearchResults, TaskResults
 
 MEASURE = "Precision@1"
@@ -111,7 +111,7 @@ def evaluate_task(
     queries, documents = pictured(questions)
     query_rows, query_part = _encoded(model, queries, "query", query_vectors, cache, progress)
     rows, document_nRD = _encoded(model, documents, "document", document_vectors, cache, progress)
-    query_QRD = from_parts(query_rows, query_part, len(queries))
+    query_QRD = join_shares(query_rows, query_part, len(queries))
     dimension, searches, scores_QN = query_QRD.shape[2], [], np.zeros((len(queries), len(documents)))
     for budget in by_cost(budgets):
         scores_QN = score_parts(query_QRD, rows, document_nRD, len(documents), budget)
@@ -177,7 +177,7 @@ def _encoded(
     if path.is_file():
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return stored["rows"], stored["vectors"]
-    rows, vectors = model.encode_part(items, side, budget=budget, progress=progress)
+    rows, vectors = model.encode_share(items, side, budget=budget, progress=progress)
     with replacing(path) as file:
         np.savez(file, rows=rows, vectors=vectors)
     return rows, vectors

@@ -13,7 +13,7 @@ from metaembed_jax.evaluation.scoring import score_parts
 from metaembed_jax.late_interaction.budgets import search_name
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import as_stages, largest_budget, search_in_stages
-from metaembed_jax.model import MetaEmbed, from_parts
+from metaembed_jax.model import MetaEmbed, join_shares
 
 
 class Scores(NamedTuple):
@@ -150,7 +150,7 @@ class Searcher:
             raise UserError(f"{items.name}: nothing is indexed; call index before search")
         ids, documents = self._documents
         queries = self._encoded(items)
-        query_QRD = from_parts(queries.rows, queries.vectors_nRD, len(items))
+        query_QRD = join_shares(queries.rows, queries.vectors_nRD, len(items))
         counted_QN = None if top_ranked is None else marked(items.ids, ids, top_ranked)
 
         def score(budget: Budget) -> Float[np.ndarray, "Q N"]:
@@ -166,7 +166,7 @@ class Searcher:
             self._held.pop(items.side, None)  # before others take its memory
             budget = self._largest[0 if items.side == "query" else 1]
             try:
-                rows, vectors_nRD = self.model.encode_part(items, items.side, budget=budget, progress=self.progress)
+                rows, vectors_nRD = self.model.encode_share(items, items.side, budget=budget, progress=self.progress)
             except UserError as error:
                 raise UserError(f"{items.name}: {error}") from None
             held = self._held[items.side] = Encoded(fingerprint, rows, vectors_nRD)

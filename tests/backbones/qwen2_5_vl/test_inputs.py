@@ -252,7 +252,7 @@ def test_sizes_are_those_of_the_examples(image, text, side, limits):
     [
         ({}, "neither text nor image"),
         ({"text": None, "image": None}, "neither text nor image"),
-        ({"text": b"bytes"}, "the text is a bytes"),
+        ({"text": b"bytes"}, "expected a string as text, not bytes"),
         ({"text": "\ud800"}, "not valid Unicode"),
         ({"image": b"junk"}, "cannot be read"),
         ({"image": Image.new("RGB", (900, 2))}, "over 200 times"),

@@ -124,11 +124,11 @@ def test_the_best_and_what_is_asked_about(model, pages):
 def test_what_was_encoded_is_not_encoded_again(model, pages, monkeypatch):
     encoded = []
 
-    def encode_part(items, side, *, encode=model.encode_part, **options):
+    def encode_share(items, side, *, encode=model.encode_share, **options):
         encoded.append((side, len(items), options["budget"]))
         return encode(items, side, **options)
 
-    monkeypatch.setattr(model, "encode_part", encode_part)
+    monkeypatch.setattr(model, "encode_share", encode_share)
     searcher = Searcher(model, (4, 8))
     for subset in ("english", "french"):
         for budget in ((1, 1), (4, 8), [(1, 1, 3), (2, 4)]):
