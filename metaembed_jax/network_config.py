@@ -1,4 +1,4 @@
-"""The network that a config describes, and the largest item of its rows."""
+"""The network of a run's config, and the largest item of its rows."""
 
 from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.lora import LoraConfig
@@ -28,7 +28,7 @@ def model_config(config: RunConfig, training: bool = False) -> ModelConfig:
 
 
 def row_limits(config: RunConfig) -> Limits:
-    """Return the largest item of a run: one that fills a row, with the Meta Tokens of the largest budgets behind it.
+    """Return the largest item of a run: one that fills a row, with the Meta Tokens of the largest budgets after it.
 
     Raises:
       UserError: the row has no room for Meta Tokens, or its patches are not whole images of the family.

@@ -1,6 +1,6 @@
-"""Results of an evaluation: tasks, the searches of each, the metrics of each search; as dataclasses, and as JSON in a file.
+"""Results of an evaluation: tasks, their searches, the metrics of each search; as dataclasses, and as JSON in a file.
 
-JSON has the fields of the dataclasses, but those that are None, and beside them what a reader may want: the means of a board.
+JSON has the fields of the dataclasses that are not None, and the means of each board.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from metaembed_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, as a fraction of 1, and the ends of its 95 % bootstrap interval, None where there is none."""
+    """A mean, as a fraction of 1, and the ends of its 95 % bootstrap interval (None: not computed)."""
 
     mean: float
     low: float | None = None
@@ -30,7 +30,7 @@ class SearchResults:
     """Metrics of a task that was searched at one budget, or in stages.
 
     Attributes:
-      budget: as people write it, "4:8" or "1:1:1000>16:64".
+      budget: as in flags, "4:8" or "1:1:1000>16:64".
       flops_per_document, bytes_per_document: of MaxSim and of the index; None of a search in stages.
       metrics: by name.
     """
@@ -55,12 +55,12 @@ class Failure:
     """A query that ranks a wrong document before all right ones, in numbers.
 
     Attributes:
-      dataset: where its numbers count: a source, or a task with what divides it.
+      dataset: the source or task, and its parts, in which items are numbered.
       query: its number.
-      rank: of its first right document; 0 would be no failure. Behind all others of equal score, as in `metrics.gold_of`.
-      among: how many documents it chose among.
-      right: (document, score) of some right ones, best first.
-      above: the same of wrong ones that rank before them.
+      rank: of its first right document, from 0; after all others of equal score, as in `metrics.gold_of`.
+      among: the number of documents that were searched.
+      right: (document, score) of some right documents, best first.
+      above: the same for wrong documents that rank before them.
     """
 
     dataset: tuple[str, ...] = ()
@@ -72,12 +72,12 @@ class Failure:
 
     @property
     def severity(self) -> tuple[int, float]:
-        """Order of failures, the largest being the worst: the rank, then how much better the first document scores."""
+        """Sort key of failures, largest for the worst: the rank, then the difference of scores to the first document."""
         return severity(self.rank, self.right[0][1], self.above[0][1])
 
 
 def severity(rank: int, right: float, first: float) -> tuple[int, float]:
-    """`Failure.severity` of a rank, the best right and the first wrong score."""
+    """Return `Failure.severity`, given the rank, the best right score and the first wrong score."""
     return rank, 0.0 if first == right else first - right  # equal infinities have no difference
 
 
@@ -88,12 +88,12 @@ class TaskResults:
     Attributes:
       name: of the task.
       metric: the main one, a key of each search's metrics.
-      queries, documents: how many.
+      queries, documents: their numbers.
       dimension: width of a vector.
-      data: version of what was searched.
+      data: version of the searched data.
       searches: cheapest first, then those in stages.
-      gain: None of a single budget, or where metrics have no intervals.
-      chance: what guessing would reach in the main metric, where that is known.
+      gain: None for a single budget, or if metrics have no intervals.
+      chance: the main metric of guesses, if known.
       failures: the worst at the largest budget.
     """
 
@@ -109,11 +109,11 @@ class TaskResults:
     failures: tuple[Failure, ...] = ()
 
     def values(self, metric: str = "") -> dict[str, Interval]:
-        """A metric at each budget, by default the main one."""
+        """Return a metric at each budget, by default the main one."""
         return {search.budget: search.metrics[metric or self.metric] for search in self.searches}
 
     def is_like_chance(self) -> bool:
-        """Whether the best search is within two standard deviations of guessing."""
+        """Return whether the best search is within two standard deviations of guessing."""
         if self.chance is None or self.chance >= 1:
             return False
         best = max(interval.mean for interval in self.values().values())
@@ -125,15 +125,15 @@ class Board:
     """Tasks that are shown together, and their means.
 
     Attributes:
-      name: of the benchmark, or of the direction that sources are searched in.
+      name: of the benchmark, or of the direction in which sources are searched.
       measure: the tasks' main metric.
       secondary: another metric of all tasks, for the plot; empty for none.
       about: how to read the numbers.
-      tasks: all are searched alike; none if all data of the board is private.
-      total: tasks that the board has, with those that are left out.
+      tasks: all have the same searches; empty if all data of the board is private.
+      total: tasks of the board, including those that are left out.
       groups: the tasks of further means, by name.
-      drawn: those groups that the plot shows beside all tasks.
-      published: what others report as the mean of all tasks, by budget.
+      drawn: groups that the plot shows next to all tasks.
+      published: means of all tasks that others report, by budget.
       notes: lines for the reader.
     """
 
@@ -149,7 +149,7 @@ class Board:
     notes: tuple[str, ...] = ()
 
     def mean(self, metric: str = "", group: str = "") -> dict[str, Interval]:
-        """The mean over tasks of a metric at each budget, by default of each task's main one; a single task's own interval."""
+        """Return a metric's mean over tasks at each budget, by default of the main metrics; for a single task, its interval."""
         tasks = [task.values(metric) for task in self.tasks if not group or task.name in self.groups[group]]
         if len(tasks) == 1:
             return tasks[0]
@@ -157,7 +157,7 @@ class Board:
         return {budget: Interval(float(np.mean([task[budget].mean for task in tasks]))) for budget in budgets}
 
     def means(self) -> dict[str, dict[str, Interval]]:
-        """The mean of each group, and last of all tasks."""
+        """Return the mean of each group, and then of all tasks."""
         return {group: self.mean(group=group) for group in self.groups} | {"all": self.mean()}
 
 
@@ -166,11 +166,11 @@ class Results:
     """Results of one evaluation of one model.
 
     Attributes:
-      title: what the model was evaluated on.
+      title: of the evaluated data.
       model: name of its config.
       step: of its checkpoint.
-      data: version of all that was searched.
-      boards: at least one; the first one's mean says how good the model is.
+      data: version of all searched data.
+      boards: at least one; the mean of the first is the headline.
     """
 
     title: str
@@ -185,7 +185,7 @@ class Results:
 
 
 def to_json(results: Any) -> Any:
-    """A dataclass of this module as JSON's types."""
+    """Return a dataclass of this module as JSON's types."""
     if isinstance(results, Mapping):
         return {key: to_json(value) for key, value in results.items()}
     if isinstance(results, tuple):
@@ -198,14 +198,14 @@ def to_json(results: Any) -> Any:
 
 
 def from_json(kind: Any, content: Any) -> Any:
-    """Inverse of `to_json` for a dataclass, or another type that its fields have; keys that are no fields do not matter.
+    """Return the value of a dataclass, or of a field's type; inverse of `to_json`. Unknown keys are ignored.
 
     Raises:
       TypeError: content of another type, or fields that are missing.
     """
     origin: Any = get_origin(kind) or kind
     arguments = get_args(kind)
-    if origin is types.UnionType:  # with None, which is not written
+    if origin is types.UnionType:  # with None, which JSON omits
         return from_json(arguments[0], content)
     expected = {float: int | float, tuple: list, Mapping: dict}.get(origin, dict if dataclasses.is_dataclass(origin) else origin)
     if not isinstance(content, expected):
@@ -227,7 +227,7 @@ def read_results(path: str | os.PathLike) -> Results:
     """Read the results.json of a run.
 
     Raises:
-      UserError: the file is missing or is something else; names it.
+      UserError: the file is missing, or is something else.
     """
     try:
         content = files.read_json(files.any_path(path))
@@ -236,4 +236,4 @@ def read_results(path: str | os.PathLike) -> Results:
     try:
         return from_json(Results, content)
     except TypeError as error:
-        raise UserError(f"{path} is not a results.json that this version of train.py or eval.py writes") from error
+        raise UserError(f"{path} is not a results.json of this version; write it again with train.py or eval.py") from error

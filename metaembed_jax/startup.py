@@ -25,7 +25,7 @@ def add_host_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def start(arguments: argparse.Namespace) -> None:
-    """Set up JAX by the flags of `add_device_flags`, and join the other hosts of a command that has `add_host_flags`.
+    """Set up JAX by the flags of `add_device_flags`, and join the other hosts if the command has `add_host_flags`.
 
     Raises:
       UserError: as `connect_hosts`.
