@@ -128,7 +128,7 @@ def test_what_is_too_large_is_not_run(monkeypatch, capsys):
 def test_a_name_without_a_line_is_refused(capsys):
     with pytest.raises(command.UserError, match="--only=nothing: no line has that in its name"):
         cli.main(["check", "--only=nothing"])
-    with pytest.raises(command.UserError, match="add --config=FILE"):
+    with pytest.raises(command.UserError, match="add --config=NAME"):
         cli.main(["check", "--config.schedule.steps=3"])
 
 

@@ -157,5 +157,5 @@ def test_a_source_of_few_rows_has_empty_splits(tmp_path):
     sources.prepare_from("pairs", tmp_path / "few.jsonl", tmp_path / "out", 0, 0)
     train, validation, _ = records.open_splits(tmp_path / "out" / "few", writing.VERSION)
     assert len(train) == 3 and len(validation) == 0 and not list(validation)
-    with pytest.raises(UserError, match="source 'few' has no validation pairs"):
-        sources.retrieval("few", tmp_path / "out", "validation")
+    with pytest.raises(UserError, match="few: no source has validation pairs"):
+        sources.with_pairs(["few"], tmp_path / "out", "validation")
