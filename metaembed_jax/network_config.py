@@ -1,11 +1,17 @@
 """The network of a run's config, and the largest item of its rows."""
 
+from metaembed_jax.backbones.config import FamilyConfig
 from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.lora import LoraConfig
 from metaembed_jax.batch.items import Limits
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config import ModelSettings, RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig
+
+
+def architecture_of(model: ModelSettings) -> FamilyConfig:
+    """Return the architecture of a model, checked by its family."""
+    return family(model.backbone).Config.from_huggingface(model.architecture)
 
 
 def model_config(config: RunConfig, training: bool = False) -> ModelConfig:
@@ -14,7 +20,7 @@ def model_config(config: RunConfig, training: bool = False) -> ModelConfig:
     dropout = model.lora.dropout if training else 0.0
     return ModelConfig(
         backbone=model.backbone,
-        architecture=family(model.backbone).Config.from_huggingface(model.architecture),
+        architecture=architecture_of(model),
         query_tokens=model.query_tokens,
         document_tokens=model.document_tokens,
         meta_token_scale=model.meta_token_scale,

@@ -42,6 +42,7 @@ from metaembed_jax.data import tokenizer
 from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.data.planned import plan_rows
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.model import make_encode
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
 from metaembed_jax.network_config import model_config, row_limits
@@ -128,7 +129,7 @@ class Subject:
         self.mesh = run_mesh(config, devices)
         self.trainer = make_trainer(config, self.mesh)
         self.model = model_config(config)
-        limits, records = row_limits(config), RandomPairs(config)
+        limits, records = row_limits(config), RandomPairs(config.rows.batch_size, config.data.negatives, config.seed)
         self._items = run_items(config, _processor(config), [records])
         self.shape = plan_rows(self._items, limits).shape(config.rows.microbatch_rows, batch_shards(self.mesh))
         self.flops = train_flops(config, self.shape)
@@ -206,14 +207,14 @@ class Subject:
 
 
 class RandomPairs(Sequence):
-    """Records of random texts and images for one step; each second document is a text alone. As many negatives as are used.
+    """Records of random texts and images for one step; each second document is a text alone.
 
     Args:
-      config: of the run.
+      negatives: of each pair.
     """
 
-    def __init__(self, config: RunConfig):
-        self._pairs, self._negatives, self._seed = config.rows.batch_size, config.data.negatives, config.seed
+    def __init__(self, pairs: int, negatives: int, seed: int):
+        self._pairs, self._negatives, self._seed = pairs, negatives, seed
 
     def __len__(self) -> int:
         return self._pairs
@@ -285,7 +286,7 @@ def step_case(subject: Subject) -> Case:
     def read(result):
         state, metrics = result
         norm = metrics["gradient_norm"]
-        outputs = {"loss": metrics["loss"], "losses": group_losses(config, metrics), "gradient norm": norm}
+        outputs = {"loss": metrics["loss"], "losses": group_losses(config.objectives.budgets, metrics), "gradient norm": norm}
         if config.optimizer.algorithm == "adamw":
             scale = jnp.maximum(norm / config.optimizer.clip_norm, 1) / (1 - config.optimizer.b1)
             moments = optax.tree_utils.tree_get(state.optimizer, "mu")
@@ -314,6 +315,6 @@ def step_case(subject: Subject) -> Case:
     )
 
 
-def group_losses(config: RunConfig, metrics: dict) -> jax.Array:
+def group_losses(groups: Sequence[Budget], metrics: dict) -> jax.Array:
     """The loss of each group."""
-    return jnp.stack([metrics[f"loss/{r_q}:{r_c}"] for r_q, r_c in config.objectives.budgets])
+    return jnp.stack([metrics[f"loss/{r_q}:{r_c}"] for r_q, r_c in groups])

@@ -126,7 +126,7 @@ def read_trained(directory: Path, dtype: str | None) -> Trained:
     run = read_config(directory)
     config = dataclasses.replace(model_config(run), dtype=dtype or run.model.dtype, int8=False)
     abstract = abstract_parameters(config, mesh)
-    _, parameters = run_parameters(directory, run, abstract)
+    _, parameters = run_parameters(directory, run.model, abstract)
     images = run_processor(run, directory / "tokenizer.json").images
     about = {"groups": [list(group) for group in run.objectives.budgets], "name": run.name, "steps": run.schedule.steps}
     if matryoshka := run.objectives.matryoshka:

@@ -15,7 +15,6 @@ from metaembed_jax import files
 from metaembed_jax.checkpoints.base import Base
 from metaembed_jax.checkpoints.runs import UNREADABLE, onto, reason_of, stored_tree, tree_handler
 from metaembed_jax.checkpoints.workdir import COMMITTED, read_base, read_config
-from metaembed_jax.config import RunConfig
 from metaembed_jax.errors import UserError
 
 BASE = "base"
@@ -44,9 +43,9 @@ def is_kept(workdir: Path) -> bool:
     return files.is_bucket(workdir) and (workdir / BASE / COMMITTED).exists()
 
 
-def stands_alone(workdir: Path, config: RunConfig) -> bool:
+def stands_alone(workdir: Path, init_from: str) -> bool:
     """Return whether a run in a bucket, which has checkpoints, needs nothing of what `config.init_from` names."""
-    if not files.is_bucket(workdir) or read_config(workdir).init_from != config.init_from:
+    if not files.is_bucket(workdir) or read_config(workdir).init_from != init_from:
         return False
     return read_base(workdir) is None or is_kept(workdir)
 

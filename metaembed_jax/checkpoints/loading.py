@@ -16,12 +16,12 @@ from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, read_kept
 from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, read_backbone, read_head, read_vocabulary_rows
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import read_base, read_config
-from metaembed_jax.config import DataConfig, RunConfig
+from metaembed_jax.config import DataConfig, ModelSettings, RunConfig
 from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json
 from metaembed_jax.network import SIDES, ModelConfig, abstract_parameters
-from metaembed_jax.network_config import model_config, row_limits
+from metaembed_jax.network_config import architecture_of, model_config, row_limits
 from metaembed_jax.trainable import join, paths, split, trainable_paths
 
 
@@ -60,21 +60,21 @@ def run_processor(run: RunConfig, tokenizer: Path, max_visual_tokens: int | None
     return _processor(tokenizer, images, config, row_limits(run))
 
 
-def run_parameters(run: Path, config: RunConfig, abstract: dict, frozen: dict | None = None) -> tuple[int, dict]:
+def run_parameters(run: Path, model: ModelSettings, abstract: dict, frozen: dict | None = None) -> tuple[int, dict]:
     """(step, all parameters) of a run: what it trained from its best checkpoint, all else from its base.
 
     Args:
-      config: the run's.
+      model: `config.model` of the run.
       abstract: all parameters as nested dicts of shapes, with the dtypes and shardings that they are to have.
       frozen: the same for those that did not train, where they are to have other dtypes.
 
     Raises:
       UserError: the run has no checkpoint, or none of this model; its base is missing, or another than it was.
     """
-    chosen = trainable_paths(config.model.trained, paths(abstract))
+    chosen = trainable_paths(model.trained, paths(abstract))
     trained, frozen = split(abstract, chosen)[0], split(frozen or abstract, chosen)[1]
     step, parameters = best_parameters(run, trained)
-    return step, join(parameters, frozen_parameters(run, config, frozen))
+    return step, join(parameters, frozen_parameters(run, model, frozen))
 
 
 def best_parameters(run: Path, abstract: dict) -> tuple[int, dict]:
@@ -95,7 +95,7 @@ def best_parameters(run: Path, abstract: dict) -> tuple[int, dict]:
         checkpoints.close()
 
 
-def frozen_parameters(run: Path, config: RunConfig, abstract: dict) -> dict:
+def frozen_parameters(run: Path, model: ModelSettings, abstract: dict) -> dict:
     """What a run did not train, read from its base; {} where it trained everything.
 
     Raises:
@@ -109,8 +109,8 @@ def frozen_parameters(run: Path, config: RunConfig, abstract: dict) -> dict:
     if is_kept(run) and fits(run / BASE, abstract):
         return read_kept(run / BASE, abstract)
     base = open_recorded(run, record)
-    module, architecture = family(config.model.backbone), model_config(config).architecture
-    return {"backbone": read_backbone(base.directory, module, architecture, abstract["backbone"])}
+    backbone = read_backbone(base.directory, family(model.backbone), architecture_of(model), abstract["backbone"])
+    return {"backbone": backbone}
 
 
 def base_architecture(directory: Path) -> tuple[str, object, dict]:
@@ -169,7 +169,7 @@ def _load_run(directory: Path, dtype: str, mesh: Mesh, max_visual_tokens: int) -
     run = read_config(directory)
     config = dataclasses.replace(model_config(run), dtype=dtype)
     processor = run_processor(run, directory / "tokenizer.json", max_visual_tokens)
-    return config, run_parameters(directory, run, abstract_parameters(config, mesh))[1], processor
+    return config, run_parameters(directory, run.model, abstract_parameters(config, mesh))[1], processor
 
 
 def _load_huggingface(

@@ -37,15 +37,15 @@ MODEL_KEYS = (
 )
 
 
-def default_workdir(config: RunConfig, later: Path | None = None) -> Path:
-    """runs/<config name>; for a first stage of a run in a bucket, next to `later`, the folder of that.
+def default_workdir(name: str, later: Path | None = None) -> Path:
+    """Return runs/<name of the config>; for a first stage of a run in a bucket, next to `later`, the folder of that.
 
     Raises:
       UserError: the name is no name of a folder.
     """
-    if "/" in config.name or config.name in ("", ".", ".."):
-        raise UserError(f"config.name={config.name!r}: expected the name of a folder; set it, or choose a --workdir")
-    return (later.parent if later and files.is_bucket(later) else Path("runs")) / config.name
+    if "/" in name or name in ("", ".", ".."):
+        raise UserError(f"config.name={name!r}: expected the name of a folder; set it, or choose a --workdir")
+    return (later.parent if later and files.is_bucket(later) else Path("runs")) / name
 
 
 def claim(workdir: Path, config: RunConfig, tokenizer: Path, base: Base | None) -> None:

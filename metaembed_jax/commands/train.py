@@ -33,6 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
     start(arguments)
     with fail_together():
         config = load_config(arguments.config, arguments.overrides)
-        finished = train(config, arguments.workdir or default_workdir(config))
+        finished = train(config, arguments.workdir or default_workdir(config.name))
     if not finished:
         leave(TERMINATED)

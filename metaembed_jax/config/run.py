@@ -196,7 +196,7 @@ class EvaluationConfig(Section):
     KEY: ClassVar[str] = "config.evaluation"
 
     validate_every: Positive = 250  # steps
-    select: str = "R@10"  # the metric of text→image, at the largest budget, that the best checkpoint is best at
+    select: str = "R@10"  # the metric that the best checkpoint is best at, at the largest budget
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

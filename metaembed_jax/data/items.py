@@ -136,7 +136,7 @@ def run_items(config: RunConfig, processor: object, sources: Sequence[Sequence])
     Raises:
       UserError: as `mixture`, or an item that no row takes.
     """
-    check_mixture(config, sources)
+    check_mixture(config.data, config.rows.batch_size, sources)
     names = tuple(name for name, *_ in config.data.sources)
     sizes = tuple(SourceSizes(source, processor, config.data.negatives, name) for name, source in zip(names, sources, strict=True))
     means_S2 = np.array([_mean_pair(size, len(source)) for size, source in zip(sizes, sources, strict=True)])

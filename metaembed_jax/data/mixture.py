@@ -14,7 +14,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Int
 
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config import DataConfig, RunConfig
 from metaembed_jax.data.schedule import balanced_schedule
 from metaembed_jax.errors import UserError
 
@@ -37,7 +37,7 @@ def mixture(config: RunConfig, sources: Sequence[Sequence], sizes_S2: Int[np.nda
     Raises:
       UserError: a source has fewer pairs than a sub-batch, or sizes do not divide.
     """
-    check_mixture(config, sources)
+    check_mixture(config.data, config.rows.batch_size, sources)
     sub_batch = config.data.sub_batch or config.rows.batch_size
     _, weights, caps = zip(*config.data.sources, strict=True)
     used = [min(cap or len(source), len(source)) for cap, source in zip(caps, sources, strict=True)]
@@ -52,17 +52,16 @@ def mixture(config: RunConfig, sources: Sequence[Sequence], sizes_S2: Int[np.nda
     return grain.MapDataset.range(config.schedule.steps).map(step)
 
 
-def check_mixture(config: RunConfig, sources: Sequence[Sequence]) -> None:
+def check_mixture(data: DataConfig, batch_size: int, sources: Sequence[Sequence]) -> None:
     """Refuses what `mixture` cannot mix, and raises as it does."""
-    sub_batch = config.data.sub_batch or config.rows.batch_size
-    if config.rows.batch_size % sub_batch:
-        pairs = config.rows.batch_size
-        raise UserError(f"config.rows.batch_size={pairs}: expected a multiple of config.data.sub_batch={sub_batch}")
-    for (name, _, cap), source in zip(config.data.sources, sources, strict=True):
+    sub_batch = data.sub_batch or batch_size
+    if batch_size % sub_batch:
+        raise UserError(f"config.rows.batch_size={batch_size}: expected a multiple of config.data.sub_batch={sub_batch}")
+    for (name, _, cap), source in zip(data.sources, sources, strict=True):
         if not len(source):
             raise UserError(f"source {name!r} has no training records")
         if (pairs := min(cap or len(source), len(source))) < sub_batch:
-            key = "data.sub_batch" if config.data.sub_batch else "rows.batch_size"
+            key = "data.sub_batch" if data.sub_batch else "rows.batch_size"
             used = f"uses {pairs} training pairs" if cap and cap < len(source) else f"has {pairs} training pairs"
             raise UserError(
                 f"source {name!r} {used}; expected at least config.{key}={sub_batch}, or a pair would be its own negative: "

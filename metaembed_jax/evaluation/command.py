@@ -49,7 +49,7 @@ def evaluate_checkpoint(
     print(describe_devices(mesh), flush=True)
     hosts.first_then_others(evaluator.check)
     abstract, frozen = abstract_parameters(network, mesh), abstract_parameters(network, mesh, config.model.frozen_dtype)
-    step, parameters = run_parameters(checkpoint, config, abstract, frozen)
+    step, parameters = run_parameters(checkpoint, config.model, abstract, frozen)
     model = MetaEmbed(network, parameters, run_processor(config, checkpoint / "tokenizer.json"), mesh)
     subject = Subject(model=model, name=config.name, step=step, config=to_record(config))
     results = evaluator.run(subject, out, progress=hosts.is_first())

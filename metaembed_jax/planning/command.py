@@ -34,7 +34,7 @@ def plan(config: RunConfig, slice_name: str, what: str, is_search: bool, as_json
     print(f"compiling {config.name} for {where.name}; the largest take a minute or two", file=sys.stderr)
     made = make_plan(config, what, where)
     if as_json:
-        print(json.dumps(made.to_json() | {"verdict": report.verdict(made, config)}))
+        print(json.dumps(made.to_json() | {"verdict": report.verdict(made, config.model)}))
     else:
-        print(report.describe(made, config, where))
+        print(report.describe(made, config.model, where))
     return made.fits

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from metaembed_jax.backbones.family import family
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.training import HOST
-from metaembed_jax.config import RunConfig, with_keys
+from metaembed_jax.config import ModelSettings, RunConfig, with_keys
 from metaembed_jax.errors import UserError
 from metaembed_jax.links import rings
-from metaembed_jax.network_config import model_config
+from metaembed_jax.network_config import architecture_of
 from metaembed_jax.planning.chips import Chip, Topology
 from metaembed_jax.planning.compiling import compile_program
 from metaembed_jax.planning.cost import Cost, Item, count
@@ -118,7 +118,7 @@ def _measure(config: RunConfig, what: str, where: Topology, program: Program, me
         memory = held | beside | {"temporaries": needed - sum(held.values())}
         return _Measured(memory, UNKNOWN, "what was compiled, which is nothing", arrays)
     memory = held | beside | {"padding": max(compiled.arguments - sum(held.values()), 0), "temporaries": compiled.temporaries}
-    cost = count(compiled.text, mesh.size, branches(config), where.slices)
+    cost = count(compiled.text, mesh.size, branches(config.model), where.slices)
     return _Measured(memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else "")
 
 
@@ -139,11 +139,11 @@ def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:
     return seconds
 
 
-def branches(config: RunConfig) -> tuple[float, ...]:
+def branches(model: ModelSettings) -> tuple[float, ...]:
     """How often each branch of a conditional runs: the only ones there are choose the kind of attention in a layer of a stack."""
-    architecture = model_config(config).architecture
+    architecture = architecture_of(model)
     row = Size(1, architecture.layout.multiple, 1)
-    parts = [part for part in family(config.model.backbone).flop_counts(architecture, row) if part.scanned]
+    parts = [part for part in family(model.backbone).flop_counts(architecture, row) if part.scanned]
     for part in parts:
         kinds = [one.layers for other in parts if other.path == part.path for one in other.attention]
         if len(kinds) > 1:

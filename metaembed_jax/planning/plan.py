@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config import ModelSettings
 from metaembed_jax.planning.chips import GIB
 from metaembed_jax.planning.cost import Item
 
@@ -108,13 +108,13 @@ class Plan:
         return dataclasses.asdict(self) | listed | {key: getattr(self, key) for key in derived}
 
 
-def knob(plan: Plan, config: RunConfig) -> str:
+def knob(plan: Plan, model: ModelSettings) -> str:
     """What takes most of the memory, and which key of the config to change."""
     largest = max(plan.memory, key=plan.memory.get)
     shards = plan.mesh["data"] * plan.mesh["fsdp"]
     if largest in ("trained", "optimizer", "frozen") and plan.mesh["fsdp"] < plan.devices // plan.slices:
         advice = f"raise config.mesh.fsdp={plan.mesh['fsdp']}"
-        if largest == "frozen" and config.model.frozen_dtype != "int8":
+        if largest == "frozen" and model.frozen_dtype != "int8":
             advice += ", or set config.model.frozen_dtype=int8"
     elif plan.what == "train" and largest == "temporaries" and plan.rows["at_once"] > shards:
         advice = f"set config.rows.microbatch_rows={plan.rows['at_once'] // shards // 2 * shards}"

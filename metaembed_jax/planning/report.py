@@ -1,6 +1,6 @@
 """A plan in words."""
 
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config import ModelSettings
 from metaembed_jax.planning.chips import GIB, Chip, Topology
 from metaembed_jax.planning.plan import Plan, knob
 
@@ -9,15 +9,15 @@ Rows = list[tuple[str, str]]
 TABLE = "{:27}{:>12}{:>12}{:>12}{:>9}{:>13}{:>9}{:>8}{:>11}"
 
 
-def verdict(plan: Plan, config: RunConfig) -> str:
+def verdict(plan: Plan, model: ModelSettings) -> str:
     """Whether it fits, by how much, and if not, what to do; one line."""
     used = f"{plan.total_bytes / GIB:.2f} of {plan.usable_bytes / GIB:.2f} GiB a device"
     if plan.fits:
         return f"fits: {used}, {plan.spare:.1%} to spare"
-    return f"does not fit: {used}, {(plan.total_bytes - plan.usable_bytes) / GIB:.2f} GiB too many; {knob(plan, config)}"
+    return f"does not fit: {used}, {(plan.total_bytes - plan.usable_bytes) / GIB:.2f} GiB too many; {knob(plan, model)}"
 
 
-def describe(plan: Plan, config: RunConfig, where: Topology) -> str:
+def describe(plan: Plan, model: ModelSettings, where: Topology) -> str:
     """The whole report, verdict first."""
     parts = [_about(plan, where.chip), _memory(plan), _work(plan), _speed(plan)]
     named = (("temporaries", plan.temporaries), ("collectives", plan.collectives), ("arrays, of all devices", plan.arrays))
@@ -25,7 +25,7 @@ def describe(plan: Plan, config: RunConfig, where: Topology) -> str:
         lines = [f"{amount(item.bytes)}  {item.what:.100} x {item.times:g}  {item.op_name}" for item in items]
         parts.append([("" if place else f"largest {title}", line) for place, line in enumerate(lines)])
     blocks = ("\n".join(f"{name:30}{text}" for name, text in rows) for rows in parts if rows)
-    return "\n\n".join([verdict(plan, config), *blocks])
+    return "\n\n".join([verdict(plan, model), *blocks])
 
 
 def _about(plan: Plan, chip: Chip) -> Rows:

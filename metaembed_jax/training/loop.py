@@ -69,7 +69,7 @@ def train(config: RunConfig, workdir: Path) -> bool:
             agree(config)
             _check(config, workdir)
             print(describe_devices(run_mesh(config)), flush=True)
-            runs = _needed([*((stage, default_workdir(stage, workdir)) for stage in stages(config)[:-1]), (config, workdir)])
+            runs = _needed([*((stage, default_workdir(stage.name, workdir)) for stage in stages(config)[:-1]), (config, workdir)])
             for stage, folder in runs[:-1]:
                 _check(stage, folder)
         for stage, folder in runs:
@@ -113,7 +113,7 @@ def _train_one(config: RunConfig, workdir: Path, stop: Stop) -> bool:
         with stop.at_once():
             mesh = run_mesh(config)
             pairs = hosts.first_then_others(lambda: sources.training_records(config.data, config.seed))
-            check_mixture(config, pairs)
+            check_mixture(config.data, config.rows.batch_size, pairs)
             for split_name in ("validation", "test"):
                 _held_out(config, split_name).check()
             if hosts.is_first():  # only now that all hosts agree: before, it would make a folder for a run that is refused

@@ -16,10 +16,10 @@ from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture, best_parameters, exported_parameters, read_about
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import check_model, default_workdir, has_checkpoints, read_base, read_config
-from metaembed_jax.config import RunConfig, load_config, names_config, with_keys
+from metaembed_jax.config import ModelSettings, RunConfig, load_config, names_config, with_keys
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import abstract_parameters
-from metaembed_jax.network_config import model_config
+from metaembed_jax.network_config import architecture_of, model_config
 from metaembed_jax.trainable import LORA, join
 from metaembed_jax.training.step import Trainer, TrainState
 
@@ -80,10 +80,10 @@ def find_start(config: RunConfig, workdir: Path | None = None) -> tuple[RunConfi
     if not config.init_from:
         return config, Start(None, None, _tokenizer(Path(config.data.dir) / config.data.sources[0][0]))
     before = stage_before(config)
-    if workdir and has_checkpoints(workdir) and (before or stands_alone(workdir, config)):
+    if workdir and has_checkpoints(workdir) and (before or stands_alone(workdir, config.init_from)):
         directory = workdir
     else:
-        directory = default_workdir(before, workdir) if before else find(config.init_from)
+        directory = default_workdir(before.name, workdir) if before else find(config.init_from)
     if (directory / "run.json").is_file():
         other = read_config(directory)
         config = _fill_architecture(config, other.model.backbone, other.model.architecture, directory, but_free=True)
@@ -117,16 +117,16 @@ def initial_state(config: RunConfig, trainer: Trainer, checkpoints: RunCheckpoin
         step, parameters, optimizer = restored
         checkpoints.set_aside_after(step)
         print(f"resuming at step {step} of {config.schedule.steps}", flush=True)
-        frozen = _read(config, start.base, abstract.frozen)
+        frozen = _read(config.model, start.base, abstract.frozen)
         return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), parameters, frozen, optimizer)
     if start.run is not None:
         step, parameters = _read_run(config, start.run, trainer)
         print(f"starting from step {step} of {start.run}", flush=True)
-        return trainer.init(join(parameters, _read(config, start.base, abstract.frozen)))
+        return trainer.init(join(parameters, _read(config.model, start.base, abstract.frozen)))
     if start.base is not None:
         print(f"starting from {start.base.name}", flush=True)
         wanted = join(abstract.parameters, abstract.frozen)
-        return trainer.init(_read(config, start.base, wanted) | _read_exported(config, start.base, wanted))
+        return trainer.init(_read(config.model, start.base, wanted) | _read_exported(config.model, start.base, wanted))
     return trainer.init()
 
 
@@ -152,7 +152,7 @@ def _read_run(config: RunConfig, run: Path, trainer: Trainer) -> tuple[int, dict
     return step, {name: leaf for name, leaf in parameters.items() if name != "head"}
 
 
-def _read(config: RunConfig, base: Base | None, wanted: dict) -> dict:
+def _read(model: ModelSettings, base: Base | None, wanted: dict) -> dict:
     """What of the wanted parameters a base has: its backbone, without adapters."""
     flat = flatten_dict(wanted, sep=".")
     found = {path: leaf for path, leaf in flat.items() if path.startswith("backbone.") and LORA not in path}
@@ -161,20 +161,20 @@ def _read(config: RunConfig, base: Base | None, wanted: dict) -> dict:
     if is_kept_base(base):
         return read_kept(base.directory, wanted)
     backbone = unflatten_dict(found, sep=".")["backbone"]
-    return {"backbone": read_backbone(base.directory, family(config.model.backbone), model_config(config).architecture, backbone)}
+    return {"backbone": read_backbone(base.directory, family(model.backbone), architecture_of(model), backbone)}
 
 
-def _read_exported(config: RunConfig, base: Base, wanted: dict) -> dict:
+def _read_exported(model: ModelSettings, base: Base, wanted: dict) -> dict:
     """The Meta Tokens of a base that is one of our exports, and its head unless that has another width."""
     about = read_about(base.directory)
     if not about:
         return {}
     for key in TOKEN_KEYS:
-        if about[key] != (ours := getattr(config.model, key)):
+        if about[key] != (ours := getattr(model, key)):
             raise UserError(f"{base.name}: has {key}={about[key]}, and config.model has {ours}")
-    if about["embedding_dim"] != config.model.embedding_dim:
+    if about["embedding_dim"] != model.embedding_dim:
         wanted = {name: leaf for name, leaf in wanted.items() if name != "head"}
-    return exported_parameters(base.directory, config.model.backbone, about, wanted)
+    return exported_parameters(base.directory, model.backbone, about, wanted)
 
 
 def _fill_architecture(config: RunConfig, backbone: str, architecture: dict, directory: Path, but_free: bool = False) -> RunConfig:

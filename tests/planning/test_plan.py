@@ -79,7 +79,7 @@ def test_collectives(plan):
 
 
 def test_report(plan, config, where):
-    text = report.describe(plan, config, where)
+    text = report.describe(plan, config.model, where)
     first, *_ = text.splitlines()
     assert first.startswith("fits: 0.0") and first.endswith(" to spare")
     for word in (
@@ -107,7 +107,7 @@ def test_two_slices(config):
     assert plan.dcn_bytes == pytest.approx({"all-reduce": 1.19e5, "all-gather": 2.46e4, "reduce-scatter": 8.2e3}, rel=0.2)
     assert plan.dcn_bytes["all-reduce"] > 4 * plan.parameters["trained"] / 16
     assert plan.seconds["DCN"] == pytest.approx(sum(plan.dcn_bytes.values()) / where.chip.dcn_bandwidth)
-    text = report.describe(plan, config, where)
+    text = report.describe(plan, config.model, where)
     assert "data 4 hops, at most 2 a step, 2 steps between slices" in text and "bytes over DCN, all-reduce" in text
 
 

@@ -17,7 +17,7 @@ def traced_flops(config, shape):
     step = jax.jit(jax.value_and_grad(trainer.loss, has_aux=True))
     with jax.set_mesh(mesh):
         arguments = trainer.abstract.parameters, trainer.abstract.frozen, batch, trainer.abstract.step
-        return _benchmark().traced_flops(step, *arguments, branches=branches(config))
+        return _benchmark().traced_flops(step, *arguments, branches=branches(config.model))
 
 
 def _benchmark():

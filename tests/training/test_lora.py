@@ -227,7 +227,7 @@ def test_frozen_kernels_are_evaluated_as_they_were_trained(config, finished):
     config, _ = find_start(config)
     mesh, network = make_mesh(), model_config(config)
     abstract, frozen = abstract_parameters(network, mesh), abstract_parameters(network, mesh, "bfloat16")
-    _, parameters = run_parameters(finished, config, abstract, frozen)
+    _, parameters = run_parameters(finished, config.model, abstract, frozen)
     assert parameters["backbone"]["layers"]["query"]["kernel"].dtype == "bfloat16"
     assert parameters["head"]["kernel"].dtype == "float32"
 
