@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
 
@@ -37,14 +38,16 @@ def kept(
     """
     directory = Path(os.environ.get("METAEMBED_REFERENCES", scratch)) / name
     record = directory / "vectors.npz"  # written last
-    if not record.is_file():
-        if not HAS_TORCH:
-            pytest.skip("needs torch and transformers, or METAEMBED_REFERENCES with what a run with them wrote")
-        write(directory, configuration)
-        model = transformers(directory)
-        width = configuration["text_config"]["hidden_size"]
-        meta_tokens = scale * np.random.default_rng(7).normal(size=(80, width)).astype(np.float32)
-        vectors = {side: model.vectors(some, side, meta_tokens) for side, some in items.items()}
-        np.savez(directory / "vectors.tmp.npz", meta_tokens=meta_tokens, **vectors)
-        os.replace(directory / "vectors.tmp.npz", record)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):  # two files of tests ask for the same
+        if not record.is_file():
+            if not HAS_TORCH:
+                pytest.skip("needs torch and transformers, or METAEMBED_REFERENCES with what a run with them wrote")
+            write(directory, configuration)
+            model = transformers(directory)
+            width = configuration["text_config"]["hidden_size"]
+            meta_tokens = scale * np.random.default_rng(7).normal(size=(80, width)).astype(np.float32)
+            vectors = {side: model.vectors(some, side, meta_tokens) for side, some in items.items()}
+            np.savez(directory / "vectors.tmp.npz", meta_tokens=meta_tokens, **vectors)
+            os.replace(directory / "vectors.tmp.npz", record)
     return SimpleNamespace(directory=directory, config=json.loads((directory / "config.json").read_text()), **np.load(record))
