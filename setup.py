@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: `configs/` is a package of the wheel, metaembed_jax/configs."""
+"""Make `configs/` a package of the wheel, metaembed_jax/configs: pyproject.toml has no word for it."""
 
 from setuptools import find_packages, setup
 
