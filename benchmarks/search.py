@@ -1,15 +1,15 @@
-"""Races exact MaxSim on this machine's CPU against its peers, on the same vectors in one run: `python benchmarks/search.py`.
+"""Race exact MaxSim on this machine's CPU against other libraries, on the same vectors in one run: `python benchmarks/search.py`.
 
-    batch     20,000 candidates of 64 vectors by 32 queries of 16, 128 wide
-    single    100,000 candidates of 8 vectors by one query of 4, 128 wide
-    one page  20,000 candidates of 64 vectors by one query of 16, 128 wide
-    wide      5,000 candidates of 64 vectors by 8 queries of 16, 3584 wide, as MetaEmbed-7B has them
+    batch     20,000 documents of 64 vectors by 32 queries of 16, 128 wide
+    single    100,000 documents of 8 vectors by one query of 4, 128 wide
+    one page  20,000 documents of 64 vectors by one query of 16, 128 wide
+    wide      5,000 documents of 64 vectors by 8 queries of 16, 3584 wide, as MetaEmbed-7B has them
 
-Peers are maxsim-cpu, colpali-engine's `score_multi_vector`, sentence-transformers' `maxsim`, and plain NumPy, those that are
-installed. Every peer's scores must equal ours first. Indexes find the ten best of each query: ours on disk, in each type that it
-stores, and Qdrant embedded (only in the race for one page: it takes a minute to fill). Times are medians of turns; the share is of
-the rate that this run measures for a large float32 matmul. Extra memory is what a call of `maxsim`, and a search of the index, add
-to the peak of a process of its own.
+Peers are maxsim-cpu, colpali-engine's `score_multi_vector`, sentence-transformers' `maxsim`, and plain NumPy, as far as they are
+installed. Every peer's scores are first checked to equal ours. Indexes return the ten best of each query: ours on disk, in each
+type that it stores, and Qdrant embedded (only in the race "one page": filling it takes a minute). Times are medians over rounds;
+rates are compared with that of a large float32 matmul in the same run. Extra memory is the rise of the peak memory, in a process of
+its own, by a call of `maxsim` and by a search of the index.
 """
 
 import argparse
@@ -34,18 +34,18 @@ from metaembed_jax.late_interaction.maxsim import maxsim
 
 
 class Case(NamedTuple):
-    """Sizes of a race."""
+    """The sizes of a race."""
 
     queries: int
     query_vectors: int
-    candidates: int
-    candidate_vectors: int
+    documents: int
+    document_vectors: int
     width: int
 
     @property
     def flops(self) -> int:
-        """Of the similarities."""
-        return 2 * self.queries * self.query_vectors * self.candidates * self.candidate_vectors * self.width
+        """FLOPs of the similarities."""
+        return 2 * self.queries * self.query_vectors * self.documents * self.document_vectors * self.width
 
 
 CASES = {
@@ -55,14 +55,14 @@ CASES = {
     "wide": Case(8, 16, 5_000, 64, 3584),
 }
 NARROW = 256  # maxsim-cpu fails on wider vectors
-K = 10  # of what an index finds
+K = 10  # results of an index
 
 
 def main() -> None:
-    """Measures the matmul, then every case, each side in turn."""
+    """Race all libraries in each case, and print their times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES), help="which races (default: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="calls of each library (default: 5)")
     parser.add_argument("--memory", choices=tuple(CASES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
@@ -70,15 +70,15 @@ def main() -> None:
         return
     for name in arguments.cases:
         case = CASES[name]
-        command = [sys.executable, __file__, f"--memory={name}"]  # first, while there are no vectors here
+        command = [sys.executable, __file__, f"--memory={name}"]  # first, before this process holds vectors
         memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        query, candidate = vectors(case)
-        sides = contenders(query, candidate)
+        query, document = vectors(case)
+        sides = contenders(query, document)
         expected = sides["metaembed_jax"]()
         for side, score in sides.items():
             np.testing.assert_allclose(score(), expected, rtol=1e-4, atol=1e-4, err_msg=side)
         best = -np.sort(-expected, axis=1)[:, :K]
-        searches = indexes(query, candidate, with_qdrant=name == "one page")
+        searches = indexes(query, document, with_qdrant=name == "one page")
         for side, (search, tolerance) in searches.items():
             np.testing.assert_allclose(search()[0], best, rtol=tolerance, err_msg=side)
         sides |= {side: search for side, (search, _) in searches.items()}
@@ -100,84 +100,84 @@ MATMUL_FLOPS = 2 * MATMUL_SIDE**3
 
 
 def matmul() -> Callable:
-    """A large matmul of JAX."""
+    """Return a call of a large matmul in JAX."""
     square = jnp.ones((MATMUL_SIDE, MATMUL_SIDE), jnp.float32)
     product = jax.jit(lambda x, y: x @ y)
     return lambda: product(square, square).block_until_ready()
 
 
 def vectors(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Random unit vectors, float32."""
+    """Return random unit vectors of queries and documents, float32."""
     random = np.random.default_rng(0)
-    made = []
-    for items, count in ((case.queries, case.query_vectors), (case.candidates, case.candidate_vectors)):
+    arrays = []
+    for items, count in ((case.queries, case.query_vectors), (case.documents, case.document_vectors)):
         x = random.standard_normal((items, count, case.width), np.float32)
-        made.append(np.divide(x, np.sqrt(np.einsum("nrd,nrd->nr", x, x))[..., None], out=x))
-    return made[0], made[1]
+        arrays.append(np.divide(x, np.sqrt(np.einsum("nrd,nrd->nr", x, x))[..., None], out=x))
+    return arrays[0], arrays[1]
 
 
-def contenders(query: np.ndarray, candidate: np.ndarray) -> dict[str, Callable]:
-    """Ours and the peers that are there, each a call that gives all scores."""
-    placed = jnp.asarray(candidate)
-    sides = {"metaembed_jax": lambda: np.asarray(maxsim(query, placed))}
+def contenders(query: np.ndarray, document: np.ndarray) -> dict[str, Callable]:
+    """Return a call for ours and for each installed peer, which returns all scores."""
+    on_device = jnp.asarray(document)
+    sides = {"metaembed_jax": lambda: np.asarray(maxsim(query, on_device))}
     if importlib.util.find_spec("maxsim_cpu") and query.shape[2] <= NARROW:
         import maxsim_cpu
 
-        sides["maxsim-cpu"] = lambda: np.stack([maxsim_cpu.maxsim_scores(one, candidate) for one in query])
+        sides["maxsim-cpu"] = lambda: np.stack([maxsim_cpu.maxsim_scores(query_RD, document) for query_RD in query])
     if importlib.util.find_spec("torch"):
         import torch
 
-        query_torch, candidate_torch = torch.from_numpy(query), torch.from_numpy(candidate)
+        query_torch, document_torch = torch.from_numpy(query), torch.from_numpy(document)
         if score := colpali():
-            sides["colpali-engine"] = lambda: score(query_torch, candidate_torch, device="cpu").numpy()
+            sides["colpali-engine"] = lambda: score(query_torch, document_torch, device="cpu").numpy()
         if importlib.util.find_spec("sentence_transformers"):
-            from sentence_transformers.util import maxsim as theirs
+            from sentence_transformers.util import maxsim as torch_maxsim
 
-            sides["sentence-transformers"] = lambda: theirs(query_torch, candidate_torch).numpy()
-    sides["NumPy"] = lambda: with_numpy(query, candidate)
+            sides["sentence-transformers"] = lambda: torch_maxsim(query_torch, document_torch).numpy()
+    sides["NumPy"] = lambda: with_numpy(query, document)
     return sides
 
 
-def indexes(query: np.ndarray, candidate: np.ndarray, with_qdrant: bool) -> dict[str, tuple[Callable, float]]:
-    """Searches for the ten best, and how far their scores may be from exact ones, relatively: by the rounding of what is stored."""
-    built = {dtype: me.Index.build(candidate, dtype=dtype) for dtype in ("float32", "bfloat16", "int8")}
+def indexes(query: np.ndarray, document: np.ndarray, with_qdrant: bool) -> dict[str, tuple[Callable, float]]:
+    """Return, for each index, a search for the ten best, and the relative tolerance of its scores, which its stored type sets."""
+    built = {dtype: me.Index.build(document, dtype=dtype) for dtype in ("float32", "bfloat16", "int8")}
     tolerances = {"float32": 1e-4, "bfloat16": 1e-2, "int8": 1e-2}
-    found = {f"Index, {dtype}": (functools.partial(one.search, query, K), tolerances[dtype]) for dtype, one in built.items()}
+    searches = {f"Index, {dtype}": (functools.partial(index.search, query, K), tolerances[dtype]) for dtype, index in built.items()}
     if with_qdrant and importlib.util.find_spec("qdrant_client"):
         from metaembed_jax.retrieval.qdrant import QdrantIndex
 
-        theirs = QdrantIndex.create(":memory:", "race", candidate.shape[2], candidate.shape[1], fingerprint="random")
-        theirs.add([str(n) for n in range(len(candidate))], candidate)
-        found["Qdrant, embedded"] = (functools.partial(theirs.search, query, K), 1e-4)
-    return found
+        collection = QdrantIndex.create(":memory:", "race", document.shape[2], document.shape[1], fingerprint="random")
+        collection.add([str(n) for n in range(len(document))], document)
+        searches["Qdrant, embedded"] = (functools.partial(collection.search, query, K), 1e-4)
+    return searches
 
 
 @functools.cache
 def colpali() -> Callable | None:
-    """Their scoring alone: the package as a whole wants torchvision, which scores nothing."""
-    found = importlib.util.find_spec("colpali_engine")
-    if found is None:
+    """Return colpali-engine's scoring function, without importing the package, which needs torchvision; None if not installed."""
+    spec = importlib.util.find_spec("colpali_engine")
+    if spec is None:
         return None
     package = types.ModuleType("colpali_engine")
-    package.__path__ = list(found.submodule_search_locations)
+    package.__path__ = list(spec.submodule_search_locations)
     sys.modules["colpali_engine"] = package
     from colpali_engine.utils.processing_utils import BaseVisualRetrieverProcessor
 
     return BaseVisualRetrieverProcessor.score_multi_vector
 
 
-def with_numpy(query: np.ndarray, candidate: np.ndarray, block: int = 100) -> np.ndarray:
-    """A matmul and a maximum for each block of candidates."""
-    flat, scores = query.reshape(-1, query.shape[2]), np.empty((len(query), len(candidate)), np.float32)
-    for first in range(0, len(candidate), block):
-        some = candidate[first : first + block]
-        similarity = (flat @ some.reshape(-1, some.shape[2]).T).reshape(*query.shape[:2], *some.shape[:2])
+def with_numpy(query: np.ndarray, document: np.ndarray, block: int = 100) -> np.ndarray:
+    """Score by a matmul and a maximum for each block of documents."""
+    flat, scores = query.reshape(-1, query.shape[2]), np.empty((len(query), len(document)), np.float32)
+    for first in range(0, len(document), block):
+        documents = document[first : first + block]
+        similarity = (flat @ documents.reshape(-1, documents.shape[2]).T).reshape(*query.shape[:2], *documents.shape[:2])
         scores[:, first : first + block] = similarity.max(-1).sum(1)
     return scores
 
 
 def race(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """The median of seconds of each, taken in turns."""
+    """Return the median time of each side in seconds; the sides are called in turns."""
     seconds = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
@@ -188,24 +188,24 @@ def race(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
 
 
 def extra_memory(case: Case) -> tuple[float, float]:
-    """Megabytes by which `maxsim`, and a search of an index, raise a process's peak, over the vectors and the compiled program."""
-    query, candidate = vectors(case)
-    index = me.Index.build(candidate)
-    placed = jnp.asarray(candidate).block_until_ready()
-    del candidate
+    """Return the megabytes that `maxsim`, and a search of an index, add to the vectors and the compiled program."""
+    query, document = vectors(case)
+    index = me.Index.build(document)
+    on_device = jnp.asarray(document).block_until_ready()
+    del document
 
     def peak(call: Callable) -> float:
         call()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = resident("VmHWM")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        start = resident("VmHWM")
         call()
-        return (resident("VmHWM") - before) / 1e6
+        return (resident("VmHWM") - start) / 1e6
 
-    return peak(lambda: np.asarray(maxsim(query, placed))), peak(lambda: index.search(query, K))
+    return peak(lambda: np.asarray(maxsim(query, on_device))), peak(lambda: index.search(query, K))
 
 
 def resident(key: str) -> int:
-    """Bytes, as the kernel counts them."""
+    """Return a figure of /proc/self/status in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return 1024 * int(line.split()[1])
 

@@ -1,1 +1,1 @@
-"""Scoring with several vectors an item: budgets, exact MaxSim, and the loss that nests them."""
+"""Scores of items with several vectors: budgets, exact MaxSim, and the loss that nests the vectors."""

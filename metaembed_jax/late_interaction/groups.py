@@ -1,4 +1,4 @@
-"""Budgets: pairs (r_q, r_c) of how many query and candidate vectors a score uses."""
+"""Budgets, pairs (r_q, r_c) of the query and document vectors that a score uses, and the groups of the loss."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,39 +10,40 @@ Budget = tuple[int, int]
 GROUPS: tuple[Budget, ...] = ((1, 1), (2, 4), (4, 8), (8, 16), (16, 64))
 
 
-def validate_groups(groups: Sequence[Sequence[int]], query_vectors: int, candidate_vectors: int) -> tuple[Budget, ...]:
-    """The groups as a tuple of pairs, smallest first, once they are known to be nested.
+def validate_groups(groups: Sequence[Sequence[int]], query_vectors: int, document_vectors: int) -> tuple[Budget, ...]:
+    """Check that groups are nested, and return them as a tuple of pairs, smallest first.
 
-    Nested: each group holds the one before it (neither side shrinks, and one side grows).
+    Nested: each group holds the one before it. Neither side shrinks, and one side grows.
 
     Raises:
-      UserError: no groups, not pairs of positive whole numbers, not nested, or beyond the vectors there are.
+      UserError: no group, a group that is no pair of positive integers, groups that are not nested, or more vectors than the items
+        have.
     """
     if not isinstance(groups, Sequence) or isinstance(groups, str) or not groups:
         raise UserError(f"groups={groups!r}: expected at least one pair (r_q, r_c), such as ((1, 1), (16, 64))")
-    pairs = tuple(validate_budget(group, query_vectors, candidate_vectors) for group in groups)
+    pairs = tuple(validate_budget(group, query_vectors, document_vectors) for group in groups)
     for smaller, larger in itertools.pairwise(pairs):
         if smaller == larger or smaller[0] > larger[0] or smaller[1] > larger[1]:
-            raise UserError(f"groups not nested: {smaller} comes before {larger}; list them so that each holds the one before it")
+            raise UserError(f"groups not nested: {smaller} comes before {larger}; expected each group to hold the one before it")
     return pairs
 
 
-def validate_budget(budget: Sequence[int], query_vectors: int, candidate_vectors: int) -> Budget:
-    """One budget as a pair of ints.
+def validate_budget(budget: Sequence[int], query_vectors: int, document_vectors: int) -> Budget:
+    """Check a budget, and return it as a pair of ints.
 
     Raises:
-      UserError: not a pair of positive whole numbers, or beyond the vectors there are.
+      UserError: it is no pair of positive integers, or asks for more vectors than the items have.
     """
     try:
-        query, candidate = (int(size) for size in budget)
-        whole = query >= 1 and candidate >= 1 and [query, candidate] == list(budget)
+        query, document = (int(size) for size in budget)
+        is_valid = query >= 1 and document >= 1 and [query, document] == list(budget)
     except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole:
-        raise UserError(f"budget {budget!r}: expected a pair (r_q, r_c) of whole numbers from 1")
-    if query > query_vectors or candidate > candidate_vectors:
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"budget {budget!r}: expected a pair (r_q, r_c) of positive integers")
+    if query > query_vectors or document > document_vectors:
         raise UserError(
-            f"budget ({query}, {candidate}) goes beyond the vectors given: "
-            f"{query_vectors} a query and {candidate_vectors} a candidate; lower it to those"
+            f"budget ({query}, {document}) goes beyond the vectors given; "
+            f"expected at most {query_vectors} of a query and {document_vectors} of a document"
         )
-    return query, candidate
+    return query, document

@@ -1,6 +1,6 @@
-"""Exact MaxSim: s(q, c) = sum over i of the max over j of <q_i, c_j> (MetaEmbed, arXiv 2509.18095).
+"""Exact MaxSim: s(q, d) = sum over i of the max over j of <q_i, d_j> (MetaEmbed, arXiv 2509.18095).
 
-Q queries, N candidates, R vectors of an item, D their width, b items of a block.
+Q queries, N documents, R vectors of an item, D their width, b items of a block.
 """
 
 from collections.abc import Callable
@@ -16,21 +16,21 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction import maxsim_tpu
 from metaembed_jax.late_interaction.groups import Budget, validate_budget
 
-# At once on either side, vectors, and numbers in those of the candidates: their similarities stay in a CPU's cache, and the matmuls
-# are still large (measured: 100 candidates of 64 vectors of 128 by 16 queries of 16; 28 of them where they are 3584 wide).
-CANDIDATE_ROWS, CANDIDATE_NUMBERS = 6400, 6400 * 1024
-QUERY_ROWS = 256
+# Vectors of each side that are scored at once, and numbers in those of the documents. The similarities stay in a CPU's cache, and
+# the matmuls are still large (measured: 100 documents of 64 x 128 by 16 queries of 16; 28 documents of 64 x 3584).
+DOCUMENT_VECTORS, DOCUMENT_NUMBERS = 6400, 6400 * 1024
+QUERY_VECTORS = 256
 
 
 def product(equation: str, x: Array, y: Array) -> Array:
-    """An einsum of two arrays of any float type, with float32 products, sums and result."""
+    """Return the einsum of two arrays of any float type, with float32 products, sums and result."""
     dtype = jnp.result_type(x, y)
     x, y = x.astype(dtype), y.astype(dtype)
-    # Without asking for the highest precision, a TPU would round float32 to bfloat16 first.
+    # At its default precision a TPU rounds float32 to bfloat16 first.
     einsum = partial(jnp.einsum, equation, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     if dtype == jnp.float32:
         return einsum(x, y)
-    # XLA on a CPU has no such product for bfloat16; widened first, the result is the same.
+    # XLA on a CPU has no such product of bfloat16; the result is the same if both are widened first.
     return jax.lax.platform_dependent(
         x,
         y,
@@ -46,31 +46,35 @@ def maxsim(
     document_mask: Bool[Array, "N Rc"] | None = None,
     document_scale: Float[Array, "N Rc"] | None = None,
 ) -> Float[Array, "Q N"]:
-    """Scores of every query against every document, in float32.
+    """Score every query against every document, in float32.
 
     Args:
       query_QRD: NumPy or JAX, of any float type.
       document_NRD: NumPy or JAX, of any float type, or int8.
-      budget: (r_q, r_c), the vectors to use of each item, from the first; None is all of them.
-      document_mask: False marks padding, which wins no maximum. A document of padding alone scores -inf.
-      document_scale: not negative: what each vector of a document is to be multiplied by, as those of int8 are.
+      budget: (r_q, r_c), how many vectors to use of each query and document, from the first; None is all of them.
+      document_mask: False marks padding, which never is a maximum. A document of padding alone scores -inf.
+      document_scale: the factor of each document vector, such as those of int8; not negative.
 
     Raises:
-      UserError: shapes that do not fit together, or a budget beyond the vectors given.
+      UserError: the shapes do not match, or the budget goes beyond the vectors given.
     """
     query_QRD, document_NRD = _as_array(query_QRD, "query"), _as_array(document_NRD, "document")
     if query_QRD.ndim != 3 or document_NRD.ndim != 3 or query_QRD.shape[2] != document_NRD.shape[2]:
-        raise UserError(f"maxsim: query {query_QRD.shape} and document {document_NRD.shape} must be [items, vectors, D] with one D")
+        raise UserError(
+            f"maxsim: query {query_QRD.shape} and document {document_NRD.shape}: expected [items, vectors, D] with one D"
+        )
     for name, given in (("document_mask", document_mask), ("document_scale", document_scale)):
         if given is not None and np.shape(given) != document_NRD.shape[:2]:
-            raise UserError(f"maxsim: {name} {np.shape(given)} must be {document_NRD.shape[:2]}, as the documents")
+            raise UserError(f"maxsim: {name} {np.shape(given)}: expected {document_NRD.shape[:2]}, as the documents")
     queries, documents = query_QRD.shape[0], document_NRD.shape[0]
     available = query_QRD.shape[1], document_NRD.shape[1]
     query_vectors, document_vectors = available if budget is None else validate_budget(budget, *available)
     if queries == 0 or documents == 0:
         return jnp.zeros((queries, documents), jnp.float32)
     if 0 in (query_vectors, document_vectors, query_QRD.shape[2]):
-        raise UserError(f"maxsim: query {query_QRD.shape} and document {document_NRD.shape}: an item has no vectors")
+        raise UserError(
+            f"maxsim: query {query_QRD.shape} and document {document_NRD.shape}: expected at least one vector each, and D > 0"
+        )
     if document_mask is not None:
         document_mask = jnp.asarray(document_mask, bool)[:, :document_vectors]
     if document_scale is not None:
@@ -82,18 +86,18 @@ def _as_array(given, name: str) -> Array:
     try:
         array = jnp.asarray(given)
     except (TypeError, ValueError) as error:
-        raise UserError(f"maxsim: {name} is no array of numbers ({error})") from error
+        raise UserError(f"maxsim: {name}: expected an array of numbers ({error})") from error
     if jnp.iscomplexobj(array):
-        raise UserError(f"maxsim: {name} is of complex numbers; expected real ones")
+        raise UserError(f"maxsim: {name} has complex numbers; expected real ones")
     return array
 
 
 def maxsim_on(
     mesh: Mesh, query_QRD: Float[np.ndarray, "Q Rq D"], document_NRD: Float[np.ndarray, "N Rc D"], budget: Budget
 ) -> Float[np.ndarray, "Q N"]:
-    """`maxsim` with the documents split over all devices of a mesh.
+    """`maxsim` with the documents sharded over all devices of a mesh.
 
-    They are split in the blocks of `maxsim`, so the scores are the same bits on any number of devices.
+    A shard holds whole blocks of `maxsim`, so the scores are the same bits on any number of devices.
 
     Raises:
       UserError: as `maxsim`.
@@ -118,7 +122,7 @@ def _split_over(mesh: Mesh) -> Callable:
         mesh=mesh,
         in_specs=(whole, split, whole, whole),
         out_specs=PartitionSpec(None, mesh.axis_names),
-        check_vma=False,  # which sees into no kernel
+        check_vma=False,  # the check does not look into kernels
     )
     return jax.jit(score)
 
@@ -133,13 +137,13 @@ def _blocked(query_QRD, document_NRD, document_mask, document_scale):
 
 def _xla(query_QRD, document_NRD, document_mask=None, document_scale=None):
     queries, documents = query_QRD.shape[0], document_NRD.shape[0]
-    at_once = min(max(QUERY_ROWS // query_QRD.shape[1], 1), queries)
+    at_once = min(max(QUERY_VECTORS // query_QRD.shape[1], 1), queries)
     query_QRD = jnp.pad(query_QRD, [(0, -queries % at_once), (0, 0), (0, 0)])
     query_blocks = query_QRD.reshape(-1, at_once, *query_QRD.shape[1:])
     size = _documents_at_once(*document_NRD.shape)
 
     def score_block(number, scores_QN):
-        # The last block begins early enough to be whole: filling it up instead would copy all documents.
+        # The last block starts early enough to be full: padding it instead would copy all documents.
         first = jnp.minimum(number * size, documents - size)
         block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size), (document_NRD, document_mask, document_scale))
         scores = jax.lax.map(lambda query_bRD: _score(query_bRD, *block), query_blocks)  # [query blocks, b, size]
@@ -150,11 +154,11 @@ def _xla(query_QRD, document_NRD, document_mask=None, document_scale=None):
 
 
 def _documents_at_once(documents: int, vectors: int, width: int) -> int:
-    return min(max(min(CANDIDATE_ROWS, CANDIDATE_NUMBERS // width) // vectors, 1), documents)
+    return min(max(min(DOCUMENT_VECTORS, DOCUMENT_NUMBERS // width) // vectors, 1), documents)
 
 
 def _score(query_QRD: Array, document_NRD: Array, document_mask: Array | None, document_scale: Array | None) -> Float[Array, "Q N"]:
-    # Documents last: the maximum over j then runs along whole rows of them.
+    # Documents last, so that the maximum over j runs along whole rows of documents.
     similarity_QRJN = product("qid,njd->qijn", query_QRD, document_NRD)
     if document_scale is not None:
         similarity_QRJN *= document_scale.T

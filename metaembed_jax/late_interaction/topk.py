@@ -1,6 +1,6 @@
-"""The best candidates of all that lie on a mesh: every device scores its own exactly, then their best are merged.
+"""Exact search of documents that are sharded over a mesh: every device finds its own best, then these are merged.
 
-Q queries, N candidates, R vectors of an item, D their width, k candidates that are kept.
+Q queries, N documents, R vectors of an item, D their width, k results.
 """
 
 from functools import partial
@@ -16,23 +16,23 @@ from metaembed_jax.late_interaction.maxsim import maxsim
 
 @partial(jax.jit, static_argnames=("k", "mesh"))
 def top_k(
-    query_QRD: Float[Array, "Q Rq D"], candidate_NRD: Float[Array, "N Rc D"], k: int, mesh: Mesh
+    query_QRD: Float[Array, "Q Rq D"], document_NRD: Float[Array, "N Rc D"], k: int, mesh: Mesh
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
-    """MaxSim scores, float32, and rows of the k best candidates of each query, best first; of ties, the first row.
+    """Return MaxSim scores, float32, and rows of the k best documents of each query, best first; of ties, the first row.
 
     Args:
-      query_QRD: whole on every device.
-      candidate_NRD: the rows over all devices, in the order of the mesh.
+      query_QRD: replicated on every device.
+      document_NRD: sharded over all devices by rows, in the order of the mesh.
       k: at most N.
 
     Raises:
-      UserError: the devices do not divide N, or there is no k best.
+      UserError: the devices do not divide N, or k is not between 1 and N.
     """
-    candidates = candidate_NRD.shape[0]
-    if candidates % mesh.size:
-        raise UserError(f"top_k: {candidates} candidates do not divide over {mesh.size} devices")
-    if not 1 <= k <= candidates:
-        raise UserError(f"top_k: k={k} must be between 1 and the number of candidates, {candidates}")
+    documents = document_NRD.shape[0]
+    if documents % mesh.size:
+        raise UserError(f"top_k: {documents} documents do not divide over {mesh.size} devices; expected a multiple of that")
+    if not 1 <= k <= documents:
+        raise UserError(f"top_k: k={k}: expected 1 to {documents}, the number of documents")
     axes = tuple(mesh.axis_names)
 
     @partial(
@@ -40,14 +40,14 @@ def top_k(
         mesh=mesh,
         in_specs=(PartitionSpec(), PartitionSpec(axes)),
         out_specs=PartitionSpec(),
-        check_vma=False,  # what is gathered is the same everywhere, which the check does not see
+        check_vma=False,  # the check does not see that gathered arrays are replicated
     )
-    def merged(query_QRD, candidate_nRD):
-        n = candidate_nRD.shape[0]
-        scores, rows = jax.lax.top_k(maxsim(query_QRD, candidate_nRD), min(k, n))
+    def merged(query_QRD, document_nRD):
+        n = document_nRD.shape[0]
+        scores, rows = jax.lax.top_k(maxsim(query_QRD, document_nRD), min(k, n))
         rows = rows + jax.lax.axis_index(axes) * n
         scores, rows = (jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in (scores, rows))
-        scores, places = jax.lax.top_k(scores, k)
-        return scores, jnp.take_along_axis(rows, places, axis=1)
+        scores, columns = jax.lax.top_k(scores, k)
+        return scores, jnp.take_along_axis(rows, columns, axis=1)
 
-    return merged(query_QRD, candidate_NRD)
+    return merged(query_QRD, document_NRD)

@@ -1,1 +1,1 @@
-"""Search: an index of candidates on disk, searched exactly at any budget, and the same vectors in Qdrant."""
+"""Search: an index on disk with exact search at any budget, and the same vectors in Qdrant."""

@@ -1,7 +1,7 @@
-"""The manifest of an index: what its segments are. It is written last, so what it names is whole.
+"""The manifest of an index, which lists its segments. It is written last, so every segment that it names is complete.
 
-manifest.json is {"sha256": of the rest, "index": {...}}. It names folders by 16 hex digits and files by fixed names, so nothing
-that it says leads out of the index's folder.
+manifest.json is {"sha256": of the rest, "index": {...}}. It names folders by 16 hex digits and files by fixed names, so no path in
+it leads out of the index's folder.
 """
 
 import dataclasses
@@ -11,27 +11,27 @@ import re
 from pathlib import Path
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.retrieval.checked import open_regular
+from metaembed_jax.retrieval.checksummed_files import open_regular
 
 FORMAT = 1
 DTYPES = {"bfloat16": 2, "float32": 4, "int8": 1}  # bytes of a number
-EDGES = (1, 4, 8, 16, 64)  # where levels end: the candidate side of the usual budgets
-LARGEST = 2**28  # bytes of a manifest
+LEVEL_ENDS = (1, 4, 8, 16, 64)  # the document side of the usual budgets
+MANIFEST_BYTES = 2**28  # at most
 NAME = re.compile("[0-9a-f]{16}")
 DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Items that were written together, and never change.
+    """Items that are written together, and never change.
 
     Attributes:
-      name: of its folder, 16 hex digits.
-      items: how many.
-      fewest: vectors of the item that has fewest.
+      name: name of its folder, 16 hex digits.
+      items: number of items.
+      fewest: the fewest vectors of an item.
       sizes: bytes of each file.
-      checksums: SHA-256 of its file of checksums.
-      deleted: rows that no longer count, ascending.
+      checksums: SHA-256 of the file of checksums.
+      deleted: rows of deleted items, ascending.
     """
 
     name: str
@@ -44,15 +44,15 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What an index is.
+    """Description of an index.
 
     Attributes:
-      width: of a vector, D.
-      levels: after which vectors the levels end, ascending; the last is how many vectors an item has at most.
-      dtype: of the vectors as they are stored, one of `DTYPES`.
-      segments: in the order of their items.
-      model: {"name", "fingerprint"} of the model that made the vectors, if it is known.
-      job: what is being written, or was written, by a command that can go on; empty for anything else.
+      width: numbers of a vector, D.
+      levels: numbers of vectors at which the levels end, ascending; an item has at most as many vectors as the last.
+      dtype: type of the stored vectors, one of `DTYPES`.
+      segments: segments in the order of their items.
+      model: {"name", "fingerprint"} of the model that encoded the items; None if it is not known.
+      job: digest of the job of `index_documents`, which can resume; empty for other indexes.
     """
 
     width: int
@@ -64,58 +64,58 @@ class Manifest:
 
 
 def levels_of(vectors: int) -> tuple[int, ...]:
-    """The levels of items of so many vectors: 10 -> (1, 4, 8, 10)."""
-    return (*(edge for edge in EDGES if edge < vectors), vectors)
+    """Return the levels of items with this number of vectors: 10 -> (1, 4, 8, 10)."""
+    return (*(end for end in LEVEL_ENDS if end < vectors), vectors)
 
 
 def level_names(manifest: Manifest) -> list[str]:
-    """The names of the levels' files: of vectors [0, 1) "0-1", and so on."""
+    """Return the names of the levels in file names: "0-1" for vectors [0, 1), and so on."""
     return [f"{start}-{end}" for start, end in zip((0, *manifest.levels), manifest.levels, strict=False)]
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest as the content of its file."""
+    """Return the content of the manifest's file; inverse of `decode`."""
     index = {"format": FORMAT, **dataclasses.asdict(manifest)}
     text = json.dumps({"sha256": _digest(index), "index": index}, indent=1, ensure_ascii=False)
-    return (text + "\n").encode(errors="surrogatepass")  # as a path to a model has where it is no text
+    return (text + "\n").encode(errors="surrogatepass")  # a path to a model may be any bytes
 
 
 def decode(path: Path) -> Manifest:
-    """Reads a manifest.
+    """Read a manifest.
 
     Raises:
-      UserError: the file is damaged, is no file, or of another version.
-      FileNotFoundError: it is not there.
+      UserError: the file is damaged or of another version, or the path is not a file.
+      FileNotFoundError: the file is missing.
     """
     with open_regular(path) as file:
-        content = file.read(LARGEST + 1)
+        content = file.read(MANIFEST_BYTES + 1)
     try:
-        _need(len(content) <= LARGEST, "too large")
+        _need(len(content) <= MANIFEST_BYTES, "too large")
         stored = json.loads(content)
         index, digest = stored["index"], stored["sha256"]
-        _need(digest == _digest(index), "its checksum does not fit")
+        _need(digest == _digest(index), "its checksum does not match")
         _need(isinstance(index, dict), "no index")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({_reason(error)}); remove it and build the index again") from error
     if index.pop("format", None) != FORMAT:
         raise UserError(f"{path} is of another version of this program; remove it and build the index again")
     try:
-        return _checked(index)
+        return _validated(index)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} makes no sense ({_reason(error)}); remove it and build the index again") from error
+        raise UserError(f"{path} is not valid ({_reason(error)}); remove it and build the index again") from error
 
 
-def _checked(index: dict) -> Manifest:
-    """The checksum says that the file is whole, not who wrote it."""
-    segments = tuple(_segment(**one) for one in index.pop("segments"))
+def _validated(index: dict) -> Manifest:
+    """Check all fields: a file with a matching checksum may still be written by another program."""
+    segments = tuple(_segment(**fields) for fields in index.pop("segments"))
     manifest = Manifest(segments=segments, **index | {"levels": tuple(index["levels"])})
     _need(_is_count(manifest.width) and manifest.dtype in DTYPES and isinstance(manifest.job, str), "width, dtype or job")
     levels, model = manifest.levels, manifest.model
     _need(levels and all(map(_is_count, levels)) and list(levels) == sorted(set(levels)), "levels")
-    texts = model is None or (model.keys() == {"name", "fingerprint"} and all(isinstance(text, str) for text in model.values()))
-    _need(texts, "model")
-    _need(len({one.name for one in segments}) == len(segments), "a segment is named twice")
-    _need(all(one.fewest <= levels[-1] for one in segments), "fewest")
+    is_model = model is None or (model.keys() == {"name", "fingerprint"} and all(isinstance(text, str) for text in model.values()))
+    _need(is_model, "model")
+    _need(len({segment.name for segment in segments}) == len(segments), "a segment is named twice")
+    _need(all(segment.fewest <= levels[-1] for segment in segments), "fewest")
     return manifest
 
 
@@ -132,9 +132,9 @@ def _is_count(number) -> bool:
     return type(number) is int and 0 < number < 2**31
 
 
-def _need(holds, what: str) -> None:
-    if not holds:
-        raise ValueError(what)
+def _need(condition, reason: str) -> None:
+    if not condition:
+        raise ValueError(reason)
 
 
 def _digest(index: dict) -> str:

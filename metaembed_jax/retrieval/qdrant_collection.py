@@ -1,4 +1,4 @@
-"""Collections of Qdrant: where they are, how they keep vectors, what they say of themselves; and errors as one line each."""
+"""Collections of Qdrant: connections, the layout of vectors, the facts that a collection records; and errors as one line each."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -11,36 +11,37 @@ from metaembed_jax.errors import UserError
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
 
-SECONDS = 60  # that an answer may take: a scan of everything is slow
-FACTS = {"dimension", "candidate_vectors", "fingerprint"}
+SECONDS = 60  # that an answer may take: a scan of all items is slow
+FACTS = {"dimension", "document_vectors", "fingerprint"}
 
 
 def connect(location) -> tuple["QdrantClient", str]:
-    """A client, and how messages call its place."""
+    """Return a client, and the name of its server in errors."""
     try:
         from qdrant_client import QdrantClient
     except ImportError:
         raise UserError("Qdrant's client is not installed: pip install 'metaembed-jax[qdrant]'") from None
     if isinstance(location, QdrantClient):
         return location, "Qdrant"
-    place = f"Qdrant at {location}"
-    with clear_errors(place):
+    server = f"Qdrant at {location}"
+    with clear_errors(server):
         if is_folder(location):
-            return QdrantClient(path=str(location)), place
-        # What an older server lacks is noticed where the collection is read back.
-        return QdrantClient(location, timeout=SECONDS, check_compatibility=False), place
+            return QdrantClient(path=str(location)), server
+        # An older server is noticed where the facts of the collection are read.
+        return QdrantClient(location, timeout=SECONDS, check_compatibility=False), server
 
 
 def is_folder(location) -> bool:
+    """Return whether a location is a folder, not a server or memory."""
     return isinstance(location, Path) or (isinstance(location, str) and location != ":memory:" and "://" not in location)
 
 
-def vectors_config(dimension: int, candidate_vectors: int) -> dict:
-    """`first` has a graph. `all` has none, as it ranks only what others have found, or is scanned; it stays on disk."""
+def vectors_config(dimension: int, document_vectors: int) -> dict:
+    """Return the layout of a point. `first` has a graph; `all` ranks results or is scanned, so it needs none, and stays on disk."""
     from qdrant_client.models import Distance, HnswConfigDiff, MultiVectorComparator, MultiVectorConfig, VectorParams
 
     config = {"first": VectorParams(size=dimension, distance=Distance.DOT)}
-    if candidate_vectors > 1:
+    if document_vectors > 1:
         config["all"] = VectorParams(
             size=dimension,
             distance=Distance.DOT,
@@ -51,23 +52,23 @@ def vectors_config(dimension: int, candidate_vectors: int) -> dict:
     return config
 
 
-def stored_facts(client: "QdrantClient", place: str, name: str) -> dict:
-    """What `create` has written of a collection."""
-    with clear_errors(place):
+def stored_facts(client: "QdrantClient", server: str, name: str) -> dict:
+    """Read the facts that `create` has recorded in a collection."""
+    with clear_errors(server):
         if not client.collection_exists(name):
-            raise UserError(f"{place}: has no collection {name!r}")
+            raise UserError(f"{server}: has no collection {name!r}; create it with QdrantIndex.create")
         facts = (client.get_collection(name).config.metadata or {}).get("metaembed")
     if not isinstance(facts, dict) or facts.keys() != FACTS:
         raise UserError(
-            f"{place}: collection {name!r} does not say of what it is; it was not made by QdrantIndex, "
-            "or by a server older than Qdrant 1.16"
+            f"{server}: collection {name!r} does not record its vectors; expected one that QdrantIndex created, "
+            "on Qdrant 1.16 or newer"
         )
     return facts
 
 
 @contextmanager
-def clear_errors(place: str) -> Iterator[None]:
-    """Whatever Qdrant raises becomes one line that names the place."""
+def clear_errors(server: str) -> Iterator[None]:
+    """Turn any error of Qdrant into one line that names the server."""
     from grpc import RpcError
     from qdrant_client.common.client_exceptions import QdrantException
     from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
@@ -77,10 +78,10 @@ def clear_errors(place: str) -> Iterator[None]:
     except UserError:
         raise
     except ResponseHandlingException as error:
-        raise UserError(f"{place}: does not answer ({error.source}); is it running, and is this where?") from None
+        raise UserError(f"{server}: does not answer ({error.source}); check that it runs, and its address") from None
     except UnexpectedResponse as error:
         answer = error.content[:300].decode(errors="replace")
-        raise UserError(f"{place}: answered {error.status_code} {error.reason_phrase}: {answer}") from None
-    # An embedded one raises Python's own: a folder in use, a name with a slash, a file that is broken.
+        raise UserError(f"{server}: answered {error.status_code} {error.reason_phrase}: {answer}") from None
+    # An embedded collection raises Python's own errors: a folder in use, a name with a slash, a broken file.
     except (ApiException, QdrantException, RpcError, RuntimeError, ValueError, OSError, sqlite3.Error) as error:
-        raise UserError(f"{place}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{server}: {' '.join(str(error).split())[:300]}") from None

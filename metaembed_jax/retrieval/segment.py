@@ -1,12 +1,12 @@
 """A segment of an index: a folder of files that are written once and then only read.
 
-vectors-0-1, vectors-1-4, ...    [items, vectors of the level, D]: the first vectors of all items lie together, so that a
-                                 search by these reads nothing else
+vectors-0-1, vectors-1-4, ...    [items, vectors of the level, D]: a file for each level, so that a search at a small budget
+                                 reads nothing else
 scales-0-1, ...                  float32 [items, vectors of the level], of int8
-counts                           int32 [items]: how many vectors each has
-ids, id-ends, id-hashes          texts end to end; int64 and uint64 [items]: where each ends, and a number to find it by
-metadata, metadata-ends          JSON objects end to end, and where each ends
-checksums                        CRC-32 of every `checked.PIECE` bytes of all files above, in the order of their names
+counts                           int32 [items]: vectors of each item
+ids, id-ends, id-hashes          texts end to end; int64 and uint64 [items]: the end and the hash of each
+metadata, metadata-ends          JSON objects end to end, and the end of each
+checksums                        CRC-32 of every `checksummed_files.CHUNK` bytes of all files above, in the order of their names
 """
 
 import functools
@@ -20,111 +20,111 @@ from jaxtyping import Bool
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.retrieval import manifest as manifests
-from metaembed_jax.retrieval.checked import CheckedFile, map_file, pieces
-from metaembed_jax.retrieval.items import hashes
+from metaembed_jax.retrieval.checksummed_files import ChecksummedFile, count_chunks, map_file
+from metaembed_jax.retrieval.ingest import hashes
 from metaembed_jax.retrieval.manifest import Manifest
 
 CHECKSUMS = "checksums"
 
 
 class SegmentFiles:
-    """The files of a segment, opened.
+    """The open files of a segment.
 
     Args:
-      folder: of the index.
-      manifest: of the index.
-      about: the segment's part of it.
+      folder: the folder of the index.
+      manifest: the manifest of the index.
+      entry: the segment's entry in the manifest.
 
     Attributes:
-      files: all but the checksums, a `CheckedFile` each, by name.
-      checksums: the content of that file.
-      levels, scales: a `CheckedFile` for each level; no scales unless the index is int8.
-      counts: of int32.
+      files: all files but the checksums, by name.
+      checksums: the content of the file of checksums.
+      levels, scales: a file for each level; no scales unless the index is int8.
+      counts: the file of the items' numbers of vectors.
 
     Raises:
-      UserError: a file has another size than it should, or the checksums are damaged.
+      UserError: a file does not have the size that the manifest says, or the checksums are damaged.
       FileNotFoundError: a file is missing.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, about: manifests.Segment):
-        self.about, self.folder = about, folder / about.name
+    def __init__(self, folder: Path, manifest: Manifest, entry: manifests.Segment):
+        self.entry, self.folder = entry, folder / entry.name
         if self.folder.is_symlink():
-            raise UserError(f"{self.folder} is a link; an index lies in its own folder")
+            raise UserError(f"{self.folder} is a link; expected a folder in the index")
         layout = layout_of(manifest)
-        if about.sizes.keys() != layout.keys():
-            raise UserError(f"{folder}: the manifest names other files in {about.name} than there are; build the index again")
-        self.checksums, self.files = _read_checksums(self.folder, about), {}
+        if entry.sizes.keys() != layout.keys():
+            raise UserError(f"{folder}: the manifest names other files of {entry.name} than a segment has; build the index again")
+        self.checksums, self.files = _read_checksums(self.folder, entry), {}
         crcs = np.frombuffer(self.checksums, np.uint32)
         for name in sorted(layout):
             dtype, row = layout[name]
-            fits = about.items * np.dtype(dtype).itemsize * int(np.prod(row))
-            if name not in ("ids", "metadata") and about.sizes[name] != fits:
+            expected = entry.items * np.dtype(dtype).itemsize * int(np.prod(row))
+            if name not in ("ids", "metadata") and entry.sizes[name] != expected:
                 raise UserError(f"{folder}: the manifest gives {name} another size than its items have; build the index again")
-            mine, crcs = np.split(crcs, [pieces(about.sizes[name])])
-            self.files[name] = CheckedFile(self.folder / name, mine, about.sizes[name], dtype, row)
+            crcs_of_file, crcs = np.split(crcs, [count_chunks(entry.sizes[name])])
+            self.files[name] = ChecksummedFile(self.folder / name, crcs_of_file, entry.sizes[name], dtype, row)
         names = manifests.level_names(manifest)
         self.levels = [self.files[f"vectors-{name}"] for name in names]
         self.scales = [self.files[f"scales-{name}"] for name in names] if manifest.dtype == "int8" else []
         self.counts = self.files["counts"]
 
     def __len__(self) -> int:
-        return self.about.items
+        return self.entry.items
 
     @functools.cached_property
     def is_alive(self) -> Bool[np.ndarray, " N"]:
-        """Which items are not deleted."""
+        """Mask of the items that are not deleted."""
         alive = np.ones(len(self), bool)
-        alive[list(self.about.deleted)] = False
+        alive[list(self.entry.deleted)] = False
         return alive
 
     def ids(self, rows: Sequence[int]) -> list[str]:
-        """The ids of some rows."""
+        """Return the ids of some rows."""
         return [self._text("ids", "id-ends", int(row)) for row in rows]
 
     def metadata(self, row: int) -> dict:
-        """What is known of an item."""
+        """Return the metadata of an item."""
         text = self._text("metadata", "metadata-ends", row)
         try:
-            about = json.loads(text)
+            metadata = json.loads(text)
         except (ValueError, RecursionError):
-            about = None
-        if not isinstance(about, dict):
-            raise UserError(f"{self.folder / 'metadata'}: item {row} has no JSON object there; build the index again")
-        return about
+            metadata = None
+        if not isinstance(metadata, dict):
+            raise UserError(f"{self.folder / 'metadata'}: expected a JSON object of item {row}; build the index again")
+        return metadata
 
     def find(self, ids: Sequence[str]) -> dict[str, int]:
-        """The rows of those ids that are here, and not deleted."""
-        wanted: dict[int, list[str]] = {}
-        for number, name in zip(hashes(ids).tolist(), ids, strict=True):
-            wanted.setdefault(number, []).append(name)
+        """Return the rows of those ids that the segment has, and that are not deleted."""
+        ids_by_hash: dict[int, list[str]] = {}
+        for number, item in zip(hashes(ids).tolist(), ids, strict=True):
+            ids_by_hash.setdefault(number, []).append(item)
         stored = self.files["id-hashes"].read(0, len(self))
-        rows = np.flatnonzero(np.isin(stored, np.fromiter(wanted, np.uint64)) & self.is_alive)
-        found = zip(self.ids(rows), stored[rows].tolist(), rows.tolist(), strict=True)
-        return {name: row for name, number, row in found if name in wanted[number]}
+        rows = np.flatnonzero(np.isin(stored, np.fromiter(ids_by_hash, np.uint64)) & self.is_alive)
+        matches = zip(self.ids(rows), stored[rows].tolist(), rows.tolist(), strict=True)
+        return {item: row for item, number, row in matches if item in ids_by_hash[number]}
 
     def check_all(self) -> None:
-        """Reads every file.
+        """Read and check every file.
 
         Raises:
-          UserError: one is damaged.
+          UserError: a file is damaged.
         """
         for file in self.files.values():
             file.check_all()
             file.release()
 
     def release(self) -> None:
-        """Gives the memory back that reading has filled."""
+        """Release the memory that reading has filled."""
         for file in self.files.values():
             file.release()
 
     def items(self, at_once: int) -> Iterator[tuple[list[str], list[np.ndarray], list[np.ndarray], np.ndarray, list[str]]]:
-        """What is not deleted, as `SegmentWriter.write` takes it, so many items at once."""
+        """Yield the items that are not deleted, in blocks of `at_once` rows, as the arguments of `SegmentWriter.write`."""
         for start in range(0, len(self), at_once):
             rows = start + np.flatnonzero(self.is_alive[start : start + at_once])
             levels, scales = ([file.take(rows) for file in files] for files in (self.levels, self.scales))
             texts = [self._text("metadata", "metadata-ends", row) for row in rows.tolist()]
             counts = self.counts.take(rows)
-            if (counts < self.about.fewest).any():
+            if (counts < self.entry.fewest).any():
                 raise UserError(
                     f"{self.folder / 'counts'}: an item has fewer vectors than the manifest says; build the index again"
                 )
@@ -132,18 +132,18 @@ class SegmentFiles:
             self.release()
 
     def _text(self, blob: str, ends: str, row: int) -> str:
-        places = self.files[ends].read(max(row - 1, 0), row + 1)
-        start, end = (0 if row == 0 else int(places[0])), int(places[-1])
+        bounds = self.files[ends].read(max(row - 1, 0), row + 1)
+        start, end = (0 if row == 0 else int(bounds[0])), int(bounds[-1])
         if not 0 <= start <= end <= len(self.files[blob]):
-            raise UserError(f"{self.folder / ends}: item {row} lies outside of its file; build the index again")
+            raise UserError(f"{self.folder / ends}: item {row} ends outside of its file; build the index again")
         try:
             return self.files[blob].read(start, end).tobytes().decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.folder / blob}: item {row} is no text; build the index again") from error
+            raise UserError(f"{self.folder / blob}: expected UTF-8 text of item {row}; build the index again") from error
 
 
 def layout_of(manifest: Manifest) -> dict[str, tuple]:
-    """{file: (dtype, shape of a row)}."""
+    """Return the dtype and the shape of a row of each file of a segment."""
     layout = dict.fromkeys(("ids", "metadata"), (np.uint8, ()))
     layout |= dict.fromkeys(("id-ends", "metadata-ends"), (np.int64, ()))
     layout |= {"id-hashes": (np.uint64, ()), "counts": (np.int32, ())}
@@ -155,9 +155,9 @@ def layout_of(manifest: Manifest) -> dict[str, tuple]:
     return layout
 
 
-def _read_checksums(folder: Path, about: manifests.Segment) -> bytes:
-    path, wanted = folder / CHECKSUMS, sum(map(pieces, about.sizes.values()))
-    content = bytes(map_file(path, 4 * wanted))
-    if hashlib.sha256(content).hexdigest() != about.checksums:
-        raise UserError(f"{path} is damaged: its checksum does not fit; build the index again")
+def _read_checksums(folder: Path, entry: manifests.Segment) -> bytes:
+    path, chunks = folder / CHECKSUMS, sum(map(count_chunks, entry.sizes.values()))
+    content = bytes(map_file(path, 4 * chunks))
+    if hashlib.sha256(content).hexdigest() != entry.checksums:
+        raise UserError(f"{path} is damaged: its checksum does not match; build the index again")
     return content

@@ -1,12 +1,12 @@
-"""The folder of an index: who may write it, and how it changes all at once.
+"""The folder of an index: its lock, and changes that are atomic.
 
-    INDEX/manifest.json    what the index is
-    INDEX/draft.json       what a command has written of a new one so far, that can go on
+    INDEX/manifest.json    the index
+    INDEX/draft.json       the segments that a job which can resume has written so far
     INDEX/lock             held by the process that writes
     INDEX/{16 hex digits}  segments
 
-A change writes new segments, then the manifest, which is renamed into its place: a reader, and whoever comes after a crash,
-finds the old index or the new one. Segments are removed when no manifest names them; who has them open keeps them.
+A change writes new segments first, and then replaces the manifest: a reader sees the old index or the new one, also after a crash.
+Segments that no manifest names are removed; a reader that has them open can still read them.
 """
 
 import contextlib
@@ -20,61 +20,61 @@ from metaembed_jax.retrieval.manifest import NAME, Manifest, decode, encode
 from metaembed_jax.retrieval.segment import SegmentFiles
 
 MANIFEST, DRAFT, LOCK = "manifest.json", "draft.json", "lock"
-TRIES = 5  # of opening an index that is replaced again and again
+TRIES = 5  # of opening an index that is being replaced
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an index.
+    """Read the manifest of an index.
 
     Raises:
-      UserError: there is no index, or it is damaged.
+      UserError: the folder is not an index, or the manifest is damaged.
     """
     try:
         return decode(folder / MANIFEST)
     except FileNotFoundError:
-        raise UserError(f"{folder} is no index: it has no {MANIFEST}") from None
+        raise UserError(f"{folder} is not an index: it has no {MANIFEST}") from None
 
 
 def open_index(folder: Path) -> tuple[Manifest, list[SegmentFiles]]:
-    """The manifest and the segments that it names.
+    """Open the manifest of an index and the segments that it names.
 
     Raises:
-      UserError: there is no index, or it is damaged.
+      UserError: the folder is not an index, or the index is damaged.
     """
     manifest = read_manifest(folder)
     for _ in range(TRIES):
         try:
-            return manifest, [SegmentFiles(folder, manifest, one) for one in manifest.segments]
+            return manifest, [SegmentFiles(folder, manifest, segment) for segment in manifest.segments]
         except FileNotFoundError as error:
-            before, manifest = manifest, read_manifest(folder)
-            if manifest == before:  # it was not replaced while it was being opened
+            previous, manifest = manifest, read_manifest(folder)
+            if manifest == previous:  # it was not replaced while it was being opened
                 raise UserError(f"{error.filename} is missing, which {folder / MANIFEST} names; build the index again") from None
-    raise UserError(f"{folder} is being replaced too often to be read; try again")
+    raise UserError(f"{folder} was replaced {TRIES} times while it was being opened; try again")
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[Path]:
-    """Makes the folder, if need be, and holds its lock, which ends with the process at the latest.
+    """Hold the lock of a folder, which is created if it does not exist. The end of the process releases the lock.
 
     Raises:
-      UserError: another process writes the index, or the folder holds something else.
+      UserError: another process is writing the index, or the folder holds something else.
     """
     try:
         if folder.exists() and not is_index(folder) and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is no index: choose another place")
+            raise UserError(f"{folder} exists and is not an index; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be an index ({error.strerror}); choose another place") from error
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another folder") from error
     with locked(folder / LOCK, f"{folder} is being written by another process; wait for it to end"):
         yield folder
 
 
 @contextlib.contextmanager
 def changing(folder: Path) -> Iterator[Path]:
-    """`writing`, where all that was written and not committed, before or now, is removed.
+    """`writing`, where segments that are not committed, from before or from this change, are removed.
 
     Raises:
-      UserError: as `writing`, or the index that is there is damaged.
+      UserError: as `writing`, or the present index is damaged.
     """
     with writing(folder):
         clean(folder, *manifests_in(folder))
@@ -85,43 +85,40 @@ def changing(folder: Path) -> Iterator[Path]:
 
 
 def is_index(folder: Path) -> bool:
-    """Whether a folder holds an index, or what became of one that was never finished."""
+    """Return whether a folder holds an index, or an unfinished one."""
     if any((folder / name).is_file() for name in (MANIFEST, DRAFT)):
         return True
-    # Others have files that are called "lock", too.
-    ours = (path.name == LOCK or _is_segment(path) or _is_part(path) for path in folder.iterdir())
-    return (folder / LOCK).is_file() and all(ours)
+    # Other programs have files called "lock", too.
+    is_ours = (path.name == LOCK or _is_segment(path) or _is_part(path) for path in folder.iterdir())
+    return (folder / LOCK).is_file() and all(is_ours)
 
 
 def read_draft(folder: Path, job: str) -> Manifest | None:
-    """What was written of a job so far; None if nothing was, or it cannot be used.
-
-    Its segments are there and whole; the caller holds the lock.
-    """
+    """Return the draft of a job, whose segments are complete; None without a usable draft. The caller holds the lock."""
     try:
         draft = decode(folder / DRAFT)
-        for one in draft.segments if draft.job == job else ():
-            SegmentFiles(folder, draft, one).check_all()  # it could not go on again and again
+        for segment in draft.segments if draft.job == job else ():
+            SegmentFiles(folder, draft, segment).check_all()  # a damaged segment would fail the job each time it resumes
         return draft if draft.job == job else None
     except (UserError, FileNotFoundError):
         return None
 
 
 def write_draft(folder: Path, manifest: Manifest) -> None:
-    """Remembers what is written of a job so far; the caller holds the lock."""
+    """Record the segments that a job has written so far; the caller holds the lock."""
     _replace(folder / DRAFT, manifest)
 
 
 def commit(folder: Path, manifest: Manifest) -> None:
-    """Makes this the index, and removes what no longer belongs to one; the caller holds the lock."""
+    """Make this the manifest of the index, and remove segments that it does not name; the caller holds the lock."""
     _replace(folder / MANIFEST, manifest)
     (folder / DRAFT).unlink(missing_ok=True)
     clean(folder, manifest)
 
 
 def clean(folder: Path, *manifests: Manifest | None) -> None:
-    """Removes segments that none of the manifests names, and files that were never finished; nothing else."""
-    named = {one.name for manifest in manifests if manifest for one in manifest.segments}
+    """Remove segments that no manifest names, and unfinished files; nothing else."""
+    named = {segment.name for manifest in manifests if manifest for segment in manifest.segments}
     for path in folder.iterdir():
         if _is_segment(path) and path.name not in named:
             shutil.rmtree(path)
@@ -130,17 +127,17 @@ def clean(folder: Path, *manifests: Manifest | None) -> None:
 
 
 def manifests_in(folder: Path) -> list[Manifest]:
-    """Those of the index, and of the one that is being written, if they are there.
+    """Return the manifest and the draft of an index, as far as they exist.
 
     Raises:
-      UserError: the index is damaged.
+      UserError: the manifest is damaged.
     """
-    found = []
+    manifests = []
     with contextlib.suppress(FileNotFoundError):
-        found.append(decode(folder / MANIFEST))
-    with contextlib.suppress(FileNotFoundError, UserError):  # a draft is only worth the time it saves
-        found.append(decode(folder / DRAFT))
-    return found
+        manifests.append(decode(folder / MANIFEST))
+    with contextlib.suppress(FileNotFoundError, UserError):  # a damaged draft costs only time
+        manifests.append(decode(folder / DRAFT))
+    return manifests
 
 
 def _is_segment(path: Path) -> bool:
@@ -152,5 +149,5 @@ def _is_part(path: Path) -> bool:
 
 
 def _replace(path: Path, manifest: Manifest) -> None:
-    sync_folder(path.parent)  # the segments' folders are there before what names them
+    sync_folder(path.parent)  # the segments' folders must be on the disk before the manifest
     write_bytes(path, encode(manifest))

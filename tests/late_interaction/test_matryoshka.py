@@ -24,15 +24,15 @@ def unit(x):
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def make_batch(batch, negatives, query_vectors=16, candidate_vectors=64, width=32, seed=0):
-    """Vectors whose loss is of order 1 while logits reach hundreds.
+def make_batch(batch, negatives, query_vectors=16, document_vectors=64, width=32, seed=0):
+    """Return vectors whose loss is of order 1 while logits reach hundreds.
 
     Every item is a small variation of one set of directions, so all scores are high and within a few temperatures of each
-    other; a positive shares some of its query's variation. No two vectors compete for a maximum more closely than float32
-    can tell: there the gradient jumps, and float64 may see another winner.
+    other; a positive shares some of its query's variation. The two largest similarities of a maximum differ by more than float32
+    resolves: closer ones could have another winner in float64, and another gradient.
     """
     rng = np.random.default_rng(seed)
-    nearest = np.arange(candidate_vectors) % query_vectors
+    nearest = np.arange(document_vectors) % query_vectors
     while True:
         directions = rng.normal(size=(query_vectors, width))
         query = unit(directions + 0.1 * rng.normal(size=(batch, query_vectors, width)))
@@ -47,7 +47,7 @@ def make_batch(batch, negatives, query_vectors=16, candidate_vectors=64, width=3
 
 
 def closest_contest(similarities):
-    """The smallest gap between a similarity and the maximum of those before it."""
+    """Return the smallest gap between a similarity and the maximum of those before it."""
     before = np.maximum.accumulate(similarities, axis=-1)[..., :-1]
     return np.abs(similarities[..., 1:] - before).min(initial=np.inf)
 
@@ -70,8 +70,8 @@ def assert_matches(vectors, groups, normalization="code", negative_mask=None, so
     options |= counts
     (value, metrics), gradients = value_and_gradients(*vectors, groups=groups, normalization=normalization, **options)
     assert relative(value, expected) < TOLERANCE
-    for actual, wanted in zip(gradients, expected_gradients, strict=True):
-        assert actual.shape == wanted.shape and relative(actual, wanted) < TOLERANCE
+    for actual, reference in zip(gradients, expected_gradients, strict=True):
+        assert actual.shape == reference.shape and relative(actual, reference) < TOLERANCE
     for (r_q, r_c), loss, accuracy in zip(groups, losses, accuracies, strict=True):
         assert relative(metrics[f"loss/{r_q}:{r_c}"], loss) < TOLERANCE
         assert metrics[f"accuracy/{r_q}:{r_c}"] == pytest.approx(accuracy)
@@ -109,9 +109,9 @@ def test_masked_negatives_and_other_sources_do_not_count(sharded):
     mask, sources = rng.random((16, 3)) < 0.5, rng.integers(0, 3, 16)
     assert mask.any() and not mask.all()
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "fsdp")) if sharded else None
-    both = assert_matches(batch, GROUPS, mesh=mesh, negative_mask=mask, sources=sources)
-    one = assert_matches(batch, GROUPS, mesh=mesh, negative_mask=mask)
-    assert both < one < assert_matches(batch, GROUPS, mesh=mesh)
+    masked_by_source = assert_matches(batch, GROUPS, mesh=mesh, negative_mask=mask, sources=sources)
+    masked = assert_matches(batch, GROUPS, mesh=mesh, negative_mask=mask)
+    assert masked_by_source < masked < assert_matches(batch, GROUPS, mesh=mesh)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 12, 100])
@@ -131,8 +131,8 @@ def test_more_vectors_than_an_int8_counts():
 
 
 def test_no_negatives_can_be_left_out():
-    query, positive, none = make_batch(6, 0)
-    assert matryoshka_loss(query, positive)[0] == matryoshka_loss(query, positive, none)[0]
+    query, positive, empty = make_batch(6, 0)
+    assert matryoshka_loss(query, positive)[0] == matryoshka_loss(query, positive, empty)[0]
 
 
 def test_ties_between_vectors_keep_the_value_and_give_the_gradient_to_the_first():
@@ -142,11 +142,11 @@ def test_ties_between_vectors_keep_the_value_and_give_the_gradient_to_the_first(
     assert_matches([rng.choice([-0.25, 0.25], shape).astype(np.float32) for shape in shapes], GROUPS, chunk=4)
 
 
-def test_a_tie_of_candidates_is_a_miss():
-    one = np.zeros((4, 16, 8), np.float32)
-    one[..., 0] = 1
-    same = np.repeat(one[:, :1], 64, 1)
-    loss, metrics = matryoshka_loss(one, same)
+def test_a_tie_of_documents_is_a_miss():
+    query = np.zeros((4, 16, 8), np.float32)
+    query[..., 0] = 1
+    document = np.repeat(query[:, :1], 64, 1)
+    loss, metrics = matryoshka_loss(query, document)
     assert loss == pytest.approx(np.log(4))
     assert all(value == 0 for name, value in metrics.items() if name.startswith("accuracy"))
 
@@ -166,8 +166,8 @@ def test_bfloat16_vectors_are_scored_in_float32():
     (value, _), gradients = value_and_gradients(*batch, groups=GROUPS)
     assert value.dtype == jnp.float32 and relative(value, expected) < TOLERANCE
     assert relative(value, matryoshka(*exact, GROUPS)[0]) < 1e-2
-    for actual, wanted in zip(gradients, expected_gradients, strict=True):
-        assert actual.dtype == jnp.bfloat16 and relative(actual.astype(jnp.float32), wanted) < 1e-2
+    for actual, reference in zip(gradients, expected_gradients, strict=True):
+        assert actual.dtype == jnp.bfloat16 and relative(actual.astype(jnp.float32), reference) < 1e-2
 
 
 @pytest.mark.parametrize("negatives", [0, 1, 3])
@@ -180,19 +180,19 @@ def test_mesh_equals_the_reference(negatives):
 
 
 def test_memory_follows_the_chunk_and_keeps_no_similarities():
-    batch, query_vectors, candidate_vectors, width = 64, 16, 64, 8
-    shapes = [jax.ShapeDtypeStruct((batch, vectors, width), jnp.float32) for vectors in (query_vectors, candidate_vectors)]
+    batch, query_vectors, document_vectors, width = 64, 16, 64, 8
+    shapes = [jax.ShapeDtypeStruct((batch, vectors, width), jnp.float32) for vectors in (query_vectors, document_vectors)]
 
-    def naive(query, candidate):
-        similarities = jnp.einsum("bid,njd->bnij", query, candidate)
+    def naive(query, document):
+        similarities = jnp.einsum("bid,njd->bnij", query, document)
         logits = jnp.stack([similarities[:, :, :r_q, :r_c].max(3).sum(2) / 0.03 for r_q, r_c in GROUPS])
         return -jnp.diagonal(jax.nn.log_softmax(logits), axis1=1, axis2=2).mean()
 
     def temporaries(loss):
         return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
-    similarities = 4 * batch * batch * query_vectors * candidate_vectors
-    ours = temporaries(lambda query, candidate: matryoshka_loss(query, candidate, chunk=4)[0])
+    similarities = 4 * batch * batch * query_vectors * document_vectors
+    ours = temporaries(lambda query, document: matryoshka_loss(query, document, chunk=4)[0])
     assert ours < similarities / 3 < similarities < temporaries(naive)
 
 
@@ -204,13 +204,13 @@ def test_memory_follows_the_chunk_and_keeps_no_similarities():
         (((4, 8), (8, 4)), "not nested"),
         (((1, 1), (17, 64)), "beyond the vectors"),
         (((1, 1), (16, 65)), "beyond the vectors"),
-        (((0, 1),), "whole numbers"),
-        ((1, 2), "whole numbers"),
-        (((1, 1.5),), "whole numbers"),
+        (((0, 1),), "positive integers"),
+        ((1, 2), "positive integers"),
+        (((1, 1.5),), "positive integers"),
         ((), "at least one pair"),
     ],
 )
-def test_groups_that_make_no_sense_are_refused(groups, message):
+def test_bad_groups_are_refused(groups, message):
     with pytest.raises(UserError, match=message):
         validate_groups(groups, 16, 64)
     with pytest.raises(UserError, match=message):

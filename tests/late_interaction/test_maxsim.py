@@ -27,7 +27,7 @@ def vectors(rng, *shape):
     seed=st.integers(0, 9),
 )
 def test_equals_the_definition(queries, documents, query_vectors, document_vectors, kind, seed):
-    """Empty, one of each, ties, any mask with vectors that would win behind it, int8 with scales (some of them zero)."""
+    """No items, a single item, ties, any mask (with larger vectors as padding), int8 with scales (some of them zero)."""
     rng = np.random.default_rng(seed)
     query, document = vectors(rng, queries, query_vectors, 7), vectors(rng, documents, document_vectors, 7)
     if kind == "ties":  # sums of such numbers are exact, so equal scores are equal bits
@@ -60,15 +60,15 @@ def test_equals_the_definition(queries, documents, query_vectors, document_vecto
 def test_blocks_that_do_not_divide(queries, documents):
     rng = np.random.default_rng(0)
     query, document = vectors(rng, queries, 16, 8), vectors(rng, documents, 64, 8)
-    assert documents < 210 or (documents % (module.CANDIDATE_ROWS // 64) and queries % (module.QUERY_ROWS // 16))
+    assert documents < 210 or (documents % (module.DOCUMENT_VECTORS // 64) and queries % (module.QUERY_VECTORS // 16))
     expected = np.einsum("qid,njd->qnij", query, document, dtype=np.float64).max(3).sum(2)
     np.testing.assert_allclose(maxsim(query, document), expected, rtol=1e-5)
 
 
-def test_padding_wins_nothing():
+def test_padding_is_never_a_maximum():
     rng = np.random.default_rng(0)
     query = vectors(rng, 3, 2, 4)
-    document = -np.repeat(query.mean(1, keepdims=True), 5, 1)  # mostly negative similarities, which a zero row would beat
+    document = -np.repeat(query.mean(1, keepdims=True), 5, 1)  # mostly negative similarities, which a row of zeros would exceed
     mask = np.arange(5) < np.array([[1], [3], [5]])
     document[~mask] = 0
     expected = np.stack([maxsim_scores(query, document[n : n + 1, : mask[n].sum()])[:, 0] for n in range(3)], 1)
@@ -86,7 +86,7 @@ def test_runs_under_jit_and_takes_bfloat16():
 
 
 def test_no_chip_rounds_float32():
-    """The search's program, which holds the TPU's kernel too."""
+    """The program of a search includes the TPU kernel."""
     vectors = jax.ShapeDtypeStruct((32, 16, 128), jnp.float32)
     traced = jax.jit(maxsim).trace(vectors, vectors)
     assert not rounded_in_kernels(traced.jaxpr.jaxpr)
@@ -105,12 +105,12 @@ def test_bad_input_is_refused():
     with pytest.raises(UserError, match="one D"):
         maxsim(query[0], document)
     for pair in ((query[:, :0], document), (query, document[:, :0]), (query[..., :0], document[..., :0])):
-        with pytest.raises(UserError, match="an item has no vectors"):
+        with pytest.raises(UserError, match="expected at least one vector"):
             maxsim(*pair)
     for wrong in ([[[1.0]], [[1.0], [2.0]]], "text", None, document.astype(object)):
-        with pytest.raises(UserError, match="document is no array of numbers"):
+        with pytest.raises(UserError, match="document: expected an array of numbers"):
             maxsim(query, wrong)
-    with pytest.raises(UserError, match="query is of complex numbers"):
+    with pytest.raises(UserError, match="query has complex numbers"):
         maxsim(query * 1j, document)
     with pytest.raises(UserError, match="document_mask"):
         maxsim(query, document, document_mask=np.ones((5, 5), bool))

@@ -1,4 +1,4 @@
-"""Searches in stages against their definition, written with sorted lists."""
+"""Searches in stages against their definition with sorted lists."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from metaembed_jax.late_interaction.stages import as_stages, largest_budget, sea
 
 
 def scorer(tables, asked):
-    """Scores of {budget: [Q, N]}."""
+    """Return a function that scores by a table {budget: [Q, N]}, and appends the number of rows of each call to `asked`."""
 
     def score(budget, rows):
         asked.append(None if rows is None else rows.shape[1])
@@ -21,19 +21,19 @@ def scorer(tables, asked):
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.lists(st.integers(1, 14), max_size=3), st.integers(1, 14))
-def test_equal_to_the_definition(seed, candidates, survivors, k):
+def test_equal_to_the_definition(seed, documents, survivors, k):
     random = np.random.default_rng(seed)
     stages = as_stages([*((n + 1, n + 1, s) for n, s in enumerate(survivors)), (9, 9)], 9, 9)
-    tables = {stage[:2]: random.integers(-2, 3, (3, candidates)) / 2 for stage in stages}  # with ties
+    tables = {stage[:2]: random.integers(-2, 3, (3, documents)) / 2 for stage in stages}  # with ties
     asked = []
     scores, rows = search_in_stages(scorer(tables, asked), stages, k)
     for q in range(3):
-        left = range(candidates)
-        for stage, keep in zip(stages, [*survivors, k], strict=True):
-            left = sorted(sorted(left), key=lambda row: -tables[stage[:2]][q, row])[:keep]
-        assert rows[q].tolist() == left and scores[q].tolist() == [tables[9, 9][q, row] for row in left]
-    kept = np.minimum.accumulate([candidates, *survivors])
-    assert asked == [None, *kept[1:]]  # no stage scores what did not survive
+        best = range(documents)
+        for stage, count in zip(stages, [*survivors, k], strict=True):
+            best = sorted(sorted(best), key=lambda row: -tables[stage[:2]][q, row])[:count]
+        assert rows[q].tolist() == best and scores[q].tolist() == [tables[9, 9][q, row] for row in best]
+    expected = np.minimum.accumulate([documents, *survivors])
+    assert asked == [None, *expected[1:]]  # no stage scores what did not survive
 
 
 def test_all_surviving_is_the_last_stage_alone():

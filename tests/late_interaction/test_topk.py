@@ -1,4 +1,4 @@
-"""The sharded search against all scores on one device."""
+"""Sharded search against all scores on one device."""
 
 import jax
 import numpy as np
@@ -15,15 +15,15 @@ MESH = dict(data=2, fsdp=2, tensor=2)
 @pytest.mark.parametrize("k", [1, 7, 40])
 def test_equals_unsharded(k):
     rng = np.random.default_rng(0)
-    query, candidate = (rng.standard_normal(shape, np.float32) for shape in ((3, 4, 16), (40, 6, 16)))
-    candidate[33] = candidate[2]  # a tie, in another shard
-    scores, rows = top_k(query, candidate, k, make_mesh(**MESH))
-    wanted_scores, wanted_rows = jax.lax.top_k(maxsim(query, candidate), k)
-    np.testing.assert_array_equal(rows, wanted_rows)
-    np.testing.assert_allclose(scores, wanted_scores, rtol=1e-6)
+    query, document = (rng.standard_normal(shape, np.float32) for shape in ((3, 4, 16), (40, 6, 16)))
+    document[33] = document[2]  # a tie, in another shard
+    scores, rows = top_k(query, document, k, make_mesh(**MESH))
+    expected_scores, expected_rows = jax.lax.top_k(maxsim(query, document), k)
+    np.testing.assert_array_equal(rows, expected_rows)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-6)
 
 
-@pytest.mark.parametrize("candidates, k, message", [(9, 1, "9 candidates do not divide"), (8, 9, "k=9"), (8, 0, "k=0")])
-def test_refuses(candidates, k, message):
+@pytest.mark.parametrize("documents, k, message", [(9, 1, "9 documents do not divide"), (8, 9, "k=9"), (8, 0, "k=0")])
+def test_refuses(documents, k, message):
     with pytest.raises(UserError, match=message):
-        top_k(np.ones((1, 2, 4)), np.ones((candidates, 2, 4)), k, make_mesh(**MESH))
+        top_k(np.ones((1, 2, 4)), np.ones((documents, 2, 4)), k, make_mesh(**MESH))

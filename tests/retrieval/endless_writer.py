@@ -1,4 +1,4 @@
-"""A process that changes an index without end. Every state of the index is one of `states`."""
+"""A process that changes an index forever. Every state of the index is in `states`."""
 
 import tempfile
 from pathlib import Path
@@ -16,26 +16,26 @@ def vectors(seed: int, count: int) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def whole(number: int) -> tuple[list[str], np.ndarray]:
-    """A new index: its ids and vectors."""
+def new_index(number: int) -> tuple[list[str], np.ndarray]:
+    """Return the ids and vectors of a new index."""
     return [f"{number}-{n}" for n in range(SIZES[number])], vectors(number, SIZES[number])
 
 
 def states() -> set[tuple[str, ...]]:
-    """The ids of every index that may be found."""
-    found = set()
+    """Return the ids of every state of the index."""
+    states = set()
     for number in range(len(SIZES)):
-        ids, _ = whole(number)
-        found |= {tuple(ids), (*ids, "more"), (*ids[1:], "more")}
-    return found
+        ids, _ = new_index(number)
+        states |= {tuple(ids), (*ids, "more"), (*ids[1:], "more")}
+    return states
 
 
 def write_forever(folder: Path, is_built) -> None:
-    """Sets the event when the index is there."""
-    tempfile.tempdir = str(folder.parent)  # a killed process leaves its temporary index
+    """Build and change an index again and again; set the event when it exists."""
+    tempfile.tempdir = str(folder.parent)  # a killed process does not remove its temporary index
     while True:
         for number in range(len(SIZES)):
-            ids, array = whole(number)
+            ids, array = new_index(number)
             index = me.Index.build(array, ids, path=folder, dtype="float32")
             is_built.set()
             index.add(vectors(9, 1), ["more"])

@@ -1,4 +1,4 @@
-"""A server for the client of Qdrant, answered by the embedded engine: it shows what is sent, not what a server makes of it."""
+"""A server for Qdrant's client that answers by the embedded engine, and records the requests."""
 
 import json
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from qdrant_client import QdrantClient, models
 
 @contextmanager
 def serve():
-    """Yields its URL, and a list that grows: ("PUT /collections/x", the body as a dict, its bytes) of every request."""
+    """Yield the server's URL, and a list that grows: ("PUT /collections/x", body as a dict, bytes of it) for each request."""
     engine = QdrantClient(":memory:", force_disable_check_same_thread=True)
     requests, lock = [], Lock()
 
@@ -44,20 +44,20 @@ def serve():
 
 
 def respond(engine: QdrantClient, method: str, path: list[str], body: dict):
-    name, *what = path
-    match method, what:
+    name, *resource = path
+    match method, resource:
         case "GET", ["exists"]:
             return {"exists": engine.collection_exists(name)}
         case "GET", []:
             return engine.get_collection(name)
         case "PUT", []:
-            asked = models.CreateCollection(**body)
-            return engine.create_collection(name, asked.vectors, metadata=asked.metadata)
+            request = models.CreateCollection(**body)
+            return engine.create_collection(name, request.vectors, metadata=request.metadata)
         case "PUT", ["points"]:
             return engine.upsert(name, models.PointsList(**body).points)
         case "POST", ["points"]:
-            asked = models.PointRequest(**body)
-            return engine.retrieve(name, asked.ids, with_payload=asked.with_payload)
+            request = models.PointRequest(**body)
+            return engine.retrieve(name, request.ids, with_payload=request.with_payload)
         case "POST", ["points", "count"]:
             return engine.count(name)
         case "POST", ["points", "query", "batch"]:

@@ -1,4 +1,4 @@
-"""One host of `test_hosts`: searches an index with all of them."""
+"""One host of `test_hosts`, which searches an index together with the others."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""What a search must find, in float64 and with sorted lists; and vectors to search."""
+"""The definition of a search, in float64 and with sorted lists; and random vectors."""
 
 import numpy as np
 
@@ -9,19 +9,19 @@ def unit(rng, *shape):
 
 
 def exact(rng, *shape):
-    """Unit vectors whose similarities are multiples of 1 / width, exact in every type: nearly everything ties."""
+    """Return unit vectors whose similarities are multiples of 1 / width, exact in every type: nearly all of them tie."""
     return (rng.choice([-1, 1], shape) / np.sqrt(shape[-1])).astype(np.float32)
 
 
 def search(queries, items, k, stages):
-    """(scores, rows) [Q, k] of items that are lists of vectors."""
+    """Return scores and rows [Q, k] of the best items, which are lists of vectors."""
     scores, rows = np.zeros((len(queries), k)), np.zeros((len(queries), k), int)
     for q, query in enumerate(queries):
-        left = list(range(len(items)))
+        rest = list(range(len(items)))
         for r_q, r_c, *survivors in stages:
-            score = {n: (query[:r_q].astype(float) @ np.asarray(items[n][:r_c], float).T).max(1).sum() for n in left}
-            ranked = sorted(left, key=lambda n: (-score[n], n))
-            left = sorted(ranked[: survivors[0] if survivors else k])
+            score = {n: (query[:r_q].astype(float) @ np.asarray(items[n][:r_c], float).T).max(1).sum() for n in rest}
+            ranked = sorted(rest, key=lambda n: (-score[n], n))
+            rest = sorted(ranked[: survivors[0] if survivors else k])
         rows[q] = ranked[:k]
         scores[q] = [score[n] for n in rows[q]]
     return scores, rows

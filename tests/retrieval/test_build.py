@@ -1,4 +1,4 @@
-"""From a folder or a table to an index, and the commands."""
+"""Indexing of a folder or a table, and the commands `index` and `search`."""
 
 import functools
 import json
@@ -40,18 +40,18 @@ def table(tmp_path):
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(build, "PART", 4)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(build, "BLOCK_DOCUMENTS", 4)
 
 
 def counted(documents):
-    """Counts the documents that are read."""
+    """Return a list of the numbers of the documents that are read from now on."""
     reads, item = [], documents._item
     documents._item = lambda number: (reads.append(number), item(number))[1]
     return reads
 
 
-def test_an_index_of_documents(model, table, tmp_path, small_parts):
+def test_an_index_of_documents(model, table, tmp_path, small_blocks):
     documents = me.open_documents(table)
     index = me.index_documents(model, documents, tmp_path / "index", budget=16, dtype="float32", name="here")
     scores, ids = index.search(model.encode_document(list(documents), budget=4), 1, (4, 16))
@@ -67,18 +67,18 @@ def test_an_index_of_documents(model, table, tmp_path, small_parts):
     assert sorted(reads) == list(range(10)) and me.Index.load(tmp_path / "index").vectors == 8
 
 
-def test_a_stopped_job_goes_on(model, table, tmp_path, small_parts, monkeypatch):
+def test_a_stopped_job_resumes(model, table, tmp_path, small_blocks, monkeypatch):
     whole = me.index_documents(model, me.open_documents(table), tmp_path / "whole", budget=4)
     before = me.Index.build(model.encode_query(["old"], budget=2), path=tmp_path / "index", mesh=ONE)
     documents = me.open_documents(table)
     reads, write_draft = counted(documents), store.write_draft
-    for stop_after in (1, 0):  # parts; the second time it stops before it has written any
+    for stop_after in (1, 0):  # blocks; the second time it stops before it has written any
 
-        def stop(*arguments, left=stop_after):
-            if not left:
+        def stop(*arguments, blocks=stop_after):
+            if not blocks:
                 raise KeyboardInterrupt
             write_draft(*arguments)
-            monkeypatch.setattr(store, "write_draft", lambda *arguments: stop(*arguments, left=left - 1))
+            monkeypatch.setattr(store, "write_draft", lambda *arguments: stop(*arguments, blocks=blocks - 1))
 
         monkeypatch.setattr(store, "write_draft", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -88,26 +88,26 @@ def test_a_stopped_job_goes_on(model, table, tmp_path, small_parts, monkeypatch)
     index = me.index_documents(model, documents, tmp_path / "index", budget=4)
     assert sorted(reads) == sorted([*range(10), *range(4, 10), *range(4, 10)])
     query = model.encode_query(["text 3"], budget=4)
-    for one, other in zip(whole.search(query, 10), index.search(query, 10), strict=True):
-        np.testing.assert_array_equal(one, other)
+    for expected, resumed in zip(whole.search(query, 10), index.search(query, 10), strict=True):
+        np.testing.assert_array_equal(expected, resumed)
     assert len([path for path in (tmp_path / "index").iterdir() if path.is_dir()]) == 1
 
 
-def test_a_damaged_part_starts_the_job_anew(model, table, tmp_path, small_parts, monkeypatch):
+def test_a_damaged_segment_starts_the_job_again(model, table, tmp_path, small_blocks, monkeypatch):
     documents = me.open_documents(table)
     reads = counted(documents)
     with monkeypatch.context() as patch:
         patch.setattr(store, "commit", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             me.index_documents(model, documents, tmp_path / "index", budget=4)
-    part, *_ = store.decode(tmp_path / "index" / store.DRAFT).segments  # beside what was merged and is not named anywhere
-    file = tmp_path / "index" / part.name / "vectors-0-1"
+    segment, *_ = store.decode(tmp_path / "index" / store.DRAFT).segments  # the merged one is not named yet
+    file = tmp_path / "index" / segment.name / "vectors-0-1"
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
     me.index_documents(model, documents, tmp_path / "index", budget=4).verify()
     assert sorted(reads) == sorted(2 * list(range(10)))
 
 
-def test_another_job_starts_anew(model, table, tmp_path, small_parts, monkeypatch):
+def test_another_job_starts_again(model, table, tmp_path, small_blocks, monkeypatch):
     documents = me.open_documents(table)
     reads = counted(documents)
     commit = store.commit
@@ -120,18 +120,18 @@ def test_another_job_starts_anew(model, table, tmp_path, small_parts, monkeypatc
 
 
 def test_fingerprints(model, directory):
-    """One model loaded in another way is the same; another model is not."""
+    """A model has one fingerprint, however it is loaded; another model has another."""
     half = me.MetaEmbed.from_pretrained(directory, mesh=make_mesh(2, 2, 2), max_visual_tokens=9)
     assert half.fingerprint == model.fingerprint
     assert me.MetaEmbed.from_pretrained(directory, mesh=ONE, seed=1).fingerprint != model.fingerprint
     index = me.Index.build(model.encode_query(["a"]), mesh=ONE)
-    with pytest.raises(me.UserError, match="does not record of which model"):
+    with pytest.raises(me.UserError, match="does not record their model"):
         index.check_model(model)
 
 
 def test_bad_jobs_are_refused(model, table, tmp_path):
     documents = me.open_documents(table)
-    wrong = ({"budget": 65}, "1 to 64 candidate"), ({"budget": 0}, "1 to 64"), ({"dtype": "int4"}, "dtype='int4'")
+    wrong = ({"budget": 65}, "1 to 64 document"), ({"budget": 0}, "1 to 64"), ({"dtype": "int4"}, "dtype='int4'")
     for options, message in wrong:
         with pytest.raises(me.UserError, match=message):
             me.index_documents(model, documents, tmp_path / "index", **options)
@@ -142,14 +142,14 @@ def test_bad_jobs_are_refused(model, table, tmp_path):
 
 
 def run(monkeypatch, capsys, *arguments) -> str:
-    """What a command prints, and its error."""
+    """Run a command, and return its output and its error."""
     monkeypatch.setattr(sys, "argv", ["metaembed_jax", *map(str, arguments)])
     try:
         run_main(cli.main)
     except SystemExit as stopped:
         assert stopped.code == 2
-    said = capsys.readouterr()
-    return said.out + "".join(line for line in said.err.splitlines() if line.startswith("error: "))
+    output = capsys.readouterr()
+    return output.out + "".join(line for line in output.err.splitlines() if line.startswith("error: "))
 
 
 def test_commands(directory, table, tmp_path, monkeypatch, capsys):
@@ -167,7 +167,7 @@ def test_commands(directory, table, tmp_path, monkeypatch, capsys):
     assert len(run(monkeypatch, capsys, *searched, "text 3", "--budget=1:1:5>4:16").splitlines()) == 5
     for arguments, message in [
         ((), "nothing to search for"),
-        (("a", "-k", 11), "k=11 must be between 1 and 10"),
+        (("a", "-k", 11), "k=11: expected 1 to 10"),
         (("a", "--budget=4:17"), "goes beyond the vectors given"),
         (("a", "--budget=1:1,2:2"), "one search at a time"),
         (("a", "--budget=x"), "is not a pair"),
@@ -183,4 +183,4 @@ def test_commands(directory, table, tmp_path, monkeypatch, capsys):
     assert "holds vectors of another model" in run(monkeypatch, capsys, *searched, "a", f"--model={other}")
     me.Index.build(np.eye(32, dtype=np.float32)[None], path=tmp_path / "arrays", mesh=ONE)
     assert "does not record its model" in run(monkeypatch, capsys, "search", f"--index={tmp_path / 'arrays'}", "a")
-    assert "is no index" in run(monkeypatch, capsys, "search", f"--index={tmp_path}", "a")
+    assert "is not an index" in run(monkeypatch, capsys, "search", f"--index={tmp_path}", "a")

@@ -1,4 +1,4 @@
-"""An index that several hosts search together, each on its own devices."""
+"""Search of an index by several hosts, each with its own devices."""
 
 import numpy as np
 
@@ -9,9 +9,9 @@ from tests.several_hosts import Hosts
 
 def test_any_number_of_hosts_finds_the_same_bits(tmp_path):
     rng = np.random.default_rng(0)
-    candidate = unit(rng, 1333, 9, 16)
-    candidate[1200] = candidate[3]
-    me.Index.build([one[: 1 + n % 9] for n, one in enumerate(candidate)], dtype="int8", path=tmp_path / "index")
+    document = unit(rng, 1333, 9, 16)
+    document[1200] = document[3]
+    me.Index.build([vectors_RD[: 1 + n % 9] for n, vectors_RD in enumerate(document)], dtype="int8", path=tmp_path / "index")
     np.save(tmp_path / "queries.npy", unit(rng, 5, 4, 16))
     for count in (1, 2):
         command = ["-m", "tests.retrieval.hosts_program", f"--index={tmp_path / 'index'}", f"--queries={tmp_path / 'queries.npy'}"]
@@ -20,6 +20,6 @@ def test_any_number_of_hosts_finds_the_same_bits(tmp_path):
     for number in (0, 1):
         alone, *together = (np.load(tmp_path / f"{name}-{number}-{host}.npz") for name, host in ((1, 0), (2, 0), (2, 1)))
         assert len({*alone["ids"].ravel()}) > 20
-        for found in together:
+        for results in together:
             for key in ("scores", "ids"):
-                np.testing.assert_array_equal(found[key], alone[key])
+                np.testing.assert_array_equal(results[key], alone[key])

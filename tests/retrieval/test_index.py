@@ -1,4 +1,4 @@
-"""Building and changing an index: what goes in, and what is refused."""
+"""Building and changing an index, and the input that it refuses."""
 
 import functools
 
@@ -32,8 +32,8 @@ def test_iterators_and_lists_give_what_arrays_give(vectors, tmp_path):
     blocks = ((ids[n : n + 5], vectors[n : n + 5], [{"n": n}] * len(ids[n : n + 5])) for n in range(0, 12, 5))
     streamed = me.Index.build(blocks, path=tmp_path / "index", mesh=ONE)
     for other in (me.Index.build(list(vectors), mesh=ONE), streamed):
-        for one, two in zip(array, other.search(query, 12), strict=True):
-            np.testing.assert_array_equal(one, two)
+        for expected, actual in zip(array, other.search(query, 12), strict=True):
+            np.testing.assert_array_equal(actual, expected)
     assert len(streamed._segments) == 1 and streamed.metadata("7") == {"n": 5}
 
 
@@ -45,7 +45,7 @@ def test_only_the_first_vectors_are_kept(vectors):
     assert index.vectors == 5 and not list(index.folder.glob("*/vectors-8-9"))
     index.add(vectors[:1], ["more"])
     assert index.search(vectors[:1, :3], 2)[1].tolist() == [["0", "more"]]
-    with pytest.raises(me.UserError, match=r"9 a candidate|5 a candidate.*this index stores 5 vectors an item"):
+    with pytest.raises(me.UserError, match=r"5 of a document.*this index stores 5 vectors an item"):
         index.search(vectors[:2, :3], 1, (3, 6))
 
 
@@ -57,7 +57,7 @@ def test_int8_is_half_of_bfloat16(vectors):
     assert sizes["float32"] == 2 * sizes["bfloat16"] == 4 * sizes["int8"] == 4 * vectors.size
 
 
-def test_an_item_may_come_back(index, vectors):
+def test_a_deleted_id_may_be_added_again(index, vectors):
     index.delete(["id 3"])
     index.add(vectors[5:6], ["id 3"], metadata=[{"text": "née"}])
     assert index.metadata("id 3") == {"text": "née"} and len(index) == 12
@@ -97,28 +97,28 @@ EYE = np.eye(8, dtype=np.float32)[None]
         ((np.zeros((0, 4, 8)),), "nothing to index"),
         (([],), "nothing to index"),
         ((iter([]),), "nothing to index"),
-        ((3,), "vectors are a int, not an array"),
-        ((EYE[0],), "not .items, vectors, width"),
-        ((EYE, ["a", "b"]), "ids: there are 2 for 1 items"),
-        ((EYE, [3]), "id 3 of item 0: ids are texts"),
-        ((EYE, [""]), "ids are texts, and not empty"),
-        ((EYE, ["\ud800"]), "ids are texts"),
-        ((np.repeat(EYE, 2, 0), ["a", "a"]), "the id 'a' is there twice"),
-        ((iter([(["b", "a"], np.repeat(EYE, 2, 0)), (["a"], EYE)]),), "the id 'a' is there twice"),
+        ((3,), "vectors: expected an array, a list or an iterator, not a int"),
+        ((EYE[0],), "expected .items, vectors, width"),
+        ((EYE, ["a", "b"]), "ids: 2 for 1 items"),
+        ((EYE, [3]), "id 3 of item 0: expected a text"),
+        ((EYE, [""]), "expected a text that is not empty"),
+        ((EYE, ["\ud800"]), "expected a text"),
+        ((np.repeat(EYE, 2, 0), ["a", "a"]), "the id 'a' is given twice"),
+        ((iter([(["b", "a"], np.repeat(EYE, 2, 0)), (["a"], EYE)]),), "the id 'a' is given twice"),
         ((2 * EYE, ["a"]), "vector 0 of item 'a' has length 2, not 1"),
         ((np.concatenate([EYE, 0 * EYE]), ["a", "b"]), "vector 0 of item 'b' has length 0"),
         ((NAN, ["a"]), "item 'a' has length nan.*NaN or infinities"),
         (([EYE[0], EYE[0, :, :7]], ["a", "b"]), r"item 'b' have the shape \(8, 7\)"),
         (([EYE[0], EYE[0, :0]], ["a", "b"]), r"item 'b' have the shape \(0, 8\)"),
-        ((iter([(["a"], EYE), (["b"], np.eye(7)[None])]),), "item 'b' have width 7, and those of the index 8"),
-        ((iter([(["a"], EYE[:, :2]), (["b"], EYE)]),), "item 'b' has 8 vectors, and the index keeps 2; say with budget="),
-        ((iter([(["a"],)]),), "block 0 is no tuple"),
-        ((iter([(["a"], EYE)]), ["a"]), "blocks bring their ids"),
-        ((iter([(5, EYE)]),), "ids are a int, not a list"),
+        ((iter([(["a"], EYE), (["b"], np.eye(7)[None])]),), "item 'b' have width 7: expected 8"),
+        ((iter([(["a"], EYE[:, :2]), (["b"], EYE)]),), "item 'b' has 8 vectors: expected at most 2; give budget="),
+        ((iter([(["a"],)]),), "block 0 is not a tuple"),
+        ((iter([(["a"], EYE)]), ["a"]), "expected them in its blocks"),
+        ((iter([(5, EYE)]),), "ids: expected a list, not a int"),
         ((iter([(["a"], 5)]),), "vectors: expected an array of real numbers, not a int"),
-        ((iter([(["a"], EYE, 5)]),), "metadata are a int, not a list"),
-        ((EYE, "a"), "ids are a str, not a list"),
-        (({"a": EYE[0]},), "vectors are a dict, not an array"),
+        ((iter([(["a"], EYE, 5)]),), "metadata: expected a list, not a int"),
+        ((EYE, "a"), "ids: expected a list, not a str"),
+        (({"a": EYE[0]},), "vectors: expected an array, a list or an iterator, not a dict"),
         ((EYE.astype(str),), "vectors: expected an array of real numbers"),
         ((EYE * 1j,), "vectors: expected an array of real numbers, not a ndarray of complex64"),
         (([EYE[0], "text"], ["a", "b"]), "the vectors of item 'b': expected an array of real numbers"),
@@ -128,7 +128,7 @@ EYE = np.eye(8, dtype=np.float32)[None]
 def test_bad_items_are_refused(arguments, message, tmp_path):
     with pytest.raises(me.UserError, match=message):
         me.Index.build(*arguments, path=tmp_path / "index", mesh=ONE)
-    with pytest.raises(me.UserError, match="is no index"):
+    with pytest.raises(me.UserError, match="is not an index"):
         me.Index.load(tmp_path / "index")
 
 
@@ -140,9 +140,9 @@ def test_bad_items_are_refused(arguments, message, tmp_path):
         ({"budget": 0}, "budget=0"),
         ({"metadata": [{"a": np.nan}]}, "metadata of item 'a' cannot be written as JSON"),
         ({"metadata": [{"a": object()}]}, "metadata of item 'a' cannot be written as JSON"),
-        ({"metadata": ["text"]}, "is a str, not a dict"),
-        ({"metadata": []}, "metadata: there are 0 for 1 items"),
-        ({"metadata": {"a": 1}}, "metadata are a dict, not a list"),
+        ({"metadata": ["text"]}, "expected a dict, not a str"),
+        ({"metadata": []}, "metadata: 0 for 1 items"),
+        ({"metadata": {"a": 1}}, "metadata: expected a list, not a dict"),
         ({"metadata": [functools.reduce(lambda deep, _: {"a": deep}, range(9999), {})]}, "of item 'a' cannot be written as JSON"),
     ],
 )
@@ -158,16 +158,16 @@ def test_bad_options_are_refused(options, message):
         (EYE[0], 1, None, "have the shape"),
         ([[[1.0] * 8], []], 1, None, "queries: expected an array of numbers"),
         (EYE.astype(complex), 1, None, "queries: expected an array of real numbers, not a ndarray of complex128"),
-        (EYE, 1, 5, "budget 5: no stage given.*stores 9 vectors an item"),
+        (EYE, 1, 5, "budget 5: expected a pair.*stores 9 vectors an item"),
         (2 * EYE, 1, None, "vector 0 of query 0 has length 2, not 1"),
         (np.concatenate([EYE, np.full((1, 8, 8), np.inf)]), 1, None, "query 1 .* NaN or infinities"),
-        (EYE, 13, None, "k=13 must be between 1 and 12, the number of items"),
+        (EYE, 13, None, "k=13: expected 1 to 12, the number of items"),
         (EYE, 0, None, "k=0"),
         (EYE, 1.0, None, "k=1.0"),
-        (EYE, 6, [(1, 1, 5), (2, 2)], "k=6 must be between 1 and 5, the survivors of a stage"),
-        (EYE, 1, (9, 9), "9 a candidate; .*stores 9 vectors an item"),
+        (EYE, 6, [(1, 1, 5), (2, 2)], "k=6: expected 1 to 5, the survivors of a stage"),
+        (EYE, 1, (9, 9), "9 of a document .*stores 9 vectors an item"),
         (EYE, 1, (8, 10), "stores 9 vectors an item"),
-        (EYE, 1, (1,), "whole numbers"),
+        (EYE, 1, (1,), "positive integers"),
         (EYE, 1, [(1, 1), (2, 2)], "survivors"),
     ],
 )
@@ -177,19 +177,19 @@ def test_bad_searches_are_refused(index, query, k, budget, message):
 
 
 def test_bad_changes_are_refused(index, vectors):
-    with pytest.raises(me.UserError, match="there is no item 'id 99'.*nothing was deleted"):
+    with pytest.raises(me.UserError, match="has no item 'id 99'; nothing was deleted"):
         index.delete(["id 1", "id 99"])
-    with pytest.raises(me.UserError, match="the id 'id 2' is there already"):
+    with pytest.raises(me.UserError, match="has an item 'id 2' already"):
         index.add(vectors[:2], ["new", "id 2"])
-    with pytest.raises(me.UserError, match="the id 'new' is there twice"):
+    with pytest.raises(me.UserError, match="the id 'new' is given twice"):
         index.add(vectors[:2], ["new", "new"])
-    with pytest.raises(me.UserError, match="width 7, and those of the index 8"):
+    with pytest.raises(me.UserError, match="width 7: expected 8"):
         index.add(np.eye(7)[None], ["new"])
-    with pytest.raises(me.UserError, match="there is no item 'new'"):
+    with pytest.raises(me.UserError, match="has no item 'new'"):
         index.metadata("new")
     for wrong in ([5], ["\ud800"], 5, None):
-        with pytest.raises(me.UserError, match="ids are"):
+        with pytest.raises(me.UserError, match="expected a (text|list)"):
             index.delete(wrong)
-    with pytest.raises(me.UserError, match="id 5 of item 0: ids are texts"):
+    with pytest.raises(me.UserError, match="id 5 of item 0: expected a text"):
         index.metadata(5)
     assert len(index) == 12

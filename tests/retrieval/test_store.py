@@ -1,4 +1,4 @@
-"""Indexes on disk: crashes, writers and readers at once, damage."""
+"""Indexes on disk: crashes, several writers and readers, damage."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ NAN = 0x7FC0  # as bfloat16
 
 @pytest.fixture
 def folder(tmp_path):
-    """An index of two segments, with an item deleted."""
+    """Return the folder of an index of two segments, with a deleted item."""
     rng = np.random.default_rng(0)
     index = me.Index.build(unit(rng, 20, 9, 8), path=tmp_path / "index", metadata=[{"page": n} for n in range(20)], mesh=ONE)
     index.add([unit(rng, 2, 8)], ["äß 20"])
@@ -36,13 +36,13 @@ def folder(tmp_path):
 
 
 def all_ids(index) -> tuple[str, ...]:
-    return tuple(name for segment in index._segments for name in segment.ids(np.flatnonzero(segment.is_alive)))
+    return tuple(item for segment in index._segments for item in segment.ids(np.flatnonzero(segment.is_alive)))
 
 
 def test_killed_at_twenty_random_moments(tmp_path):
     states, seen = endless_writer.states(), set()
     query = endless_writer.vectors(5, 2)
-    context = multiprocessing.get_context("forkserver")  # which imports once, and has no threads of JAX
+    context = multiprocessing.get_context("forkserver")  # it imports once, and has no threads of JAX
     context.set_forkserver_preload([endless_writer.__name__])
     for moment in np.random.default_rng(0).uniform(0, 0.3, KILLS):
         is_built = context.Event()
@@ -54,10 +54,10 @@ def test_killed_at_twenty_random_moments(tmp_path):
         process.join()
         index = me.Index.load(tmp_path / "index", mesh=ONE)
         index.verify()
-        found = all_ids(index)
-        assert found in states
-        seen.add(found)
-        assert len(set(index.search(query, len(found))[1][0].tolist())) == len(found)
+        ids = all_ids(index)
+        assert ids in states
+        seen.add(ids)
+        assert len(set(index.search(query, len(ids))[1][0].tolist())) == len(ids)
     index.compact()  # a writer removes what the killed ones left
     manifest = store.read_manifest(index.folder)
     assert {path.name for path in index.folder.iterdir()} == {"lock", "manifest.json", manifest.segments[0].name}
@@ -100,7 +100,7 @@ def test_a_change_is_made_to_the_newest_index(folder):
     first.delete(["7"])
     second.delete(["8"])
     assert len(second) == len(me.Index.load(folder, mesh=ONE)) == 18 and len(first) == 19
-    with pytest.raises(me.UserError, match="there is no item '7'"):
+    with pytest.raises(me.UserError, match="has no item '7'"):
         second.delete(["7"])
 
 
@@ -150,14 +150,14 @@ def test_saving_and_loading(folder, tmp_path):
         index.save(tmp_path / "copy")
         copy = me.Index.load(tmp_path / "copy", mesh=ONE)
         copy.verify()
-        for one, other in zip(index.search(query, 20), copy.search(query, 20), strict=True):
-            np.testing.assert_array_equal(one, other)
+        for expected, copied in zip(index.search(query, 20), copy.search(query, 20), strict=True):
+            np.testing.assert_array_equal(copied, expected)
         assert copy.metadata("3") == {"page": 3} and copy.metadata("äß 20") == {}
     index.save(folder)
     assert len(me.Index.load(folder, mesh=ONE)) == 20
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    with pytest.raises(me.UserError, match="exists and is no index"):
+    with pytest.raises(me.UserError, match="exists and is not an index"):
         index.save(tmp_path / "other")
 
 
@@ -167,8 +167,8 @@ def test_any_flipped_byte_is_found(folder):
     rng = np.random.default_rng(3)
     for file in files:
         content = file.read_bytes()
-        place = int(rng.integers(len(content)))
-        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << int(rng.integers(8))]) + content[place + 1 :])
+        offset = int(rng.integers(len(content)))
+        file.write_bytes(content[:offset] + bytes([content[offset] ^ 1 << int(rng.integers(8))]) + content[offset + 1 :])
         with pytest.raises(me.UserError) as error:
             me.Index.load(folder, mesh=ONE).verify()
         assert str(file) in str(error.value)
@@ -188,38 +188,38 @@ def test_a_search_meets_the_damage_that_it_reads(folder):
 
 
 def rewrite(folder, **changes):
-    """The manifest with changes, and a checksum that fits."""
+    """Change the manifest, with a checksum that matches."""
     path = folder / "manifest.json"
     index = json.loads(path.read_text())["index"]
     index = index | changes
     path.write_text(json.dumps({"sha256": manifests._digest(index), "index": index}))
 
 
-def test_manifests_that_lie(folder, tmp_path):
+def test_invalid_manifests(folder, tmp_path):
     content = (folder / "manifest.json").read_text()
     segment = json.loads(content)["index"]["segments"][0]
     sizes = segment["sizes"]
     for changes, message in [
         ({"format": 2}, "another version"),
         ({"width": 16}, "another size than its items have"),
-        ({"width": -1}, "makes no sense"),
-        ({"width": 8.0}, "makes no sense"),
-        ({"dtype": "object"}, "makes no sense"),
-        ({"levels": [4, 1]}, "makes no sense"),
-        ({"levels": []}, "makes no sense"),
+        ({"width": -1}, "is not valid"),
+        ({"width": 8.0}, "is not valid"),
+        ({"dtype": "object"}, "is not valid"),
+        ({"levels": [4, 1]}, "is not valid"),
+        ({"levels": []}, "is not valid"),
         ({"levels": [1, 4, 8, 10]}, "names other files"),
-        ({"model": "me"}, "makes no sense"),
-        ({"more": 1}, "makes no sense"),
-        ({"segments": [segment, segment]}, "makes no sense"),
-        ({"segments": [segment | {"name": "../../other"}]}, "makes no sense"),
+        ({"model": "me"}, "is not valid"),
+        ({"more": 1}, "is not valid"),
+        ({"segments": [segment, segment]}, "is not valid"),
+        ({"segments": [segment | {"name": "../../other"}]}, "is not valid"),
         ({"segments": [segment | {"name": "0123456789abcdef"}]}, "is missing"),
         ({"segments": [segment | {"items": 21}]}, "another size than its items have"),
-        ({"segments": [segment | {"items": 0}]}, "makes no sense"),
-        ({"segments": [segment | {"deleted": [20]}]}, "makes no sense"),
-        ({"segments": [segment | {"deleted": [3, 2]}]}, "makes no sense"),
-        ({"segments": [segment | {"sizes": sizes | {"ids": 10**15}}]}, "has .* bytes and not|damaged"),
+        ({"segments": [segment | {"items": 0}]}, "is not valid"),
+        ({"segments": [segment | {"deleted": [20]}]}, "is not valid"),
+        ({"segments": [segment | {"deleted": [3, 2]}]}, "is not valid"),
+        ({"segments": [segment | {"sizes": sizes | {"ids": 10**15}}]}, "has .* bytes, expected|damaged"),
         ({"segments": [segment | {"sizes": sizes | {"../x": 1}}]}, "names other files"),
-        ({"segments": 3}, "makes no sense"),
+        ({"segments": 3}, "is not valid"),
     ]:
         rewrite(folder, **changes)
         with pytest.raises(me.UserError, match=message):
@@ -230,7 +230,7 @@ def test_manifests_that_lie(folder, tmp_path):
         (folder / "manifest.json").write_text(broken)
         with pytest.raises(me.UserError, match="manifest.json is damaged"):
             me.Index.load(folder, mesh=ONE)
-    with pytest.raises(me.UserError, match="is no index"):
+    with pytest.raises(me.UserError, match="is not an index"):
         me.Index.load(tmp_path / "nowhere", mesh=ONE)
 
 
@@ -249,8 +249,8 @@ def test_links_are_not_followed(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "vectors-0-1", "checksums"])
-def test_what_is_no_file_is_not_read(folder, name):
-    """Neither the end of a pipe nor that of a device is waited for."""
+def test_pipes_folders_and_links_are_not_read(folder, name):
+    """Reading a pipe or a device would not end."""
     file = next(folder.rglob(name))
     for make in (os.mkfifo, os.mkdir, lambda file: os.symlink("/dev/zero", file), lambda file: os.symlink(file, file)):
         file.unlink() if file.is_file() or file.is_symlink() or file.is_fifo() else file.rmdir()
@@ -259,7 +259,7 @@ def test_what_is_no_file_is_not_read(folder, name):
             me.Index.load(folder, mesh=ONE)
 
 
-def test_a_lock_leads_nowhere(folder, tmp_path):
+def test_the_lock_is_not_followed(folder, tmp_path):
     index = me.Index.load(folder, mesh=ONE)
     for make in (os.mkfifo, lambda file: os.symlink(tmp_path / "elsewhere", file)):
         (folder / "lock").unlink()
@@ -278,33 +278,33 @@ def test_only_segments_are_removed(folder, tmp_path):
     other.mkdir(parents=True)
     for name in ("lock", "notes.txt"):
         (tmp_path / "other" / name).touch()
-    with pytest.raises(me.UserError, match="other exists and is no index"):
+    with pytest.raises(me.UserError, match="other exists and is not an index"):
         me.Index.build(unit(np.random.default_rng(0), 1, 1, 8), path=tmp_path / "other", mesh=ONE)
     assert other.is_dir()
 
 
-def test_what_was_killed_before_its_first_manifest_is_begun_again(folder):
+def test_a_folder_without_its_first_manifest_is_built_again(folder):
     (folder / "manifest.json").rename(folder / ".manifest.json.1.part")
     index = me.Index.build(unit(np.random.default_rng(0), 3, 1, 8), path=folder, mesh=ONE)
     assert len(index) == 3 and len(list(folder.iterdir())) == 3
 
 
 def refile(folder, name, content):
-    """Another file in the first segment, with checksums that fit."""
+    """Replace a file of the first segment, with checksums that match."""
     path = folder / "manifest.json"
     index = json.loads(path.read_text())["index"]
     segment = index["segments"][0]
     (folder / segment["name"] / name).write_bytes(content)
     segment["sizes"][name] = len(content)
-    contents = [(folder / segment["name"] / one).read_bytes() for one in sorted(segment["sizes"])]
-    crcs = np.array([zlib.crc32(one) for one in contents if one], np.uint32).tobytes()  # each of one piece
+    contents = [(folder / segment["name"] / file).read_bytes() for file in sorted(segment["sizes"])]
+    crcs = np.array([zlib.crc32(content) for content in contents if content], np.uint32).tobytes()  # each is one chunk
     (folder / segment["name"] / "checksums").write_bytes(crcs)
     segment["checksums"] = hashlib.sha256(crcs).hexdigest()
     rewrite(folder, **index)
 
 
 @pytest.mark.parametrize("name, number", [("counts", np.zeros(20, np.int32)), ("vectors-0-1", np.full((20, 8), NAN, np.uint16))])
-def test_vectors_that_are_none_are_not_found(folder, name, number):
+def test_invalid_vectors_are_not_searched(folder, name, number):
     refile(folder, name, number.tobytes())
     index = me.Index.load(folder, mesh=ONE)
     query = unit(np.random.default_rng(0), 2, 4, 8)
@@ -313,22 +313,22 @@ def test_vectors_that_are_none_are_not_found(folder, name, number):
             search()
 
 
-def test_no_index_is_made_of_counts_that_lie(folder):
+def test_wrong_counts_are_not_copied(folder):
     refile(folder, "counts", np.zeros(20, np.int32).tobytes())
     with pytest.raises(me.UserError, match="counts: an item has fewer vectors"):
         me.Index.load(folder, mesh=ONE).compact()
     assert len(me.Index.load(folder, mesh=ONE)) == 20
 
 
-def test_metadata_that_is_no_object(folder):
+def test_invalid_metadata(folder):
     for content in (b"5" * 20, b"[" * 50_000):
         refile(folder, "metadata", content)
         refile(folder, "metadata-ends", np.linspace(0, len(content), 21, dtype=np.int64)[1:].tobytes())
-        with pytest.raises(me.UserError, match="metadata: item 3 has no JSON object"):
+        with pytest.raises(me.UserError, match="metadata: expected a JSON object of item 3"):
             me.Index.load(folder, mesh=ONE).metadata("3")
 
 
-def test_an_index_of_a_model_whose_path_is_no_text(folder):
+def test_a_model_whose_path_is_not_text(folder):
     """A file's name may be any bytes."""
     rewrite(folder, model={"name": os.fsdecode(b"/models/\xff"), "fingerprint": "f"})
     index = me.Index.load(folder, mesh=ONE)
@@ -336,12 +336,12 @@ def test_an_index_of_a_model_whose_path_is_no_text(folder):
     assert os.fsencode(index.model) == b"/models/\xff"
 
 
-def test_places_where_no_index_can_be(folder, tmp_path):
-    for place in (tmp_path / ("x" * 300), folder / "manifest.json" / "index"):
-        with pytest.raises(me.UserError, match="cannot be an index"):
-            me.Index.load(folder, mesh=ONE).save(place)
+def test_paths_that_cannot_be_written(folder, tmp_path):
+    for path in (tmp_path / ("x" * 300), folder / "manifest.json" / "index"):
+        with pytest.raises(me.UserError, match="cannot be written"):
+            me.Index.load(folder, mesh=ONE).save(path)
         with pytest.raises(me.UserError, match="cannot be read"):
-            me.Index.load(place, mesh=ONE)
+            me.Index.load(path, mesh=ONE)
 
 
 def test_a_file_that_is_cut(folder):
