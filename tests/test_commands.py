@@ -43,7 +43,7 @@ WRONG = [
     (["export", "--checkpoint=no/where", "--out=out", "--format=peft"], "no/where: there is no such directory"),
     (["export", "--checkpoint=x", "--out=out", "--format=onnx"], "invalid choice: 'onnx'"),
     (["index", "--model=x", "--input=none", "--out=out"], "none: no such file or folder"),
-    (["search", "--index=none", "a"], "none is no index: it has no manifest.json"),
+    (["search", "--index=none", "a"], "none is not an index: it has no manifest.json"),
     (["search", "--index=none"], "nothing to search for"),
     (["plot", "none.json"], "none.json: cannot be read"),
     (["prepare", "--source=cats"], "no source 'cats'; there are icons, boards"),

@@ -1,4 +1,4 @@
-"""Budgets as people write them: "1:1,4:8,16:64", and searches in stages, "1:1:1000>16:64"."""
+"""Budgets on the command line: "1:1,4:8,16:64", and searches in stages, "1:1:1000>16:64"."""
 
 import re
 from collections.abc import Iterable, Sequence

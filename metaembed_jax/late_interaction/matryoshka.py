@@ -68,13 +68,10 @@ def matryoshka_loss(
     if negatives is None:
         negatives = jnp.zeros((document_BRD.shape[0], 0, *document_BRD.shape[1:]), document_BRD.dtype)
     negatives = jnp.asarray(negatives)
-    _check_shapes(query_BRD, document_BRD, negatives)
-    _check_options(normalization, temperature, chunk)
     negative_mask = jnp.ones(negatives.shape[:2], bool) if negative_mask is None else jnp.asarray(negative_mask)
-    sources = jnp.zeros(len(query_BRD), jnp.int32) if sources is None else jnp.asarray(sources)
-    if negative_mask.shape != negatives.shape[:2] or sources.shape != query_BRD.shape[:1]:
-        shapes = f"negative_mask {negative_mask.shape} and sources {sources.shape}"
-        raise UserError(f"matryoshka_loss: {shapes}: expected {negatives.shape[:2]} and {query_BRD.shape[:1]}")
+    sources = jnp.zeros(query_BRD.shape[:1], jnp.int32) if sources is None else jnp.asarray(sources)
+    _check_shapes(query_BRD, document_BRD, negatives, negative_mask, sources)
+    _check_options(normalization, temperature, chunk)
     groups = validate_groups(groups, query_BRD.shape[1], document_BRD.shape[1])
     if mesh is not None and len(query_BRD) % batch_shards(mesh):
         raise UserError(
@@ -98,7 +95,7 @@ def matryoshka_loss(
     return losses_G.mean() if normalization == "code" else losses_G.sum(), metrics
 
 
-def _check_shapes(query, document, negatives):
+def _check_shapes(query, document, negatives, negative_mask, sources):
     shapes = f"query {query.shape}, document {document.shape}, negatives {negatives.shape}"
     if query.ndim != 3 or document.ndim != 3 or negatives.ndim != 4:
         raise UserError(f"matryoshka_loss: {shapes}: expected [B, R_q, D], [B, R_c, D] and [B, K, R_c, D]")
@@ -106,6 +103,9 @@ def _check_shapes(query, document, negatives):
         raise UserError(f"matryoshka_loss: {shapes}: expected at least one pair of a query and a document, of one width")
     if (negatives.shape[0], *negatives.shape[2:]) != document.shape:
         raise UserError(f"matryoshka_loss: {shapes}: expected negatives [B, K, R_c, D] with the documents' B, R_c and D")
+    if negative_mask.shape != negatives.shape[:2] or sources.shape != query.shape[:1]:
+        shapes = f"negative_mask {negative_mask.shape} and sources {sources.shape}"
+        raise UserError(f"matryoshka_loss: {shapes}: expected {negatives.shape[:2]} and {query.shape[:1]}")
 
 
 def _check_options(normalization, temperature, chunk):

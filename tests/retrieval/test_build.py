@@ -169,7 +169,7 @@ def test_commands(directory, table, tmp_path, monkeypatch, capsys):
         ((), "nothing to search for"),
         (("a", "-k", 11), "k=11: expected 1 to 10"),
         (("a", "--budget=4:17"), "goes beyond the vectors given"),
-        (("a", "--budget=1:1,2:2"), "one search at a time"),
+        (("a", "--budget=1:1,2:2"), "expected one search"),
         (("a", "--budget=x"), "is not a pair"),
         (("a", f"--model={tmp_path / 'none'}"), "there is no such directory"),
         ((f"--image={tmp_path / 'none.png'}",), "none.png cannot be read"),

@@ -69,7 +69,7 @@ def test_a_deleted_id_may_be_added_again(index, vectors):
 def test_everything_deleted(index, vectors):
     index.delete(f"id {n}" for n in range(12))
     for _ in range(2):
-        with pytest.raises(me.UserError, match="is empty"):
+        with pytest.raises(me.UserError, match="is an empty index"):
             index.search(vectors, 1)
         index.compact()
     assert len(index) == 0
