@@ -78,17 +78,10 @@ def matryoshka_loss(
             f"batch of {len(query_BRD)} pairs does not divide over {batch_shards(mesh)} shards of the mesh axes "
             f"{', '.join(BATCH_AXES)}; expected a multiple of that"
         )
-    losses_G, accuracies_G = _group_losses(
-        query_BRD[:, : groups[-1][0]],
-        document_BRD[:, : groups[-1][1]],
-        negatives[:, :, : groups[-1][1]],
-        negative_mask,
-        sources,
-        jnp.float32(temperature),
-        groups=groups,
-        mesh=mesh,
-        chunk=chunk,
-    )
+    r_q, r_c = groups[-1]
+    vectors = query_BRD[:, :r_q], document_BRD[:, :r_c], negatives[:, :, :r_c]
+    masks = negative_mask, sources
+    losses_G, accuracies_G = _group_losses(*vectors, *masks, jnp.float32(temperature), groups=groups, mesh=mesh, chunk=chunk)
     metrics = {}
     for name, values_G in (("loss", losses_G), ("accuracy", accuracies_G)):
         metrics |= {f"{name}/{r_q}:{r_c}": value for (r_q, r_c), value in zip(groups, values_G, strict=True)}
