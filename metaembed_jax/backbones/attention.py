@@ -1,7 +1,7 @@
 """Attention, by the implementation that suits the chip; chosen when a program is lowered.
 
     splash    TPU: JAX's Pallas kernel (`attention_splash`)
-    flash     NVIDIA: JAX's Pallas kernel (`attention_flash`), for bfloat16 where queries are keys
+    flash     NVIDIA: JAX's Pallas kernel (`attention_flash`), for bfloat16, where queries are keys, without window or soft cap
     blocks    NVIDIA, all else: XLA on one block of queries after another (`attention_xla`)
     xla       other platforms, and few keys or scores
 
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from metaembed_jax.backbones.attention_flash import flash, has_card_before_ampere
+from metaembed_jax.backbones.attention_flash import flash, flash_takes, has_card_before_ampere
 from metaembed_jax.backbones.attention_splash import SMALLEST_BLOCK, splash
 from metaembed_jax.backbones.attention_xla import in_blocks, queries_at_once, xla
 from metaembed_jax.sharding import named_sharding
@@ -40,10 +40,10 @@ def attention(
     query_BSHK: Float[Array, "B S H K"],
     key_BTGK: Float[Array, "B T G K"],
     value_BTGK: Float[Array, "B T G K"],
-    query_segments_BS: Int[Array, "B S"],
-    key_segments_BT: Int[Array, "B T"],
-    causal: bool,
+    segments_BT: Int[Array, "B T"],
     *,
+    causal: bool,
+    query_segments_BS: Int[Array, "B S"] | None = None,
     positions_BS: Int[Array, "B S"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -52,25 +52,28 @@ def attention(
     """Softmax attention with grouped heads inside segments; the softmax is float32.
 
     A query sees the keys of its own segment; with `causal`, those up to its own position. A query without a visible key gets finite
-    numbers. Where queries are keys, both segments are one array: then every kernel applies. Two segments and padding, which is
-    segment 0:
+    numbers. Two segments and padding, which is segment 0:
 
         segments   1 1 2 2 2 0
         query 1    x x . . . .
         query 3    . . x x . .
 
     Args:
+      segments_BT: of the keys.
+      query_segments_BS: of queries that are no keys; None: those of the keys.
       positions_BS: with `causal`, the positions of the queries among the keys; None: there are as many of both.
       scale: the factor of the scores; None: K**-0.5.
       softcap: scores become softcap * tanh(scores / softcap) (arXiv 2408.00118); None: no cap.
       window: with `causal`, the number of keys, up to its own position, that a query may see; None: all.
     """
-    arrays = query_BSHK, key_BTGK, value_BTGK, query_segments_BS, key_segments_BT
     kind = dict(causal=causal, scale=scale, softcap=softcap, window=window)
+    arrays = query_BSHK, key_BTGK, value_BTGK
     if positions_BS is not None:  # few queries, of small models
-        return xla(*arrays, **kind, positions_BS=positions_BS)
+        segments = jnp.take_along_axis(segments_BT, positions_BS, axis=1), segments_BT
+        return xla(*arrays, *segments, **kind, positions_BS=positions_BS)
     options = {name: value for name, value in kind.items() if value is not None}
-    is_plain = query_segments_BS is key_segments_BT and options.keys() <= FLASH_OPTIONS
+    is_plain = query_segments_BS is None and options.keys() <= FLASH_OPTIONS
+    arrays = *arrays, segments_BT if query_segments_BS is None else query_segments_BS, segments_BT
     kernels = {}
     for platform in ("tpu", "cuda"):
         name = attention_implementation(platform, query_BSHK.shape, key_BTGK.shape, query_BSHK.dtype, is_plain)
@@ -91,15 +94,14 @@ def attention_implementation(
 
     Args:
       platform: "tpu", "cuda", "cpu" or "rocm".
-      is_plain: queries are keys, and there is neither a soft cap nor a window.
+      is_plain: queries have the keys' segments, and there is neither a soft cap nor a window.
     """
     S, T = query_shape[1], key_shape[1]
     if T < SMALLEST_BLOCK or platform not in ("tpu", "cuda") or np.dtype(dtype) == np.float64:  # no kernel takes float64
         return "xla"
     if platform == "tpu":
         return "splash"
-    # The kernel's products of float32 are of TF32.
-    if is_plain and np.dtype(dtype) == jnp.bfloat16 and not has_card_before_ampere():
+    if is_plain and flash_takes(query_shape[3], dtype) and not has_card_before_ampere():
         return "flash"
     return "blocks" if queries_at_once(query_shape, T) < S else "xla"
 

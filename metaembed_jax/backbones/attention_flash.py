@@ -1,6 +1,6 @@
 """Flash attention on NVIDIA cards: JAX's Pallas kernel (`jax.experimental.pallas.ops.gpu.attention`, after arXiv 2205.14135).
 
-JAX calls the module deprecated and names tokamax as its successor; tokamax 0.0.12 calls functions that jax 0.11.2 no longer has.
+It holds one block of scores at a time, forward and backward. Its sums are float32.
 
 Letters as in `attention`.
 """
@@ -9,14 +9,25 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # The fastest of those tried on an H200 on rows of five items: 1.4 ms forward and 5.6 ms with gradients for [8, 2432, 28, 128],
 # causal. The kernel's own choice takes 1.7 and 10.9 ms.
 QUERIES, KEYS, BACKWARD, WARPS = 128, 64, 64, 4
+# Heads of 128 take at most 105 KiB of shared memory on a B200, 96 on an H100, 73 on an A100, an L4 or an RTX 4090, as Triton 3.9
+# compiles these blocks. Heads of 256 take 144 on the last three; an RTX 4090 has 99.
+LARGEST_WIDTH = 128
 
 
-def flash(query_BSHK, key_BSGK, value_BSGK, segments_BS, key_segments_BS, *, causal, scale=None, interpret=False):
-    """Run the kernel on one device, where queries are keys: both have the same segments. See `attention`."""
+def flash_takes(width: int, dtype) -> bool:
+    """Return whether the kernel takes heads of this width and dtype. Its products of float32 would be of TF32."""
+    return width <= LARGEST_WIDTH and np.dtype(dtype) == jnp.bfloat16
+
+
+def flash(query_BSHK, key_BSGK, value_BSGK, segments_BS, _, *, causal, scale=None, interpret=False):
+    """Run the kernel on one device. Queries have the keys' segments, so that each sees itself at least. See `attention`."""
+    # JAX warns that the module is deprecated, and names tokamax. Of that, the last release for Python 3.11, 0.0.12, calls functions
+    # that jax 0.11 no longer has; later ones ask for Python 3.12, and were not tried.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu import attention as kernels
@@ -24,7 +35,6 @@ def flash(query_BSHK, key_BSGK, value_BSGK, segments_BS, key_segments_BS, *, cau
     S, H, K = query_BSHK.shape[1:]
     heads = H // key_BSGK.shape[2]
     arrays = query_BSHK, *(jnp.repeat(x_BSGK, heads, axis=2) for x_BSGK in (key_BSGK, value_BSGK)), segments_BS
-    # A query that sees nothing sees the padding behind the row, so that its numbers are finite.
     padded = (jnp.pad(x, [(0, 0), (0, -S % QUERIES)] + [(0, 0)] * (x.ndim - 2)) for x in arrays)
     sizes = kernels.BlockSizes(QUERIES, KEYS, BACKWARD, BACKWARD, BACKWARD, BACKWARD)
     mixed_BSHK = kernels.mha(

@@ -36,10 +36,7 @@ def xla(
 def in_blocks(
     query_BSHK, key_BTGK, value_BTGK, query_segments_BS, key_segments_BT, *, causal, scale=None, softcap=None, window=None
 ):
-    """Compute the scores of one block of queries at a time, and again in the backward pass; see `attention`.
-
-    It was compiled for an H100, and not run on one.
-    """
+    """Compute the scores of one block of queries at a time, and again in the backward pass; see `attention`."""
     S, T = query_BSHK.shape[1], key_BTGK.shape[1]
     kind = dict(causal=causal, scale=scale, softcap=softcap, window=window)
     size = queries_at_once(query_BSHK.shape, T)

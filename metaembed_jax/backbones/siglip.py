@@ -59,7 +59,7 @@ class SiglipBlock(nnx.Module):
         normed = self.norm1(x_IND)
         query, key, value = (split_heads(project(normed), self.heads) for project in (self.query, self.key, self.value))
         image = jnp.ones(x_IND.shape[:2], jnp.int32)
-        mixed = attention(query, key, value, image, image, causal=False)
+        mixed = attention(query, key, value, image, causal=False)
         x_IND = x_IND + self.output(mixed.reshape(x_IND.shape))
         return constrain(x_IND + self.mlp(self.norm2(x_IND)), "batch", None, None)
 

@@ -236,9 +236,18 @@ def attend_as(kind: Kind, query, key, value, query_segments, key_segments, posit
         flat = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
         mixed = window_attention(*flat, *angles(positions, kind.width), query_segments - 1, heads=kind.heads, window=kind.slot)
         return mixed.reshape(query.shape)
-    options = dict(scale=kind.scale, softcap=kind.softcap, window=kind.window, positions_BS=positions if kind.reads else None)
-    segments = (query_segments, key_segments) if kind.reads or kind.crossed else (query_segments, query_segments)
-    return attention(query, key, value, *segments, kind.causal, **options)
+    return attention(
+        query,
+        key,
+        value,
+        key_segments,
+        causal=kind.causal,
+        query_segments_BS=query_segments if kind.crossed else None,
+        positions_BS=positions if kind.reads else None,
+        scale=kind.scale,
+        softcap=kind.softcap,
+        window=kind.window,
+    )
 
 
 def angles(positions, width: int) -> tuple[jax.Array, jax.Array]:

@@ -3,6 +3,7 @@
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha,
 )
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from metaembed_jax.backbones import attention_splash, attention_xla
 from metaembed_jax.backbones.attention import attention, attention_implementation, on_each_device
@@ -25,7 +26,7 @@ from metaembed_jax.backbones.attention_flash import flash
 from metaembed_jax.backbones.attention_splash import splash
 from metaembed_jax.backbones.attention_xla import in_blocks, xla
 from metaembed_jax.check import references
-from metaembed_jax.sharding import BATCH_AXES, make_mesh
+from metaembed_jax.sharding import BATCH_AXES, MESH_AXES, make_mesh
 
 CAUSAL, FULL = dict(causal=True), dict(causal=False)
 CASES = {  # B, S, T, H, G, K, kind, dtype, tolerance
@@ -187,7 +188,7 @@ def test_queries_at_positions_see_what_those_of_all_positions_see(kind):
     expected = references.attention(
         *arrays, visible(*pair, positions_BV, **kind), cotangent, kind.get("scale"), kind.get("softcap")
     )
-    outputs = output_and_gradients(partial(attention, positions_BS=positions_BV, **kind), arrays, pair, cotangent)
+    outputs = output_and_gradients(partial(attention, positions_BS=positions_BV, **kind), arrays, pair[1:], cotangent)
     assert_close(outputs, expected, 1e-5)
 
 
@@ -210,11 +211,26 @@ def test_in_a_scan_on_a_mesh_each_equals_xla(name, key_heads, small_blocks):
     assert_close(outputs, output_and_gradients(stack(partial(xla, causal=True)), *inputs), 1e-5)
 
 
+def self_attention(query, key, value, segments, _, **kind):
+    return attention(query, key, value, segments, **kind)
+
+
+def cross_attention(query, key, value, query_segments, key_segments, **kind):
+    return attention(query, key, value, key_segments, query_segments_BS=query_segments, **kind)
+
+
+@pytest.mark.parametrize("attend, case", [(self_attention, "grouped"), (cross_attention, "crossed")])
+def test_each_query_has_the_segment_it_is_given(attend, case):
+    *sizes, kind, dtype, tolerance = CASES[case]
+    inputs = noise(*sizes, dtype)
+    assert_close(output_and_gradients(partial(attend, **kind), *inputs), definition(*inputs, **kind), tolerance)
+
+
 def test_a_cpu_runs_xla():
     """On a mesh, bit for bit."""
     inputs = noise(4, 130, 130, 2, 2, 8, "float32")
     with jax.set_mesh(make_mesh(2, 2, 2, devices=jax.devices()[:8])):
-        outputs, expected = (output_and_gradients(partial(attend, causal=True), *inputs) for attend in (attention, xla))
+        outputs, expected = (output_and_gradients(partial(attend, causal=True), *inputs) for attend in (self_attention, xla))
     for ours, theirs in zip(outputs, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -232,7 +248,7 @@ def lowered_gradient(mesh, B, T, H, K, **kind):
     segments = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)
 
     def loss(query, key, value, segments):
-        return attention(query, key, value, segments, segments, causal=True, **kind).astype(jnp.float32).sum()
+        return attention(query, key, value, segments, causal=True, **kind).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(array, array, array, segments)
@@ -265,6 +281,7 @@ PAGE, TEXT = (1, 5120, 16, 80), (8, 1408, 28, 128)
         ("cpu", PAGE, 16, "bfloat16", True, "xla"),
         ("cuda", PAGE, 16, "bfloat16", True, "flash"),
         ("cuda", PAGE, 16, "bfloat16", False, "blocks"),
+        ("cuda", (8, 1408, 8, 256), 1, "bfloat16", True, "blocks"),
         ("cuda", TEXT, 4, "float32", True, "blocks"),
         ("cuda", TEXT, 4, "float64", True, "xla"),
         ("cuda", (8, 64, 16, 80), 16, "bfloat16", True, "xla"),
@@ -276,8 +293,19 @@ def test_each_platform_gets_its_implementation(platform, query, key_heads, dtype
     assert attention_implementation(platform, query, (B, T, key_heads, K), dtype, is_plain) == expected
 
 
-def traced(attend, query_shape, key_heads, dtype):
-    """Output and gradients, traced for all platforms."""
+@pytest.mark.parametrize("capability, expected", [("7.5", "blocks"), ("8.0", "flash"), ("12.0", "flash")])
+def test_a_card_whose_triton_has_no_bfloat16_runs_blocks(capability, expected, monkeypatch):
+    card = SimpleNamespace(platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [card])
+    assert attention_implementation("cuda", PAGE, PAGE, "bfloat16", True) == expected
+
+
+# From jax 0.11 on, a Triton kernel is lowered for a card: that of the mesh, if this machine has none.
+H100 = AbstractMesh((1, 1, 1), MESH_AXES, (AxisType.Auto,) * 3, abstract_device=AbstractDevice("NVIDIA H100", 132, "gpu"))
+
+
+def lowered_for_cuda(attend, query_shape, key_heads, dtype):
+    """The lowered program of output and gradients."""
     B, T, _, K = query_shape
     query, key = jax.ShapeDtypeStruct(query_shape, dtype), jax.ShapeDtypeStruct((B, T, key_heads, K), dtype)
 
@@ -285,12 +313,9 @@ def traced(attend, query_shape, key_heads, dtype):
         output, pull = jax.vjp(lambda *arrays: attend(*arrays, segments_BT, segments_BT), query, key, value)
         return output, pull(output)
 
-    return jax.jit(run).trace(query, key, key, jax.ShapeDtypeStruct((B, T), jnp.int32))
-
-
-def lowered_for_cuda(*arguments):
-    """The lowered program of output and gradients."""
-    return traced(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    with jax.sharding.use_abstract_mesh(H100):
+        traced = jax.jit(run).trace(query, key, key, jax.ShapeDtypeStruct((B, T), jnp.int32))
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def largest(text):
@@ -305,15 +330,16 @@ def test_blocks_hold_the_scores_of_one_block(dtype, kind):
     assert largest(text) <= attention_xla.SCORE_BYTES / 4 < math.prod(PAGE[:3]) * PAGE[1] / 10
 
 
-@pytest.mark.parametrize("kind, is_plain", [(FULL, True), (CAUSAL, True), (CAUSAL | dict(window=600), False)])
-def test_cuda_runs_the_kernel_where_it_applies(kind, is_plain):
-    """In the jaxpr: jax 0.12 lowers the kernel only where a card is."""
-    text = str(traced(partial(attention, **kind), PAGE, 16, "bfloat16").jaxpr)
-    assert ("mha_forward" in text, "mha_backward" in text) == (is_plain, is_plain)
-
-
-def test_cuda_runs_blocks_where_queries_are_no_keys():
-    def attend(query, key, value, segments, _):
-        return attention(query, key, value, segments, segments + 0, **FULL)
-
-    assert "stablehlo.while" in lowered_for_cuda(attend, PAGE, 16, "bfloat16")
+@pytest.mark.parametrize(
+    "attend, kind, kernels, loops",
+    [
+        (self_attention, FULL, 3, 0),
+        (self_attention, CAUSAL | dict(scale=0.1), 3, 0),
+        (self_attention, CAUSAL | dict(window=600), 0, 2),
+        (cross_attention, FULL, 0, 2),
+    ],
+)
+def test_cuda_runs_the_kernel_where_it_applies(attend, kind, kernels, loops):
+    """One forward and two backward; blocks are a loop forward and one backward."""
+    text = lowered_for_cuda(partial(attend, **kind), PAGE, 16, "bfloat16")
+    assert (text.count("xla.gpu.triton"), text.count("stablehlo.while")) == (kernels, loops)

@@ -12,7 +12,7 @@ from metaembed_jax.backbones import attention_windows, attention_xla, layers
 from metaembed_jax.check import command, kernels, references
 from metaembed_jax.late_interaction import matryoshka, maxsim
 from metaembed_jax.sharding import make_mesh
-from tests.products import products, rounded
+from tests.products import products, rounded, rounded_in_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +43,18 @@ def test_all_float32_lines_are_right_on_a_cpu(capsys):
     assert max(map(len, table.splitlines()[2:])) <= 100 and table.endswith("all are right\n")
 
 
-def test_float32_lines_ask_for_float32_on_every_chip():
-    """No chip rounds the factors of their products, forward or backward."""
-    cases = [case for case in kernels.kernel_cases(make_mesh(devices=jax.devices()[:1]), kernels.CPU) if case.dtype == "float32"]
-    assert len(cases) >= len(kernels.ATTENTION)
+def test_no_chip_rounds_a_float32_line(monkeypatch):
+    """Forward or backward, on a TPU in kernels, on a card in blocks of queries."""
+    monkeypatch.setattr(attention_xla, "SCORE_BYTES", 2**16)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    cases = [case for case in kernels.kernel_cases(mesh, kernels.CPU) if case.dtype == "float32"]
+    assert len(cases) == 5 + len(kernels.ATTENTION)
     for case in cases:
-        text = case.function.lower(*case.arguments()).as_text()
-        assert products(text) and not rounded(text), case.name
+        with jax.set_mesh(mesh):
+            traced = case.function.trace(*case.arguments())
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+            assert products(text) and not rounded(text), case.name
+            assert not rounded_in_kernels(traced.jaxpr.jaxpr), case.name
 
 
 def one_key_too_many(original):

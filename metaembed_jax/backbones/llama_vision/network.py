@@ -93,7 +93,7 @@ class DecoderLayer(nnx.Module):
                 rotate(x, cos_BSK, sin_BSK) for x in (query_BSHK, split_heads(self.key(normed_BSD), self.key_value_heads))
             )
             value_BSGK = split_heads(self.value(normed_BSD), self.key_value_heads)
-            return attention(query_BSHK, key_BSGK, value_BSGK, segments_BS, segments_BS, causal=True)
+            return attention(query_BSHK, key_BSGK, value_BSGK, segments_BS, causal=True)
 
         return attend
 
@@ -104,7 +104,8 @@ class DecoderLayer(nnx.Module):
         def attend(query_BSHK, _):
             key_BTGK = crossing.key_norm(split_heads(self.key(states_BTD), self.key_value_heads))
             value_BTGK = split_heads(self.value(states_BTD), self.key_value_heads)
-            return attention(crossing.query_norm(query_BSHK), key_BTGK, value_BTGK, segments_BS, segments_BT, causal=False)
+            query_BSHK = crossing.query_norm(query_BSHK)
+            return attention(query_BSHK, key_BTGK, value_BTGK, segments_BT, query_segments_BS=segments_BS, causal=False)
 
         return attend
 

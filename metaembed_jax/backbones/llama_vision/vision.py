@@ -78,7 +78,7 @@ def attend_around_padding(
     query, key = (jnp.concatenate([x, far], axis=-1) for x, far in ((query_JLHK, -apart_JLH1), (key_JLHK, apart_JLH1)))
     value = jnp.pad(value_JLHK, ((0, 0), (0, 0), (0, 0), (0, 1)))
     segments_JL, scale = jnp.ones_like(padding_JL, jnp.int32), query_JLHK.shape[-1] ** -0.5
-    return attention(query, key, value, segments_JL, segments_JL, causal=False, scale=scale)[..., :-1]
+    return attention(query, key, value, segments_JL, causal=False, scale=scale)[..., :-1]
 
 
 class VisionTower(nnx.Module):

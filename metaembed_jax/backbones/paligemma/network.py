@@ -105,7 +105,7 @@ class DecoderLayer(nnx.Module):
 
     def attend(self, query_BSHK, key_BSGK, value_BSGK, local, segments_BS, is_meta_BS):
         """Attend each prefix to itself, and Meta Tokens to all of their item before them, or to a window of it."""
-        config, arrays = self.config, (query_BSHK, key_BSGK, value_BSGK, segments_BS)
+        config, arrays = self.config, (query_BSHK, key_BSGK, value_BSGK)
         gemma2 = dict(scale=config.query_pre_attn_scalar**-0.5, softcap=config.attn_logit_softcapping) if config.is_gemma2 else {}
 
         def causal(window):
@@ -115,7 +115,7 @@ class DecoderLayer(nnx.Module):
             meta_BSHK = jax.lax.cond(local, causal(config.sliding_window), causal(None), *arrays, segments_BS)
         else:
             meta_BSHK = causal(None)(*arrays, segments_BS)
-        # As keys of the prefix, Meta Tokens are padding.
+        # To the prefix, Meta Tokens are padding.
         prefix_BSHK = attention(*arrays, jnp.where(is_meta_BS, 0, segments_BS), causal=False, **gemma2)
         return jnp.where(is_meta_BS[..., None, None], meta_BSHK, prefix_BSHK)
 

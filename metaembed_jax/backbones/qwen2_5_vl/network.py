@@ -45,7 +45,7 @@ class VisionBlock(nnx.Module):
         def over_image(query_BPD, key_BPD, value_BPD):
             query, key, value = (split_heads(x, self.heads) for x in (query_BPD, key_BPD, value_BPD))
             query, key = rotate(query, cos_BPK, sin_BPK), rotate(key, cos_BPK, sin_BPK)
-            return attention(query, key, value, segments_BP, segments_BP, causal=False).reshape(query_BPD.shape)
+            return attention(query, key, value, segments_BP, causal=False).reshape(query_BPD.shape)
 
         def over_windows(query_BPD, key_BPD, value_BPD):
             rotation = cos_BPK, sin_BPK
@@ -108,11 +108,9 @@ class DecoderLayer(nnx.Module):
         normed = self.input_norm(x_BSD)
         key_BSGK = rotate(split_heads(self.key(normed), self.key_value_heads), cos_BSK, sin_BSK)
         value_BSGK = split_heads(self.value(normed), self.key_value_heads)
-        x_BSD, normed, cos_BSK, sin_BSK, query_segments_BS = (
-            at(x, reads_BV) for x in (x_BSD, normed, cos_BSK, sin_BSK, segments_BS)
-        )
+        x_BSD, normed, cos_BSK, sin_BSK = (at(x, reads_BV) for x in (x_BSD, normed, cos_BSK, sin_BSK))
         query_BSHK = rotate(split_heads(self.query(normed), self.heads), cos_BSK, sin_BSK)
-        mixed = attention(query_BSHK, key_BSGK, value_BSGK, query_segments_BS, segments_BS, causal=True, positions_BS=reads_BV)
+        mixed = attention(query_BSHK, key_BSGK, value_BSGK, segments_BS, causal=True, positions_BS=reads_BV)
         x_BSD = x_BSD + self.output(mixed.reshape(x_BSD.shape))
         return constrain(x_BSD + self.mlp(self.mlp_norm(x_BSD)), "batch", None, None)
 

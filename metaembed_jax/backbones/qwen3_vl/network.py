@@ -62,7 +62,7 @@ class VisionBlock(nnx.Module):
         normed = self.norm1(x_BPD)
         query, key, value = (split_heads(project(normed), self.heads) for project in (self.query, self.key, self.value))
         query, key = rotate(query, cos_BPK, sin_BPK), rotate(key, cos_BPK, sin_BPK)
-        mixed = attention(query, key, value, segments_BP, segments_BP, causal=False)
+        mixed = attention(query, key, value, segments_BP, causal=False)
         x_BPD = x_BPD + self.output(mixed.reshape(x_BPD.shape))
         return constrain(x_BPD + self.mlp(self.norm2(x_BPD)), "batch", None, None)
 
@@ -155,11 +155,9 @@ class DecoderLayer(nnx.Module):
         normed = self.input_norm(x_BSD)
         key_BSGK = rotate(self.key_norm(split_heads(self.key(normed), self.key_value_heads)), cos_BSK, sin_BSK)
         value_BSGK = split_heads(self.value(normed), self.key_value_heads)
-        x_BSD, normed, cos_BSK, sin_BSK, query_segments_BS = (
-            at(x, reads_BV) for x in (x_BSD, normed, cos_BSK, sin_BSK, segments_BS)
-        )
+        x_BSD, normed, cos_BSK, sin_BSK = (at(x, reads_BV) for x in (x_BSD, normed, cos_BSK, sin_BSK))
         query_BSHK = rotate(self.query_norm(split_heads(self.query(normed), self.heads)), cos_BSK, sin_BSK)
-        mixed = attention(query_BSHK, key_BSGK, value_BSGK, query_segments_BS, segments_BS, causal=True, positions_BS=reads_BV)
+        mixed = attention(query_BSHK, key_BSGK, value_BSGK, segments_BS, causal=True, positions_BS=reads_BV)
         x_BSD = x_BSD + self.output(mixed.reshape(*x_BSD.shape[:2], -1))
         x_BSD = x_BSD + self.mlp(self.mlp_norm(x_BSD))
         if features_NBSD is not None:

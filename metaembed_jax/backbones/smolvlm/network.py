@@ -56,7 +56,7 @@ class DecoderLayer(nnx.Module):
         query_BSHK = rotate(split_heads(self.query(normed), self.heads), cos_BSK, sin_BSK)
         key_BSGK = rotate(split_heads(self.key(normed), self.key_value_heads), cos_BSK, sin_BSK)
         value_BSGK = split_heads(self.value(normed), self.key_value_heads)
-        mixed = attention(query_BSHK, key_BSGK, value_BSGK, segments_BS, segments_BS, causal=True)
+        mixed = attention(query_BSHK, key_BSGK, value_BSGK, segments_BS, causal=True)
         x_BSD = x_BSD + self.output(mixed.reshape(x_BSD.shape))
         return constrain(x_BSD + self.mlp(self.mlp_norm(x_BSD)), "batch", None, None)
 
