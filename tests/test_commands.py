@@ -24,7 +24,7 @@ WRONG = [
     (["train", TINY, "--config.rows.size=(64,)"], "config.rows.size=(64,): expected () or (a positive integer"),
     (["train", TINY, "--config.init_from=none.py"], "config.init_from: none.py: no such file"),
     (["train", TINY, "--stesp=3"], "unrecognized arguments: --stesp=3"),
-    (["train", TINY, "--config.stesp=3"], "--config.stesp: unknown key; nearest: "),
+    (["train", TINY, "--config.stesp=3"], "--config.stesp: no such key; nearest: "),
     (
         ["train", TINY, "--config.schedule.save_minutes=1e400"],
         "config.schedule.save_minutes=inf: expected a non-negative number",

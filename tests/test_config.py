@@ -45,12 +45,12 @@ def test_flags_are_parsed_by_the_type_of_their_key(config, key, text, expected):
 
 
 WRONG = {
-    "batch_size=3": "--config.batch_size: unknown key; did you mean rows.batch_size?",
-    "rows.batchsize=3": "--config.rows.batchsize: unknown key; nearest: rows.batch_size",
-    "nonsense=3": "--config.nonsense: unknown key; expected one of name, seed, init_from, model.*, rows.*",
+    "batch_size=3": "--config.batch_size: no such key; did you mean rows.batch_size?",
+    "rows.batchsize=3": "--config.rows.batchsize: no such key; nearest: rows.batch_size",
+    "nonsense=3": "--config.nonsense: no such key; expected one of name, seed, init_from, model.*, rows.*",
     "rows=3": "--config.rows: a group of keys; expected one of rows.size, rows.batch_size",
     "model.architecture=3": "--config.model.architecture: a group of keys",
-    "model.architecture.nonsense=3": "--config.model.architecture.nonsense: unknown key",
+    "model.architecture.nonsense=3": "--config.model.architecture.nonsense: no such key",
     "rows.batch_size=-1": "config.rows.batch_size=-1: expected a positive integer",
     "rows.batch_size=1.0": "config.rows.batch_size=1.0: expected a positive integer",
     "rows.batch_size=True": "config.rows.batch_size=True: expected a positive integer",

@@ -60,7 +60,7 @@ def _parse(config: RunConfig, key: str, text: str):
         elif isinstance(node, Section) and name in annotations(type(node)):
             node, annotation = getattr(node, name), annotations(type(node))[name]
         else:
-            raise UserError(f"--config.{key}: unknown key; {_advice(key)}")
+            raise UserError(f"--config.{key}: no such key; {_advice(key)}")
     if isinstance(node, dict):
         raise UserError(f"--config.{key}: a group of keys; set one of them, or all in the file of the config")
     if section := section_of(annotation):

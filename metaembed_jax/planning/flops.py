@@ -69,7 +69,7 @@ def encode_flops(config: RunConfig, row: Size, rows: int) -> Flops:
 
 
 def search_flops(queries: int, query_vectors: int, documents: int, document_vectors: int, width: int) -> Flops:
-    """Of the similarities of every query vector to every document vector."""
+    """Similarities of every query vector to every document vector."""
     return Flops(2.0 * queries * query_vectors * documents * document_vectors * width)
 
 

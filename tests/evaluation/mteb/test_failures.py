@@ -16,7 +16,7 @@ from tests.evaluation.mteb.pages import OtherPages, Pages, picture
 
 
 class Gaps(Pages):
-    """Of the second question nothing is known, and the fourth has no answer."""
+    """The second question has no known answer, and the fourth has none."""
 
     metadata = OtherPages.metadata.model_copy(update={"name": "Gaps"})
 
