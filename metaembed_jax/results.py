@@ -128,7 +128,7 @@ class Board:
       name: of the benchmark, or of the direction in which sources are searched.
       measure: the tasks' main metric.
       secondary: another metric of all tasks, for the plot; empty for none.
-      about: how to read the numbers.
+      legend: how to read the numbers.
       tasks: all have the same searches; empty if all data of the board is private.
       total: tasks of the board, including those that are left out.
       groups: the tasks of further means, by name.
@@ -140,7 +140,7 @@ class Board:
     name: str
     measure: str
     secondary: str = ""
-    about: str
+    legend: str
     tasks: tuple[TaskResults, ...]
     total: int
     groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -203,8 +203,7 @@ def from_json(kind: Any, content: Any) -> Any:
     Raises:
       TypeError: content of another type, or fields that are missing.
     """
-    origin: Any = get_origin(kind) or kind
-    arguments = get_args(kind)
+    origin, arguments, make = get_origin(kind) or kind, get_args(kind), kind
     if origin is types.UnionType:  # with None, which JSON omits
         return from_json(arguments[0], content)
     expected = {float: int | float, tuple: list, Mapping: dict}.get(origin, dict if dataclasses.is_dataclass(origin) else origin)
@@ -212,7 +211,7 @@ def from_json(kind: Any, content: Any) -> Any:
         raise TypeError(f"expected {expected}, not {content!r}")
     if dataclasses.is_dataclass(kind):
         fields = {name: field for name, field in get_type_hints(kind).items() if name in content}
-        return origin(**{name: from_json(field, content[name]) for name, field in fields.items()})
+        return make(**{name: from_json(field, content[name]) for name, field in fields.items()})
     if origin is Mapping:
         return {key: from_json(arguments[1], value) for key, value in content.items()}
     if origin is tuple:

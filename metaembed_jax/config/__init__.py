@@ -2,16 +2,15 @@
 
 from metaembed_jax.config.files import CONFIGS, config_names, load_config, names_config
 from metaembed_jax.config.keys import with_keys
+from metaembed_jax.config.objectives import MatryoshkaConfig, ObjectivesConfig
 from metaembed_jax.config.run import (
     EXPORTS,
     RECOMPUTE,
     DataConfig,
     EvaluationConfig,
     LoraSettings,
-    MatryoshkaConfig,
     MeshConfig,
     ModelSettings,
-    ObjectivesConfig,
     OptimizerConfig,
     RowsConfig,
     RunConfig,

@@ -25,6 +25,7 @@ FREE_KEYS = (
     "schedule.trace_steps",
     "schedule.exports",
     "evaluation.validate_every",
+    "evaluation.evaluations",
 )
 # Keys that a start may change while the steps already taken fit them; the rest of the run is planned again.
 REPLANNED_KEYS = ("schedule.steps",)

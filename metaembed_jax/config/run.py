@@ -6,6 +6,7 @@
 import dataclasses
 from typing import ClassVar, Literal, get_args
 
+from metaembed_jax.config.objectives import ObjectivesConfig
 from metaembed_jax.config.section import (
     NonNegative,
     NonNegativeNumber,
@@ -16,7 +17,7 @@ from metaembed_jax.config.section import (
 )
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import check_scheme, local_path
-from metaembed_jax.late_interaction.groups import GROUPS, Budget, validate_groups
+from metaembed_jax.late_interaction.groups import validate_groups
 
 Recompute = Literal["everything", "microbatches", "layers", "nothing"]  # see metaembed_jax.training.microbatches
 Export = Literal["transformers", "sentence-transformers", "peft"]  # what metaembed_jax.checkpoints.export writes
@@ -106,41 +107,6 @@ class DataConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatryoshkaConfig(Section):
-    """The Matryoshka loss: budgets trained together, each a prefix of the next."""
-
-    KEY: ClassVar[str] = "config.objectives.matryoshka"
-
-    groups: tuple[tuple[Positive, Positive], ...] = GROUPS  # budgets, nested
-    temperature: PositiveNumber = 0.03
-    normalization: Literal["code", "paper"] = "code"  # code: mean over groups; paper: sum
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectivesConfig(Section):
-    """The losses whose sum is trained, by name; None: not used."""
-
-    KEY: ClassVar[str] = "config.objectives"
-
-    matryoshka: MatryoshkaConfig | None = MatryoshkaConfig()
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.matryoshka is None:
-            raise UserError("config.objectives: all are None; expected at least one, such as matryoshka=MatryoshkaConfig()")
-
-    @property
-    def budgets(self) -> tuple[Budget, ...]:
-        """The budgets that are trained, smallest first."""
-        return self.matryoshka.groups if self.matryoshka else ()
-
-    @property
-    def largest_budget(self) -> Budget:
-        """Vectors of a query and of a document that the losses read."""
-        return max(r_q for r_q, _ in self.budgets), max(r_d for _, r_d in self.budgets)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
     """AdamW or Muon, its learning rate over the steps, and clipping."""
 
@@ -196,7 +162,11 @@ class EvaluationConfig(Section):
     KEY: ClassVar[str] = "config.evaluation"
 
     validate_every: Positive = 250  # steps
-    select: str = "R@10"  # the metric that the best checkpoint is best at, at the largest budget
+    # The figure at the largest budget that the best checkpoint is best at: validation/METRIC, the mean over all sources, or of an
+    # evaluation below, mmeb/Precision@1 or mteb/BENCHMARK.
+    select: str = "validation/R@10"
+    # Benchmarks beside the validation split, as (name, folder): ("mmeb", "MMEB-eval"); of mteb ("vidore", ""), which fetches it.
+    evaluations: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,7 +189,8 @@ class RunConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         check_scheme(self.init_from)
-        validate_groups(self.objectives.budgets, self.model.query_tokens, self.model.document_tokens)
+        for objective in self.objectives.used().values():
+            validate_groups(objective.budgets, self.model.query_tokens, self.model.document_tokens)
         if (warmup := self.optimizer.warmup_steps) >= (steps := self.schedule.steps):
             raise UserError(f"config.optimizer.warmup_steps={warmup}: expected fewer than config.schedule.steps={steps}")
         if "peft" in self.schedule.exports and not self.model.lora_patterns:

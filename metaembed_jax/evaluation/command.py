@@ -7,13 +7,11 @@ from metaembed_jax import hosts
 from metaembed_jax.checkpoints.loading import run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import agree, check_model, read_config
 from metaembed_jax.config import RunConfig
-from metaembed_jax.config.record import to_record
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.benchmarks import benchmark_evaluator
 from metaembed_jax.evaluation.evaluator import Evaluator, Subject
 from metaembed_jax.evaluation.held_out import HeldOut
-from metaembed_jax.evaluation.mmeb.evaluator import Mmeb
-from metaembed_jax.evaluation.mteb.evaluator import Mteb
 from metaembed_jax.evaluation.report import RUN, benchmark_names, write_report
 from metaembed_jax.evaluation.tables import format_tables
 from metaembed_jax.files import check_bucket
@@ -51,7 +49,7 @@ def evaluate_checkpoint(
     abstract, frozen = abstract_parameters(network, mesh), abstract_parameters(network, mesh, config.model.frozen_dtype)
     step, parameters = run_parameters(checkpoint, config.model, abstract, frozen)
     model = MetaEmbed(network, parameters, run_processor(config, checkpoint / "tokenizer.json"), mesh)
-    subject = Subject(model=model, name=config.name, step=step, config=to_record(config))
+    subject = Subject.of_run(model, config, step)
     results = evaluator.run(subject, out, progress=hosts.is_first())
     if hosts.is_first():
         write_report(evaluator, subject, results, out, benchmark_names(evaluator.name) if benchmark else RUN)
@@ -60,21 +58,20 @@ def evaluate_checkpoint(
 
 
 def choose_evaluator(config: RunConfig, benchmark: str | None, files: Path | None, budgets: str | None) -> Evaluator:
-    """The evaluator that the flags name, at their budgets or at the config's.
+    """Return the evaluator that the flags name, at their budgets or at the config's.
 
     Raises:
       UserError: flags that do not go together, or budgets beyond the model's.
     """
-    if benchmark == "mmeb" and files is None:
-        raise UserError("--benchmark=mmeb: --from is missing, the folder that MMEB-eval was fetched to")
-    if benchmark != "mmeb" and files is not None:
-        raise UserError(f"--from={files}: is for --benchmark=mmeb; mteb fetches its own data, and the config names that of a run")
     largest = config.model.query_tokens, config.model.document_tokens
-    if benchmark is not None and benchmark != "mmeb":
-        mteb = Mteb(benchmark, parse_searches(budgets, largest) if budgets is not None else config.objectives.budgets)
-        mteb.check()
-        return mteb
-    plain = parse_budgets(budgets, largest) if budgets is not None else config.objectives.budgets
-    if files is not None:
-        return Mmeb(files, plain)
-    return HeldOut(config.data.dir, [name for name, *_ in config.data.sources], "test", plain)
+    if benchmark is None and files is not None:
+        raise UserError(f"--from={files}: is for --benchmark=mmeb; the config names the data of a run")
+    if benchmark is None:
+        return HeldOut(config.data, "test", config.objectives.budgets if budgets is None else parse_budgets(budgets, largest))
+    parse = parse_budgets if benchmark == "mmeb" else parse_searches
+    try:
+        evaluator = benchmark_evaluator(benchmark, files, config.objectives.budgets if budgets is None else parse(budgets, largest))
+        evaluator.check()
+    except UserError as error:
+        raise UserError(f"--benchmark={benchmark}: {error}") from error
+    return evaluator

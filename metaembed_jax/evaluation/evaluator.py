@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from metaembed_jax.config import RunConfig
+from metaembed_jax.config.record import to_record
 from metaembed_jax.evaluation.failures import FailedQuery
 from metaembed_jax.model import MetaEmbed
-from metaembed_jax.results import Failure, Results
+from metaembed_jax.results import Failure, Interval, Results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,11 @@ class Subject:
     step: int
     config: dict
 
+    @classmethod
+    def of_run(cls, model: MetaEmbed, config: RunConfig, step: int) -> "Subject":
+        """The model of a run's checkpoint."""
+        return cls(model=model, name=config.name, step=step, config=to_record(config))
+
     @cached_property
     def identity(self) -> str:
         """A digest that differs for other weights: results of one model do not count for another."""
@@ -40,10 +47,14 @@ class Evaluator(Protocol):
     """Measures a model on some data, at some budgets. All hosts of a run call it alike, and get the same results.
 
     Attributes:
-      name: of its files, and of its figures in a run's metrics.
+      name: of its files, and in front of its figures.
     """
 
     name: str
+
+    def figure_names(self) -> list[str]:
+        """Return the names of figures that may select the best checkpoint, all of them in `figures`."""
+        ...
 
     def check(self) -> None:
         """Refuse what cannot be evaluated, before any work is done.
@@ -63,6 +74,10 @@ class Evaluator(Protocol):
         Raises:
           UserError: data that makes no sense, or a budget beyond the model's.
         """
+        ...
+
+    def figures(self, results: Results) -> Mapping[str, Mapping[str, Interval]]:
+        """Return the figures of results for a run's metrics, at each budget."""
         ...
 
     def show(self, failures: Sequence[Failure]) -> list[FailedQuery]:

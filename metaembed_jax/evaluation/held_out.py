@@ -1,12 +1,13 @@
 """The held-out split of a run's sources: the same evaluator validates in training, and tests at the end and in `eval.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from metaembed_jax.config import DataConfig
 from metaembed_jax.data import sources
 from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.failures import FailedQuery, with_items
@@ -16,10 +17,10 @@ from metaembed_jax.evaluation.scoring import score_parts
 from metaembed_jax.evaluation.sweep import MAIN, SECONDARY, Sweep, sweep
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import largest_budget
-from metaembed_jax.results import Board, Failure, Results
+from metaembed_jax.results import Board, Failure, Interval, Results
 
-ABOUT = (
-    f"In percent, over all queries: {'; '.join(f'{name}, {metric.about}' for name, metric in METRICS.items())}. "
+LEGEND = (
+    f"In percent, over all queries: {'; '.join(f'{name}, {metric.meaning}' for name, metric in METRICS.items())}. "
     "A budget is query vectors : document vectors; the gain is the last one's over the first one's."
 )
 
@@ -28,15 +29,14 @@ class HeldOut:
     """Evaluator of a split of some sources, in both directions.
 
     Args:
-      data_dir: the folder of all sources.
-      names: of the sources.
+      data: names the sources, and the folder of all of them.
       split: "validation" or "test".
       budgets: to search at.
     """
 
-    def __init__(self, data_dir: str | Path, names: Sequence[str], split: str, budgets: Sequence[Budget]):
+    def __init__(self, data: DataConfig, split: str, budgets: Sequence[Budget]):
         self.name, self.budgets = split, budgets
-        self._data_dir, self._sources = data_dir, list(dict.fromkeys(names))
+        self._data_dir, self._sources = data.dir, list(dict.fromkeys(name for name, *_ in data.sources))
 
     def check(self) -> None:
         """Refuse sources that are not prepared, or none of which has pairs in the split.
@@ -59,7 +59,7 @@ class HeldOut:
         notes = (f"left out, without {self.name} pairs: {', '.join(left_out)}",) if left_out else ()
         sweeps = [self._evaluate(subject, name, progress) for name in names]
         directions = zip(self._directions(), zip(*sweeps, strict=True), strict=True)
-        board = partial(Board, measure=MAIN, secondary=SECONDARY, about=ABOUT, total=len(self._sources), notes=notes)
+        board = partial(Board, measure=MAIN, secondary=SECONDARY, legend=LEGEND, total=len(self._sources), notes=notes)
         versions = [task.forward.data for task in sweeps]
         return Results(
             title=f"{', '.join(names)}, {self.name} split",
@@ -68,6 +68,16 @@ class HeldOut:
             data=f"{', '.join(names)}, {versions[0] if len(versions) == 1 else key_of(*versions)}",
             boards=tuple(board(name=name, tasks=tasks) for name, tasks in directions),
         )
+
+    def figure_names(self) -> list[str]:
+        """Return the names of all metrics."""
+        return list(METRICS)
+
+    def figures(self, results: Results) -> Mapping[str, Mapping[str, Interval]]:
+        """Return the means over sources of each metric, forward, and of several sources each one's main metric."""
+        forward = results.boards[0]
+        tasks = forward.tasks if forward.total > 1 else ()
+        return {name: forward.mean(name) for name in METRICS} | {f"{task.name}/{task.metric}": task.values() for task in tasks}
 
     def show(self, failures: Sequence[Failure]) -> list[FailedQuery]:
         """Look up the items of failures.

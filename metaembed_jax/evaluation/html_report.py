@@ -82,7 +82,7 @@ def write_html(
 
 
 def _table(table: Table) -> str:
-    caption = f"<caption><strong>{escape(table.title)}</strong>{escape(table.about)}</caption>"
+    caption = f"<caption><strong>{escape(table.title)}</strong>{escape(table.legend)}</caption>"
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.head)
     bodies = "".join(f"<tbody>{''.join(map(_row, body))}</tbody>" for body in table.bodies)
     notes = "".join(f"<p><small>{escape(note)}</small></p>" for note in table.notes)

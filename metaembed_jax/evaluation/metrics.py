@@ -113,11 +113,11 @@ class Metric(NamedTuple):
     """A metric.
 
     Attributes:
-      about: the meaning of its mean, for the reader of a table.
+      meaning: of its mean, for the reader of a table.
       values: the metric of each query, from its gold.
     """
 
-    about: str
+    meaning: str
     values: Callable[[Sequence[Gold]], Float[np.ndarray, " Q"]]
 
 

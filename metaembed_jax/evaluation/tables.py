@@ -12,14 +12,14 @@ class Table(NamedTuple):
 
     Attributes:
       title: what it is of, one line.
-      about: what the numbers mean, for those who see nothing but the page.
+      legend: how to read the numbers, for those who see nothing but the page.
       head: names of the columns.
       bodies: groups of rows, each as long as `head`.
       notes: lines below it.
     """
 
     title: str
-    about: str
+    legend: str
     head: Sequence[str]
     bodies: Sequence[Sequence[Sequence[str]]]
     notes: Sequence[str] = ()
@@ -67,7 +67,7 @@ def _metrics_table(board: Board) -> Table:
         rows.append(["95 % interval", "", "", *map(_ends, gains)])
     sizes = f"{task.queries:,} queries, {task.documents:,} documents"
     head = ["budget", "FLOPs", "bytes", *METRICS]
-    return Table(f"{board.name}: {sizes}, FLOPs and bytes per document", board.about, head, [rows], board.notes)
+    return Table(f"{board.name}: {sizes}, FLOPs and bytes per document", board.legend, head, [rows], board.notes)
 
 
 def _ends(gain: Interval) -> str:
@@ -90,11 +90,11 @@ def _tasks_table(board: Board) -> Table:
     published = [row(f"published: {model}", values) for model, values in board.published.items()]
     queries = sum(task.queries for task in board.tasks)
     title = f"{board.name}, {board.measure} (%) of {queries:,} queries in {len(tasks)} tasks"
-    about = f"{board.about} A column is a budget, query vectors : document vectors."
+    legend = f"{board.legend} A column is a budget, query vectors : document vectors."
     if any(">" in name for name in names):
-        about += " In stages, r_q:r_c:n>r_q:r_c, the best n are ranked again; these searches are not in the plot."
+        legend += " In stages, r_q:r_c:n>r_q:r_c, the best n are ranked again; these searches are not in the plot."
     bodies = [tasks, *filter(None, (means, published))]
-    return Table(title, about, ["task", *names], bodies, board.notes)
+    return Table(title, legend, ["task", *names], bodies, board.notes)
 
 
 def _label(board: Board, task: TaskResults) -> str:

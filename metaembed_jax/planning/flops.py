@@ -54,12 +54,12 @@ class Flops(NamedTuple):
 
 def train_flops(config: RunConfig, shape: StepShape) -> Flops:
     """Count a training step on rows of this shape: their encoding, and the loss."""
-    counter, (query_vectors, document_vectors) = _Counter(config), config.objectives.largest_budget
+    counter = _Counter(config)
     is_again = config.rows.recompute in ("everything", "microbatches") and shape.microbatches > 1
     rows = counter.row(shape.row, is_again).times(shape.rows)
     pairs, documents = config.rows.batch_size, config.rows.batch_size + config.data.negatives
-    similarities = 2.0 * pairs * documents * query_vectors * document_vectors * counter.width
-    return rows + Flops(similarities, 2 * similarities)
+    losses = config.objectives.flops(pairs, documents, counter.width)
+    return rows + Flops(losses, 2 * losses)
 
 
 def encode_flops(config: RunConfig, row: Size, rows: int) -> Flops:

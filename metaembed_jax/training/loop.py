@@ -25,7 +25,6 @@ from metaembed_jax.checkpoints.workdir import (
 )
 from metaembed_jax.compilation import announced
 from metaembed_jax.config import RunConfig
-from metaembed_jax.config.record import to_record
 from metaembed_jax.data import sources
 from metaembed_jax.data.items import Items, run_items
 from metaembed_jax.data.mixture import check_mixture
@@ -36,7 +35,6 @@ from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.held_out import HeldOut
-from metaembed_jax.evaluation.metrics import METRICS
 from metaembed_jax.evaluation.report import RUN, write_report
 from metaembed_jax.evaluation.tables import format_tables
 from metaembed_jax.hosts.votes import Stop, stop_signal
@@ -51,6 +49,7 @@ from metaembed_jax.training.saving import SaveSchedule
 from metaembed_jax.training.speed import Speed, shown
 from metaembed_jax.training.start import describe, find_start, initial_state, stages
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, run_mesh
+from metaembed_jax.training.validation import Validation, validators
 
 
 def train(config: RunConfig, workdir: Path) -> bool:
@@ -95,8 +94,7 @@ def _needed(runs: list[tuple[RunConfig, Path]]) -> list[tuple[RunConfig, Path]]:
 def _check(config: RunConfig, workdir: Path) -> None:
     """Refuses what cannot be trained: better before hours of a first stage than after."""
     mesh = run_mesh(config)
-    if config.evaluation.select not in METRICS:
-        raise UserError(f"config.evaluation.select={config.evaluation.select!r}: expected {' or '.join(METRICS)}")
+    validators(config)
     files.check_bucket(workdir)
     check_workdir(workdir, config)
     if config.model.architecture:
@@ -115,7 +113,7 @@ def _train_one(config: RunConfig, workdir: Path, stop: Stop) -> bool:
             pairs = hosts.first_then_others(lambda: sources.training_records(config.data, config.seed))
             check_mixture(config.data, config.rows.batch_size, pairs)
             for split_name in ("validation", "test"):
-                _held_out(config, split_name).check()
+                HeldOut(config.data, split_name, config.objectives.budgets).check()
             if hosts.is_first():  # only now that all hosts agree: before, it would make a folder for a run that is refused
                 stack.enter_context(lease.held(workdir))
             config, start = find_start(config, workdir)
@@ -171,13 +169,13 @@ class _Pending:
 
 
 def _train(
-    config,
+    config: RunConfig,
     trainer: Trainer,
     state: TrainState,
     items: Items,
     plan: RowPlan,
     model: MetaEmbed,
-    checkpoints,
+    checkpoints: RunCheckpoints,
     workdir: Path,
     stop: Stop,
 ) -> bool:
@@ -185,10 +183,11 @@ def _train(
     shape = plan.shape(config.rows.microbatch_rows, batch_shards(mesh))
     dataset = training_batches(items, shape, model.config.architecture.layout, rows_here(mesh, shape.size))
     writer = MetricsWriter(workdir, first, config.schedule.steps, silent=not hosts.is_first())
+    validation = Validation(config, model, workdir, writer)
     pending, watch, trace = _Pending(checkpoints), Stopwatch(), Trace(config.schedule.trace_steps, workdir)
     speed, saves = Speed(config, shape, mesh, first), SaveSchedule(config.schedule.save_every, config.schedule.save_minutes)
     batches = iterate(dataset, first, config.schedule.steps, config.data.workers)
-    train_step = None
+    train_step, accuracy = None, f"accuracy/{budget_name(config.objectives.budgets[-1])}"
     try:
         writer.say(plan.describe(shape))
         writer.write(first, plan.figures(shape))
@@ -205,18 +204,14 @@ def _train(
                 pending.put(step, figures)
                 writer.advance()
                 if step % config.schedule.log_every == 0 or step == config.schedule.steps:
-                    figures, spent = pending.fetch(), watch.read()
-                    rates = speed.read(step, spent)
-                    writer.write(step, {**figures, **rates, **spent, **items[step - 1].figures(shape)})
-                    accuracy = figures[f"accuracy/{budget_name(config.objectives.budgets[-1])}"]
-                    writer.show(loss=figures["loss"], accuracy=accuracy, **shown(rates))
+                    _log(writer, step, pending.fetch() | items[step - 1].figures(shape), speed, watch.read(), accuracy)
                 trace.after(step, pending.fetch)
                 validate = step % config.evaluation.validate_every == 0 or step == config.schedule.steps
                 stopping, saving = stop(), saves.due(step)
                 if validate or stopping or saving:
                     pending.fetch()
                     with watch.spending("validation"):
-                        metric = _validate(config, model, state, step, writer, workdir) if validate else None
+                        metric = validation.run(state, step) if validate else None
                     with watch.spending("checkpoint"):
                         saves.begin()
                         writer.flush()  # before the checkpoint: a run that resumes from it has the lines up to it
@@ -235,6 +230,13 @@ def _train(
         writer.close()
 
 
+def _log(writer: MetricsWriter, step: int, figures: dict[str, float], speed: Speed, spent: dict[str, float], accuracy: str) -> None:
+    """Write the figures of a step and of the time since those before; show the accuracy of that name."""
+    rates = speed.read(step, spent)
+    writer.write(step, figures | rates | spent)
+    writer.show(loss=figures["loss"], accuracy=figures[accuracy], **shown(rates))
+
+
 def _compile(trainer: Trainer, state: TrainState, arrays: dict, watch: Stopwatch, writer: MetricsWriter) -> Callable:
     with watch.spending("compile"), announced("the training step"):
         train_step = trainer.step.lower(state, arrays).compile()
@@ -243,37 +245,12 @@ def _compile(trainer: Trainer, state: TrainState, arrays: dict, watch: Stopwatch
     return train_step
 
 
-def _held_out(config: RunConfig, split_name: str) -> HeldOut:
-    return HeldOut(config.data.dir, [name for name, *_ in config.data.sources], split_name, config.objectives.budgets)
-
-
-def _subject(config: RunConfig, model: MetaEmbed, step: int) -> Subject:
-    return Subject(model=model, name=config.name, step=step, config=to_record(config))
-
-
-def _validate(config: RunConfig, model: MetaEmbed, state: TrainState, step: int, writer: MetricsWriter, workdir: Path) -> float:
-    """Evaluate the validation split; return the mean over sources of what the best checkpoint is best at, at the largest budget."""
-    model.parameters = state.network_parameters()
-    results = _held_out(config, "validation").run(_subject(config, model, step), workdir, progress=False)
-    board = results.boards[0]
-    means = {budget: interval.mean for budget, interval in board.mean().items()}
-    figures = {f"validation/{board.measure}/{budget}": value for budget, value in means.items()}
-    for task in board.tasks if board.total > 1 else ():
-        figures |= {f"validation/{task.name}/{task.metric}/{budget}": end.mean for budget, end in task.values().items()}
-    writer.write(step, figures)
-    listed = ", ".join(f"{budget} {100 * value:.1f}" for budget, value in means.items())
-    writer.say(f"step {step}: validation {board.measure} of {board.name} at {listed}")
-    largest = budget_name(config.objectives.budgets[-1])
-    selecting = [task.values(config.evaluation.select)[largest].mean for task in board.tasks]
-    return sum(selecting) / len(selecting)
-
-
 def _finish(config: RunConfig, trainer: Trainer, checkpoints: RunCheckpoints, model: MetaEmbed, workdir: Path) -> None:
     step = checkpoints.best_step()
     trained = checkpoints.restore_parameters(step, trainer.abstract.parameters)
     _, frozen = split(model.parameters, paths(trained))
     model.parameters = join(trained, frozen)
-    evaluator, subject = _held_out(config, "test"), _subject(config, model, step)
+    evaluator, subject = HeldOut(config.data, "test", config.objectives.budgets), Subject.of_run(model, config, step)
     results = evaluator.run(subject, workdir, progress=hosts.is_first())
     if hosts.is_first():
         written = write_report(evaluator, subject, results, workdir, RUN)

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 from metaembed_jax.backbones.lora import dropout_keys, dropout_of
 from metaembed_jax.batch.training import TrainingBatch, check_microbatch
 from metaembed_jax.config import RunConfig
+from metaembed_jax.config.objectives import PairVectors
 from metaembed_jax.errors import UserError
-from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
 from metaembed_jax.network_config import model_config
 from metaembed_jax.precision import float32_products
@@ -60,7 +60,7 @@ def make_loss(config: RunConfig, mesh: Mesh) -> Callable:
     """`loss(parameters, frozen, batch, step) -> (scalar, metrics)` of a run's configuration; `step` seeds the dropout."""
     graph, _, abstract_dropout = abstract_network(model_config(config, training=True))
     abstract_dropout = nnx.to_pure_dict(abstract_dropout)
-    (query_vectors, document_vectors), matryoshka = config.objectives.largest_budget, config.objectives.matryoshka
+    query_vectors, document_vectors = config.objectives.largest_budget
 
     def loss(parameters: dict, frozen: dict, batch: TrainingBatch, step: Array) -> tuple[Array, dict[str, Array]]:
         everything = join(parameters, frozen)
@@ -76,22 +76,13 @@ def make_loss(config: RunConfig, mesh: Mesh) -> Callable:
         vectors_TD = vectors_nVD.reshape(-1, vectors_nVD.shape[-1])
         query_BRD = gather(vectors_TD, batch.queries, query_vectors)
         document_NRD = gather(vectors_TD, batch.documents, document_vectors)
-        pairs = query_BRD.shape[0]
-        positive_BRD, negatives = document_NRD[:pairs], None
+        pairs, negatives = query_BRD.shape[0], None
         if document_NRD.shape[0] > pairs:
             negatives = document_NRD[pairs:].reshape(pairs, -1, *document_NRD.shape[1:])
+        source_B = batch.source if config.data.within_source else None
         with jax.named_scope("loss"):
-            return matryoshka_loss(
-                query_BRD,
-                positive_BRD,
-                negatives,
-                groups=matryoshka.groups,
-                temperature=matryoshka.temperature,
-                normalization=matryoshka.normalization,
-                mesh=mesh,
-                negative_mask=batch.negative_mask,
-                sources=batch.source if config.data.within_source else None,
-            )
+            vectors = PairVectors(query_BRD, document_NRD[:pairs], negatives, batch.negative_mask, source_B)
+            return config.objectives.loss(vectors, mesh)
 
     return loss
 

@@ -49,7 +49,7 @@ def results(swept):
 
 
 def board(name, tasks, **changes):
-    return Board(name=name, measure="R@10", secondary="R@1", about="how to read it", tasks=tasks, total=len(tasks), **changes)
+    return Board(name=name, measure="R@10", secondary="R@1", legend="how to read it", tasks=tasks, total=len(tasks), **changes)
 
 
 def results_of(*boards):

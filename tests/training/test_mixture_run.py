@@ -8,6 +8,7 @@ import pytest
 
 from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.data import sources
+from metaembed_jax.results import read_results
 from metaembed_jax.training.loop import train
 from tests.checkpoints.huggingface_files import random_tensors, write
 from tests.data.field_files import write_colpali, write_mmeb, write_pairs
@@ -69,6 +70,14 @@ def test_the_published_mixture_trains_and_goes_on_where_it_was_killed(mixed_conf
     assert train(mixed_config, run)
     assert losses(run) == losses(whole) and list(losses(run)) == [1, 2, 3, 4]
     assert np.isfinite(list(losses(run).values())).all()
+
+    results, names = read_results(whole / "results.json"), [name for name, *_ in mixed_config.data.sources]
+    forward = results.boards[0]
+    assert forward.name == "query→document" and forward.total == len(names)
+    assert {task.name for task in forward.tasks} | set(", ".join(forward.notes).split(": ")[-1].split(", ")) >= set(names)
+    figures = next(line for line in map(json.loads, lines) if "validation/R@10/16:64" in line)
+    of_sources = [value for name, value in figures.items() if name.endswith("/R@10/16:64") and name.count("/") == 3]
+    assert len(of_sources) > 10 and figures["validation/R@10/16:64"] == pytest.approx(np.mean(of_sources))
 
 
 def test_its_sub_batches_are_of_one_source_and_negatives_are_where_rows_have_them(mixed_config):

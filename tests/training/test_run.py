@@ -25,7 +25,7 @@ from metaembed_jax.evaluation.tables import format_tables
 from metaembed_jax.hosts.votes import Terminated
 from metaembed_jax.late_interaction.budgets import budget_name
 from metaembed_jax.model import MetaEmbed
-from metaembed_jax.results import read_results
+from metaembed_jax.results import TaskResults, from_json, read_results
 from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
@@ -306,6 +306,41 @@ def test_a_first_stage_of_another_config_is_refused(small_config, whole, tmp_pat
     small_config = with_keys(small_config, {"init_from": f"{first}:first"})
     with pytest.raises(UserError, match="runs/small_first is a run of another config: model.embedding_dim is 16 there and 24 here"):
         train(small_config, tmp_path / "run")
+
+
+def test_a_benchmark_in_training_may_select_the_best_checkpoint(small_config, tmp_path, monkeypatch):
+    pytest.importorskip("mteb")
+    from metaembed_jax.evaluation.mteb import evaluator, tasks
+    from tests.evaluation.mteb.pages import Pages
+
+    monkeypatch.setattr(evaluator, "find", {"noise": [tasks.Benchmark("noise", [Pages()], [])]}.get)
+    evaluation = {"evaluation.evaluations": (("noise", ""),), "evaluation.select": "mteb/noise"}
+    config = with_keys(small_config, {**evaluation, "schedule.steps": 1, "optimizer.warmup_steps": 0})
+    assert train(config, tmp_path / "run")
+    (figures,) = (line for line in metrics_of(tmp_path / "run") if "validation/R@10/16:64" in line)
+    stored = json.loads((tmp_path / "run/checkpoints/1/metrics/metrics").read_text())
+    assert list(stored.values()) == [figures["mteb/noise/16:64"]] != [figures["validation/R@10/16:64"]]
+    task = from_json(TaskResults, json.loads((tmp_path / "run/eval/mteb/NoisePages.json").read_text()))
+    assert task.values()["16:64"].mean == figures["mteb/noise/16:64"]
+
+
+def metrics_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("select", "validation/R@3", "expected validation/R@1 or .* or validation/nDCG@10$"),
+        ("select", "mmeb/Precision@1", "config.evaluation.select='mmeb/Precision@1': expected validation/R@1 or"),
+        ("evaluations", (("mmeb", ""),), "config.evaluation.evaluations: 'mmeb': expected a folder"),
+        ("evaluations", (("mmeb", "nowhere"),), "config.evaluation.evaluations: 'mmeb': nowhere: expected {task}/test-"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_anything(small_config, tmp_path, key, value, message):
+    with pytest.raises(UserError, match=message):
+        train(with_keys(small_config, {f"evaluation.{key}": value}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_no_number_stops(small_config, tmp_path):

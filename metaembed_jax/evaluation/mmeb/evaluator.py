@@ -4,7 +4,7 @@ CACHE/mmeb/{task}.json               results of a task, and the key of its model
 CACHE/mmeb/embeddings/{task}-*.npz   vectors at the largest budget, until the task is finished
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from metaembed_jax.model import MetaEmbed, join_shares
 from metaembed_jax.results import Board, Failure, Interval, Results, SearchResults, TaskResults
 
 MEASURE = "Precision@1"
-ABOUT = "A query is answered if its right document scores above all others that it chooses among; means are over tasks."
+LEGEND = "A query is answered if its right document scores above all others that it chooses among; means are over tasks."
 IN_DOMAIN, OUT_OF_DOMAIN = "in domain", "out of domain"
 
 
@@ -73,7 +73,7 @@ class Mmeb:
         board = Board(
             name="MMEB",
             measure=MEASURE,
-            about=ABOUT,
+            legend=LEGEND,
             tasks=tuple(results),
             total=len(TASKS),
             groups=_groups(tasks),
@@ -82,6 +82,14 @@ class Mmeb:
         )
         data = f"MMEB, {key_of([(task.name, task.data) for task in results])}"
         return Results(title="MMEB", model=subject.name, step=subject.step, data=data, boards=(board,))
+
+    def figure_names(self) -> list[str]:
+        """Return the name of the benchmark's metric."""
+        return [MEASURE]
+
+    def figures(self, results: Results) -> Mapping[str, Mapping[str, Interval]]:
+        """Return the mean over all tasks."""
+        return {MEASURE: results.boards[0].mean()}
 
     def show(self, failures: Sequence[Failure]) -> list[FailedQuery]:
         """Look up the items of failures; images are read of these alone."""

@@ -3,7 +3,7 @@
 CACHE/mteb/{task}.json   results of a task, and the key of its model and data
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from metaembed_jax.results import Board, Failure, Interval, Results, SearchResul
 METRICS = ("ndcg_at_5", "ndcg_at_10")  # beside each task's main score
 MEASURE = "main score"
 LEFT_OUT = "left out: "
-ABOUT = "The main score of each task, as mteb defines and names it."
+LEGEND = "The main score of each task, as mteb defines and names it."
 
 
 class Mteb:
@@ -52,8 +52,7 @@ class Mteb:
         Raises:
           UserError: as `tasks.find`.
         """
-        if not self.benchmarks:
-            raise UserError(f"--benchmark={self.benchmark}: has no task")
+        _ = self.benchmarks
 
     def run(self, subject: Subject, cache: Path, progress: bool) -> Results:
         """Evaluate every task whose data is to be had.
@@ -73,6 +72,14 @@ class Mteb:
         titles, tasks = [board.name for board in boards], [task for board in boards for task in board.tasks]
         data = f"mteb {mteb.__version__}, {key_of([(task.name, task.data) for task in tasks])}"
         return Results(title=", ".join(titles), model=subject.name, step=subject.step, data=data, boards=tuple(boards))
+
+    def figure_names(self) -> list[str]:
+        """Return the names of the benchmarks."""
+        return [benchmark.name for benchmark in self.benchmarks]
+
+    def figures(self, results: Results) -> Mapping[str, Mapping[str, Interval]]:
+        """Return the mean main score of each benchmark."""
+        return {board.name: board.mean() for board in results.boards}
 
     def show(self, failures: Sequence[Failure]) -> list[FailedQuery]:
         """Look up the items of failures; only their tasks are loaded.
@@ -103,7 +110,7 @@ class Mteb:
             except PrivateTask as error:
                 notes.append(f"{LEFT_OUT}{error}")
         total = len(benchmark.tasks) + len(benchmark.others)
-        return Board(name=benchmark.name, measure=MEASURE, about=ABOUT, tasks=tuple(results), total=total, notes=tuple(notes))
+        return Board(name=benchmark.name, measure=MEASURE, legend=LEGEND, tasks=tuple(results), total=total, notes=tuple(notes))
 
 
 def evaluate_task(searcher: Searcher, task: Any, searches: Sequence[Stages]) -> TaskResults:

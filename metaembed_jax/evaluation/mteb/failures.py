@@ -32,7 +32,7 @@ def task_failures(task: Any, judged: Mapping[str, Mapping[str, int]], scores: Sc
 
 
 def _counted(task: Any, scores: Scores) -> Bool[np.ndarray, "Q N"]:
-    """Which documents mteb ranks for a query: those asked about, but not itself or the first one, where the task says so."""
+    """Mark the documents that mteb ranks for a query: those asked about; not itself or the first one, where the task says so."""
     counted_QN = scores.scores_QN > -np.inf
     if task.ignore_identical_ids:
         counted_QN &= ~marked(scores.queries, scores.documents, {query: [query] for query in scores.queries})

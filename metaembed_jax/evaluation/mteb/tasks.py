@@ -31,7 +31,7 @@ def find(name: str) -> list[Benchmark]:
     try:
         import mteb
     except ImportError as error:
-        raise UserError(f"--benchmark={name}: needs mteb ({error}); pip install 'metaembed-jax[eval]'") from error
+        raise UserError(f"{name}: needs mteb ({error}); pip install 'metaembed-jax[eval]'") from error
     benchmarks = []
     for member in GROUPS.get(name, (name,)):
         try:
@@ -40,11 +40,11 @@ def find(name: str) -> list[Benchmark]:
             try:
                 tasks = [mteb.get_task(member)]
             except KeyError:
-                raise UserError(f"--benchmark={name}: mteb has no such benchmark or task{_nearest(member)}") from None
+                raise UserError(f"{name}: mteb has no such benchmark or task{_nearest(member)}") from None
         searched = [task for task in tasks if _is_searched(task)]
         benchmarks.append(Benchmark(member, searched, [task.metadata.name for task in tasks if task not in searched]))
     if not any(benchmark.tasks for benchmark in benchmarks):
-        raise UserError(f"--benchmark={name}: none of its tasks is retrieval of texts and images")
+        raise UserError(f"{name}: none of its tasks is retrieval of texts and images")
     return benchmarks
 
 

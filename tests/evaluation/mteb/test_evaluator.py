@@ -207,20 +207,20 @@ def test_any_benchmark_or_task():
 def test_unknown_names(name, message):
     with pytest.raises(UserError, match=message) as caught:
         tasks.find(name)
-    assert str(caught.value).startswith(f"--benchmark={name}: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{name}: ") and "\n" not in str(caught.value)
 
 
 def test_without_mteb(monkeypatch):
     monkeypatch.setitem(sys.modules, "mteb", None)
-    with pytest.raises(UserError, match=r"--benchmark=vidore: needs mteb .*pip install 'metaembed-jax\[eval\]'"):
+    with pytest.raises(UserError, match=r"vidore: needs mteb .*pip install 'metaembed-jax\[eval\]'"):
         tasks.find("vidore")
 
 
 @pytest.mark.parametrize(
     "benchmark, files, message",
     [
-        ("mmeb", None, "--benchmark=mmeb: --from is missing"),
-        ("vidore", Path("x"), "--from=x: is for --benchmark=mmeb"),
+        ("mmeb", None, "--benchmark=mmeb: expected a folder"),
+        ("vidore", Path("x"), "--benchmark=vidore: x is not read: only mmeb is in a folder"),
         (None, Path("x"), "--from=x: is for --benchmark=mmeb"),
         ("vidor", None, "the nearest are vidore"),
     ],

@@ -1,0 +1,133 @@
+"""Objectives, whose sum is the loss of a step: each a frozen class of its settings, with its loss and the FLOPs of it.
+
+A new one is a class here and a field of `ObjectivesConfig`.
+
+B pairs, K hard negatives a pair, R vectors of an item, D width.
+"""
+
+import dataclasses
+import functools
+import operator
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from metaembed_jax.config.section import Positive, PositiveNumber, Section, annotations
+from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.groups import GROUPS, Budget
+from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
+
+
+class PairVectors(NamedTuple):
+    """Unit vectors of a step's pairs, at the largest budget of all objectives.
+
+    Attributes:
+      negatives: None where no pair has any.
+      negative_mask: false for hard negatives that only fill the array.
+      sources: a number of each pair's source, whose positives alone are its documents; None: those of all.
+    """
+
+    query_BRD: Float[Array, "B Rq D"]
+    document_BRD: Float[Array, "B Rd D"]
+    negatives: Float[Array, "B K Rd D"] | None
+    negative_mask: Bool[Array, "B K"] | None
+    sources: Int[Array, "B"] | None
+
+
+class Objective(Protocol):
+    """A term of the loss.
+
+    Attributes:
+      budgets: nested, smallest first; it reads no vectors beyond the last.
+    """
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """As above."""
+        ...
+
+    def loss(self, vectors: PairVectors, mesh: Mesh | None) -> tuple[Array, dict[str, Array]]:
+        """Return the loss of a step, a float32 scalar, and figures of it, by name."""
+        ...
+
+    def flops(self, pairs: int, documents: int, width: int) -> float:
+        """Count the FLOPs of the loss forward, with `documents` to each query; its gradients take twice as many."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatryoshkaConfig(Section):
+    """The Matryoshka loss: budgets trained together, each a prefix of the next."""
+
+    KEY: ClassVar[str] = "config.objectives.matryoshka"
+
+    groups: tuple[tuple[Positive, Positive], ...] = GROUPS  # budgets, nested
+    temperature: PositiveNumber = 0.03
+    normalization: Literal["code", "paper"] = "code"  # code: mean over groups; paper: sum
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Its groups."""
+        return self.groups
+
+    def loss(self, vectors: PairVectors, mesh: Mesh | None) -> tuple[Array, dict[str, Array]]:
+        """Return `matryoshka_loss`, with the loss and the accuracy of each group."""
+        return matryoshka_loss(
+            vectors.query_BRD,
+            vectors.document_BRD,
+            vectors.negatives,
+            groups=self.groups,
+            temperature=self.temperature,
+            normalization=self.normalization,
+            mesh=mesh,
+            negative_mask=vectors.negative_mask,
+            sources=vectors.sources,
+        )
+
+    def flops(self, pairs: int, documents: int, width: int) -> float:
+        """Count the similarities of the largest group, of which those of all others are parts."""
+        query_vectors, document_vectors = self.groups[-1]
+        return 2.0 * pairs * documents * query_vectors * document_vectors * width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectivesConfig(Section):
+    """The losses whose sum is trained, by name; None: not used."""
+
+    KEY: ClassVar[str] = "config.objectives"
+
+    matryoshka: MatryoshkaConfig | None = MatryoshkaConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.used():
+            raise UserError("config.objectives: all are None; expected at least one, such as matryoshka=MatryoshkaConfig()")
+
+    def used(self) -> dict[str, Objective]:
+        """Return the objectives that are not None, by name."""
+        objectives = {name: getattr(self, name) for name in annotations(type(self))}
+        return {name: objective for name, objective in objectives.items() if objective is not None}
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budgets that are trained, smallest first: those of the first objective."""
+        return next(iter(self.used().values())).budgets
+
+    @property
+    def largest_budget(self) -> Budget:
+        """Vectors of a query and of a document that the losses read."""
+        budgets = [budget for objective in self.used().values() for budget in objective.budgets]
+        return max(r_q for r_q, _ in budgets), max(r_d for _, r_d in budgets)
+
+    def loss(self, vectors: PairVectors, mesh: Mesh | None) -> tuple[Array, dict[str, Array]]:
+        """Return the sum of the losses, and the figures of all; of several, each loss too, as "objective/NAME"."""
+        terms = {name: objective.loss(vectors, mesh) for name, objective in self.used().items()}
+        total, figures = functools.reduce(operator.add, (value for value, _ in terms.values())), {}
+        for name, (value, own) in terms.items():
+            figures |= own | ({f"objective/{name}": value} if len(terms) > 1 else {})
+        return total, figures
+
+    def flops(self, pairs: int, documents: int, width: int) -> float:
+        """Count the FLOPs of all losses, forward."""
+        return sum(objective.flops(pairs, documents, width) for objective in self.used().values())

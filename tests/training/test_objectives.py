@@ -1,0 +1,45 @@
+"""The loss of a step is the sum of its objectives, and so are their FLOPs."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from metaembed_jax.config import MatryoshkaConfig, ObjectivesConfig
+from metaembed_jax.config.objectives import PairVectors
+from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
+
+FIRST = MatryoshkaConfig(groups=((1, 1), (2, 4)))
+SECOND = MatryoshkaConfig(groups=((3, 3),), temperature=0.5, normalization="paper")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoObjectives(ObjectivesConfig):
+    second: MatryoshkaConfig | None = None
+
+
+def vectors():
+    random = np.random.default_rng(0)
+    query, document = (random.normal(size=(6, count, 8)).astype(np.float32) for count in (3, 4))
+    return PairVectors(*(x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, document)), None, None, None)
+
+
+def test_the_loss_is_the_sum_of_all_that_are_set():
+    both, pairs = TwoObjectives(matryoshka=FIRST, second=SECOND), vectors()
+    loss, figures = both.loss(pairs, None)
+    first, _ = matryoshka_loss(pairs.query_BRD, pairs.document_BRD, groups=FIRST.groups)
+    second, _ = matryoshka_loss(pairs.query_BRD, pairs.document_BRD, groups=SECOND.groups, temperature=0.5, normalization="paper")
+    assert float(loss) == pytest.approx(float(first + second), rel=1e-6)
+    assert figures["objective/matryoshka"] == first and figures["objective/second"] == second
+    assert figures.keys() >= {"loss/1:1", "accuracy/2:4", "loss/3:3"}
+    assert both.largest_budget == (3, 4) and both.budgets == FIRST.groups
+    assert both.flops(6, 7, 8) == 2 * 6 * 7 * 8 * (2 * 4 + 3 * 3)
+
+
+def test_one_objective_is_the_loss_alone():
+    loss, figures = TwoObjectives(matryoshka=FIRST).loss(vectors(), None)
+    expected, theirs = FIRST.loss(vectors(), None)
+    assert loss == expected and figures.keys() == theirs.keys()
+    with pytest.raises(UserError, match="config.objectives: all are None"):
+        TwoObjectives(matryoshka=None)
