@@ -7,7 +7,27 @@ optimising: the suite compiles for minutes what it then runs for milliseconds.
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
+
+import tests.typechecked
+
+# Shapes and types of arrays are checked in every call of these packages and modules. Grain pickles functions of data.mixture, which
+# it could not where they are wrapped.
+CHECKED = (
+    "batch",
+    "data.items",
+    "data.pipeline",
+    "data.planned",
+    "data.schedule",
+    "data.sizes",
+    "encoding",
+    "evaluation",
+    "inputs",
+    "late_interaction",
+    "retrieval",
+)
+jaxtyping.install_import_hook([f"metaembed_jax.{package}" for package in CHECKED], f"{tests.typechecked.__name__}.check")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -29,6 +49,14 @@ def pytest_collection_modifyitems(items):
 
 
 SMALL_FONTS = ("fontawesome6-regular", "codicon")
+
+
+@pytest.fixture
+def unchecked():
+    """Let a test pass what the annotations forbid, to see it refused in a line."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

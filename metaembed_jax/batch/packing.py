@@ -71,7 +71,7 @@ def pack(sizes_N3: Int[np.ndarray, "N 3"], row: Size) -> Int[np.ndarray, "N 2"]:
     return _ranked(rows_N)
 
 
-def row_vectors(steps: Sequence[Int[np.ndarray, "N 3"]], tokens: int, patches: int, least: int) -> int:
+def row_vectors(steps: Sequence[Int[np.ndarray, "_ 3"]], tokens: int, patches: int, least: int) -> int:
     """Choose the vectors of a row of so many tokens and patches: the smallest multiple of 16 that adds at most 0.5 % of rows.
 
     Args:
@@ -102,7 +102,7 @@ def fill(sizes_N3: Int[np.ndarray, "N 3"], row: Size, rows: int) -> Fill:
     return Fill(*(total / max(rows * capacity, 1) for total, capacity in zip(totals, row, strict=True)))
 
 
-def best_fit_rows(steps: Sequence[Int[np.ndarray, "N 3"]], row: Size) -> Int[np.ndarray, "S"]:
+def best_fit_rows(steps: Sequence[Int[np.ndarray, "_ 3"]], row: Size) -> Int[np.ndarray, "S"]:
     """Return a tight upper bound of the rows that `pack` needs for each of some steps, computed for all of them together.
 
     Args:

@@ -124,7 +124,7 @@ class _BatchMaker:
 
 def _vectors_of_pairs(
     items: StepItems, rows_N: Int[np.ndarray, "N"], vectors: int
-) -> tuple[Int[np.ndarray, "B"], Int[np.ndarray, "B*(1+K)"], Bool[np.ndarray, "B K"]]:
+) -> tuple[Int[np.ndarray, "B"], Int[np.ndarray, "M"], Bool[np.ndarray, "B K"]]:
     """`queries`, `documents` and `negative_mask` of a `TrainingBatch` whose rows hold so many vectors."""
     order_N = np.argsort(rows_N, kind="stable")  # row by row, in the order in which they lie there
     read_N, sorted_rows_N = items.sizes_N3[order_N, 2], rows_N[order_N]

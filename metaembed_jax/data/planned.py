@@ -95,7 +95,7 @@ def plan_rows(items: Items, limits: Limits, silent: bool = True) -> RowPlan:
     return RowPlan(row, rows, tokens, patches, longest, cut / texts, shrunk / max(images, 1))
 
 
-def _most_rows(steps: list[Int[np.ndarray, "N 3"]], row: Size, rows: int) -> int:
+def _most_rows(steps: list[Int[np.ndarray, "_ 3"]], row: Size, rows: int) -> int:
     """The rows of the step that needs the most, or `rows` if that is more: only steps that could need more are packed alone."""
     bounds_S = best_fit_rows(steps, row)
     for step in np.argsort(-bounds_S, kind="stable").tolist():

@@ -48,9 +48,9 @@ class SourceSizes:
         self._source, self._name = source, name
         self._sizer = _Sizer(processor, negatives)
         stored = getattr(source, "stored", None)
-        self.table: Int[np.ndarray, "R 2+K 4"] | None = None if stored is None else _table(stored, self._sizer, name)
+        self.table: Int[np.ndarray, "R I 4"] | None = None if stored is None else _table(stored, self._sizer, name)
 
-    def of(self, row: int, epoch: int, step: int) -> Int[np.ndarray, "2+K 4"]:
+    def of(self, row: int, epoch: int, step: int) -> Int[np.ndarray, "I 4"]:
         """The sizes of a row's query, positive and negatives; 0 in place of negatives that it lacks.
 
         Raises:
@@ -71,7 +71,7 @@ class _Sizer:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_remembered": {}}
 
-    def __call__(self, description: dict, name: str) -> Int[np.ndarray, "2+K 4"]:
+    def __call__(self, description: dict, name: str) -> Int[np.ndarray, "I 4"]:
         sizes = np.zeros((2 + self.negatives, 4), np.int32)
         sizes[0] = self.size(description["query"], "query", f"{name}, query")
         sizes[1] = self.size(description["positive"], "document", f"{name}, positive")
@@ -99,7 +99,7 @@ class _Sizer:
             return str(error)
 
 
-def _table(stored: Records, sizer: _Sizer, name: str) -> Int[np.ndarray, "R 2+K 4"]:
+def _table(stored: Records, sizer: _Sizer, name: str) -> Int[np.ndarray, "R I 4"]:
     """The table of a prepared source: read, or computed and written by the first process that comes."""
     file = stored.folder / f"sizes-{stored.split}-{sizer.digits(stored.about['fingerprint'])}.npy"
     shape = (len(stored), 2 + sizer.negatives, 4)
@@ -116,7 +116,7 @@ def _table(stored: Records, sizer: _Sizer, name: str) -> Int[np.ndarray, "R 2+K 
         return table
 
 
-def _read_table(file: Path, shape: tuple[int, int, int]) -> Int[np.ndarray, "R 2+K 4"] | None:
+def _read_table(file: Path, shape: tuple[int, int, int]) -> Int[np.ndarray, "R I 4"] | None:
     """The table of a file, or None where it is missing or damaged."""
     try:
         with file.open("rb") as stored:
@@ -135,7 +135,7 @@ class _Job(NamedTuple):
     name: str
 
 
-def _compute(job: _Job) -> Int[np.ndarray, "R 2+K 4"]:
+def _compute(job: _Job) -> Int[np.ndarray, "R I 4"]:
     rows = len(job.stored)
     blocks = [range(first, min(first + BLOCK, rows)) for first in range(0, rows, BLOCK)]
     sizes = []
@@ -146,5 +146,5 @@ def _compute(job: _Job) -> Int[np.ndarray, "R 2+K 4"]:
     return np.concatenate(sizes)
 
 
-def _sizes_of(job: _Job, rows: range) -> Int[np.ndarray, "r 2+K 4"]:
+def _sizes_of(job: _Job, rows: range) -> Int[np.ndarray, "r I 4"]:
     return np.stack([job.sizer(job.stored.described(row), f"source {job.name!r}, row {row}") for row in rows])

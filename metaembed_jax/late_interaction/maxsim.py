@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int8
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction import maxsim_tpu
@@ -41,7 +41,7 @@ def product(equation: str, x: Array, y: Array) -> Array:
 
 def maxsim(
     query_QRD: Float[Array, "Q Rq D"],
-    document_NRD: Float[Array, "N Rc D"],
+    document_NRD: Float[Array, "N Rc D"] | Int8[Array, "N Rc D"],
     budget: Budget | None = None,
     document_mask: Bool[Array, "N Rc"] | None = None,
     document_scale: Float[Array, "N Rc"] | None = None,

@@ -37,7 +37,7 @@ class RowsOfSteps(NamedTuple):
     vectors: int
 
 
-def typical_steps(config: RunConfig, size: Callable[[dict, str], Size], steps: int) -> Iterator[Int[np.ndarray, "N 3"]]:
+def typical_steps(config: RunConfig, size: Callable[[dict, str], Size], steps: int) -> Iterator[Int[np.ndarray, "_ 3"]]:
     """Yields the sizes of the items of steps of a config's mixture, each item drawn as `typical` has it.
 
     Args:
@@ -88,7 +88,7 @@ def _item_size(config: RunConfig, limits: Limits) -> Callable[[dict, str], Size]
     return size
 
 
-def rows_of_steps(steps: Sequence[Int[np.ndarray, "N 3"]], row: Size) -> RowsOfSteps:
+def rows_of_steps(steps: Sequence[Int[np.ndarray, "_ 3"]], row: Size) -> RowsOfSteps:
     """Packs every step into rows of one capacity.
 
     Raises:

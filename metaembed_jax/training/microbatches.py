@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from metaembed_jax.batch.rows import Batch
 
 
-def encode(apply: Callable, rows: Batch, recompute: str, dtype: str) -> Float[Array, "M*b V D"]:
+def encode(apply: Callable, rows: Batch, recompute: str, dtype: str) -> Float[Array, "N V D"]:
     """The vectors of all rows of a step.
 
     Args:

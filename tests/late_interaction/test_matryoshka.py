@@ -217,6 +217,7 @@ def test_bad_groups_are_refused(groups, message):
         matryoshka_loss(*make_batch(2, 0), groups=groups)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_other_bad_input_is_refused():
     query, positive, hard = make_batch(6, 1)
     mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)

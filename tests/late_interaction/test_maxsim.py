@@ -95,6 +95,7 @@ def test_no_chip_rounds_float32():
         assert not rounded(text) and (products(text) or "tpu_custom_call" in text)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input_is_refused():
     query, document = np.zeros((2, 3, 4)), np.zeros((5, 6, 4))
     for budget in ((4, 6), (3, 7), (0, 1), (1,), 3, (1.5, 2), (float("inf"), 1)):

@@ -151,6 +151,7 @@ def test_bad_options_are_refused(options, message):
         me.Index.build(EYE, ["a"], mesh=ONE, **options)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     "query, k, budget, message",
     [

@@ -208,6 +208,7 @@ def broken(number, vector, value):
     return vectors
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -242,6 +243,7 @@ def test_bad_items_are_named_and_nothing_is_written(small, arguments, message):
     assert message in str(error.value) and len(small) == 0
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
