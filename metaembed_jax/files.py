@@ -170,28 +170,28 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
       UserError: it cannot be written.
     """
     with write_errors(path):
-        part = _new_part(path)
+        scratch = _new_scratch(path)
         try:
-            with part.open("wb") as file:
+            with scratch.open("wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             if is_bucket(path):
-                bucket_file_system().put_file(str(part), os.fspath(path))
+                bucket_file_system().put_file(str(scratch), os.fspath(path))
             else:
-                part.replace(path)
+                scratch.replace(path)
                 sync_folder(path.parent)
         finally:
             with contextlib.suppress(OSError):  # the error of the write matters more
-                part.unlink(missing_ok=True)
+                scratch.unlink(missing_ok=True)
 
 
-def is_part(path: Path) -> bool:
+def is_unfinished(path: Path) -> bool:
     """Return whether a file is the unfinished one of a killed writer."""
     return path.name.startswith(".") and path.name.endswith(PART)
 
 
-def _new_part(path: Path) -> Path:
+def _new_scratch(path: Path) -> Path:
     """Return the path where a file is written before it replaces `path`; make its folder."""
     if is_bucket(path):
         descriptor, name = tempfile.mkstemp()

@@ -126,7 +126,7 @@ def check_workdir(workdir: Path, config: RunConfig) -> None:
             raise UserError(f"{workdir} is a run of another config: {different}; choose another --workdir, or move the folder away")
     elif workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file: choose another --workdir")
-    elif workdir.exists() and any(path.name not in BEFORE and not files.is_part(path) for path in workdir.iterdir()):
+    elif workdir.exists() and any(path.name not in BEFORE and not files.is_unfinished(path) for path in workdir.iterdir()):
         raise UserError(f"{workdir} exists and is no run: choose another --workdir")
 
 

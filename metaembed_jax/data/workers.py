@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from metaembed_jax.errors import UserError
 
-Job, Part, Result = TypeVar("Job"), TypeVar("Part"), TypeVar("Result")
+Job, Chunk, Result = TypeVar("Job"), TypeVar("Chunk"), TypeVar("Result")
 ROWS_OF_WORKER = 50_000  # a process takes about as long to start as for 20,000
 MOST_WORKERS = 16  # each of them holds the libraries in memory
 
@@ -31,8 +31,8 @@ def workers_for(rows: int) -> int:
     return workers if workers > 1 else 0
 
 
-def map_with(job: Job, function: Callable[[Job, Part], Result], parts: Sequence[Part], workers: int) -> Iterator[Result]:
-    """Yield function(job, part) of each part, in order.
+def map_with(job: Job, function: Callable[[Job, Chunk], Result], chunks: Sequence[Chunk], workers: int) -> Iterator[Result]:
+    """Yield function(job, chunk) of each chunk, in order.
 
     Args:
       job: is sent to each process once, which keeps the files that it opens.
@@ -42,12 +42,12 @@ def map_with(job: Job, function: Callable[[Job, Part], Result], parts: Sequence[
       UserError: a process was killed.
     """
     if not workers:
-        yield from (function(job, part) for part in parts)
+        yield from (function(job, chunk) for chunk in chunks)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     with concurrent.futures.ProcessPoolExecutor(workers, context, _take_job, (job, function)) as pool:
         try:
-            yield from pool.map(_run_part, parts)
+            yield from pool.map(_run_chunk, chunks)
         except BrokenProcessPool as error:
             raise UserError(
                 f"one of {workers} worker processes was killed, most often for lack of memory: free some memory"
@@ -60,12 +60,12 @@ def map_with(job: Job, function: Callable[[Job, Part], Result], parts: Sequence[
 _task: tuple | None = None  # of a worker process, which does nothing else
 
 
-def _take_job(job: Job, function: Callable[[Job, Part], Result]) -> None:
+def _take_job(job: Job, function: Callable[[Job, Chunk], Result]) -> None:
     global _task
     _task = job, function
     end_with_parent()
 
 
-def _run_part(part: Part) -> Result:
+def _run_chunk(chunk: Chunk) -> Result:
     job, function = _task
-    return function(job, part)
+    return function(job, chunk)

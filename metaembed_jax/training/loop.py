@@ -267,7 +267,7 @@ def _export(config: RunConfig, workdir: Path) -> None:
         return
     for kind in config.schedule.exports:
         out = workdir / "export" / kind
-        for part in filter(files.is_part, out.parent.glob("*")):  # of a run that was killed here
+        for part in filter(files.is_unfinished, out.parent.glob("*")):  # of a run that was killed here
             files.remove_folder(part)
         export(workdir, out, kind, replace=True)
         print(f"written: {out}", flush=True)
