@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Sequence
 
 from metaembed_jax import __version__
-from metaembed_jax.config import CONFIGS, config_names
+from metaembed_jax.config.files import CONFIGS, config_names
 from metaembed_jax.errors import UserError
 from metaembed_jax.flags import Parser, run_main, split_overrides
 

@@ -4,7 +4,7 @@ from metaembed_jax.backbones.config import FamilyConfig
 from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.lora import LoraConfig
 from metaembed_jax.batch.items import Limits
-from metaembed_jax.config import ModelSettings, RunConfig
+from metaembed_jax.config.run import ModelSettings, RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig
 

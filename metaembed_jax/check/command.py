@@ -14,7 +14,7 @@ from metaembed_jax.check.case import SHORT, Case, Result, memory_limit, run
 from metaembed_jax.check.estimate import Estimate, estimate
 from metaembed_jax.check.kernels import CHIP, CPU, kernel_cases
 from metaembed_jax.check.network import MAX_FLOPS, Subject, encode_case, small_config, step_case
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning.measure import with_architecture

@@ -27,17 +27,9 @@ from metaembed_jax.batch.training import TrainingBatch, put
 from metaembed_jax.check import references
 from metaembed_jax.check.case import SHORT, Case
 from metaembed_jax.checkpoints.loading import run_processor
-from metaembed_jax.config import (
-    DataConfig,
-    MatryoshkaConfig,
-    MeshConfig,
-    ModelSettings,
-    ObjectivesConfig,
-    OptimizerConfig,
-    RowsConfig,
-    RunConfig,
-    with_keys,
-)
+from metaembed_jax.config.keys import with_keys
+from metaembed_jax.config.objectives import MatryoshkaConfig, ObjectivesConfig
+from metaembed_jax.config.run import DataConfig, MeshConfig, ModelSettings, OptimizerConfig, RowsConfig, RunConfig
 from metaembed_jax.data import tokenizer
 from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import training_batches

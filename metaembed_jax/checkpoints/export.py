@@ -22,7 +22,8 @@ from metaembed_jax.checkpoints.base import find
 from metaembed_jax.checkpoints.card import model_card
 from metaembed_jax.checkpoints.loading import load, read_about, run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import read_base, read_config
-from metaembed_jax.config import EXPORTS, RunConfig, names_config
+from metaembed_jax.config.files import names_config
+from metaembed_jax.config.run import EXPORTS, RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import ModelConfig, abstract_parameters
 from metaembed_jax.network_config import model_config

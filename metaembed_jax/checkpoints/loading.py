@@ -16,7 +16,7 @@ from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, read_kept
 from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, read_backbone, read_head, read_vocabulary_rows
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import read_base, read_config
-from metaembed_jax.config import DataConfig, ModelSettings, RunConfig
+from metaembed_jax.config.run import DataConfig, ModelSettings, RunConfig
 from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json

@@ -17,8 +17,8 @@ import jax
 from metaembed_jax import files, hosts
 from metaembed_jax.checkpoints import lease
 from metaembed_jax.checkpoints.base import Base
-from metaembed_jax.config import RunConfig
 from metaembed_jax.config.record import FREE_KEYS, REPLANNED_KEYS, flat, from_record, is_in, to_record
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from metaembed_jax.check import command
-from metaembed_jax.config import load_config
+from metaembed_jax.config.files import load_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.flags import add_config
 from metaembed_jax.startup import add_device_flags, start

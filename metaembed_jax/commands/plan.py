@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from metaembed_jax.config import load_config
+from metaembed_jax.config.files import load_config
 from metaembed_jax.flags import add_config
 from metaembed_jax.planning import command
 

@@ -6,7 +6,7 @@ SIGTERM saves and ends it with exit code 143, which tells schedulers to start it
 import argparse
 
 from metaembed_jax.checkpoints.workdir import default_workdir
-from metaembed_jax.config import load_config
+from metaembed_jax.config.files import load_config
 from metaembed_jax.flags import add_config, any_path
 from metaembed_jax.hosts.failures import fail_together, leave
 from metaembed_jax.hosts.votes import TERMINATED

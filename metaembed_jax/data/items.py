@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 
 from metaembed_jax.batch.rows import RowItem
 from metaembed_jax.batch.training import StepShape
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.data.mixture import Reference, check_mixture, mixture
 from metaembed_jax.data.sizes import CUT, PATCHES, SHRUNK, TOKENS, SourceSizes
 from metaembed_jax.network_config import row_limits

@@ -14,7 +14,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Int
 
-from metaembed_jax.config import DataConfig, RunConfig
+from metaembed_jax.config.run import DataConfig, RunConfig
 from metaembed_jax.data.schedule import balanced_schedule
 from metaembed_jax.errors import UserError
 

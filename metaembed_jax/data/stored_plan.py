@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from metaembed_jax.batch.packing import Size
-from metaembed_jax.config import RunConfig
 from metaembed_jax.config.record import fixed
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.data.items import Items
 from metaembed_jax.data.planned import RowPlan, plan_rows
 from metaembed_jax.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 from metaembed_jax import hosts
 from metaembed_jax.checkpoints.loading import run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import agree, check_model, read_config
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.benchmarks import benchmark_evaluator

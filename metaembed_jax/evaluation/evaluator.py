@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from metaembed_jax.config import RunConfig
 from metaembed_jax.config.record import to_record
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.evaluation.failures import FailedQuery
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.results import Failure, Interval, Results

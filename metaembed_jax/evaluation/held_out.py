@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from metaembed_jax.config import DataConfig
+from metaembed_jax.config.run import DataConfig
 from metaembed_jax.data import sources
 from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.failures import FailedQuery, with_items

@@ -5,7 +5,7 @@ import sys
 
 import jax
 
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning import report
 from metaembed_jax.planning.chips import topology

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.planning.chips import topology
 from metaembed_jax.planning.programs import PROGRAMS
 from metaembed_jax.training.step import run_mesh

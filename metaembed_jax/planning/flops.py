@@ -21,7 +21,7 @@ from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.flop_counts import AttentionCount, FlopCount
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.training import StepShape
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.network import abstract_network
 from metaembed_jax.network_config import model_config
 from metaembed_jax.trainable import LORA, trainable_paths

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from metaembed_jax.backbones.family import family
 from metaembed_jax.batch.packing import Size
 from metaembed_jax.batch.training import HOST
-from metaembed_jax.config import ModelSettings, RunConfig, with_keys
+from metaembed_jax.config.keys import with_keys
+from metaembed_jax.config.run import ModelSettings, RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.links import rings
 from metaembed_jax.network_config import architecture_of

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from metaembed_jax.config import ModelSettings
+from metaembed_jax.config.run import ModelSettings
 from metaembed_jax.planning.chips import GIB
 from metaembed_jax.planning.cost import Item
 

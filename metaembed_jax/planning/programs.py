@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from metaembed_jax.batch import training
 from metaembed_jax.batch.rows import abstract
 from metaembed_jax.batch.training import StepShape, TrainingBatch, step_shape
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.encoding.schedule import CALL_ROWS
 from metaembed_jax.late_interaction.topk import top_k
 from metaembed_jax.model import make_encode

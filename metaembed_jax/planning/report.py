@@ -1,6 +1,6 @@
 """A plan in words."""
 
-from metaembed_jax.config import ModelSettings
+from metaembed_jax.config.run import ModelSettings
 from metaembed_jax.planning.chips import GIB, Chip, Topology
 from metaembed_jax.planning.plan import Plan, knob
 

@@ -10,7 +10,8 @@ from tqdm import tqdm
 from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.flop_counts import FlopCount
 from metaembed_jax.batch.training import StepShape, step_shape
-from metaembed_jax.config import RECOMPUTE, RunConfig, with_keys
+from metaembed_jax.config.keys import with_keys
+from metaembed_jax.config.run import RECOMPUTE, RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.network_config import model_config
 from metaembed_jax.planning.chips import Topology

@@ -24,7 +24,7 @@ from metaembed_jax.checkpoints.workdir import (
     record_changes,
 )
 from metaembed_jax.compilation import announced
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.data import sources
 from metaembed_jax.data.items import Items, run_items
 from metaembed_jax.data.mixture import check_mixture

@@ -5,7 +5,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from optax.contrib import MuonDimensionNumbers, muon
 
-from metaembed_jax.config import OptimizerConfig
+from metaembed_jax.config.run import OptimizerConfig
 from metaembed_jax.sharding import replicated
 
 

@@ -3,7 +3,7 @@
 from jax.sharding import Mesh
 
 from metaembed_jax.batch.training import StepShape
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.planning.flops import train_flops
 from metaembed_jax.planning.peaks import peak
 

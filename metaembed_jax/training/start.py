@@ -16,7 +16,9 @@ from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture, best_parameters, exported_parameters, read_about
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import check_model, default_workdir, has_checkpoints, read_base, read_config
-from metaembed_jax.config import ModelSettings, RunConfig, load_config, names_config, with_keys
+from metaembed_jax.config.files import load_config, names_config
+from metaembed_jax.config.keys import with_keys
+from metaembed_jax.config.run import ModelSettings, RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import abstract_parameters
 from metaembed_jax.network_config import architecture_of, model_config

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from metaembed_jax.backbones.lora import dropout_keys, dropout_of
 from metaembed_jax.batch.training import TrainingBatch, check_microbatch
-from metaembed_jax.config import RunConfig
 from metaembed_jax.config.objectives import PairVectors
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
 from metaembed_jax.network_config import model_config

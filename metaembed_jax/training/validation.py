@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from metaembed_jax.config import RunConfig
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.benchmarks import benchmark_evaluator
 from metaembed_jax.evaluation.evaluator import Evaluator, Subject

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
-from metaembed_jax.config import DataConfig
+from metaembed_jax.config.run import DataConfig
 from metaembed_jax.data.sources import icons, records
 from metaembed_jax.errors import UserError
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from metaembed_jax.backbones.family import family
-from metaembed_jax.config import DataConfig, ModelSettings
+from metaembed_jax.config.run import DataConfig, ModelSettings
 from metaembed_jax.data import tokenizer
 from metaembed_jax.data.sources import records
 from metaembed_jax.errors import UserError
