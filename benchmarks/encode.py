@@ -35,8 +35,8 @@ from metaembed_jax.data import tokenizer
 from metaembed_jax.encoding.encoder import CHUNK, Encoder
 from metaembed_jax.encoding.reading import MOST_THREADS
 from metaembed_jax.encoding.schedule import Schedule
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network_config import model_config
-from metaembed_jax.sharding import make_mesh
 
 PHOTOS, SEED, ROUNDS = 1000, 0, 3
 BOUNDS = {1: 1.15, 8: 1.2, 64: 1.5}

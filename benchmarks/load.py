@@ -123,7 +123,7 @@ def record(directory: Path, side: str, vectors: dict[str, np.ndarray], **figures
 def eight(directory: Path) -> None:
     """Our loading, the parameters split over 8 devices."""
     from metaembed_jax import MetaEmbed
-    from metaembed_jax.sharding import make_mesh
+    from metaembed_jax.mesh import make_mesh
 
     start = time.perf_counter()
     MetaEmbed.from_pretrained(directory, dtype="bfloat16", mesh=make_mesh(data=1, fsdp=8))
@@ -133,7 +133,7 @@ def eight(directory: Path) -> None:
 def ours(directory: Path) -> None:
     """Our side, on one device."""
     from metaembed_jax import MetaEmbed
-    from metaembed_jax.sharding import make_mesh
+    from metaembed_jax.mesh import make_mesh
 
     start = time.perf_counter()
     model = MetaEmbed.from_pretrained(directory, dtype="bfloat16", mesh=make_mesh())

@@ -27,16 +27,15 @@ from qwen2_5_vl_torch import TorchTrainer, write_checkpoint
 from metaembed_jax.backbones.qwen.images import to_units
 from metaembed_jax.backbones.qwen.inputs import rope_positions
 from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
-from metaembed_jax.batch.items import Example
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Example, Size
 from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.batch.training import TrainingBatch, put
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.config import RunConfig, with_keys
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import abstract_network
 from metaembed_jax.network_config import model_config
-from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.step import Trainer, make_trainer
 
 PAIRS, QUERY_TOKENS, DOCUMENT_TOKENS, SIDE = 32, 24, 28, 112

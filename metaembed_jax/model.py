@@ -22,8 +22,9 @@ from metaembed_jax.encoding.encoder import Block, Encoder, Reduced
 from metaembed_jax.errors import UserError
 from metaembed_jax.hosts import count_hosts
 from metaembed_jax.late_interaction.maxsim import maxsim
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import ModelConfig, abstract_network
-from metaembed_jax.sharding import make_mesh, named_sharding, replicated
+from metaembed_jax.sharding import named_sharding, replicated
 
 SAMPLES = 16  # of a parameter along each axis, at most, that the fingerprint reads
 
@@ -51,7 +52,7 @@ class MetaEmbed:
         Args:
           path: the directory, or a hub id.
           dtype: of activations and matmuls, "bfloat16" or "float32".
-          mesh: of `sharding.make_mesh`; by default all devices, along the data axis.
+          mesh: of `mesh.make_mesh`; by default all devices, along the data axis.
           seed: of fresh Meta Tokens.
           max_visual_tokens: cap on the visual tokens of an image.
 

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from metaembed_jax.backbones.backbone import Backbone
 from metaembed_jax.backbones.config import FamilyConfig
 from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.layers import Linear, param, store_int8
@@ -71,7 +72,7 @@ class Network(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.backbone = family(config.backbone).Backbone(config.architecture, rngs=rngs)
+        self.backbone: Backbone = family(config.backbone).Backbone(config.architecture, rngs=rngs)
         rows, width = config.query_tokens + config.document_tokens, self.backbone.width
         self.meta_tokens = param(rngs, jax.nn.initializers.normal(config.meta_token_scale), (rows, width), (None, "embed"))
         dim = config.embedding_dim

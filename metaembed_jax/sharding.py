@@ -10,11 +10,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
-
-from metaembed_jax.errors import UserError
-from metaembed_jax.links import arrange
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -29,30 +26,6 @@ RULES = {
     "patch": None,
     "output": None,
 }
-
-
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 0, devices: Sequence | None = None) -> Mesh:
-    """Make a mesh with axes `MESH_AXES` whose neighbours are neighbours on the links between chips.
-
-    Args:
-      data, fsdp, tensor: sizes of the axes; one may be -1 (all remaining devices).
-      slices: as in `links.arrange`.
-      devices: all by default.
-
-    Raises:
-      UserError: the sizes do not multiply to the number of devices, or do not fit its slices.
-    """
-    devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
-    named = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"config.mesh ({named}): expected positive sizes, of which at most one is -1 (all remaining devices)")
-    if -1 in sizes:
-        known = -int(np.prod(sizes))
-        sizes[sizes.index(-1)] = len(devices) // known
-    if int(np.prod(sizes)) != len(devices):
-        raise UserError(f"config.mesh ({named}) does not fit {len(devices)} devices: expected sizes that multiply to that number")
-    return Mesh(arrange(devices, tuple(sizes), slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -10,7 +10,7 @@ import pytest
 from metaembed_jax import devices
 from metaembed_jax.devices import check_devices, describe_devices, nvidia_files, tpu_files
 from metaembed_jax.errors import UserError
-from metaembed_jax.sharding import make_mesh
+from metaembed_jax.mesh import make_mesh
 from tests.several_hosts import ROOT
 
 

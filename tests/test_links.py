@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.links import Ring, rings
-from metaembed_jax.sharding import MESH_AXES, fetch_rows, make_mesh, put_rows, rows_here
+from metaembed_jax.mesh import make_mesh
+from metaembed_jax.sharding import MESH_AXES, fetch_rows, put_rows, rows_here
 
 
 def devices_of(name, slices=1):

@@ -19,9 +19,9 @@ from metaembed_jax.checkpoints import base
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.config import MatryoshkaConfig, ModelSettings, ObjectivesConfig, RunConfig
 from metaembed_jax.config.record import to_record
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import init_parameters
 from metaembed_jax.network_config import model_config
-from metaembed_jax.sharding import make_mesh
 from tests.backbones.qwen2_5_vl.reference import noise, write_tokenizer
 from tests.checkpoints.huggingface_files import SMALL, random_tensors, write
 from tests.encoding.small_rows import with_small_rows

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from metaembed_jax.backbones.backbone import Backbone
 from metaembed_jax.backbones.config import FamilyConfig
 from metaembed_jax.backbones.flop_counts import FlopCount
 from metaembed_jax.backbones.weight_map import Source
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.processors import PromptProcessor
 
@@ -63,7 +62,7 @@ class Family:
       Config: the architecture, from a config.json and back.
       Images: how images become patches.
       Processor: (tokenizer, images, limits) -> items to `batch.items.Example`s.
-      Backbone: (config, *, rngs) -> the network.
+      Backbone: (config, *, rngs) -> a `backbone.Backbone`, the network.
       special_tokens: special tokens of a vocabulary made from scratch.
       pad_token: the token that an export names as padding.
       prompt_words: strings around the texts of prompts, for vocabularies made from scratch.
@@ -79,7 +78,7 @@ class Family:
     Config: type[FamilyConfig]
     Images: type[FamilyImages]
     Processor: type[PromptProcessor]
-    Backbone: type[Backbone]
+    Backbone: Callable[..., Any]
     special_tokens: tuple[str, ...]
     pad_token: str
     prompt_words: tuple[str, ...]

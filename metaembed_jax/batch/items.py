@@ -9,6 +9,23 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 
+class Size(NamedTuple):
+    """The size of an item, or the capacity of a row.
+
+    Attributes:
+      tokens: positions of the language model, visual tokens and Meta Tokens included.
+      patches: positions of the vision tower, its padding included.
+      vectors: Meta Tokens that are read out.
+    """
+
+    tokens: int
+    patches: int
+    vectors: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, {self.patches} patches, {self.vectors} vectors"
+
+
 class ArraySpec(NamedTuple):
     """An array of patches.
 

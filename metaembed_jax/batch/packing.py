@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from metaembed_jax.batch.items import Size
 from metaembed_jax.errors import UserError
 
 # Three sizes in one integer of 21-bit fields: an item fits where the subtraction leaves the top bit of each field set.
@@ -20,23 +21,6 @@ from metaembed_jax.errors import UserError
 _LARGEST = (1 << 20) - 1
 _FIELDS = np.array([1, 1 << 21, 1 << 42], np.int64)
 _BORROWS = int(_FIELDS.sum()) << 20
-
-
-class Size(NamedTuple):
-    """The size of an item, or the capacity of a row.
-
-    Attributes:
-      tokens: positions of the language model, visual tokens and Meta Tokens included.
-      patches: positions of the vision tower, its padding included.
-      vectors: Meta Tokens that are read out.
-    """
-
-    tokens: int
-    patches: int
-    vectors: int
-
-    def __str__(self) -> str:
-        return f"{self.tokens} tokens, {self.patches} patches, {self.vectors} vectors"
 
 
 class Fill(NamedTuple):

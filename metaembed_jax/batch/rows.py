@@ -19,8 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, UInt8
 
-from metaembed_jax.batch.items import Example, Layout
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Example, Layout, Size
 from metaembed_jax.sharding import named_sharding, put_rows
 
 

@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from metaembed_jax.batch import rows
-from metaembed_jax.batch.items import Layout
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Layout, Size
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.errors import UserError
 from metaembed_jax.sharding import put_replicated, put_rows, replicated

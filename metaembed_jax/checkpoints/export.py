@@ -25,10 +25,10 @@ from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config.files import names_config
 from metaembed_jax.config.run import EXPORTS, RunConfig
 from metaembed_jax.errors import UserError
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import ModelConfig, abstract_parameters
 from metaembed_jax.network_config import model_config
 from metaembed_jax.results import Results, read_results
-from metaembed_jax.sharding import make_mesh
 from metaembed_jax.trainable import LORA, paths, trainable_paths
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Bool, Int
 
-from metaembed_jax.batch.items import Layout
-from metaembed_jax.batch.packing import Size, pack
+from metaembed_jax.batch.items import Layout, Size
+from metaembed_jax.batch.packing import pack
 from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.batch.training import StepShape, TrainingBatch
 from metaembed_jax.data.items import Items, StepItems

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
-from metaembed_jax.batch.items import Limits
-from metaembed_jax.batch.packing import Size, best_fit_rows, pack, row_vectors
+from metaembed_jax.batch.items import Limits, Size
+from metaembed_jax.batch.packing import best_fit_rows, pack, row_vectors
 from metaembed_jax.batch.training import StepShape, step_shape
 from metaembed_jax.data.items import Items
 

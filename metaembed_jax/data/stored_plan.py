@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.config.record import fixed
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.data.items import Items

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from metaembed_jax import hosts
 from metaembed_jax.batch import rows
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.compilation import announced
 from metaembed_jax.encoding.reading import Reader, as_table, results
 from metaembed_jax.encoding.schedule import Call, Schedule

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from metaembed_jax.batch.packing import Size, least_rows, pack
+from metaembed_jax.batch.items import Size
+from metaembed_jax.batch.packing import least_rows, pack
 
 CALL_ROWS = (16, 4, 1)  # of a shard, in a call
 LONG = 256  # rows of a shard that are sent before the first call of the largest size

@@ -16,10 +16,10 @@ from metaembed_jax.evaluation.report import RUN, benchmark_names, write_report
 from metaembed_jax.evaluation.tables import format_tables
 from metaembed_jax.files import check_bucket
 from metaembed_jax.late_interaction.budgets import parse_budgets, parse_searches
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_parameters
 from metaembed_jax.network_config import model_config
-from metaembed_jax.sharding import make_mesh
 
 
 def evaluate_checkpoint(

@@ -6,8 +6,8 @@ from jaxtyping import Float, Int
 
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.maxsim import maxsim_on
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import join_shares
-from metaembed_jax.sharding import make_mesh
 
 
 def score_parts(

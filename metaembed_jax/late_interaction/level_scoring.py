@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from metaembed_jax.late_interaction.maxsim import product
+from metaembed_jax.precision import float32_einsum
 
 QUERY_VECTORS = 256  # scored at once
 
@@ -56,7 +56,7 @@ def score_levels(query_QRD: Float[Array, "Q R D"], block: Block) -> Float[Array,
     maximum_QRn, first = -jnp.inf, 0
     for number, level_nwD in enumerate(block.levels):
         # Documents last, as in `maxsim`, so that the maximum over j runs along whole rows of documents.
-        similarity_QRwn = product("qid,njd->qijn", query_QRD, level_nwD)
+        similarity_QRwn = float32_einsum("qid,njd->qijn", query_QRD, level_nwD)
         if block.scales:
             similarity_QRwn *= block.scales[number].T
         vectors = first + jnp.arange(level_nwD.shape[1])

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS, Budget, validate_groups
-from metaembed_jax.late_interaction.maxsim import product
+from metaembed_jax.precision import float32_einsum
 from metaembed_jax.sharding import BATCH_AXES, batch_shards
 
 # A chunk's similarities fit a CPU's cache, unless the vectors are so wide that reading the documents again for each chunk would
@@ -266,15 +266,16 @@ def _block_gradients(columns, winner_RbM, coefficient_RbM, query_RbD, document_J
         return jnp.where(is_winner, coefficient_RbM[:, :, None, documents], 0).astype(query_RbD.dtype)
 
     positives_RbJN, negatives_RbJK = similarity_gradient(slice(positives)), similarity_gradient(slice(positives, None))
-    dq = product("rbjn,jnd->rbd", positives_RbJN, document_JND) + product("rbjk,jbkd->rbd", negatives_RbJK, negative_JbKD)
-    dc = product("rbjn,rbd->jnd", positives_RbJN, query_RbD)
-    dn = product("rbjk,rbd->jbkd", negatives_RbJK, query_RbD)
+    dq = float32_einsum("rbjn,jnd->rbd", positives_RbJN, document_JND)
+    dq += float32_einsum("rbjk,jbkd->rbd", negatives_RbJK, negative_JbKD)
+    dc = float32_einsum("rbjn,rbd->jnd", positives_RbJN, query_RbD)
+    dn = float32_einsum("rbjk,rbd->jbkd", negatives_RbJK, query_RbD)
     return dq, dc, dn.astype(negative_JbKD.dtype)
 
 
 def _similarities(query_RbD, document_JND, negative_JbKD):
     """Return float32 similarities [R, b, J, N] to the positives and [R, b, J, K] to the queries' own negatives."""
-    return product("rbd,jnd->rbjn", query_RbD, document_JND), product("rbd,jbkd->rbjk", query_RbD, negative_JbKD)
+    return float32_einsum("rbd,jnd->rbjn", query_RbD, document_JND), float32_einsum("rbd,jbkd->rbjk", query_RbD, negative_JbKD)
 
 
 def _max_and_first(similarity_RbJM, columns_J):

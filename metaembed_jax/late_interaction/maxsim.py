@@ -4,7 +4,7 @@ Q queries, N documents, R vectors of an item, D their width, b items of a block.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +20,6 @@ from metaembed_jax.late_interaction.groups import Budget, validate_budget
 # the matmuls are still large (measured: 100 documents of 64 x 128 by 16 queries of 16; 28 documents of 64 x 3584).
 DOCUMENT_VECTORS, DOCUMENT_NUMBERS = 6400, 6400 * 1024
 QUERY_VECTORS = 256
-
-
-def product(equation: str, x: Array, y: Array) -> Array:
-    """Return the einsum of two arrays of any float type, with float32 products, sums and result."""
-    dtype = jnp.result_type(x, y)
-    x, y = x.astype(dtype), y.astype(dtype)
-    # At its default precision a TPU rounds float32 to bfloat16 first.
-    einsum = partial(jnp.einsum, equation, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    if dtype == jnp.float32:
-        return einsum(x, y)
-    # XLA on a CPU has no such product of bfloat16; the result is the same if both are widened first.
-    return jax.lax.platform_dependent(
-        x,
-        y,
-        cpu=lambda x, y: einsum(x.astype(jnp.float32), y.astype(jnp.float32)),
-        default=partial(jnp.einsum, equation, preferred_element_type=jnp.float32),
-    )
 
 
 def maxsim(
@@ -159,7 +142,7 @@ def _documents_at_once(documents: int, vectors: int, width: int) -> int:
 
 def _score(query_QRD: Array, document_NRD: Array, document_mask: Array | None, document_scale: Array | None) -> Float[Array, "Q N"]:
     # Documents last, so that the maximum over j runs along whole rows of documents.
-    similarity_QRJN = product("qid,njd->qijn", query_QRD, document_NRD)
+    similarity_QRJN = float32_einsum("qid,njd->qijn", query_QRD, document_NRD)
     if document_scale is not None:
         similarity_QRJN *= document_scale.T
     if document_mask is not None:

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from metaembed_jax.backbones.family import family
 from metaembed_jax.backbones.flop_counts import AttentionCount, FlopCount
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.training import StepShape
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.network import abstract_network

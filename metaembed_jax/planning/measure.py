@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from metaembed_jax.backbones.family import family
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.training import HOST
 from metaembed_jax.config.keys import with_keys
 from metaembed_jax.config.run import ModelSettings, RunConfig

@@ -11,8 +11,8 @@ from jaxtyping import Int
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from metaembed_jax.backbones.family import family
-from metaembed_jax.batch.items import Limits
-from metaembed_jax.batch.packing import Fill, Size, fill, pack, row_vectors
+from metaembed_jax.batch.items import Limits, Size
+from metaembed_jax.batch.packing import Fill, fill, pack, row_vectors
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.data.schedule import balanced_schedule
 from metaembed_jax.network_config import model_config, row_limits

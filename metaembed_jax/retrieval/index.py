@@ -24,6 +24,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import Stages, as_stages
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.ingest import as_array, as_blocks, as_ids, check_unit, make_items, most_vectors
@@ -31,7 +32,6 @@ from metaembed_jax.retrieval.manifest import DTYPES, Manifest, Segment, levels_o
 from metaembed_jax.retrieval.search import Searcher, count_survivors
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.retrieval.writer import SegmentWriter, copy_segment, merge_segments, write_segment
-from metaembed_jax.sharding import make_mesh
 
 
 class Index:

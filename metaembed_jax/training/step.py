@@ -20,10 +20,11 @@ from metaembed_jax.batch.training import TrainingBatch, check_microbatch
 from metaembed_jax.config.objectives import PairVectors
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
 from metaembed_jax.network_config import model_config
 from metaembed_jax.precision import float32_products
-from metaembed_jax.sharding import batch_shards, make_mesh, replicated
+from metaembed_jax.sharding import batch_shards, replicated
 from metaembed_jax.trainable import join, paths, split, trainable_paths
 from metaembed_jax.training.microbatches import encode
 from metaembed_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings

@@ -4,8 +4,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from metaembed_jax.batch.items import Example
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Example, Size
 from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.network import Network
 

@@ -26,7 +26,8 @@ from metaembed_jax.backbones.attention_flash import flash
 from metaembed_jax.backbones.attention_splash import splash
 from metaembed_jax.backbones.attention_xla import in_blocks, xla
 from metaembed_jax.check import references
-from metaembed_jax.sharding import BATCH_AXES, MESH_AXES, make_mesh
+from metaembed_jax.mesh import make_mesh
+from metaembed_jax.sharding import BATCH_AXES, MESH_AXES
 
 CAUSAL, FULL = dict(causal=True), dict(causal=False)
 CASES = {  # B, S, T, H, G, K, kind, dtype, tolerance

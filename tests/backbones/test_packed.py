@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from metaembed_jax.batch.packing import Size, pack
+from metaembed_jax.batch.items import Size
+from metaembed_jax.batch.packing import pack
 from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.encoding.reading import as_item
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import abstract_network
-from metaembed_jax.sharding import make_mesh
 from tests.backbones.test_parity import CASES, ONE_EACH, REFERENCES
 
 VECTORS = {"query": 16, "document": 64}

@@ -12,7 +12,7 @@ import pytest
 import metaembed_jax as me
 from metaembed_jax.backbones.family import FAMILIES
 from metaembed_jax.encoding.reading import as_item
-from metaembed_jax.sharding import make_mesh
+from metaembed_jax.mesh import make_mesh
 from tests.encoding.small_rows import with_small_rows
 
 TOLERANCE = dict(rtol=0, atol=1e-5)  # float32 leaves 2e-6 at most

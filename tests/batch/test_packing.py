@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metaembed_jax.batch.packing import Fill, Size, best_fit_rows, fill, least_rows, pack
+from metaembed_jax.batch.items import Size
+from metaembed_jax.batch.packing import Fill, best_fit_rows, fill, least_rows, pack
 from metaembed_jax.errors import UserError
 
 ROW = Size(40, 60, 20)

@@ -11,7 +11,7 @@ from metaembed_jax import cli
 from metaembed_jax.backbones import attention_windows, attention_xla, layers
 from metaembed_jax.check import command, kernels, references
 from metaembed_jax.late_interaction import matryoshka, maxsim
-from metaembed_jax.sharding import make_mesh
+from metaembed_jax.mesh import make_mesh
 from tests.products import products, rounded, rounded_in_kernels
 
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import claim
-from metaembed_jax.sharding import make_mesh
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer
 

@@ -12,8 +12,9 @@ from safetensors.numpy import save_file
 from metaembed_jax.checkpoints.base import open_base
 from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.errors import UserError
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import abstract_network
-from metaembed_jax.sharding import make_mesh, parameter_shardings
+from metaembed_jax.sharding import parameter_shardings
 from tests.checkpoints.huggingface_files import new_layout, random_tensors, write
 
 TENSORS = random_tensors()

@@ -15,7 +15,8 @@ from metaembed_jax.encoding import schedule
 from metaembed_jax.encoding.encoder import Encoder
 from metaembed_jax.encoding.reading import Reader, results
 from metaembed_jax.errors import UserError
-from metaembed_jax.sharding import make_mesh, named_sharding
+from metaembed_jax.mesh import make_mesh
+from metaembed_jax.sharding import named_sharding
 
 LAYOUT = Layout({"patches": ArraySpec((2,), "uint8")}, 1, 4, 4)
 CONFIG = SimpleNamespace(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.encoding import schedule as module
 from metaembed_jax.encoding.schedule import SMALL, Schedule, row_size
 

@@ -6,10 +6,10 @@ import pytest
 from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
 from metaembed_jax.config import load_config
 from metaembed_jax.data import tokenizer
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import init_parameters
 from metaembed_jax.network_config import model_config
-from metaembed_jax.sharding import make_mesh
 
 
 @pytest.fixture(scope="session")

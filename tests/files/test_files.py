@@ -22,8 +22,9 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.evaluation.mmeb import evaluator as mmeb
 from metaembed_jax.flags import run_main
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
-from metaembed_jax.sharding import make_mesh, named_sharding
+from metaembed_jax.sharding import named_sharding
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.metrics import MetricsWriter
 from tests.files.emulator import BUCKET

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metaembed_jax.late_interaction.level_scoring import Block, empty_top_k, merge_block, score_levels
-from metaembed_jax.sharding import make_mesh
+from metaembed_jax.mesh import make_mesh
 
 EDGES = (0, 1, 4, 6)
 

@@ -11,8 +11,8 @@ from metaembed_jax.late_interaction import maxsim_tpu
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.late_interaction.maxsim_tpu import choose_blocks, score
 from metaembed_jax.late_interaction.topk import top_k
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.planning.chips import topology
-from metaembed_jax.sharding import make_mesh
 
 CASES = {  # Q, Rq, N, Rc, D, query, documents, masked
     "one vector each": (1, 1, 1, 1, 3, "float32", "float32", False),

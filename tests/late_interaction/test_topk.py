@@ -7,7 +7,7 @@ import pytest
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.late_interaction.topk import top_k
-from metaembed_jax.sharding import make_mesh
+from metaembed_jax.mesh import make_mesh
 
 MESH = dict(data=2, fsdp=2, tensor=2)
 

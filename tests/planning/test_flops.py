@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.training import StepShape
 from metaembed_jax.config import RunConfig, load_config, with_keys
 from metaembed_jax.planning.flops import encode_flops, train_flops

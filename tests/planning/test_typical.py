@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from metaembed_jax.backbones.qwen.images import smart_resize
-from metaembed_jax.batch.packing import Size, pack
+from metaembed_jax.batch.items import Size
+from metaembed_jax.batch.packing import pack
 from metaembed_jax.config import load_config
 from metaembed_jax.data.schedule import balanced_schedule
 from metaembed_jax.planning.rows import rows_of_steps, typical_steps

@@ -11,8 +11,8 @@ import pytest
 import metaembed_jax as me
 from metaembed_jax import cli
 from metaembed_jax.flags import run_main
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.retrieval import build, store
-from metaembed_jax.sharding import make_mesh
 from tests.backbones.qwen2_5_vl.reference import noise
 from tests.checkpoints.huggingface_files import random_tensors, write
 from tests.encoding.small_rows import with_small_rows

@@ -9,7 +9,7 @@ import pytest
 
 import metaembed_jax as me
 from metaembed_jax.late_interaction.maxsim import maxsim
-from metaembed_jax.sharding import make_mesh
+from metaembed_jax.mesh import make_mesh
 from tests.retrieval.reference import unit
 
 ONE = make_mesh(devices=jax.devices()[:1])

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import metaembed_jax as me
 from metaembed_jax.late_interaction import level_scoring
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.retrieval import checksummed_files
 from metaembed_jax.retrieval import search as module
 from metaembed_jax.retrieval.ingest import to_int8
-from metaembed_jax.sharding import make_mesh
 from tests.retrieval import reference
 from tests.retrieval.reference import exact, unit
 

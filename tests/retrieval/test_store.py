@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import metaembed_jax as me
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.retrieval import manifest as manifests
 from metaembed_jax.retrieval import store
-from metaembed_jax.sharding import make_mesh
 from tests.retrieval import endless_writer
 from tests.retrieval.reference import unit
 

@@ -13,8 +13,9 @@ from metaembed_jax.batch.training import put
 from metaembed_jax.config import load_config
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.hosts.connect import connect_hosts
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network_config import model_config
-from metaembed_jax.sharding import batch_shards, make_mesh, rows_here
+from metaembed_jax.sharding import batch_shards, rows_here
 from metaembed_jax.startup import add_host_flags
 from metaembed_jax.training.step import make_trainer
 from tests.training.batches import make_plan

@@ -13,7 +13,7 @@ import pytest
 
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.config import with_keys
-from metaembed_jax.sharding import make_mesh
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.training.step import make_trainer
 
 ROOT = Path(__file__).parents[2]

@@ -23,11 +23,12 @@ from metaembed_jax.checkpoints.workdir import claim, is_finished, read_config
 from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.command import evaluate_checkpoint
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_parameters, init_parameters
 from metaembed_jax.network_config import model_config
 from metaembed_jax.results import read_results
-from metaembed_jax.sharding import make_mesh, named_sharding
+from metaembed_jax.sharding import named_sharding
 from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import describe, find_start, initial_state

@@ -24,9 +24,9 @@ from metaembed_jax.evaluation.report import package_versions
 from metaembed_jax.evaluation.tables import format_tables
 from metaembed_jax.hosts.votes import Terminated
 from metaembed_jax.late_interaction.budgets import budget_name
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.results import TaskResults, from_json, read_results
-from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training import loop
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.start import find_start, initial_state

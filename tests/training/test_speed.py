@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.training import StepShape
 from metaembed_jax.config import load_config
 from metaembed_jax.planning.flops import train_flops

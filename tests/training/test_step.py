@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.rows import collate
 from metaembed_jax.batch.training import StepShape, TrainingBatch, abstract, put
 from metaembed_jax.config import load_config, with_keys
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network_config import model_config
-from metaembed_jax.sharding import make_mesh
 from metaembed_jax.training.step import make_trainer
 from tests.training.batches import make_dataset, make_plan
 

@@ -23,7 +23,7 @@ from metaembed_jax.backbones.flop_counts import AttentionCount, FlopCount
 from metaembed_jax.backbones.layers import GatedMLP, Linear, RMSNorm, param, rotate, split_heads
 from metaembed_jax.backbones.llama_vision.config import Config, TextConfig
 from metaembed_jax.backbones.llama_vision.vision import VisionTower, vision_counts
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 

@@ -37,7 +37,7 @@ from metaembed_jax.backbones.flop_counts import AttentionCount, FlopCount
 from metaembed_jax.backbones.layers import GatedMLP, Linear, param, rotate, split_heads
 from metaembed_jax.backbones.paligemma.config import Config, TextConfig
 from metaembed_jax.backbones.siglip import SiglipConfig, SiglipTower
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 

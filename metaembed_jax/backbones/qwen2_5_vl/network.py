@@ -19,7 +19,7 @@ from metaembed_jax.backbones.layers import GatedMLP, Linear, RMSNorm, at, normal
 from metaembed_jax.backbones.qwen import network
 from metaembed_jax.backbones.qwen.network import language_counts, patch_angles
 from metaembed_jax.backbones.qwen2_5_vl.config import Config, TextConfig, VisionConfig
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 

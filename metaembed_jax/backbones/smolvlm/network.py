@@ -16,7 +16,7 @@ from metaembed_jax.backbones.flop_counts import AttentionCount, FlopCount
 from metaembed_jax.backbones.layers import GatedMLP, Linear, RMSNorm, rotate, split_heads
 from metaembed_jax.backbones.siglip import SiglipTower
 from metaembed_jax.backbones.smolvlm.config import Config, TextConfig, VisionConfig
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.sharding import constrain
 
 

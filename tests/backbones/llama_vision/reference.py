@@ -10,8 +10,8 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from metaembed_jax.checkpoints.loading import load
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import abstract_network
-from metaembed_jax.sharding import make_mesh
 from tests.backbones.qwen2_5_vl.reference import noise
 from tests.backbones.references import kept
 

@@ -11,8 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from metaembed_jax.backbones.llama_vision.config import Config
 from metaembed_jax.backbones.llama_vision.inputs import SPECIAL_TOKENS, Images, Processor, arrange, fit, patchify
-from metaembed_jax.batch.items import Limits
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Limits, Size
 from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.errors import UserError
 from tests.backbones.llama_vision.reference import BEGIN, CONFIGURATIONS, END, IMAGE, TALL, configuration, string

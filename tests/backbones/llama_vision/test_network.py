@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from metaembed_jax.backbones.llama_vision.vision import APART, attend_around_padding
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.rows import RowItem, collate
 from tests.backbones.llama_vision.reference import (
     CONFIGURATIONS,

@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.rows import RowItem, collate, empty
 from metaembed_jax.checkpoints.loading import load
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import abstract_network
-from metaembed_jax.sharding import make_mesh
 from tests.backbones.modules import TOLERANCE, assert_company_is_unseen, layer_of, run
 from tests.backbones.paligemma.reference import Transformers, reference
 from tests.backbones.qwen2_5_vl.reference import SMALL, TALL, WIDE, noise

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from metaembed_jax.backbones.paligemma.weights import UNUSED_KEYS, WEIGHT_MAP, canonical_key, stored_key
 from metaembed_jax.checkpoints.export import export
 from metaembed_jax.checkpoints.loading import load
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
-from metaembed_jax.sharding import make_mesh
 from tests.backbones.paligemma.record import stock_vectors
 from tests.backbones.paligemma.reference import DOCUMENTS, QUERIES, reference
 

@@ -13,8 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from metaembed_jax.backbones.qwen.inputs import SPECIAL_TOKENS
 from metaembed_jax.backbones.qwen2_5_vl.config import Config
 from metaembed_jax.backbones.qwen2_5_vl.inputs import Images, Processor
-from metaembed_jax.batch.items import Limits
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Limits, Size
 from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.errors import UserError
 from tests.backbones.qwen2_5_vl.reference import CONFIGURATIONS

@@ -10,11 +10,11 @@ from flax import nnx
 
 from metaembed_jax.backbones.layers import at
 from metaembed_jax.backbones.qwen.network import patch_angles
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.checkpoints.loading import load
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import abstract_network
-from metaembed_jax.sharding import make_mesh
 from tests.backbones.modules import TOLERANCE, layer_of, run
 from tests.backbones.qwen2_5_vl.reference import SMALL, TALL, WIDE, Transformers, reference
 

@@ -6,7 +6,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from metaembed_jax.backbones.qwen3_vl import FAMILY as QWEN3_VL
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.rows import RowItem, collate
 from tests.backbones.qwen2_5_vl.reference import string, write_tokenizer
 from tests.backbones.qwen3_vl.test_config import RELEASED

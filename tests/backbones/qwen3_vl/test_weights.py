@@ -8,8 +8,8 @@ from safetensors.numpy import load_file
 from metaembed_jax.backbones.qwen3_vl import FAMILY
 from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import ModelConfig, abstract_parameters
-from metaembed_jax.sharding import make_mesh
 from tests.backbones.qwen3_vl.reference import reference
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metaembed_jax.batch.packing import Size
+from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.rows import RowItem, collate
 from metaembed_jax.checkpoints.loading import load
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import abstract_network
-from metaembed_jax.sharding import make_mesh
 from tests.backbones.modules import TOLERANCE, assert_company_is_unseen, layer_of, run
 from tests.backbones.smolvlm.reference import CONFIGURATIONS, LARGE, SMALL, TALL, Transformers, write_checkpoint
 
