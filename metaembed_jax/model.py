@@ -17,10 +17,8 @@ from jaxtyping import Float, Int
 from PIL import Image
 from tqdm import tqdm
 
-from metaembed_jax import hosts
 from metaembed_jax.encoding.encoder import Block, Encoder, Reduced
 from metaembed_jax.errors import UserError
-from metaembed_jax.hosts import count_hosts
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import ModelConfig, abstract_network
@@ -166,24 +164,6 @@ class MetaEmbed:
         budget = self.config.vectors(side) if budget is None else budget
         indices, share_nRD = self.encode_share(items, side, budget=budget, progress=progress)
         return join_shares(indices, share_nRD, len(items))
-
-
-def join_shares(indices: Int[np.ndarray, " n"], share: np.ndarray, count: int) -> np.ndarray:
-    """Gather arrays of all `count` items on every host, from each host's share.
-
-    Args:
-      indices: the items of this host.
-      share: an entry for each of them.
-    """
-    if count_hosts() == 1:
-        return share
-    padding = hosts.gather(np.array(len(indices))).max() - len(indices)
-    all_indices = hosts.gather(np.pad(indices, (0, padding), constant_values=-1))
-    shares = hosts.gather(np.pad(share, [(0, padding)] + [(0, 0)] * (share.ndim - 1)))
-    joined = np.zeros((count, *share.shape[1:]), share.dtype)
-    for indices, share in zip(all_indices, shares, strict=True):
-        joined[indices[indices >= 0]] = share[indices >= 0]
-    return joined
 
 
 def make_encode(config: ModelConfig, mesh: Mesh) -> Callable:

@@ -5,6 +5,7 @@ maps each meaning to axes of the mesh. Only the loss and the search, which
 are written with `shard_map`, know axes of the mesh.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +16,8 @@ from jaxtyping import Int
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+
+HOST = "pinned_host"  # the kind of memory that devices read without their host's help
 
 RULES = {
     "batch": BATCH_AXES,
@@ -114,3 +117,9 @@ def parameter_shardings(mesh: Mesh, state: nnx.State) -> dict:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_bytes(tree, in_host: bool = False) -> int:
+    """Return the bytes of one device's shards of abstract arrays, in its own memory or in its host's, without padding."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST) == in_host]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

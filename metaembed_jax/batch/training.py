@@ -16,9 +16,8 @@ from metaembed_jax.batch import rows
 from metaembed_jax.batch.items import Layout, Size
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.errors import UserError
-from metaembed_jax.sharding import put_replicated, put_rows, replicated
+from metaembed_jax.sharding import HOST, put_replicated, put_rows, replicated
 
-HOST = "pinned_host"  # the kind of memory that devices read without their host's help
 REGISTER = (8, 128)  # of a TPU
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from metaembed_jax.planning.measure import shard_bytes
+from metaembed_jax.sharding import shard_bytes
 
 SHORT = {"float32": "f32", "bfloat16": "bf16"}  # dtypes in names of lines
 TURNS, TURN_SECONDS, MAX_CALLS = 3, 0.02, 20  # of timing: the length of a turn, and its calls, whose results take memory

@@ -46,7 +46,7 @@ def check(config: RunConfig | None, only: str = "", as_json: bool = False, devic
     print("\n".join([describe_devices(mesh), _peaks_line(peaks, mesh), table.HEAD]), file=file, flush=True)
     results: list[Result] = []
     with ThreadPoolExecutor(1) as pool:  # the TPU's compiler works in a process of its own
-        planned = pool.submit(estimate, subjects[-1])
+        planned = pool.submit(estimate, subjects[-1].config, mesh, subjects[-1].flops.model)
         for case, case_mesh in cases(subjects, mesh, only):
             results.append(run(case, case_mesh))
             print(table.line(results[-1], case_mesh.size, peaks), file=file, flush=True)

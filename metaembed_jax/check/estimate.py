@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
-from metaembed_jax.check.network import Subject
+from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning.chips import topology
 from metaembed_jax.planning.measure import make_plan
@@ -28,16 +29,20 @@ class Estimate(NamedTuple):
     source: str
 
 
-def estimate(subject: Subject) -> Estimate:
-    """Return the figures of `plan` for a config's step on this TPU slice; on other devices, the time of its FLOPs at the peak."""
-    device = subject.mesh.devices.flat[0]
+def estimate(config: RunConfig, mesh: Mesh, flops: float) -> Estimate:
+    """Return the figures of `plan` for a config's step on this TPU slice; on other devices, the time of its FLOPs at the peak.
+
+    Args:
+      flops: of the model, in a step over all devices.
+    """
+    device = mesh.devices.flat[0]
     peaks = peak(device)
     if device.platform != "tpu":
         if peaks is None:
             return Estimate(None, "", None, f"no peaks are known of {device.device_kind}")
-        return Estimate(subject.flops.model / subject.mesh.size / peaks.flops, "compute", None, "FLOPs at the peak")
+        return Estimate(flops / mesh.size / peaks.flops, "compute", None, "FLOPs at the peak")
     try:
-        plan = make_plan(subject.config, "train", topology(slice_name(list(subject.mesh.devices.flat))))
+        plan = make_plan(config, "train", topology(slice_name(list(mesh.devices.flat))))
     except Exception as error:  # libtpu and the reader of its text raise anything; the lines of the table stand without a plan
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Estimate(None, "", None, f"plan: {reason}")

@@ -39,9 +39,8 @@ from metaembed_jax.model import make_encode
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
 from metaembed_jax.network_config import model_config, row_limits
 from metaembed_jax.planning.flops import encode_flops, train_flops
-from metaembed_jax.planning.measure import shard_bytes
 from metaembed_jax.planning.programs import abstract_batch
-from metaembed_jax.sharding import batch_shards
+from metaembed_jax.sharding import batch_shards, shard_bytes
 from metaembed_jax.trainable import join, paths, split
 from metaembed_jax.training.step import TrainState, make_trainer, run_mesh
 

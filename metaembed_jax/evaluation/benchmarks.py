@@ -5,8 +5,6 @@ from pathlib import Path
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.evaluator import Evaluator
-from metaembed_jax.evaluation.mmeb.evaluator import Mmeb
-from metaembed_jax.evaluation.mteb.evaluator import Mteb
 
 
 def benchmark_evaluator(benchmark: str, directory: Path | None, budgets: Sequence) -> Evaluator:
@@ -23,7 +21,11 @@ def benchmark_evaluator(benchmark: str, directory: Path | None, budgets: Sequenc
     if benchmark == "mmeb":
         if directory is None:
             raise UserError("expected a folder (--from of eval), the one that MMEB-eval was fetched to")
+        from metaembed_jax.evaluation.mmeb.evaluator import Mmeb
+
         return Mmeb(directory, budgets)
     if directory is not None:
         raise UserError(f"{directory} is not read: only mmeb is in a folder, and mteb fetches its own data")
+    from metaembed_jax.evaluation.mteb.evaluator import Mteb
+
     return Mteb(benchmark, budgets)

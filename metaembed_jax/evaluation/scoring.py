@@ -4,10 +4,10 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.maxsim import maxsim_on
 from metaembed_jax.mesh import make_mesh
-from metaembed_jax.model import join_shares
 
 
 def score_parts(

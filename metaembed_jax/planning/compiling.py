@@ -9,6 +9,7 @@ import multiprocessing
 import re
 import tempfile
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,6 @@ import jax
 
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.planning.chips import topology
-from metaembed_jax.planning.programs import PROGRAMS
 from metaembed_jax.training.step import run_mesh
 
 # What the compiler writes last before it makes machine code, and what it says before that.
@@ -41,12 +41,16 @@ class Compiled(NamedTuple):
     error: str = ""
 
 
-def compile_program(config: RunConfig, what: str, topology_name: str) -> Compiled:
-    """Compiles one of `PROGRAMS` for a slice that need not be there."""
+def compile_program(make: Callable, config: RunConfig, topology_name: str) -> Compiled:
+    """Compile a program for a slice that need not be there.
+
+    Args:
+      make: (config, mesh) -> `programs.Program`; a function of a module, which another process can import.
+    """
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs XLA hangs
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as directory:
-        process = context.Process(target=_compile, args=(config, what, topology_name, directory, sender), daemon=True)
+        process = context.Process(target=_compile, args=(make, config, topology_name, directory, sender), daemon=True)
         process.start()
         sender.close()
         try:
@@ -82,7 +86,7 @@ def _wait(directory: Path, receiver: Connection) -> str:
         return "the compiler's process died; it may have been short of memory"
 
 
-def _compile(config: RunConfig, what: str, topology_name: str, directory: str, sender: Connection) -> None:
+def _compile(make: Callable, config: RunConfig, topology_name: str, directory: str, sender: Connection) -> None:
     jax.config.update("jax_platforms", "cpu")  # of the TPU only its compiler is wanted
     mesh = run_mesh(config, topology(topology_name).devices)
     options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
@@ -90,7 +94,7 @@ def _compile(config: RunConfig, what: str, topology_name: str, directory: str, s
         # What was compiled without a device can be written to JAX's cache, but not read from it.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
         try:
-            PROGRAMS[what](config, mesh).trace().lower().compile(compiler_options=options)
+            make(config, mesh).trace().lower().compile(compiler_options=options)
             sender.send("")
         except jax.errors.JaxRuntimeError as error:
             sender.send(str(error))

@@ -1,6 +1,5 @@
 """From a config and a slice to a plan: compiles the program and reads what the compiler made of it."""
 
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from jax.sharding import Mesh
 
 from metaembed_jax.backbones.family import family
 from metaembed_jax.batch.items import Size
-from metaembed_jax.batch.training import HOST
 from metaembed_jax.config.keys import with_keys
 from metaembed_jax.config.run import ModelSettings, RunConfig
 from metaembed_jax.errors import UserError
@@ -23,7 +21,7 @@ from metaembed_jax.planning.cost import Cost, Item, count
 from metaembed_jax.planning.plan import Plan
 from metaembed_jax.planning.programs import PROGRAMS, Program
 from metaembed_jax.planning.traced import largest_arrays
-from metaembed_jax.training.start import stages
+from metaembed_jax.training.stages import stages
 from metaembed_jax.training.step import run_mesh
 
 UNKNOWN = Cost(0.0, 0.0, {}, {}, (), [], [])
@@ -107,7 +105,7 @@ class _Measured(NamedTuple):
 def _measure(config: RunConfig, what: str, where: Topology, program: Program, mesh: Mesh) -> _Measured:
     held = {name: shard_bytes(tree) for name, tree in program.arguments.items()}
     beside = {"next batch": (HELD_BATCHES - 1) * held["batch"]} if what == "train" else {}
-    compiled = compile_program(config, what, where.name)
+    compiled = compile_program(PROGRAMS[what], config, where.name)
     if compiled.error:
         found = _OUT_OF_MEMORY.search(compiled.error)
         if not found:
@@ -150,12 +148,6 @@ def branches(model: ModelSettings) -> tuple[float, ...]:
         if len(kinds) > 1:
             return tuple(layers / sum(kinds) for layers in kinds)
     return ()
-
-
-def shard_bytes(tree, in_host: bool = False) -> int:
-    """Bytes of one device's part of abstract arrays in its memory, or in its host's, without padding."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST) == in_host]
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _numbers(tree) -> int:

@@ -17,10 +17,10 @@ from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network_config import model_config
 from metaembed_jax.planning.chips import Topology
 from metaembed_jax.planning.flops import train_flops
-from metaembed_jax.planning.measure import make_plan, shard_bytes
+from metaembed_jax.planning.measure import make_plan
 from metaembed_jax.planning.plan import Plan
 from metaembed_jax.planning.rows import typical_rows
-from metaembed_jax.sharding import MESH_AXES
+from metaembed_jax.sharding import MESH_AXES, shard_bytes
 from metaembed_jax.training.step import make_trainer
 
 COMPILED = 6  # at most

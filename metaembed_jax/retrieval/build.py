@@ -13,7 +13,8 @@ from metaembed_jax import hosts
 from metaembed_jax.data.documents import Documents
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, local_path
-from metaembed_jax.model import MetaEmbed, join_shares
+from metaembed_jax.hosts.shares import join_shares
+from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.index import Index, check_dtype
 from metaembed_jax.retrieval.ingest import make_items

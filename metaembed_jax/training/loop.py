@@ -47,7 +47,8 @@ from metaembed_jax.training.metrics import MetricsWriter
 from metaembed_jax.training.profile import Stopwatch, Trace
 from metaembed_jax.training.saving import SaveSchedule
 from metaembed_jax.training.speed import Speed, shown
-from metaembed_jax.training.start import describe, find_start, initial_state, stages
+from metaembed_jax.training.stages import stages
+from metaembed_jax.training.start import describe, find_start, initial_state
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, run_mesh
 from metaembed_jax.training.validation import Validation, validators
 

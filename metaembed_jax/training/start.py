@@ -16,13 +16,13 @@ from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture, best_parameters, exported_parameters, read_about
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import check_model, default_workdir, has_checkpoints, read_base, read_config
-from metaembed_jax.config.files import load_config, names_config
 from metaembed_jax.config.keys import with_keys
 from metaembed_jax.config.run import ModelSettings, RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.network import abstract_parameters
 from metaembed_jax.network_config import architecture_of, model_config
 from metaembed_jax.trainable import LORA, join
+from metaembed_jax.training.stages import stage_before
 from metaembed_jax.training.step import Trainer, TrainState
 
 # What a run's Meta Tokens, and adapters, mean; the shape says it of all else.
@@ -41,32 +41,6 @@ class Start(NamedTuple):
     run: Path | None
     base: Base | None
     tokenizer: Path
-
-
-def stage_before(config: RunConfig) -> RunConfig | None:
-    """The config whose run this one starts from, where `config.init_from` names a config; its folder is `default_workdir`'s."""
-    if not names_config(config.init_from):
-        return None
-    try:
-        before = load_config(config.init_from)
-    except UserError as error:
-        raise UserError(f"config.init_from: {error}") from error
-    return with_keys(before, {"data.dir": config.data.dir, "mesh": config.mesh})
-
-
-def stages(config: RunConfig) -> list[RunConfig]:
-    """The configs whose runs lead to this one's, which comes last: each starts from the one before it.
-
-    Raises:
-      UserError: there is no first one.
-    """
-    found, names = [config], []
-    while before := stage_before(found[0]):
-        names.append(found[0].init_from)
-        if names[-1] in names[:-1]:
-            raise UserError(f"config.init_from: {' starts from '.join(names)}: a first stage must start from something else")
-        found.insert(0, before)
-    return found
 
 
 def find_start(config: RunConfig, workdir: Path | None = None) -> tuple[RunConfig, Start]:

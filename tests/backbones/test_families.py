@@ -292,5 +292,5 @@ def test_a_tpu_compiles_its_step(case):
     config = training_config(case, case.record.patches)
     config, _ = find_start(config)
     config = with_keys(config, {"model.dtype": "bfloat16"})
-    found = compile_program(config, "train", "v6e:1x1")
+    found = compile_program(train_program, config, "v6e:1x1")
     assert not found.error and found.text.startswith("HloModule")

@@ -23,7 +23,7 @@ def test_memory_is_that_of_the_whole_compiler():
     mesh = run_mesh(config, topology(name).devices)
     with jax.set_mesh(mesh):
         whole = train_program(config, mesh).trace().lower().compile().memory_analysis()
-    found = compile_program(config, "train", name)
+    found = compile_program(train_program, config, name)
     assert not found.error and found.text.startswith("HloModule")
     assert found.arguments == whole.argument_size_in_bytes
     beside = whole.temp_size_in_bytes + whole.output_size_in_bytes - whole.alias_size_in_bytes
@@ -46,4 +46,4 @@ def test_buffers_elsewhere_do_not_count():
 
 def test_a_compiler_that_dies_is_no_plan(monkeypatch):
     monkeypatch.setattr(compiling, "_compile", exit)
-    assert "process died" in compile_program(load_config(SMALL), "train", "v5e:2x2").error
+    assert "process died" in compile_program(train_program, load_config(SMALL), "v5e:2x2").error

@@ -157,8 +157,8 @@ def fit_grid(rows: int, columns: int, most_units: int) -> tuple[int, int]:
     """Return the largest grid of about the same aspect ratio with at most `most_units` units, at least one on a side."""
     if rows * columns <= most_units:
         return rows, columns
-    shrink = math.sqrt(rows * columns / most_units)
-    rows, columns = (max(1, math.floor(side / shrink)) for side in (rows, columns))
+    units = rows * columns
+    rows, columns = (max(1, math.isqrt(side**2 * most_units // units)) for side in (rows, columns))  # exact, unlike a float's root
     return (1, min(columns, most_units)) if rows == 1 else (min(rows, most_units // columns), columns)
 
 

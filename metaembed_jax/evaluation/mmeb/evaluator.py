@@ -23,10 +23,11 @@ from metaembed_jax.evaluation.mmeb.tasks import TASKS, Task
 from metaembed_jax.evaluation.result_cache import cached, key_of
 from metaembed_jax.evaluation.scoring import score_parts
 from metaembed_jax.files import replacing
+from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.late_interaction.budgets import budget_name, by_cost
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import largest_budget
-from metaembed_jax.model import MetaEmbed, join_shares
+from metaembed_jax.model import MetaEmbed
 from metaembed_jax.results import Board, Failure, Interval, Results, SearchResults, TaskResults
 
 MEASURE = "Precision@1"

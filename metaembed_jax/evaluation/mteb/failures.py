@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from metaembed_jax.evaluation.failures import Ranking, worst_queries
-from metaembed_jax.evaluation.mteb.searcher import Scores, marked
+from metaembed_jax.evaluation.mteb.scores import Scores, marked
 from metaembed_jax.results import Failure
 
 

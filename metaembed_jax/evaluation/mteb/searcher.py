@@ -1,32 +1,21 @@
 """A MetaEmbed model as a model of mteb that searches: `mteb.evaluate(Searcher(model, (16, 64)), tasks)`."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.mteb.items import TaskItems, items_of
+from metaembed_jax.evaluation.mteb.scores import Scores, marked
 from metaembed_jax.evaluation.scoring import score_parts
+from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.late_interaction.budgets import search_name
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import as_stages, largest_budget, search_in_stages
-from metaembed_jax.model import MetaEmbed, join_shares
-
-
-class Scores(NamedTuple):
-    """Scores of queries and documents.
-
-    Attributes:
-      queries, documents: their ids.
-      scores_QN: -inf where a query does not ask about a document.
-    """
-
-    queries: Sequence[str]
-    documents: Sequence[str]
-    scores_QN: Float[np.ndarray, "Q N"]
+from metaembed_jax.model import MetaEmbed
 
 
 class Encoded(NamedTuple):
@@ -171,11 +160,3 @@ class Searcher:
                 raise UserError(f"{items.name}: {error}") from None
             held = self._held[items.side] = Encoded(fingerprint, rows, vectors_nRD)
         return held
-
-
-def marked(queries: Sequence[str], documents: Sequence[str], named: Mapping[str, Iterable[str]]) -> Bool[np.ndarray, "Q N"]:
-    """Mark the documents that are named for each query; names that no document has do not count."""
-    marks_QN, columns = np.zeros((len(queries), len(documents)), bool), {name: column for column, name in enumerate(documents)}
-    for row_N, query in zip(marks_QN, queries, strict=True):
-        row_N[[columns[name] for name in named.get(query, ()) if name in columns]] = True
-    return marks_QN

@@ -10,7 +10,8 @@ pytest.importorskip("mteb")
 from metaembed_jax.check.references import maxsim_scores
 from metaembed_jax.evaluation.mteb.evaluator import Mteb, evaluate_task
 from metaembed_jax.evaluation.mteb.failures import task_failures
-from metaembed_jax.evaluation.mteb.searcher import Scores, Searcher
+from metaembed_jax.evaluation.mteb.scores import Scores
+from metaembed_jax.evaluation.mteb.searcher import Searcher
 from metaembed_jax.evaluation.mteb.tasks import Benchmark
 from tests.evaluation.mteb.pages import OtherPages, Pages, picture
 
