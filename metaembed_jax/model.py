@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from metaembed_jax.encoding.encoder import Block, Encoder, Reduced
 from metaembed_jax.errors import UserError
+from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import ModelConfig, abstract_network

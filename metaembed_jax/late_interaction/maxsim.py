@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int8
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction import maxsim_tpu
 from metaembed_jax.late_interaction.groups import Budget, validate_budget
+from metaembed_jax.precision import float32_einsum
 
 # Vectors of each side that are scored at once, and numbers in those of the documents. The similarities stay in a CPU's cache, and
 # the matmuls are still large (measured: 100 documents of 64 x 128 by 16 queries of 16; 28 documents of 64 x 3584).

@@ -21,6 +21,7 @@ from metaembed_jax.planning.cost import Cost, Item, count
 from metaembed_jax.planning.plan import Plan
 from metaembed_jax.planning.programs import PROGRAMS, Program
 from metaembed_jax.planning.traced import largest_arrays
+from metaembed_jax.sharding import shard_bytes
 from metaembed_jax.training.stages import stages
 from metaembed_jax.training.step import run_mesh
 

@@ -89,7 +89,7 @@ def test_one_query_one_document_one_budget():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(budgets=[(1, 7)]), r"budget \(1, 7\) goes beyond the vectors given: 4 a query and 6"),
+        (dict(budgets=[(1, 7)]), r"budget \(1, 7\) goes beyond the vectors given; expected at most 4 of a query and 6"),
         (dict(document=np.zeros((81, 6, 9))), r"\(40, 4, 8\) and document vectors \(81, 6, 9\)"),
         (dict(document=np.full((81, 6, 8), np.nan, np.float32)), "NaN"),
         (dict(relevance=[set()] * 40), "no relevant document"),
