@@ -86,6 +86,7 @@ def test_one_query_one_document_one_budget():
     assert "gain" not in format_tables(results_of(board("forward", swept[:1])))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     "change, message",
     [
