@@ -6,12 +6,11 @@ N items, R vectors of an item, D width of a vector.
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from PIL import Image
@@ -22,8 +21,8 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.mesh import make_mesh
-from metaembed_jax.network import ModelConfig, abstract_network
-from metaembed_jax.sharding import named_sharding, replicated
+from metaembed_jax.network import ModelConfig, make_encode
+from metaembed_jax.sharding import replicated
 
 SAMPLES = 16  # of a parameter along each axis, at most, that the fingerprint reads
 
@@ -165,16 +164,6 @@ class MetaEmbed:
         budget = self.config.vectors(side) if budget is None else budget
         indices, share_nRD = self.encode_share(items, side, budget=budget, progress=progress)
         return join_shares(indices, share_nRD, len(items))
-
-
-def make_encode(config: ModelConfig, mesh: Mesh) -> Callable:
-    """Return the jitted `(parameters, batch) -> vectors [B, V, D]` of a network, with rows over the batch axes of the mesh."""
-    graph, _, _ = abstract_network(config)
-
-    def encode(parameters, batch):
-        return nnx.merge(graph, parameters)(batch)
-
-    return jax.jit(encode, out_shardings=named_sharding(mesh, ("batch", None, None)))
 
 
 def _sample(parameter: jax.Array) -> jax.Array:

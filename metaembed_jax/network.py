@@ -10,6 +10,7 @@ budget of r vectors runs only the tokens up to the r-th. `batch.rows` draws how 
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from metaembed_jax.backbones.layers import Linear, param, store_int8
 from metaembed_jax.backbones.lora import Dropout, LoraConfig, add_lora
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.precision import float32_products
-from metaembed_jax.sharding import parameter_shardings
+from metaembed_jax.sharding import named_sharding, parameter_shardings
 
 SIDES = ("query", "document")
 
@@ -123,3 +124,13 @@ def abstract_parameters(config: ModelConfig, mesh: Mesh, large: str = "") -> dic
 def init_parameters(config: ModelConfig, seed: int) -> dict:
     """Return fresh parameters as nested dicts; under `jax.jit` with `out_shardings`, made in shards and the same on every mesh."""
     return nnx.to_pure_dict(nnx.state(Network(config, rngs=nnx.Rngs(seed)), nnx.Param))
+
+
+def make_encode(config: ModelConfig, mesh: Mesh) -> Callable:
+    """Return the jitted `(parameters, batch) -> vectors [B, V, D]` of a network, with rows over the batch axes of the mesh."""
+    graph, _, _ = abstract_network(config)
+
+    def encode(parameters, batch):
+        return nnx.merge(graph, parameters)(batch)
+
+    return jax.jit(encode, out_shardings=named_sharding(mesh, ("batch", None, None)))

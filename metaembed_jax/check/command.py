@@ -18,8 +18,8 @@ from metaembed_jax.config.run import RunConfig
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.mesh import make_mesh
-from metaembed_jax.planning.measure import with_architecture
 from metaembed_jax.planning.peaks import Peak, peak
+from metaembed_jax.training.stages import with_architecture
 
 
 def check(config: RunConfig | None, only: str = "", as_json: bool = False, devices: Sequence[jax.Device] | None = None) -> bool:

@@ -21,7 +21,7 @@ from flax import nnx
 from PIL import Image
 
 from metaembed_jax.backbones.family import family
-from metaembed_jax.batch import rows
+from metaembed_jax.batch import rows, training
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.batch.training import TrainingBatch, put
 from metaembed_jax.check import references
@@ -35,11 +35,9 @@ from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.data.planned import plan_rows
 from metaembed_jax.late_interaction.groups import Budget
-from metaembed_jax.model import make_encode
-from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters
+from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters, make_encode
 from metaembed_jax.network_config import model_config, row_limits
 from metaembed_jax.planning.flops import encode_flops, train_flops
-from metaembed_jax.planning.programs import abstract_batch
 from metaembed_jax.sharding import batch_shards, shard_bytes
 from metaembed_jax.trainable import join, paths, split
 from metaembed_jax.training.step import TrainState, make_trainer, run_mesh
@@ -289,7 +287,10 @@ def step_case(subject: Subject) -> Case:
         norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(expected.gradient)))
         return {"loss": expected.loss, "losses": expected.losses, "gradient norm": norm, "gradient": expected.gradient}
 
-    abstract = (trainer.abstract, abstract_batch(config, subject.shape, subject.mesh))
+    batch = training.abstract(
+        subject.shape, config.rows.batch_size, config.data.negatives, subject.model.architecture.layout, subject.mesh
+    )
+    abstract = (trainer.abstract, batch)
     return Case(
         f"train step, {subject.name}",
         trainer.step,

@@ -75,7 +75,7 @@ class Encoder:
       config: of the network.
       processor: the family's; its limits are the row's.
       mesh: all devices that encode.
-      encode: the result of `model.make_encode`.
+      encode: the result of `network.make_encode`.
 
     Attributes:
       programs: (rows, capacity of a row) of each program that has run.

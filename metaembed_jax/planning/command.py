@@ -9,8 +9,9 @@ from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning import report
 from metaembed_jax.planning.chips import topology
-from metaembed_jax.planning.measure import make_plan, with_architecture
+from metaembed_jax.planning.measure import make_plan
 from metaembed_jax.planning.search import search
+from metaembed_jax.training.stages import with_architecture
 
 
 def plan(config: RunConfig, slice_name: str, what: str, is_search: bool, as_json: bool) -> bool:

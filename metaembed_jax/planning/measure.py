@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from metaembed_jax.backbones.family import family
 from metaembed_jax.batch.items import Size
-from metaembed_jax.config.keys import with_keys
 from metaembed_jax.config.run import ModelSettings, RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.links import rings
@@ -22,26 +21,11 @@ from metaembed_jax.planning.plan import Plan
 from metaembed_jax.planning.programs import PROGRAMS, Program
 from metaembed_jax.planning.traced import largest_arrays
 from metaembed_jax.sharding import shard_bytes
-from metaembed_jax.training.stages import stages
 from metaembed_jax.training.step import run_mesh
 
 UNKNOWN = Cost(0.0, 0.0, {}, {}, (), [], [])
 HELD_BATCHES = 2  # by the loop of training: that of the step that is computed, and the next
 _OUT_OF_MEMORY = re.compile(r"required[^()]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of")
-
-
-def with_architecture(config: RunConfig) -> RunConfig:
-    """Return a config whose architecture, where it is empty, is that of the stage before.
-
-    Raises:
-      UserError: no stage has one.
-    """
-    if config.model.architecture:
-        return config
-    known = [stage.model.architecture for stage in stages(config) if stage.model.architecture]
-    if not known:
-        raise UserError("config.model.architecture is empty, and no weights are read to learn it from: set it in the config")
-    return with_keys(config, {"model.architecture": known[-1]})
 
 
 def make_plan(config: RunConfig, what: str, where: Topology) -> Plan:

@@ -9,12 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaembed_jax.batch import training
 from metaembed_jax.batch.rows import abstract
-from metaembed_jax.batch.training import StepShape, TrainingBatch, step_shape
+from metaembed_jax.batch.training import step_shape
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.encoding.schedule import CALL_ROWS
 from metaembed_jax.late_interaction.topk import top_k
-from metaembed_jax.model import make_encode
-from metaembed_jax.network import abstract_parameters
+from metaembed_jax.network import abstract_parameters, make_encode
 from metaembed_jax.network_config import model_config
 from metaembed_jax.planning.flops import Flops, encode_flops, search_flops, train_flops
 from metaembed_jax.planning.rows import typical_rows
@@ -73,7 +72,9 @@ def train_program(config: RunConfig, mesh: Mesh) -> Program:
     """
     row, typical = typical_rows(config)
     shape = step_shape(row, typical.most, config.rows.microbatch_rows, batch_shards(mesh))
-    trainer, batch = make_trainer(config, mesh), abstract_batch(config, shape, mesh)
+    layout = model_config(config).architecture.layout
+    batch = training.abstract(shape, config.rows.batch_size, config.data.negatives, layout, mesh)
+    trainer = make_trainer(config, mesh)
     state = trainer.abstract
     arguments = {"trained": state.parameters, "frozen": state.frozen, "optimizer": state.optimizer, "batch": batch}
     used = typical.mean / shape.rows
@@ -124,12 +125,6 @@ def search_program(config: RunConfig, mesh: Mesh) -> Program:
 
 
 PROGRAMS = {"train": train_program, "encode": encode_program, "search": search_program}
-
-
-def abstract_batch(config: RunConfig, shape: StepShape, mesh: Mesh) -> TrainingBatch:
-    """A training batch as shapes, dtypes and shardings."""
-    layout = model_config(config).architecture.layout
-    return training.abstract(shape, config.rows.batch_size, config.data.negatives, layout, mesh)
 
 
 def _abstract(shape: tuple[int, ...], dtype, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -30,3 +30,17 @@ def stages(config: RunConfig) -> list[RunConfig]:
             raise UserError(f"config.init_from: {' starts from '.join(names)}: a first stage must start from something else")
         chain.insert(0, before)
     return chain
+
+
+def with_architecture(config: RunConfig) -> RunConfig:
+    """Return a config whose architecture, where it is empty, is that of the stage before.
+
+    Raises:
+      UserError: no stage has one.
+    """
+    if config.model.architecture:
+        return config
+    known = [stage.model.architecture for stage in stages(config) if stage.model.architecture]
+    if not known:
+        raise UserError("config.model.architecture is empty, and no weights are read to learn it from: set it in the config")
+    return with_keys(config, {"model.architecture": known[-1]})

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import jax
 
+from metaembed_jax.batch import training
+from metaembed_jax.network_config import architecture_of
 from metaembed_jax.planning.measure import branches
-from metaembed_jax.planning.programs import abstract_batch
 from metaembed_jax.training.step import make_trainer, run_mesh
 
 
 def traced_flops(config, shape):
     """FLOPs of one step on rows of this shape, without the optimizer."""
     mesh = run_mesh(config, jax.devices()[:1])
-    trainer, batch = make_trainer(config, mesh), abstract_batch(config, shape, mesh)
+    trainer, layout = make_trainer(config, mesh), architecture_of(config.model).layout
+    batch = training.abstract(shape, config.rows.batch_size, config.data.negatives, layout, mesh)
     step = jax.jit(jax.value_and_grad(trainer.loss, has_aux=True))
     with jax.set_mesh(mesh):
         arguments = trainer.abstract.parameters, trainer.abstract.frozen, batch, trainer.abstract.step
