@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.mesh import make_mesh
-from metaembed_jax.planning.chips import topology
+from metaembed_jax.planning.topology import topology
 from metaembed_jax.sharding import BATCH_AXES
 
 PAIRS, QUERY_VECTORS, CANDIDATE_VECTORS, WIDTH = 2048, 16, 64, 3584

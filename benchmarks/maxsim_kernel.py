@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from metaembed_jax.late_interaction import maxsim, maxsim_tpu
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.planning import cost
-from metaembed_jax.planning.chips import topology
+from metaembed_jax.planning.topology import topology
 
 DOCUMENTS, DOCUMENT_VECTORS, QUERY_VECTORS, WIDTH = 100_000, 64, 16, 3584
 LAST = "*after_optimizations.txt"

@@ -1,4 +1,4 @@
-"""The arithmetic of a family's network, as `planning.flops` reads it to count the FLOPs of a step.
+"""The arithmetic of a family's network, as `flops` reads it to count the FLOPs of a step.
 
 `Family.flop_counts` lists it for a packed row of a batch, in the order in which data pass: what trains in one entry makes every
 later one pass gradients back. Padding is computed, and so is what segments hide from each other, so both count.

@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 from metaembed_jax.check import table
 from metaembed_jax.check.case import SHORT, Case, Result, memory_limit, run
 from metaembed_jax.check.estimate import Estimate, estimate
-from metaembed_jax.check.kernels import CHIP, CPU, kernel_cases
-from metaembed_jax.check.network import MAX_FLOPS, Subject, encode_case, small_config, step_case
+from metaembed_jax.check.kernel_cases import CHIP, CPU, kernel_cases
+from metaembed_jax.check.network_cases import MAX_FLOPS, Subject, encode_case, small_config, step_case
+from metaembed_jax.chips import Peak, peak
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.mesh import make_mesh
-from metaembed_jax.planning.peaks import Peak, peak
 from metaembed_jax.training.stages import with_architecture
 
 

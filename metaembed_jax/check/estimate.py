@@ -6,11 +6,11 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from metaembed_jax.chips import TPU_KINDS, peak
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
-from metaembed_jax.planning.chips import topology
-from metaembed_jax.planning.measure import make_plan
-from metaembed_jax.planning.peaks import TPU_KINDS, peak
+from metaembed_jax.planning.planner import make_plan
+from metaembed_jax.planning.topology import topology
 
 
 class Estimate(NamedTuple):

@@ -3,7 +3,7 @@
 import math
 
 from metaembed_jax.check.case import Result
-from metaembed_jax.planning.peaks import Peak
+from metaembed_jax.chips import Peak
 
 ROW = "{:6}{:30}{:>8}{:>7}{:>8}{:>9}{:>8}{:>8}{:>5}{:>6}{:>5}"
 HEAD = ROW.format("", "", "by", "error", "allowed", "time", "compile", "TFLOP/s", "peak", "GB/s", "peak")

@@ -7,10 +7,10 @@ import jax
 
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
-from metaembed_jax.planning import report
-from metaembed_jax.planning.chips import topology
-from metaembed_jax.planning.measure import make_plan
-from metaembed_jax.planning.search import search
+from metaembed_jax.planning import plan_text
+from metaembed_jax.planning.layout_search import search
+from metaembed_jax.planning.planner import make_plan
+from metaembed_jax.planning.topology import topology
 from metaembed_jax.training.stages import with_architecture
 
 
@@ -30,12 +30,12 @@ def plan(config: RunConfig, slice_name: str, what: str, is_search: bool, as_json
         raise UserError(f"--search is for training, not for --what={what}")
     if is_search:
         plans = search(config, where)
-        print(json.dumps([one.to_json() for one in plans]) if as_json else report.describe_search(plans))
+        print(json.dumps([one.to_json() for one in plans]) if as_json else plan_text.describe_search(plans))
         return bool(plans)
     print(f"compiling {config.name} for {where.name}; the largest take a minute or two", file=sys.stderr)
     made = make_plan(config, what, where)
     if as_json:
-        print(json.dumps(made.to_json() | {"verdict": report.verdict(made, config.model)}))
+        print(json.dumps(made.to_json() | {"verdict": plan_text.verdict(made, config.model)}))
     else:
-        print(report.describe(made, config.model, where))
+        print(plan_text.describe(made, config.model, where))
     return made.fits

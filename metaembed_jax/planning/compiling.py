@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 
 from metaembed_jax.config.run import RunConfig
-from metaembed_jax.planning.chips import topology
+from metaembed_jax.planning.topology import topology
 from metaembed_jax.training.step import run_mesh
 
 # What the compiler writes last before it makes machine code, and what it says before that.

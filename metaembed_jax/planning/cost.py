@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from metaembed_jax.planning.arithmetic import flops, is_silent
 from metaembed_jax.planning.hlo import Computation, Instruction, Module, parse
+from metaembed_jax.planning.instruction_flops import flops, is_silent
 from metaembed_jax.planning.traffic import buffers, traffic
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")

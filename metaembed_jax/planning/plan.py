@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from metaembed_jax.chips import GIB
 from metaembed_jax.config.run import ModelSettings
-from metaembed_jax.planning.chips import GIB
 from metaembed_jax.planning.cost import Item
 
 

@@ -12,11 +12,11 @@ from metaembed_jax.batch.rows import abstract
 from metaembed_jax.batch.training import step_shape
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.encoding.schedule import CALL_ROWS
+from metaembed_jax.flops import Flops, encode_flops, search_flops, train_flops
 from metaembed_jax.late_interaction.topk import top_k
 from metaembed_jax.network import abstract_parameters, make_encode
 from metaembed_jax.network_config import model_config
-from metaembed_jax.planning.flops import Flops, encode_flops, search_flops, train_flops
-from metaembed_jax.planning.rows import typical_rows
+from metaembed_jax.planning.typical_rows import typical_rows
 from metaembed_jax.sharding import batch_shards, replicated
 from metaembed_jax.training.step import make_trainer
 

@@ -3,9 +3,9 @@
 from jax.sharding import Mesh
 
 from metaembed_jax.batch.training import StepShape
+from metaembed_jax.chips import peak
 from metaembed_jax.config.run import RunConfig
-from metaembed_jax.planning.flops import train_flops
-from metaembed_jax.planning.peaks import peak
+from metaembed_jax.flops import train_flops
 
 SHOWN = {"samples_per_second": "pairs/s", "flops_per_second": "FLOP/s", "mfu": "MFU"}  # in the terminal
 

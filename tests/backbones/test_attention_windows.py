@@ -12,8 +12,8 @@ from metaembed_jax.backbones.attention_windows import kernel, on_each_device, wi
 from metaembed_jax.backbones.attention_windows_tpu import takes
 from metaembed_jax.backbones.qwen.network import patch_angles
 from metaembed_jax.mesh import make_mesh
-from metaembed_jax.planning.chips import topology
 from metaembed_jax.planning.cost import count
+from metaembed_jax.planning.topology import topology
 from metaembed_jax.sharding import BATCH_AXES
 
 CASES = {  # B, P, H, K, window, dtype, tolerance

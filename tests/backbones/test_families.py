@@ -26,12 +26,12 @@ from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.data.planned import plan_rows
 from metaembed_jax.encoding.reading import as_item
 from metaembed_jax.errors import UserError
+from metaembed_jax.flops import train_flops
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_network
 from metaembed_jax.network_config import model_config, row_limits
 from metaembed_jax.planning.compiling import compile_program
-from metaembed_jax.planning.flops import train_flops
 from metaembed_jax.planning.programs import encode_program, train_program
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.microbatches import encode

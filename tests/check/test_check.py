@@ -9,7 +9,7 @@ import pytest
 
 from metaembed_jax import cli
 from metaembed_jax.backbones import attention_windows, attention_xla, layers
-from metaembed_jax.check import command, kernels, references
+from metaembed_jax.check import command, kernel_cases, references
 from metaembed_jax.late_interaction import matryoshka, maxsim
 from metaembed_jax.mesh import make_mesh
 from tests.products import products, rounded, rounded_in_kernels
@@ -36,7 +36,7 @@ def test_all_float32_lines_are_right_on_a_cpu(capsys):
     report = json.loads(stdout)
     assert report["ok"] and report["platform"] == "cpu" and report["devices"].startswith("2 x CPU devices")
     names = [line["name"] for line in report["lines"]]
-    assert len(names) == len(set(names)) == 6 + len(kernels.ATTENTION)
+    assert len(names) == len(set(names)) == 6 + len(kernel_cases.ATTENTION)
     for line in report["lines"]:
         assert line["status"] == "ok" and line["error"] < line["tolerance"] and line["seconds"] > 0 and line["planned_bytes"] > 0
         assert f"ok    {line['name']} " in table
@@ -47,8 +47,8 @@ def test_no_chip_rounds_a_float32_line(monkeypatch):
     """Forward or backward, on a TPU in kernels, on a card in blocks of queries."""
     monkeypatch.setattr(attention_xla, "SCORE_BYTES", 2**16)
     mesh = make_mesh(devices=jax.devices()[:1])
-    cases = [case for case in kernels.kernel_cases(mesh, kernels.CPU) if case.dtype == "float32"]
-    assert len(cases) == 5 + len(kernels.ATTENTION)
+    cases = [case for case in kernel_cases.kernel_cases(mesh, kernel_cases.CPU) if case.dtype == "float32"]
+    assert len(cases) == 5 + len(kernel_cases.ATTENTION)
     for case in cases:
         with jax.set_mesh(mesh):
             traced = case.function.trace(*case.arguments())

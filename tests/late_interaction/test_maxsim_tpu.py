@@ -12,7 +12,7 @@ from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.late_interaction.maxsim_tpu import choose_blocks, score
 from metaembed_jax.late_interaction.topk import top_k
 from metaembed_jax.mesh import make_mesh
-from metaembed_jax.planning.chips import topology
+from metaembed_jax.planning.topology import topology
 
 CASES = {  # Q, Rq, N, Rc, D, query, documents, masked
     "one vector each": (1, 1, 1, 1, 3, "float32", "float32", False),

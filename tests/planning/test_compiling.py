@@ -9,9 +9,9 @@ pytest.importorskip("libtpu")
 
 from metaembed_jax.config import load_config
 from metaembed_jax.planning import compiling
-from metaembed_jax.planning.chips import topology
 from metaembed_jax.planning.compiling import compile_program, memory
 from metaembed_jax.planning.programs import train_program
+from metaembed_jax.planning.topology import topology
 from metaembed_jax.training.step import run_mesh
 
 SMALL = str(Path(__file__).parents[1] / "training" / "small.py")

@@ -9,11 +9,12 @@ import pytest
 pytest.importorskip("libtpu")
 
 from metaembed_jax import cli
+from metaembed_jax.chips import CHIPS
 from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.errors import UserError
-from metaembed_jax.planning import report, search
-from metaembed_jax.planning.chips import CHIPS, topology
-from metaembed_jax.planning.measure import make_plan
+from metaembed_jax.planning import layout_search, plan_text
+from metaembed_jax.planning.planner import make_plan
+from metaembed_jax.planning.topology import topology
 from metaembed_jax.sharding import MESH_AXES
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def test_collectives(plan):
 
 
 def test_report(plan, config, where):
-    text = report.describe(plan, config.model, where)
+    text = plan_text.describe(plan, config.model, where)
     first, *_ = text.splitlines()
     assert first.startswith("fits: 0.0") and first.endswith(" to spare")
     for word in (
@@ -107,12 +108,12 @@ def test_two_slices(config):
     assert plan.dcn_bytes == pytest.approx({"all-reduce": 1.19e5, "all-gather": 2.46e4, "reduce-scatter": 8.2e3}, rel=0.2)
     assert plan.dcn_bytes["all-reduce"] > 4 * plan.parameters["trained"] / 16
     assert plan.seconds["DCN"] == pytest.approx(sum(plan.dcn_bytes.values()) / where.chip.dcn_bandwidth)
-    text = report.describe(plan, config.model, where)
+    text = plan_text.describe(plan, config.model, where)
     assert "data 4 hops, at most 2 a step, 2 steps between slices" in text and "bytes over DCN, all-reduce" in text
 
 
 def test_search_keeps_fsdp_in_a_slice(config):
-    found = search.candidates(config, topology("2xv5e:2x2"))
+    found = layout_search.candidates(config, topology("2xv5e:2x2"))
     assert {one.mesh for one in found} == {(8, 1, 1), (4, 2, 1), (2, 4, 1)}
 
 
@@ -151,11 +152,11 @@ def test_search_compiles_little_and_keeps_what_fits(plan, config, where, monkeyp
         rows = plan.rows | {"at_once": size}
         return dataclasses.replace(plan, memory=memory, seconds=seconds, mesh=sizes, rows=rows, recompute=config.rows.recompute)
 
-    monkeypatch.setattr(search, "make_plan", compile_at_once)
-    plans = search.search(config, where)
-    assert len(tried) == len(set(tried)) <= search.COMPILED
+    monkeypatch.setattr(layout_search, "make_plan", compile_at_once)
+    plans = layout_search.search(config, where)
+    assert len(tried) == len(set(tried)) <= layout_search.COMPILED
     assert plans and all(found.fits and found.rows["at_once"] <= 8 for found in plans)
-    first, _, _, *rows = report.describe_search(plans).splitlines()
+    first, _, _, *rows = plan_text.describe_search(plans).splitlines()
     assert first.startswith(
         "fastest: --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=1 --config.rows.microbatch_rows=8 "
     )

@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("libtpu")
 
 from metaembed_jax.config import load_config
-from metaembed_jax.planning.chips import topology
-from metaembed_jax.planning.measure import make_plan
+from metaembed_jax.planning.planner import make_plan
+from metaembed_jax.planning.topology import topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RELEASES = [

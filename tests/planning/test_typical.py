@@ -8,8 +8,8 @@ from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.packing import pack
 from metaembed_jax.config import load_config
 from metaembed_jax.data.schedule import balanced_schedule
-from metaembed_jax.planning.rows import rows_of_steps, typical_steps
-from metaembed_jax.planning.typical import typical_document, typical_pair
+from metaembed_jax.planning.typical_items import typical_document, typical_pair
+from metaembed_jax.planning.typical_rows import rows_of_steps, typical_steps
 
 ROW = Size(2560, 8192, 512)
 WORDS_OF_PROMPT = {"query": 6 + 12 + 16, "document": 6 + 80}  # frame, suffix, Meta Tokens

@@ -7,7 +7,7 @@ import jax
 
 from metaembed_jax.batch import training
 from metaembed_jax.network_config import architecture_of
-from metaembed_jax.planning.measure import branches
+from metaembed_jax.planning.planner import branches
 from metaembed_jax.training.step import make_trainer, run_mesh
 
 

@@ -9,7 +9,7 @@ import pytest
 from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.training import StepShape
 from metaembed_jax.config import load_config
-from metaembed_jax.planning.flops import train_flops
+from metaembed_jax.flops import train_flops
 from metaembed_jax.training.speed import Speed, shown
 
 SHAPE = StepShape(Size(140, 36, 80), 2, 8)

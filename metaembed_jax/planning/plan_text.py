@@ -1,8 +1,9 @@
 """A plan in words."""
 
+from metaembed_jax.chips import GIB, Chip
 from metaembed_jax.config.run import ModelSettings
-from metaembed_jax.planning.chips import GIB, Chip, Topology
 from metaembed_jax.planning.plan import Plan, knob
+from metaembed_jax.planning.topology import Topology
 
 HELD = ("trained", "frozen", "optimizer", "index", "batch", "next batch", "padding", "temporaries")  # in the order of the report
 Rows = list[tuple[str, str]]

@@ -10,15 +10,16 @@ from jax.sharding import Mesh
 
 from metaembed_jax.backbones.family import family
 from metaembed_jax.batch.items import Size
+from metaembed_jax.chips import Chip
 from metaembed_jax.config.run import ModelSettings, RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.links import rings
 from metaembed_jax.network_config import architecture_of
-from metaembed_jax.planning.chips import Chip, Topology
 from metaembed_jax.planning.compiling import compile_program
 from metaembed_jax.planning.cost import Cost, Item, count
 from metaembed_jax.planning.plan import Plan
 from metaembed_jax.planning.programs import PROGRAMS, Program
+from metaembed_jax.planning.topology import Topology
 from metaembed_jax.planning.traced import largest_arrays
 from metaembed_jax.sharding import shard_bytes
 from metaembed_jax.training.step import run_mesh

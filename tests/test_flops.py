@@ -7,7 +7,7 @@ import pytest
 from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.training import StepShape
 from metaembed_jax.config import RunConfig, load_config, with_keys
-from metaembed_jax.planning.flops import encode_flops, train_flops
+from metaembed_jax.flops import encode_flops, train_flops
 from tests.planning.tracing import traced_flops
 
 ROOT = Path(__file__).parents[2]

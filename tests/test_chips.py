@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from metaembed_jax.planning.chips import topology
-from metaembed_jax.planning.peaks import peak
+from metaembed_jax.chips import peak
+from metaembed_jax.planning.topology import topology
 
 TERA, GIGA = 1e12, 1e9
 

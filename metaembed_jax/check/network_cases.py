@@ -34,10 +34,10 @@ from metaembed_jax.data import tokenizer
 from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.data.planned import plan_rows
+from metaembed_jax.flops import encode_flops, train_flops
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters, make_encode
 from metaembed_jax.network_config import model_config, row_limits
-from metaembed_jax.planning.flops import encode_flops, train_flops
 from metaembed_jax.sharding import batch_shards, shard_bytes
 from metaembed_jax.trainable import join, paths, split
 from metaembed_jax.training.step import TrainState, make_trainer, run_mesh

@@ -13,13 +13,13 @@ from metaembed_jax.batch.training import StepShape, step_shape
 from metaembed_jax.config.keys import with_keys
 from metaembed_jax.config.run import RECOMPUTE, RunConfig
 from metaembed_jax.errors import UserError
+from metaembed_jax.flops import train_flops
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network_config import model_config
-from metaembed_jax.planning.chips import Topology
-from metaembed_jax.planning.flops import train_flops
-from metaembed_jax.planning.measure import make_plan
 from metaembed_jax.planning.plan import Plan
-from metaembed_jax.planning.rows import typical_rows
+from metaembed_jax.planning.planner import make_plan
+from metaembed_jax.planning.topology import Topology
+from metaembed_jax.planning.typical_rows import typical_rows
 from metaembed_jax.sharding import MESH_AXES, shard_bytes
 from metaembed_jax.training.step import make_trainer
 
