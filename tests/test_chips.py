@@ -13,10 +13,9 @@ TERA, GIGA = 1e12, 1e9
 
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_every_planned_tpu_has_the_peaks_of_its_chip(name):
-    where = topology(name)
-    figures = peak(where.devices[0])
-    assert figures.flops * where.chip.devices == where.chip.flops
-    assert figures.hbm_bytes * where.chip.devices == where.chip.hbm_bytes
+    slices = topology(name)
+    peaks, chip = peak(slices.devices[0]), slices.chip
+    assert peaks.flops * chip.devices == chip.flops and peaks.hbm_bytes * chip.devices == chip.hbm_bytes
 
 
 @pytest.mark.parametrize(
@@ -36,8 +35,8 @@ def test_every_planned_tpu_has_the_peaks_of_its_chip(name):
     ],
 )
 def test_nvidia_cards_have_their_peaks(kind, flops, bandwidth, size):
-    figures = peak(SimpleNamespace(device_kind=kind))
-    assert (figures.flops / TERA, figures.hbm_bandwidth / GIGA, figures.hbm_bytes / GIGA) == (flops, bandwidth, size)
+    peaks = peak(SimpleNamespace(device_kind=kind))
+    assert (peaks.flops / TERA, peaks.hbm_bandwidth / GIGA, peaks.hbm_bytes / GIGA) == (flops, bandwidth, size)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA L40S", "NVIDIA GeForce RTX 4080", "TPU v2"])

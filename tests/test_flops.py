@@ -10,7 +10,7 @@ from metaembed_jax.config import RunConfig, load_config, with_keys
 from metaembed_jax.flops import encode_flops, train_flops
 from tests.planning.tracing import traced_flops
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SMALL = str(ROOT / "tests" / "training" / "small.py")
 LORA = load_config(str(ROOT / "configs" / "7b.py")).model.trained
 MERGER = (("meta_tokens", "full"), ("head.*", "full"), ("backbone.vision.merger_up.kernel", "full"))
@@ -31,7 +31,7 @@ def test_hand_count():
     layer = 2 * (2 * width * width + 2 * width * heads + 3 * width * feed_forward)
     key_value = 2 * 2 * width * heads
     first = tokens * layer + 4 * tokens * tokens * width
-    last = tokens * key_value + vectors * (layer - key_value) + 4 * vectors * tokens * width  # only what is read
+    last = tokens * key_value + vectors * (layer - key_value) + 4 * vectors * tokens * width  # only the positions that are read
     block = 2 * (4 * width * width + 3 * width * feed_forward)
     attention = 4 * patches * patches * width  # one window is the whole image
     pixels = patches * 2 * 588 * width
@@ -45,11 +45,11 @@ def test_hand_count():
     again += tokens * (turn + turn_key) + depth * patches * turn_block
     meta = 2 * 2 * tokens * 80 * width  # placing the rows of their table, and its gradient
 
-    found = train_flops(config, StepShape(ROW, 1, rows))
+    flops = train_flops(config, StepShape(ROW, 1, rows))
     assert layers == config.model.architecture["text_config"]["num_hidden_layers"]
-    assert found.forward == rows * row + loss
-    assert found.backward == 2 * (rows * row + loss) - rows * pixels  # not for pixels
-    assert found.extra == rows * (again + 2 * turns + meta)
+    assert flops.forward == rows * row + loss
+    assert flops.backward == 2 * (rows * row + loss) - rows * pixels  # not for pixels
+    assert flops.extra == rows * (again + 2 * turns + meta)
 
 
 @pytest.mark.parametrize("trained", [(("*", "full"),), LORA, MERGER], ids=["full", "lora", "merger"])

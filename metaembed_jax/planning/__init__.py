@@ -1,1 +1,1 @@
-"""What a run would need of a TPU slice that is not there: memory, arithmetic, traffic and time, from the TPU's own compiler."""
+"""Memory, FLOPs, traffic and time of a run on a TPU slice, from the TPU compiler; no TPU is needed."""

@@ -1,4 +1,4 @@
-"""`python -m metaembed_jax plan`: prints a plan, and says by its exit code whether it fits."""
+"""The command `plan`."""
 
 import json
 import sys
@@ -15,27 +15,27 @@ from metaembed_jax.training.stages import with_architecture
 
 
 def plan(config: RunConfig, slice_name: str, what: str, is_search: bool, as_json: bool) -> bool:
-    """Prints the plan of one program, or with `is_search` of the train step on every mesh worth trying.
+    """Print the plan of a program; with `is_search`, those of the train step with the most promising layouts.
 
     Returns:
-      Whether it fits; of a search, whether anything does.
+      True if the program fits; of a search, if any layout does.
 
     Raises:
-      UserError: no such slice, no libtpu, or a config that cannot run there.
+      UserError: an unknown slice, no libtpu, or a config that cannot run there.
     """
-    jax.config.update("jax_platforms", "cpu")  # of the TPU only its compiler is wanted
-    where = topology(slice_name)
+    jax.config.update("jax_platforms", "cpu")  # libtpu is used as a compiler only
+    slices = topology(slice_name)
     config = with_architecture(config)
     if is_search and what != "train":
         raise UserError(f"--search is for training, not for --what={what}")
     if is_search:
-        plans = search(config, where)
-        print(json.dumps([one.to_json() for one in plans]) if as_json else plan_text.describe_search(plans))
+        plans = search(config, slices)
+        print(json.dumps([plan.to_json() for plan in plans]) if as_json else plan_text.describe_search(plans))
         return bool(plans)
-    print(f"compiling {config.name} for {where.name}; the largest take a minute or two", file=sys.stderr)
-    made = make_plan(config, what, where)
+    print(f"compiling {config.name} for {slices.name}; the largest take a minute or two", file=sys.stderr)
+    plan = make_plan(config, what, slices)
     if as_json:
-        print(json.dumps(made.to_json() | {"verdict": plan_text.verdict(made, config.model)}))
+        print(json.dumps(plan.to_json() | {"verdict": plan_text.verdict(plan, config.model)}))
     else:
-        print(plan_text.describe(made, config.model, where))
-    return made.fits
+        print(plan_text.describe(plan, config.model, slices))
+    return plan.fits

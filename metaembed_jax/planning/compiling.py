@@ -1,8 +1,8 @@
-"""A program through the TPU's compiler, as far as its memory and its work are known.
+"""Compile a program for TPUs, as far as its memory and its operations are known.
 
-They are known once every buffer has its place: by then operations, layouts and order are settled, and the compiler writes them
-down. What it does afterwards is machine code, which takes most of its time and moves nothing any more. So it works in a process of
-its own, and is stopped there. It cannot be asked to stop by itself: libtpu 0.0.52 has no such option.
+They are known once buffers are assigned: operations, layouts and their order are settled then, and the compiler dumps them. The
+machine code that follows takes most of the time and changes none of them. So the compiler runs in a separate process, which is killed
+there: libtpu 0.0.52 has no option to stop.
 """
 
 import multiprocessing
@@ -20,19 +20,19 @@ from metaembed_jax.config.run import RunConfig
 from metaembed_jax.planning.topology import topology
 from metaembed_jax.training.step import run_mesh
 
-# What the compiler writes last before it makes machine code, and what it says before that.
+# The last file that the compiler dumps before machine code, and two earlier ones.
 LAST, BUFFERS, TEXT = (f"*after_optimizations{name}.txt" for name in ("_after_buffer_assignment", "-buffer-assignment", ""))
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), page \d+, (parameter|preallocated-temp|maybe-live-out)", re.MULTILINE)
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of one device.
+    """A program as compiled for one device.
 
     Attributes:
       text: of the program.
-      arguments: bytes of the inputs, as they lie.
-      temporaries: bytes of all else, results included that do not lie in inputs.
-      error: why there is nothing of all that.
+      arguments: bytes of the inputs, with padding.
+      temporaries: bytes of everything else, including results that do not reuse inputs.
+      error: the compiler's; if there is one, the rest is empty.
     """
 
     text: str = ""
@@ -42,10 +42,10 @@ class Compiled(NamedTuple):
 
 
 def compile_program(make: Callable, config: RunConfig, topology_name: str) -> Compiled:
-    """Compile a program for a slice that need not be there.
+    """Compile a program for a slice, which need not exist.
 
     Args:
-      make: (config, mesh) -> `programs.Program`; a function of a module, which another process can import.
+      make: `(config, mesh) -> programs.Program`; a function of a module, which another process can import.
     """
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs XLA hangs
     receiver, sender = context.Pipe(duplex=False)
@@ -65,7 +65,10 @@ def compile_program(make: Callable, config: RunConfig, topology_name: str) -> Co
 
 
 def memory(buffers: str) -> tuple[int, int]:
-    """(bytes of arguments, bytes of all else) of a buffer assignment. Buffers in other memories have a colour, and no match."""
+    """Return the bytes (of arguments, of everything else) of a dumped buffer assignment.
+
+    Buffers in memories on the chip have a color, and do not match.
+    """
     sizes = dict.fromkeys(("parameter", "preallocated-temp", "maybe-live-out"), 0)
     for size, kind in _ALLOCATION.findall(buffers):
         sizes[kind] += int(size)
@@ -73,12 +76,12 @@ def memory(buffers: str) -> tuple[int, int]:
 
 
 def _wait(directory: Path, receiver: Connection) -> str:
-    """Returns the compiler's complaint, or nothing once it has written all that is wanted."""
+    """Wait until the last file is complete, and return an empty text; if the compiler fails, return its error."""
     size = -1
     while not receiver.poll(0.5):
-        found = next(directory.glob(LAST), None)
-        before, size = size, found.stat().st_size if found else -1
-        if found and size == before and found.read_text().endswith("}\n\n"):
+        last = next(directory.glob(LAST), None)
+        before, size = size, last.stat().st_size if last else -1
+        if last and size == before and last.read_text().endswith("}\n\n"):
             return ""
     try:
         return receiver.recv()
@@ -87,11 +90,11 @@ def _wait(directory: Path, receiver: Connection) -> str:
 
 
 def _compile(make: Callable, config: RunConfig, topology_name: str, directory: str, sender: Connection) -> None:
-    jax.config.update("jax_platforms", "cpu")  # of the TPU only its compiler is wanted
+    jax.config.update("jax_platforms", "cpu")  # libtpu is used as a compiler only
     mesh = run_mesh(config, topology(topology_name).devices)
     options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
     with jax.set_mesh(mesh), warnings.catch_warnings():
-        # What was compiled without a device can be written to JAX's cache, but not read from it.
+        # JAX can write a program that is compiled without a device to its cache, but not read it.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
         try:
             make(config, mesh).trace().lower().compile(compiler_options=options)

@@ -1,11 +1,11 @@
-"""Reads the text of a compiled program (optimised HLO): computations of instructions, each with shapes, operands and attributes.
+"""Parse the text of a compiled program (optimised HLO): computations of instructions with shapes, operands and attributes.
 
     %body (p: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
       %p = (s32[], f32[8,8]{1,0:T(8,128)}) parameter(0)
       ROOT %fusion.1 = f32[8,8]{1,0:T(8,128)S(1)} fusion(%a, %b), kind=kLoop, calls=%fused, metadata={op_name="..."}
 
-A layout says how an array lies: the order of its axes, minor first, `T(8,128)` the tile that it is padded to, and `S(1)` that it
-is not in HBM but in a memory on the chip.
+A layout has the order of an array's axes, minor first. `T(8,128)` is the tile that the array is padded to. `S(1)` means that it is in a
+memory on the chip instead of HBM.
 """
 
 import math
@@ -19,7 +19,14 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 
 class Shape(NamedTuple):
-    """An array of a program: its text, sizes of axes, bytes with the padding of its tiles, and whether it is in HBM."""
+    """An array of a program.
+
+    Attributes:
+      text: type and sizes, such as f32[8,8].
+      dims: sizes of its axes.
+      bytes: with the padding of its tiles.
+      in_hbm: false for a memory on the chip.
+    """
 
     text: str
     dims: tuple[int, ...]
@@ -32,12 +39,12 @@ class Instruction(NamedTuple):
 
     Attributes:
       name: unique in the program.
-      shapes: of its results, those of a tuple one after the other.
+      shapes: of its results; those of a tuple in a row.
       opcode: such as `fusion`.
-      operands: names of what it reads.
+      operands: names of the instructions that it reads.
       arguments: the text between its parentheses.
       attributes: the text after them.
-      is_root: it is the computation's result.
+      is_root: true for the computation's result.
     """
 
     name: str
@@ -50,47 +57,48 @@ class Instruction(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of all results."""
+        """Bytes of all results."""
         return sum(shape.bytes for shape in self.shapes)
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from, as JAX wrote it down; else its own name."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else self.name
+        """The operation of the Python program, as JAX names it; without one, the instruction's own name."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else self.name
 
     def called(self, attribute: str) -> list[str]:
-        """The computations that an attribute names, such as `calls=%a` or `branch_computations={%a, %b}`."""
-        found = re.search(rf"\b{attribute}=(?:\{{([^}}]*)\}}|(%[\w.\-]+))", self.attributes)
-        return _NAME.findall(found[1] or found[2]) if found else []
+        """Return the names of computations in an attribute, such as `calls=%a` or `branch_computations={%a, %b}`."""
+        match = re.search(rf"\b{attribute}=(?:\{{([^}}]*)\}}|(%[\w.\-]+))", self.attributes)
+        return _NAME.findall(match[1] or match[2]) if match else []
 
 
-class Computation(dict):
+class Computation(dict[str, Instruction]):
     """Instructions by name, in the order of the text."""
 
     @property
     def root(self) -> Instruction:
         """The result."""
-        return next(one for one in reversed(self.values()) if one.is_root)
+        return next(instruction for instruction in reversed(self.values()) if instruction.is_root)
 
     def parameter(self, position: int) -> Instruction:
-        """An argument, by its position."""
-        return next(one for one in self.values() if one.opcode == "parameter" and one.arguments == str(position))
+        """Return the parameter at a position."""
+        parameters = (instruction for instruction in self.values() if instruction.opcode == "parameter")
+        return next(parameter for parameter in parameters if parameter.arguments == str(position))
 
     def users(self, name: str) -> list[Instruction]:
-        """The instructions that read a value."""
-        return [one for one in self.values() if name in one.operands]
+        """Return the instructions that read a value."""
+        return [instruction for instruction in self.values() if name in instruction.operands]
 
 
 class Module(NamedTuple):
-    """All computations of a program by name, and the name of the one that it starts with."""
+    """All computations of a program by name, and the name of the first to run."""
 
     computations: dict[str, Computation]
     entry: str
 
 
 def parse(text: str) -> Module:
-    """The module of a text as `Compiled.as_text()` gives it."""
+    """Parse the text of `Compiled.as_text()`."""
     computations, entry, current, name = {}, "", None, ""
     for line in text.splitlines():
         if header := _HEADER.match(line):
@@ -101,7 +109,7 @@ def parse(text: str) -> Module:
         elif instruction := _INSTRUCTION.match(line):
             name = instruction[2]
             current[name] = _instruction(name, instruction[3], bool(instruction[1]))
-        else:  # the attributes of a kernel with metadata go on over several lines
+        else:  # the attributes of a kernel with metadata take several lines
             current[name] = current[name]._replace(attributes=current[name].attributes + line)
     return Module(computations, entry)
 
@@ -113,7 +121,7 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
     arguments = text[start + 1 : close - 1]
     return Instruction(
         name,
-        tuple(_shape(*found) for found in _ARRAY.findall(text[:end])),
+        tuple(_shape(*array) for array in _ARRAY.findall(text[:end])),
         text[end:start].strip(),
         tuple(_NAME.findall(arguments)),
         arguments,
@@ -123,13 +131,13 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Just past the parenthesis that closes the one at `start`."""
+    """Return the index after the parenthesis that closes the one at `start`."""
     depth = 0
-    for found in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if found[0] == "(" else -1
+    for parenthesis in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if parenthesis[0] == "(" else -1
         if not depth:
-            return found.end()
-    raise ValueError(f"no parenthesis closes that of {text[start : start + 80]!r}")
+            return parenthesis.end()
+    raise ValueError(f"unclosed parenthesis: {text[start : start + 80]!r}")
 
 
 def _shape(dtype: str, dims: str, layout: str) -> Shape:
@@ -141,6 +149,7 @@ def _shape(dtype: str, dims: str, layout: str) -> Shape:
         minor_first += [1] * (len(padding) - len(minor_first))
         padding += [1] * (len(minor_first) - len(padding))
         minor_first = [-(-size // unit) * unit for size, unit in zip(minor_first, padding, strict=True)]
-    bits = int(re.search(r"\d+|$", dtype)[0] or {"pred": 8}.get(dtype, 0))
+    width = re.search(r"\d+", dtype)
+    bits = int(width[0]) if width else 8 if dtype == "pred" else 0
     in_hbm = not re.search(r"S\([1-9]\d*\)", rest)
     return Shape(f"{dtype}[{dims}]", sizes, math.prod(minor_first) * bits // 8, in_hbm)

@@ -1,10 +1,10 @@
-"""What one program of a config needs of a slice, and how fast the slice's published peaks would let it run."""
+"""The memory that one program of a config needs on a slice, and its time at the slice's published peaks."""
 
 import dataclasses
 
 from metaembed_jax.chips import GIB
 from metaembed_jax.config.run import ModelSettings
-from metaembed_jax.planning.cost import Item
+from metaembed_jax.planning.cost import CostItem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,22 +12,24 @@ class Plan:
     """One program on one slice. Bytes and seconds are of one device and one call.
 
     Attributes:
-      devices_per_chip: two only where the cores of a chip are devices of their own.
+      what: the program, a key of `programs.PROGRAMS`.
+      devices_per_chip: 2 if the cores of a chip are separate devices, else 1.
       rings: by axis of the mesh: hops, step and crossings, as in `links.Ring`.
-      rows: of a call, as `programs.Rows`; {} where there are none.
+      rows: `programs.CallRows` of a call; empty for a program without rows.
       recompute: the config's.
-      parameters: how many, trained and frozen.
-      memory: bytes, by what they hold.
-      host_bytes: of the host's memory that the loop's batches take.
-      usable_bytes: what the compiler lets a program use.
-      flops: of all devices: forward, backward and extra as counted in closed form, and compiled, as found in the program.
+      parameters: numbers of trained and frozen parameters.
+      memory: bytes, by content.
+      host_bytes: batches of the training loop in the host's memory.
+      usable_bytes: the most that the compiler gives to a program.
+      flops: of all devices: forward, backward and extra in closed form, and compiled, counted in the program.
       hbm_bytes: traffic of memory.
       ici_bytes, dcn_bytes: traffic inside a slice and between slices, by kind of collective.
-      seconds: that the peaks allow, for compute, HBM, ICI and, over several slices, DCN.
-      items, unit, calls: how many of what a call handles, and how many calls a run is.
+      seconds: at the peaks: compute, HBM, ICI and, over several slices, DCN.
+      items, unit: number and kind of items of a call.
+      calls: of a run.
       temporaries, collectives: the largest.
-      missing: why the compiler's figures are not there, or not all.
-      arrays: the largest as traced, over all devices, where nothing was compiled.
+      missing: why the figures of the compiler are incomplete; empty if they are complete.
+      arrays: the largest traced arrays over all devices, if the program does not compile.
     """
 
     config: str
@@ -54,63 +56,63 @@ class Plan:
     items: int
     unit: str
     calls: int
-    temporaries: list[Item]
-    collectives: list[Item]
+    temporaries: list[CostItem]
+    collectives: list[CostItem]
     missing: str
-    arrays: list[Item]
+    arrays: list[CostItem]
     compile_seconds: float
 
     @property
     def total_bytes(self) -> int:
-        """All of them."""
+        """Bytes of all contents."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
-        """Whether a device has room."""
+        """True if a device has room."""
         return self.total_bytes <= self.usable_bytes
 
     @property
     def spare(self) -> float:
-        """The share of the usable memory that is left; negative where it does not fit."""
+        """Share of the usable memory that stays free; negative if the program does not fit."""
         return 1 - self.total_bytes / self.usable_bytes
 
     @property
     def binds(self) -> str:
-        """What takes longest, if each ran at its peak and beside the others."""
-        return max(self.seconds, key=self.seconds.get)
+        """The key of `seconds` that takes longest: the bound, if all overlap."""
+        return max(self.seconds, key=lambda key: self.seconds[key])
 
     @property
     def mfu(self) -> float:
-        """Share of the peak that forward and backward would reach at the bound."""
+        """Share of the peak that forward and backward reach at the bound."""
         useful = self.flops["forward"] + self.flops["backward"]
         return useful / self.devices / self.peak_flops / self.seconds[self.binds]
 
     @property
     def items_per_second(self) -> float:
-        """At the bound, over all devices."""
+        """Items a second at the bound, over all devices."""
         return self.items / self.seconds[self.binds]
 
     @property
     def hours(self) -> float:
-        """Of a run, at the bound."""
+        """Hours of a run at the bound."""
         return self.calls * self.seconds[self.binds] / 3600
 
     @property
     def chip_hours(self) -> float:
-        """Of a run, at the bound."""
+        """Chip-hours of a run at the bound."""
         return self.hours * self.devices / self.devices_per_chip
 
     def to_json(self) -> dict:
-        """All of it, as JSON takes it."""
+        """Return all fields and properties for JSON."""
         derived = ("total_bytes", "fits", "spare", "binds", "mfu", "items_per_second", "hours", "chip_hours")
         listed = {key: [item._asdict() for item in getattr(self, key)] for key in ("temporaries", "collectives", "arrays")}
         return dataclasses.asdict(self) | listed | {key: getattr(self, key) for key in derived}
 
 
-def knob(plan: Plan, model: ModelSettings) -> str:
-    """What takes most of the memory, and which key of the config to change."""
-    largest = max(plan.memory, key=plan.memory.get)
+def memory_advice(plan: Plan, model: ModelSettings) -> str:
+    """Return the content that takes most of the memory, and the config key that shrinks it."""
+    largest = max(plan.memory, key=lambda content: plan.memory[content])
     shards = plan.mesh["data"] * plan.mesh["fsdp"]
     if largest in ("trained", "optimizer", "frozen") and plan.mesh["fsdp"] < plan.devices // plan.slices:
         advice = f"raise config.mesh.fsdp={plan.mesh['fsdp']}"

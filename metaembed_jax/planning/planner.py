@@ -1,4 +1,4 @@
-"""From a config and a slice to a plan: compiles the program and reads what the compiler made of it."""
+"""Plan a program of a config on a slice: compile it, and count its memory, FLOPs and traffic."""
 
 import re
 import time
@@ -16,7 +16,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.links import rings
 from metaembed_jax.network_config import architecture_of
 from metaembed_jax.planning.compiling import compile_program
-from metaembed_jax.planning.cost import Cost, Item, count
+from metaembed_jax.planning.cost import Cost, CostItem, count
 from metaembed_jax.planning.plan import Plan
 from metaembed_jax.planning.programs import PROGRAMS, Program
 from metaembed_jax.planning.topology import Topology
@@ -25,28 +25,31 @@ from metaembed_jax.sharding import shard_bytes
 from metaembed_jax.training.step import run_mesh
 
 UNKNOWN = Cost(0.0, 0.0, {}, {}, (), [], [])
-HELD_BATCHES = 2  # by the loop of training: that of the step that is computed, and the next
+HELD_BATCHES = 2  # the training loop holds the batch of the current step, and the next
 _OUT_OF_MEMORY = re.compile(r"required[^()]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of")
 
 
-def make_plan(config: RunConfig, what: str, where: Topology) -> Plan:
-    """Compiles a program of a checked config for a slice, and measures it.
+def make_plan(config: RunConfig, what: str, slices: Topology) -> Plan:
+    """Compile a program of a config for some slices, and measure it.
+
+    Args:
+      what: a key of `PROGRAMS`.
 
     Raises:
-      UserError: mesh, batch and slice do not fit each other.
+      UserError: mesh, batch and slices do not fit each other.
     """
-    mesh = run_mesh(config, where.devices)
+    mesh = run_mesh(config, slices.devices)
     program = PROGRAMS[what](config, mesh)
-    began = time.perf_counter()
-    memory, cost, missing, arrays = _measure(config, what, where, program, mesh)
+    start = time.perf_counter()
+    memory, cost, missing, arrays = _measure(config, what, slices, program, mesh)
     return Plan(
         config=config.name,
         what=what,
-        topology=where.name,
+        topology=slices.name,
         devices=mesh.size,
-        devices_per_chip=where.chip.devices,
-        hosts=where.hosts,
-        slices=where.slices,
+        devices_per_chip=slices.chip.devices,
+        hosts=slices.hosts,
+        slices=slices.slices,
         mesh=dict(mesh.shape),
         rings={axis: ring._asdict() for axis, ring in rings(mesh).items()},
         rows=program.rows._asdict() if program.rows else {},
@@ -54,13 +57,13 @@ def make_plan(config: RunConfig, what: str, where: Topology) -> Plan:
         parameters={name: _numbers(program.arguments.get(name)) for name in ("trained", "frozen")},
         memory=memory,
         host_bytes=HELD_BATCHES * shard_bytes(program.arguments["batch"], in_host=True),
-        usable_bytes=int(where.chip.usable_bytes),
+        usable_bytes=int(slices.chip.usable_bytes),
         flops=program.flops._asdict() | ({"compiled": cost.flops * mesh.size} if cost.flops else {}),
         hbm_bytes=cost.hbm_bytes,
         ici_bytes=cost.ici_bytes,
         dcn_bytes=cost.dcn_bytes,
-        seconds=_seconds(sum(program.flops) / mesh.size, cost, where.chip),
-        peak_flops=where.chip.flops / where.chip.devices,
+        seconds=_seconds(sum(program.flops) / mesh.size, cost, slices.chip),
+        peak_flops=slices.chip.flops / slices.chip.devices,
         items=program.items,
         unit=program.unit,
         calls=program.calls,
@@ -68,71 +71,75 @@ def make_plan(config: RunConfig, what: str, where: Topology) -> Plan:
         collectives=cost.collectives,
         missing=missing,
         arrays=list(arrays),
-        compile_seconds=time.perf_counter() - began,
+        compile_seconds=time.perf_counter() - start,
     )
 
 
 class _Measured(NamedTuple):
-    """What the compiler says.
+    """A compiled program, or as much as is known of a program that the compiler refuses.
 
     Attributes:
-      memory: bytes of a device, by what they hold.
-      cost: zeros where it is not known.
-      missing: what the cost lacks, and why.
-      arrays: the largest, as traced, where the program does not fit.
+      memory: bytes of a device, by content.
+      cost: of a device; zeros if the program is refused.
+      missing: as in `Plan`.
+      arrays: the largest traced arrays of a program that is refused.
     """
 
     memory: dict[str, int]
     cost: Cost
     missing: str = ""
-    arrays: Sequence[Item] = ()
+    arrays: Sequence[CostItem] = ()
 
 
-def _measure(config: RunConfig, what: str, where: Topology, program: Program, mesh: Mesh) -> _Measured:
+def _measure(config: RunConfig, what: str, slices: Topology, program: Program, mesh: Mesh) -> _Measured:
     held = {name: shard_bytes(tree) for name, tree in program.arguments.items()}
-    beside = {"next batch": (HELD_BATCHES - 1) * held["batch"]} if what == "train" else {}
-    compiled = compile_program(PROGRAMS[what], config, where.name)
+    waiting = {"next batch": (HELD_BATCHES - 1) * held["batch"]} if what == "train" else {}
+    compiled = compile_program(PROGRAMS[what], config, slices.name)
     if compiled.error:
-        found = _OUT_OF_MEMORY.search(compiled.error)
-        if not found:
+        required = _OUT_OF_MEMORY.search(compiled.error)
+        if not required:
             raise UserError(f"the TPU compiler failed on this program: {' '.join(compiled.error.split())[:2000]}")
-        number, unit = found[1] or found[3], found[2] or found[4]
+        number, unit = required[1] or required[3], required[2] or required[4]
         needed = int(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1)))
         with jax.set_mesh(mesh):
             arrays = largest_arrays(program.trace().jaxpr)
-        memory = held | beside | {"temporaries": needed - sum(held.values())}
-        return _Measured(memory, UNKNOWN, "what was compiled, which is nothing", arrays)
-    memory = held | beside | {"padding": max(compiled.arguments - sum(held.values()), 0), "temporaries": compiled.temporaries}
-    cost = count(compiled.text, mesh.size, branches(config.model), where.slices)
+        memory = held | waiting | {"temporaries": needed - sum(held.values())}
+        return _Measured(memory, UNKNOWN, "the compiled program: the compiler refused it", arrays)
+    padding = max(compiled.arguments - sum(held.values()), 0)
+    memory = held | waiting | {"padding": padding, "temporaries": compiled.temporaries}
+    cost = count(compiled.text, mesh.size, branch_shares(config.model), slices.slices)
     return _Measured(memory, cost, f"all FLOPs of {', '.join(cost.unknown)}" if cost.unknown else "")
 
 
 def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:
-    """What one device needs for each part of the work at its peak.
+    """Return the time that one device takes for each resource, at its peak.
 
     Args:
-      flops: of one device, counted in closed form; they stand in for what the compiler does not know.
+      flops: of one device in closed form, used if the compiler's are not complete.
     """
-    done = cost.flops if cost.flops and not cost.unknown else max(flops, cost.flops)
-    seconds = {"compute": done * chip.devices / chip.flops}
+    computed = cost.flops if cost.flops and not cost.unknown else max(flops, cost.flops)
+    seconds = {"compute": computed * chip.devices / chip.flops}
     if cost.hbm_bytes:
         seconds["HBM"] = cost.hbm_bytes * chip.devices / chip.hbm_bandwidth
-        # What a device sends goes in one of the two directions that are published as one figure.
+        # The published figure has both directions of the links; a device sends in one of them.
         seconds["ICI"] = sum(cost.ici_bytes.values()) * chip.devices / (chip.ici_bandwidth / 2)
     if cost.dcn_bytes:
         seconds["DCN"] = sum(cost.dcn_bytes.values()) * chip.devices / chip.dcn_bandwidth
     return seconds
 
 
-def branches(model: ModelSettings) -> tuple[float, ...]:
-    """How often each branch of a conditional runs: the only ones there are choose the kind of attention in a layer of a stack."""
+def branch_shares(model: ModelSettings) -> tuple[float, ...]:
+    """Return how often each branch of a conditional runs, as shares of 1; empty for a model without conditionals.
+
+    The only conditionals choose the kind of attention in a layer of a stack.
+    """
     architecture = architecture_of(model)
     row = Size(1, architecture.layout.multiple, 1)
-    parts = [part for part in family(model.backbone).flop_counts(architecture, row) if part.scanned]
-    for part in parts:
-        kinds = [one.layers for other in parts if other.path == part.path for one in other.attention]
-        if len(kinds) > 1:
-            return tuple(layers / sum(kinds) for layers in kinds)
+    counts = [count for count in family(model.backbone).flop_counts(architecture, row) if count.scanned]
+    for path in dict.fromkeys(count.path for count in counts):
+        layers = [attention.layers for count in counts if count.path == path for attention in count.attention]
+        if len(layers) > 1:
+            return tuple(number / sum(layers) for number in layers)
     return ()
 
 

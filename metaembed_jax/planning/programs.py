@@ -1,4 +1,4 @@
-"""The programs that can be planned: their inputs as shapes on a mesh, made without data, weights or a tokenizer."""
+"""Programs to plan: jitted functions with abstract inputs on a mesh. No data, weights or tokenizer are needed."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,14 +23,14 @@ from metaembed_jax.training.step import make_trainer
 SEARCH_QUERIES, SEARCH_DOCUMENTS, SEARCH_K = 32, 100_000, 10
 
 
-class Rows(NamedTuple):
+class CallRows(NamedTuple):
     """The packed rows of a call.
 
     Attributes:
-      tokens, patches, vectors: of a row.
-      rows: over all devices, empty ones included.
-      at_once: of a microbatch.
-      used_tokens, used_patches: the share that items of typical sizes use, on average.
+      tokens, patches, vectors: capacity of a row.
+      rows: over all devices, including empty rows.
+      at_once: rows of a microbatch.
+      used_tokens, used_patches: the average share that items of typical sizes use.
     """
 
     tokens: int
@@ -43,16 +43,15 @@ class Rows(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A jitted function and what it is called with.
+    """A jitted function with its arguments.
 
     Attributes:
       trace: `() -> jax.stages.Traced`.
-      arguments: the inputs as shapes with shardings, by what they are.
+      arguments: shapes with shardings, by content.
       flops: of one call, over all devices.
-      items: that one call handles.
-      unit: what an item is.
-      calls: of a whole run; 0 where there is no such thing.
-      rows: of one call, where there are any.
+      items, unit: number and kind of items of one call.
+      calls: of a whole run; 0 for a program without runs.
+      rows: of one call; None for a program without rows.
     """
 
     trace: Callable
@@ -61,11 +60,11 @@ class Program(NamedTuple):
     items: int
     unit: str
     calls: int = 0
-    rows: Rows | None = None
+    rows: CallRows | None = None
 
 
 def train_program(config: RunConfig, mesh: Mesh) -> Program:
-    """The train step, as `train.py` runs it on items of typical sizes.
+    """Return the train step, as `train.py` runs it on items of typical sizes.
 
     Raises:
       UserError: `config.model.trained` or `config.rows.size` do not fit the network, or `config.rows.microbatch_rows` the mesh.
@@ -85,12 +84,12 @@ def train_program(config: RunConfig, mesh: Mesh) -> Program:
         config.rows.batch_size,
         "pairs",
         config.schedule.steps,
-        Rows(*row, shape.rows, shape.size, typical.fill.tokens * used, typical.fill.patches * used),
+        CallRows(*row, shape.rows, shape.size, typical.fill.tokens * used, typical.fill.patches * used),
     )
 
 
 def encode_program(config: RunConfig, mesh: Mesh) -> Program:
-    """Encoding of documents at the largest budget: a full call of the encoder, of items of typical sizes."""
+    """Return a full call of the encoder, at the largest budget and with items of typical sizes."""
     network = model_config(config)
     row, typical = typical_rows(config)
     rows = CALL_ROWS[0] * batch_shards(mesh)
@@ -104,17 +103,17 @@ def encode_program(config: RunConfig, mesh: Mesh) -> Program:
         encode_flops(config, row, rows),
         items,
         "items",
-        rows=Rows(*row, rows, rows, typical.fill.tokens, typical.fill.patches),
+        rows=CallRows(*row, rows, rows, typical.fill.tokens, typical.fill.patches),
     )
 
 
 def search_program(config: RunConfig, mesh: Mesh) -> Program:
-    """Exact search of `SEARCH_QUERIES` among at least `SEARCH_DOCUMENTS` of all vectors, in bfloat16."""
+    """Return the exact search of `SEARCH_QUERIES` queries in at least `SEARCH_DOCUMENTS` documents: all vectors, in bfloat16."""
     width = config.model.embedding_dim or model_config(config).architecture.width
     documents = -(-SEARCH_DOCUMENTS // mesh.size) * mesh.size
-    everywhere = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
+    sharded = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
     query = _abstract((SEARCH_QUERIES, config.model.query_tokens, width), jnp.bfloat16, replicated(mesh))
-    document = _abstract((documents, config.model.document_tokens, width), jnp.bfloat16, everywhere)
+    document = _abstract((documents, config.model.document_tokens, width), jnp.bfloat16, sharded)
     return Program(
         lambda: top_k.trace(query, document, SEARCH_K, mesh),
         {"batch": query, "index": document},

@@ -1,32 +1,36 @@
-"""The largest arrays of a traced program, for when there is no compiled one to look into."""
+"""The largest arrays of a traced program, for a program that the compiler refuses."""
 
 from collections.abc import Iterator
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from metaembed_jax.planning.cost import LARGEST, Item
+from metaembed_jax.planning.cost import LARGEST, CostItem
 
-FREE = ("broadcast_in_dim", "jit")  # never an array of their own
-
-
-def largest_arrays(jaxpr: ClosedJaxpr) -> list[Item]:
-    """One of each size, over all devices. The compiler may split them, or never make them."""
-    found: dict[int, Item] = {}
-    for size, what, name in _arrays(jaxpr.jaxpr, ""):
-        found.setdefault(size, Item(size, what, 1, name))
-    return sorted(found.values(), reverse=True)[:LARGEST]
+FREE = ("broadcast_in_dim", "jit")  # make no arrays of their own
 
 
-def _arrays(jaxpr: Jaxpr, above: str) -> Iterator[tuple[int, str, str]]:
-    """(bytes, type and sizes, where it comes from) of the results of all operations, those of loops' bodies included."""
+def largest_arrays(jaxpr: ClosedJaxpr) -> list[CostItem]:
+    """Return the largest arrays over all devices, one of each size. The compiler may split them, or never make them."""
+    largest: dict[int, CostItem] = {}
+    for size, shape, name in _arrays(jaxpr.jaxpr, ""):
+        largest.setdefault(size, CostItem(size, shape, 1, name))
+    return sorted(largest.values(), reverse=True)[:LARGEST]
+
+
+def _arrays(jaxpr: Jaxpr, scope: str) -> Iterator[tuple[int, str, str]]:
+    """Yield (bytes, type and sizes, name of the operation) of all results, also inside loops."""
     for equation in jaxpr.eqns:
-        here = "/".join(part for part in (above, str(equation.source_info.name_stack)) if part)
+        inner_scope = "/".join(name for name in (scope, str(equation.source_info.name_stack)) if name)
         for variable in equation.outvars if equation.primitive.name not in FREE else ():
-            if hasattr(variable.aval, "dtype") and hasattr(variable.aval.dtype, "itemsize"):
-                size = variable.aval.size * variable.aval.dtype.itemsize
-                yield size, variable.aval.str_short(), f"{here}/{equation.primitive.name}"
+            if size := _array_bytes(variable.aval):
+                yield size, variable.aval.str_short(), f"{inner_scope}/{equation.primitive.name}"
         for value in equation.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                body = part.jaxpr if isinstance(part, ClosedJaxpr) else part
+            for body in value if isinstance(value, tuple | list) else (value,):
+                body = body.jaxpr if isinstance(body, ClosedJaxpr) else body
                 if isinstance(body, Jaxpr):
-                    yield from _arrays(body, here)
+                    yield from _arrays(body, inner_scope)
+
+
+def _array_bytes(value) -> int:
+    """Return the bytes of an abstract array; 0 for other values, such as tokens."""
+    return value.size * value.dtype.itemsize if hasattr(value, "dtype") and hasattr(value.dtype, "itemsize") else 0

@@ -1,67 +1,68 @@
 """Bytes that an instruction reads from HBM and writes to it, and the buffers that it makes there.
 
-A fusion reads its operands and writes its results, whatever it does in between. A slice costs what it takes, not what it is taken
-from; an update in place costs what it replaces; what lies in a memory on the chip costs nothing.
+A fusion reads its operands and writes its results, whatever it computes in between. A slice costs the bytes that it takes, not those
+of its operand. An update in place costs the bytes that it replaces. Arrays in a memory on the chip cost nothing.
 """
 
 from metaembed_jax.planning.hlo import Computation, Instruction, Module, Shape
 
-# Names for values, and what others count: loops and calls are walked into, a collective is over when it is done.
+# These only name values, or are counted elsewhere: the bodies of loops and calls by themselves, a collective at its end.
 FREE = "parameter constant tuple get-tuple-element bitcast after-all while conditional call async-start".split()
 SLICES = ("dynamic-slice", "slice", "gather")
 
 
-def traffic(module: Module, computation: Computation, one: Instruction) -> int:
-    """Bytes to and from HBM of an instruction that is in no fusion."""
-    if one.opcode in FREE or 'custom_call_target="AllocateBuffer"' in one.attributes:
+def traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Return the bytes to and from HBM of an instruction outside fusions."""
+    if instruction.opcode in FREE or 'custom_call_target="AllocateBuffer"' in instruction.attributes:
         return 0
-    if one.opcode in SLICES:
-        return 2 * one.bytes
-    if one.opcode == "dynamic-update-slice":
-        return 2 * computation[one.operands[1]].bytes
-    if one.opcode == "send":  # the host reads the operand
-        return computation[one.operands[0]].bytes
-    written = sum(size for _, size, _ in _results(module, one))
-    if one.opcode == "slice-start":  # fetches its result ahead, most often to the chip; its operand is the whole array
-        return written + (_started(one)[0].bytes if computation[one.operands[0]].shapes[0].in_hbm else 0)
-    fused = _fused(module, one)
+    if instruction.opcode in SLICES:
+        return 2 * instruction.bytes
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * computation[instruction.operands[1]].bytes
+    if instruction.opcode == "send":  # the host reads the operand
+        return computation[instruction.operands[0]].bytes
+    written = sum(size for _, size, _ in _results(module, instruction))
+    if instruction.opcode == "slice-start":  # fetches its result ahead, mostly to the chip; its operand is the whole array
+        in_hbm = computation[instruction.operands[0]].shapes[0].in_hbm
+        return written + (_started(instruction)[0].bytes if in_hbm else 0)
+    fused = _fused(module, instruction)
     read = 0
-    for position, name in enumerate(one.operands):
+    for position, name in enumerate(instruction.operands):
         if all(shape.in_hbm for shape in computation[name].shapes):
             read += _read(module, fused, fused.parameter(position)) if fused else computation[name].bytes
     return read + written
 
 
-def buffers(module: Module, one: Instruction) -> list[Shape]:
-    """The arrays that an instruction in no fusion makes anew in HBM."""
-    if one.opcode in (*FREE, "dynamic-update-slice", "send"):
+def buffers(module: Module, instruction: Instruction) -> list[Shape]:
+    """Return the new arrays in HBM that an instruction outside fusions makes."""
+    if instruction.opcode in (*FREE, "dynamic-update-slice", "send"):
         return []
-    return [shape for shape, _, is_new in _results(module, one) if is_new]
+    return [shape for shape, _, is_new in _results(module, instruction) if is_new]
 
 
-def _results(module: Module, one: Instruction) -> list[tuple[Shape, int, bool]]:
-    """(shape, bytes written, is a new buffer) of the results in HBM."""
-    shapes = _started(one) if one.opcode.endswith("-start") else one.shapes
+def _results(module: Module, instruction: Instruction) -> list[tuple[Shape, int, bool]]:
+    """Return (shape, bytes written, is a new buffer) of the results in HBM."""
+    shapes = _started(instruction) if instruction.opcode.endswith("-start") else instruction.shapes
     written = [(shape.bytes, True) for shape in shapes]
-    if fused := _fused(module, one):
+    if fused := _fused(module, instruction):
         root = fused.root
-        parts = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        if len(parts) == len(shapes):
-            written = [_written(module, fused, part) for part in parts]
-    return [(shape, *how) for shape, how in zip(shapes, written, strict=True) if shape.in_hbm]
+        results = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        if len(results) == len(shapes):
+            written = [_written(module, fused, result) for result in results]
+    return [(shape, *size_and_is_new) for shape, size_and_is_new in zip(shapes, written, strict=True) if shape.in_hbm]
 
 
-def _started(one: Instruction) -> tuple[Shape, ...]:
-    """Return the results of an asynchronous instruction; the rest are its operands again, and a semaphore."""
-    return one.shapes[:1] if one.opcode == "copy-start" else one.shapes[len(one.shapes) // 2 :]
+def _started(instruction: Instruction) -> tuple[Shape, ...]:
+    """Return the results of an asynchronous instruction; its other shapes are its operands again, and a semaphore."""
+    return instruction.shapes[:1] if instruction.opcode == "copy-start" else instruction.shapes[len(instruction.shapes) // 2 :]
 
 
-def _fused(module: Module, one: Instruction) -> Computation | None:
-    return module.computations[one.called("calls")[0]] if one.opcode == "fusion" else None
+def _fused(module: Module, instruction: Instruction) -> Computation | None:
+    return module.computations[instruction.called("calls")[0]] if instruction.opcode == "fusion" else None
 
 
 def _read(module: Module, computation: Computation, value: Instruction) -> int:
-    """Bytes that a fused computation reads of one of its values."""
+    """Return the bytes that a fused computation reads of one of its values."""
     total = 0
     for user in computation.users(value.name):
         if user.opcode in SLICES and user.operands[0] == value.name:
@@ -69,15 +70,15 @@ def _read(module: Module, computation: Computation, value: Instruction) -> int:
         elif user.opcode == "bitcast":
             total += _read(module, computation, user)
         elif inner := _fused(module, user):
-            places = [place for place, name in enumerate(user.operands) if name == value.name]
-            total += sum(_read(module, inner, inner.parameter(place)) for place in places)
+            positions = [position for position, name in enumerate(user.operands) if name == value.name]
+            total += sum(_read(module, inner, inner.parameter(position)) for position in positions)
         elif user.opcode != "tuple" and not (user.opcode == "dynamic-update-slice" and user.operands[0] == value.name):
             return value.bytes
     return min(total, value.bytes)
 
 
 def _written(module: Module, computation: Computation, result: Instruction) -> tuple[int, bool]:
-    """(bytes, is a new buffer) of a fused computation's result."""
+    """Return (bytes, is a new buffer) of a fused computation's result."""
     if result.opcode == "parameter":  # passed through
         return 0, False
     if result.opcode == "dynamic-update-slice":

@@ -1,7 +1,7 @@
-"""Items of typical sizes for the published recipe's sources, to plan its rows without its data.
+"""Items of typical sizes for the sources of the published recipe, to plan rows without data.
 
 Sizes follow the data sets' publications and MMEB's layout of them (which side has images, how long instructions and texts are).
-They were not measured here: a plan from prepared data replaces them.
+They are not measured. Training plans its rows from the prepared data.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,12 @@ TOKENS_PER_WORD = 1.3  # English prose with its punctuation, in a vocabulary of 
 
 
 class _Sides(NamedTuple):
-    """A kind of image (None: there is none) and the fewest and most words, of queries and of documents."""
+    """Kinds of images (None for no image), and the fewest and most words, of queries and of documents.
+
+    Attributes:
+      query_image, query_words: of queries.
+      image, words: of documents.
+    """
 
     query_image: str | None
     query_words: tuple[int, int]
@@ -20,7 +25,7 @@ class _Sides(NamedTuple):
     words: tuple[int, int]
 
 
-# kind: (share, width, height, spread); the spread is that of the logarithms of area and aspect ratio, 0: all alike
+# kind: (share, width, height, spread); spread is the standard deviation of the logarithms of area and aspect ratio
 _IMAGES = {
     "coco": ((0.36, 640, 480, 0), (0.28, 640, 427, 0.02), (0.2, 480, 640, 0), (0.1, 427, 640, 0.02), (0.06, 500, 375, 0.1)),
     "voc": ((0.6, 500, 375, 0), (0.2, 500, 333, 0), (0.2, 375, 500, 0)),
@@ -74,17 +79,17 @@ _UNKNOWN = _Sides("photo", (10, 30), "photo", (10, 60))
 
 
 def typical_pair(name: str, rng: np.random.Generator) -> tuple[dict, dict]:
-    """Draws a query and its document from a source of the recipe; another source has photos and short texts on both sides.
+    """Draw a query and its document from a source of the recipe; an unknown source has photos and short texts on both sides.
 
     Returns:
-      Items {"text": str, "image": (width, height) or None}. A text has a word for each of its typical tokens.
+      Items {"text": str, "image": (width, height) or None}. A text has one word for each token.
     """
     sides = _SOURCES.get(name, _UNKNOWN)
     return _item(sides.query_image, sides.query_words, rng), typical_document(name, rng)
 
 
 def typical_document(name: str, rng: np.random.Generator) -> dict:
-    """Draws a document of a source, as `typical_pair` does: a hard negative."""
+    """Draw only a document, such as a hard negative, as `typical_pair` does."""
     sides = _SOURCES.get(name, _UNKNOWN)
     return _item(sides.image, sides.words, rng)
 

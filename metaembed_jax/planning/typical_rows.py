@@ -1,4 +1,4 @@
-"""The rows that the steps of a mixture need, from the sizes of their items.
+"""Rows of the steps of a mixture, for items of typical sizes.
 
 N items of a step, pair by pair: the query, its document, hard negatives.
 """
@@ -18,17 +18,17 @@ from metaembed_jax.data.schedule import balanced_schedule
 from metaembed_jax.network_config import model_config, row_limits
 from metaembed_jax.planning.typical_items import typical_document, typical_pair
 
-STEPS = 8  # that are packed
+STEPS = 8  # to pack
 UNKNOWN = "word"
 
 
 class RowsOfSteps(NamedTuple):
-    """Rows that a run's steps need, on average and at most.
+    """Rows of a run's steps.
 
     Attributes:
-      mean, most: rows a step.
-      fill: of the rows that steps need, on average.
-      vectors: the most in a row.
+      mean, most: average and largest number of rows of a step.
+      fill: average fill of the rows.
+      vectors: the most vectors in a row.
     """
 
     mean: float
@@ -38,21 +38,21 @@ class RowsOfSteps(NamedTuple):
 
 
 def typical_steps(config: RunConfig, size: Callable[[dict, str], Size], steps: int) -> Iterator[Int[np.ndarray, "_ 3"]]:
-    """Yields the sizes of the items of steps of a config's mixture, each item drawn as `typical` has it.
+    """Yield the sizes of the items of each step of a config's mixture; items are drawn from `typical_items`.
 
     Args:
-      size: of an item on a side, "query" or "document".
+      size: `(item, side) -> Size`; a side is "query" or "document".
     """
     names, weights, _ = zip(*config.data.sources, strict=True)
     sub_batch = config.data.sub_batch or config.rows.batch_size
     rng = np.random.default_rng(config.seed)
 
     def pairs(name: str, count: int) -> np.ndarray:
-        """Sizes of pairs [count, 2 + negatives, 3]."""
-        drawn = [
+        """Draw pairs, and return their sizes, [count, 2 + negatives, 3]."""
+        items = [
             (*typical_pair(name, rng), *(typical_document(name, rng) for _ in range(config.data.negatives))) for _ in range(count)
         ]
-        return np.array([[size(item, "document" if rank else "query") for rank, item in enumerate(pair)] for pair in drawn])
+        return np.array([[size(query, "query"), *(size(document, "document") for document in rest)] for query, *rest in items])
 
     means_S2 = np.array([pairs(name, 100).sum(axis=1).mean(axis=0)[:2].astype(int) for name in names])
     for sources in balanced_schedule(weights, means_S2, config.rows.batch_size // sub_batch, steps).tolist():
@@ -60,7 +60,7 @@ def typical_steps(config: RunConfig, size: Callable[[dict, str], Size], steps: i
 
 
 def typical_rows(config: RunConfig) -> tuple[Size, RowsOfSteps]:
-    """Returns what a row of a config holds, and the rows of some steps of its mixture, each item of typical size.
+    """Return the capacity of a config's row, and the rows of some steps of its mixture with items of typical sizes.
 
     Raises:
       UserError: `config.rows.size` does not fit the network.
@@ -73,13 +73,13 @@ def typical_rows(config: RunConfig) -> tuple[Size, RowsOfSteps]:
 
 
 def _item_size(config: RunConfig, limits: Limits) -> Callable[[dict, str], Size]:
-    """The size of an item in a row, by the family's prompts and images, with a vocabulary of whole words."""
-    module, meta = family(config.model.backbone), (limits.query_tokens, limits.document_tokens)
+    """Return `(item, side) -> Size` by the family's prompts and images, with a vocabulary of whole words."""
+    backbone, meta = family(config.model.backbone), (limits.query_tokens, limits.document_tokens)
     words = Tokenizer(models.WordLevel({UNKNOWN: 0}, unk_token=UNKNOWN))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.add_special_tokens(list(module.Processor.special_tokens))
-    images = module.Images.from_run(config.data, model_config(config).architecture, None)
-    processor, vectors = module.Processor(words, images, limits), config.objectives.largest_budget
+    words.add_special_tokens(list(backbone.Processor.special_tokens))
+    images = backbone.Images.from_run(config.data, model_config(config).architecture, None)
+    processor, vectors = backbone.Processor(words, images, limits), config.objectives.largest_budget
 
     def size(item: dict, side: str) -> Size:
         fitted, number = processor.size(item, side), ("query", "document").index(side)
@@ -89,7 +89,7 @@ def _item_size(config: RunConfig, limits: Limits) -> Callable[[dict, str], Size]
 
 
 def rows_of_steps(steps: Sequence[Int[np.ndarray, "_ 3"]], row: Size) -> RowsOfSteps:
-    """Packs every step into rows of one capacity.
+    """Pack each step into rows of one capacity.
 
     Raises:
       UserError: an item is larger than a row.

@@ -143,12 +143,12 @@ ENTRY %main (i: s32[], a: f32[8,8]) -> f32[8,8] {
 }
 """
 
-ONE = """HloModule one
+CONVOLUTION = """HloModule convolution
 
 ENTRY %main (a: {a}, b: {b}) -> {out} {{
   %a = {a} parameter(0)
   %b = {b} parameter(1)
-  ROOT %y = {out} convolution(%a, %b), {how}
+  ROOT %y = {out} convolution(%a, %b), {attributes}
 }}
 """
 
@@ -214,10 +214,10 @@ def test_branches_count_by_their_shares():
 
 
 @pytest.mark.parametrize(
-    "a, b, out, how, flops",
+    "a, b, out, attributes, flops",
     [
         ("f32[64,32]{1,0}", "f32[32,16]{1,0}", "f32[64,16]{1,0}", "dim_labels=bf_io->bf", 2 * 64 * 32 * 16),
-        # A batch of 6 products, as space with a window that meets one real input at each place.
+        # A batch of 6 products, as a spatial axis whose window meets one real input at each position.
         (
             "f32[6,64,32]{2,1,0}",
             "f32[6,32,16]{2,1,0}",
@@ -235,8 +235,8 @@ def test_branches_count_by_their_shares():
         ),
     ],
 )
-def test_convolutions_count_no_padding(a, b, out, how, flops):
-    assert count(ONE.format(a=a, b=b, out=out, how=how), devices=1).flops == flops
+def test_convolutions_count_no_padding(a, b, out, attributes, flops):
+    assert count(CONVOLUTION.format(a=a, b=b, out=out, attributes=attributes), devices=1).flops == flops
 
 
 KERNEL = """
@@ -249,8 +249,8 @@ ENTRY %main (a: f32[8,128]) -> f32[8,128] {
 """
 
 
-def test_kernels_that_state_nothing_are_named():
-    """By their own name, which stands behind line breaks where a kernel has metadata."""
+def test_kernels_without_an_estimate_are_named():
+    """The name of a kernel with metadata comes after line breaks."""
     silent = count(KERNEL, devices=1)
     assert silent.flops == 0 and silent.unknown == ("splash_forward",)
     assert count(KERNEL.replace("/pallas_call", "/kernel"), devices=1).unknown[0].startswith("jit(f)/while")

@@ -1,4 +1,4 @@
-"""Plans of small configs, compiled for slices that are not there."""
+"""Plans of small configs, compiled for slices that do not exist."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ LORA = load_config(str(ROOT / "configs" / "7b.py")).model.trained
 
 
 @pytest.fixture(scope="module")
-def where():
+def slices():
     return topology("v5e:2x2")
 
 
@@ -44,8 +44,8 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def plan(config, where):
-    return make_plan(config, "train", where)
+def plan(config, slices):
+    return make_plan(config, "train", slices)
 
 
 def test_memory(plan):
@@ -56,7 +56,7 @@ def test_memory(plan):
 
 
 def test_pixels_stay_in_the_hosts_memory(plan):
-    """Two batches of them; a microbatch at a time goes to the devices, and nothing copies them all."""
+    """The host holds two batches. The devices get one microbatch at a time, and nothing copies all pixels."""
     pixels = plan.rows["rows"] // 4 * 256 * 588
     assert plan.host_bytes == 2 * pixels
     assert 0 < plan.memory["batch"] < pixels and not any(
@@ -65,7 +65,7 @@ def test_pixels_stay_in_the_hosts_memory(plan):
 
 
 def test_flops(plan):
-    """JAX's splash kernel does not say how many it does, so what is counted in closed form stands."""
+    """JAX's splash kernel has no cost estimate, so the count in closed form is used."""
     counted = plan.flops["forward"] + plan.flops["backward"] + plan.flops["extra"]
     assert "splash" in plan.missing and 0.7 * counted < plan.flops["compiled"] < counted
     assert plan.seconds["compute"] == counted / 4 / 197e12
@@ -74,13 +74,13 @@ def test_flops(plan):
 
 def test_collectives(plan):
     """Weights, adapters' gradients and vectors cross the links, and no activations: a gather of those would be far more."""
-    wanted = {"all-gather": 3.19e6, "all-reduce": 1.95e6, "reduce-scatter": 9.8e4, "all-to-all": 9.8e4}
-    assert plan.ici_bytes == pytest.approx(wanted, rel=0.2)
+    expected = {"all-gather": 3.19e6, "all-reduce": 1.95e6, "reduce-scatter": 9.8e4, "all-to-all": 9.8e4}
+    assert plan.ici_bytes == pytest.approx(expected, rel=0.2)
     assert all(item.op_name for item in plan.collectives) and len(plan.collectives) == len(plan.temporaries) == 5
 
 
-def test_report(plan, config, where):
-    text = plan_text.describe(plan, config.model, where)
+def test_report(plan, config, slices):
+    text = plan_text.describe(plan, config.model, slices)
     first, *_ = text.splitlines()
     assert first.startswith("fits: 0.0") and first.endswith(" to spare")
     for word in (
@@ -98,23 +98,23 @@ def test_report(plan, config, where):
 
 
 def test_two_slices(config):
-    """fsdp stays inside a slice, data goes over both, and so do sums of gradients and the vectors that the loss gathers."""
+    """fsdp stays inside a slice. data goes over both: sums of gradients, and the vectors that the loss gathers."""
     config = with_keys(config, {"mesh.data": 4, "mesh.fsdp": 8, "rows.batch_size": 32, "rows.microbatch_rows": 0})
-    where = topology("2xv5e:4x4")
-    plan = make_plan(config, "train", where)
+    slices = topology("2xv5e:4x4")
+    plan = make_plan(config, "train", slices)
     assert plan.fits and plan.slices == 2 and plan.hosts == 8
     assert plan.rings["data"]["crossings"] == 2 and plan.rings["fsdp"]["crossings"] == 0
-    # Of what a slice has summed a device sends its sixteenth, padded to tiles; and it sends the vectors of its pair alone.
+    # A device sends its sixteenth of a slice's sum, padded to tiles, and the vectors of its own pair.
     assert plan.dcn_bytes == pytest.approx({"all-reduce": 1.19e5, "all-gather": 2.46e4, "reduce-scatter": 8.2e3}, rel=0.2)
     assert plan.dcn_bytes["all-reduce"] > 4 * plan.parameters["trained"] / 16
-    assert plan.seconds["DCN"] == pytest.approx(sum(plan.dcn_bytes.values()) / where.chip.dcn_bandwidth)
-    text = plan_text.describe(plan, config.model, where)
+    assert plan.seconds["DCN"] == pytest.approx(sum(plan.dcn_bytes.values()) / slices.chip.dcn_bandwidth)
+    text = plan_text.describe(plan, config.model, slices)
     assert "data 4 hops, at most 2 a step, 2 steps between slices" in text and "bytes over DCN, all-reduce" in text
 
 
 def test_search_keeps_fsdp_in_a_slice(config):
-    found = layout_search.candidates(config, topology("2xv5e:2x2"))
-    assert {one.mesh for one in found} == {(8, 1, 1), (4, 2, 1), (2, 4, 1)}
+    layouts = layout_search.layouts(config, topology("2xv5e:2x2"))
+    assert {layout.mesh for layout in layouts} == {(8, 1, 1), (4, 2, 1), (2, 4, 1)}
 
 
 def test_tiny_compiles_for_v5e():
@@ -124,8 +124,8 @@ def test_tiny_compiles_for_v5e():
 
 
 @pytest.mark.parametrize("what, unit", [("encode", "items"), ("search", "queries")])
-def test_other_programs(config, where, what, unit):
-    plan = make_plan(config, what, where)
+def test_other_programs(config, slices, what, unit):
+    plan = make_plan(config, what, slices)
     assert plan.fits and plan.unit == unit and plan.calls == 0
     lowest = 0.7 if "splash" in plan.missing else 0.9  # as in test_flops
     assert lowest * plan.flops["forward"] < plan.flops["compiled"] < 1.1 * plan.flops["forward"]
@@ -140,22 +140,22 @@ def test_what_does_not_fit_exits_with_1(capsys):
     assert first.startswith("does not fit: ") and "GiB too many; largest are frozen" in first and "take a larger slice" in first
 
 
-def test_search_compiles_little_and_keeps_what_fits(plan, config, where, monkeypatch):
+def test_search_compiles_little_and_keeps_what_fits(plan, config, slices, monkeypatch):
     """A compiler that is fastest with weights on every device, and has room for eight rows at once."""
     tried = []
 
-    def compile_at_once(config, what, where):
+    def compile_at_once(config, what, slices):
         sizes, size = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}, config.rows.microbatch_rows
         tried.append((*sizes.values(), size, config.rows.recompute))
-        memory = plan.memory | {"temporaries": int(where.chip.usable_bytes * size / 8.5)}
+        memory = plan.memory | {"temporaries": int(slices.chip.usable_bytes * size / 8.5)}
         seconds = {"compute": config.mesh.fsdp / size}
         rows = plan.rows | {"at_once": size}
         return dataclasses.replace(plan, memory=memory, seconds=seconds, mesh=sizes, rows=rows, recompute=config.rows.recompute)
 
     monkeypatch.setattr(layout_search, "make_plan", compile_at_once)
-    plans = layout_search.search(config, where)
+    plans = layout_search.search(config, slices)
     assert len(tried) == len(set(tried)) <= layout_search.COMPILED
-    assert plans and all(found.fits and found.rows["at_once"] <= 8 for found in plans)
+    assert plans and all(plan.fits and plan.rows["at_once"] <= 8 for plan in plans)
     first, _, _, *rows = plan_text.describe_search(plans).splitlines()
     assert first.startswith(
         "fastest: --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=1 --config.rows.microbatch_rows=8 "

@@ -1,4 +1,4 @@
-"""Release configs on the slices they are for: minutes each, and docs/scale.md has the figures."""
+"""Release configs on their slices: minutes each. docs/scale.md has the figures."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The largest arrays of a traced program are found inside of its loops."""
+"""The largest arrays of a traced program, inside its loops."""
 
 import jax
 import jax.numpy as jnp

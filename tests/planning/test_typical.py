@@ -1,4 +1,4 @@
-"""Rows of the recipe's mixture, planned from typical items: rows are well filled, step after step."""
+"""Rows of the recipe's mixture, planned from typical items."""
 
 import numpy as np
 import pytest
