@@ -1,8 +1,8 @@
 """Compile a program for TPUs, as far as its memory and its operations are known.
 
 They are known once buffers are assigned: operations, layouts and their order are settled then, and the compiler dumps them. The
-machine code that follows takes most of the time and changes none of them. So the compiler runs in a separate process, which is killed
-there: libtpu 0.0.52 has no option to stop.
+machine code that follows takes most of the time and changes none of them. So the compiler runs in a separate process, which is
+killed there: libtpu 0.0.52 has no option to stop.
 """
 
 import multiprocessing

@@ -3,8 +3,8 @@
 All figures are for one device and one call of the program. The traffic of each instruction is an upper bound: the compiler may keep
 more on the chip than its text says.
 
-The compiler divides a collective over several slices into two: one inside each slice, over links, and one between the devices of the
-same position in all slices, over the network. The latter is a `send` to the host and a `recv`, whose attributes name the kind:
+The compiler divides a collective over several slices into two: one inside each slice, over links, and one between the devices of
+the same position in all slices, over the network. The latter is a `send` to the host and a `recv`, whose attributes name the kind:
 
     %send = (f32[8,128]{1,0}, u32[], token[]) send(%x, %after), is_host_transfer=true,
       frontend_attributes={...,_xla_megascale_target="{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}

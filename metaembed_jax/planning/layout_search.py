@@ -128,7 +128,7 @@ def _state_bytes(config: RunConfig, mesh: Mesh) -> _StateBytes:
 def _estimate(
     config: RunConfig, slices: Topology, mesh: Mesh, shape: StepShape, recompute: str, row_bytes: float, held: _StateBytes
 ) -> Layout:
-    """Estimate a layout: seconds of arithmetic, and of the traffic of weights (`fsdp`), activations (`tensor`) and gradients (slices).
+    """Estimate a layout by its arithmetic, and its traffic of weights (`fsdp`), activations (`tensor`) and gradients (slices).
 
     Args:
       row_bytes: of the inputs of all layers, for one row.

@@ -135,9 +135,9 @@ def branch_shares(model: ModelSettings) -> tuple[float, ...]:
     """
     architecture = architecture_of(model)
     row = Size(1, architecture.layout.multiple, 1)
-    counts = [count for count in family(model.backbone).flop_counts(architecture, row) if count.scanned]
-    for path in dict.fromkeys(count.path for count in counts):
-        layers = [attention.layers for count in counts if count.path == path for attention in count.attention]
+    stacks = [stack for stack in family(model.backbone).flop_counts(architecture, row) if stack.scanned]
+    for path in dict.fromkeys(stack.path for stack in stacks):
+        layers = [attention.layers for stack in stacks if stack.path == path for attention in stack.attention]
         if len(layers) > 1:
             return tuple(number / sum(layers) for number in layers)
     return ()

@@ -1,7 +1,7 @@
 """Bytes that an instruction reads from HBM and writes to it, and the buffers that it makes there.
 
-A fusion reads its operands and writes its results, whatever it computes in between. A slice costs the bytes that it takes, not those
-of its operand. An update in place costs the bytes that it replaces. Arrays in a memory on the chip cost nothing.
+A fusion reads its operands and writes its results, whatever it computes in between. A slice costs the bytes that it takes, not
+those of its operand. An update in place costs the bytes that it replaces. Arrays in a memory on the chip cost nothing.
 """
 
 from metaembed_jax.planning.hlo import Computation, Instruction, Module, Shape
