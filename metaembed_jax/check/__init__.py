@@ -1,1 +1,1 @@
-"""The command `check`: what this machine's devices compute, against float64 references, and how fast."""
+"""The command `check`: compare the results of this machine's devices with float64 references, and time them."""

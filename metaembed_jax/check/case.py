@@ -1,9 +1,9 @@
-"""A case of the check: a function on the devices and its reference; and its result, a line of the table."""
+"""A case of the check, a function with its reference, and its result, a line of the table."""
 
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from metaembed_jax.sharding import shard_bytes
 
-SHORT = {"float32": "f32", "bfloat16": "bf16"}  # dtypes in names of lines
-TURNS, TURN_SECONDS, MAX_CALLS = 3, 0.02, 20  # of timing: the length of a turn, and its calls, whose results take memory
-# The error of a gradient's leaf is a share of the leaf's norm, or of this share of the whole gradient's norm if that is larger:
+SHORT = {"float32": "f32", "bfloat16": "bf16"}  # dtypes in the names of lines
+TURNS, TURN_SECONDS, MAX_CALLS = 3, 0.02, 20  # of timing; the results of all calls of a turn take memory
+# The error of a gradient's leaf is relative to the leaf's norm, or to this share of the whole gradient's norm if that is larger:
 # some leaves, such as the biases of keys, are 0 up to rounding.
 SMALL_SHARE = 0.03
 
@@ -22,26 +22,27 @@ Outputs = Mapping[str, object]
 
 
 class Case(NamedTuple):
-    """A function to run, and what its outputs are compared with.
+    """A function with its inputs and its expected outputs.
 
     Attributes:
       name: of the line.
-      function: jitted (it is lowered, compiled and called), `(*arguments) -> result`.
-      abstract: the arguments as shapes with shardings; None: those of `arguments`.
+      function: jitted, `(*arguments) -> result`.
       arguments: `() -> tuple` of arrays on the devices.
       reference: `() -> {name: array}` in float64. An output may repeat the rows of its reference. A value may be a tree of arrays,
         which is compared by norms. None: outputs must only be finite.
-      tolerance: the allowed error: the largest difference as a share of the reference's largest number.
+      tolerance: the allowed error: the largest difference, relative to the reference's largest number.
+      flops: of the model, in one call on all devices.
+      bytes: of inputs and outputs, moved once.
       tolerances: by name, of outputs with another tolerance.
-      flops, bytes: of one call on all devices: what the mathematics needs, and inputs and outputs moved once.
+      abstract: the arguments as shapes with shardings; None to take those of `arguments`.
       read: result -> {name: array} to compare.
-      carries: the function donates its first argument; the first part of its result is that of the next call.
+      carries: the function donates its first argument, and the first item of its result is that of the next call.
       dtype: of the products.
-      implementation: a name of `attention_implementation`; "": the kernels that the lowered program calls.
+      implementation: a name of `attention_implementation`; empty for the kernels that the lowered program calls.
     """
 
     name: str
-    function: Callable
+    function: jax.stages.Wrapped
     arguments: Callable[[], tuple]
     reference: Callable[[], Outputs] | None
     tolerance: float
@@ -56,20 +57,18 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A line of the table; None stands for a figure that is not known.
+    """A line of the table; unknown figures are None.
 
     Attributes:
       name, dtype, flops, bytes: of the case.
       ok: the numbers are right; without a reference, they are finite.
-      problem: the error in one line; "" if there is none.
-      error: of the output whose error is the largest share of its tolerance.
-      tolerance: of that output.
-      output: its name.
+      problem: the error in one line; empty if there is none.
+      error, tolerance, output: of the output with the largest error, relative to its tolerance.
       implementation: the case's, else `kernels_in` the lowered program.
       seconds: of the fastest call.
       compile_seconds: of lowering and compiling.
-      planned_bytes: that the compiler reserves on a device, for arguments, results and temporaries.
-      used_bytes: the most that were in use on a device since the command began; None where the runtime does not count them.
+      planned_bytes: reserved by the compiler on a device, for arguments, results and temporaries.
+      used_bytes: the most in use on a device since the command started, if the runtime counts them.
     """
 
     name: str
@@ -89,7 +88,7 @@ class Result(NamedTuple):
 
 
 def run(case: Case, mesh: Mesh) -> Result:
-    """Compile, compare and time a case. Whatever it raises becomes its `problem`."""
+    """Compile, compare and time a case. An exception becomes its `problem`."""
     result = Result(case.name, case.dtype, case.flops, case.bytes)
     try:
         with jax.set_mesh(mesh):
@@ -101,8 +100,8 @@ def run(case: Case, mesh: Mesh) -> Result:
     return result
 
 
-def _stages(case: Case, result: Result, mesh: Mesh):
-    """Yield the result as it fills up: after compiling, comparing and timing."""
+def _stages(case: Case, result: Result, mesh: Mesh) -> Iterator[Result]:
+    """Yield the result after compiling, after comparing and after timing."""
     if case.abstract is not None:
         check_room(shard_bytes(case.abstract), mesh)
     arguments = case.arguments() if case.abstract is None else case.abstract
@@ -120,14 +119,14 @@ def _stages(case: Case, result: Result, mesh: Mesh):
     if case.carries:
         arguments = (output[0], *arguments[1:])
     del output
-    result = judged(case, result, outputs)
+    result = compared(case, result, outputs)
     yield result
     result = result._replace(seconds=best_time(compiled, arguments, case.carries), used_bytes=used_bytes(mesh))
     yield result
 
 
-def judged(case: Case, result: Result, outputs: Outputs) -> Result:
-    """Fill in whether the outputs are right: finite, and within their tolerances of the reference, if there is one."""
+def compared(case: Case, result: Result, outputs: Outputs) -> Result:
+    """Return the result with the errors of the outputs. They must be finite, and within their tolerances of the reference."""
     not_finite = [name for name, value in outputs.items() if not _is_finite(value)]
     if not_finite:
         return result._replace(output=not_finite[0], problem=f"{not_finite[0]}: NaN or infinities")
@@ -152,7 +151,7 @@ def error_of(outputs, expected) -> float:
 
 
 def _error(outputs, expected) -> float:
-    """Return the largest difference as a share of the largest expected number."""
+    """Return the largest difference, relative to the largest expected number."""
     expected = np.asarray(expected, np.float64)
     repetitions = np.asarray(outputs).reshape(-1, *expected.shape)
     difference = max(np.abs(each.astype(np.float64) - expected).max() for each in repetitions)
@@ -160,7 +159,7 @@ def _error(outputs, expected) -> float:
 
 
 def _tree_error(outputs: dict, expected: dict) -> float:
-    """Return the largest norm of a leaf's difference, as a share of the leaf's norm or of `SMALL_SHARE` of the tree's."""
+    """Return the largest norm of a leaf's difference, relative to the leaf's norm or to `SMALL_SHARE` of the tree's."""
     pairs = list(zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True))
     norms = [np.linalg.norm(np.asarray(leaf, np.float64)) for _, leaf in pairs]
     floor = max(SMALL_SHARE * np.linalg.norm(norms), np.finfo(np.float32).tiny)
@@ -169,11 +168,11 @@ def _tree_error(outputs: dict, expected: dict) -> float:
 
 
 def best_time(compiled: Callable, arguments: tuple, carries: bool) -> float:
-    """Return the seconds of a call in the fastest of `TURNS`. A turn makes short calls in a row, which hides their dispatch."""
+    """Return the seconds of a call in the fastest of `TURNS`. A turn makes several calls in a row, which hides their dispatch."""
 
     def turn(calls: int) -> float:
         nonlocal arguments
-        start = time.perf_counter()
+        output, start = None, time.perf_counter()
         for _ in range(calls):
             output = compiled(*arguments)
             if carries:
@@ -191,7 +190,7 @@ def kernels_in(text: str) -> str:
 
 
 def planned_bytes(compiled) -> int | None:
-    """Return the bytes that the compiler reserves on a device; None if it does not tell."""
+    """Return the bytes that the compiler reserves on a device; None if it does not report them."""
     memory = compiled.memory_analysis()
     if memory is None:
         return None
@@ -200,13 +199,13 @@ def planned_bytes(compiled) -> int | None:
 
 
 def used_bytes(mesh: Mesh) -> int | None:
-    """Return the most bytes that were ever in use on one of the devices; None if the runtime does not count them."""
+    """Return the peak bytes in use on any device; None if the runtime does not count them."""
     stats = [device.memory_stats() or {} for device in mesh.local_devices]
     return max((each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each), default=None)
 
 
 def memory_limit(mesh: Mesh) -> int:
-    """Return the bytes that a program may use on each device; on a CPU, the machine's memory, shared by its devices."""
+    """Return the bytes that a program may use on each device; on CPUs, an equal share of the machine's memory."""
     device, *_ = mesh.local_devices
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
@@ -215,10 +214,10 @@ def memory_limit(mesh: Mesh) -> int:
 
 
 def check_room(planned: int | None, mesh: Mesh) -> None:
-    """Refuse a program that does not fit the devices, before its arguments are made.
+    """Check that a program fits the devices, before its arguments are made.
 
     Raises:
-      MemoryError: names the bytes it needs and those there are.
+      MemoryError: it does not fit.
     """
     limit = memory_limit(mesh)
     if planned and planned > limit:

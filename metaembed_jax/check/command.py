@@ -1,4 +1,4 @@
-"""`python -m metaembed_jax check`: runs all cases on this machine's devices, next to their references."""
+"""The command `check`."""
 
 import json
 import sys
@@ -23,19 +23,19 @@ from metaembed_jax.training.stages import with_architecture
 
 
 def check(config: RunConfig | None, only: str = "", as_json: bool = False, devices: Sequence[jax.Device] | None = None) -> bool:
-    """Print a line for each case as it ends, and a summary.
+    """Run the cases on this machine's devices; print a line for each, and a summary.
 
     Args:
-      config: of the network to run; None: small networks.
-      only: a part of the names of the lines to run; empty: all.
+      config: of the network to run; None for small networks.
+      only: a substring of the names of the lines to run; empty for all.
       as_json: print the table on stderr, and JSON on stdout at the end.
       devices: all by default.
 
     Returns:
-      Whether all lines are right.
+      True if all lines are right.
 
     Raises:
-      UserError: a config that does not fit the devices, or no line of such a name.
+      UserError: a config that does not fit the devices, or no line with such a name.
     """
     keep_cpu()
     check_devices()
@@ -45,7 +45,7 @@ def check(config: RunConfig | None, only: str = "", as_json: bool = False, devic
     mesh, peaks = subjects[-1].mesh, peak(devices[0])
     print("\n".join([describe_devices(mesh), _peaks_line(peaks, mesh), table.HEAD]), file=file, flush=True)
     results: list[Result] = []
-    with ThreadPoolExecutor(1) as pool:  # the TPU's compiler works in a process of its own
+    with ThreadPoolExecutor(1) as pool:  # the TPU compiler runs in a separate process
         planned = pool.submit(estimate, subjects[-1].config, mesh, subjects[-1].flops.model)
         for case, case_mesh in cases(subjects, mesh, only):
             results.append(run(case, case_mesh))
@@ -60,14 +60,14 @@ def check(config: RunConfig | None, only: str = "", as_json: bool = False, devic
 
 
 def keep_cpu() -> None:
-    """Add the CPU, which computes references, to the platforms of JAX_PLATFORMS."""
+    """Add the CPU, which computes the references, to the platforms of JAX_PLATFORMS."""
     platforms = jax.config.jax_platforms
     if platforms and "cpu" not in platforms.split(","):
         jax.config.update("jax_platforms", f"{platforms},cpu")
 
 
 def make_subjects(config: RunConfig | None, devices: Sequence[jax.Device]) -> list[Subject]:
-    """Return the networks to run: the config's, or a small one of each dtype (float32 only on a CPU, which has no bfloat16).
+    """Return the networks to run: the config's, or a small one for each dtype (on a CPU, which has no bfloat16, only float32).
 
     Raises:
       UserError: the config does not fit the devices.
@@ -87,7 +87,7 @@ def make_subjects(config: RunConfig | None, devices: Sequence[jax.Device]) -> li
 
 def cases(subjects: list[Subject], mesh: Mesh, only: str) -> Iterator[tuple[Case, Mesh]]:
     """Yield the cases with `only` in their names, each with its mesh."""
-    data_mesh = make_mesh(devices=list(mesh.devices.flat))  # each device has its own rows
+    data_mesh = make_mesh(devices=list(mesh.devices.flat))  # each device has rows of its own
     for case in kernel_cases(data_mesh, CPU if mesh.devices.flat[0].platform == "cpu" else CHIP):
         if only in case.name:
             yield case, data_mesh
@@ -102,23 +102,23 @@ def summary(results: list[Result], planned: Estimate, subject: Subject, peaks: P
     yield ""
     step = results[-1]
     if step.name.startswith("train step") and step.seconds:
-        yield _step_lines(step, planned, subject, peaks)
+        yield _step_lines(step, step.seconds, planned, subject, peaks)
     compiling = sum(result.compile_seconds or 0 for result in results)
     wrong = [result.name for result in results if not result.ok]
     verdict = f"not right: {'; '.join(wrong)}" if wrong else "all are right"
     yield f"{len(results)} lines in {seconds:.0f} s, {compiling:.0f} s of them compiling; {verdict}"
 
 
-def _step_lines(step: Result, planned: Estimate, subject: Subject, peaks: Peak | None) -> str:
-    text = f"{step.name}: {1e3 * step.seconds:.3g} ms"
+def _step_lines(step: Result, seconds: float, planned: Estimate, subject: Subject, peaks: Peak | None) -> str:
+    text = f"{step.name}: {1e3 * seconds:.3g} ms"
     if peaks:
-        text += f", MFU {step.flops / subject.mesh.size / step.seconds / peaks.flops:.1%}"
+        text += f", MFU {step.flops / subject.mesh.size / seconds / peaks.flops:.1%}"
     text += f"; estimate {1e3 * planned.seconds:.3g} ms by {planned.bound}" if planned.seconds else "; no estimate"
     text += f" ({planned.source})"
     memory = [f"{table.gibibytes(step.planned_bytes)} by the compiler" if step.planned_bytes else ""]
     memory += [f"{table.gibibytes(planned.bytes)} by plan" if planned.bytes else ""]
     memory += [f"{table.gibibytes(step.used_bytes)} used at most" if step.used_bytes else "use is not counted here"]
-    return f"{text}\nmemory of a device: {', '.join(part for part in memory if part)}"
+    return f"{text}\nmemory of a device: {', '.join(text for text in memory if text)}"
 
 
 def _peaks_line(peaks: Peak | None, mesh: Mesh) -> str:
@@ -129,7 +129,7 @@ def _peaks_line(peaks: Peak | None, mesh: Mesh) -> str:
 
 
 def to_json(results: list[Result], planned: Estimate, mesh: Mesh, peaks: Peak | None) -> dict:
-    """Return the content of the table, with all digits."""
+    """Return the table with all digits, for JSON."""
     device = mesh.devices.flat[0]
     return {
         "ok": all(result.ok for result in results),

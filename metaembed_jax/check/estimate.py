@@ -1,4 +1,4 @@
-"""An estimate of a training step: by `plan` on a TPU slice, by the published peaks on other chips."""
+"""An estimate of the training step: by `plan` on a TPU slice, by the published peaks on other chips."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,9 +18,9 @@ class Estimate(NamedTuple):
 
     Attributes:
       seconds: at the peaks; None if they are not known.
-      bound: the slowest part: compute, HBM or ICI.
-      bytes: of a device; None without a TPU's compiler.
-      source: of the figures, or the reason why there are none.
+      bound: the slowest resource: compute, HBM or ICI.
+      bytes: of a device; None without the TPU compiler.
+      source: of the figures, or the reason why they are missing.
     """
 
     seconds: float | None
@@ -30,7 +30,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(config: RunConfig, mesh: Mesh, flops: float) -> Estimate:
-    """Return the figures of `plan` for a config's step on this TPU slice; on other devices, the time of its FLOPs at the peak.
+    """Return the figures of `plan` for the step on this TPU slice; on other devices, the time of its FLOPs at the peak.
 
     Args:
       flops: of the model, in a step over all devices.
@@ -43,14 +43,14 @@ def estimate(config: RunConfig, mesh: Mesh, flops: float) -> Estimate:
         return Estimate(flops / mesh.size / peaks.flops, "compute", None, "FLOPs at the peak")
     try:
         plan = make_plan(config, "train", topology(slice_name(list(mesh.devices.flat))))
-    except Exception as error:  # libtpu and the reader of its text raise anything; the lines of the table stand without a plan
+    except Exception as error:  # libtpu and the parser of its text raise anything; the table needs no plan
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Estimate(None, "", None, f"plan: {reason}")
     return Estimate(plan.seconds[plan.binds], plan.binds, plan.total_bytes, f"plan --topology={plan.topology}")
 
 
 def slice_name(devices: Sequence[jax.Device]) -> str:
-    """Return `plan`'s name for the slice of TPU devices, such as v5e:2x4.
+    """Return the name of a slice of TPU devices for `plan`, such as v5e:2x4.
 
     Raises:
       UserError: a kind of TPU that `plan` does not know.

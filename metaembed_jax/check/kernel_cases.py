@@ -1,7 +1,7 @@
-"""The cases that need no network: linear maps, attention, MaxSim and the loss, in both dtypes, against float64 NumPy.
+"""Cases without a network: linear maps, attention, MaxSim and the loss, in both dtypes, against float64 NumPy.
 
-Inputs are a few base rows, repeated until the devices have enough to do: the reference is computed for the base rows, and every
-repetition on every device is compared with it.
+Inputs are a few base rows, repeated until the devices are busy. The reference is computed for the base rows, and every repetition
+on every device is compared with it.
 
 B batch, S queries, T keys, H heads, G key heads, K head width; Q queries, N documents, R vectors of an item, D their width.
 """
@@ -26,7 +26,7 @@ from metaembed_jax.late_interaction.groups import GROUPS
 from metaembed_jax.precision import float32_products
 from metaembed_jax.sharding import MESH_AXES
 
-# float32: a few times the rounding error of sums of this length, far below that of a pass in TF32 (5e-4) or bfloat16 (4e-3).
+# float32: a few times the rounding error of sums of this length, far below that of products in TF32 (5e-4) or bfloat16 (4e-3).
 # bfloat16: outputs and softmax weights are rounded to 8 bits; a wrong mask makes an error of a tenth or more.
 ATTENTION_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 LINEAR_TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2}
@@ -39,8 +39,8 @@ class Sizes(NamedTuple):
     """The sizes of the cases.
 
     Attributes:
-      rows: attention's batch on each device, a multiple of two; `window_rows` of one slot of windows.
-      length: attention's keys.
+      rows, window_rows: rows of attention on each device, an even number; a row of `window_rows` is one slot of windows.
+      length: keys of attention.
       linear: rows on each device, inputs, outputs.
       documents: of MaxSim, over all devices.
       pairs: of the loss, over all devices.
@@ -58,16 +58,16 @@ CPU = Sizes(2, 2, 200, (64, 96, 160), 64, 8)
 CHIP = Sizes(8, 128, 1024, (8192, 4096, 4096), 16384, 128)
 
 
-class Kind(NamedTuple):
+class AttentionKind(NamedTuple):
     """Attention as a family uses it.
 
     Attributes:
       heads, key_heads, width: H, G, K.
-      reads: queries at so many positions among the keys; 0: at all.
-      crossed: so many queries that are no keys, and one item without keys; 0: queries are keys.
-      slot: patches of a slot of windows; 0: no windows.
-      window, scale, softcap: as `attention`.
-      around_padding: only padding does not see padding, and there is one item a row.
+      reads: number of positions with queries; 0 for all.
+      crossed: number of queries of cross-attention, with one item without keys; 0 for self-attention.
+      slot: patches of a slot of windows; 0 for no windows.
+      window, scale, softcap: as in `attention`.
+      around_padding: only pairs of padding are masked, and a row has one item.
     """
 
     name: str
@@ -85,17 +85,19 @@ class Kind(NamedTuple):
 
 
 ATTENTION = (
-    Kind("full 80", 4, 4, 80, causal=False),  # vision of Qwen2.5-VL
-    Kind("full 72", 4, 4, 72, causal=False),  # SigLIP: PaliGemma
-    Kind("full 64", 4, 4, 64, causal=False),  # SmolVLM, Qwen3-VL
-    Kind("windows of 64", 16, 16, 80, causal=False, slot=64),  # Qwen2.5-VL, with the rotation
-    Kind("around padding", 4, 4, 80, causal=False, around_padding=True),  # Llama 3.2 Vision
-    Kind("cross", 4, 1, 128, causal=False, crossed=96),  # Llama 3.2 Vision
-    Kind("causal 128", 8, 2, 128),  # Qwen, Llama
-    Kind("causal 64", 6, 2, 64),  # SmolVLM
-    Kind("causal at 80", 8, 1, 64, reads=80),  # PaliGemma
-    Kind("prefix capped", 4, 2, 64, causal=False, scale=0.3, softcap=2.0),  # PaliGemma 2; random scores never reach its cap of 50
-    Kind("local capped", 4, 2, 64, window=100, scale=0.3, softcap=2.0),  # PaliGemma 2
+    AttentionKind("full 80", 4, 4, 80, causal=False),  # vision of Qwen2.5-VL
+    AttentionKind("full 72", 4, 4, 72, causal=False),  # SigLIP: PaliGemma
+    AttentionKind("full 64", 4, 4, 64, causal=False),  # SmolVLM, Qwen3-VL
+    AttentionKind("windows of 64", 16, 16, 80, causal=False, slot=64),  # Qwen2.5-VL, with the rotation
+    AttentionKind("around padding", 4, 4, 80, causal=False, around_padding=True),  # Llama 3.2 Vision
+    AttentionKind("cross", 4, 1, 128, causal=False, crossed=96),  # Llama 3.2 Vision
+    AttentionKind("causal 128", 8, 2, 128),  # Qwen, Llama
+    AttentionKind("causal 64", 6, 2, 64),  # SmolVLM
+    AttentionKind("causal at 80", 8, 1, 64, reads=80),  # PaliGemma
+    AttentionKind(
+        "prefix capped", 4, 2, 64, causal=False, scale=0.3, softcap=2.0
+    ),  # PaliGemma 2; random scores never reach its cap of 50
+    AttentionKind("local capped", 4, 2, 64, window=100, scale=0.3, softcap=2.0),  # PaliGemma 2
 )
 
 
@@ -150,14 +152,14 @@ def linear_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
     )
 
 
-def attention_case(mesh: Mesh, sizes: Sizes, kind: Kind, dtype: str) -> Case:
-    """Return the case of attention and its gradients, in rows of one item and of three with padding behind."""
+def attention_case(mesh: Mesh, sizes: Sizes, kind: AttentionKind, dtype: str) -> Case:
+    """Return the case of attention and its gradients, in a row of one item and a row of three items and padding."""
     T = kind.slot or sizes.length
     S, H, G, K = kind.reads or kind.crossed or T, kind.heads, kind.key_heads, kind.width
     repeats = (sizes.window_rows if kind.slot else sizes.rows) // 2 * mesh.size
     query, key, value, cotangent = noise((2, S, H, K), (2, T, G, K), (2, T, G, K), (2, S, H, K))
     rows, mask_BST = packed_rows(kind, S, T)
-    cotangent = cotangent * mask_BST.any(2)[..., None, None]  # nothing reads a query that sees nothing
+    cotangent = cotangent * mask_BST.any(2)[..., None, None]  # the output of a query without keys is not read
 
     def arguments():
         split = PartitionSpec(MESH_AXES)
@@ -176,14 +178,14 @@ def attention_case(mesh: Mesh, sizes: Sizes, kind: Kind, dtype: str) -> Case:
 
     def reference():
         query32, key32, value32 = (rounded(array, dtype) for array in (query, key, value))
-        turn = jax.device_get(angles(rows[2], K)) if kind.slot else (np.ones((2, S, K)), np.zeros((2, S, K)))
+        cos, sin = jax.device_get(angles(rows[2], K)) if kind.slot else (np.ones((2, S, K)), np.zeros((2, S, K)))
         if kind.slot:
-            query32, key32 = (references.rotated(array, *turn) for array in (query32, key32))
+            query32, key32 = (references.rotated(array, cos, sin) for array in (query32, key32))
         output, d_query, d_key, d_value = references.attention(
             query32, key32, value32, mask_BST, rounded(cotangent, dtype), kind.scale, kind.softcap
         )
         if kind.slot:
-            d_query, d_key = (references.rotated(array, turn[0], -turn[1]) for array in (d_query, d_key))
+            d_query, d_key = (references.rotated(array, cos, -sin) for array in (d_query, d_key))
         return {"output": output, "d query": d_query, "d key": d_key, "d value": d_value}
 
     device, shapes = mesh.devices.flat[0], ((2 * repeats, n, heads, K + kind.around_padding) for n, heads in ((S, H), (T, G)))
@@ -203,8 +205,8 @@ def attention_case(mesh: Mesh, sizes: Sizes, kind: Kind, dtype: str) -> Case:
     )
 
 
-def packed_rows(kind: Kind, S: int, T: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """The segments of queries and keys, [2, S] and [2, T], the positions of queries, [2, S], and the keys that each sees."""
+def packed_rows(kind: AttentionKind, S: int, T: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Return (segments of queries [2, S], segments of keys [2, T], positions of queries [2, S]), and the mask [2, S, T]."""
     key_segments = packed(T)
     positions = np.tile(np.linspace(0, T - 1, S).astype(np.int32) if kind.reads else np.arange(S, dtype=np.int32), (2, 1))
     if kind.crossed:
@@ -221,15 +223,15 @@ def packed_rows(kind: Kind, S: int, T: int) -> tuple[tuple[np.ndarray, ...], np.
 
 
 def packed(length: int) -> np.ndarray:
-    """Segments of a row of one item, and of a row of three with a third of padding behind."""
+    """Return the segments of a row of one item, and of a row of three items and a third of padding."""
     positions = np.arange(length)
     ends = length // 3, length // 2, length - length // 3
     items = 1 + sum((positions >= end).astype(np.int32) for end in ends[:2])
     return np.stack([np.ones(length, np.int32), np.where(positions < ends[2], items, 0)])
 
 
-def attend_as(kind: Kind, query, key, value, query_segments, key_segments, positions) -> jax.Array:
-    """Attention as a kind's family calls it."""
+def attend_as(kind: AttentionKind, query, key, value, query_segments, key_segments, positions) -> jax.Array:
+    """Compute attention as the families of this kind call it."""
     if kind.around_padding:
         return vision.attend_around_padding(query, key, value, query_segments == 0)
     if kind.slot:
@@ -251,14 +253,14 @@ def attend_as(kind: Kind, query, key, value, query_segments, key_segments, posit
 
 
 def angles(positions, width: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of a rotation by positions."""
-    turn = positions[..., None] * inverse_frequencies(width, 10000.0)
-    turn = jnp.concatenate([turn, turn], axis=-1)
-    return jnp.cos(turn), jnp.sin(turn)
+    """Return cosines and sines of a rotation by positions."""
+    angle = positions[..., None] * inverse_frequencies(width, 10000.0)
+    angle = jnp.concatenate([angle, angle], axis=-1)
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def maxsim_case(mesh: Mesh, sizes: Sizes, name: str) -> Case:
-    """Scores of documents that are split over the devices: of floats, with padding, of int8 with scales."""
+    """Return the case of scores: documents are sharded over the devices, and are floats, masked floats, or int8 with scales."""
     queries, (r_q, r_c), width = 32, GROUPS[-1], 128
     base = min(sizes.documents, 64)
     repeats = -(-sizes.documents // base // mesh.size) * mesh.size
@@ -275,18 +277,19 @@ def maxsim_case(mesh: Mesh, sizes: Sizes, name: str) -> Case:
         mask = np.arange(r_c) < np.linspace(1, r_c, base).round()[:, None]
 
     def arguments():
-        kept = stored if name == "int8" else stored.astype(jnp.dtype(dtype))
+        array = stored if name == "int8" else stored.astype(jnp.dtype(dtype))
         whole, split = PartitionSpec(), PartitionSpec(MESH_AXES)
-        optional = (None if array is None else put(array, mesh, split, repeats) for array in (mask, scale))
-        return put(query.astype(jnp.dtype(dtype)), mesh, whole), put(kept, mesh, split, repeats), *optional
+        optional = (None if x is None else put(x, mesh, split, repeats) for x in (mask, scale))
+        return put(query.astype(jnp.dtype(dtype)), mesh, whole), put(array, mesh, split, repeats), *optional
 
     def function(query, document, mask, scale):
         def score(query, document, mask, scale):
             return maxsim.maxsim(query, document, document_mask=mask, document_scale=scale).T
 
         split = PartitionSpec(MESH_AXES)
-        specs = dict(in_specs=(PartitionSpec(), split, split, split), out_specs=split, check_vma=False)
-        return {"scores": jax.shard_map(score, mesh=mesh, **specs)(query, document, mask, scale)}
+        specs = PartitionSpec(), split, split, split
+        sharded = jax.shard_map(score, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+        return {"scores": sharded(query, document, mask, scale)}
 
     def reference():
         return {"scores": references.maxsim_scores(query, document, mask).T}
@@ -306,9 +309,9 @@ def maxsim_case(mesh: Mesh, sizes: Sizes, name: str) -> Case:
 
 
 def loss_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
-    """The Matryoshka loss of all groups and its gradients, with one hard negative a pair, pairs split over the devices."""
+    """Return the case of the Matryoshka loss and its gradients: one hard negative a pair, and pairs sharded over the devices."""
     pairs, width = -(-sizes.pairs // mesh.size) * mesh.size, 128
-    vectors = [rounded(x, dtype) for x in alike(pairs, width)]
+    vectors = [rounded(x, dtype) for x in similar_items(pairs, width)]
 
     def arguments():
         return tuple(put(x.astype(jnp.dtype(dtype)), mesh, PartitionSpec(MESH_AXES[:2])) for x in vectors)
@@ -339,46 +342,46 @@ def loss_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
     )
 
 
-def alike(pairs: int, width: int) -> tuple[np.ndarray, ...]:
-    """Query, positive and hard negative vectors whose loss is of order 1, and whose maxima nothing comes close to.
+def similar_items(pairs: int, width: int) -> tuple[np.ndarray, ...]:
+    """Return query, positive and hard negative vectors with a loss of order 1, and with no second-best close to a maximum.
 
-    Items are small variations of one set of directions. Documents have each query direction four times, at four strengths in an
-    order of its own, so that each block of the groups wins some maxima; the strengths are too far apart for rounding to choose.
+    Items are small variations of one set of directions. A document has each query direction four times, with four strengths in
+    random order. So every block of the groups wins some maxima, and rounding decides none: the strengths are too far apart.
     """
     (r_q, r_c), rng = GROUPS[-1], np.random.default_rng(2)
     directions, other = (unit(rng.normal(size=(count, width))) for count in (r_q, r_c))
     strength = np.argsort(rng.random((r_q, r_c // r_q)), axis=1).T.ravel() * 0.1 + 0.5
     near = unit(strength[:, None] * np.tile(directions, (r_c // r_q, 1)) + (1 - strength[:, None]) * other)
     query = unit(directions + 0.04 * rng.normal(size=(pairs, r_q, width)))
-    of_query = np.tile(query - directions, (1, r_c // r_q, 1))
-    positive = unit(near + 0.06 * of_query + 0.01 * rng.normal(size=(pairs, r_c, width)))
+    variation = np.tile(query - directions, (1, r_c // r_q, 1))
+    positive = unit(near + 0.06 * variation + 0.01 * rng.normal(size=(pairs, r_c, width)))
     negative = unit(near + 0.01 * rng.normal(size=(pairs, 1, r_c, width)))
     return tuple(x.astype(np.float32) for x in (query, positive, negative))
 
 
 def noise(*shapes: tuple[int, ...]) -> list[np.ndarray]:
-    """Normal float32 numbers, the same on every machine."""
+    """Return arrays of normal float32 numbers, the same on every machine."""
     rng = np.random.default_rng(0)
     return [rng.standard_normal(shape, np.float32) for shape in shapes]
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """Vectors of length one."""
+    """Scale vectors to length one."""
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Numbers as a dtype has them, in float32."""
+    """Round numbers to a dtype, and return them in float32."""
     return x.astype(jnp.dtype(dtype)).astype(np.float32)
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of a number."""
+    """Return the bytes of a number."""
     return jnp.dtype(dtype).itemsize
 
 
 def put(x: np.ndarray, mesh: Mesh, spec: PartitionSpec, repeats: int = 1) -> jax.Array:
-    """An array on the mesh, its rows repeated there."""
+    """Put an array on the mesh, and repeat its rows there."""
     whole = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
     tile = jax.jit(lambda x: jnp.tile(x, (repeats,) + (1,) * (x.ndim - 1)), out_shardings=NamedSharding(mesh, spec))
     return tile(whole)

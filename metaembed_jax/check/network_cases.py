@@ -1,7 +1,7 @@
-"""The cases of a whole network: encoding of packed rows, and a training step, of a small built-in config or a given one.
+"""Cases of a whole network: encoding of packed rows, and a training step, of a small built-in config or a given one.
 
-A reference is computed on one CPU device in float64: the network by the same code, without mesh or microbatches, and the loss with
-its gradient by NumPy. Networks too large for that are timed, and their numbers must be finite.
+The reference runs on one CPU device in float64: the network by the same code, without a mesh or microbatches, and the loss with its
+gradient in NumPy. A network that is too large for a reference is timed, and its numbers must be finite.
 
 B pairs, N documents, n rows of a step, V vectors of a row, R vectors of an item, D their width.
 """
@@ -11,7 +11,7 @@ import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,16 +42,16 @@ from metaembed_jax.sharding import batch_shards, shard_bytes
 from metaembed_jax.trainable import join, paths, split
 from metaembed_jax.training.step import TrainState, make_trainer, run_mesh
 
-MAX_FLOPS = 1e12  # of a step whose reference is computed on the CPU
-# Of float32: what the CPU's own rounding leaves of a few layers. Of bfloat16: every state is rounded to 8 bits.
+MAX_FLOPS = 1e12  # of a step with a reference
+# float32: the CPU's own rounding over a few layers. bfloat16: every state is rounded to 8 bits.
 VECTOR_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03}
 GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
 WORDS = "a drawing of one small red house under many tall trees by the water in early spring light".split()
 
 
-def small_config(devices: int, on_chip: bool, dtype: str) -> RunConfig:
-    """Return the config of a Qwen2.5-VL, small enough for a CPU or wide enough for a chip's kernels, on all mesh axes it can."""
+def small_config(devices: int, on_chip: bool, dtype: Literal["float32", "bfloat16"]) -> RunConfig:
+    """Return the config of a small Qwen2.5-VL: for a CPU, or wide enough for a chip's kernels; on as many mesh axes as possible."""
     width, head, layers = (512, 128, 4) if on_chip else (32, 16, 2)
     architecture = dict(
         text_config=dict(
@@ -80,7 +80,7 @@ def small_config(devices: int, on_chip: bool, dtype: str) -> RunConfig:
         model=ModelSettings(architecture=architecture, embedding_dim=16, meta_token_scale=1.0, dtype=dtype),
         rows=RowsConfig(size=(tokens, patches), batch_size=max(8, devices)),
         data=DataConfig(max_pixels=14 * 14 * patches),
-        # Weights that know nothing: at this temperature the loss is of order 1.
+        # At this temperature, the loss of random weights is of order 1.
         objectives=ObjectivesConfig(matryoshka=MatryoshkaConfig(temperature=0.15)),
         optimizer=OptimizerConfig(warmup_steps=1),
         mesh=MeshConfig(fsdp=2 if devices % 4 == 0 else 1, tensor=2 if devices % 2 == 0 else 1),
@@ -88,11 +88,12 @@ def small_config(devices: int, on_chip: bool, dtype: str) -> RunConfig:
 
 
 class Expected(NamedTuple):
-    """The reference's results for a batch.
+    """The reference of a batch.
 
     Attributes:
       vectors: of all rows, [n, V, D].
-      loss, losses: of all groups, and of each.
+      loss: of all groups together.
+      losses: of each group.
       gradient: of the trained parameters.
     """
 
@@ -103,14 +104,14 @@ class Expected(NamedTuple):
 
 
 class Subject:
-    """A config's network on all devices, its inputs, and the expected results.
+    """A config's network on some devices, its inputs, and its reference.
 
     Args:
-      config: checked; its architecture is filled.
-      devices: of its mesh.
+      config: with an architecture.
+      devices: of the mesh.
     """
 
-    def __init__(self, config: RunConfig, devices: list[jax.Device]):
+    def __init__(self, config: RunConfig, devices: Sequence[jax.Device]):
         one_step = {"schedule.steps": 1, "optimizer.warmup_steps": 0, "data.sources": (("random", 1.0, 0),), "data.sub_batch": 0}
         config = with_keys(config, {"model.lora.dropout": 0.0, **one_step})  # the reference draws other random numbers
         self.config, self.dtype = config, config.model.dtype
@@ -135,7 +136,7 @@ class Subject:
 
     @functools.cached_property
     def host_parameters(self) -> dict:
-        """All parameters on this host, in the dtypes that training keeps them in."""
+        """All parameters on this host, in the dtypes of training."""
         with jax.default_device(jax.devices("cpu")[0]):
             parameters = jax.jit(functools.partial(init_parameters, self.model, self.config.seed))()
         return jax.tree.map(lambda x, leaf: np.asarray(x.astype(leaf.dtype)), parameters, self._abstract)
@@ -145,7 +146,7 @@ class Subject:
         return join(self.trainer.abstract.parameters, self.trainer.abstract.frozen)
 
     def encode_parameters(self) -> dict:
-        """The parameters on the devices, in the dtypes that encoding keeps them in; made there if no reference reads them."""
+        """Return the parameters on the devices, in the dtypes of encoding; without a reference, they are made there."""
         abstract = abstract_parameters(self.model, self.mesh)
         if self.has_reference:
             return _put(self.host_parameters, abstract)
@@ -156,15 +157,14 @@ class Subject:
         return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
 
     def state(self) -> TrainState:
-        """The state before the first step."""
+        """Return the state before the first step."""
         return self.trainer.init(_put(self.host_parameters, self._abstract) if self.has_reference else None)
 
     @functools.cached_property
-    def expected(self) -> "Expected":
+    def expected(self) -> Expected:
         """The reference, computed once."""
-        trained, frozen = split(self.host_parameters, paths(self.trainer.abstract.parameters))
-        config, batch = self.config, self.batch
-        rows = batch.rows.map(lambda x: x.reshape(-1, *x.shape[2:]))
+        trees = split(self.host_parameters, paths(self.trainer.abstract.parameters))
+        rows = self.batch.rows.map(lambda x: x.reshape(-1, *x.shape[2:]))
         graph, _, _ = abstract_network(dataclasses.replace(self.model, dtype="float64", checkpoint=False))
 
         @jax.jit
@@ -172,35 +172,35 @@ class Subject:
             return nnx.merge(graph, join(trained, frozen))(rows)
 
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-            trained, frozen = (jax.tree.map(lambda x: np.asarray(x, np.float64), part) for part in (trained, frozen))
+            trained, frozen = (jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in trees)
             vectors, pull = jax.vjp(lambda trained: encode(trained, frozen, rows), trained)
             vectors_nVD = np.asarray(vectors, np.float64)
-            query_places, document_places = (
-                starts[:, None] + np.arange(count)
-                for starts, count in zip((batch.queries, batch.documents), config.objectives.largest_budget, strict=True)
-            )
-            vectors_TD = vectors_nVD.reshape(-1, vectors_nVD.shape[-1])
-            query, documents, pairs = vectors_TD[query_places], vectors_TD[document_places], len(batch.queries)
-            negatives = documents[pairs:].reshape(pairs, -1, *documents.shape[1:])
-            matryoshka = config.objectives.matryoshka
-            loss, gradients, losses, _ = references.matryoshka(
-                query, documents[:pairs], negatives, matryoshka.groups, matryoshka.temperature, matryoshka.normalization
-            )
-            d_documents = np.concatenate([gradients[1], gradients[2].reshape(-1, *documents.shape[1:])])
-            d_vectors_TD = np.zeros_like(vectors_TD)
-            for places, gradient in ((query_places, gradients[0]), (document_places, d_documents)):
-                np.add.at(d_vectors_TD, places, gradient)
-            (gradient,) = pull(d_vectors_TD.reshape(vectors_nVD.shape).astype(vectors.dtype))
+            loss, losses, d_vectors_nVD = expected_loss(self.config.objectives, self.batch, vectors_nVD)
+            (gradient,) = pull(d_vectors_nVD.astype(vectors.dtype))
             gradient = jax.tree.map(lambda x: np.asarray(x, np.float64), gradient)
         return Expected(vectors_nVD, loss, losses, gradient)
 
 
-class RandomPairs(Sequence):
-    """Records of random texts and images for one step; each second document is a text alone.
+def expected_loss(
+    objectives: ObjectivesConfig, batch: TrainingBatch, vectors_nVD: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Return the reference of the loss, the loss of each group, and the gradient of the vectors."""
+    budgets, starts = objectives.largest_budget, (batch.queries, batch.documents)
+    query_BR, document_NR = (starts_N[:, None] + np.arange(budget) for starts_N, budget in zip(starts, budgets, strict=True))
+    vectors_TD = vectors_nVD.reshape(-1, vectors_nVD.shape[-1])
+    query, documents, pairs = vectors_TD[query_BR], vectors_TD[document_NR], len(query_BR)
+    negatives = documents[pairs:].reshape(pairs, -1, *documents.shape[1:])
+    loss, (d_query, d_positive, d_negatives), losses, _ = references.matryoshka(
+        query, documents[:pairs], negatives, **dataclasses.asdict(objectives.matryoshka)
+    )
+    d_vectors_TD = np.zeros_like(vectors_TD)
+    np.add.at(d_vectors_TD, query_BR, d_query)
+    np.add.at(d_vectors_TD, document_NR, np.concatenate([d_positive, d_negatives.reshape(-1, *documents.shape[1:])]))
+    return loss, losses, d_vectors_TD.reshape(vectors_nVD.shape)
 
-    Args:
-      negatives: of each pair.
-    """
+
+class RandomPairs(Sequence):
+    """Records of random texts and images for one step; every second document is a text without an image."""
 
     def __init__(self, pairs: int, negatives: int, seed: int):
         self._pairs, self._negatives, self._seed = pairs, negatives, seed
@@ -214,7 +214,7 @@ class RandomPairs(Sequence):
         return {"query": _random_item(rng, with_image=False), "positive": documents[0], "negatives": documents[1:]}
 
     def described(self, row: int, epoch: int, step: int) -> dict:
-        """The record, with the size of each image in its place."""
+        """Return a record with the size of each image instead of the image."""
 
         def size_of(item: dict) -> dict:
             return item | {"image": item["image"].size} if "image" in item else item
@@ -232,7 +232,7 @@ def _random_item(rng: np.random.Generator, with_image: bool) -> dict:
 
 
 def _processor(config: RunConfig):
-    """The family's, with a vocabulary of `WORDS`."""
+    """Return the family's processor with a vocabulary of `WORDS`."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "tokenizer.json"
         vocabulary = min(400, model_config(config).architecture.vocabulary)
@@ -241,7 +241,7 @@ def _processor(config: RunConfig):
 
 
 def _put(parameters: dict, abstract: dict) -> dict:
-    """Parameters of this host, as the abstract ones are on the devices."""
+    """Put parameters of this host on the devices, as the abstract parameters say."""
     return jax.tree.map(lambda x, leaf: jax.device_put(x.astype(leaf.dtype), leaf.sharding), parameters, abstract)
 
 
@@ -269,7 +269,7 @@ def encode_case(subject: Subject) -> Case:
 
 
 def step_case(subject: Subject) -> Case:
-    """Return the case of a training step, as `train.py` computes it. Its gradient is read from the optimizer's first moments."""
+    """Return the case of a training step, as in `train.py`. The gradient is read from the first moments of the optimizer."""
     config, trainer = subject.config, subject.trainer
 
     def read(result):
@@ -308,5 +308,5 @@ def step_case(subject: Subject) -> Case:
 
 
 def group_losses(groups: Sequence[Budget], metrics: dict) -> jax.Array:
-    """The loss of each group."""
+    """Return the loss of each group."""
     return jnp.stack([metrics[f"loss/{r_q}:{r_c}"] for r_q, r_c in groups])

@@ -1,6 +1,6 @@
 """Float64 NumPy references of attention, linear maps, MaxSim and the loss, with gradients, written from their definitions.
 
-They share no code with what they judge, and the suite's tests use them too.
+They share no code with the implementations. The tests use them too.
 
 B batch, S queries, T keys, H heads, G key heads, K head width; Q queries, N documents, R vectors of an item, D their width.
 """
@@ -12,7 +12,7 @@ from metaembed_jax.late_interaction.groups import Budget
 
 
 def visible(position_BS, T: int, causal: bool, window: int | None = None) -> Bool[np.ndarray, "B S T"]:
-    """Return which keys each query may see: with `causal`, those up to its own position, or the last `window` of them."""
+    """Return the keys that each query sees: with `causal`, those up to its own position, or the last `window` of them."""
     position_BS1, key = np.asarray(position_BS)[..., None], np.arange(T)
     if not causal:
         return np.ones((*position_BS1.shape[:-1], T), bool)
@@ -20,7 +20,7 @@ def visible(position_BS, T: int, causal: bool, window: int | None = None) -> Boo
 
 
 def rotated(x_BSHK, cos_BSK, sin_BSK) -> Float[np.ndarray, "B S H K"]:
-    """Return rotary embeddings of two halves; with negative sines, the inverse, and the way of gradients."""
+    """Return rotary embeddings of two halves; with negative sines, the inverse, which rotates gradients."""
     first, second = np.split(np.asarray(x_BSHK, np.float64), 2, axis=-1)
     return x_BSHK * cos_BSK[:, :, None] + np.concatenate([-second, first], axis=-1) * sin_BSK[:, :, None]
 
@@ -29,19 +29,19 @@ def attention(query, key, value, mask_BST, cotangent, scale: float | None = None
     """Return the output and the gradients of query, key and value. The output of a query that sees nothing is 0."""
     query, key, value, cotangent = (np.asarray(x, np.float64) for x in (query, key, value, cotangent))
     (B, _, H, K), G = query.shape, key.shape[2]
-    scale = K**-0.5 if scale is None else scale
+    factor = K**-0.5 if scale is None else scale
     output, *gradients = (np.zeros_like(x) for x in (query, query, key, value))
     for b, h in np.ndindex(B, H):
         g = h // (H // G)
         q, k, v, d_out = query[b, :, h], key[b, :, g], value[b, :, g], cotangent[b, :, h]
-        scores, slope = scale * q @ k.T, 1.0
+        scores, slope = factor * q @ k.T, np.ones(())
         if softcap is not None:
             scores = softcap * np.tanh(scores / softcap)
             slope = 1 - (scores / softcap) ** 2
         weights = _softmax(scores, mask_BST[b])
         output[b, :, h] = weights @ v
         d_weights = d_out @ v.T
-        d_scores = scale * slope * weights * (d_weights - (d_weights * weights).sum(1, keepdims=True))
+        d_scores = factor * slope * weights * (d_weights - (d_weights * weights).sum(1, keepdims=True))
         for gradient, head, share in zip(gradients, (h, g, g), (d_scores @ k, d_scores.T @ q, weights.T @ d_out), strict=True):
             gradient[b, :, head] += share
     return output, *gradients
@@ -61,7 +61,7 @@ def linear(x, kernel, cotangent) -> tuple:
 
 
 def maxsim_scores(query_QRD, document_NRD, mask_NR=None) -> Float[np.ndarray, "Q N"]:
-    """Return s(q, c) = sum over i of max over j of <q_i, c_j>; False in the mask wins no maximum."""
+    """Return s(q, c) = sum over i of max over j of <q_i, c_j>; vectors that the mask has False for win no maximum."""
     query_QRD, document_NRD = np.asarray(query_QRD, np.float64), np.asarray(document_NRD, np.float64)
     scores = np.zeros((len(query_QRD), len(document_NRD)))
     for n, document in enumerate(document_NRD):
@@ -82,10 +82,10 @@ def matryoshka(
     negative_mask=None,
     sources=None,
 ) -> tuple:
-    """Loss, its gradients and the values of each group.
+    """Return the loss, its gradients, and the loss and accuracy of each group.
 
     Args:
-      negative_mask: [B, K], false where a negative does not count.
+      negative_mask: [B, K], False for negatives that do not count.
       sources: [B]; positives of another source than the query's do not count.
 
     Returns:
@@ -103,15 +103,15 @@ def matryoshka(
         similarity_MRJ = query[b] @ np.swapaxes(document_MJD, 1, 2)
         coefficient_MRJ = np.zeros_like(similarity_MRJ)
         for number, (r_q, r_c) in enumerate(groups):
-            of_group = similarity_MRJ[:, :r_q, :r_c]
-            scores_M = np.where(counts, of_group.max(2).sum(1), -np.inf)
+            group_MRJ = similarity_MRJ[:, :r_q, :r_c]
+            scores_M = np.where(counts, group_MRJ.max(2).sum(1), -np.inf)
             logits_M = scores_M / temperature
             shifted_M = np.exp(logits_M - logits_M.max())
             losses[number] += np.log(shifted_M.sum()) - (logits_M[b] - logits_M.max())
             accuracies[number] += (np.delete(scores_M, b) < scores_M[b]).all()
             d_score_M = (shifted_M / shifted_M.sum() - (np.arange(len(scores_M)) == b)) * weight / temperature / len(query)
-            m, i = np.indices(of_group.shape[:2])
-            coefficient_MRJ[m, i, of_group.argmax(2)] += d_score_M[:, None]
+            m, i = np.indices(group_MRJ.shape[:2])
+            coefficient_MRJ[m, i, group_MRJ.argmax(2)] += d_score_M[:, None]
         gradients[0][b] += np.einsum("mrj,mjd->rd", coefficient_MRJ, document_MJD, optimize=True)
         d_document_MJD = np.swapaxes(coefficient_MRJ, 1, 2) @ query[b]
         gradients[1][...] += d_document_MJD[: len(positive)]

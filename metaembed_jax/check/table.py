@@ -10,7 +10,7 @@ HEAD = ROW.format("", "", "by", "error", "allowed", "time", "compile", "TFLOP/s"
 
 
 def line(result: Result, devices: int, peak: Peak | None) -> str:
-    """Return a line of the table, with the problem, if any, below it."""
+    """Return a line of the table; a problem takes a second line."""
     figures = rates(result, devices, peak)
     row = ROW.format(
         status(result),
@@ -29,12 +29,12 @@ def line(result: Result, devices: int, peak: Peak | None) -> str:
 
 
 def status(result: Result) -> str:
-    """Return "ok", "WRONG" for wrong numbers, or "FAIL" for a line without numbers."""
+    """Return "ok", "WRONG" for wrong numbers, or "FAIL" for a case that did not run."""
     return "ok" if result.ok else "WRONG" if result.output else "FAIL"
 
 
 def rates(result: Result, devices: int, peak: Peak | None) -> dict[str, float | None]:
-    """Return the FLOPs and bytes a second of one device, and their shares of the peaks; None where not known."""
+    """Return the FLOPs and bytes a second of one device, and their shares of the peaks; None for unknown ones."""
     if result.seconds is None:
         return dict.fromkeys(("flops_per_second", "flops_share", "bytes_per_second", "bytes_share"))
     flops, moved = (amount / devices / result.seconds for amount in (result.flops, result.bytes))

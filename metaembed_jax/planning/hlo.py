@@ -4,8 +4,8 @@
       %p = (s32[], f32[8,8]{1,0:T(8,128)}) parameter(0)
       ROOT %fusion.1 = f32[8,8]{1,0:T(8,128)S(1)} fusion(%a, %b), kind=kLoop, calls=%fused, metadata={op_name="..."}
 
-A layout has the order of an array's axes, minor first. `T(8,128)` is the tile that the array is padded to. `S(1)` means that it is in
-a memory on the chip instead of HBM.
+A layout has the order of an array's axes, minor first. `T(8,128)` is the tile that the array is padded to. `S(1)` stands for a
+memory on the chip instead of HBM.
 """
 
 import math

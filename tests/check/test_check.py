@@ -1,4 +1,4 @@
-"""`check` on two CPU devices: it passes, and faults that are put in are found by name."""
+"""`check` on two CPU devices: it passes, and names injected faults."""
 
 import json
 
@@ -24,7 +24,7 @@ def two_devices(monkeypatch):
 
 @pytest.fixture
 def traced_afresh():
-    """Nothing that was traced with a fault, or without, serves again."""
+    """Trace every program again, with the fault and after it."""
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -44,7 +44,7 @@ def test_all_float32_lines_are_right_on_a_cpu(capsys):
 
 
 def test_no_chip_rounds_a_float32_line(monkeypatch):
-    """Forward or backward, on a TPU in kernels, on a card in blocks of queries."""
+    """Neither forward nor backward, on a TPU in kernels, on a card in blocks of queries."""
     monkeypatch.setattr(attention_xla, "SCORE_BYTES", 2**16)
     mesh = make_mesh(devices=jax.devices()[:1])
     cases = [case for case in kernel_cases.kernel_cases(mesh, kernel_cases.CPU) if case.dtype == "float32"]
@@ -81,7 +81,7 @@ def larger(original):
     return lambda *arguments: (1.001 * original(*arguments)[0], original(*arguments)[1])
 
 
-FAULTS = {  # what is replaced, by what, lines to run, which of them are wrong
+FAULTS = {  # name: (owner, name of its function, replacement, lines to run, lines that are wrong)
     "mask": (attention_xla, "_visible", one_key_too_many, "causal 64", ["attention causal 64 f32", "attention causal 64 bf16"]),
     "rotation": (
         attention_windows,
@@ -90,8 +90,8 @@ FAULTS = {  # what is replaced, by what, lines to run, which of them are wrong
         "windows",
         ["attention windows of 64 f32", "attention windows of 64 bf16"],
     ),
-    "maxsim in bfloat16": (maxsim, "product", in_bfloat16, "maxsim f32", ["maxsim f32", "maxsim f32 masked"]),
-    "loss in bfloat16": (matryoshka, "product", in_bfloat16, "loss f32", ["loss f32"]),
+    "maxsim in bfloat16": (maxsim, "float32_einsum", in_bfloat16, "maxsim f32", ["maxsim f32", "maxsim f32 masked"]),
+    "loss in bfloat16": (matryoshka, "float32_einsum", in_bfloat16, "loss f32", ["loss f32"]),
     "linear in bfloat16": (layers.Linear, "__call__", of_bfloat16, "linear", ["linear f32"]),
     "gradient": (matryoshka, "_block_coefficients", smaller, "loss f32", ["loss f32"]),
     "loss": (matryoshka, "_sums", larger, "loss", ["loss f32", "loss bf16"]),
