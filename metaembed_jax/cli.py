@@ -1,4 +1,4 @@
-"""`metaembed COMMAND`: one parser for all commands. `python -m metaembed_jax`, `train.py` and `eval.py` lead here too."""
+"""`metaembed COMMAND`: one parser for all commands, also for `python -m metaembed_jax`, `train.py` and `eval.py`."""
 
 import argparse
 import importlib
@@ -14,7 +14,7 @@ COMMANDS = {
     "eval": "evaluate a run on its test split, on MMEB, or on any benchmark of mteb",
     "prepare": "write a source of pairs, where training and evaluation read it",
     "plan": "memory and time of a run on a TPU slice, without one",
-    "check": "compare what this machine's devices compute with references, and time it",
+    "check": "compare the results of this machine's devices with references, and time them",
     "export": "write a trained model for transformers, sentence-transformers or peft",
     "index": "encode documents into an index",
     "search": "search an index with a text, an image, or both",
@@ -33,15 +33,15 @@ configs (--config=NAME, or --config=FILE.py of your own):
   {names}
   they are in {folder}
 
-metaembed COMMAND --help says what a command takes.
+metaembed COMMAND --help lists the flags of a command.
 """
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse flags, and run the command that they name.
+    """Parse flags, and run their command.
 
     Raises:
-      UserError: a flag or command that does not exist, or what the command raises.
+      UserError: an unknown flag or command, or an error of the command.
     """
     overrides, rest = split_overrides(argv)
     arguments = make_parser(rest[0] if rest else "").parse_args(rest)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def make_parser(name: str) -> Parser:
-    """Return the parser of all commands, in which the command `name` has its flags."""
+    """Return the parser of all commands; only the command `name` has its flags."""
     epilog = EPILOG.format(names=", ".join(config_names()), folder=CONFIGS)
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser("metaembed", description=DESCRIPTION, epilog=epilog, formatter_class=layout)

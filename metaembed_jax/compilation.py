@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from metaembed_jax.files import cache_folder
 
-MAX_BYTES = 8 * 2**30  # JAX removes the least recently used programs first; those of a 7b have some 100 MB each
-MAX_PROGRAMS = 2000  # JAX looks at all of them each time it writes one
+MAX_BYTES = 8 * 2**30  # JAX removes the least recently used programs first; a program of a 7b has about 100 MB
+MAX_PROGRAMS = 2000  # JAX lists all of them for each write
 LOCK_SECONDS = 5
-ANNOUNCE_SECONDS = 4  # of a compilation, before a line says so
+ANNOUNCE_SECONDS = 4  # of a compilation, before a line reports it
 CACHE_WARNINGS = ("Error writing persistent compilation cache", "Error reading persistent compilation cache")
 
 
@@ -44,7 +44,7 @@ def keep_programs(environment: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def keep_no_programs() -> None:
-    """Neither read nor write compiled programs in this process."""
+    """Turn the cache off for this process."""
     jax.config.update("jax_enable_compilation_cache", False)
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from metaembed_jax.errors import UserError
 
-GOOGLE = "0x1ae0"  # a PCI vendor; of its network cards too, so the device must be one of the TPUs below
+GOOGLE = "0x1ae0"  # PCI vendor, also of network cards: the PCI device must be one of the TPUs below
 TPUS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}  # v2 and v3, v4i, v4, v5p, v5e, v6e, 7x
 INSTALL = {"TPU": "pip install -e '.[tpu]'", "NVIDIA": "pip install -e '.[cuda]'"}
 PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
@@ -18,7 +18,7 @@ PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 
 def tpu_files(root: Path = Path("/")) -> list[str]:
     """Return the device files or PCI addresses of the TPU chips of this machine."""
-    files = [str(file) for file in sorted(root.glob("dev/accel[0-9]*"))]  # v2 to v4; later ones use /dev/vfio, as other devices do
+    files = [str(file) for file in sorted(root.glob("dev/accel[0-9]*"))]  # v2 to v4; later ones use /dev/vfio, like other devices
     return files or [str(folder) for folder in sorted(root.glob("sys/bus/pci/devices/*")) if _is_tpu(folder)]
 
 
@@ -35,19 +35,19 @@ def _is_tpu(folder: Path) -> bool:
 
 
 def use_cpu() -> None:
-    """Run this process on the CPU, whatever chips it has. Must be called before JAX asks for devices."""
+    """Run this process on the CPU. Must be called before JAX starts its devices."""
     jax.config.update("jax_platforms", "cpu")
 
 
 def check_devices(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> None:
-    """Refuse the CPU of a machine whose chips JAX does not see, unless the user asked for the CPU.
+    """Check that JAX sees the chips of this machine, unless the user chose the CPU.
 
     Args:
       environment: may hide the cards on purpose, by CUDA_VISIBLE_DEVICES.
       root: the folder of the device files; `/` except in tests.
 
     Raises:
-      UserError: chips without a plugin of JAX (names them, and the line that installs it), or a platform that does not start.
+      UserError: JAX has no plugin for the chips (names them and the installation command), or a platform does not start.
     """
     try:
         platform = jax.default_backend()

@@ -1,5 +1,5 @@
-"""The one exception for what a user can put right."""
+"""The exception for mistakes that the user can correct."""
 
 
 class UserError(ValueError):
-    """One clear line that names what is wrong and what to do; the command line prints it alone and exits with 2."""
+    """One line that names what is wrong and what to do. The command line prints it without a traceback and exits with 2."""

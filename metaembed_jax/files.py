@@ -22,7 +22,7 @@ from typing import BinaryIO
 from metaembed_jax.errors import UserError
 
 BUCKET, PART = "gs://", ".part"
-LAST = ("README.md", "config.json", "adapter_config.json")  # files that make a folder a model: uploaded after all others
+LAST = ("README.md", "config.json", "adapter_config.json")  # mark a folder as a model, so they are uploaded last
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system without locks, such as a mounted bucket
 SPECIAL = "?#%|[]*"  # special in URLs and patterns: gcsfs, Orbax and TensorStore would then read and write at different paths
 REMOTE = {"gcsfs", "google", "aiohttp", "requests", "fsspec"}  # packages whose errors speak of a bucket
@@ -59,7 +59,7 @@ def local_path(path: str | os.PathLike) -> Path:
 
 
 def check_scheme(text: str) -> str:
-    """Return a path, or the id of a model, unchanged.
+    """Check a path, or the id of a model, and return it unchanged.
 
     Raises:
       UserError: another scheme than gs://, gs:/ (which `pathlib.Path` makes of gs://), a whole bucket, or a name in it that
@@ -99,12 +99,12 @@ def _bucket_path(text: str) -> Path:
     # TensorFlow, where a notebook has it, would be imported for its file system and take the devices' memory.
     os.environ.setdefault("EPATH_USE_TF", "false")
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for the layout of each bucket, by another protocol
-    import fsspec
     from etils import epath
+    from fsspec.config import conf as fsspec_conf
 
-    fsspec.config.conf.setdefault("gcs", {}).setdefault("cache_timeout", 0)  # other hosts change what a folder lists
+    fsspec_conf.setdefault("gcs", {}).setdefault("cache_timeout", 0)  # other hosts change what a folder lists
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of each error that it raises
-    return epath.Path(text)
+    return epath.Path(text)  # pyright: ignore[reportReturnType]  not a subclass, but it has the same methods
 
 
 def bucket_file_system():
@@ -278,7 +278,7 @@ def sync_folder(folder: Path) -> None:
 def remove_folder(path: Path) -> None:
     """Remove a folder and its content, if it exists."""
     if is_bucket(path):
-        path.rmtree(missing_ok=True)
+        path.rmtree(missing_ok=True)  # pyright: ignore[reportAttributeAccessIssue]  a method of epath.Path
     else:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -310,7 +310,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def upload(folder: Path, target: Path) -> None:
-    """Copy the files of a folder on a disk into a bucket; those that make it a model come last.
+    """Copy the files of a folder on a disk into a bucket, `LAST` after all others.
 
     Raises:
       UserError: a file cannot be written.

@@ -1,4 +1,4 @@
-"""Flags, and how an error reaches the user: one line, exit code 2."""
+"""Flags of the commands, and errors as one line with exit code 2."""
 
 import argparse
 import contextlib
@@ -11,14 +11,14 @@ from metaembed_jax.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are a `UserError`, so that they reach the user as every other error does."""
+    """An argparse parser that raises its errors as `UserError`."""
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help")
 
 
 def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add `--config` to a parser's flags.
+    """Add the flag `--config`.
 
     A command reads it with `load_config`, after `connect_hosts`: a config is a program, which may use JAX.
     """
@@ -32,10 +32,10 @@ def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """({key: value} of the flags `--config.key=value`, all other flags).
+    """Return ({key: value} of the flags `--config.key=value`, all other flags).
 
     Raises:
-      UserError: one has no value.
+      UserError: such a flag has no value.
     """
     overrides, rest = {}, []
     for argument in argv:
@@ -50,33 +50,33 @@ def split_overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def count(text: str) -> int:
-    """The type of a flag for a non-negative integer."""
+    """Parse a flag's non-negative integer."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: expected a non-negative integer")
     return int(text)
 
 
 def any_path(text: str) -> Path:
-    """The type of a flag for a path on a disk or in a bucket, gs://BUCKET/PATH."""
+    """Parse a flag's path on a disk or in a bucket, gs://BUCKET/PATH."""
     with _argument_errors():
         return files.any_path(text)
 
 
 def local_path(text: str) -> Path:
-    """The type of a flag for a path on a disk."""
+    """Parse a flag's path on a disk."""
     with _argument_errors():
         return files.local_path(text)
 
 
 def model_name(text: str) -> str:
-    """The type of a flag for a model: a path on a disk or in a bucket, or an id on the hub."""
+    """Parse a flag's model: a path on a disk or in a bucket, or an id on the hub."""
     with _argument_errors():
         return files.check_scheme(text)
 
 
 @contextlib.contextmanager
 def _argument_errors() -> Iterator[None]:
-    """Turns a `UserError` into an error of argparse, which names the flag."""
+    """Turn a `UserError` into an error of argparse, which names the flag."""
     try:
         yield
     except UserError as error:
@@ -84,12 +84,12 @@ def _argument_errors() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """A text that may come from others' files, for one line of a terminal."""
+    """Return a text for one line of a terminal, with special characters escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
-    """Calls a command; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run a command; a `UserError` becomes one line on stderr and exit code 2."""
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -98,7 +98,7 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     except Exception as error:
         if reason := files.bucket_reason(error):
             print(f"error: {files.BUCKET}: {printable(reason)}", file=sys.stderr)
-        elif isinstance(error, OSError):  # of a path or a disk, in the system's own words
+        elif isinstance(error, OSError):  # of a path or a disk, with the system's message
             print(f"error: {ascii(error.filename) + ': ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
         else:
             raise

@@ -19,9 +19,9 @@ class Ring(NamedTuple):
     """The longest ring of a mesh axis.
 
     Attributes:
-      hops: links of one turn.
-      step: the most links between two neighbours.
-      crossings: steps from one slice to another, which go over no links.
+      hops: links of one round.
+      step: the most links between two neighbours on the axis.
+      crossings: steps from one slice to another, which use no links.
     """
 
     hops: int

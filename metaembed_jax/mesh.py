@@ -1,4 +1,4 @@
-"""The mesh of a run, from the sizes of its axes."""
+"""The mesh of a run."""
 
 from collections.abc import Sequence
 
@@ -26,10 +26,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 0, d
     sizes = [data, fsdp, tensor]
     named = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"config.mesh ({named}): expected positive sizes, of which at most one is -1 (all remaining devices)")
+        raise UserError(f"config.mesh ({named}): expected positive sizes; at most one may be -1 (all remaining devices)")
     if -1 in sizes:
         known = -int(np.prod(sizes))
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
         raise UserError(f"config.mesh ({named}) does not fit {len(devices)} devices: expected sizes that multiply to that number")
-    return Mesh(arrange(devices, tuple(sizes), slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    data, fsdp, tensor = sizes
+    return Mesh(arrange(devices, (data, fsdp, tensor), slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

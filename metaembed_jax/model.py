@@ -45,7 +45,7 @@ class MetaEmbed:
     def from_pretrained(
         cls, path: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None, seed: int = 0, max_visual_tokens: int = 1024
     ) -> "MetaEmbed":
-        """Load a run of `train.py`, or a Hugging Face directory of a vision-language model, with fresh Meta Tokens.
+        """Load a run of `train.py`, or a vision-language model from Hugging Face with fresh Meta Tokens.
 
         Args:
           path: the directory, or a hub id.
@@ -68,7 +68,7 @@ class MetaEmbed:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the network and of samples of all its parameters.
 
-        They are the same for the same model, whatever folder it was loaded from and whatever dtype it computes in.
+        The same model has the same fingerprint in any folder and with any dtype.
         """
         config = self.config
         fixed = (config.backbone, config.architecture, config.query_tokens, config.document_tokens, config.embedding_dim)
@@ -80,7 +80,7 @@ class MetaEmbed:
 
     @property
     def meta_tokens(self) -> Float[np.ndarray, "R D"]:
-        """The learned Meta Tokens, those of queries first, float32 [query_tokens + document_tokens, backbone width]."""
+        """The learned Meta Tokens, first those of queries, float32 [query_tokens + document_tokens, backbone width]."""
         return np.asarray(self.parameters["meta_tokens"], np.float32)
 
     @property
@@ -92,13 +92,13 @@ class MetaEmbed:
         """Return the query vectors of items, each of length one, float32.
 
         Args:
-          items: each a text, a PIL image, or {"text": str, "image": PIL image or encoded bytes} with either or both. An item that
-            is too large for a row is made smaller, and a line on stderr reports it: its image is shrunk, or its text is cut.
+          items: each a text, a PIL image, or {"text": str, "image": PIL image or encoded bytes} with either or both. If an item is too
+            large for a row, its image is shrunk or its text is cut, and a line on stderr reports it.
           budget: vectors of an item; all by default. A smaller budget is a prefix of a larger one, and cheaper.
           progress: show a bar.
 
         Raises:
-          UserError: names the item that cannot be encoded, or a budget beyond the model's.
+          UserError: an item cannot be encoded (names it), or the budget is larger than the model's.
         """
         return self._encode_items(items, "query", budget, progress)
 
@@ -113,13 +113,13 @@ class MetaEmbed:
     def encode_share(
         self, items: Sequence, side: str, *, budget: int, progress: bool = False
     ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n R D"]]:
-        """Encode this host's share of the items. Hosts divide the work, and no host holds all vectors.
+        """Encode this host's share of the items, so that no host holds all vectors.
 
         Args:
           side: "query" or "document".
 
         Returns:
-          The indices of the share in `items`, ascending, and a vector set for each; a single host has all items.
+          The indices of the share in `items`, ascending, and their vectors; a single host has all items.
 
         Raises:
           UserError: as `encode_query`.
@@ -140,7 +140,7 @@ class MetaEmbed:
           side: "query" or "document".
           size: items of a block; the last may have fewer.
           start: the index of the first item.
-          bar: advances by the items that all hosts encode.
+          bar: advances by the items of all hosts.
 
         Raises:
           UserError: as `encode_query`.
@@ -150,7 +150,7 @@ class MetaEmbed:
 
     @property
     def reduced(self) -> Reduced:
-        """Items of the last call that were made smaller to fit a row."""
+        """The items of the last call that were shrunk or cut to fit a row."""
         return self._encoder.reduced
 
     def _check(self, items: Sequence, side: str, budget: int) -> None:
@@ -167,5 +167,5 @@ class MetaEmbed:
 
 
 def _sample(parameter: jax.Array) -> jax.Array:
-    """Return some numbers of a parameter in bfloat16, to which all dtypes round alike."""
+    """Return some numbers of a parameter in bfloat16, where all dtypes agree."""
     return parameter[tuple(slice(None, None, math.ceil(size / SAMPLES)) for size in parameter.shape)].astype("bfloat16")

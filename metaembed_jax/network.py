@@ -1,12 +1,12 @@
-"""The network of MetaEmbed: a backbone, and Meta Tokens at the end of each input, whose last states are a nested set of vectors.
+"""The network of MetaEmbed: a backbone with Meta Tokens at the end of each input. Their last states are a nested set of vectors.
 
 B rows of a batch, V vectors of a row, R Meta Tokens, D width of a vector, M width of the backbone.
 
     query     [prompt, q_1 .. q_16]                 -> the states at q_1 .. q_16
     document  [prompt, q_1 .. q_16, c_1 .. c_64]    -> the states at c_1 .. c_64
 
-Attention is causal, so Meta Tokens after the last one that is read change nothing: queries run without the document tokens, and a
-budget of r vectors runs only the tokens up to the r-th. `batch.rows` draws how items share rows.
+Attention is causal, so Meta Tokens after the last one that is read change nothing. Queries run without the document tokens, and a
+budget of r vectors runs only the tokens up to the r-th. `batch.rows` shows how items share rows.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class ModelConfig:
         return {"query": self.query_tokens, "document": self.document_tokens}[side]
 
     def meta_tokens(self, side: str, budget: int) -> int:
-        """Return the number of Meta Tokens after a prompt, of which the last `budget` are read."""
+        """Return the number of Meta Tokens after a prompt; the last `budget` of them are read."""
         return budget if side == "query" else self.query_tokens + budget
 
 
@@ -97,12 +97,14 @@ class Network(nnx.Module):
 
 
 def abstract_network(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Return a network's structure, its parameters as shapes with logical axes, and its `Dropout` as shapes; takes no memory.
+    """Return a network's structure, and its parameters and `Dropout` as shapes with logical axes; allocates no memory.
 
     `nnx.merge(structure, parameters, dropout)` with nested dicts of arrays is a network that can be called; `dropout` is empty,
     and optional, unless `config.lora.dropout` is above 0.
     """
-    return nnx.split(nnx.eval_shape(lambda: Network(config, rngs=nnx.Rngs(0))), nnx.Param, Dropout)
+    network = nnx.eval_shape(lambda: Network(config, rngs=nnx.Rngs(0)))
+    structure, parameters, dropout = nnx.split(network, nnx.Param, Dropout)
+    return structure, parameters, dropout
 
 
 def abstract_parameters(config: ModelConfig, mesh: Mesh, large: str = "") -> dict:
@@ -122,7 +124,7 @@ def abstract_parameters(config: ModelConfig, mesh: Mesh, large: str = "") -> dic
 
 
 def init_parameters(config: ModelConfig, seed: int) -> dict:
-    """Return fresh parameters as nested dicts; under `jax.jit` with `out_shardings`, made in shards and the same on every mesh."""
+    """Return fresh parameters as nested dicts. `jax.jit` with `out_shardings` makes them in shards, with equal values on every mesh."""
     return nnx.to_pure_dict(nnx.state(Network(config, rngs=nnx.Rngs(seed)), nnx.Param))
 
 

@@ -1,4 +1,4 @@
-"""The network of a run's config, and the largest item of its rows."""
+"""The network and the item limits of a run's config."""
 
 from metaembed_jax.backbones.config import FamilyConfig
 from metaembed_jax.backbones.family import family
@@ -15,7 +15,7 @@ def architecture_of(model: ModelSettings) -> FamilyConfig:
 
 
 def model_config(config: RunConfig, training: bool = False) -> ModelConfig:
-    """Return the network that a run's configuration describes; with dropout in training only."""
+    """Return the network of a run; with dropout in training only."""
     model, rows = config.model, config.rows
     dropout = model.lora.dropout if training else 0.0
     return ModelConfig(
@@ -34,10 +34,10 @@ def model_config(config: RunConfig, training: bool = False) -> ModelConfig:
 
 
 def row_limits(config: RunConfig) -> Limits:
-    """Return the largest item of a run: one that fills a row, with the Meta Tokens of the largest budgets after it.
+    """Return the largest item of a run, which fills a row together with the Meta Tokens of the largest budgets.
 
     Raises:
-      UserError: the row has no room for Meta Tokens, or its patches are not whole images of the family.
+      UserError: the row has no room besides Meta Tokens, or its patches are no multiple of the family's.
     """
     network, (query_vectors, document_vectors) = model_config(config), config.objectives.largest_budget
     architecture = network.architecture

@@ -1,4 +1,4 @@
-"""Float32 products that are computed in float32, on every chip.
+"""Float32 products in float32 precision on every chip.
 
 By default, a TPU rounds the factors of a float32 product to bfloat16, and a recent NVIDIA card to TF32.
 """

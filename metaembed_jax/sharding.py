@@ -1,8 +1,7 @@
-"""The mesh, and the one table of how arrays are sharded on it.
+"""The sharding of arrays on the mesh, by one table.
 
-Parameters, activations, optimizer state and checkpoints name their axes by meaning ("batch", "mlp", ...); `RULES`
-maps each meaning to axes of the mesh. Only the loss and the search, which
-are written with `shard_map`, know axes of the mesh.
+Parameters, activations, optimizer state and checkpoints name their axes by meaning ("batch", "mlp", ...), and `RULES` maps each
+meaning to axes of the mesh. Only the loss and the search, which use `shard_map`, name axes of the mesh.
 """
 
 import math
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -37,12 +36,12 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def rows_here(mesh: Mesh, rows: int, host: int | None = None) -> Int[np.ndarray, " n"]:
-    """Return which of the `rows` of a batch are on a host's devices, in order.
+    """Return the indices of the rows of a batch that are on a host's devices, in order.
 
-    Hosts have disjoint rows, as many each; or the same ones, if the tensor axis goes over several hosts.
+    Hosts have disjoint rows, the same number each; if the tensor axis crosses hosts, they share rows.
 
     Args:
-      host: its number; None: this one.
+      host: its number; this host by default.
     """
     host = jax.process_index() if host is None else host
     indices = named_sharding(mesh, ("batch",)).devices_indices_map((rows,))
@@ -51,24 +50,25 @@ def rows_here(mesh: Mesh, rows: int, host: int | None = None) -> Int[np.ndarray,
 
 
 def put_rows(x: np.ndarray, mesh: Mesh, axis: int = 0, memory_kind: str | None = None) -> jax.Array:
-    """Return the batch over the whole mesh of which this host has some rows.
+    """Return a batch over the whole mesh, from the rows of each host.
 
     Args:
-      x: the rows of `rows_here`, along `axis`.
-      memory_kind: as in `NamedSharding`; None: the devices' memory.
+      x: this host's rows, as in `rows_here`, along `axis`.
+      memory_kind: as in `NamedSharding`; the devices' memory by default.
     """
     shards = batch_shards(mesh)
     size = x.shape[axis] * shards // len(rows_here(mesh, shards))
     here, shape = rows_here(mesh, size), (*x.shape[:axis], size, *x.shape[axis + 1 :])
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index) -> np.ndarray:
         start, stop, _ = index[axis].indices(size)
         first = np.searchsorted(here, start)
         return x[(*index[:axis], slice(first, first + stop - start))]
 
-    axes = [None] * x.ndim
+    axes: list[str | None] = [None] * x.ndim
     axes[axis] = "batch"
-    return jax.make_array_from_callback(shape, named_sharding(mesh, axes).with_memory_kind(memory_kind), shard)
+    sharding = named_sharding(mesh, axes)
+    return jax.make_array_from_callback(shape, sharding.with_memory_kind(memory_kind) if memory_kind else sharding, shard)
 
 
 def fetch_rows(x: jax.Array) -> np.ndarray:
@@ -78,14 +78,16 @@ def fetch_rows(x: jax.Array) -> np.ndarray:
 
 
 def put_replicated(x: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Put an array that is the same on every host, whole, on every device."""
+    """Put a copy of an array, which must be the same on every host, on every device."""
     return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
 
 
-def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
-    """Return the sharding of an array whose axes have these meanings.
+def named_sharding(
+    mesh: Mesh | AbstractMesh, logical_axes: Sequence[str | None], shape: Sequence[int] | None = None
+) -> NamedSharding:
+    """Return the sharding of an array by the meanings of its axes.
 
-    With `shape`, a dimension that its mesh axes do not divide is replicated: any mesh can hold any model.
+    With `shape`, a dimension that its mesh axes do not divide is replicated, so that any mesh can hold any model.
     """
     spec = []
     for dimension, name in enumerate(logical_axes):
@@ -115,7 +117,7 @@ def parameter_shardings(mesh: Mesh, state: nnx.State) -> dict:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of an array that every device holds whole."""
+    """Return the sharding of an array with a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

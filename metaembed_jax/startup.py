@@ -1,4 +1,4 @@
-"""Setup that every command with computations shares: devices, other hosts, compiled programs."""
+"""Setup of the commands that compute: devices, other hosts, compiled programs."""
 
 import argparse
 
@@ -10,7 +10,7 @@ from metaembed_jax.hosts.connect import connect_hosts
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `start` reads."""
     flags = parser.add_argument_group("devices")
-    flags.add_argument("--cpu", action="store_true", help="run on the CPU, even where there are chips")
+    flags.add_argument("--cpu", action="store_true", help="run on the CPU, even on a machine with chips")
     flags.add_argument("--no-compile-cache", action="store_true", help="keep no compiled programs in ~/.cache/metaembed_jax")
 
 

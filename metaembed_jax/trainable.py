@@ -2,8 +2,8 @@
 
 `config.model.trained` is a table of (pattern of parameter paths, "full" or "lora"), with patterns as in `fnmatch`:
 
-    ("backbone.layers.*.kernel", "lora")    these kernels are frozen; an adapter beside each of them trains
-    ("meta_tokens", "full")                 trains itself
+    ("backbone.layers.*.kernel", "lora")    these kernels are frozen; an adapter next to each of them trains
+    ("meta_tokens", "full")                 the parameter trains
     all other parameters                    are frozen: no gradient, no optimizer state, not in the run's checkpoints
 
 Parameters are nested dicts; a path is their keys, joined by dots.
@@ -16,24 +16,24 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from metaembed_jax.errors import UserError
 
-ALWAYS_KNOWN = ("head.kernel",)  # a pattern may name it where the config has no head
+OPTIONAL = ("head.kernel",)  # a pattern may match it even if the config has no head
 LORA = ".lora."  # in the path of every parameter of an adapter
 
 Table = Sequence[tuple[str, str]]
 
 
 def trainable_paths(table: Table, paths: Iterable[str]) -> frozenset[str]:
-    """Return the paths that train, of all paths of a network.
+    """Select the paths that train from all paths of a network.
 
     Raises:
-      UserError: a pattern that matches nothing, or that trains a kernel which carries an adapter.
+      UserError: a pattern matches nothing, or trains a kernel with an adapter.
     """
     paths = sorted(paths)
     adapted = {path.split(LORA)[0] + ".kernel" for path in paths if LORA in path}
     trained = {path for path in paths if LORA in path}
     for pattern, method in table:
         matches = [path for path in paths if fnmatchcase(path, pattern) and LORA not in path]
-        if not matches and not any(fnmatchcase(path, pattern) for path in ALWAYS_KNOWN):
+        if not matches and not any(fnmatchcase(path, pattern) for path in OPTIONAL):
             raise UserError(f"config.model.trained: {pattern!r} matches none of the parameters {', '.join(paths)}")
         if method == "full" and (both := sorted(adapted.intersection(matches))):
             raise UserError(f"config.model.trained: {pattern!r} trains {both[0]} in full, and another pattern gives it an adapter")

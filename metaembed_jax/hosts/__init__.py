@@ -1,6 +1,6 @@
-"""Several hosts that run one program on one mesh: who they are, how they agree, and how they end together.
+"""Several hosts that run one program on one mesh: find them, connect them, agree on decisions, and end together.
 
-Every host runs the same command. The first host writes files and prints for all; decisions must come out the same on every host.
+Every host runs the same command. The first host writes files and prints for all. Decisions must be the same on every host.
 """
 
 import itertools
@@ -13,37 +13,42 @@ from jax._src import distributed  # the number of hosts and their key-value stor
 from jax.experimental import multihost_utils
 
 BROADCAST_MILLISECONDS = 600_000
-Result = TypeVar("Result")
+T = TypeVar("T")
 _numbers = itertools.count()
 
 
 def count_hosts() -> int:
-    """Return how many hosts have joined; `jax.process_count` would start the devices first, before a config is read."""
+    """Return the number of hosts. `jax.process_count` would also start the devices, before a config is read."""
     return distributed.global_state.num_processes or 1
 
 
 def key_value_store():
-    """Return JAX's client of the key-value store that several hosts share; the first host keeps the store."""
-    return distributed.global_state.client
+    """Return JAX's client of the key-value store of several hosts, which the first host keeps."""
+    client = distributed.global_state.client
+    if client is None:
+        raise RuntimeError("a single host has no key-value store")
+    return client
 
 
 def is_first() -> bool:
-    """Return whether this is the host that writes and prints for all."""
+    """Return True on the host that writes and prints for all."""
     return jax.process_index() == 0
 
 
-def first_then_others(action: Callable[[], Result]) -> Result:
+def first_then_others(action: Callable[[], T]) -> T:
     """Run an action on the first host, then on all others, which find its files on shared storage."""
-    result = action() if is_first() else None
-    wait_for_all("first")
-    if not is_first():
+    if is_first():
+        result = action()
+        wait_for_all("first")
+    else:
+        wait_for_all("first")
         result = action()
     wait_for_all("others")
     return result
 
 
 def wait_for_all(name: str) -> None:
-    """Return when all hosts have called this; errors show the name."""
+    """Wait until all hosts have called this; errors show the name."""
     if count_hosts() > 1:
         multihost_utils.sync_global_devices(name)
 
@@ -59,5 +64,5 @@ def from_first(text: str) -> str:
 
 
 def gather(x: np.ndarray) -> np.ndarray:
-    """Stack the hosts' arrays, which have one shape, along a new first axis: on every host."""
+    """Stack the arrays of all hosts, which have the same shape, along a new first axis; return the result on every host."""
     return x[None] if count_hosts() == 1 else multihost_utils.process_allgather(x)

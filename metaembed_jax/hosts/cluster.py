@@ -1,4 +1,4 @@
-"""The hosts of a run, read from the machine's environment before JAX initializes.
+"""Find the hosts of a run in the machine's environment, before JAX initializes.
 
 `jax.distributed.initialize()` detects clusters too, but it asks Google's metadata server wherever there is a TPU, and fails where
 no server answers (Kaggle, Colab, containers): jax-ml/jax#40854. It also gives each Slurm task a single GPU.
@@ -27,11 +27,11 @@ class Cluster(NamedTuple):
     """Several hosts that run one program.
 
     Attributes:
-      kind: where the hosts were read from, such as Slurm; for messages.
+      kind: the source of the figures, such as Slurm; for messages.
       coordinator: ADDRESS:PORT of the first host.
       hosts: the number of hosts.
       host: the number of this host, from 0.
-      local_devices: the GPUs of this host that this process uses; None: all.
+      local_devices: the GPUs of this machine that this process uses; None for all.
     """
 
     kind: str
@@ -90,7 +90,8 @@ def _tpu(environment: Mapping[str, str], root: Path) -> Cluster | None:
         return None
     else:
         workers = (_metadata("worker-network-endpoints", environment) or "localhost").split(",")
-        variables = dict(re.findall(r"^(\w+): '?([^'\n]*)'?$", _metadata("tpu-env", environment) or "", re.MULTILINE)) | environment
+        tpu_env = re.findall(r"^(\w+): '?([^'\n]*)'?$", _metadata("tpu-env", environment) or "", re.MULTILINE)
+        variables = {**dict(tpu_env), **environment}
     slices = int(variables.get("MEGASCALE_NUM_SLICES") or 1)
     # An entry is an address, address:port, or name:id:address.
     addresses = [entry.split(":")[2 if entry.count(":") == 2 else 0] for entry in workers]

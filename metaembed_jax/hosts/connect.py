@@ -1,4 +1,4 @@
-"""Join the hosts of a run, with one line where one of them does not come."""
+"""Connect the hosts of a run. A host that does not come is an error of one line."""
 
 import contextlib
 import os
@@ -14,13 +14,13 @@ import jax
 from metaembed_jax.errors import UserError
 from metaembed_jax.hosts.cluster import Cluster, find_cluster
 
-COORDINATOR_SECONDS = 50  # in which the first host must answer
-START_SECONDS = 300  # in which all must come, as with JAX
+COORDINATOR_SECONDS = 50  # time limit for the first host to answer
+START_SECONDS = 300  # time limit for all hosts to come, as in JAX
 RETRY_SECONDS = 0.5
 
 
 def connect_hosts(coordinator: str | None, hosts: int | None, host: int | None) -> None:
-    """Join the other hosts of a run, by the flags or by the cluster of this machine; without either, this host runs alone.
+    """Connect to the other hosts of a run, by the flags or by the cluster of this machine; without either, this host runs alone.
 
     Args:
       coordinator: address:port of the first host.
@@ -28,18 +28,23 @@ def connect_hosts(coordinator: str | None, hosts: int | None, host: int | None) 
       host: the number of this host, from 0.
 
     Raises:
-      UserError: one or two of the three flags, malformed ones, or a host that does not answer in time.
+      UserError: only one or two of the three flags, malformed ones, or a host that does not answer in time.
     """
-    flags = (coordinator, hosts, host)
-    if any(flag is not None for flag in flags) and None in flags:
+    if coordinator is None and hosts is None and host is None:
+        cluster = find_cluster()
+    elif coordinator is None or hosts is None or host is None:
         raise UserError("--coordinator, --hosts and --host belong together: give all three, or none on a TPU slice or under Slurm")
-    cluster = find_cluster() if coordinator is None else Cluster("--hosts", coordinator, hosts, host)
+    else:
+        cluster = Cluster("--hosts", coordinator, hosts, host)
     if cluster is None:
         return
     _check_cluster(cluster)
-    if cluster.hosts == 1:
-        return
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `votes.stop_signal`
+    if cluster.hosts > 1:
+        _connect(cluster)
+
+
+def _connect(cluster: Cluster) -> None:
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM instead of `votes.stop_signal`
     name = f"host {cluster.host} of {cluster.hosts} ({cluster.kind})"
     if cluster.host == 0:
         _check_port(cluster.coordinator, name)
@@ -75,7 +80,7 @@ def _check_cluster(cluster: Cluster) -> None:
 
 
 def _check_port(coordinator: str, name: str) -> None:
-    """Check that the port is free; JAX would end in a segmentation fault where another program has it."""
+    """Check that the port is free; if another program has it, JAX ends in a segmentation fault."""
     port = int(coordinator.rpartition(":")[2])
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -87,7 +92,7 @@ def _check_port(coordinator: str, name: str) -> None:
 
 @contextlib.contextmanager
 def _time_limit(reason: str) -> Iterator[None]:
-    """End this process with one line if the hosts do not come, and at once by Ctrl-C: JAX waits in C++, and then aborts."""
+    """End this process with one line if the hosts do not come, and let Ctrl-C end it: JAX waits in C++, and then aborts."""
 
     def give_up() -> None:
         print(f"error: {reason}", file=sys.stderr, flush=True)
@@ -106,7 +111,7 @@ def _time_limit(reason: str) -> Iterator[None]:
 
 
 def _wait_for_coordinator(coordinator: str, name: str) -> None:
-    """Wait until the first host answers; JAX would wait for five minutes, and end with a traceback."""
+    """Wait until the first host answers; JAX would wait for five minutes and end with a traceback."""
     address, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + COORDINATOR_SECONDS
     while True:

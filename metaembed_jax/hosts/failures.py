@@ -1,4 +1,4 @@
-"""The end of several hosts: one that fails or is terminated ends all, with its message and exit code."""
+"""End all hosts when one fails or is terminated, with its message and exit code."""
 
 import atexit
 import contextlib
@@ -15,14 +15,14 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.hosts import count_hosts, is_first, key_value_store
 from metaembed_jax.hosts.votes import POLL, TERMINATED, Terminated
 
-FAILED, SEEN = "metaembed/failed", "metaembed/seen/"  # keys of the store: the first failure; the hosts that know of it
-GRACE = 10  # seconds in which the others learn why the first one to fail fails
+FAILED, SEEN = "metaembed/failed", "metaembed/seen/"  # keys of the store: the first failure; the hosts that have read it
+GRACE = 10  # seconds for the other hosts to read the first failure
 _ending = threading.Lock()  # held by the thread that ends the process
 
 
 @contextlib.contextmanager
 def fail_together() -> Iterator[None]:
-    """Silence all hosts but the first inside the block; when one fails or is terminated, end all with its message and exit code."""
+    """Silence all hosts but the first inside the block. When one fails or is terminated, end all with its message and exit code."""
     if count_hosts() == 1:
         yield
         return
@@ -35,17 +35,17 @@ def fail_together() -> Iterator[None]:
         finished.set()
     except BaseException as error:
         finished.set()
-        code = error.code if isinstance(error, Terminated) else 2 if isinstance(error, UserError | OSError) else 1
+        code = TERMINATED if isinstance(error, Terminated) else 2 if isinstance(error, UserError | OSError) else 1
         _report(error, code)
-        # JAX would first wait for the others, which never come to their end.
+        # At exit, JAX would wait for the other hosts, which do not end.
         atexit.register(_end, code)
         raise
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with an exit code, all hosts of a run together.
+    """End this process with an exit code, together with all other hosts.
 
-    Python would first take down threads that are still inside JAX, which aborts a host now and then.
+    Python's own exit ends threads that are still inside JAX, which sometimes aborts a host.
     """
     if count_hosts() == 1:
         sys.exit(code)
@@ -55,9 +55,9 @@ def leave(code: int) -> NoReturn:
 
 
 def _report(error: BaseException, code: int) -> None:
-    """Tell the other hosts why this one fails, and wait until they know.
+    """Write this host's failure to the store, and wait until the other hosts have read it.
 
-    If another host failed first, which may be why this one fails, this one ends as that one does.
+    If another host failed first, that may be the cause, and this host ends with that failure.
     """
     store = key_value_store()
     reason = str(error) if isinstance(error, UserError | Terminated) else f"{type(error).__name__}: {error}"
@@ -71,25 +71,25 @@ def _report(error: BaseException, code: int) -> None:
 
 
 def _watch(finished: threading.Event) -> None:
-    """Wait for another host's failure. This one may hang in a collective that the other never joins, so it ends at once."""
+    """Wait for another host's failure, and end this process: it may hang in a collective that the other host never joins."""
     while not finished.wait(POLL):
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _follow(key_value_store().key_value_try_get(FAILED))
 
 
 def _follow(failure: str) -> None:
-    """End this process as another host's failure says."""
+    """End this process with the message and exit code of another host's failure."""
     if not _ending.acquire(blocking=False):
         time.sleep(GRACE)  # another thread ends it
     code, _, reason = failure.partition(" ")
     print(reason if int(code) == TERMINATED else f"error: {reason}", file=sys.stderr, flush=True)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the host that keeps the store has ended
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first host, which keeps the store, has ended
         key_value_store().key_value_set(f"{SEEN}{jax.process_index()}", "")
     _end(int(code))
 
 
 def _end(code: int) -> NoReturn:
-    """End this process at once; the first host a moment later, because it keeps the store of all."""
+    """End this process at once; on the first host, which keeps the store, after two seconds."""
     sys.stdout.flush()
     if is_first():
         time.sleep(2)

@@ -1,4 +1,4 @@
-"""Arrays of items that are spread over the hosts."""
+"""Arrays of items that are divided among the hosts."""
 
 import numpy as np
 from jaxtyping import Int

@@ -1,4 +1,4 @@
-"""Decisions of all hosts at the same step: to stop, after SIGTERM to any of them, or to save, by the clock."""
+"""Decisions of all hosts at the same step: to stop after SIGTERM to any of them, or to save by the clock."""
 
 import contextlib
 import itertools
@@ -12,13 +12,13 @@ import jax
 
 from metaembed_jax.hosts import count_hosts, key_value_store
 
-TERMINATED = 128 + signal.SIGTERM  # the exit code by which schedulers know a job that they stopped, to start it again
-POLL = 0.5  # seconds between looks at the store
+TERMINATED = 128 + signal.SIGTERM  # the exit code of a job that a scheduler stopped, and may start again
+POLL = 0.5  # seconds between reads of the store
 _numbers = itertools.count()
 
 
 class Terminated(SystemExit):
-    """The end of a process that SIGTERM reached while nothing was unsaved."""
+    """SIGTERM while nothing was unsaved; ends the process."""
 
     def __init__(self):
         super().__init__(TERMINATED)
@@ -28,15 +28,14 @@ class Terminated(SystemExit):
 
 
 class Vote:
-    """A request of any host, granted on all hosts at the same call; then the next request.
+    """Requests of any host, each granted on all hosts at the same call.
 
-    A thread of each host looks for a request. Once all know of one, they agree on a call that none has reached: the next one
-    after the largest number of calls that any host has made. The devices take no part, since the main thread may hang in a step
-    meanwhile. (JAX's own agreement on preemption is for a single request, and Orbax takes part in it with step numbers of its
-    own.)
+    A thread of each host polls the store for a request. Then the hosts agree on a call that none has reached: the call after the
+    largest number of calls of any host. The devices take no part, because the main thread may wait in a step. (JAX's preemption
+    service agrees on one request only, and Orbax uses it with step numbers of its own.)
 
     Args:
-      requested: whether this host requests it now.
+      requested: returns True if this host has a request.
     """
 
     def __init__(self, requested: Callable[[], bool]):
@@ -44,7 +43,7 @@ class Vote:
         self._name, self._round, self._calls, self._agreed = f"metaembed/vote/{next(_numbers)}", 0, 0, math.inf
 
     def __call__(self) -> bool:
-        """Return True at the call that the hosts agreed on. Waits while they agree; all hosts must call it equally often."""
+        """Return True at the call that the hosts agreed on, and wait while they agree. All hosts must call this equally often."""
         if count_hosts() == 1:
             return self._requested()
         with self._lock:
@@ -56,7 +55,7 @@ class Vote:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Look for requests, in a thread, until the block ends."""
+        """Poll for requests in a thread until the block ends."""
         if count_hosts() == 1:
             yield
             return
@@ -70,9 +69,9 @@ class Vote:
     def _watch(self, finished: threading.Event) -> None:
         while not finished.wait(POLL):
             if self._agreed == math.inf:
-                self._look()
+                self._poll()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         store, request = key_value_store(), f"{self._name}/{self._round}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host's request is in the store already
             if self._requested():
@@ -88,9 +87,9 @@ class Vote:
 
 
 class Stop:
-    """The decision to stop, after SIGTERM to any host: asked once a step, and true on all hosts from the same call on.
+    """The decision to stop after SIGTERM to any host. It is called once a step, and is true on all hosts from the same call on.
 
-    A second SIGTERM changes nothing: a save that has begun is completed.
+    A second SIGTERM changes nothing: a save that has started is completed.
     """
 
     def __init__(self):
@@ -98,7 +97,7 @@ class Stop:
         self.vote = Vote(self._signalled.is_set)
 
     def __call__(self) -> bool:
-        """Return whether to stop; once true, always true."""
+        """Return True to stop; once True, always True."""
         self._stopping = self._stopping or self.vote()
         return self._stopping
 
@@ -109,7 +108,7 @@ class Stop:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Stop at once, without a vote, inside the block: nothing there is unsaved.
+        """Stop at once inside the block, without a vote: nothing is unsaved there.
 
         Raises:
           Terminated: SIGTERM to this host, before or inside the block.
@@ -123,7 +122,7 @@ class Stop:
 
     def _check(self) -> None:
         if self._at_once and self._signalled.is_set():
-            self._at_once = False  # a second signal must not interrupt the cleaning up after the first
+            self._at_once = False  # a second signal must not interrupt the cleanup after the first
             raise Terminated
 
 
