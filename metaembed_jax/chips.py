@@ -3,8 +3,6 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax
-
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 
@@ -108,8 +106,8 @@ CARDS = (
 )
 
 
-def peak(device: jax.Device) -> Peak | None:
-    """Return the peaks of a device; None if they are not known, as for a CPU."""
+def peak(device) -> Peak | None:
+    """Return the peaks of a `jax.Device`; None if they are not known, as for a CPU."""
     if device.device_kind in TPU_KINDS:
         chip = CHIPS[TPU_KINDS[device.device_kind]]
         return Peak(chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices, chip.hbm_bytes / chip.devices, chip.source)

@@ -27,7 +27,7 @@ def keep_programs(environment: Mapping[str, str] = os.environ) -> Path | None:
     JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE=false take precedence. A folder that is not writable is
     reported on stderr, and the run goes on.
     """
-    if environment.get("JAX_COMPILATION_CACHE_DIR") or not jax.config.jax_enable_compilation_cache:
+    if environment.get("JAX_COMPILATION_CACHE_DIR") or not _is_on():
         return None
     folder = cache_folder(environment) / "programs"
     try:
@@ -51,7 +51,7 @@ def keep_no_programs() -> None:
 @contextlib.contextmanager
 def announced(program: str) -> Iterator[None]:
     """Print a line on stderr if the block, which compiles a program, takes longer than `ANNOUNCE_SECONDS`."""
-    folder = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
+    folder = jax.config.jax_compilation_cache_dir if _is_on() else None  # pyright: ignore[reportAttributeAccessIssue]  JAX adds its flags at run time
     outlook = f"the next run reads it from {folder}" if folder else "the next run compiles it again"
     line = f"compiling {program}: seconds for a small model, minutes for a large one; {outlook}"
     timer = threading.Timer(ANNOUNCE_SECONDS, lambda: tqdm.write(line, file=sys.stderr))
@@ -61,6 +61,10 @@ def announced(program: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _is_on() -> bool:
+    return jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]  JAX adds its flags at run time
 
 
 def _prune(folder: Path) -> None:
@@ -90,7 +94,7 @@ def _shorten_cache_warnings() -> None:
     def show_once(message, category, filename, lineno, file=None, line=None):
         if not str(message).startswith(CACHE_WARNINGS):
             show(message, category, filename, lineno, file, line)
-        elif jax.config.jax_enable_compilation_cache:
+        elif _is_on():
             keep_no_programs()
             _report_failure(str(message).partition("': ")[2].splitlines()[0])
 

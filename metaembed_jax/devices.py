@@ -53,9 +53,9 @@ def check_devices(environment: Mapping[str, str] = os.environ, root: Path = Path
         platform = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # AssertionError: JAX_PLATFORMS names a plugin that is not installed
         reason = (str(error).strip() or "no plugin of this name is installed").splitlines()[0]
-        platforms = jax.config.jax_platforms or "any platform"
+        platforms = _platforms() or "any platform"
         raise UserError(f"JAX does not start {platforms}: {reason}; to run on the CPU, add --cpu") from error
-    if platform != "cpu" or (jax.config.jax_platforms or "").split(",")[0] == "cpu":
+    if platform != "cpu" or _platforms().split(",")[0] == "cpu":
         return
     hidden = environment.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
     for kind, files in (("TPU", tpu_files(root)), ("NVIDIA", [] if hidden else nvidia_files(root))):
@@ -75,6 +75,11 @@ def describe_devices(mesh: Mesh) -> str:
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     versions = [f"{name} {version}" for name in ("jax", "jaxlib", *PLUGINS) if (version := _version(name))]
     return f"{len(devices)} x {kind} on {len(hosts)} {_plural('host', hosts)}; mesh: {axes}; {', '.join(versions)}"
+
+
+def _platforms() -> str:
+    """Return the platforms of JAX_PLATFORMS."""
+    return jax.config.jax_platforms or ""  # pyright: ignore[reportAttributeAccessIssue]  JAX adds its flags at run time
 
 
 def _plural(name: str, items: Sized) -> str:

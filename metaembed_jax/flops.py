@@ -153,7 +153,8 @@ class _Counter:
         return [path for path in self._shapes if _is_inside(path, prefix) and path.endswith(".kernel")]
 
 
-def _parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _parameter_shapes(model: ModelConfig) -> dict:
+    """Return the shapes of all parameters by path."""
     shapes = jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(abstract_network(model)[1]))
     return flatten_dict(shapes, sep=".")
 

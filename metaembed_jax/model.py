@@ -92,8 +92,8 @@ class MetaEmbed:
         """Return the query vectors of items, each of length one, float32.
 
         Args:
-          items: each a text, a PIL image, or {"text": str, "image": PIL image or encoded bytes} with either or both. If an item is too
-            large for a row, its image is shrunk or its text is cut, and a line on stderr reports it.
+          items: each a text, a PIL image, or {"text": str, "image": PIL image or encoded bytes} with either or both. If an item is
+            too large for a row, its image is shrunk or its text is cut, and a line on stderr reports it.
           budget: vectors of an item; all by default. A smaller budget is a prefix of a larger one, and cheaper.
           progress: show a bar.
 

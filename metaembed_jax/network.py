@@ -124,7 +124,7 @@ def abstract_parameters(config: ModelConfig, mesh: Mesh, large: str = "") -> dic
 
 
 def init_parameters(config: ModelConfig, seed: int) -> dict:
-    """Return fresh parameters as nested dicts. `jax.jit` with `out_shardings` makes them in shards, with equal values on every mesh."""
+    """Return fresh parameters as nested dicts; in `jax.jit` with `out_shardings`, in shards and with equal values on every mesh."""
     return nnx.to_pure_dict(nnx.state(Network(config, rngs=nnx.Rngs(seed)), nnx.Param))
 
 

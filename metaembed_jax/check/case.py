@@ -42,7 +42,7 @@ class Case(NamedTuple):
     """
 
     name: str
-    function: jax.stages.Wrapped
+    function: Callable
     arguments: Callable[[], tuple]
     reference: Callable[[], Outputs] | None
     tolerance: float
@@ -147,24 +147,24 @@ def _is_finite(value) -> bool:
 
 def error_of(outputs, expected) -> float:
     """Return the error of one output."""
-    return float((_tree_error if isinstance(expected, dict | tuple) else _error)(outputs, expected))
+    return _tree_error(outputs, expected) if isinstance(expected, dict | tuple) else _error(outputs, expected)
 
 
 def _error(outputs, expected) -> float:
     """Return the largest difference, relative to the largest expected number."""
     expected = np.asarray(expected, np.float64)
     repetitions = np.asarray(outputs).reshape(-1, *expected.shape)
-    difference = max(np.abs(each.astype(np.float64) - expected).max() for each in repetitions)
-    return difference / max(np.abs(expected).max(), np.finfo(np.float32).tiny)
+    difference = max(np.abs(rows.astype(np.float64) - expected).max() for rows in repetitions)
+    return float(difference / max(np.abs(expected).max(), np.finfo(np.float32).tiny))
 
 
-def _tree_error(outputs: dict, expected: dict) -> float:
+def _tree_error(outputs, expected) -> float:
     """Return the largest norm of a leaf's difference, relative to the leaf's norm or to `SMALL_SHARE` of the tree's."""
     pairs = list(zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True))
     norms = [np.linalg.norm(np.asarray(leaf, np.float64)) for _, leaf in pairs]
     floor = max(SMALL_SHARE * np.linalg.norm(norms), np.finfo(np.float32).tiny)
-    differences = [np.linalg.norm(np.asarray(ours, np.float64) - theirs) for ours, theirs in pairs]
-    return max(difference / max(norm, floor) for difference, norm in zip(differences, norms, strict=True))
+    differences = [np.linalg.norm(np.asarray(output, np.float64) - leaf) for output, leaf in pairs]
+    return float(max(difference / max(norm, floor) for difference, norm in zip(differences, norms, strict=True)))
 
 
 def best_time(compiled: Callable, arguments: tuple, carries: bool) -> float:
@@ -201,7 +201,7 @@ def planned_bytes(compiled) -> int | None:
 def used_bytes(mesh: Mesh) -> int | None:
     """Return the peak bytes in use on any device; None if the runtime does not count them."""
     stats = [device.memory_stats() or {} for device in mesh.local_devices]
-    return max((each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each), default=None)
+    return max((counts["peak_bytes_in_use"] for counts in stats if "peak_bytes_in_use" in counts), default=None)
 
 
 def memory_limit(mesh: Mesh) -> int:

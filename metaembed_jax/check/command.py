@@ -5,12 +5,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh
 
 from metaembed_jax.check import table
-from metaembed_jax.check.case import SHORT, Case, Result, memory_limit, run
+from metaembed_jax.check.case import Case, Result, memory_limit, run
 from metaembed_jax.check.estimate import Estimate, estimate
 from metaembed_jax.check.kernel_cases import CHIP, CPU, kernel_cases
 from metaembed_jax.check.network_cases import MAX_FLOPS, Subject, encode_case, small_config, step_case
@@ -22,7 +23,7 @@ from metaembed_jax.mesh import make_mesh
 from metaembed_jax.training.stages import with_architecture
 
 
-def check(config: RunConfig | None, only: str = "", as_json: bool = False, devices: Sequence[jax.Device] | None = None) -> bool:
+def check(config: RunConfig | None, only: str = "", as_json: bool = False, devices: Sequence | None = None) -> bool:
     """Run the cases on this machine's devices; print a line for each, and a summary.
 
     Args:
@@ -61,12 +62,12 @@ def check(config: RunConfig | None, only: str = "", as_json: bool = False, devic
 
 def keep_cpu() -> None:
     """Add the CPU, which computes the references, to the platforms of JAX_PLATFORMS."""
-    platforms = jax.config.jax_platforms
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  JAX adds its flags at run time
     if platforms and "cpu" not in platforms.split(","):
         jax.config.update("jax_platforms", f"{platforms},cpu")
 
 
-def make_subjects(config: RunConfig | None, devices: Sequence[jax.Device]) -> list[Subject]:
+def make_subjects(config: RunConfig | None, devices: Sequence) -> list[Subject]:
     """Return the networks to run: the config's, or a small one for each dtype (on a CPU, which has no bfloat16, only float32).
 
     Raises:
@@ -81,7 +82,7 @@ def make_subjects(config: RunConfig | None, devices: Sequence[jax.Device]) -> li
                 "on a chip, or set a smaller config.rows.batch_size and config.rows.size"
             )
         return [subject]
-    dtypes = SHORT if on_chip else ("float32",)
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16") if on_chip else ("float32",)
     return [Subject(small_config(len(devices), on_chip, dtype), devices) for dtype in dtypes]
 
 

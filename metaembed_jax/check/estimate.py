@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
 from metaembed_jax.chips import TPU_KINDS, peak
@@ -49,7 +48,7 @@ def estimate(config: RunConfig, mesh: Mesh, flops: float) -> Estimate:
     return Estimate(plan.seconds[plan.binds], plan.binds, plan.total_bytes, f"plan --topology={plan.topology}")
 
 
-def slice_name(devices: Sequence[jax.Device]) -> str:
+def slice_name(devices: Sequence) -> str:
     """Return the name of a slice of TPU devices for `plan`, such as v5e:2x4.
 
     Raises:

@@ -159,16 +159,17 @@ def attention_case(mesh: Mesh, sizes: Sizes, kind: AttentionKind, dtype: str) ->
     repeats = (sizes.window_rows if kind.slot else sizes.rows) // 2 * mesh.size
     query, key, value, cotangent = noise((2, S, H, K), (2, T, G, K), (2, T, G, K), (2, S, H, K))
     rows, mask_BST = packed_rows(kind, S, T)
-    cotangent = cotangent * mask_BST.any(2)[..., None, None]  # the output of a query without keys is not read
+    sees_BS = np.asarray(mask_BST.any(2))
+    cotangent = cotangent * sees_BS[..., None, None]  # the output of a query without keys is not read
 
     def arguments():
         split = PartitionSpec(MESH_AXES)
         arrays = (array.astype(jnp.dtype(dtype)) for array in (query, key, value, cotangent))
-        return tuple(put(array, mesh, split, repeats) for array in (*arrays, *rows, mask_BST.any(2)))
+        return tuple(put(array, mesh, split, repeats) for array in (*arrays, *rows, sees_BS))
 
     def function(query, key, value, cotangent, query_segments, key_segments, positions, sees):
-        def attend(*arrays):
-            return attend_as(kind, *arrays, query_segments, key_segments, positions)
+        def attend(query, key, value):
+            return attend_as(kind, query, key, value, query_segments, key_segments, positions)
 
         with float32_products(dtype):  # as the network
             output, pull = jax.vjp(attend, query, key, value)
@@ -188,10 +189,10 @@ def attention_case(mesh: Mesh, sizes: Sizes, kind: AttentionKind, dtype: str) ->
             d_query, d_key = (references.rotated(array, cos, -sin) for array in (d_query, d_key))
         return {"output": output, "d query": d_query, "d key": d_key, "d value": d_value}
 
-    device, shapes = mesh.devices.flat[0], ((2 * repeats, n, heads, K + kind.around_padding) for n, heads in ((S, H), (T, G)))
-    platform = "cuda" if device.platform == "gpu" else device.platform
+    platform = mesh.devices.flat[0].platform.replace("gpu", "cuda")
+    query_shape, key_shape = ((2 * repeats, length, heads, K + kind.around_padding) for length, heads in ((S, H), (T, G)))
     is_plain = not kind.crossed and kind.softcap is None and kind.window is None
-    implementation = "xla" if kind.reads else attention_implementation(platform, *shapes, jnp.dtype(dtype), is_plain)
+    implementation = "xla" if kind.reads else attention_implementation(platform, query_shape, key_shape, jnp.dtype(dtype), is_plain)
     return Case(
         f"attention {kind.name} {SHORT[dtype]}",
         jax.jit(function),
@@ -235,9 +236,11 @@ def attend_as(kind: AttentionKind, query, key, value, query_segments, key_segmen
     if kind.around_padding:
         return vision.attend_around_padding(query, key, value, query_segments == 0)
     if kind.slot:
-        flat = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
-        mixed = window_attention(*flat, *angles(positions, kind.width), query_segments - 1, heads=kind.heads, window=kind.slot)
-        return mixed.reshape(query.shape)
+        cos, sin = angles(positions, kind.width)
+        flat_query, flat_key, flat_value = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
+        windows = query_segments - 1
+        output = window_attention(flat_query, flat_key, flat_value, cos, sin, windows, heads=kind.heads, window=kind.slot)
+        return output.reshape(query.shape)
     return attention(
         query,
         key,
@@ -325,7 +328,8 @@ def loss_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
         return {"loss": value, "losses": losses, "gradient": gradients}
 
     def reference():
-        loss, gradients, losses, _ = references.matryoshka(*vectors, GROUPS)
+        query, positive, negatives = vectors
+        loss, gradients, losses, _ = references.matryoshka(query, positive, negatives, GROUPS)
         return {"loss": loss, "losses": losses, "gradient": gradients}
 
     (r_q, r_c), documents = GROUPS[-1], pairs + 1

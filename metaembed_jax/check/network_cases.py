@@ -111,7 +111,7 @@ class Subject:
       devices: of the mesh.
     """
 
-    def __init__(self, config: RunConfig, devices: Sequence[jax.Device]):
+    def __init__(self, config: RunConfig, devices: Sequence):
         one_step = {"schedule.steps": 1, "optimizer.warmup_steps": 0, "data.sources": (("random", 1.0, 0),), "data.sub_batch": 0}
         config = with_keys(config, {"model.lora.dropout": 0.0, **one_step})  # the reference draws other random numbers
         self.config, self.dtype = config, config.model.dtype
@@ -252,7 +252,7 @@ def encode_case(subject: Subject) -> Case:
     abstract = rows.abstract(shape.size, shape.row, subject.model.architecture.layout, mesh)
 
     def is_vector() -> np.ndarray:
-        return subject.batch.rows.reads[0] > 0
+        return np.asarray(subject.batch.rows.reads[0]) > 0
 
     return Case(
         f"encode, {subject.name}",

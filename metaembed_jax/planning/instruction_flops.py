@@ -19,8 +19,8 @@ def flops(computation: Computation, instruction: Instruction) -> int:
     """
     if instruction.opcode == "dot":
         (contracted,) = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        left = computation[instruction.operands[0]].shapes[0].dims
-        width = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+        dims = computation[instruction.operands[0]].shapes[0].dims
+        width = math.prod(dims[int(axis)] for axis in contracted.split(",") if axis)
         return 2 * math.prod(instruction.shapes[0].dims) * width
     if instruction.opcode == "convolution":
         return _convolution(computation, instruction)
@@ -42,16 +42,16 @@ def _convolution(computation: Computation, instruction: Instruction) -> int:
     attributes = instruction.attributes
     (labels,) = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     shapes = *(computation[name].shapes[0].dims for name in instruction.operands[:2]), instruction.shapes[0].dims
-    left, right, out = (dict(zip(axes, dims, strict=True)) for axes, dims in zip(labels, shapes, strict=True))
+    inputs, kernel, out = (dict(zip(axes, dims, strict=True)) for axes, dims in zip(labels, shapes, strict=True))
     window = re.search(r"window=\{([^}]*)\}", attributes)
     window = dict(entry.split("=") for entry in window[1].split()) if window else {}
-    products = out["b"] * out["f"] * right["i"]
+    products = out["b"] * out["f"] * kernel["i"]
     if groups := re.search(r"batch_group_count=(\d+)", attributes):
-        products = products * (left["b"] // int(groups[1])) // left["b"]
+        products = products * (inputs["b"] // int(groups[1])) // inputs["b"]
     for number, axis in enumerate(sorted(key for key in out if key.isdigit())):
         stride, dilation, step = (int(window.get(key, "x".join("1" * 9)).split("x")[number]) for key in _WINDOW)
         padding = int(window["pad"].split("x")[number].split("_")[0]) if "pad" in window else 0
-        products *= _count_inputs(left[axis], right[axis], out[axis], stride, dilation, step, padding)
+        products *= _count_inputs(inputs[axis], kernel[axis], out[axis], stride, dilation, step, padding)
     return 2 * products
 
 

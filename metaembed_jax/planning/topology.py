@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
 from jax.experimental import topologies
 
 from metaembed_jax.chips import CHIPS, Chip
@@ -28,7 +27,7 @@ class Topology(NamedTuple):
 
     name: str
     chip: Chip
-    devices: Sequence[jax.Device]
+    devices: Sequence
     hosts: int
     slices: int
 
