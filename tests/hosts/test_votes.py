@@ -66,7 +66,7 @@ def test_all_hosts_get_each_request_at_the_same_call(on_each):
         while len(answers[host]) < times:
             answers[host].append(votes_of_hosts[host]())
 
-    on_each(lambda host: votes_of_hosts[host]._look())  # there is no request yet
+    on_each(lambda host: votes_of_hosts[host]._poll())  # there is no request yet
     on_each(lambda host: call(host, first_calls[host]))
     requests[2].set()
     on_each(lambda host: agree(votes_of_hosts[host]))
@@ -80,9 +80,9 @@ def test_all_hosts_get_each_request_at_the_same_call(on_each):
 
 
 def agree(vote):
-    """Look until the hosts agree: at the first look, the request may not be in the store yet."""
+    """Poll until the hosts agree: at the first poll, the request may not be in the store yet."""
     while vote._agreed == votes.math.inf:
-        vote._look()
+        vote._poll()
 
 
 def test_stop_stays_true_and_raises_only_where_nothing_is_unsaved():
