@@ -14,7 +14,7 @@ from metaembed_jax.check import table
 from metaembed_jax.check.case import Case, Result, memory_limit, run
 from metaembed_jax.check.estimate import Estimate, estimate
 from metaembed_jax.check.kernel_cases import CHIP, CPU, kernel_cases
-from metaembed_jax.check.network_cases import MAX_FLOPS, Subject, encode_case, small_config, step_case
+from metaembed_jax.check.network_cases import MAX_FLOPS, CheckedNetwork, encode_case, small_config, step_case
 from metaembed_jax.chips import Peak, peak
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.devices import check_devices, describe_devices
@@ -42,18 +42,18 @@ def check(config: RunConfig | None, only: str = "", as_json: bool = False, devic
     check_devices()
     start, file = time.perf_counter(), sys.stderr if as_json else sys.stdout
     devices = jax.devices() if devices is None else devices
-    subjects = make_subjects(config, devices)
-    mesh, peaks = subjects[-1].mesh, peak(devices[0])
+    networks = make_networks(config, devices)
+    mesh, peaks = networks[-1].mesh, peak(devices[0])
     print("\n".join([describe_devices(mesh), _peaks_line(peaks, mesh), table.HEAD]), file=file, flush=True)
     results: list[Result] = []
     with ThreadPoolExecutor(1) as pool:  # the TPU compiler runs in a separate process
-        planned = pool.submit(estimate, subjects[-1].config, mesh, subjects[-1].flops.model)
-        for case, case_mesh in cases(subjects, mesh, only):
+        planned = pool.submit(estimate, networks[-1].config, mesh, networks[-1].flops.model)
+        for case, case_mesh in cases(networks, mesh, only):
             results.append(run(case, case_mesh))
             print(table.line(results[-1], case_mesh.size, peaks), file=file, flush=True)
     if not results:
         raise UserError(f"--only={only}: no line has that in its name; without --only, all run")
-    for line in summary(results, planned.result(), subjects[-1], peaks, time.perf_counter() - start):
+    for line in summary(results, planned.result(), networks[-1], peaks, time.perf_counter() - start):
         print(line, file=file)
     if as_json:
         print(json.dumps(to_json(results, planned.result(), mesh, peaks)))
@@ -67,7 +67,7 @@ def keep_cpu() -> None:
         jax.config.update("jax_platforms", f"{platforms},cpu")
 
 
-def make_subjects(config: RunConfig | None, devices: Sequence) -> list[Subject]:
+def make_networks(config: RunConfig | None, devices: Sequence) -> list[CheckedNetwork]:
     """Return the networks to run: the config's, or a small one for each dtype (on a CPU, which has no bfloat16, only float32).
 
     Raises:
@@ -75,45 +75,45 @@ def make_subjects(config: RunConfig | None, devices: Sequence) -> list[Subject]:
     """
     on_chip = devices[0].platform != "cpu"
     if config is not None:
-        subject = Subject(with_architecture(config), devices)
-        if not on_chip and not subject.has_reference:
+        network = CheckedNetwork(with_architecture(config), devices)
+        if not on_chip and not network.has_reference:
             raise UserError(
-                f"{config.name}: a train step takes {sum(subject.flops):.0e} FLOPs, and a CPU gets at most {MAX_FLOPS:.0e}; run it "
+                f"{config.name}: a train step takes {sum(network.flops):.0e} FLOPs, and a CPU gets at most {MAX_FLOPS:.0e}; run it "
                 "on a chip, or set a smaller config.rows.batch_size and config.rows.size"
             )
-        return [subject]
+        return [network]
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16") if on_chip else ("float32",)
-    return [Subject(small_config(len(devices), on_chip, dtype), devices) for dtype in dtypes]
+    return [CheckedNetwork(small_config(len(devices), on_chip, dtype), devices) for dtype in dtypes]
 
 
-def cases(subjects: list[Subject], mesh: Mesh, only: str) -> Iterator[tuple[Case, Mesh]]:
+def cases(networks: list[CheckedNetwork], mesh: Mesh, only: str) -> Iterator[tuple[Case, Mesh]]:
     """Yield the cases with `only` in their names, each with its mesh."""
     data_mesh = make_mesh(devices=list(mesh.devices.flat))  # each device has rows of its own
     for case in kernel_cases(data_mesh, CPU if mesh.devices.flat[0].platform == "cpu" else CHIP):
         if only in case.name:
             yield case, data_mesh
-    for subject in subjects:
-        for case in (encode_case(subject), step_case(subject)):
+    for network in networks:
+        for case in (encode_case(network), step_case(network)):
             if only in case.name:
-                yield case, subject.mesh
+                yield case, network.mesh
 
 
-def summary(results: list[Result], planned: Estimate, subject: Subject, peaks: Peak | None, seconds: float) -> Iterator[str]:
+def summary(results: list[Result], planned: Estimate, network: CheckedNetwork, peaks: Peak | None, seconds: float) -> Iterator[str]:
     """Yield the lines below the table: the train step next to its estimate, and the lines that are wrong."""
     yield ""
     step = results[-1]
     if step.name.startswith("train step") and step.seconds:
-        yield _step_lines(step, step.seconds, planned, subject, peaks)
+        yield _step_lines(step, step.seconds, planned, network, peaks)
     compiling = sum(result.compile_seconds or 0 for result in results)
     wrong = [result.name for result in results if not result.ok]
     verdict = f"not right: {'; '.join(wrong)}" if wrong else "all are right"
     yield f"{len(results)} lines in {seconds:.0f} s, {compiling:.0f} s of them compiling; {verdict}"
 
 
-def _step_lines(step: Result, seconds: float, planned: Estimate, subject: Subject, peaks: Peak | None) -> str:
+def _step_lines(step: Result, seconds: float, planned: Estimate, network: CheckedNetwork, peaks: Peak | None) -> str:
     text = f"{step.name}: {1e3 * seconds:.3g} ms"
     if peaks:
-        text += f", MFU {step.flops / subject.mesh.size / seconds / peaks.flops:.1%}"
+        text += f", MFU {step.flops / network.mesh.size / seconds / peaks.flops:.1%}"
     text += f"; estimate {1e3 * planned.seconds:.3g} ms by {planned.bound}" if planned.seconds else "; no estimate"
     text += f" ({planned.source})"
     memory = [f"{table.gibibytes(step.planned_bytes)} by the compiler" if step.planned_bytes else ""]

@@ -103,7 +103,7 @@ class Expected(NamedTuple):
     gradient: dict
 
 
-class Subject:
+class CheckedNetwork:
     """A config's network on some devices, its inputs, and its reference.
 
     Args:
@@ -245,22 +245,22 @@ def _put(parameters: dict, abstract: dict) -> dict:
     return jax.tree.map(lambda x, leaf: jax.device_put(x.astype(leaf.dtype), leaf.sharding), parameters, abstract)
 
 
-def encode_case(subject: Subject) -> Case:
+def encode_case(network: CheckedNetwork) -> Case:
     """Return the case of encoding one microbatch of rows, as `MetaEmbed` does."""
-    encode, mesh, dtype, shape = make_encode(subject.model, subject.mesh), subject.mesh, subject.dtype, subject.shape
-    parameters = abstract_parameters(subject.model, mesh)
-    abstract = rows.abstract(shape.size, shape.row, subject.model.architecture.layout, mesh)
+    encode, mesh, dtype, shape = make_encode(network.model, network.mesh), network.mesh, network.dtype, network.shape
+    parameters = abstract_parameters(network.model, mesh)
+    abstract = rows.abstract(shape.size, shape.row, network.model.architecture.layout, mesh)
 
     def is_vector() -> np.ndarray:
-        return np.asarray(subject.batch.rows.reads[0]) > 0
+        return np.asarray(network.batch.rows.reads[0]) > 0
 
     return Case(
-        f"encode, {subject.name}",
+        f"encode, {network.name}",
         encode,
-        lambda: (subject.encode_parameters(), rows.put(subject.batch.rows.map(lambda x: x[0]), mesh)),
-        (lambda: {"vectors": subject.expected.vectors[: shape.size][is_vector()]}) if subject.has_reference else None,
+        lambda: (network.encode_parameters(), rows.put(network.batch.rows.map(lambda x: x[0]), mesh)),
+        (lambda: {"vectors": network.expected.vectors[: shape.size][is_vector()]}) if network.has_reference else None,
         VECTOR_TOLERANCE[dtype],
-        sum(encode_flops(subject.config, shape.row, shape.size)),
+        sum(encode_flops(network.config, shape.row, shape.size)),
         mesh.size * shard_bytes((parameters, abstract)),
         abstract=(parameters, abstract),
         read=lambda vectors_bVD: {"vectors": vectors_bVD[is_vector()]},
@@ -268,9 +268,9 @@ def encode_case(subject: Subject) -> Case:
     )
 
 
-def step_case(subject: Subject) -> Case:
+def step_case(network: CheckedNetwork) -> Case:
     """Return the case of a training step, as in `train.py`. The gradient is read from the first moments of the optimizer."""
-    config, trainer = subject.config, subject.trainer
+    config, trainer = network.config, network.trainer
 
     def read(result):
         state, metrics = result
@@ -283,27 +283,27 @@ def step_case(subject: Subject) -> Case:
         return outputs
 
     def reference():
-        expected = subject.expected
+        expected = network.expected
         norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(expected.gradient)))
         return {"loss": expected.loss, "losses": expected.losses, "gradient norm": norm, "gradient": expected.gradient}
 
     batch = training.abstract(
-        subject.shape, config.rows.batch_size, config.data.negatives, subject.model.architecture.layout, subject.mesh
+        network.shape, config.rows.batch_size, config.data.negatives, network.model.architecture.layout, network.mesh
     )
     abstract = (trainer.abstract, batch)
     return Case(
-        f"train step, {subject.name}",
+        f"train step, {network.name}",
         trainer.step,
-        lambda: (subject.state(), put(subject.batch, subject.mesh)),
-        reference if subject.has_reference else None,
-        LOSS_TOLERANCE[subject.dtype],
-        subject.flops.model,
-        subject.mesh.size * shard_bytes(abstract),
-        tolerances={"gradient": GRADIENT_TOLERANCE[subject.dtype]},
+        lambda: (network.state(), put(network.batch, network.mesh)),
+        reference if network.has_reference else None,
+        LOSS_TOLERANCE[network.dtype],
+        network.flops.model,
+        network.mesh.size * shard_bytes(abstract),
+        tolerances={"gradient": GRADIENT_TOLERANCE[network.dtype]},
         abstract=abstract,
         read=read,
         carries=True,
-        dtype=subject.dtype,
+        dtype=network.dtype,
     )
 
 
