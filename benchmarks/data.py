@@ -28,9 +28,9 @@ from metaembed_jax.backbones.qwen2_5_vl.inputs import Images
 from metaembed_jax.batch.rows import filled_shares
 from metaembed_jax.config import RunConfig, load_config, with_keys
 from metaembed_jax.data import tokenizer
-from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import iterate, training_batches
-from metaembed_jax.data.planned import plan_rows
+from metaembed_jax.data.row_plan import plan_rows
+from metaembed_jax.data.run_items import run_items
 from metaembed_jax.inputs.images import open_image
 from metaembed_jax.network_config import model_config, row_limits
 

@@ -16,10 +16,10 @@ import tests.typechecked
 # it could not where they are wrapped.
 CHECKED = (
     "batch",
-    "data.items",
+    "data.run_items",
     "data.pipeline",
-    "data.planned",
-    "data.schedule",
+    "data.row_plan",
+    "data.source_schedule",
     "data.sizes",
     "encoding",
     "evaluation",

@@ -46,7 +46,7 @@ WRONG = [
     (["search", "--index=none", "a"], "none is not an index: it has no manifest.json"),
     (["search", "--index=none"], "nothing to search for"),
     (["plot", "none.json"], "none.json: cannot be read"),
-    (["prepare", "--source=cats"], "no source 'cats'; there are icons, boards"),
+    (["prepare", "--source=cats"], "unknown source 'cats'; allowed: icons, boards"),
 ]
 
 

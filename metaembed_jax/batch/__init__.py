@@ -1,1 +1,1 @@
-"""Items and packed rows: from a query or document to the arrays that a network reads."""
+"""Items, rows and batches: a query or document becomes arrays, and several of them share a packed row."""

@@ -11,8 +11,8 @@ B rows, S tokens, P patches, V vectors of a row, A axes of positions.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from metaembed_jax.sharding import named_sharding, put_rows
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed rows, as arrays of NumPy or JAX, or as shapes. Training adds an axis of microbatches in front of each.
+    """Packed rows, as arrays of JAX or NumPy, or as shapes. Training adds an axis of microbatches in front of each.
 
     Attributes:
       tokens: rows of the vocabulary; 0 at Meta Tokens and in padding.
@@ -52,7 +52,7 @@ class Batch:
     patch_segments: Int[Array, "B P"] | None
     patch_arrays: dict[str, Array]
 
-    def map(self, function) -> "Batch":
+    def map(self, function: Callable) -> "Batch":
         """Apply a function to every array."""
         return jax.tree.map(function, self)
 
@@ -80,10 +80,12 @@ def empty(rows: int, row: Size, layout: Layout) -> Batch:
     """Return rows of padding, in NumPy."""
     S, P, V = row
 
-    def full(*shape: int, fill: int = 0) -> np.ndarray:
+    def full(*shape: int, fill: int = 0) -> Any:  # the fields name JAX's arrays
         return np.full((rows, *shape), fill, np.int32)
 
-    arrays = {name: np.full((rows, P, *spec.shape), spec.fill, spec.dtype) for name, spec in layout.patches.items()} if P else {}
+    numbers: Any = np.arange(rows, dtype=np.int32)
+    specs = layout.patches if P else {}
+    arrays: dict[str, Any] = {name: np.full((rows, P, *spec.shape), spec.fill, spec.dtype) for name, spec in specs.items()}
     return Batch(
         tokens=full(S),
         segments=full(S),
@@ -91,7 +93,7 @@ def empty(rows: int, row: Size, layout: Layout) -> Batch:
         meta=full(S, fill=-1),
         visual=full(S, fill=-1),
         reads=full(V),
-        row=np.arange(rows, dtype=np.int32),
+        row=numbers,
         patches=arrays.pop("patches", None),
         patch_segments=full(P) if P else None,
         patch_arrays=arrays,
@@ -131,16 +133,16 @@ def _put_item(batch: Batch, row: int, segment: int, item: RowItem, start: tuple[
     is_visual = example.visual >= 0
     batch.visual[row, first : first + prompt][is_visual] = example.visual[is_visual] + first_patch // layout.unit
     batch.reads[row, first_vector : first_vector + item.read] = np.arange(last - item.read, last)
-    if size.patches:
-        patches = slice(first_patch, first_patch + size.patches)
+    if batch.patches is not None and batch.patch_segments is not None:
+        patches, arrays = slice(first_patch, first_patch + size.patches), {"patches": batch.patches, **batch.patch_arrays}
         batch.patch_segments[row, patches] = segment * example.patch_mask
         for name, array in example.patch_arrays.items():
-            (batch.patches if name == "patches" else batch.patch_arrays[name])[row, patches] = array
+            arrays[name][row, patches] = array
 
 
 def batch_sharding(mesh: Mesh, rank: int, axis: int = 0) -> NamedSharding:
     """Return the sharding of an array over the batch axes of a mesh; its rows are on the axis `axis`."""
-    axes = [None] * rank
+    axes: list[str | None] = [None] * rank
     axes[axis] = "batch"
     return named_sharding(mesh, axes)
 

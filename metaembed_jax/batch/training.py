@@ -5,10 +5,11 @@ M microbatches of b rows, V vectors of a row, B pairs, K negatives a pair, N doc
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
@@ -24,7 +25,7 @@ REGISTER = (8, 128)  # of a TPU
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainingBatch:
-    """A step's pairs, as arrays of NumPy or JAX, or as shapes.
+    """A step's pairs, as arrays of JAX or NumPy, or as shapes.
 
     Attributes:
       rows: [M, b, ...]; row r of the step is row r % b of microbatch r // b. Pixels in a host's memory are [M, b, N, 8, 128].
@@ -35,10 +36,10 @@ class TrainingBatch:
     """
 
     rows: Batch
-    queries: Int[Array, "B"]
-    documents: Int[Array, "N"]
-    negative_mask: Bool[Array, "B K"]
-    source: Int[Array, "B"]
+    queries: Int[Array | np.ndarray, "B"]
+    documents: Int[Array | np.ndarray, "N"]
+    negative_mask: Bool[Array | np.ndarray, "B K"]
+    source: Int[Array | np.ndarray, "B"]
 
 
 class StepShape(NamedTuple):
@@ -97,7 +98,7 @@ def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh:
       negatives: a pair.
     """
 
-    def whole(*axes: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+    def whole(*axes: int, dtype=jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(axes, dtype, sharding=replicated(mesh))
 
     return TrainingBatch(
@@ -110,38 +111,40 @@ def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh:
 
 
 def put(batch: TrainingBatch, mesh: Mesh) -> TrainingBatch:
-    """Send a batch to the mesh: rows to this host's devices, pixels that `streams` to its memory, the rest to every device."""
+    """Send a batch to the mesh: rows to this host's devices, streamed pixels to its memory, the rest to every device."""
     names = [field.name for field in dataclasses.fields(batch) if field.name != "rows"]
     whole = {name: put_replicated(getattr(batch, name), mesh) for name in names}
-    if not streams(batch.rows, mesh):
+    pixels = _streamed_pixels(batch.rows, mesh)
+    if pixels is None:
         return TrainingBatch(rows=rows.put(batch.rows, mesh, axis=1), **whole)
     others = rows.put(dataclasses.replace(batch.rows, patches=None), mesh, axis=1)
-    pixels = put_rows(batch.rows.patches.reshape(_in_registers(batch.rows)), mesh, axis=1, memory_kind=HOST)
-    return TrainingBatch(rows=dataclasses.replace(others, patches=pixels), **whole)
+    in_host = put_rows(pixels.reshape(_in_registers(pixels.shape)), mesh, axis=1, memory_kind=HOST)
+    return TrainingBatch(rows=dataclasses.replace(others, patches=in_host), **whole)
 
 
-def streams(batch: Batch, mesh: Mesh) -> bool:
-    """Return whether pixels stay in the hosts' memory, from which they go to the devices one microbatch at a time.
+def _streamed_pixels(batch: Batch, mesh: Mesh) -> Any | None:
+    """Return the pixels that stay in the hosts' memory, from which they go to the devices one microbatch at a time; or None.
 
     They do on TPUs. A device would otherwise hold the pixels of two steps: the one that it computes, and the next.
     """
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return on_tpu and batch.patches is not None and math.prod(batch.patches.shape[2:]) % math.prod(REGISTER) == 0
+    if batch.patches is None or mesh.devices.flat[0].platform != "tpu":
+        return None
+    return None if math.prod(batch.patches.shape[2:]) % math.prod(REGISTER) else batch.patches
 
 
-def _in_registers(batch: Batch) -> tuple[int, ...]:
+def _in_registers(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of pixels in a host's memory, [M, b, N, 8, 128].
 
     In other shapes, libtpu 0.0.52 may mix pixels of several microbatches, or copy all of them to the device and back for each
     microbatch.
     """
-    return (*batch.patches.shape[:2], math.prod(batch.patches.shape[2:]) // math.prod(REGISTER), *REGISTER)
+    return (*shape[:2], math.prod(shape[2:]) // math.prod(REGISTER), *REGISTER)
 
 
 def _abstract_in_host(batch: Batch, mesh: Mesh) -> Batch:
-    if not streams(batch, mesh):
+    pixels = _streamed_pixels(batch, mesh)
+    if pixels is None:
         return batch
-    shape = _in_registers(batch)
+    shape = _in_registers(pixels.shape)
     in_host = rows.batch_sharding(mesh, len(shape), axis=1).with_memory_kind(HOST)
-    pixels = jax.ShapeDtypeStruct(shape, batch.patches.dtype, sharding=in_host)
-    return dataclasses.replace(batch, patches=pixels)
+    return dataclasses.replace(batch, patches=jax.ShapeDtypeStruct(shape, pixels.dtype, sharding=in_host))

@@ -31,9 +31,9 @@ from metaembed_jax.config.keys import with_keys
 from metaembed_jax.config.objectives import MatryoshkaConfig, ObjectivesConfig
 from metaembed_jax.config.run import DataConfig, MeshConfig, ModelSettings, OptimizerConfig, RowsConfig, RunConfig
 from metaembed_jax.data import tokenizer
-from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import training_batches
-from metaembed_jax.data.planned import plan_rows
+from metaembed_jax.data.row_plan import plan_rows
+from metaembed_jax.data.run_items import run_items
 from metaembed_jax.flops import encode_flops, train_flops
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.network import abstract_network, abstract_parameters, init_parameters, make_encode
@@ -213,7 +213,7 @@ class RandomPairs(Sequence):
         documents = [_random_item(rng, with_image=(row + number) % 2 == 0) for number in range(1 + self._negatives)]
         return {"query": _random_item(rng, with_image=False), "positive": documents[0], "negatives": documents[1:]}
 
-    def described(self, row: int, epoch: int, step: int) -> dict:
+    def describe(self, row: int, epoch: int, step: int) -> dict:
         """Return a record with the size of each image instead of the image."""
 
         def size_of(item: dict) -> dict:

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from metaembed_jax.backbones.family import FamilyImages, family
 from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, INDEX, SINGLE
-from metaembed_jax.data.tokenizer import meta_token_names
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_bytes, write_json
+from metaembed_jax.inputs.texts import meta_token_names
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.trainable import LORA
 

@@ -1,12 +1,12 @@
-"""What is to be searched: a folder of images and PDF files, or a table of texts and images, read one by one when needed.
+"""Documents to search: a folder of images and PDF files, or a table of texts and images. They are read one by one when needed.
 
-    FOLDER/**              images, one document each, and PDF files, one document a page
+    FOLDER/**              images, a document each, and PDF files, a document for each page
     items.jsonl, .parquet  rows with id, text, image: any of them may be absent, but not text and image together
 
-In a folder documents are in natural order (page2 before page10, a folder where its name stands among the files). Hidden files
-and folders are passed over. What is no image or PDF, and links that lead out of the folder or to a folder, are left out, and one
-line says how many. A file that should be readable and is not stops everything: encrypted, broken or empty PDF files at once, a
-broken image when it is read.
+Documents of a folder are in natural order: page2 before page10, and a folder where its name is in the order of the files. Hidden
+files and folders are skipped. Other files, and links to folders or out of the folder, are left out; a line says how many.
+
+A file that cannot be read is an error: an encrypted, broken or empty PDF file at once, a broken image when it is read.
 """
 
 import os
@@ -19,91 +19,91 @@ from itertools import accumulate
 from pathlib import Path, PurePath
 
 from metaembed_jax.data.pdf import PdfReader
-from metaembed_jax.data.sources.files import ImageFolder, read_image_file
-from metaembed_jax.data.sources.tables import Table, new_id, open_table
+from metaembed_jax.data.sources.image_files import ImageFolder, read_image_file
+from metaembed_jax.data.sources.row_files import RowFiles, open_row_files, unique_id
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
 from metaembed_jax.inputs.images import image_size, open_image
 
-IMAGES = frozenset(".avif .bmp .gif .jpeg .jpg .png .tif .tiff .webp".split())  # of those with several pictures, the first one
+IMAGES = frozenset(".avif .bmp .gif .jpeg .jpg .png .tif .tiff .webp".split())  # a file with several images gives its first one
 TABLES = frozenset((".jsonl", ".parquet"))
 COLUMNS = {"id", "text", "image"}
 
 
 class Documents(Sequence):
-    """Documents in a fixed order. `documents[i]` is what `MetaEmbed.encode_document` takes. Survives pickling.
+    """Documents in a fixed order. `documents[i]` is an item for `MetaEmbed.encode_document`. Can be pickled.
 
     Attributes:
-      files: what they are read from, but for the images that a table names.
+      files: those that are read, without the images that a table names.
     """
 
     files: tuple[Path, ...]
 
     def __getitem__(self, number):
-        """{"text": str, "image": PIL image or encoded bytes}, with either or both; of a slice, a list of them.
+        """Return {"text": str, "image": PIL image or encoded bytes}, either or both; for a slice, a list of them.
 
         Raises:
-          UserError: it cannot be read; names the file, and its page or row.
+          UserError: a document cannot be read; names its file, and its page or row.
         """
-        chosen = range(len(self))[number]
-        return [self._item(one) for one in chosen] if isinstance(chosen, range) else self._item(chosen)
+        numbers = range(len(self))[number]
+        return [self._item(number) for number in numbers] if isinstance(numbers, range) else self._item(numbers)
 
     @abstractmethod
-    def about(self, number: int) -> dict:
-        """{"id": str, unlike all others, "path": str or None, of the file that shows it, "page": int from 1, or None, "text": str
-        or None}.
+    def metadata(self, number: int) -> dict:
+        """Return {"id": str, different for each document, "path": str of the file that shows it, or None, "page": int from 1, or
+        None, "text": str or None}.
         """
 
     @abstractmethod
     def item_name(self, number: int) -> str:
-        """The name of a document in errors: its file, and the page or row."""
+        """Return the name of a document for errors: its file, and the page or row."""
 
     @abstractmethod
     def _item(self, number: int) -> dict: ...
 
 
 def open_documents(path: str | Path) -> Documents:
-    """The documents of a folder, of an image or PDF file, or of a table.
+    """Open the documents of a folder, of an image or PDF file, or of a table.
 
     Raises:
-      UserError: there is none, a PDF or table cannot be read, or an id is there twice; names the file, and its row.
+      UserError: there are no documents, a PDF file or table cannot be read, or an id occurs twice; names the file, and its row.
     """
     path = local_path(path)
     if path.is_dir():
         files, left_out = find_files(path)
         if left_out:
-            print(f"{path}: left out {', '.join(f'{count:,} {what}' for what, count in sorted(left_out.items()))}", flush=True)
+            print(f"{path}: left out {', '.join(f'{count:,} {kind}' for kind, count in sorted(left_out.items()))}", flush=True)
         if not files:
-            raise UserError(f"{path}: has no image and no PDF file in it")
+            raise UserError(f"{path}: has no images or PDF files in it")
         return FolderDocuments(path, files)
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
     if path.suffix.lower() in TABLES:
-        return TableDocuments(open_table([path]))
+        return TableDocuments(open_row_files([path]))
     if path.suffix.lower() not in IMAGES | {".pdf"}:
-        raise UserError(f"{path}: is no image, PDF file or table ({', '.join(sorted(IMAGES | TABLES | {'.pdf'}))})")
+        raise UserError(f"{path}: expected an image, PDF file or table ({', '.join(sorted(IMAGES | TABLES | {'.pdf'}))})")
     return FolderDocuments(path.parent, [path])
 
 
 class FolderDocuments(Documents):
-    """Images and pages of PDF files. An image's id is its path in the folder; a page's has #page=N behind it, as links have."""
+    """Images and pages of PDF files. An image's id is its path in the folder; a page's ends with #page=N, as links do."""
 
     def __init__(self, root: Path, files: Sequence[Path]):
         self.root, self.files, self.reader = root, tuple(files), PdfReader()
-        counts, wrong = [], []
+        counts, errors = [], []
         for file in files:
             try:
                 counts.append(self.reader.count(file) if _is_pdf(file) else 1)
             except UserError as error:
-                wrong.append(error)
-        if wrong:
-            raise UserError(f"{wrong[0]}" + (f" (and {len(wrong) - 1:,} other files)" if len(wrong) > 1 else ""))
+                errors.append(error)
+        if errors:
+            raise UserError(f"{errors[0]}" + (f" (and {len(errors) - 1:,} other files)" if len(errors) > 1 else ""))
         self.starts = list(accumulate(counts, initial=0))
 
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def about(self, number: int) -> dict:
+    def metadata(self, number: int) -> dict:
         file, page = self._find(number)
         name = file.relative_to(self.root).as_posix()
         return {"id": f"{name}#page={page}" if page else name, "path": str(file), "page": page, "text": None}
@@ -112,8 +112,8 @@ class FolderDocuments(Documents):
         file, page = self._find(number)
         return f"{file}, page {page}" if page else str(file)
 
-    def described(self, number: int) -> dict:
-        """The document with (width, height) in place of its image, which is not decoded."""
+    def describe(self, number: int) -> dict:
+        """Return the item with (width, height) in place of its image, which is not decoded."""
         file, page = self._find(number)
         return {"image": self.reader.size(file, page) if page else image_size(file, str(file))}
 
@@ -122,28 +122,30 @@ class FolderDocuments(Documents):
         return {"image": self.reader.page(file, page) if page else open_image(read_image_file(file), str(file))}
 
     def _find(self, number: int) -> tuple[Path, int | None]:
+        """Return the file of a document, and its page if that is a PDF file."""
         number = range(len(self))[number]
-        place = bisect_right(self.starts, number) - 1
-        file = self.files[place]
-        return file, number - self.starts[place] + 1 if _is_pdf(file) else None
+        index = bisect_right(self.starts, number) - 1
+        file = self.files[index]
+        return file, number - self.starts[index] + 1 if _is_pdf(file) else None
 
 
 class TableDocuments(Documents):
-    """Rows of a table. A row's id is in its column `id`; where there is no such column, it is the row's number from 0."""
+    """Rows of a table. A row's id is in its column `id`; in a table without that column, it is the row's number from 0."""
 
-    def __init__(self, table: Table):
-        columns = table.columns()
+    def __init__(self, rows: RowFiles):
+        columns = rows.columns()
         if not columns & {"text", "image"} or columns - COLUMNS:
-            raise UserError(f"{table.files[0]}: has {', '.join(sorted(columns))}; there are id, text, image")
-        self.table, self.files, self.folder, self.ids = table, table.files, ImageFolder(table.files[0].parent), None
+            names = ", ".join(sorted(columns))
+            raise UserError(f"{rows.files[0]}: has the columns {names}; expected text or image, or both; allowed: id, text, image")
+        self.rows, self.files, self.folder, self.ids = rows, rows.files, ImageFolder(rows.files[0].parent), None
         if "id" in columns:
-            rows, seen = table.read(0, len(table), columns=("id",)), {}
-            self.ids = [new_id(row.get("id"), "id", seen, table, number) for number, row in enumerate(rows)]
+            read, seen = rows.read(0, len(rows), columns=("id",)), {}
+            self.ids = [unique_id(row.get("id"), "id", seen, rows, number) for number, row in enumerate(read)]
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.rows)
 
-    def about(self, number: int) -> dict:
+    def metadata(self, number: int) -> dict:
         number = range(len(self))[number]
         row = self._row(number)
         image, text = row.get("image"), row.get("text")
@@ -151,53 +153,55 @@ class TableDocuments(Documents):
         return {"id": self.ids[number] if self.ids else str(number), "path": path, "page": None, "text": text or None}
 
     def item_name(self, number: int) -> str:
-        return self.table.place(number)
+        return self.rows.row_name(number)
 
     def _item(self, number: int) -> dict:
         row = self._row(number)
         try:
-            if unknown := row.keys() - (COLUMNS if self.ids else COLUMNS - {"id"}):
-                raise UserError(f"has {', '.join(sorted(unknown))}, unlike the first row, or beside id, text, image")
+            allowed = COLUMNS if self.ids else COLUMNS - {"id"}
+            if unknown := row.keys() - allowed:
+                names = ", ".join(sorted(unknown))
+                raise UserError(f"unknown column {names}, which the first row lacks; allowed: {', '.join(sorted(allowed))}")
             return self.folder.item("document", row.get("text"), row.get("image"))
         except UserError as error:
-            raise UserError(f"{self.table.place(number)}: {error}") from None
+            raise UserError(f"{self.rows.row_name(number)}: {error}") from None
 
     def _row(self, number: int) -> dict:
-        return next(self.table.read(number, number + 1))
+        return next(self.rows.read(number, number + 1))
 
 
 def find_files(root: Path) -> tuple[list[Path], Counter]:
-    """The images and PDF files under a folder, in natural order; and how many files of each kind are left out.
+    """Return the images and PDF files in a folder, in natural order, and the number of files of each kind that are left out.
 
     Raises:
-      UserError: a folder that cannot be read.
+      UserError: a folder cannot be read.
     """
 
     def refuse(error: OSError):
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    found, left_out = [], Counter()
+    files, left_out = [], Counter()
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        left_out.update({"links to folders": len(linked)} if linked else {})
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        left_out.update({"links to folders": len(links)} if links else {})
         for name in names:
             if not name.startswith("."):
                 file = Path(folder, name)
-                reason = _why_not(file, root)
-                found += [] if reason else [file]
-                left_out.update([reason] if reason else [])
-    return sorted(found, key=lambda file: natural_order(file.relative_to(root))), left_out
+                kind = _left_out_as(file, root)
+                files += [] if kind else [file]
+                left_out.update([kind] if kind else [])
+    return sorted(files, key=lambda file: natural_order(file.relative_to(root))), left_out
 
 
 def natural_order(path: PurePath) -> tuple:
-    """A key to sort paths by: numbers in names by their value, letters regardless of their case."""
-    parts = [re.split("([0-9]+)", part) for part in path.parts]  # words at even places, numbers at odd ones
-    return [[int(x) if place % 2 else x.casefold() for place, x in enumerate(part)] for part in parts], path.parts
+    """Return a key that sorts paths by the values of numbers in their names, and by letters of either case."""
+    split_names = [re.split("([0-9]+)", name) for name in path.parts]  # text at even indices, numbers at odd ones
+    return [[int(x) if index % 2 else x.casefold() for index, x in enumerate(name)] for name in split_names], path.parts
 
 
-def _why_not(file: Path, root: Path) -> str:
-    """What a file is counted as that is left out; empty if it is not."""
+def _left_out_as(file: Path, root: Path) -> str:
+    """Return the kind of file that a file is left out as; empty if it is a document."""
     if file.suffix.lower() not in IMAGES | {".pdf"}:
         return f"files with the ending {file.suffix.lower()}" if file.suffix else "files without an ending"
     if not file.is_file():
@@ -207,7 +211,7 @@ def _why_not(file: Path, root: Path) -> str:
     try:
         file.name.encode()
     except UnicodeEncodeError:
-        return "files whose names are no text"
+        return "files whose names are not valid Unicode"
     return ""
 
 

@@ -1,7 +1,7 @@
-"""Which pairs each step trains on, before anything is read: step n is a pure function of (config, n).
+"""The pairs of each step, as references: step n is a pure function of (config, n), and no record is read.
 
-Each source is shuffled every epoch and repeated without a gap (by grain, which makes that random access), and cut into sub-batches;
-`schedule` says which source each sub-batch of a step comes from.
+Each source is shuffled every epoch, repeated without a gap, and divided into sub-batches. `balanced_schedule` chooses the source of
+each sub-batch of a step.
 
 S sources.
 """
@@ -15,12 +15,12 @@ from grain.experimental import index_shuffle
 from jaxtyping import Int
 
 from metaembed_jax.config.run import DataConfig, RunConfig
-from metaembed_jax.data.schedule import balanced_schedule
+from metaembed_jax.data.source_schedule import balanced_schedule
 from metaembed_jax.errors import UserError
 
 
 class Reference(NamedTuple):
-    """A record that has not been read yet."""
+    """A record, before it is read."""
 
     source: int
     epoch: int
@@ -28,14 +28,14 @@ class Reference(NamedTuple):
 
 
 def mixture(config: RunConfig, sources: Sequence[Sequence], sizes_S2: Int[np.ndarray, "S 2"]) -> grain.MapDataset:
-    """The dataset whose element n is the list of references of step n, sub-batch by sub-batch.
+    """Return the dataset whose element n is the references of step n, sub-batch by sub-batch.
 
     Args:
       sources: one for each entry of `config.data.sources`, in its order.
       sizes_S2: mean tokens and patches of a source's pairs.
 
     Raises:
-      UserError: a source has fewer pairs than a sub-batch, or sizes do not divide.
+      UserError: as `check_mixture`.
     """
     check_mixture(config.data, config.rows.batch_size, sources)
     sub_batch = config.data.sub_batch or config.rows.batch_size
@@ -53,7 +53,11 @@ def mixture(config: RunConfig, sources: Sequence[Sequence], sizes_S2: Int[np.nda
 
 
 def check_mixture(data: DataConfig, batch_size: int, sources: Sequence[Sequence]) -> None:
-    """Refuses what `mixture` cannot mix, and raises as it does."""
+    """Check that the sources fill whole sub-batches, and sub-batches whole steps.
+
+    Raises:
+      UserError: a source has fewer pairs than a sub-batch, or the batch is not a multiple of it.
+    """
     sub_batch = data.sub_batch or batch_size
     if batch_size % sub_batch:
         raise UserError(f"config.rows.batch_size={batch_size}: expected a multiple of config.data.sub_batch={sub_batch}")
@@ -70,7 +74,7 @@ def check_mixture(data: DataConfig, batch_size: int, sources: Sequence[Sequence]
 
 
 def _counts_before(chosen: Int[np.ndarray, "steps sub_batches"]) -> Int[np.ndarray, "steps sub_batches"]:
-    """For each sub-batch, how many of its source came before it."""
+    """Return the number of earlier sub-batches of each sub-batch's source."""
     flat = chosen.ravel()
     counts = np.zeros(len(flat), np.int64)
     for source in np.unique(flat):
@@ -80,11 +84,10 @@ def _counts_before(chosen: Int[np.ndarray, "steps sub_batches"]) -> Int[np.ndarr
 
 
 def _references(source: int, rows: int, cap: int, seed: int) -> Callable[[int, int], list[Reference]]:
-    """`cap` rows of a source, the same in every epoch (all, if it has no more), in an order of their own, for ever.
+    """Return a function of a position and a count to the references of the positions that follow.
 
-    Returns:
-      of the first position and the number of positions: their references. The order is that of grain's
-      `MapDataset.shuffle`, without its cost for each element.
+    Every epoch has the same `cap` rows of the source, in another order: that of grain's `MapDataset.shuffle`, without its cost for
+    each element.
     """
     order_seed, choice_seed = np.random.SeedSequence([seed, source]).generate_state(2).tolist()
     chosen = np.random.default_rng(choice_seed).permutation(rows)[:cap] if cap < rows else None
@@ -101,5 +104,5 @@ def _references(source: int, rows: int, cap: int, seed: int) -> Callable[[int, i
 
 
 def _shuffled(index: int, rows: int, seed: int) -> int:
-    """A function of the module, which is pickled by its name: grain's cannot be pickled."""
+    """Return the row at an index of a shuffled epoch. A function of this module can be pickled; grain's cannot."""
     return index_shuffle(index, max_index=rows - 1, seed=seed % 2**32, rounds=4)

@@ -10,12 +10,12 @@ from PIL import Image
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.images import MAX_ASPECT_RATIO
 
-PAGE_PIXELS = 1024 * 28 * 28  # of a drawn page, about: what 1,024 visual tokens show
-_alone = threading.Lock()  # PDFium works in one thread of a process at a time
+PAGE_PIXELS = 1024 * 28 * 28  # of a drawn page: about 1,024 visual tokens
+_pdfium = threading.Lock()  # PDFium allows one thread of a process at a time
 
 
 class PdfReader:
-    """Reads pages, and holds one file open at most. Survives pickling and forking: every process opens files for itself."""
+    """Reads pages, and keeps one file open. Can be pickled and forked: every process opens files for itself."""
 
     def __init__(self):
         self._opened = None  # ((process, file), document)
@@ -24,27 +24,27 @@ class PdfReader:
         return {"_opened": None}
 
     def count(self, file: Path) -> int:
-        """The number of pages.
+        """Return the number of pages.
 
         Raises:
           UserError: the file cannot be read, is encrypted, or has no page.
         """
-        with _alone:
+        with _pdfium:
             return len(self._open(file))
 
     def page(self, file: Path, number: int) -> Image.Image:
-        """A page, numbered from 1, in RGB on white, of about `PAGE_PIXELS`: its size is chosen before it is drawn.
+        """Draw a page, numbered from 1, in RGB on white, with about `PAGE_PIXELS`.
 
         Raises:
-          UserError: the page cannot be read, or is a line rather than a page.
+          UserError: the page cannot be read, or one of its sides is far longer than the other.
         """
         name = f"{file}, page {number}"
-        with _alone:
+        with _pdfium:
             document = self._open(file)
             try:
                 page = document[number - 1]
-                bitmap = page.render(scale=_scale(*page.get_size(), name))
-                image = bitmap.to_pil()  # a copy, because the channels change their order
+                bitmap = page.render(scale=_scale(*page.get_size(), name))  # pyright: ignore[reportArgumentType] (a float, by its documentation)
+                image = bitmap.to_pil()  # a copy, because the order of channels changes
                 bitmap.close()
                 page.close()
             except UserError:
@@ -54,13 +54,13 @@ class PdfReader:
         return image
 
     def size(self, file: Path, number: int) -> tuple[int, int]:
-        """(width, height) of the image that `page` draws, without drawing it.
+        """Return (width, height) of the image that `page` draws, without drawing it.
 
         Raises:
           UserError: as `page`.
         """
         name = f"{file}, page {number}"
-        with _alone:
+        with _pdfium:
             try:
                 width, height = self._open(file).get_page_size(number - 1)
             except UserError:
@@ -71,7 +71,7 @@ class PdfReader:
         return math.ceil(width * scale), math.ceil(height * scale)
 
     def _open(self, file: Path):
-        key = os.getpid(), file  # a forked process shares its parent's place in the file
+        key = os.getpid(), file  # a forked process shares the position in its parent's file
         if self._opened is None or self._opened[0] != key:
             if self._opened is not None:
                 self._opened[1].close()
@@ -88,10 +88,10 @@ def _open_document(file: Path):
     if not handle:
         error = raw.FPDF_GetLastError()
         reasons = {raw.FPDF_ERR_PASSWORD: "is encrypted", raw.FPDF_ERR_FILE: "cannot be opened"}
-        raise UserError(f"{file}: {reasons.get(error, 'is no PDF file that can be read')}; repair, decrypt or remove it")
+        raise UserError(f"{file}: {reasons.get(error, 'is not a readable PDF file')}; repair, decrypt or remove it")
     document = pypdfium2.PdfDocument(handle)
     try:
-        document.init_forms()  # what is filled into a form is part of its page
+        document.init_forms()  # the text in the fields of a form is drawn with its page
     except pypdfium2.PdfiumError as error:
         raise UserError(f"{file}: has a form that cannot be read; print it to a new PDF file") from error
     if not len(document):
@@ -100,9 +100,9 @@ def _open_document(file: Path):
 
 
 def _scale(width: float, height: float, name: str) -> float:
-    """Pixels to a point."""
+    """Return the pixels of a point."""
     if not (0 < width < math.inf and 0 < height < math.inf):
-        raise UserError(f"{name}: is {width:g} x {height:g} points large, which is no size; repair or remove it")
+        raise UserError(f"{name}: is {width:g} x {height:g} points; expected positive numbers; repair or remove it")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise UserError(f"{name}: is {width:g} x {height:g} points; one side is over {MAX_ASPECT_RATIO} times the other")
     return math.sqrt(PAGE_PIXELS / (width * height))

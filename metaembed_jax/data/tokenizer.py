@@ -1,4 +1,4 @@
-"""A byte-level BPE vocabulary for models trained from scratch, with a family's special tokens; the names of Meta Tokens."""
+"""A byte-level BPE vocabulary for models trained from scratch, with a family's special tokens."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,17 +10,11 @@ from metaembed_jax.files import write_bytes
 from metaembed_jax.inputs.texts import QUERY
 
 
-def meta_token_names(query_tokens: int, document_tokens: int) -> list[str]:
-    """The strings that Meta Tokens have in the vocabulary of an export, query rows first."""
-    sides = (("query", query_tokens), ("document", document_tokens))
-    return [f"<|meta_{side}_{number}|>" for side, count in sides for number in range(count)]
-
-
 def train(texts: Iterable[str], path: str | Path, family: Family, vocabulary: int = 2048) -> Tokenizer:
-    """Learns at most `vocabulary` tokens from `texts` and writes them to `path` (a tokenizer.json), atomically.
+    """Learn at most `vocabulary` tokens from texts, and write them to `path` (a tokenizer.json), atomically.
 
-    Each text is seen as it stands in the query prompt, after its prefix, so its first word carries a space as its others do. The
-    256 bytes and the special tokens are among the tokens, so any string can be encoded.
+    Texts have the prefix of queries, so that their first words begin with a space, as all others do. All 256 bytes and the special
+    tokens are tokens, so any string can be encoded.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""Worker processes: none outlives its parent."""
+"""Worker processes, which end with their parent."""
 
 import concurrent.futures
 import multiprocessing
@@ -6,27 +6,25 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from metaembed_jax.errors import UserError
 
-Job, Chunk, Result = TypeVar("Job"), TypeVar("Chunk"), TypeVar("Result")
-ROWS_OF_WORKER = 50_000  # a process takes about as long to start as for 20,000
+Job = TypeVar("Job")
+Chunk = TypeVar("Chunk")
+Result = TypeVar("Result")
+ROWS_OF_WORKER = 50_000  # a process starts in about the time of 20,000 rows
 MOST_WORKERS = 16  # each of them holds the libraries in memory
 
 
 def end_with_parent() -> None:
     """End this worker process when its parent ends, even if that is killed."""
-
-    def wait_for_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait_for_parent, daemon=True).start()
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_exit_after, args=(parent.join,), daemon=True).start()
 
 
 def workers_for(rows: int) -> int:
-    """Return how many processes pay off for a task of a fraction of a millisecond a row; 0: this process alone is faster."""
+    """Return the number of processes that pays off at a fraction of a millisecond a row; 0: this process alone is faster."""
     workers = min(os.cpu_count() or 1, MOST_WORKERS, rows // ROWS_OF_WORKER)
     return workers if workers > 1 else 0
 
@@ -35,7 +33,7 @@ def map_with(job: Job, function: Callable[[Job, Chunk], Result], chunks: Sequenc
     """Yield function(job, chunk) of each chunk, in order.
 
     Args:
-      job: is sent to each process once, which keeps the files that it opens.
+      job: is sent to each process once; the process keeps the files that it opens.
       workers: processes next to this one; 0 for none.
 
     Raises:
@@ -57,7 +55,7 @@ def map_with(job: Job, function: Callable[[Job, Chunk], Result], chunks: Sequenc
             raise
 
 
-_task: tuple | None = None  # of a worker process, which does nothing else
+_task: tuple[Any, Callable]  # of a worker process, which has one
 
 
 def _take_job(job: Job, function: Callable[[Job, Chunk], Result]) -> None:
@@ -66,6 +64,11 @@ def _take_job(job: Job, function: Callable[[Job, Chunk], Result]) -> None:
     end_with_parent()
 
 
-def _run_chunk(chunk: Chunk) -> Result:
+def _run_chunk(chunk: Any) -> Any:
     job, function = _task
     return function(job, chunk)
+
+
+def _exit_after(wait: Callable[[], object]) -> None:
+    wait()
+    os._exit(1)

@@ -24,7 +24,7 @@ MOST_THREADS = 8
 class Reader:
     """Reads the items of a sequence.
 
-    A sequence may have `described(number)`, the item with (width, height) in place of its image: several threads then read it, and
+    A sequence may have `describe(number)`, the item with (width, height) in place of its image: several threads then read it, and
     open images when their turn comes. Otherwise an item is read once, and kept until its arrays are made.
     A sequence may have `item_name(number)`, the name of an item in errors.
 
@@ -38,8 +38,8 @@ class Reader:
     def __init__(self, processor: object, items: Sequence, side: str, meta: int, budget: int):
         self._processor, self._items, self._side, self._meta, self._budget = processor, items, side, meta, budget
         self._make = {"query": processor.query, "document": processor.document}[side]
-        self._described, self._name = getattr(items, "described", None), getattr(items, "item_name", _name)
-        self._lock = contextlib.nullcontext() if self._described else threading.Lock()
+        self._describe, self._name = getattr(items, "describe", None), getattr(items, "item_name", _name)
+        self._lock = contextlib.nullcontext() if self._describe else threading.Lock()
         self._held: dict[int, dict | Example] = {}
         count = min(os.cpu_count() or 1, MOST_THREADS)
         # Sizes have threads of their own: queued after the items of several calls, they would delay the next calls.
@@ -59,8 +59,8 @@ class Reader:
         return [self._threads.submit(self._row_item, int(number)) for number in numbers]
 
     def _size(self, number: int) -> Fitted:
-        if self._described:
-            return self._processor.size(as_item(self._described(number), self._name(number)), self._side, name=self._name(number))
+        if self._describe:
+            return self._processor.size(as_item(self._describe(number), self._name(number)), self._side, name=self._name(number))
         item = self._read(number)
         if item.get("image") is not None:
             self._held[number] = item

@@ -1,1 +1,1 @@
-"""Images and texts as inputs, for all families of backbones."""
+"""Processors of queries and documents, with images and texts, for all families of backbones."""

@@ -1,4 +1,4 @@
-"""Images of any format: upright and RGB, with exactly the pixels that transformers reads."""
+"""Images of any format, upright and in RGB, with exactly the pixels that transformers reads."""
 
 import contextlib
 import functools
@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from metaembed_jax.errors import UserError
 
-MAX_SOURCE_PIXELS = 64_000_000  # of an image as it is opened, before it is decoded
-MAX_ASPECT_RATIO = 200  # beyond it some families' processors refuse an image, so preparation does
-ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange width and height
+MAX_SOURCE_PIXELS = 64_000_000  # of an image, checked before it is decoded
+MAX_ASPECT_RATIO = 200  # some families refuse images beyond it, so preparation does
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 WIDTH, HEIGHT = 0x0100, 0x0101  # tags of a TIFF
 TEXT_CHUNKS, TURNING = (b"tEXt", b"zTXt", b"iTXt"), (b"Raw profile type exif", b"XML:com.adobe.xmp", b"xmp")  # of a PNG
 
@@ -22,10 +23,9 @@ TEXT_CHUNKS, TURNING = (b"tEXt", b"zTXt", b"iTXt"), (b"Raw profile type exif", b
 def open_image(image: bytes | str | Path | Image.Image, name: str) -> Image.Image:
     """Decode an image to RGB as transformers does; an open RGB image is returned itself.
 
-    Encoded bytes and files are turned upright by their EXIF orientation (as `transformers.image_utils.load_image`); an image
-    that is open already stays as it is. Transparency of any kind is composited onto white, every other mode goes through
-    Pillow's `convert("RGB")` (as `transformers.image_transforms.convert_to_rgb`): 16 bits are clipped to 8, not scaled. The
-    first frame stands for an animation.
+    Encoded bytes and files are turned upright by their EXIF orientation (as `transformers.image_utils.load_image`); open images are
+    not. Transparency is composited onto white, and Pillow's `convert("RGB")` converts every other mode (as
+    `transformers.image_transforms.convert_to_rgb`): 16 bits are clipped to 8, not scaled. An animation gives its first frame.
 
     Raises:
       UserError: the image is unreadable, truncated or empty, or has more than `MAX_SOURCE_PIXELS` (checked before decoding).
@@ -74,7 +74,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_size(image: bytes | str | Path | Image.Image | tuple[int, int], name: str) -> tuple[int, int]:
-    """Return (width, height) of the image that `open_image` would give, from its header alone.
+    """Return (width, height) of the image that `open_image` returns, from its header alone.
 
     Args:
       image: as for `open_image`; or its (width, height), which is returned.
@@ -90,11 +90,12 @@ def image_size(image: bytes | str | Path | Image.Image | tuple[int, int], name: 
     with _reading(name), _open_file(image) as file:
         header = Image.open(file)
         check_size(header, name)
-        # Pillow turns a TIFF's size when it opens it, by versions.
-        width, height = (header.tag_v2[WIDTH], header.tag_v2[HEIGHT]) if header.format == "TIFF" else header.size
+        # Some versions of Pillow turn the size of a TIFF when they open it.
+        is_tiff = isinstance(header, TiffImageFile)
+        width, height = (header.tag_v2[WIDTH], header.tag_v2[HEIGHT]) if is_tiff else header.size
         exif = header.getexif
         if header.format == "PNG" and not _has_late_exif(image):
-            exif = functools.partial(Image.Image.getexif, header)  # PNG's own would decode the image first
+            exif = functools.partial(Image.Image.getexif, header)  # the method of PNG images decodes the image first
         turned = exif().get(ORIENTATION, 1) in QUARTER_TURNS
     return (height, width) if turned else (width, height)
 

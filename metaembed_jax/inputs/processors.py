@@ -137,7 +137,7 @@ class PromptProcessor:
         if room is not None and len(whole) > room:
             kept = self._tokenizer.fit(prompt.before, text, prompt.after, room, name)
         tokens = np.array([*prompt.head, *kept, *prompt.tail], np.int32)
-        arrays = {} if grid is None else self._patches(opened, grid)
+        arrays = {} if opened is None or grid is None else self._patches(opened, grid)
         mask = arrays.pop("patch_mask", np.ones(0 if grid is None else grid.patches, bool))
         return Example(
             tokens,
@@ -153,12 +153,12 @@ class PromptProcessor:
         """Return an image's grid, the prompt, and the most tokens of the text with the words around it (None: any number)."""
         limits, with_image = self.limits, shape is not None
         if limits is None:
-            grid = self._grid(*shape, None, None, name) if with_image else None
+            grid = None if shape is None else self._grid(*shape, None, None, name)
             return grid, self._prompt(grid, side, bool(text), with_image), None
         bare = self._prompt(None, side, bool(text), with_image)
         words = len(self._tokenizer.encode(bare.before + bare.after))
         room = limits.prompt(side) - len(bare.head) - len(bare.tail) - words
-        grid = self._grid(*shape, room, limits.patches, name) if with_image else None
+        grid = None if shape is None else self._grid(*shape, room, limits.patches, name)
         prompt = self._prompt(grid, side, bool(text), with_image)
         room = limits.prompt(side) - len(prompt.head) - len(prompt.tail)
         if room < words:

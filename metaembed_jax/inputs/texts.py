@@ -1,6 +1,7 @@
-"""Prompts as tokens of a checkpoint's vocabulary: special tokens only from the prompt, cuts only in the user's text."""
+"""Prompts as tokens of a checkpoint's vocabulary. Special tokens come only from the prompt, and only the user's text is cut."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
@@ -32,9 +33,10 @@ class PromptTokenizer:
         self._encoded: dict[str, list[int]] = {}
         # Special strings in a text are plain text. Set once, because several threads encode at the same time.
         self._tokenizer.encode_special_tokens = True
-        self.ids: dict[str, int] = {token: self._tokenizer.token_to_id(token) for token in special_tokens}
-        if missing := [token for token, number in self.ids.items() if number is None]:
+        ids = {token: self._tokenizer.token_to_id(token) for token in special_tokens}
+        if missing := [token for token, number in ids.items() if number is None]:
             raise UserError(f"the tokenizer lacks {', '.join(missing)}; use a {title} tokenizer.json")
+        self.ids: dict[str, int] = {token: number for token, number in ids.items() if number is not None}
         if loose := [token for token, number in self.ids.items() if number in self.encode(token)]:
             raise UserError(f"the tokenizer does not mark {', '.join(loose)} as special; use a {title} tokenizer.json")
 
@@ -55,7 +57,7 @@ class PromptTokenizer:
     def fit(self, before: str, text: str, after: str, room: int | None, name: str) -> list[int]:
         """Return the tokens of before + text + after as one string (merges may cross the seams), at most `room`.
 
-        A cut text has exactly the tokens of a shorter text, so the words around it stay whole whatever was merged.
+        A cut text has exactly the tokens of a shorter text, so the words around it stay complete, whatever tokens merge.
 
         Args:
           room: the most tokens; None for any number.
@@ -68,7 +70,7 @@ class PromptTokenizer:
         while room is not None and (excess := len(encoding.ids) - room) > 0:
             if not text:
                 raise UserError(f"{name}: its prompt alone is {excess} tokens over the limit of {room}; raise config.rows.size")
-            # Of the tokens that begin ahead of `after`; none do if a normaliser drops the whole string.
+            # The starts of the tokens before `after`; there are none if a normalizer drops the whole string.
             starts = [start for start, _ in encoding.offsets if start < len(before) + len(text)] or [len(before)]
             start = starts[max(len(starts) - excess, 0)] - len(before)
             text = text[: max(0, min(start, len(text) - 1))]
@@ -85,7 +87,13 @@ class PromptTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-def read_item(item: dict, name: str) -> tuple[str, object]:
+def meta_token_names(query_tokens: int, document_tokens: int) -> list[str]:
+    """Return the strings of Meta Tokens in the vocabulary of an export, those of queries first."""
+    sides = (("query", query_tokens), ("document", document_tokens))
+    return [f"<|meta_{side}_{number}|>" for side, count in sides for number in range(count)]
+
+
+def read_item(item: dict, name: str) -> tuple[str, Any]:
     """Return (text, image or None) of {"text": str, "image": ...}; an absent text is empty.
 
     Raises:

@@ -14,7 +14,7 @@ from metaembed_jax.backbones.family import family
 from metaembed_jax.batch.items import Limits, Size
 from metaembed_jax.batch.packing import Fill, fill, pack, row_vectors
 from metaembed_jax.config.run import RunConfig
-from metaembed_jax.data.schedule import balanced_schedule
+from metaembed_jax.data.source_schedule import balanced_schedule
 from metaembed_jax.network_config import model_config, row_limits
 from metaembed_jax.planning.typical_items import typical_document, typical_pair
 

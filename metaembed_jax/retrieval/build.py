@@ -98,7 +98,7 @@ def _write(
     folder: Path, draft: Manifest, documents: Documents, numbers: range, vectors_nRD: Float[np.ndarray, "n R D"]
 ) -> Manifest:
     """Write a segment of some documents, and return the draft with it."""
-    descriptions = [documents.about(number) for number in numbers]
+    descriptions = [documents.metadata(number) for number in numbers]
     ids = [description["id"] for description in descriptions]
     writer = SegmentWriter(folder, draft)
     writer.add(make_items(vectors_nRD, ids, [_metadata(description) for description in descriptions], None))

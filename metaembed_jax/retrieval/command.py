@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from metaembed_jax.data.documents import open_documents
-from metaembed_jax.data.sources.files import read_image_file
+from metaembed_jax.data.sources.image_files import read_image_file
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import is_bucket

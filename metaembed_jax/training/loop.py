@@ -26,10 +26,10 @@ from metaembed_jax.checkpoints.workdir import (
 from metaembed_jax.compilation import announced
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.data import sources
-from metaembed_jax.data.items import Items, run_items
 from metaembed_jax.data.mixture import check_mixture
 from metaembed_jax.data.pipeline import iterate, training_batches
-from metaembed_jax.data.planned import RowPlan
+from metaembed_jax.data.row_plan import RowPlan
+from metaembed_jax.data.run_items import RunItems, run_items
 from metaembed_jax.data.stored_plan import stored_plan
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
@@ -173,7 +173,7 @@ def _train(
     config: RunConfig,
     trainer: Trainer,
     state: TrainState,
-    items: Items,
+    items: RunItems,
     plan: RowPlan,
     model: MetaEmbed,
     checkpoints: RunCheckpoints,

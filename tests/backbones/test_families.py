@@ -21,9 +21,9 @@ from metaembed_jax.checkpoints.huggingface import read_backbone
 from metaembed_jax.checkpoints.loading import base_architecture, run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.config import RunConfig, with_keys
-from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import training_batches
-from metaembed_jax.data.planned import plan_rows
+from metaembed_jax.data.row_plan import plan_rows
+from metaembed_jax.data.run_items import run_items
 from metaembed_jax.encoding.reading import as_item
 from metaembed_jax.errors import UserError
 from metaembed_jax.flops import train_flops

@@ -9,7 +9,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from metaembed_jax.data import sources
-from metaembed_jax.data.sources import files
+from metaembed_jax.data.sources import image_files
 from metaembed_jax.errors import UserError
 from tests.data.field_files import (
     MARK,
@@ -63,7 +63,7 @@ BAD_IMAGES = {
     "broken jpeg": (lambda: b"\xff\xd8nonsense", "cannot be read"),
     "huge": (huge, "cannot be read (Image size (900000000 pixels) exceeds limit"),
     "large": (large, "the image is 10000x10000 pixels"),
-    "no image": (lambda: b"<svg></svg>", "cannot be read (it is of no known kind)"),
+    "no image": (lambda: b"<svg></svg>", "cannot be read (it is of no known format)"),
     "a line": (lambda: picture(0, height=201, width=1), "is 1x201: one side is over 200 times the other"),
 }
 
@@ -129,7 +129,7 @@ def test_what_a_decoder_does_not_notice_passes():
     """A JPEG has no checksum: a changed byte may only change some pixels. `check_image` says so."""
     content = bytearray(picture(0))
     content[len(content) // 2] ^= 1
-    assert files.check_image(bytes(content), "image") == bytes(content)
+    assert image_files.check_image(bytes(content), "image") == bytes(content)
 
 
 COLUMNS = {"mmeb": "pos_image_path", "mined": "pos_image", "colpali": "image", "tevatron": "docid"}
@@ -145,7 +145,7 @@ def test_missing_columns(tmp_path, kind):
     if kind == "tevatron":  # its tables are found by their columns
         for one in (path / "corpus" / "data").glob("train-0*"):
             one.unlink()
-    message = "documents .* are nowhere" if kind == "tevatron" else f"{other}: lacks the column {COLUMNS[kind]}; it has "
+    message = "documents .* are missing" if kind == "tevatron" else f"{other}: lacks the column {COLUMNS[kind]}; it has "
     with pytest.raises(UserError, match=message):
         prepare(kind, path, tmp_path / "out")
 
@@ -153,11 +153,11 @@ def test_missing_columns(tmp_path, kind):
 @pytest.mark.parametrize(
     "kind, change, message",
     [
-        ("mined", {"pos_image": None}, "pos_text '<|image_1|>' has the mark <|image_1|>, and no image stands beside it"),
-        ("mined", {"pos_text": "no mark"}, "pos_text 'no mark' has no mark <|image_1|>, and an image stands beside it"),
+        ("mined", {"pos_image": None}, "pos_text '<|image_1|>' has the mark <|image_1|>, and no image next to it"),
+        ("mined", {"pos_text": "no mark"}, "pos_text 'no mark' has no mark <|image_1|>, and an image next to it"),
         ("mined", {"pos_text": "", "pos_image": None}, "pos_text is empty, and has no image"),
         ("mined", {"qry": None}, "qry is empty, and has no image"),
-        ("colpali", {"query": " "}, "query is ' ', not a text"),
+        ("colpali", {"query": " "}, "query is ' '; expected a text"),
         ("colpali", {"image": None}, "the image in image cannot be read"),
     ],
 )
@@ -176,18 +176,18 @@ def test_bad_rows_with_images_inline(tmp_path, kind, change, message):
     [
         ({"positive": None}, "positive has neither text nor image"),
         ({"query": "", "query_image": ""}, "query has neither text nor image"),
-        ({"query": 5}, "query is a int, not a text"),
+        ({"query": 5}, "query: expected a string, not int"),
         ({"query_image": 5}, "the image in query cannot be read"),
         ({"query_image": "a/b.png"}, "IN/a/b.png is missing"),
-        ({"query_image": "other.png"}, "IN/other.png is missing, but IN/images/other.png is there: the images lie one level off"),
+        ({"query_image": "other.png"}, "IN/other.png is missing, but IN/images/other.png exists: move the images"),
         ({"query_image": "x" * 300 + ".png"}, "x.png is missing"),
         ({"query_image": "../in/a.png"}, "leads out of IN"),
         ({"query_image": "link.png"}, "IN/link.png is a link out of IN"),
-        ({"negatives": "abc"}, "negatives and negative_images must be lists"),
-        ({"negatives": [5]}, "negative 0 is a int, not a text"),
+        ({"negatives": "abc"}, "negatives and negative_images: expected lists"),
+        ({"negatives": [5]}, "negative 0: expected a string, not int"),
         ({"negatives": ["a"], "negative_images": ["", ""]}, "has 1 negatives and 2 negative_images"),
-        ({"source": 5}, "source is a int, not a text"),
-        ({"query": "\ud800"}, "holds half of a surrogate pair"),
+        ({"source": 5}, "source: expected a string, not int"),
+        ({"query": "\ud800"}, "has a lone surrogate"),
     ],
 )
 def test_bad_rows_of_pairs(tmp_path, change, message):
@@ -210,7 +210,7 @@ def test_bad_rows_of_pairs(tmp_path, change, message):
         ({"qry_image_path": "images/X/9.jpg"}, "images/X/9.jpg is missing"),
         ({"qry_image_path": "../secret.jpg"}, "leads out of"),
         ({"qry_image_path": "/etc/passwd"}, "leads out of"),
-        ({"qry_image_path": ""}, "no image stands beside it"),
+        ({"qry_image_path": ""}, "no image next to it"),
         ({"qry": "no mark"}, "no mark"),
         ({"qry": MARK + MARK}, "twice"),
         ({"pos_text": ""}, "pos_text is empty, and has no image"),
@@ -243,12 +243,12 @@ def test_images_one_level_off(tmp_path):
     for number in range(2):
         (tmp_path / "images" / "X" / "Train" / f"{number}.jpg").write_bytes(picture(number))
     write_parquet(tmp_path / "X" / "original-00000-of-00001.parquet", rows)
-    with pytest.raises(UserError, match=r"row 0: the image .*X/Train/0.jpg is missing, but .*images/X/Train/0.jpg is there"):
+    with pytest.raises(UserError, match=r"row 0: the image .*X/Train/0.jpg is missing, but .*images/X/Train/0.jpg exists"):
         prepare("mmeb", tmp_path, tmp_path / "out")
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(UserError, match="no source 'flickr'; there are icons, boards, mmeb"):
+    with pytest.raises(UserError, match="unknown source 'flickr'; allowed: icons, boards, mmeb"):
         prepare("flickr", tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="has no {subset}/original"):
         prepare("mmeb", tmp_path, tmp_path / "out")
@@ -260,11 +260,11 @@ def test_bad_files(tmp_path):
     ):
         prepare("mmeb", tmp_path, tmp_path / "out")
     (tmp_path / "X" / "original-0.parquet").write_bytes(b"PAR1 nonsense")
-    with pytest.raises(UserError, match="original-0.parquet: is no Parquet file"):
+    with pytest.raises(UserError, match="original-0.parquet: is not a readable Parquet file"):
         prepare("mmeb", tmp_path, tmp_path / "out")
-    for line, message in (("{", "row 1: is no JSON"), ("[1]", "row 1: is a list"), ('{"querry": 1}', "row 1: has querry")):
+    for line, message in (("{", "is not JSON"), ("[1]", "expected an object"), ('{"querry": 1}', "unknown column querry")):
         (tmp_path / "mine.jsonl").write_text(json.dumps({"query": "a", "positive": "b"}) + f"\n\n{line}\n")
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=f"row 1: {message}"):
             prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")
     (tmp_path / "mine.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no rows to read"):

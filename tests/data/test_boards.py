@@ -133,7 +133,7 @@ def test_the_curriculum_sets_how_many_icons_a_page_shows(data_dir, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "curriculum, clue", [(((5, 0, 3),), "fewest"), (((5, 4, 10),), "most"), (((9, 1, 1), (5, 1, 1), (0, 4, 9)), "rise")]
+    "curriculum, clue", [(((5, 0, 3),), "fewest"), (((5, 4, 10),), "most"), (((9, 1, 1), (5, 1, 1), (0, 4, 9)), "rising")]
 )
 def test_a_curriculum_that_cannot_be_followed_is_an_error(data_dir, curriculum, clue):
     with pytest.raises(UserError, match=f"config.data.curriculum.*{clue}"):

@@ -56,7 +56,7 @@ def scanned(colours, size=(85, 110)):
 
 
 def ids(documents):
-    return [documents.about(number)["id"] for number in range(len(documents))]
+    return [documents.metadata(number)["id"] for number in range(len(documents))]
 
 
 def test_a_folder_in_natural_order(tmp_path, capsys):
@@ -71,8 +71,8 @@ def test_a_folder_in_natural_order(tmp_path, capsys):
     documents = open_documents(tmp_path)
     expected = ["a/scan.pdf#page=1", "a/scan.pdf#page=2", "a/scan.pdf#page=3", "b/Übung.jpg", "page2.PNG", "page10.png"]
     assert len(documents) == 6 and ids(documents) == expected
-    assert documents.about(2) == {"id": "a/scan.pdf#page=3", "path": str(tmp_path / "a" / "scan.pdf"), "page": 3, "text": None}
-    assert documents.about(5) == {"id": "page10.png", "path": str(tmp_path / "page10.png"), "page": None, "text": None}
+    assert documents.metadata(2) == {"id": "a/scan.pdf#page=3", "path": str(tmp_path / "a" / "scan.pdf"), "page": 3, "text": None}
+    assert documents.metadata(5) == {"id": "page10.png", "path": str(tmp_path / "page10.png"), "page": None, "text": None}
     for number, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
         page = documents[number]["image"]
         assert page.mode == "RGB" and np.abs(np.asarray(page).mean((0, 1)) - colour).max() < 3
@@ -145,9 +145,9 @@ def test_pages_that_are_none(tmp_path):
     [
         (ENCRYPTED, "is encrypted"),
         (pdf_of(), "has no pages"),
-        (b"", "is no PDF file that can be read"),
-        (scanned(["red"])[:300], "is no PDF file that can be read"),
-        (picture(0, "png"), "is no PDF file that can be read"),
+        (b"", "is not a readable PDF file"),
+        (scanned(["red"])[:300], "is not a readable PDF file"),
+        (picture(0, "png"), "is not a readable PDF file"),
     ],
     ids=["encrypted", "no pages", "empty", "cut", "png"],
 )
@@ -185,10 +185,10 @@ def test_links_and_pipes(tmp_path, capsys):
 def test_nothing_to_read(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         open_documents(tmp_path / "none")
-    with pytest.raises(UserError, match="has no image and no PDF file in it"):
+    with pytest.raises(UserError, match="has no images or PDF files in it"):
         open_documents(tmp_path)
     write(tmp_path / "a.docx", b"")
-    with pytest.raises(UserError, match="a.docx: is no image, PDF file or table"):
+    with pytest.raises(UserError, match="a.docx: expected an image, PDF file or table"):
         open_documents(tmp_path / "a.docx")
 
 
@@ -237,15 +237,15 @@ def test_a_table(tmp_path, ending):
     image = picture(0, "png")
     assert list(documents) == [{"text": "Grün"}, {"image": image}, {"text": "both", "image": image}]
     assert ids(documents) == ["x", "7", "z"]
-    assert [documents.about(number)["text"] for number in range(3)] == ["Grün", None, "both"]
-    assert [documents.about(number)["path"] for number in range(3)] == [None, str(tmp_path / "a.png"), str(tmp_path / "a.png")]
+    assert [documents.metadata(number)["text"] for number in range(3)] == ["Grün", None, "both"]
+    assert [documents.metadata(number)["path"] for number in range(3)] == [None, str(tmp_path / "a.png"), str(tmp_path / "a.png")]
 
 
 def test_tables_without_ids_and_with_images_inline(tmp_path):
     write_parquet(tmp_path / "items.parquet", [{"image": inline(picture(number))} for number in range(20)])
     documents = open_documents(tmp_path / "items.parquet")
     assert ids(documents) == [str(number) for number in range(20)]
-    assert documents[13] == {"image": picture(13)} and documents.about(13)["path"] is None
+    assert documents[13] == {"image": picture(13)} and documents.metadata(13)["path"] is None
 
 
 @pytest.mark.parametrize(
@@ -254,13 +254,13 @@ def test_tables_without_ids_and_with_images_inline(tmp_path):
         ([{"id": "x", "text": "a"}, {"id": "y", "text": "b"}, {"id": "x", "text": "c"}], "row 2: the id 'x' is taken by .*row 0"),
         ([{"id": 1, "text": "a"}, {"id": "1", "text": "b"}], "row 1: the id '1' is taken by .*row 0"),
         ([{"id": "x", "text": "a"}, {"text": "b"}], "row 1: id is None"),
-        ([{"id": "x", "title": "a", "text": "b"}], "items.jsonl: has id, text, title; there are id, text, image"),
-        ([{"id": "x"}], "items.jsonl: has id; there are id, text, image"),
-        ([{"text": "a"}, {"text": "b", "id": "x"}], "row 1: has id, unlike the first row"),
+        ([{"id": "x", "title": "a", "text": "b"}], "items.jsonl: has the columns id, text, title; expected text or image"),
+        ([{"id": "x"}], "items.jsonl: has the columns id; expected text or image"),
+        ([{"text": "a"}, {"text": "b", "id": "x"}], "row 1: unknown column id, which the first row lacks; allowed: image, text"),
         ([{"text": "a"}, {"text": ""}], "row 1: document has neither text nor image"),
         ([{"text": "a"}, {"image": "none.png"}], "row 1: the image .*none.png is missing"),
         ([{"text": "a"}, {"image": "../a.png"}], "row 1: the image path '../a.png' leads out of"),
-        ([{"text": "a"}, {"text": ["b"]}], "row 1: document is a list, not a text"),
+        ([{"text": "a"}, {"text": ["b"]}], "row 1: document: expected a string, not list"),
     ],
 )
 def test_bad_tables(tmp_path, rows, message):
@@ -279,4 +279,4 @@ def test_a_folder_describes_its_images_and_pages(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "b.png")
     documents = open_documents(tmp_path)
     assert len(documents) == 4
-    assert [documents.described(n)["image"] for n in range(4)] == [documents[n]["image"].size for n in range(4)]
+    assert [documents.describe(n)["image"] for n in range(4)] == [documents[n]["image"].size for n in range(4)]

@@ -17,11 +17,11 @@ from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
 from metaembed_jax.batch.packing import pack
 from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.data import sources, tokenizer
-from metaembed_jax.data.items import run_items
 from metaembed_jax.data.pipeline import iterate, training_batches
-from metaembed_jax.data.planned import plan_rows
+from metaembed_jax.data.row_plan import plan_rows
+from metaembed_jax.data.run_items import run_items
 from metaembed_jax.data.sources import icons
-from metaembed_jax.data.sources.described import describe
+from metaembed_jax.data.sources.descriptions import describe
 from metaembed_jax.data.stored_plan import NAME, stored_plan
 from metaembed_jax.errors import UserError
 from metaembed_jax.network_config import model_config, row_limits
@@ -85,7 +85,7 @@ class Watched:
             self.asked.append((step, epoch, row))
         return self.records[row]
 
-    def described(self, row, epoch, step):
+    def describe(self, row, epoch, step):
         return describe(self.records[row], f"row {row}")
 
 
@@ -234,7 +234,7 @@ def test_rows_hold_every_step_and_what_is_used_of_them_is_known(processor):
     settings = config(max_text_tokens=40)
     items, plan = plan_of(settings, processor_of(processor._tokenizer._tokenizer, settings), [records])
     shape, packed = plan.shape(0, 1), [pack(items[step].sizes_N3, plan.row) for step in range(12)]
-    assert plan.rows == shape.rows == max(places_N2[:, 0].max() for places_N2 in packed) + 1
+    assert plan.rows == shape.rows == max(slots_N2[:, 0].max() for slots_N2 in packed) + 1
     dataset = training_batches(items, shape, model_config(settings).architecture.layout)
     for step in (0, 5):
         rows, figures = dataset[step].rows, items[step].figures(shape)
@@ -315,8 +315,8 @@ def test_an_unreadable_image_is_named_by_source_and_row(processor, broken):
 
 def test_an_image_of_another_size_than_was_described_is_named(processor):
     source = Watched([record(number) for number in range(8)])
-    dataset, descriptions = dataset_of(config(), processor, [source]), [source.described(row, 0, 0) for row in range(8)]
-    source.described = lambda row, *_: descriptions[row]
+    dataset, descriptions = dataset_of(config(), processor, [source]), [source.describe(row, 0, 0) for row in range(8)]
+    source.describe = lambda row, *_: descriptions[row]
     source.records[5] = record(5, positive={"image": png(5, 28, 28)})
     with pytest.raises(UserError, match="source 'a', row 5, positive: .*; expected .* prepare that again"):
         dataset[0]

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from metaembed_jax.config import DataConfig
 from metaembed_jax.data import sources
-from metaembed_jax.data.sources import files, records, tables, writing
+from metaembed_jax.data.sources import image_files, preparation, records, row_files
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import locked
 from tests.data.field_files import (
@@ -30,7 +30,7 @@ from tests.data.field_files import (
 
 
 def read(out, name, split="train"):
-    return list(records.open_split(out / name, writing.VERSION, split))
+    return list(records.open_split(out / name, preparation.VERSION, split))
 
 
 def prepare(kind, path, out, skips=0, workers=0):
@@ -119,19 +119,19 @@ def test_held_out_rows_are_a_search_task(tmp_path):
 
 
 def test_shards_resume_and_do_not_depend_on_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "SHARD_ROWS", 16)
-    monkeypatch.setattr(tables, "MARKED", 3)
+    monkeypatch.setattr(preparation, "SHARD_ROWS", 16)
+    monkeypatch.setattr(row_files, "LINES_PER_OFFSET", 3)
     write_pairs(tmp_path / "mine.jsonl", [{"query": f"q{number}", "positive": "p"} for number in range(100)])
     whole = prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "whole")["mine"]
     written = []
 
-    def killed_at_the_fourth(job, shard, write=writing._write_shard):
+    def killed_at_the_fourth(job, shard, write=preparation._write_shard):
         written.append(shard)
         if len(written) == 4:
             raise KeyboardInterrupt
         return write(job, shard)
 
-    monkeypatch.setattr(writing, "_write_shard", killed_at_the_fourth)
+    monkeypatch.setattr(preparation, "_write_shard", killed_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "killed")
     with pytest.raises(UserError, match="no complete preparation of a source 'mine'"):
@@ -149,16 +149,16 @@ def test_shards_resume_and_do_not_depend_on_workers(tmp_path, monkeypatch):
     assert prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "other")["mine"]["fingerprint"] != whole["fingerprint"]
 
 
-def test_json_lines_are_found_again_by_their_marks(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "MARKED", 3)
+def test_json_lines_are_found_by_their_offsets(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "LINES_PER_OFFSET", 3)
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps({"n": "ü" * n}) for n in range(20)) + "\n")
-    table = tables.open_table([tmp_path / "a.jsonl"])
+    table = row_files.open_row_files([tmp_path / "a.jsonl"])
     for start in range(20):
         assert [len(row["n"]) for row in table.read(start, 20)] == list(range(start, 20))
 
 
 def test_workers_write_shards_side_by_side(tmp_path):
-    rows = [{"query": f"query {number}", "positive": "p" * 500} for number in range(3 * writing.SHARD_ROWS)]
+    rows = [{"query": f"query {number}", "positive": "p" * 500} for number in range(3 * preparation.SHARD_ROWS)]
     write_pairs(tmp_path / "mine.jsonl", rows)
     one = prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "one")
     assert prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "two", workers=3) == one
@@ -177,8 +177,8 @@ def test_tables_read_from_anywhere(tmp_path, group):
     rows = [{"n": number} for number in range(50)]
     write_parquet(tmp_path / "0.parquet", rows[:20], group)
     write_parquet(tmp_path / "1.parquet", rows[20:], group)
-    table = tables.open_table([tmp_path / "0.parquet", tmp_path / "1.parquet"])
-    assert len(table) == 50 and table.place(20) == f"{tmp_path / '1.parquet'}, row 0"
+    table = row_files.open_row_files([tmp_path / "0.parquet", tmp_path / "1.parquet"])
+    assert len(table) == 50 and table.row_name(20) == f"{tmp_path / '1.parquet'}, row 0"
     for start, stop in ((0, 50), (0, 1), (19, 21), (20, 20), (33, 50), (7, 8)):
         assert list(table.read(start, stop)) == rows[start:stop]
 
@@ -195,7 +195,7 @@ def test_a_large_row_group_is_read_once(tmp_path, monkeypatch):
                 yield batch
 
     monkeypatch.setattr(parquet, "ParquetFile", Counted)
-    table = tables.open_table([tmp_path / "0.parquet"])
+    table = row_files.open_row_files([tmp_path / "0.parquet"])
     for first in range(0, 400, 40):
         assert [row["n"] for row in table.read(first, first + 40)] == list(range(first, first + 40))
     assert sum(batches) == 400
@@ -206,11 +206,11 @@ def test_a_large_row_group_is_read_once(tmp_path, monkeypatch):
 
 def test_archives_stay_open_and_do_not_travel(tmp_path):
     write_mmeb(tmp_path, "X", 2, "vqa", zipped=True)
-    folder = files.ImageFolder(tmp_path, (tmp_path / "images_zip" / "X.zip",))
+    folder = image_files.ImageFolder(tmp_path, (tmp_path / "images_zip" / "X.zip",))
     assert folder.read("images/X/Train/0.jpg") == picture(0)
     (tmp_path / "images_zip" / "X.zip").rename(tmp_path / "moved.zip")
     assert folder.read("images/X/Train/1.jpg") == picture(1)
-    with pytest.raises(UserError, match="X.zip: is no ZIP archive that can be read"):
+    with pytest.raises(UserError, match="X.zip: is not a readable ZIP archive"):
         pickle.loads(pickle.dumps(folder)).read("images/X/Train/1.jpg")
 
 
@@ -222,7 +222,7 @@ def test_negatives_that_no_source_has(tmp_path):
     data = DataConfig(dir=str(tmp_path), negatives=1, sources=(("without", 1.0, 0), ("with", 1.0, 0)))
     assert [len(split) for split in sources.training_records(data, 0)] == [1, 1]
     data = dataclasses.replace(data, sources=(("without", 1.0, 0),))
-    with pytest.raises(UserError, match="config.data.negatives=1, and no pair of without has any: set it to 0"):
+    with pytest.raises(UserError, match="config.data.negatives=1: no pair of without has negatives; set it to 0"):
         sources.training_records(data, 0)
 
 
@@ -246,7 +246,7 @@ def test_two_processes_do_not_prepare_one_source_at_once(tmp_path):
 
 def test_a_source_of_which_nothing_is_left_is_refused(tmp_path):
     write_pairs(tmp_path / "mine.jsonl", [{"query": "", "positive": "b"}] * 3)
-    with pytest.raises(UserError, match="no row is left to train on"):
+    with pytest.raises(UserError, match="no rows are left to train on"):
         prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out", skips=5)
 
 

@@ -10,8 +10,8 @@ from metaembed_jax.backbones.qwen2_5_vl.inputs import Images, Processor
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.data import sizes
 from metaembed_jax.data.sizes import CUT, PATCHES, SHRUNK, TOKENS, SourceSizes
-from metaembed_jax.data.sources import records, writing
-from tests.data.described_files import prepare_pairs
+from metaembed_jax.data.sources import preparation, records
+from tests.data.varied_pairs import prepare_pairs
 
 LIMITS = Limits(tokens=100, patches=128, text_tokens=60, query_tokens=4, document_tokens=8)
 NEGATIVES = 2
@@ -50,7 +50,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture
 def source(prepared):
     """The training split; its tables are removed in the end."""
-    split = records.open_split(prepared / "mine", writing.VERSION, "train").with_descriptions()
+    split = records.open_split(prepared / "mine", preparation.VERSION, "train").with_descriptions()
     yield split
     for file in split.folder.glob("sizes-*"):
         file.unlink()
@@ -118,11 +118,11 @@ def test_a_damaged_table_is_computed_again(source, processor):
 def test_worker_processes_and_folders_that_cannot_be_written(source, processor, monkeypatch, capsys):
     monkeypatch.setattr(sizes.os, "access", lambda *_: False)
     monkeypatch.setattr(sizes, "workers_for", lambda rows: 2)
-    monkeypatch.setattr(sizes, "BLOCK", 10)
+    monkeypatch.setattr(sizes, "CHUNK", 10)
 
-    def map_pickled(job, function, parts, workers):
+    def map_pickled(job, function, chunks, workers):
         assert workers == 2
-        return (pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(job)), part) for part in parts)
+        return (pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(job)), chunk) for chunk in chunks)
 
     monkeypatch.setattr(sizes, "map_with", map_pickled)
     expected = np.stack([sizes_of(processor, record) for record in source])

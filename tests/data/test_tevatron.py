@@ -3,7 +3,7 @@
 import pytest
 
 from metaembed_jax.data import sources
-from metaembed_jax.data.sources import corpus, records, tevatron, writing
+from metaembed_jax.data.sources import corpus, preparation, records, tevatron
 from metaembed_jax.errors import UserError
 from tests.data.field_files import (
     inline,
@@ -21,7 +21,7 @@ def prepare(directory, out, skips=0, workers=0):
 
 
 def read(out, name="pages"):
-    return list(records.open_split(out / name, writing.VERSION, "train"))
+    return list(records.open_split(out / name, preparation.VERSION, "train"))
 
 
 def test_ids_become_pages(tmp_path):
@@ -71,7 +71,7 @@ def test_workers_and_a_resumed_job_write_the_same(tmp_path, monkeypatch):
     write = corpus.Corpus._write
     monkeypatch.setattr(corpus.Corpus, "_write", lambda *arguments: copies.append(1) or write(*arguments))
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "_write_shard", killed)
+        patch.setattr(preparation, "_write_shard", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "pages", tmp_path / "three")
     assert prepare(tmp_path / "pages", tmp_path / "three") == one and len(copies) == 1
@@ -85,8 +85,8 @@ QUERIES, CORPUS = "queries/train-00000-of-00001.parquet", "corpus/data/train-000
     [
         ("queries", 2, {"query_id": "0"}, f"{QUERIES}, row 2: the query_id '0' is taken by "),
         ("queries", 2, {"query_id": None}, f"{QUERIES}, row 2: query_id is None"),
-        ("queries", 2, {"positive_document_ids": ["99"]}, f"{QUERIES}, row 2: names the document '99', and the corpus has none"),
-        ("queries", 2, {"negative_document_ids": ["99"]}, f"{QUERIES}, row 2: names the document '99', and the corpus has none"),
+        ("queries", 2, {"positive_document_ids": ["99"]}, f"{QUERIES}, row 2: names the document '99', which the corpus lacks"),
+        ("queries", 2, {"negative_document_ids": ["99"]}, f"{QUERIES}, row 2: names the document '99', which the corpus lacks"),
         ("queries", 2, {"positive_document_ids": []}, f"{QUERIES}, row 2: positive_document_ids is empty"),
         ("queries", 2, {"positive_document_ids": None}, f"{QUERIES}, row 2: positive_document_ids is empty"),
         ("queries", 2, {"query_text": " "}, f"{QUERIES}, row 2: query_text is empty, and there is no query_image"),
@@ -123,10 +123,10 @@ def test_a_bad_page_can_be_skipped_with_the_rows_that_name_it(tmp_path):
 
 
 def test_folders_that_are_no_such_set(tmp_path):
-    with pytest.raises(UserError, match="queries .query_id, query_text.* are nowhere; --from is"):
+    with pytest.raises(UserError, match="queries .query_id, query_text.* are missing; --from is"):
         prepare(tmp_path / "none", tmp_path / "out")
     write_parquet(tmp_path / "a" / "q.parquet", tevatron_queries(2))
-    with pytest.raises(UserError, match=r"documents \(docid, image, text\) are nowhere"):
+    with pytest.raises(UserError, match=r"documents \(docid, image, text\) are missing"):
         prepare(tmp_path, tmp_path / "out")
     write_parquet(tmp_path / "c" / "c.parquet", tevatron_corpus(2))
     write_parquet(tmp_path / "b" / "q.parquet", tevatron_queries(2))
@@ -137,5 +137,5 @@ def test_folders_that_are_no_such_set(tmp_path):
     with pytest.raises(UserError, match="q.parquet: has the columns positive_document_ids, query_text; queries have query_id and"):
         prepare(tmp_path / "x", tmp_path / "out")
     (tmp_path / "x" / "z.parquet").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="z.parquet: is no Parquet file"):
+    with pytest.raises(UserError, match="z.parquet: is not a readable Parquet file"):
         prepare(tmp_path / "x", tmp_path / "out")

@@ -52,7 +52,7 @@ class Described(list):
         super().__init__(items)
         self.reads = []
 
-    def described(self, number):
+    def describe(self, number):
         return super().__getitem__(number)
 
     def __getitem__(self, number):

@@ -7,7 +7,7 @@ from metaembed_jax.backbones.qwen.images import smart_resize
 from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.packing import pack
 from metaembed_jax.config import load_config
-from metaembed_jax.data.schedule import balanced_schedule
+from metaembed_jax.data.source_schedule import balanced_schedule
 from metaembed_jax.planning.typical_items import typical_document, typical_pair
 from metaembed_jax.planning.typical_rows import rows_of_steps, typical_steps
 

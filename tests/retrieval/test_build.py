@@ -55,7 +55,7 @@ def test_an_index_of_documents(model, table, tmp_path, small_blocks):
     documents = me.open_documents(table)
     index = me.index_documents(model, documents, tmp_path / "index", budget=16, dtype="float32", name="here")
     scores, ids = index.search(model.encode_document(list(documents), budget=4), 1, (4, 16))
-    assert ids[:, 0].tolist() == [documents.about(n)["id"] for n in range(10)]
+    assert ids[:, 0].tolist() == [documents.metadata(n)["id"] for n in range(10)]
     np.testing.assert_allclose(scores, 4, rtol=1e-4)
     assert index.metadata("row 3") == {"text": documents[3]["text"]} and index.metadata("ä") == {"path": str(tmp_path / "a.png")}
     assert len(index._segments) == 1 and index.model == "here"

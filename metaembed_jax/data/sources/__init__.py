@@ -1,14 +1,16 @@
-"""The sources of training pairs, by name: a folder of `config.data.dir` each.
+"""The sources of training pairs, by name. Each has a folder in `config.data.dir`.
 
-Some are made here, of nothing but installed packages (`GENERATED`), the first time they are asked for. All others are prepared once
-from files (`READERS`), by `python -m metaembed_jax prepare --source=KIND --from=PATH`; one kind may make several sources.
+`GENERATED` sources are made from installed packages when they are first needed. All others are prepared once from files of a kind
+(`READERS`), by `python -m metaembed_jax prepare --source=KIND --from=PATH`; files of one kind may hold several sources.
 
-A source of training pairs is a sequence of records. Where it draws or varies them, `compose(row, epoch, step)` makes the record;
-`described(row, epoch, step)` makes the same with (width, height) in place of each image, and reads and draws none. `stored` are
-the `Records` that have the same descriptions in every epoch and step, if there are any.
+A source of training pairs is a sequence of records (see `records`), and may also have
 
-A generated source is a module with `prepare(data_dir) -> marker`, `training(data, seed) -> sequence of records`, with `config.data`
-of a run, and `retrieval(data_dir, split) -> Retrieval`. Modules are imported when they are asked for.
+    compose(row, epoch, step)     the record, where the source draws or varies it; a pure function
+    describe(row, epoch, step)    the same record with (width, height) in place of each image, without drawing or reading it
+    stored                        the `Records` with the same descriptions, where they are the same in every epoch and step
+
+A module of a generated source has `prepare(data_dir) -> marker`, `training(data, seed) -> source`, where data is `config.data` of a
+run, and `retrieval(data_dir, split) -> Retrieval`. Modules are imported when they are needed.
 """
 
 import importlib
@@ -16,89 +18,93 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metaembed_jax.config.run import DataConfig
+from metaembed_jax.config import DataConfig
 from metaembed_jax.errors import UserError
 
 if TYPE_CHECKING:
     from metaembed_jax.data.sources.records import Retrieval
 
 GENERATED = {"icons": "metaembed_jax.data.sources.icons", "boards": "metaembed_jax.data.sources.boards"}
-# Of each kind, the module, the function that finds its parts in a folder (or file), and what --from is.
+# For each kind, its module, the function that finds its sources in a folder (or file), and the meaning of --from.
 READERS = {
-    "mmeb": ("mmeb", "parts", "the folder of TIGER-Lab/MMEB-train: its original split"),
-    "mmeb_diverse": ("mmeb", "diverse_parts", "the same folder: its diverse_instruction split"),
-    "mined": ("mmeb", "mined_parts", "a folder of MMEB-train with mined negatives and images inline"),
-    "colpali": ("pages", "parts", "the folder of vidore/colpali_train_set"),
-    "tevatron": ("tevatron", "parts", "a folder of queries with mined negatives, and of their corpus; the source is named as it"),
-    "pairs": ("pairs", "parts", "a .jsonl or .parquet file of your own pairs"),
+    "mmeb": ("mmeb", "find_sources", "the folder of TIGER-Lab/MMEB-train: its original split"),
+    "mmeb_diverse": ("mmeb", "find_diverse_sources", "the same folder: its diverse_instruction split"),
+    "mined": ("mmeb", "find_mined_sources", "a folder of MMEB-train with mined negatives and images inline"),
+    "colpali": ("colpali", "find_sources", "the folder of vidore/colpali_train_set"),
+    "tevatron": ("tevatron", "find_sources", "a folder of queries with mined negatives, and of their corpus; it names the source"),
+    "pairs": ("pairs", "find_sources", "a .jsonl or .parquet file of your own pairs; it names the source"),
 }
 
 
 def prepare(name: str, data_dir: str | Path) -> dict:
-    """The marker of a prepared source: {"version", "fingerprint", and counts}. What is generated is prepared first, if need be.
+    """Return the marker of a prepared source: {"version", "fingerprint", and counts}. A generated source is prepared if it is not.
 
     Raises:
-      UserError: it is not prepared, and cannot be made of nothing.
+      UserError: another source is not prepared.
     """
-    from metaembed_jax.data.sources import records, writing
+    from metaembed_jax.data.sources import preparation, records
 
     if name in GENERATED:
         return importlib.import_module(GENERATED[name]).prepare(data_dir)
-    marker = records.read_marker(Path(data_dir) / name, writing.VERSION)
+    marker = records.read_marker(Path(data_dir) / name, preparation.VERSION)
     if marker is None:
         raise UserError(
             f"{Path(data_dir) / name} holds no complete preparation of a source {name!r}: "
-            f"run `python -m metaembed_jax prepare --source=KIND --from=PATH --out={data_dir}` (--help says what kinds there are)"
+            f"run `python -m metaembed_jax prepare --source=KIND --from=PATH --out={data_dir}` (--help lists the kinds)"
         )
     return marker
 
 
 def prepare_from(kind: str, path: str | Path, out: str | Path, workers: int, skips: int) -> dict[str, dict]:
-    """Prepares all sources that files hold: {name: marker}. What is there already stays.
+    """Prepare all sources that files hold, but for those that are prepared already.
+
+    Returns:
+      The marker of each source, by name.
 
     Raises:
-      UserError: no such kind, files that are not of it, or bad rows; names the first.
+      UserError: the kind is unknown, the files are not of it, or rows are bad; names the first.
     """
-    from metaembed_jax.data.sources import writing
+    from metaembed_jax.data.sources import preparation
 
     if kind not in READERS:
-        raise UserError(f"no source {kind!r}; there are {', '.join([*GENERATED, *READERS])}")
-    parts = _reader(kind)(Path(path))
-    if taken := [part.name for part in parts if part.name in GENERATED]:
-        raise UserError(f"{path}: a source cannot be named {taken[0]!r}, which is generated; rename it")
-    return {part.name: writing.write_part(part, Path(out), workers, skips) for part in parts}
+        raise UserError(f"unknown source {kind!r}; allowed: {', '.join([*GENERATED, *READERS])}")
+    raw_sources = _find_sources(kind)(Path(path))
+    if taken := [source.name for source in raw_sources if source.name in GENERATED]:
+        raise UserError(f"{path}: the name {taken[0]!r} is that of a generated source; rename it")
+    return {source.name: preparation.prepare_source(source, Path(out), workers, skips) for source in raw_sources}
 
 
 def summary(name: str, data_dir: str | Path) -> str:
-    """A line about the items of a prepared source: how many, and the largest."""
-    from metaembed_jax.data.sources import described, records, writing
+    """Return a line about the items of a prepared source: their numbers, the largest image and the longest text."""
+    from metaembed_jax.data.sources import descriptions, preparation, records
 
-    version = importlib.import_module(GENERATED[name]).VERSION if name in GENERATED else writing.VERSION
-    return described.summary(records.open_splits(Path(data_dir) / name, version))
+    version = importlib.import_module(GENERATED[name]).VERSION if name in GENERATED else preparation.VERSION
+    splits = records.open_splits(Path(data_dir) / name, version)
+    return descriptions.summarize(split.describe(row) for split in splits for row in range(len(split)))
 
 
 def training_records(data: DataConfig, seed: int) -> list[Sequence]:
-    """The training split of each entry of `config.data.sources`, for `pipeline.training_batches`; generates what is missing.
+    """Open the training split of each entry of `config.data.sources`; generated sources are prepared if they are not.
 
     Raises:
-      UserError: a source that is not prepared, or `config.data.negatives` of sources that have none.
+      UserError: a source is not prepared, or `config.data.negatives` is set and no source has negatives.
     """
-    from metaembed_jax.data.sources import records, writing
+    from metaembed_jax.data.sources import preparation, records
 
     names = [name for name, *_ in data.sources]
     markers = [prepare(name, data.dir) for name in names]
     if data.negatives and not any(marker.get("negatives") for marker in markers):
         raise UserError(
-            f"config.data.negatives={data.negatives}, and no pair of {', '.join(names)} has any: "
+            f"config.data.negatives={data.negatives}: no pair of {', '.join(names)} has negatives; "
             "set it to 0, or each step encodes as many documents in vain"
         )
 
-    def of(name: str) -> Sequence:
+    def open_source(name: str) -> Sequence:
         if name in GENERATED:
             return importlib.import_module(GENERATED[name]).training(data, seed)
-        return records.open_split(Path(data.dir) / name, writing.VERSION, "train").with_descriptions()
+        return records.open_split(Path(data.dir) / name, preparation.VERSION, "train").with_descriptions()
 
-    return [of(name) for name in names]
+    return [open_source(name) for name in names]
 
 
 def with_pairs(names: Sequence[str], data_dir: str | Path, split: str) -> list[str]:
@@ -107,29 +113,29 @@ def with_pairs(names: Sequence[str], data_dir: str | Path, split: str) -> list[s
     Raises:
       UserError: none has, or as `prepare`.
     """
-    # What is generated has pairs in every split, and its marker does not count them.
+    # Generated sources have pairs in every split, and their markers do not count them.
     present = [name for name in dict.fromkeys(names) if prepare(name, data_dir).get("rows", {}).get(split) != 0]
     if not present:
         raise UserError(
-            f"{', '.join(names)}: no source has {split} pairs, which a run is evaluated on: add pairs (of a hundred, about 5 are "
-            "for validation and 10 for the test), or a source to config.data.sources"
+            f"{', '.join(names)}: no source has {split} pairs, which a run is evaluated on; add pairs (of a hundred, about 5 are "
+            "for validation and 5 for the test), or a source to config.data.sources"
         )
     return present
 
 
 def retrieval(name: str, data_dir: str | Path, split: str) -> "Retrieval":
-    """The search task of a source's validation or test split, which has pairs.
+    """Return the search task of a source's validation or test split, which has pairs.
 
     Raises:
       UserError: as `prepare`.
     """
-    from metaembed_jax.data.sources import records, writing
+    from metaembed_jax.data.sources import preparation, records
 
     if name in GENERATED:
         return importlib.import_module(GENERATED[name]).retrieval(data_dir, split)
-    return records.pairs_retrieval(records.open_split(Path(data_dir) / name, writing.VERSION, split))
+    return records.pairs_retrieval(records.open_split(Path(data_dir) / name, preparation.VERSION, split))
 
 
-def _reader(kind: str) -> Callable:
+def _find_sources(kind: str) -> Callable:
     module, function, _ = READERS[kind]
     return getattr(importlib.import_module(f"metaembed_jax.data.sources.{module}"), function)

@@ -1,17 +1,17 @@
-"""Boards: page retrieval in miniature. A document is a page of icons at random places and sizes; the query names one or two.
+"""Boards: page retrieval in miniature. A document is a page of icons of random sizes and positions; a query names one or two.
 
-Pages of the validation and test splits are fixed and lie on disk; they hold icons of that split only, each of them on three
-pages. On disk a page's query text names all its icons in order, separated by ", "; `retrieval` makes the queries of one and of
-two names from it. Training pages are never stored: page n of epoch e is composed when it is asked for, a pure function of
-(seed, e, n) and the step's place in the curriculum, from icons of the training split only.
+Pages of the validation and test splits are fixed and stored. They show only icons of their split, each of them on three pages. The
+stored query of a page names all its icons in order, separated by ", "; `retrieval` makes queries of one and two names from it.
+Training pages are not stored: page n of epoch e is composed when it is read, from icons of the training split, and is a pure
+function of (seed, e, n) and the curriculum at the step.
 
-The source stands on the icons source and prepares it first.
+The icons source is prepared first.
 """
 
 import hashlib
 import io
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,28 +28,28 @@ VERSION = "1.1.0"
 SIDE = 224  # pixels of a fixed page
 LARGEST = 84  # pixels of an icon's canvas on a page
 FEWEST, MOST = 4, 9  # icons of a fixed page
-ROUNDS = 3  # how many fixed pages an icon is on
-PAGE_SEED = 0  # of the fixed pages, part of what the version names
+ROUNDS = 3  # fixed pages that show an icon
+PAGE_SEED = 0  # of the fixed pages; another seed needs another version
 SEPARATOR = ", "
 
 
 def cells(count: int, random: np.random.Generator, page_side: int = SIDE) -> list[tuple[int, int, int, int]]:
-    """Cuts a page at random into `count` disjoint cells (left, top, width, height): strips across or down, each into pieces."""
+    """Cut a page at random into `count` cells (left, top, width, height): into strips across or down, and each strip into cells."""
 
-    def cut(parts):
-        """(start, length) of pieces of the page's side."""
-        edges = np.cumsum([0, *random.uniform(0.85, 1.15, parts)])
+    def cut(count):
+        """Cut the side of the page into `count` intervals (start, length)."""
+        edges = np.cumsum([0, *random.uniform(0.85, 1.15, count)])
         edges = np.rint(edges / edges[-1] * page_side).astype(int)
         return zip(edges[:-1].tolist(), np.diff(edges).tolist(), strict=True)
 
     strips = round(count**0.5)
-    pieces = random.permutation([count // strips + (number < count % strips) for number in range(strips)]).tolist()
-    found = [(x, y, width, height) for (y, height), parts in zip(cut(strips), pieces, strict=True) for x, width in cut(parts)]
-    return found if random.integers(2) else [(y, x, height, width) for x, y, width, height in found]
+    in_strip = random.permutation([count // strips + (number < count % strips) for number in range(strips)]).tolist()
+    across = [(x, y, width, height) for (y, height), n in zip(cut(strips), in_strip, strict=True) for x, width in cut(n)]
+    return across if random.integers(2) else [(y, x, height, width) for x, y, width, height in across]
 
 
 def compose(drawings: Sequence[Image.Image], random: np.random.Generator, page_side: int = SIDE) -> Image.Image:
-    """A page, mode L, of the drawings (mode L), each in a cell of its own at a random place and size."""
+    """Return a page (mode L) of drawings (mode L), each in a cell of its own at a random size and position."""
     page = Image.new("L", (page_side, page_side), 255)
     for drawing, (left, top, width, height) in zip(drawings, cells(len(drawings), random, page_side), strict=True):
         room = min(width, height, LARGEST)
@@ -60,45 +60,46 @@ def compose(drawings: Sequence[Image.Image], random: np.random.Generator, page_s
 
 
 def name_some(names: Sequence[str], random: np.random.Generator) -> str:
-    """One or (where there are two) with the same chance two of the names, in random order, as a query says them."""
+    """Return a query of one or two of the names, with equal chances, in random order."""
     count = min(len(names), int(random.integers(1, 2, endpoint=True)))
-    return SEPARATOR.join(names[number] for number in random.permutation(len(names))[:count])
+    return SEPARATOR.join(names[int(number)] for number in random.permutation(len(names))[:count])
 
 
-class Drawings(Sequence):
-    """The drawings of one split of the icons source, each decoded once, when it is first asked for: (name, image of mode L).
+class Drawings(Sequence[tuple[str, Image.Image]]):
+    """(name, image of mode L) of each drawing in a split of the icons source. A drawing is decoded once, when it is first read.
 
     Attributes:
-      names: of all.
+      names: of all drawings.
     """
 
     def __init__(self, data_dir: str | Path, split: str):
-        self.found = records.open_split(Path(data_dir) / icons.NAME, icons.VERSION, split).with_descriptions()
-        self.decoded = [None] * len(self.found)
-        self.names = [self.found.described(row)["query"]["text"] for row in range(len(self.found))]
+        self.records = records.open_split(Path(data_dir) / icons.NAME, icons.VERSION, split).with_descriptions()
+        self.decoded: list[Image.Image | None] = [None] * len(self.records)
+        self.names = [self.records.describe(row)["query"]["text"] for row in range(len(self.records))]
 
     def __len__(self) -> int:
-        return len(self.found)
+        return len(self.records)
 
     def __getitem__(self, row: int) -> tuple[str, Image.Image]:
-        if self.decoded[row] is None:
-            self.decoded[row] = Image.open(io.BytesIO(self.found[row]["positive"]["image"])).convert("L")
-        return self.names[row], self.decoded[row]
+        drawing = self.decoded[row]
+        if drawing is None:
+            drawing = self.decoded[row] = Image.open(io.BytesIO(self.records[row]["positive"]["image"])).convert("L")
+        return self.names[row], drawing
 
 
-class Pages(Sequence):
-    """Training pages, composed when asked for.
+class Pages(Sequence[dict]):
+    """Training pages, composed when they are read.
 
-    Every epoch deals out all icons anew, `MOST` to a page; how many of them the page shows depends on the step, by the curriculum.
-    So two pages of an epoch never share an icon, and a page that does not answer a query rarely shows what it names.
+    Every epoch deals all icons, `MOST` to a page; the curriculum sets how many of them the page shows at a step. Two pages of an
+    epoch never share an icon, so a page that does not answer a query rarely shows an icon that the query names.
 
     Args:
-      page_side: pixels; a smaller page than the fixed ones' is cheaper to learn from while it shows few icons.
-      curriculum: ((until step, fewest icons, most icons), ...), by rising step; the last entry holds for ever, whatever its step.
+      page_side: pixels; a smaller page than the fixed ones is cheaper while it shows few icons.
+      curriculum: ((until step, fewest icons, most icons), ...), by rising step; the last entry has no end, whatever its step.
         Empty: 4 to 9.
 
     Raises:
-      UserError: a curriculum that cannot be followed, or too few drawings for a page.
+      UserError: the curriculum is malformed, or there are too few drawings for a page.
     """
 
     def __init__(
@@ -112,37 +113,39 @@ class Pages(Sequence):
         self.curriculum = tuple(curriculum) or ((0, FEWEST, MOST),)
         for _, fewest, most in self.curriculum:
             if not 1 <= fewest <= most <= MOST:
-                raise UserError(f"config.data.curriculum={self.curriculum}: icons of a page must be 1 <= fewest <= most <= {MOST}")
+                raise UserError(f"config.data.curriculum={self.curriculum}: expected 1 <= fewest <= most <= {MOST} icons of a page")
         steps = [until for until, _, _ in self.curriculum[:-1]]
         if steps != sorted(steps):
-            raise UserError(f"config.data.curriculum={self.curriculum}: its steps (but the last, which does not count) must rise")
+            raise UserError(f"config.data.curriculum={self.curriculum}: expected rising steps (the last one does not count)")
         if len(drawings) < MOST:
-            raise UserError(f"boards: {len(drawings)} training icons are too few for a page of {MOST}")
-        self._dealt = (-1, None)
+            raise UserError(f"boards: {len(drawings)} training icons; expected at least {MOST}, for a page")
+        self._dealt = -1, np.empty(0, np.int64)  # an epoch, and its order of icons
 
     def __len__(self) -> int:
-        """Pages of an epoch."""
+        """Return the number of pages of an epoch."""
         return len(self.drawings) // MOST
 
     def __getitem__(self, row: int) -> dict:
         return self.compose(row, 0, 0)
 
     def icons_at(self, step: int) -> tuple[int, int]:
-        """Fewest and most icons of a page at a step."""
-        return next((bounds for until, *bounds in self.curriculum[:-1] if step < until), self.curriculum[-1][1:])
+        """Return the fewest and the most icons of a page at a step."""
+        _, fewest, most = next((entry for entry in self.curriculum[:-1] if step < entry[0]), self.curriculum[-1])
+        return fewest, most
 
     def compose(self, row: int, epoch: int, step: int) -> dict:
+        """Return a page and its query."""
         text, dealt, random = self._chosen(row, epoch, step)
         page = compose([self.drawings[number][1] for number in dealt], random, self.page_side)
         return self._record(text, page)
 
-    def described(self, row: int, epoch: int, step: int) -> dict:
-        """The record that `compose` makes, with (width, height) in place of its page, which is not drawn."""
+    def describe(self, row: int, epoch: int, step: int) -> dict:
+        """Return the description of the record that `compose` returns, without drawing its page."""
         text, _, _ = self._chosen(row, epoch, step)
         return self._record(text, (self.page_side, self.page_side))
 
     def _chosen(self, row: int, epoch: int, step: int) -> tuple[str, list[int], np.random.Generator]:
-        """The query of a page, the numbers of its icons, and the random numbers that it is drawn with."""
+        """Return the query of a page, the numbers of its icons, and the generator that draws it."""
         random = np.random.default_rng([self.seed, epoch, row])
         fewest, most = self.icons_at(step)
         count = int(random.integers(fewest, most, endpoint=True))
@@ -153,47 +156,47 @@ class Pages(Sequence):
         return {"query": {"text": text}, "positive": {"image": image}, "negatives": [], "source": NAME}
 
     def _deal(self, epoch: int) -> np.ndarray:
-        dealt = self._dealt  # read once: several threads compose, and one may be an epoch ahead
+        dealt = self._dealt  # read once: several threads compose, and some may be an epoch ahead
         if dealt[0] != epoch:
             dealt = self._dealt = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.drawings))
         return dealt[1]
 
 
 def deal_fixed(names: Sequence[str], random: np.random.Generator) -> list[list[int]]:
-    """Which icons lie on which fixed page: `FEWEST` to `MOST` on each, every icon on `ROUNDS` pages, no name twice on a page.
+    """Return the icons of each fixed page: `FEWEST` to `MOST` on a page, each icon on `ROUNDS` pages, no name twice on a page.
 
     Raises:
-      UserError: too few icons, or too few names among them, for such pages.
+      UserError: there are too few icons, or too few different names.
     """
     pages = []
     for _ in range(ROUNDS):
         dealt = next(filter(None, (_deal_round(names, random) for _ in range(100))), None)
         if dealt is None:
-            raise UserError(f"boards: {len(names)} icons of {len(set(names))} names do not fill pages of {FEWEST} to {MOST}")
+            raise UserError(f"boards: {len(names)} icons of {len(set(names))} names are too few for pages of {FEWEST} to {MOST}")
         pages += dealt
     return pages
 
 
 def _deal_round(names: Sequence[str], random: np.random.Generator) -> list[list[int]] | None:
-    """Deals every icon to one page; None where the last ones share a name and so find no page together."""
-    pages, left = [], random.permutation(len(names)).tolist()
-    while left:
-        # A page may take any number that leaves none, or enough for another page.
-        sizes = [size for size in range(FEWEST, MOST + 1) if len(left) == size or len(left) - size >= FEWEST]
+    """Deal each icon to one page; return None if the last icons share a name, and so fit no page."""
+    pages, remaining = [], random.permutation(len(names)).tolist()
+    while remaining:
+        # A page may take all remaining icons, or leave enough for another page.
+        sizes = [size for size in range(FEWEST, MOST + 1) if len(remaining) == size or len(remaining) - size >= FEWEST]
         size, page = int(random.choice(sizes)) if sizes else 0, []
-        for number in left:
+        for number in remaining:
             if len(page) < size and all(names[number] != names[other] for other in page):
                 page.append(number)
         if not page or len(page) < size:
             return None
         pages.append(page)
         chosen = set(page)
-        left = [number for number in left if number not in chosen]
+        remaining = [number for number in remaining if number not in chosen]
     return pages
 
 
 def fixed_pages(drawings: Sequence[tuple[str, Image.Image]], split: str) -> Iterator[dict]:
-    """The records of a split's fixed pages."""
+    """Yield the records of a split's fixed pages."""
     random = np.random.default_rng([PAGE_SEED, records.SPLITS.index(split)])
     names = [name for name, _ in drawings]
     for page in tqdm(deal_fixed(names, random), desc=f"boards: composing {split} pages", unit="page", mininterval=0.5):
@@ -204,12 +207,12 @@ def fixed_pages(drawings: Sequence[tuple[str, Image.Image]], split: str) -> Iter
 
 
 class Boards(tfds.core.GeneratorBasedBuilder):
-    """Writes the fixed pages as ArrayRecord."""
+    """Writer of the fixed pages as ArrayRecord."""
 
     VERSION = tfds.core.Version(VERSION)
     name = NAME
 
-    def __init__(self, *, pages: dict[str, list[dict]] = (), **kwargs):
+    def __init__(self, *, pages: Mapping[str, Sequence[dict]], **kwargs):
         self.pages = pages
         super().__init__(**kwargs)
 
@@ -225,14 +228,15 @@ class Boards(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | Path) -> dict:
-    """Prepares the icons and writes the fixed pages to `data_dir`/boards; already done, does nothing.
+    """Prepare the icons, and write the fixed pages to `data_dir`/boards, if that is not done yet.
 
     Returns:
-      The marker: {"version", "fingerprint", "pages"}. It is written last: killed before that, the next call starts anew.
+      The marker: {"version", "fingerprint", "pages"}. It is written last: after a preparation that was killed, the next call starts
+      again.
     """
-    base = icons.prepare(data_dir)
+    icons_marker = icons.prepare(data_dir)
     directory = Path(data_dir) / NAME
-    if (marker := records.read_marker(directory, VERSION)) and marker["icons"] == base["fingerprint"]:
+    if (marker := records.read_marker(directory, VERSION)) and marker["icons"] == icons_marker["fingerprint"]:
         return marker
     pages = {split: list(fixed_pages(Drawings(data_dir, split), split)) for split in ("validation", "test")}
     records.write(Boards(pages=pages, data_dir=str(data_dir), file_format="array_record"))
@@ -242,27 +246,27 @@ def prepare(data_dir: str | Path) -> dict:
     marker = {
         "version": VERSION,
         "fingerprint": digest.hexdigest()[:16],
-        "icons": base["fingerprint"],
-        "pages": {split: len(found) for split, found in pages.items()},
+        "icons": icons_marker["fingerprint"],
+        "pages": {split: len(split_pages) for split, split_pages in pages.items()},
     }
-    shutil.copyfile(Path(data_dir) / icons.NAME / "tokenizer.json", directory / "tokenizer.json")  # the same words
+    shutil.copyfile(Path(data_dir) / icons.NAME / "tokenizer.json", directory / "tokenizer.json")  # of the same words
     records.write_marker(directory, marker)
     print(f"boards: pages {marker['pages']}, fingerprint {marker['fingerprint']}")
     return marker
 
 
 def training(data: DataConfig, seed: int) -> Pages:
-    """Training pages, by `config.data.curriculum` and `config.data.page_side`."""
+    """Return training pages by `config.data.curriculum` and `config.data.page_side`."""
     return Pages(Drawings(data.dir, "train"), seed, data.curriculum, data.page_side)
 
 
 def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:
-    """A split as a search task: a query for every name of the split, and one for two names of each page.
+    """Return a split as a search task: a query for each name of the split, and a query for two names of each page.
 
-    Relevant is every page that shows all the names of the query.
+    Pages that show all names of a query are relevant.
     """
-    found = records.open_split(Path(data_dir) / NAME, VERSION, split)
-    pages = [(record["query"]["text"].split(SEPARATOR), record["positive"]["image"]) for record in found]
+    split_records = records.open_split(Path(data_dir) / NAME, VERSION, split)
+    pages = [(record["query"]["text"].split(SEPARATOR), record["positive"]["image"]) for record in split_records]
     holders: dict[str, set[int]] = {}
     for number, (names, _) in enumerate(pages):
         for name in names:

@@ -1,10 +1,10 @@
-"""Documents that rows name by their ids: copied once, from tables into a file where each is found at once.
+"""Documents that rows name by their ids, copied once into a file with random access.
 
     corpus.bin        an image, then a text, document by document
-    corpus.json       {id: [row in the table, first byte, bytes of the image, bytes of the text]}; written last
+    corpus.json       {id: [row in the corpus, first byte, bytes of the image, bytes of the text]}; written last
 
-The rows of one shard name documents from all over a corpus, which is larger than memory. Parquet gives a document only together
-with its row group, so that every shard would read about all of the corpus; this way it is read once, in order.
+The rows of a shard name documents from all over a corpus, which is larger than memory. Parquet reads a document only together with
+its row group, so each shard would read most of the corpus. The copy reads it once, in order.
 """
 
 import dataclasses
@@ -15,106 +15,106 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from metaembed_jax.data.sources.files import check_image, inline
-from metaembed_jax.data.sources.tables import Table, new_id
+from metaembed_jax.data.sources.image_files import check_image, inline
+from metaembed_jax.data.sources.row_files import RowFiles, unique_id
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_bytes
 
-CONTENT, PLACES = "corpus.bin", "corpus.json"
+CONTENT, SPANS = "corpus.bin", "corpus.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A table of documents, and how rows of another table name them.
+    """Rows of documents, and the ids by which other rows name them.
 
     Attributes:
-      table: has the columns docid, image (as `inline` takes it) and text; one of the last two may be absent.
-      named: the ids of the documents that a row needs. Raises UserError for a row that makes no sense.
+      rows: the documents, with the columns docid, image (as `inline` takes it) and text; one of the last two may be absent.
+      ids: returns the ids of the documents that a row names; raises UserError for a malformed row.
     """
 
-    table: Table
-    named: Callable[[dict], Sequence[str]]
+    rows: RowFiles
+    ids: Callable[[dict], Sequence[str]]
 
-    def copy(self, rows: Table, folder: Path, name: str) -> "Copied":
-        """Copies the documents that rows need; already done, does nothing.
+    def copy(self, rows: RowFiles, folder: Path, name: str) -> "CorpusCopy":
+        """Copy the documents that rows name, if that is not done yet.
 
         Args:
-          rows: have the column query_id.
+          rows: with the column query_id.
           name: of the source, for the progress bars.
 
         Raises:
-          UserError: an id twice, in one table or the other, or a document that is none; names file and row.
+          UserError: an id occurs twice, or a document is malformed; names file and row.
         """
-        if not (folder / PLACES).is_file():
-            needed = self._needed(rows, name)
-            write_bytes(folder / PLACES, json.dumps(self._write(needed, folder / CONTENT, name)).encode())
-        return Copied(folder, self.table)
+        if not (folder / SPANS).is_file():
+            named = self._named(rows, name)
+            write_bytes(folder / SPANS, json.dumps(self._write(named, folder / CONTENT, name)).encode())
+        return CorpusCopy(folder, self.rows)
 
-    def _needed(self, rows: Table, name: str) -> set[str]:
-        needed, seen = set(), {}
+    def _named(self, rows: RowFiles, name: str) -> set[str]:
+        named, seen = set(), {}
         for number, row in enumerate(tqdm(rows.read(0, len(rows)), f"{name}: queries", len(rows), unit="row", mininterval=0.5)):
-            new_id(row.get("query_id"), "query_id", seen, rows, number)
+            unique_id(row.get("query_id"), "query_id", seen, rows, number)
             try:
-                needed.update(self.named(row))
-            except UserError:  # it is said, or skipped, when the row is written
+                named.update(self.ids(row))
+            except UserError:  # raised again, or skipped, when the row is written
                 continue
-        return needed
+        return named
 
-    def _write(self, needed: set[str], path: Path, name: str) -> dict[str, tuple[int, int, int, int]]:
-        places, seen, rows = {}, {}, self.table.read(0, len(self.table))
+    def _write(self, named: set[str], path: Path, name: str) -> dict[str, tuple[int, int, int, int]]:
+        spans, seen, rows = {}, {}, self.rows.read(0, len(self.rows))
         try:
             with path.open("wb") as file:
-                for number, row in enumerate(tqdm(rows, f"{name}: corpus", len(self.table), unit="row", mininterval=0.5)):
-                    docid = new_id(row.get("docid"), "docid", seen, self.table, number)
-                    if docid in needed:
+                for number, row in enumerate(tqdm(rows, f"{name}: corpus", len(self.rows), unit="row", mininterval=0.5)):
+                    docid = unique_id(row.get("docid"), "docid", seen, self.rows, number)
+                    if docid in named:
                         image, text = self._content(row, number)
-                        places[docid] = number, file.tell(), len(image), len(text)
+                        spans[docid] = number, file.tell(), len(image), len(text)
                         file.write(image + text)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another --out") from error
-        return places
+        return spans
 
     def _content(self, row: dict, number: int) -> tuple[bytes, bytes]:
         image, text = inline(row.get("image")), row.get("text") or ""
         if not isinstance(image, bytes) or not isinstance(text, str):
-            kinds = f"image is a {type(image).__name__} and text a {type(text).__name__}"
-            raise UserError(f"{self.table.place(number)}: {kinds}; expected the bytes of an image, and a text")
+            types = f"{type(image).__name__} and {type(text).__name__}"
+            raise UserError(f"{self.rows.row_name(number)}: expected bytes as image and a string as text, not {types}")
         return image, text.encode()
 
 
 @dataclasses.dataclass(frozen=True)
-class Copied:
-    """The documents that `Corpus.copy` left in a folder. Survives pickling."""
+class CorpusCopy:
+    """The documents that `Corpus.copy` has copied to a folder. Can be pickled."""
 
     folder: Path
-    table: Table
+    rows: RowFiles
 
     def read(self, docid: str) -> dict:
-        """A document as an item.
+        """Return a document as an item.
 
         Raises:
-          UserError: there is none of this id, it is empty, or its image is broken.
+          UserError: the corpus lacks the id, or the document is empty or has a broken image.
         """
-        if docid not in self._places:
-            raise UserError(f"names the document {docid!r}, and the corpus has none of this docid ({self.table.files[0]}, ...)")
-        row, first, image_bytes, text_bytes = self._places[docid]
+        if docid not in self._spans:
+            raise UserError(f"names the document {docid!r}, which the corpus lacks ({self.rows.files[0]}, ...)")
+        row, first, image_bytes, text_bytes = self._spans[docid]
         with (self.folder / CONTENT).open("rb") as file:
             file.seek(first)
             image, text = file.read(image_bytes), file.read(text_bytes).decode()
-        where = f"document {docid!r} ({self.table.place(row)})"
-        found = {"text": text} if text.strip() else {}
+        name = f"document {docid!r} ({self.rows.row_name(row)})"
+        item: dict[str, str | bytes] = {"text": text} if text.strip() else {}
         if image:
-            found["image"] = check_image(image, f"of {where}")
-        if not found:
-            raise UserError(f"the {where} has neither text nor image")
-        return found
+            item["image"] = check_image(image, f"of {name}")
+        if not item:
+            raise UserError(f"the {name} has neither text nor image")
+        return item
 
     @functools.cached_property
-    def _places(self) -> dict[str, list[int]]:
-        return json.loads((self.folder / PLACES).read_text())
+    def _spans(self) -> dict[str, list[int]]:
+        return json.loads((self.folder / SPANS).read_text())
 
 
 def remove_copy(folder: Path) -> None:
-    """Removes what `Corpus.copy` left in a folder, if it did."""
-    for name in (PLACES, CONTENT):
+    """Remove the copy of a corpus from a folder, if it has one."""
+    for name in (SPANS, CONTENT):
         (folder / name).unlink(missing_ok=True)

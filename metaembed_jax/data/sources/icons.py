@@ -1,8 +1,7 @@
 """Icon search: about 16,000 hand-drawn icons and their names, from the fonts inside the package `qtawesome`.
 
-The fonts are found through `importlib.metadata`; the package itself (which wants Qt) is never imported. A record's query is the
-name as words ("cloud snow"), its positive the drawing, black on white. Splits are by name, by a hash: a name is in one split, for
-ever.
+`importlib.metadata` finds the fonts; the package itself, which needs Qt, is never imported. A record's query is the name as words
+("cloud snow"), its positive the drawing, black on white. A hash of the name chooses its split, so a name never changes its split.
 """
 
 import hashlib
@@ -32,11 +31,15 @@ SIDE = 112  # pixels of a drawing's canvas
 MARGIN = 6  # white pixels around the largest drawing
 PLAIN_EPOCHS = 2  # before augmentation starts
 SKETCH = 64  # font size at which a glyph is measured
-SMALLEST = 0.5  # of the em: a smaller drawing (a dot) is not blown up to the whole canvas, so that "circle small" stays small
+SMALLEST = 0.5  # of the em: a smaller drawing (a dot) does not fill the canvas, so that "circle small" stays small
 
 
 class Icon(NamedTuple):
-    """One drawing: its name as words, the font it is from, and its PNG."""
+    """A drawing of a glyph.
+
+    Attributes:
+      name: as words.
+    """
 
     name: str
     font: str
@@ -44,18 +47,18 @@ class Icon(NamedTuple):
 
 
 def split_of(name: str) -> str:
-    """The split of a name: 10 % test, 5 % validation, the rest train, by a hash of the words, so that no other name can move it."""
+    """Return the split of a name, by its hash: 10 % are test, 5 % validation, the rest train."""
     percent = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 100
     return "test" if percent < 10 else "validation" if percent < 15 else "train"
 
 
 def words(name: str) -> str:
-    """A charmap's name as words: "cloud-snow-fill" -> "cloud snow fill"."""
+    """Return a name of a charmap as words: "cloud-snow-fill" -> "cloud snow fill"."""
     return " ".join(re.split(r"[-_\s]+", name.strip().lower())).strip()
 
 
 def font_files() -> list[tuple[str, Path, Path]]:
-    """(font, font file, charmap file) of `FONTS`, in that order.
+    """Return (font, font file, charmap file) of `FONTS`, in that order.
 
     Raises:
       UserError: qtawesome or one of its fonts is missing.
@@ -64,19 +67,19 @@ def font_files() -> list[tuple[str, Path, Path]]:
         files = [file.locate() for file in importlib.metadata.files("qtawesome") or ()]
     except importlib.metadata.PackageNotFoundError:
         raise UserError("the icons source reads the fonts of the package qtawesome: pip install qtawesome==1.4.2") from None
-    found = []
+    fonts = []
     for font in FONTS:
-        ours = [Path(file) for file in files if Path(file).name.startswith(font)]
-        drawings, charmaps = [file for file in ours if file.suffix == ".ttf"], [file for file in ours if file.suffix == ".json"]
+        of_font = [Path(file) for file in files if Path(file).name.startswith(font)]
+        drawings, charmaps = [[file for file in of_font if file.suffix == suffix] for suffix in (".ttf", ".json")]
         if len(drawings) != 1 or len(charmaps) != 1:
             version = importlib.metadata.version("qtawesome")
             raise UserError(f"qtawesome {version} has no font and charmap of {font!r}: pip install 'qtawesome==1.4.2'")
-        found.append((font, drawings[0], charmaps[0]))
-    return found
+        fonts.append((font, drawings[0], charmaps[0]))
+    return fonts
 
 
 def glyphs(charmap: Path) -> list[tuple[str, str]]:
-    """(name as words, character) of a charmap. Of a character's aliases the shortest name stays, then the first by letters."""
+    """Return (name as words, character) of a charmap: a character's shortest name, and of equal lengths the first by letters."""
     names = {}
     for name, code in json.loads(charmap.read_text()).items():
         names.setdefault(int(code, 16), []).append(words(name))
@@ -85,27 +88,28 @@ def glyphs(charmap: Path) -> list[tuple[str, str]]:
 
 
 class Renderer:
-    """Draws the glyphs of one font, black on white, centred, the larger side of the ink filling the canvas up to the margin."""
+    """Draws the glyphs of a font, black on white and centred. The larger side of the ink fills the canvas up to the margin."""
 
     def __init__(self, path: Path):
         self.data = path.read_bytes()
         self.sizes: dict[int, ImageFont.FreeTypeFont] = {}
 
-    def at(self, size: int) -> ImageFont.FreeTypeFont:
+    def font(self, size: int) -> ImageFont.FreeTypeFont:
+        """Return the font at a size."""
         if size not in self.sizes:
             self.sizes[size] = ImageFont.truetype(io.BytesIO(self.data), size, layout_engine=ImageFont.Layout.BASIC)
         return self.sizes[size]
 
     def draw(self, character: str) -> Image.Image | None:
-        """The drawing, mode L, `SIDE` x `SIDE`; None where the glyph is empty."""
-        # Pillow's own bounding boxes count the advance width as ink, so the ink is looked for in a small picture first.
+        """Return the drawing, mode L, `SIDE` x `SIDE`; None if the glyph is empty."""
+        # Pillow's own bounding boxes count the advance width as ink, so a small drawing gives the box of the ink first.
         left, top, right, bottom = self.ink(character, SKETCH, (SKETCH, SKETCH), 3 * SKETCH)[0]
         if right == left:
             return None
         scale = (SIDE - 2 * MARGIN) / max(right - left, bottom - top, SMALLEST * SKETCH)
         origin = (SIDE - (left - SKETCH) * scale, SIDE - (top - SKETCH) * scale)
         _, glyph = self.ink(character, int(SKETCH * scale), origin, 3 * SIDE)
-        if glyph.getextrema()[1] < 128:
+        if not any(glyph.histogram()[128:]):
             return None
         canvas = Image.new("L", (SIDE, SIDE), 255)
         x, y = (SIDE - glyph.width) // 2, (SIDE - glyph.height) // 2
@@ -113,23 +117,23 @@ class Renderer:
         return canvas
 
     def ink(self, character: str, size: int, origin: tuple[float, float], side: int) -> tuple[tuple[int, ...], Image.Image]:
-        """The box of the ink of a glyph drawn at `origin` of a canvas of `side` pixels, and the ink itself (mode L, white)."""
+        """Draw a glyph at `origin` of a canvas of `side` pixels, and return the box of its ink, and the ink (mode L, white)."""
         canvas = Image.new("L", (side, side), 0)
-        ImageDraw.Draw(canvas).text((int(origin[0]), int(origin[1])), character, fill=255, font=self.at(size))
+        ImageDraw.Draw(canvas).text((int(origin[0]), int(origin[1])), character, fill=255, font=self.font(size))
         box = canvas.getbbox() or (0, 0, 0, 0)
         return box, canvas.crop(box)
 
 
 def render_all() -> Iterator[Icon]:
-    """Every icon once.
+    """Yield every icon once.
 
-    A drawing that came before, pixel for pixel, under whatever name, is an alias and is dropped: a picture has one name, so no
-    picture of the test split can be a training picture under another name.
+    A drawing with the pixels of an earlier one is dropped, whatever its name: otherwise an image of the test split could be a
+    training image under another name.
     """
     seen = set()
-    todo = [(font, path, name, character) for font, path, charmap in font_files() for name, character in glyphs(charmap)]
+    characters = [(font, path, name, character) for font, path, charmap in font_files() for name, character in glyphs(charmap)]
     renderers = {}
-    for font, path, name, character in tqdm(todo, desc="icons: drawing", unit="icon", mininterval=0.5):
+    for font, path, name, character in tqdm(characters, desc="icons: drawing", unit="icon", mininterval=0.5):
         drawing = renderers.setdefault(font, Renderer(path)).draw(character)
         if drawing is None or (pixels := drawing.tobytes()) in seen:
             continue
@@ -140,12 +144,12 @@ def render_all() -> Iterator[Icon]:
 
 
 class Icons(tfds.core.GeneratorBasedBuilder):
-    """Writes the icons as ArrayRecord."""
+    """Writer of the icons as ArrayRecord."""
 
     VERSION = tfds.core.Version(VERSION)
     name = NAME
 
-    def __init__(self, *, icons: list[Icon] = (), **kwargs):
+    def __init__(self, *, icons: Sequence[Icon], **kwargs):
         self.icons = icons
         super().__init__(**kwargs)
 
@@ -162,8 +166,8 @@ class Icons(tfds.core.GeneratorBasedBuilder):
                 yield number, records.to_example(record)
 
 
-def fingerprint(icons: list[Icon]) -> str:
-    """16 hex digits of everything that was written."""
+def fingerprint(icons: Sequence[Icon]) -> str:
+    """Return 16 hexadecimal digits of all names and drawings."""
     digest = hashlib.sha256()
     for icon in icons:
         digest.update(icon.name.encode() + b"\0" + hashlib.sha256(icon.png).digest())
@@ -171,11 +175,11 @@ def fingerprint(icons: list[Icon]) -> str:
 
 
 def prepare(data_dir: str | Path) -> dict:
-    """Draws and writes the icons and their tokenizer to `data_dir`/icons; already done, does nothing.
+    """Draw and write the icons and their tokenizer to `data_dir`/icons, if that is not done yet.
 
     Returns:
-      The marker: {"version", "fingerprint", "drawings" and "names" of each split}. It is written last: killed before that, the
-      next call starts anew.
+      The marker: {"version", "fingerprint", "drawings" and "names" of each split}. It is written last: after a preparation that was
+      killed, the next call starts again.
     """
     directory = Path(data_dir) / NAME
     if marker := records.read_marker(directory, VERSION):
@@ -183,7 +187,7 @@ def prepare(data_dir: str | Path) -> dict:
     icons = list(render_all())
     records.write(Icons(icons=icons, data_dir=str(data_dir), file_format="array_record"))
     train_names = sorted({icon.name for icon in icons if split_of(icon.name) == "train"})
-    # Models that are trained from scratch are of the default family; others start with a vocabulary of their own.
+    # Models trained from scratch are of the default family; others have the vocabulary of their checkpoint.
     tokenizer.train(train_names, directory / "tokenizer.json", family(ModelSettings().backbone))
     in_split = {split: [icon for icon in icons if split_of(icon.name) == split] for split in records.SPLITS}
     marker = {
@@ -201,9 +205,9 @@ def prepare(data_dir: str | Path) -> dict:
 
 
 def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:
-    """A split as a search task: a query for each name, a document for each drawing, relevant where the names are equal."""
-    found = records.open_split(Path(data_dir) / NAME, VERSION, split)
-    drawings = [(record["query"]["text"], record["positive"]["image"]) for record in found]
+    """Return a split as a search task: a query for each name, a document for each drawing, relevant where the names are equal."""
+    split_records = records.open_split(Path(data_dir) / NAME, VERSION, split)
+    drawings = [(record["query"]["text"], record["positive"]["image"]) for record in split_records]
     names = sorted({name for name, _ in drawings})
     holders = {name: set() for name in names}
     for document, (name, _) in enumerate(drawings):
@@ -213,48 +217,47 @@ def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:
 
 
 def training(data: DataConfig, seed: int) -> Sequence:
-    """The training split, with `config.data.augment` each drawing in another size and place in every epoch after the first two."""
-    found = records.open_split(Path(data.dir) / NAME, VERSION, "train").with_descriptions()
-    return Varied(found, seed) if data.augment else found
+    """Return the training split; with `config.data.augment`, drawings vary after the first epochs."""
+    train = records.open_split(Path(data.dir) / NAME, VERSION, "train").with_descriptions()
+    return VariedIcons(train, seed) if data.augment else train
 
 
-class Varied(Sequence):
-    """The records with their drawings at a random size and place on the canvas, a pure function of (seed, epoch, row).
+class VariedIcons(Sequence[dict]):
+    """Icons at a random size and position on the canvas: a pure function of (seed, epoch, row).
 
-    The first `PLAIN_EPOCHS` show them as they are: a model learns much faster from what stays in its place, and begins to learn
-    drawings by heart only later.
+    The first `PLAIN_EPOCHS` leave them unchanged: a model learns much faster from drawings that do not move, and begins to memorize
+    them only later.
+
+    Attributes:
+      stored: the icons as prepared; variation keeps their descriptions.
     """
 
-    def __init__(self, found: records.Records, seed: int):
-        self.found, self.seed = found, seed
-
-    @property
-    def stored(self) -> records.Records:
-        """The records whose descriptions are the same in every epoch and step."""
-        return self.found
+    def __init__(self, stored: records.Records, seed: int):
+        self.stored, self.seed = stored, seed
 
     def __len__(self) -> int:
-        return len(self.found)
+        return len(self.stored)
 
     def __getitem__(self, row: int) -> dict:
         return self.compose(row, 0, 0)
 
     def compose(self, row: int, epoch: int, step: int) -> dict:
-        record = self.found[row]
+        """Return the record of a row in an epoch."""
+        record = self.stored[row]
         if epoch < PLAIN_EPOCHS:
             return record
         random = np.random.default_rng([self.seed, epoch, row])
         return record | {"positive": {"image": moved(Image.open(io.BytesIO(record["positive"]["image"])), random)}}
 
-    def described(self, row: int, epoch: int, step: int) -> dict:
-        """The record without its image: `moved` keeps the size."""
-        return self.found.described(row)
+    def describe(self, row: int, epoch: int, step: int) -> dict:
+        """Return the description of a record; `moved` keeps the size of its image."""
+        return self.stored.describe(row)
 
 
 def moved(drawing: Image.Image, random: np.random.Generator) -> Image.Image:
-    """The drawing at 80 to 100 % of its size, anywhere on a white canvas that holds it."""
+    """Return a drawing at 80 to 100 % of its size, at a random position on a white canvas of the old size."""
     side = int(random.integers(int(0.8 * SIDE), SIDE, endpoint=True))
-    left, top = (int(place) for place in random.integers(0, SIDE - side, size=2, endpoint=True))
+    left, top = (int(offset) for offset in random.integers(0, SIDE - side, size=2, endpoint=True))
     canvas = Image.new("L", (SIDE, SIDE), 255)
     canvas.paste(drawing.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=None), (left, top))
     return canvas

@@ -1,126 +1,133 @@
-"""MMEB-train (`TIGER-Lab/MMEB-train`, arXiv 2410.05160): a folder of subsets, each of them a source of its own.
+"""MMEB-train (`TIGER-Lab/MMEB-train`, arXiv 2410.05160): a folder of subsets, each of them a source.
 
     DIR/{subset}/{split}-*.parquet      qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path
     DIR/images/{subset}/...             or, as delivered, DIR/images_zip/{subset}.zip
 
-Splits are `original` (source mmeb) and `diverse_instruction` (source mmeb_diverse). The variant with mined negatives (source
-mined) holds its images inline: qry, qry_image, pos_text, pos_image, neg_text, neg_image_0, neg_image_1, ...
+Splits are `original` (kind mmeb) and `diverse_instruction` (kind mmeb_diverse). The variant with mined negatives (kind mined) has
+its images inline: qry, qry_image, pos_text, pos_image, neg_text, neg_image_0, neg_image_1, ...
 
-`<|image_1|>` marks the image in a text. Our prompts put the image first, so the mark is taken out, with the blanks behind it.
+`<|image_1|>` marks the image in a text. Our prompts put the image first, so the mark is removed, with the blanks after it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from metaembed_jax.data.sources.files import ImageFolder, inline, inline_image
-from metaembed_jax.data.sources.tables import Table, open_table
-from metaembed_jax.data.sources.writing import Part, need_columns
+from metaembed_jax.data.sources.image_files import ImageFolder, check_inline, inline
+from metaembed_jax.data.sources.preparation import RawSource
+from metaembed_jax.data.sources.row_files import RowFiles, check_columns, open_row_files
 from metaembed_jax.errors import UserError
 
 MARK = "<|image_1|>"
 
 
-def parts(directory: Path, split: str = "original") -> list[Part]:
-    """The subsets of a folder of MMEB-train.
+def find_sources(directory: Path, split: str = "original") -> list[RawSource]:
+    """Return the subsets of a folder of MMEB-train.
 
     Raises:
-      UserError: there is none, or a column is missing.
+      UserError: there are no subsets, or one lacks a column.
     """
-    made = []
-    for subset, table in _subsets(directory, f"{split}-*.parquet", ("qry", "qry_image_path", "pos_text", "pos_image_path")):
+    sources = []
+    for subset, rows in _subsets(directory, f"{split}-*.parquet", ("qry", "qry_image_path", "pos_text", "pos_image_path")):
         archive = directory / "images_zip" / f"{subset}.zip"
         folder = ImageFolder(directory, (archive,) if archive.is_file() else ())
-        made.append(Part(subset, table, partial(record, folder=folder, source=subset)))
-    return made
+        sources.append(RawSource(subset, rows, partial(to_record, folder=folder, source=subset)))
+    return sources
 
 
-def diverse_parts(directory: Path) -> list[Part]:
-    """As `parts`, of the other split."""
-    return parts(directory, "diverse_instruction")
+def find_diverse_sources(directory: Path) -> list[RawSource]:
+    """Return the subsets of the other split, as `find_sources`."""
+    return find_sources(directory, "diverse_instruction")
 
 
-def mined_parts(directory: Path) -> list[Part]:
-    """The subsets of a folder of the variant with mined negatives: DIR/{subset}/*.parquet."""
-    tables = _subsets(directory, "*.parquet", ("qry", "qry_image", "pos_text", "pos_image"))
-    return [Part(subset, table, partial(mined_record, source=subset)) for subset, table in tables]
+def find_mined_sources(directory: Path) -> list[RawSource]:
+    """Return the subsets of a folder of the variant with mined negatives, DIR/{subset}/*.parquet."""
+    subsets = _subsets(directory, "*.parquet", ("qry", "qry_image", "pos_text", "pos_image"))
+    return [RawSource(subset, rows, partial(mined_to_record, source=subset)) for subset, rows in subsets]
 
 
-def _subsets(directory: Path, pattern: str, columns: Sequence[str]) -> list[tuple[str, Table]]:
-    """(name, rows) of the folders of a folder that hold such files."""
-    found = {}
+def _subsets(directory: Path, pattern: str, columns: Sequence[str]) -> list[tuple[str, RowFiles]]:
+    """Return (name, rows) of each folder in a folder that has files of a pattern."""
+    files = {}
     for file in sorted(directory.glob(f"*/{pattern}")):
-        found.setdefault(file.parent.name, []).append(file)
-    if not found:
+        files.setdefault(file.parent.name, []).append(file)
+    if not files:
         raise UserError(f"{directory}: has no {{subset}}/{pattern}; --from is the folder that the data set was fetched to")
-    tables = [(subset, open_table(files)) for subset, files in found.items()]
-    for _, table in tables:
-        need_columns(table, columns)
-    return tables
+    subsets = [(subset, open_row_files(subset_files)) for subset, subset_files in files.items()]
+    for _, rows in subsets:
+        check_columns(rows, columns)
+    return subsets
 
 
-def record(row: dict, folder: ImageFolder, source: str) -> dict:
-    """A row of MMEB-train as a record.
+def to_record(row: dict, folder: ImageFolder, source: str) -> dict:
+    """Return a row of MMEB-train as a record.
 
     Raises:
       UserError: names the column and what is wrong with it.
     """
-    texts, paths = _listed(row.get("neg_text")), _listed(row.get("neg_image_path"))
+    texts, paths = _as_list(row.get("neg_text")), _as_list(row.get("neg_image_path"))
     if texts and paths and len(texts) != len(paths):
-        raise UserError(f"neg_text has {len(texts)} entries and neg_image_path {len(paths)}; there must be as many")
+        raise UserError(f"neg_text has {len(texts)} entries and neg_image_path {len(paths)}; expected as many")
     count = max(len(texts), len(paths))
     negatives = zip(texts or [""] * count, paths or [""] * count, strict=True)
     return {
-        "query": item("qry", row["qry"], row["qry_image_path"], folder.read),
-        "positive": item("pos_text", row["pos_text"], row["pos_image_path"], folder.read),
-        "negatives": [item("neg_text", text, path, folder.read) for text, path in negatives if text or path],
+        "query": marked_item("qry", row["qry"], row["qry_image_path"], folder.read),
+        "positive": marked_item("pos_text", row["pos_text"], row["pos_image_path"], folder.read),
+        "negatives": [marked_item("neg_text", text, path, folder.read) for text, path in negatives if text or path],
         "source": source,
     }
 
 
-def mined_record(row: dict, source: str) -> dict:
-    """A row with its images inline as a record."""
+def mined_to_record(row: dict, source: str) -> dict:
+    """Return a row with its images inline as a record.
+
+    Raises:
+      UserError: as `to_record`.
+    """
     images = [row[f"neg_image_{number}"] for number in range(len(row)) if f"neg_image_{number}" in row]
-    texts = _listed(row.get("neg_text"))
+    texts = _as_list(row.get("neg_text"))
     count = max(len(texts), len(images))
     texts, images = texts + [""] * (count - len(texts)), images + [None] * (count - len(images))
     negatives = [(text, image) for text, image in zip(texts, images, strict=True) if text or inline(image)]
     return {
-        "query": item("qry", row["qry"], row["qry_image"], inline_image("qry_image")),
-        "positive": item("pos_text", row["pos_text"], row["pos_image"], inline_image("pos_image")),
-        "negatives": [item("neg_text", text, image, inline_image("neg_image")) for text, image in negatives],
+        "query": marked_item("qry", row["qry"], row["qry_image"], partial(check_inline, column="qry_image")),
+        "positive": marked_item("pos_text", row["pos_text"], row["pos_image"], partial(check_inline, column="pos_image")),
+        "negatives": [marked_item("neg_text", text, image, partial(check_inline, column="neg_image")) for text, image in negatives],
         "source": source,
     }
 
 
-def item(column: str, text: str | None, image, read) -> dict:
-    """Text with its mark, and what `read` takes to give an image.
+def marked_item(column: str, text: str | None, image: str | dict | None, read: Callable) -> dict:
+    """Return the item of a text, without the mark of its image, and an image.
+
+    Args:
+      read: returns the image of the item, given `image`.
 
     Raises:
       UserError: a mark without an image, an image without a mark, or neither text nor image.
     """
     text = text or ""
     if not isinstance(text, str):
-        raise UserError(f"{column} is a {type(text).__name__}, not a text")
+        raise UserError(f"{column}: expected a string, not {type(text).__name__}")
     if (MARK in text) != bool(image):
         raise UserError(
             f"{column} {text[:60]!r} has {'the mark' if MARK in text else 'no mark'} {MARK}, and "
-            f"{'an' if image else 'no'} image stands beside it"
+            f"{'an' if image else 'no'} image next to it"
         )
-    found = {"image": read(image)} if image else {}
+    item = {"image": read(image)} if image else {}
     before, _, after = text.partition(MARK)
     if MARK in after:
         raise UserError(f"{column} {text[:60]!r} has the mark {MARK} twice; an item has one image")
     words = before + after.lstrip() if image else text
     if words.strip():
-        found["text"] = words
-    if not found:
+        item["text"] = words
+    if not item:
         raise UserError(f"{column} is empty, and has no image")
-    return found
+    return item
 
 
-def _listed(value) -> list:
-    """Negatives may be absent, one, or several."""
+def _as_list(value: object) -> list:
+    """Return the negatives of a column, which has none, one, or a list of them."""
     if value is None or value == "":
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,8 +1,8 @@
-"""A user's own pairs: JSON lines or Parquet, an object or row for each.
+"""Pairs of a user's own: JSON lines or Parquet, an object or row for each.
 
     query, query_image            either or both
     positive, positive_image      either or both
-    negatives, negative_images    lists of equal length (or one of them alone); may be absent
+    negatives, negative_images    lists of equal length, or only one of them; may be absent
     source                        may be absent
 
 Images are paths relative to the file, or inline, as `datasets` stores them in Parquet.
@@ -11,43 +11,43 @@ Images are paths relative to the file, or inline, as `datasets` stores them in P
 from functools import partial
 from pathlib import Path
 
-from metaembed_jax.data.sources.files import ImageFolder
-from metaembed_jax.data.sources.tables import open_table
-from metaembed_jax.data.sources.writing import Part
+from metaembed_jax.data.sources.image_files import ImageFolder
+from metaembed_jax.data.sources.preparation import RawSource
+from metaembed_jax.data.sources.row_files import open_row_files
 from metaembed_jax.errors import UserError
 
 COLUMNS = {"query", "query_image", "positive", "positive_image", "negatives", "negative_images", "source"}
 
 
-def parts(file: Path) -> list[Part]:
-    """The one part: it is named as the file.
+def find_sources(file: Path) -> list[RawSource]:
+    """Return the one source of a file, with its name.
 
     Raises:
-      UserError: no such file, or columns that nothing would read.
+      UserError: there is no such file, or it has other columns.
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file; --from is a .jsonl or .parquet of pairs")
-    table = open_table([file])
-    if unknown := table.columns() - COLUMNS:
-        raise UserError(f"{file}: has the column {', '.join(sorted(unknown))}; there are {', '.join(sorted(COLUMNS))}")
-    return [Part(file.stem, table, partial(record, folder=ImageFolder(file.parent), source=file.stem))]
+    rows = open_row_files([file])
+    if unknown := rows.columns() - COLUMNS:
+        raise UserError(f"{file}: unknown column {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(COLUMNS))}")
+    return [RawSource(file.stem, rows, partial(to_record, folder=ImageFolder(file.parent), source=file.stem))]
 
 
-def record(row: dict, folder: ImageFolder, source: str) -> dict:
-    """A row as a record.
+def to_record(row: dict, folder: ImageFolder, source: str) -> dict:
+    """Return a row as a record.
 
     Raises:
-      UserError: a side with neither text nor image, negatives that do not fit together, or a broken image.
+      UserError: a side has neither text nor image, the lists of negatives differ in length, or an image is broken.
     """
     if unknown := row.keys() - COLUMNS:
-        raise UserError(f"has {', '.join(sorted(unknown))}; there are {', '.join(sorted(COLUMNS))}")
+        raise UserError(f"unknown column {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(COLUMNS))}")
     texts, images = row.get("negatives") or [], row.get("negative_images") or []
     if not isinstance(texts, list) or not isinstance(images, list):
-        raise UserError("negatives and negative_images must be lists")
+        raise UserError("negatives and negative_images: expected lists")
     if not isinstance(row.get("source"), str | None):
-        raise UserError(f"source is a {type(row['source']).__name__}, not a text")
+        raise UserError(f"source: expected a string, not {type(row['source']).__name__}")
     if texts and images and len(texts) != len(images):
-        raise UserError(f"has {len(texts)} negatives and {len(images)} negative_images; there must be as many, or none of one")
+        raise UserError(f"has {len(texts)} negatives and {len(images)} negative_images; expected as many, or only one of the lists")
     count = max(len(texts), len(images))
     negatives = zip(texts or [""] * count, images or [""] * count, strict=True)
     return {

@@ -1,11 +1,10 @@
-"""The one record of every source, how it lies on disk, and how it is read back.
+"""The record of every source, on disk and in memory.
 
     item   = {"text": str (optional), "image": encoded bytes (optional)}
     record = {"query": item, "positive": item, "negatives": [item, ...], "source": str}
 
-On disk a record is a `tf.Example` in ArrayRecord, written by TensorFlow Datasets (TensorFlow itself is never imported); a text or
-image that an item lacks is the empty string. Images stay encoded: nothing is decoded before a batch needs it. What their sizes
-are is stored beside them: see `described`.
+On disk a record is a `tf.Example` in ArrayRecord, written by TensorFlow Datasets (TensorFlow itself is never imported). An absent
+text or image is the empty string there. Images stay encoded until a batch needs them; `descriptions` has their sizes.
 """
 
 import contextlib
@@ -21,16 +20,16 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.decode import DeserializeMethod
 from tensorflow_datasets.proto import tf_example_pb2
 
-from metaembed_jax.data.sources import described
+from metaembed_jax.data.sources import descriptions
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_json
 
 SPLITS = ("train", "validation", "test")
-MARKER = "prepared.json"  # written last, so a source that has it is complete
+MARKER = "prepared.json"  # written last: a source that has it is complete
 
 
 def features() -> tfds.features.FeaturesDict:
-    """The record schema as TFDS features. A picture is a `Tensor` of bytes, because TFDS would decode an `Image` on reading."""
+    """Return the schema of records. An image is a `Tensor` of bytes, because TFDS would decode an `Image` on reading."""
 
     def item():
         return {"text": tfds.features.Text(), "image": tfds.features.Tensor(shape=(), dtype=np.object_)}
@@ -40,7 +39,7 @@ def features() -> tfds.features.FeaturesDict:
 
 
 def to_example(record: dict) -> dict:
-    """A record with every field present, as `features()` wants it."""
+    """Return a record with every field of `features`."""
 
     def full(item):
         return {"text": item.get("text", ""), "image": item.get("image", b"")}
@@ -53,9 +52,9 @@ def to_example(record: dict) -> dict:
     }
 
 
-def from_bytes(raw: bytes) -> dict:
-    """One record from a serialized example: 20 µs, a tenth of the general TFDS parser's time."""
-    feature = tf_example_pb2.Example.FromString(raw).features.feature
+def from_bytes(serialized: bytes) -> dict:
+    """Return the record of a serialized `tf.Example`, in 20 µs, a tenth of the time of TFDS's general parser."""
+    feature = tf_example_pb2.Example.FromString(serialized).features.feature  # pyright: ignore[reportAttributeAccessIssue]
 
     def items(name):
         texts, images = feature[f"{name}/text"].bytes_list.value, feature[f"{name}/image"].bytes_list.value
@@ -70,85 +69,85 @@ def from_bytes(raw: bytes) -> dict:
     }
 
 
-class Records(Sequence):
-    """Random access to one prepared split: `records[i]` is record i.
+class Records(Sequence[dict]):
+    """The records of a prepared split, with random access.
 
     Attributes:
-      about: the source's marker.
-      folder, split: where it is stored.
+      marker: that of the source.
+      folder, split: where the records are stored.
     """
 
-    def __init__(self, builder_dir: str | Path, split: str, about: dict):
-        self.about, self.folder, self.split = about, Path(builder_dir), split
-        builder = tfds.builder_from_directory(str(builder_dir))
-        # array_record refuses to open no files, which are those of an empty split.
-        is_empty = not builder.info.splits[split].num_examples
-        self.raw = () if is_empty else builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
+    def __init__(self, folder: str | Path, split: str, marker: dict):
+        self.marker, self.folder, self.split = marker, Path(folder), split
+        builder = tfds.builder_from_directory(str(folder))
+        self._serialized = ()
+        if builder.info.splits[split].num_examples:  # array_record does not open the empty list of files of an empty split
+            raw = DeserializeMethod.RAW_BYTES
+            self._serialized = builder.as_data_source(split, deserialize_method=raw)  # pyright: ignore[reportCallIssue] (decorated)
         self._descriptions = None
 
     def __len__(self) -> int:
-        return len(self.raw)
+        return len(self._serialized)
 
     def __getitem__(self, index: int) -> dict:
-        return from_bytes(self.raw[self._row(index)])
+        return from_bytes(self._serialized[self._row(index)])
 
     @property
     def stored(self) -> "Records":
-        """The records whose descriptions are the same in every epoch and step: these."""
+        """These records, whose descriptions are the same in every epoch and step."""
         return self
 
-    def described(self, row: int, epoch: int = 0, step: int = 0) -> dict:
-        """The record with (width, height) in place of each image, the same in every epoch and step.
+    def describe(self, row: int, epoch: int = 0, step: int = 0) -> dict:
+        """Return the description of a record.
 
-        After `with_descriptions` no record is read for it, unless the folder could not be written.
+        After `with_descriptions` the record is not read for it, unless the folder cannot be written.
         """
         if self._descriptions is None:
-            return described.describe(self[row], f"{self.folder}, {self.split}, row {row}")
+            return descriptions.describe(self[row], f"{self.folder}, {self.split}, row {row}")
         return self._descriptions[self._row(row)]
 
     def with_descriptions(self) -> "Records":
-        """Returns the records; their descriptions are written first where they are missing, which reads all records once.
+        """Return these records with their descriptions. If those are missing, all records are read once to write them.
 
         Raises:
           UserError: an image cannot be read, or the disk is full.
         """
-        split = described.Undescribed(self.raw, from_bytes, self.folder.parent.name)
-        self._descriptions = described.open_or_add(split, described.file_of(self.folder, self.split))
+        split = descriptions.StoredSplit(self._serialized, from_bytes, self.folder.parent.name)
+        self._descriptions = descriptions.open_or_write(split, descriptions.file_of(self.folder, self.split))
         return self
 
     def _row(self, index: int) -> int:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")  # what ends a loop over a sequence
+            raise IndexError(f"row {index} of {len(self)}")  # a loop over a sequence ends by it
         return index % len(self)
 
 
 def write(builder: tfds.core.DatasetBuilder) -> None:
-    """Writes all of a builder's splits into its folder, in place of what an earlier, killed preparation may have left there."""
+    """Write all splits of a builder into its folder, and remove the files of a preparation that was killed."""
     directory = Path(builder.data_dir)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    for rest in (directory, *directory.parent.glob(f"incomplete.*_{directory.name}")):
-        shutil.rmtree(rest, ignore_errors=True)
+    for unfinished in (directory, *directory.parent.glob(f"incomplete.*_{directory.name}")):
+        shutil.rmtree(unfinished, ignore_errors=True)
     tfds.disable_progress_bar()
-    downloads = directory.parent / f"incomplete.downloads_{directory.name}"  # made by TFDS although nothing is downloaded
-    with contextlib.redirect_stdout(io.StringIO()):  # its announcements; ours say what was prepared
+    downloads = directory.parent / f"incomplete.downloads_{directory.name}"  # TFDS makes it although nothing is downloaded
+    with contextlib.redirect_stdout(io.StringIO()):  # its messages; the source prints its own
         builder.download_and_prepare(download_dir=str(downloads))
     shutil.rmtree(downloads, ignore_errors=True)
 
 
 def read_marker(source_dir: str | Path, version: str) -> dict | None:
-    """What `write_marker` left, or None where this version of the source is not (completely) prepared."""
+    """Return the marker of a source; None if this version is not completely prepared."""
     path = Path(source_dir) / version / MARKER
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def write_marker(source_dir: str | Path, marker: dict) -> None:
-    """Declares a version of a source complete, atomically. marker: what is to be known of it, "version" among it."""
-    path = Path(source_dir) / marker["version"] / MARKER
-    write_json(path, marker)
+    """Write the marker of a complete source, atomically, into the folder of its "version"."""
+    write_json(Path(source_dir) / marker["version"] / MARKER, marker)
 
 
 def open_splits(source_dir: str | Path, version: str) -> list[Records]:
-    """The records of all splits of a prepared source, with their descriptions.
+    """Open all splits of a prepared source, with their descriptions.
 
     Raises:
       UserError: as `open_split` and `Records.with_descriptions`.
@@ -158,10 +157,10 @@ def open_splits(source_dir: str | Path, version: str) -> list[Records]:
 
 
 def open_split(source_dir: str | Path, version: str, split: str) -> Records:
-    """The records of a prepared split.
+    """Open a split of a prepared source.
 
     Raises:
-      UserError: the source is not (completely) prepared; says how to.
+      UserError: the source is not completely prepared; names the command that prepares it.
     """
     source_dir = Path(source_dir)
     marker = read_marker(source_dir, version)
@@ -174,7 +173,11 @@ def open_split(source_dir: str | Path, version: str, split: str) -> Records:
 
 
 class Retrieval(NamedTuple):
-    """A search task: every query's relevant documents, as sets of their indices."""
+    """A search task.
+
+    Attributes:
+      relevance: the indices of each query's relevant documents.
+    """
 
     queries: list[dict]
     documents: list[dict]
@@ -182,7 +185,7 @@ class Retrieval(NamedTuple):
 
 
 def pairs_retrieval(pairs: Sequence[dict]) -> Retrieval:
-    """Pairs as a search task: every query looks for its positive among all of them, equal ones being one document."""
+    """Return pairs as a search task: each query searches its positive among all positives. Equal ones are one document."""
     numbers, documents, relevance = {}, [], []
     for record in pairs:
         positive = record["positive"]

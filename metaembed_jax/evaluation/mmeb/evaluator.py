@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from metaembed_jax import hosts
-from metaembed_jax.data.sources.files import ImageFolder
+from metaembed_jax.data.sources.image_files import ImageFolder
 from metaembed_jax.evaluation.cost import index_bytes, maxsim_flops
 from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.failures import FailedQuery, Ranking, with_items, worst_queries

@@ -10,10 +10,9 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from metaembed_jax.data.sources.files import ImageFolder
-from metaembed_jax.data.sources.mmeb import item
-from metaembed_jax.data.sources.tables import open_table
-from metaembed_jax.data.sources.writing import need_columns
+from metaembed_jax.data.sources.image_files import ImageFolder
+from metaembed_jax.data.sources.mmeb import marked_item
+from metaembed_jax.data.sources.row_files import check_columns, open_row_files
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.mmeb.strings import query_string, target_string
 from metaembed_jax.evaluation.mmeb.tasks import Task
@@ -45,8 +44,8 @@ def read_task(task: Task, directory: Path) -> Questions:
     Raises:
       UserError: files, columns or images that are missing, or a row that makes no sense; names the file and row.
     """
-    table = open_table(sorted((directory / task.name).glob("test-*.parquet")))
-    need_columns(table, COLUMNS)
+    table = open_row_files(sorted((directory / task.name).glob("test-*.parquet")))
+    check_columns(table, COLUMNS)
     images, numbers, stamped = _images(directory), {}, set()
     questions = Questions([], [], [], images, "")
     digest = hashlib.sha256()
@@ -58,7 +57,7 @@ def read_task(task: Task, directory: Path) -> Questions:
                     stamped.add(target["image"])
                     digest.update(repr(images.stamp(target["image"])).encode())
         except UserError as error:
-            raise UserError(f"{table.place(number)}: {error}") from None
+            raise UserError(f"{table.row_name(number)}: {error}") from None
         choices = []
         for key, target in targets:
             if key not in numbers:
@@ -92,7 +91,7 @@ def _query(task: Task, row: dict) -> dict:
     text = row["qry_text"] or ""
     if "qry_inst" in row:
         text = query_string(task, row["qry_inst"] or "", text)
-    return item("qry_text", text, row["qry_img_path"], str)
+    return marked_item("qry_text", text, row["qry_img_path"], str)
 
 
 def _targets(task: Task, row: dict) -> list[tuple[str, dict]]:
@@ -113,5 +112,5 @@ def _targets(task: Task, row: dict) -> list[tuple[str, dict]]:
         text = text or ""
         key = {"t2i": path, "i2i": f"{path}:" + text.strip('"')}.get(task.kind, text)
         string = target_string(task, row["tgt_inst"] or "", text, captioned) if "tgt_inst" in row else text
-        targets.append((key, item("tgt_text", string, path, str)))
+        targets.append((key, marked_item("tgt_text", string, path, str)))
     return targets

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metaembed_jax.data.sources.files import LARGEST_FILE
+from metaembed_jax.data.sources.image_files import LARGEST_FILE
 from metaembed_jax.errors import UserError
 
 COLUMNS = {"query": ("text", "instruction"), "document": ("text", "title")}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metaembed_jax.check.references import maxsim_scores
-from metaembed_jax.data.sources.files import ImageFolder
+from metaembed_jax.data.sources.image_files import ImageFolder
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.mmeb import evaluator
@@ -167,8 +167,8 @@ def test_equal_targets_are_one_document(tmp_path):
         ({"tgt_text": ["a"], "tgt_img_path": ["", ""]}, "tgt_text has 1 entries and tgt_img_path 2: expected as many"),
         ({"qry_img_path": "ChartQA/9.jpg"}, "eval_images/ChartQA/9.jpg is missing"),
         ({"qry_img_path": "../x"}, "leads out of"),
-        ({"qry_img_path": ""}, "no image stands beside it"),
-        ({"qry_text": "no mark"}, "qry_text 'no mark' has no mark <|image_1|>, and an image stands beside it"),
+        ({"qry_img_path": ""}, "no image next to it"),
+        ({"qry_text": "no mark"}, "qry_text 'no mark' has no mark <|image_1|>, and an image next to it"),
         ({"qry_text": "", "qry_img_path": ""}, "qry_text is empty, and has no image"),
         ({"tgt_text": ["", "b", "c"]}, "tgt_text is empty, and has no image"),
     ],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from metaembed_jax.data.sources.mmeb import item
+from metaembed_jax.data.sources.mmeb import marked_item
 from metaembed_jax.evaluation.mmeb.strings import query_string, target_string
 from metaembed_jax.evaluation.mmeb.tasks import GROUPS, TASKS
 
@@ -55,7 +55,7 @@ def test_targets(task, instruction, caption, captioned, string):
 
 
 def test_what_the_model_gets_has_no_mark():
-    assert item("qry_text", f"{IMG}\nAnswer: a\n", "a.jpg", str) == {"text": "Answer: a\n", "image": "a.jpg"}
+    assert marked_item("qry_text", f"{IMG}\nAnswer: a\n", "a.jpg", str) == {"text": "Answer: a\n", "image": "a.jpg"}
 
 
 def test_there_are_36_tasks():

@@ -1,7 +1,4 @@
-"""The items of each step of a run, and their sizes, before anything is read.
-
-A source is a sequence of records (see `sources.records`). Where it has a method `compose(row, epoch, step)`, that makes the record
-instead of `source[row]`, so that a source can draw or vary its records, still as a pure function.
+"""The items of each step of a run, and their sizes, before any record is read.
 
 B pairs, K negatives a pair, I = 2 + K items of a pair, N items of a step: pair by pair, without negatives that a pair lacks.
 """
@@ -19,6 +16,8 @@ from metaembed_jax.batch.training import StepShape
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.data.mixture import Reference, check_mixture, mixture
 from metaembed_jax.data.sizes import CUT, PATCHES, SHRUNK, TOKENS, SourceSizes
+from metaembed_jax.data.sources.descriptions import read_row
+from metaembed_jax.inputs.processors import PromptProcessor
 from metaembed_jax.network_config import row_limits
 
 SAMPLED_PAIRS = 64  # of a source, for the mean size of its pairs
@@ -29,22 +28,22 @@ class StepItems(NamedTuple):
 
     Attributes:
       references: of the pairs.
-      a_pair: I, the most items of one.
-      numbers_N: pair * I + number in the pair: 0 the query, 1 the positive, then negatives.
+      items_per_pair: I.
+      numbers_N: pair * I + number in the pair: 0 is the query, 1 the positive, then negatives.
       sizes_N3: tokens (Meta Tokens included), patches, vectors.
       is_cut_N: the text is cut.
       is_shrunk_N: the image is smaller than its family would make it.
     """
 
     references: list[Reference]
-    a_pair: int
+    items_per_pair: int
     numbers_N: Int[np.ndarray, "N"]
     sizes_N3: Int[np.ndarray, "N 3"]
     is_cut_N: Bool[np.ndarray, "N"]
     is_shrunk_N: Bool[np.ndarray, "N"]
 
     def figures(self, shape: StepShape) -> dict[str, float]:
-        """The figures of the step's rows, for its metrics."""
+        """Return figures of the step's rows, for its metrics."""
         tokens, patches, _ = self.sizes_N3.sum(axis=0).tolist()
         fill = {"fill/tokens": tokens / (shape.rows * shape.row.tokens)}
         if shape.row.patches:
@@ -54,14 +53,15 @@ class StepItems(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Items:
-    """The items of each step of a run. Survives pickling, for worker processes.
+class RunItems:
+    """The items of each step of a run. Can be pickled, for worker processes.
 
     Attributes:
-      references: of the pairs of each step.
+      references: those of each step, from `mixture`.
       sources, names, sizes: of `config.data.sources`.
       processor: the family's, with the limits of the run.
-      meta: Meta Tokens behind a query, and behind a document.
+      negatives: K, the most that are used of a pair.
+      meta: Meta Tokens after a query, and after a document.
       vectors: of a query, and of a document.
     """
 
@@ -69,7 +69,8 @@ class Items:
     sources: tuple[Sequence, ...]
     names: tuple[str, ...]
     sizes: tuple[SourceSizes, ...]
-    processor: object
+    processor: PromptProcessor
+    negatives: int
     meta: tuple[int, int]
     vectors: tuple[int, int]
 
@@ -77,76 +78,69 @@ class Items:
         return len(self.references)
 
     def __getitem__(self, step: int) -> StepItems:
-        return self.of(step, self.references[step])
+        return self.step_items(step, self.references[step])  # pyright: ignore[reportArgumentType] (only a filter makes None)
 
-    def of(self, step: int, references: list[Reference]) -> StepItems:
-        """The items of the pairs of a step."""
-        sizes_BI4 = self._sizes(step, references)
-        a_pair, sizes_N4 = sizes_BI4.shape[1], sizes_BI4.reshape(-1, 4)
+    def step_items(self, step: int, references: list[Reference]) -> StepItems:
+        """Return the items of the pairs of a step."""
+        items_per_pair, sizes_N4 = 2 + self.negatives, self._sizes(step, references).reshape(-1, 4)
         numbers_N = np.flatnonzero(sizes_N4[:, TOKENS])
-        sizes_N4, is_document_N = sizes_N4[numbers_N], (numbers_N % a_pair > 0).astype(int)
+        sizes_N4, is_document_N = sizes_N4[numbers_N], (numbers_N % items_per_pair > 0).astype(int)
         tokens_N = sizes_N4[:, TOKENS] + np.array(self.meta)[is_document_N]
         sizes_N3 = np.stack([tokens_N, sizes_N4[:, PATCHES], np.array(self.vectors)[is_document_N]], axis=1)
-        return StepItems(references, a_pair, numbers_N, sizes_N3, sizes_N4[:, CUT] > 0, sizes_N4[:, SHRUNK] > 0)
+        return StepItems(references, items_per_pair, numbers_N, sizes_N3, sizes_N4[:, CUT] > 0, sizes_N4[:, SHRUNK] > 0)
 
     def _sizes(self, step: int, references: list[Reference]) -> Int[np.ndarray, "B I 4"]:
-        """Sizes of the items of pairs; those of a source with a table are gathered at once."""
+        """Return the sizes of the items of pairs; those of a source with a table are gathered at once."""
         sources_B, _, rows_B = np.array(references).T
-        sizes_BI4 = None
+        sizes_BI4 = np.zeros((len(references), 2 + self.negatives, 4), np.int32)
         for source in np.unique(sources_B).tolist():
             pairs = np.flatnonzero(sources_B == source)
             sizes = self.sizes[source]
             if sizes.table is None:
-                sizes_bI4 = np.stack([sizes.of(references[pair].row, references[pair].epoch, step) for pair in pairs.tolist()])
+                sizes_BI4[pairs] = [sizes.of(references[pair].row, references[pair].epoch, step) for pair in pairs.tolist()]
             else:
-                sizes_bI4 = sizes.table[rows_B[pairs]]
-            if sizes_BI4 is None:
-                sizes_BI4 = np.zeros((len(references), *sizes_bI4.shape[1:]), sizes_bI4.dtype)
-            sizes_BI4[pairs] = sizes_bI4
+                sizes_BI4[pairs] = sizes.table[rows_B[pairs]]
         return sizes_BI4
 
     def read(self, reference: Reference, step: int) -> dict:
-        """Read the record of a pair, or have it drawn."""
-        source = self.sources[reference.source]
-        if hasattr(source, "compose"):
-            return source.compose(reference.row, reference.epoch, step)
-        return source[reference.row]
+        """Read or compose the record of a pair."""
+        return read_row(self.sources[reference.source], reference.row, reference.epoch, step)
 
     def row_item(self, record: dict, number: int, reference: Reference) -> RowItem:
-        """Make an item of a record, by its number in the pair."""
-        name = self.name(reference, number)
+        """Return an item of a record, by its number in the pair."""
+        name = self.item_name(reference, number)
         if number == 0:
             return RowItem(self.processor.query(record["query"], name=name), self.meta[0], self.vectors[0])
         item = record["positive"] if number == 1 else record["negatives"][number - 2]
         return RowItem(self.processor.document(item, name=name), self.meta[1], self.vectors[1])
 
-    def name(self, reference: Reference, number: int) -> str:
-        """The name of an item in errors."""
+    def item_name(self, reference: Reference, number: int) -> str:
+        """Return the name of an item for errors."""
         item = ("query", "positive")[number] if number < 2 else f"negative {number - 2}"
         return f"source {self.names[reference.source]!r}, row {reference.row}, {item}"
 
 
-def run_items(config: RunConfig, processor: object, sources: Sequence[Sequence]) -> Items:
-    """The items of a run's steps, at the largest budgets that it trains.
+def run_items(config: RunConfig, processor: PromptProcessor, sources: Sequence[Sequence]) -> RunItems:
+    """Return the items of a run's steps, at the largest budgets that it trains.
 
     Args:
       processor: the family's, with `row_limits`.
       sources: one for each entry of `config.data.sources`, in its order.
 
     Raises:
-      UserError: as `mixture`, or an item that no row takes.
+      UserError: as `check_mixture`; or an item does not fit a row.
     """
     check_mixture(config.data, config.rows.batch_size, sources)
-    names = tuple(name for name, *_ in config.data.sources)
-    sizes = tuple(SourceSizes(source, processor, config.data.negatives, name) for name, source in zip(names, sources, strict=True))
+    names, negatives = tuple(name for name, *_ in config.data.sources), config.data.negatives
+    sizes = tuple(SourceSizes(source, processor, negatives, name) for name, source in zip(names, sources, strict=True))
     means_S2 = np.array([_mean_pair(size, len(source)) for size, source in zip(sizes, sources, strict=True)])
     limits = row_limits(config)
     meta = (limits.query_tokens, limits.document_tokens)
     references = mixture(config, sources, means_S2)
-    return Items(references, tuple(sources), names, sizes, processor, meta, config.objectives.largest_budget)
+    return RunItems(references, tuple(sources), names, sizes, processor, negatives, meta, config.objectives.largest_budget)
 
 
 def _mean_pair(sizes: SourceSizes, pairs: int) -> Int[np.ndarray, "2"]:
-    """Mean tokens and patches of a source's pairs, without Meta Tokens."""
+    """Return the mean tokens and patches of a source's pairs, without Meta Tokens."""
     rows = np.linspace(0, pairs - 1, min(pairs, SAMPLED_PAIRS)).astype(int).tolist()
     return np.stack([sizes.of(row, 0, 0) for row in rows]).sum(axis=(0, 1))[[TOKENS, PATCHES]] // len(rows)

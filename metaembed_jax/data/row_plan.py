@@ -9,10 +9,10 @@ from tqdm import tqdm
 from metaembed_jax.batch.items import Limits, Size
 from metaembed_jax.batch.packing import best_fit_rows, pack, row_vectors
 from metaembed_jax.batch.training import StepShape, step_shape
-from metaembed_jax.data.items import Items
+from metaembed_jax.data.run_items import RunItems
 
 SAMPLED_STEPS = 4  # for the vectors of a row
-BLOCK = 64  # steps that are packed side by side
+CHUNK = 64  # steps that are packed together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +20,9 @@ class RowPlan:
     """The rows of a run, known before its first step.
 
     Attributes:
-      row: what a row holds.
-      rows: a step, the fewest that hold every step.
-      tokens, patches: that the items of a step take on average.
+      row: the capacity of a row.
+      rows: of a step, the fewest that hold every step.
+      tokens, patches: the mean use of a step's items.
       longest: tokens of the longest item, its Meta Tokens included.
       cut, shrunk: the share of items whose text is cut, and of images that are shrunk.
     """
@@ -36,11 +36,11 @@ class RowPlan:
     shrunk: float
 
     def shape(self, most: int, shards: int) -> StepShape:
-        """The shape of each batch; see `step_shape`."""
+        """Return the shape of each batch; see `step_shape`."""
         return step_shape(self.row, self.rows, most, shards)
 
     def figures(self, shape: StepShape) -> dict[str, float]:
-        """The plan as figures, for metrics."""
+        """Return the plan as figures, for metrics."""
         figures = {
             "rows": shape.rows,
             "rows/tokens": self.row.tokens,
@@ -56,7 +56,7 @@ class RowPlan:
         return figures
 
     def describe(self, shape: StepShape) -> str:
-        """The plan in one line, for the user."""
+        """Return the plan in one line, for the user."""
         figures = self.figures(shape)
         size, fill = f"{self.row.tokens} tokens", f"{100 * figures['rows/fill/tokens']:.0f} % of tokens"
         if self.row.patches:
@@ -69,7 +69,7 @@ class RowPlan:
         )
 
 
-def plan_rows(items: Items, limits: Limits, silent: bool = True) -> RowPlan:
+def plan_rows(items: RunItems, limits: Limits, silent: bool = True) -> RowPlan:
     """Plan the rows of all steps.
 
     Args:
@@ -81,14 +81,14 @@ def plan_rows(items: Items, limits: Limits, silent: bool = True) -> RowPlan:
     vectors = row_vectors(sampled, limits.tokens, limits.patches, sum(items.vectors))
     row, rows, longest, used_3, counts_4 = Size(limits.tokens, limits.patches, vectors), 0, 0, np.zeros(3, int), np.zeros(4, int)
     with tqdm(total=steps, desc="planning rows", unit="step", delay=2, mininterval=0.5, disable=silent) as bar:
-        for first in range(0, steps, BLOCK):
-            block = [items[step] for step in range(first, min(first + BLOCK, steps))]
-            rows = _most_rows([step.sizes_N3 for step in block], row, rows)
-            for step in block:
+        for first in range(0, steps, CHUNK):
+            chunk = [items[step] for step in range(first, min(first + CHUNK, steps))]
+            rows = _most_rows([step.sizes_N3 for step in chunk], row, rows)
+            for step in chunk:
                 longest = max(longest, int(step.sizes_N3[:, 0].max()))
                 used_3 += step.sizes_N3.sum(axis=0)
                 counts_4 += [step.is_cut_N.sum(), len(step.is_cut_N), step.is_shrunk_N.sum(), (step.sizes_N3[:, 1] > 0).sum()]
-            bar.update(len(block))
+            bar.update(len(chunk))
     tokens, patches, _ = (used_3 / steps).tolist()
     cut, texts, shrunk, images = counts_4.tolist()
     row = row if images else row._replace(patches=0)
@@ -96,7 +96,7 @@ def plan_rows(items: Items, limits: Limits, silent: bool = True) -> RowPlan:
 
 
 def _most_rows(steps: list[Int[np.ndarray, "_ 3"]], row: Size, rows: int) -> int:
-    """The rows of the step that needs the most, or `rows` if that is more: only steps that could need more are packed alone."""
+    """Return the larger of `rows` and the rows that any of some steps needs. Only steps that could need more are packed."""
     bounds_S = best_fit_rows(steps, row)
     for step in np.argsort(-bounds_S, kind="stable").tolist():
         if bounds_S[step] <= rows:

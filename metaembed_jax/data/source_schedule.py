@@ -1,8 +1,8 @@
 """The sources of each step's sub-batches: weights kept in the long run, steps of nearly the same size.
 
-A run has as many rows a step as its largest step needs, so steps of different sizes leave rows empty. With typical items, tokens of
-the largest of 4,000 steps of the 7b recipe are 1.29 times the mean if each sub-batch comes from the source furthest behind its
-weight, and 1.04 times as balanced here; no source is then more than 3 sub-batches off its weight.
+All steps of a run have the rows that its largest step needs, so steps of different sizes leave rows empty. With typical items of
+the 7b recipe, the largest of 4,000 steps has 1.04 times the mean number of tokens, and no source is more than 3 sub-batches off its
+weight. If each sub-batch came from the source furthest behind its weight, it would be 1.29 times the mean.
 
 S sources.
 """
@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Int
 
 _BALANCE = 10  # a step that is off its mean by one sub-batch counts as much as sources that are 10 sub-batches off their weights
-_DURING = 3  # before the last sub-batch of a step, balance counts so many times less: the following can still make up for it
-_MOST_BEHIND = 3  # a source that is as many sub-batches behind its weight comes next, whatever its size
+_DURING = 3  # balance counts so many times less before the last sub-batch of a step, because later ones can restore it
+_MOST_BEHIND = 3  # a source that is so many sub-batches behind its weight comes next, whatever its size
 _WHOLE = 1 << 20  # the sum of all weights
 _PERCENT = 100
 
@@ -23,9 +23,9 @@ _PERCENT = 100
 def balanced_schedule(
     weights: Sequence[float], sizes_S2: Int[np.ndarray, "S 2"], sub_batches: int, steps: int
 ) -> Int[np.ndarray, "steps sub_batches"]:
-    """Chooses the source of each sub-batch. What is chosen before a step does not depend on how many steps follow.
+    """Choose the source of each sub-batch. The choices of a step do not depend on how many steps follow.
 
-    In integers, so that all hosts choose the same.
+    The arithmetic is in integers, so that all hosts choose the same.
 
     Args:
       weights: positive.

@@ -3,15 +3,15 @@
     pairs-train.array_record-00007-of-00098     records
     described-train.jsonl                       a line for each record of the split
 
-The sizes of all items of a source follow from them, and no image is read for it.
+They give the sizes of all items of a source without reading an image.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -22,12 +22,12 @@ from metaembed_jax.files import locked, replacing
 from metaembed_jax.inputs.images import image_size
 
 LOCK = "described.lock"
-BLOCK = 64  # records that are read at once, with their images
-SCANNED = 1 << 24  # bytes of a file that are searched for line ends at once
+CHUNK = 64  # records that are read at once, with their images
+SCANNED = 1 << 24  # bytes of a file in which line ends are searched at once
 
 
 def describe(record: dict, name: str) -> dict:
-    """The record with (width, height), upright, in place of each image.
+    """Return the description of a record.
 
     Args:
       name: of the record, for errors.
@@ -36,35 +36,41 @@ def describe(record: dict, name: str) -> dict:
       UserError: an image cannot be read.
     """
 
-    def item(side: str, content: dict) -> dict:
-        return content | {"image": image_size(content["image"], f"{name}, {side}")} if "image" in content else content
+    def sized(role: str, item: dict) -> dict:
+        return item | {"image": image_size(item["image"], f"{name}, {role}")} if "image" in item else item
 
     return record | {
-        "query": item("query", record["query"]),
-        "positive": item("positive", record["positive"]),
-        "negatives": [item(f"negative {number}", content) for number, content in enumerate(record.get("negatives", ()))],
+        "query": sized("query", record["query"]),
+        "positive": sized("positive", record["positive"]),
+        "negatives": [sized(f"negative {number}", item) for number, item in enumerate(record.get("negatives", ()))],
     }
 
 
+def read_row(source: Sequence, row: int, epoch: int, step: int) -> dict:
+    """Return a source's record for a row, an epoch and a step, composed if the source has `compose`; see `data.sources`."""
+    compose = getattr(source, "compose", None)
+    return source[row] if compose is None else compose(row, epoch, step)
+
+
 def describe_row(source: Sequence, row: int, epoch: int, step: int, name: str) -> dict:
-    """The description of the record that a source has for a row in an epoch and step, without its images where the source can.
+    """Return the description of the record that `read_row` returns, without reading it if the source has `describe`.
 
     Args:
       name: of the source, for errors.
     """
-    if hasattr(source, "described"):
-        return source.described(row, epoch, step)
-    record = source.compose(row, epoch, step) if hasattr(source, "compose") else source[row]
-    return describe(record, f"source {name!r}, row {row}")
+    describe_at = getattr(source, "describe", None)
+    if describe_at is not None:
+        return describe_at(row, epoch, step)
+    return describe(read_row(source, row, epoch, step), f"source {name!r}, row {row}")
 
 
 def to_line(description: dict) -> bytes:
-    """A description as it is stored, with its line feed."""
+    """Return a description as a line of JSON."""
     return json.dumps(description).encode() + b"\n"
 
 
 def from_line(line: bytes) -> dict:
-    """Inverse of `to_line`."""
+    """Return the description of a line; inverse of `to_line`."""
     description = json.loads(line)
     for item in (description["query"], description["positive"], *description["negatives"]):
         if "image" in item:
@@ -73,12 +79,12 @@ def from_line(line: bytes) -> dict:
 
 
 def file_of(folder: Path, split: str) -> Path:
-    """Where the descriptions of a split are stored."""
+    """Return the file of a split's descriptions."""
     return folder / f"described-{split}.jsonl"
 
 
 class Descriptions(Sequence):
-    """The stored descriptions of a split, mapped into memory. Survives pickling."""
+    """The stored descriptions of a split, mapped into memory. Can be pickled."""
 
     def __init__(self, file: Path):
         self._file = file
@@ -88,8 +94,8 @@ class Descriptions(Sequence):
         self._ends = np.concatenate([[-1], *ends])
 
     @property
-    def is_whole(self) -> bool:
-        """The last line has its end."""
+    def is_complete(self) -> bool:
+        """Whether the last line has its end."""
         return self._ends[-1] + 1 == len(self._content)
 
     def __reduce__(self) -> tuple:
@@ -106,27 +112,27 @@ class Descriptions(Sequence):
             raise UserError(f"{self._file}, line {row + 1} is damaged; remove the file, and it is written again") from None
 
 
-class Undescribed(NamedTuple):
-    """A split without descriptions.
+class StoredSplit(NamedTuple):
+    """A prepared split, to be described.
 
     Attributes:
-      raw: its stored records.
-      parse: makes a record of one.
+      source: tfds's data source: serialized records, with `__getitems__`.
+      parse: turns a serialized record into a record.
       name: of the source, for errors.
     """
 
-    raw: Sequence[bytes]
+    source: Any
     parse: Callable[[bytes], dict]
     name: str
 
 
-def open_or_add(split: Undescribed, file: Path) -> Descriptions | None:
-    """The descriptions of a split, which are written first where they are missing, with a progress bar.
+def open_or_write(split: StoredSplit, file: Path) -> Descriptions | None:
+    """Return the descriptions of a split. If they are missing, they are written first, with a progress bar.
 
-    Processes that come at the same time wait for the first. A folder that cannot be written stays as it is, which is printed.
+    Processes that come at the same time wait for the first.
 
     Returns:
-      None where they cannot be written.
+      None, after a message, if they are missing and the folder cannot be written.
 
     Raises:
       UserError: an image cannot be read, or the disk is full.
@@ -143,43 +149,39 @@ def open_or_add(split: Undescribed, file: Path) -> Descriptions | None:
     return descriptions
 
 
-def _read(split: Undescribed, file: Path) -> Descriptions | None:
-    """The descriptions in a file, or None where it is missing, or has not one line for each record."""
+def _read(split: StoredSplit, file: Path) -> Descriptions | None:
+    """Return the descriptions in a file; None if it is missing, or does not have one line for each record."""
     if not file.is_file():
         return None
     descriptions = Descriptions(file)
-    return descriptions if len(descriptions) == len(split.raw) and descriptions.is_whole else None
+    return descriptions if len(descriptions) == len(split.source) and descriptions.is_complete else None
 
 
-def _write(split: Undescribed, file: Path) -> None:
-    rows = len(split.raw)
-    blocks = [range(first, min(first + BLOCK, rows)) for first in range(0, rows, BLOCK)]
+def _write(split: StoredSplit, file: Path) -> None:
+    rows = len(split.source)
+    chunks = [range(first, min(first + CHUNK, rows)) for first in range(0, rows, CHUNK)]
     with tqdm(total=rows, desc=f"{split.name}: sizes of images", unit="row", mininterval=0.5) as bar, replacing(file) as target:
-        for block, lines in zip(blocks, map_with(split, _lines, blocks, workers_for(rows)), strict=True):
+        for chunk, lines in zip(chunks, map_with(split, _lines, chunks, workers_for(rows)), strict=True):
             target.write(lines)
-            bar.update(len(block))
+            bar.update(len(chunk))
 
 
-def _lines(split: Undescribed, rows: range) -> bytes:
-    records = map(split.parse, split.raw.__getitems__(list(rows)))
+def _lines(split: StoredSplit, rows: range) -> bytes:
+    records = map(split.parse, split.source.__getitems__(list(rows)))
     return b"".join(
         to_line(describe(record, f"source {split.name!r}, row {row}")) for row, record in zip(rows, records, strict=True)
     )
 
 
-def summary(splits: Sequence[Sequence]) -> str:
-    """A line about the items of a source.
-
-    Args:
-      splits: sequences with `described`.
-    """
+def summarize(descriptions: Iterable[dict]) -> str:
+    """Return a line about the items of a source: their numbers, the largest image and the longest text."""
     images, texts, largest, longest = 0, 0, (0, 0), 0
-    for description in (split.described(row) for split in splits for row in range(len(split))):
+    for description in descriptions:
         for item in (description["query"], description["positive"], *description["negatives"]):
             if "image" in item:
                 images, largest = images + 1, max(largest, item["image"], key=math.prod)
             if "text" in item:
                 texts, longest = texts + 1, max(longest, len(item["text"]))
-    pictures = f"{images} images, the largest {largest[0]}x{largest[1]}" if images else "no image"
-    words = f"{texts} texts, the longest of {longest} characters" if texts else "no text"
-    return f"{pictures}; {words}"
+    image_summary = f"{images} images, the largest {largest[0]}x{largest[1]}" if images else "no images"
+    text_summary = f"{texts} texts, the longest of {longest} characters" if texts else "no texts"
+    return f"{image_summary}; {text_summary}"

@@ -1,12 +1,11 @@
-"""Images by the paths that a table names: from a folder, or from the ZIP archives that such a folder is delivered in.
+"""Images by the paths that a table names: in a folder, or in the ZIP archives in which such a folder is delivered.
 
-No path leaves the folder. Images are checked before they are copied anywhere: of bounded size, and whole.
+No path leads out of the folder. Images are checked before they are copied: they are complete, and their size is bounded.
 """
 
 import dataclasses
 import io
 import zipfile
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from PIL import Image, UnidentifiedImageError
@@ -19,11 +18,11 @@ LARGEST_FILE = 128 * 2**20  # bytes of an encoded image
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """A folder of images. Survives pickling. Archives are opened when they are first needed, and stay open.
+    """A folder of images. Can be pickled. Archives are opened when they are first needed, and stay open.
 
     Attributes:
-      root: what paths are relative to.
-      archives: ZIP files whose members stand where they would be extracted to under `root`; files beside them come first.
+      root: the folder that paths are relative to.
+      archives: ZIP files, whose members have the paths that they would have in `root`; files in `root` come first.
     """
 
     root: Path
@@ -34,44 +33,45 @@ class ImageFolder:
         return self.__dict__ | {"_opened": {}}
 
     def read(self, path: str) -> bytes:
-        """The encoded image at a path, checked by `check_image`.
+        """Return the encoded image at a path, checked by `check_image`.
 
         Raises:
-          UserError: as `find`; or a broken image, or a very large file.
+          UserError: as `find`; or the image is broken, or its file very large.
         """
-        archive, where = self.find(path)
+        archive, name = self.find(path)
         if archive:
-            return check_image(_member(self._open(archive), archive, where), f"{archive}:{where}")
-        return check_image(read_image_file(Path(where)), where)
+            return check_image(_read_member(self._open(archive), archive, name), f"{archive}:{name}")
+        return check_image(read_image_file(Path(name)), name)
 
     def item(self, name: str, text: str | None, image: str | dict | None) -> dict:
-        """A text and an image, where they are not empty; the image is a path, or inline.
+        """Return the item of a text and an image, without what is empty.
 
         Args:
           name: of the item in its row, for errors.
+          image: a path, or an image inline.
 
         Raises:
-          UserError: both are empty, one is something else, or the image is missing or broken.
+          UserError: both are empty or one has another type, or the image is missing or broken.
         """
         if not isinstance(text, str | None):
-            raise UserError(f"{name} is a {type(text).__name__}, not a text")
-        found = {"text": text} if text and text.strip() else {}
+            raise UserError(f"{name}: expected a string, not {type(text).__name__}")
+        item: dict[str, str | bytes] = {"text": text} if text and text.strip() else {}
         if isinstance(image, str):
-            found |= {"image": self.read(image)} if image else {}
+            item |= {"image": self.read(image)} if image else {}
         elif inline(image):
-            found["image"] = inline_image(name)(image)
-        if not found:
+            item["image"] = check_inline(image, name)
+        if not item:
             raise UserError(f"{name} has neither text nor image")
-        return found
+        return item
 
     def find(self, path: str) -> tuple[Path | None, str]:
-        """Where an image is: (archive, member), or (None, file).
+        """Return (archive, member) of an image, or (None, file).
 
         Raises:
-          UserError: no such image, or one outside of the folder.
+          UserError: there is no such image, or it is outside of the folder.
         """
         if not isinstance(path, str):
-            raise UserError(f"an image path is a {type(path).__name__}, not a text")
+            raise UserError(f"expected a string as the path of an image, not {type(path).__name__}")
         relative = PurePosixPath(path)
         if relative.is_absolute() or ".." in relative.parts:
             raise UserError(f"the image path {path!r} leads out of {self.root}; write it relative to that folder")
@@ -86,54 +86,54 @@ class ImageFolder:
         raise UserError(f"the image {file} is missing{self._hint(relative)}")
 
     def stamp(self, path: str) -> tuple[int, int]:
-        """What changes with an image: the size of its file, and when that was written; in an archive, its checksum.
+        """Return numbers that change with an image: the size and time of its file, or the size and checksum of a member.
 
         Raises:
           UserError: as `find`.
         """
-        archive, where = self.find(path)
+        archive, name = self.find(path)
         if archive:
-            member = self._open(archive).NameToInfo[where]
+            member = self._open(archive).NameToInfo[name]
             return member.file_size, member.CRC
-        about = Path(where).stat()
-        return about.st_size, about.st_mtime_ns
+        status = Path(name).stat()
+        return status.st_size, status.st_mtime_ns
 
     def _open(self, archive: Path) -> zipfile.ZipFile:
         if archive not in self._opened:
             try:
                 self._opened[archive] = zipfile.ZipFile(archive)
             except (OSError, zipfile.BadZipFile) as error:
-                raise UserError(f"{archive}: is no ZIP archive that can be read ({error}); fetch it again") from error
+                raise UserError(f"{archive}: is not a readable ZIP archive ({error}); fetch it again") from error
         return self._opened[archive]
 
     def _hint(self, relative: PurePosixPath) -> str:
-        """Where it would be found, if the paths were one level more or less deep."""
+        """Return the end of an error that names the image one folder level up or down; empty if it is not there."""
         others = [PurePosixPath(*relative.parts[1:]), *(PurePosixPath(name) / relative for name in ("images", "eval_images"))]
         for other in others:
             if other.parts and _is_file(self.root / other):
-                return f", but {self.root / other} is there: the images lie one level off; move them so that the paths fit"
+                return f", but {self.root / other} exists: move the images by one folder level, so that the paths fit"
         return ""
 
 
 def read_image_file(file: Path) -> bytes:
-    """The encoded image in a file.
+    """Return the encoded image in a file.
 
     Raises:
-      UserError: it is very large, or cannot be read.
+      UserError: the file is very large, or cannot be read.
     """
     try:
         if file.stat().st_size > LARGEST_FILE:
-            raise UserError(f"the image {file} has {file.stat().st_size} bytes; at most {LARGEST_FILE} are read")
+            raise UserError(f"the image {file} has {file.stat().st_size} bytes; expected at most {LARGEST_FILE}")
         return file.read_bytes()
     except OSError as error:
         raise UserError(f"the image {file} cannot be read ({error.strerror})") from error
 
 
 def check_image(encoded: bytes, name: str) -> bytes:
-    """The same bytes, if they are a whole image of bounded size.
+    """Return the same bytes if they are a complete image of bounded size.
 
-    JPEGs are read at an eighth of their size, which finds every cut, as reading all of it does. Bytes changed in the middle are
-    found where they break the decoder: mostly in PNG, rarely in JPEG and WebP, which carry no checksum, never in plain pixels.
+    JPEGs are decoded at an eighth of their size, which finds every truncation, as full size does. Changed bytes in the middle are
+    found where they break the decoder: mostly in PNG, rarely in JPEG and WebP, which have no checksum, never in plain pixels.
 
     Raises:
       UserError: names the image and what is wrong.
@@ -142,33 +142,29 @@ def check_image(encoded: bytes, name: str) -> bytes:
         image = Image.open(io.BytesIO(encoded))
         check_size(image, name)
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-            sides = f"{image.width}x{image.height}"
-            raise UserError(f"the image {name} is {sides}: one side is over {MAX_ASPECT_RATIO} times the other; crop or pad it")
+            size = f"{image.width}x{image.height}"
+            raise UserError(f"the image {name} is {size}: one side is over {MAX_ASPECT_RATIO} times the other; crop or pad it")
         image.draft("RGB", (1, 1))
         image.load()
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError(f"the image {name} cannot be read (it is of no known kind); repair or remove it") from error
+        raise UserError(f"the image {name} cannot be read (it is of no known format); repair or remove it") from error
     except Exception as error:  # decoders of broken bytes raise errors of every kind
         raise UserError(f"the image {name} cannot be read ({' '.join(str(error).split())}); repair or remove it") from error
     return encoded
 
 
-def inline(image) -> bytes:
-    """The bytes of an image as `datasets` stores it: {"bytes", "path"}; empty for none."""
+def inline(image: dict | bytes | None) -> bytes:
+    """Return the bytes of an image as `datasets` stores it, {"bytes", "path"}; empty without an image."""
     if isinstance(image, dict):
         image = image.get("bytes")
     return image or b""
 
 
-def inline_image(column: str) -> Callable[..., bytes]:
-    """Checks and gives the bytes of an inline image of a column."""
-
-    def read(image) -> bytes:
-        return check_image(inline(image), f"in {column}")
-
-    return read
+def check_inline(image: dict | bytes | None, column: str) -> bytes:
+    """Return the bytes of an inline image, checked by `check_image`."""
+    return check_image(inline(image), f"in {column}")
 
 
 def _is_file(file: Path) -> bool:
@@ -178,12 +174,12 @@ def _is_file(file: Path) -> bool:
         return False
 
 
-def _member(opened: zipfile.ZipFile, archive: Path, name: str) -> bytes:
+def _read_member(opened: zipfile.ZipFile, archive: Path, name: str) -> bytes:
     size = opened.getinfo(name).file_size
     if size > LARGEST_FILE:
-        raise UserError(f"the image {archive}:{name} has {size} bytes; at most {LARGEST_FILE} are read")
+        raise UserError(f"the image {archive}:{name} has {size} bytes; expected at most {LARGEST_FILE}")
     try:
         with opened.open(name) as file:
-            return file.read(LARGEST_FILE)  # an archive may lie about the size
+            return file.read(LARGEST_FILE)  # the size in an archive may be wrong
     except Exception as error:  # broken, encrypted or of an unknown method: each has an error of its own
         raise UserError(f"the image {archive}:{name} cannot be read ({error}); fetch the archive again") from error

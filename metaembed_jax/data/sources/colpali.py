@@ -1,0 +1,39 @@
+"""The train set of ColPali (`vidore/colpali_train_set`, arXiv 2407.01449): a query, and the page that answers it.
+
+DIR/**/train-*.parquet with the columns image and query; others (image_filename, answer, source, ...) are not read.
+"""
+
+from pathlib import Path
+
+from metaembed_jax.data.sources.image_files import check_inline
+from metaembed_jax.data.sources.preparation import RawSource
+from metaembed_jax.data.sources.row_files import check_columns, open_row_files
+from metaembed_jax.errors import UserError
+
+NAME = "colpali"
+
+
+def find_sources(directory: Path) -> list[RawSource]:
+    """Return the one source of the set.
+
+    Raises:
+      UserError: it is not in the folder, or lacks a column.
+    """
+    files = sorted(directory.rglob("train-*.parquet"))
+    if not files:
+        raise UserError(f"{directory}: has no train-*.parquet; --from is the folder that colpali_train_set was fetched to")
+    rows = open_row_files(files)
+    check_columns(rows, ("image", "query"))
+    return [RawSource(NAME, rows, to_record)]
+
+
+def to_record(row: dict) -> dict:
+    """Return a row as a record.
+
+    Raises:
+      UserError: the query has no words, or the page is broken.
+    """
+    if not isinstance(row["query"], str) or not row["query"].strip():
+        raise UserError(f"query is {row['query']!r}; expected a text")
+    image = check_inline(row["image"], "image")
+    return {"query": {"text": row["query"]}, "positive": {"image": image}, "negatives": [], "source": NAME}

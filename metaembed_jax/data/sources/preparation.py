@@ -1,0 +1,263 @@
+"""Preparation of a source: rows of files become records in shards of ArrayRecord, which several processes write at the same time.
+
+    OUT/{source}/{version}.part/            while it is written
+        job.json                            the files that are read; a preparation of others starts from nothing
+        corpus.bin, corpus.json             the documents that rows name, if they do
+        pairs-train.array_record-00007-of-00098, 00007.described-train.jsonl, 00007.json      a shard, its descriptions, its counts
+    OUT/{source}/{version}/                 complete, and readable by TensorFlow Datasets
+
+A preparation that was killed goes on with the missing shards. `HELD_OUT` random rows each are the splits `validation` and `test`;
+both together are at most a tenth of the rows.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core import example_serializer, naming
+from tqdm import tqdm
+
+from metaembed_jax.data.sources import descriptions, records
+from metaembed_jax.data.sources.corpus import Corpus, remove_copy
+from metaembed_jax.data.sources.row_files import RowFiles
+from metaembed_jax.data.workers import map_with
+from metaembed_jax.errors import UserError
+from metaembed_jax.files import digest, locked, replacing, write_bytes, write_json
+
+VERSION = "1.0.0"
+SHARD_ROWS = 1024
+HELD_OUT = 256
+FILES = "pairs"  # the name of the data set in TensorFlow Datasets, which allows no names such as A-OKVQA
+TYPES = (
+    ("text", lambda item: "image" not in item),
+    ("image", lambda item: "text" not in item),
+    ("image and text", lambda item: True),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RawSource:
+    """A source before its preparation.
+
+    Attributes:
+      name: of the source, and of its folder.
+      rows: its files.
+      record: turns a row into a record. Can be pickled; raises UserError, without the name of the row.
+      corpus: the documents that rows name by id. They are copied first, and `record` then takes the copy as `corpus`.
+    """
+
+    name: str
+    rows: RowFiles
+    record: Callable[..., dict]
+    corpus: Corpus | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """The shards of a source. A process that writes several of them keeps the files that `source` opens."""
+
+    source: RawSource
+    directory: Path
+    skips: int
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.source.rows) // SHARD_ROWS)
+
+    def records(self, split: str, shard: int) -> Path:
+        return self.directory / f"{FILES}-{split}.array_record-{shard:05}-of-{self.shards:05}"
+
+    def descriptions(self, split: str, shard: int) -> Path:
+        return self.directory / f"{shard:05}.described-{split}.jsonl"
+
+    def counts(self, shard: int) -> Path:
+        return self.directory / f"{shard:05}.json"
+
+    def read_counts(self, shard: int) -> dict | None:
+        """Return the counts of a written shard; None if one of its files is missing."""
+        is_written = self.counts(shard).is_file() and self.descriptions("train", shard).is_file()
+        return json.loads(self.counts(shard).read_text()) if is_written else None
+
+
+def prepare_source(source: RawSource, out: Path, workers: int, skips: int) -> dict:
+    """Prepare a source in `out`/`source.name`, if that is not done yet.
+
+    Args:
+      workers: processes next to this one; 0 for none.
+      skips: the number of bad rows that are left out, with a line for each; one more is an error.
+
+    Returns:
+      The marker: {"version", "fingerprint", "job" (of the files that were read), "rows" of each split, "queries" and "positives" of
+      each type, "negatives", "bytes", "skipped"}.
+
+    Raises:
+      UserError: too many bad rows, or an id occurs twice; names the first row. Or the source is prepared from other files.
+    """
+    source_dir = out / source.name
+    inputs = _inputs(source)
+    if marker := records.read_marker(source_dir, VERSION):
+        if marker["job"] != digest(inputs.encode()):
+            file = source.rows.files[0]
+            raise UserError(f"{source_dir}: is prepared already, from other files than {file}; remove it, or choose another --out")
+        return marker
+    source_dir.mkdir(parents=True, exist_ok=True)
+    with locked(source_dir / "lock", f"{source_dir} is being prepared by another process; wait for it to end"):
+        return _write_all(source, source_dir / f"{VERSION}.part", inputs, workers, skips)
+
+
+def _write_all(source: RawSource, directory: Path, inputs: str, workers: int, skips: int) -> dict:
+    _make_directory(directory, inputs)
+    if source.corpus:
+        copy = source.corpus.copy(source.rows, directory, source.name)
+        source = dataclasses.replace(source, record=functools.partial(source.record, corpus=copy), corpus=None)
+    job = _Job(source, directory, skips)
+    written = {shard: counts for shard in range(job.shards) if (counts := job.read_counts(shard)) is not None}
+    missing = [shard for shard in range(job.shards) if shard not in written]
+    with tqdm(total=len(source.rows), desc=source.name, unit="row", mininterval=0.5) as bar:
+        bar.update(sum(counts["read"] for counts in written.values()))
+        for shard, counts in zip(missing, map_with(job, _write_shard, missing, workers), strict=True):
+            written[shard] = counts
+            bar.update(counts["read"])
+            _check_skipped(written, skips)
+    _check_skipped(written, skips)
+    return _finish(job, [written[shard] for shard in range(job.shards)])
+
+
+def _inputs(source: RawSource) -> str:
+    """Return the files that are read, and the size of shards, as JSON."""
+    read = (*source.rows.files, *(source.corpus.rows.files if source.corpus else ()))
+    files = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in read]
+    return json.dumps({"files": files, "rows": len(source.rows), "shard_rows": SHARD_ROWS})
+
+
+def _make_directory(directory: Path, inputs: str) -> None:
+    """Make the folder of a preparation, empty unless it holds shards of the same inputs."""
+    file = directory / "job.json"
+    if not file.is_file() or file.read_text() != inputs:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        file.write_text(inputs)
+
+
+def _write_shard(job: _Job, shard: int) -> dict:
+    """Write the records of a shard, then their descriptions and counts."""
+    rows, first = job.source.rows, shard * SHARD_ROWS
+    features = records.features()
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())  # pyright: ignore[reportArgumentType]
+    held_out = _held_out(len(rows))
+    files = {split: job.directory / f"{shard:05}.{split}.tmp" for split in records.SPLITS}  # no other shard has these names
+    writers = {split: ArrayRecordWriter(str(file), "group_size:1") for split, file in files.items()}
+    lines = {split: [] for split in records.SPLITS}
+    counts = {"read": 0, "rows": dict.fromkeys(records.SPLITS, 0), "negatives": 0, "bytes": 0, "skipped": []}
+    counts |= {side: {name: 0 for name, _ in TYPES} for side in ("queries", "positives")}
+    content = hashlib.sha256()
+    for number, row in enumerate(rows.read(first, min(first + SHARD_ROWS, len(rows))), first):
+        counts["read"] += 1
+        try:
+            record = job.source.record(row)
+            line = descriptions.to_line(descriptions.describe(record, "record"))
+        except UserError as error:
+            counts["skipped"].append(f"{rows.row_name(number)}: {error}")
+            if len(counts["skipped"]) > job.skips:
+                break
+            continue
+        serialized = serializer.serialize_example(features.encode_example(records.to_example(record)))
+        split = held_out.get(number, "train")
+        writers[split].write(serialized)
+        lines[split].append(line)
+        content.update(_digest(record))
+        counts["rows"][split] += 1
+        counts["bytes"] += len(serialized)
+        counts["negatives"] += len(record["negatives"])
+        for side, item in (("queries", record["query"]), ("positives", record["positive"])):
+            counts[side][next(name for name, fits in TYPES if fits(item))] += 1
+    for writer in writers.values():
+        writer.close()
+    counts["digest"] = content.hexdigest()
+    if len(counts["skipped"]) <= job.skips:
+        for split, file in files.items():
+            os.replace(file, job.records(split, shard))
+            write_bytes(job.descriptions(split, shard), b"".join(lines[split]))
+        write_json(job.counts(shard), counts)
+    return counts
+
+
+def _digest(record: dict) -> bytes:
+    """Return a digest of the texts and images of a record; its bytes on disk may have their keys in any order."""
+    items = [record["query"], record["positive"], *record["negatives"]]
+    contents = [(item.get("text", ""), hashlib.sha256(item.get("image", b"")).hexdigest()) for item in items]
+    return hashlib.sha256(repr((record["source"], contents)).encode()).digest()
+
+
+def _held_out(rows: int) -> dict[int, str]:
+    """Return the rows that are not for training, and their split."""
+    count = min(HELD_OUT, rows // 20)
+    chosen = np.random.default_rng(0).permutation(rows)[: 2 * count].tolist()
+    return {row: "validation" if index < count else "test" for index, row in enumerate(chosen)}
+
+
+def _check_skipped(written: dict[int, dict], skips: int) -> None:
+    bad = [line for _, counts in sorted(written.items()) for line in counts["skipped"]]
+    if len(bad) > skips:
+        more = f" (and {len(bad) - 1} more so far; --skip allows {skips})" if len(bad) > 1 else "; --skip=N leaves out N bad rows"
+        raise UserError(f"{bad[0]}{more}")
+
+
+def _finish(job: _Job, shards: Sequence[dict]) -> dict:
+    """Turn the shards into a folder of TensorFlow Datasets, and move it to its final path.
+
+    Args:
+      shards: the counts of each.
+    """
+    source, directory = job.source, job.directory
+    skipped = [line for counts in shards for line in counts["skipped"]]
+    for line in skipped:
+        print(f"left out: {line}", flush=True)
+    rows = {split: [counts["rows"][split] for counts in shards] for split in records.SPLITS}
+    if not any(rows["train"]):
+        raise UserError(f"{source.rows.files[0]}: no rows are left to train on")
+    template = naming.ShardedFileTemplate(data_dir=directory, dataset_name=FILES, filetype_suffix="array_record")  # pyright: ignore[reportArgumentType] (any path)
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=records.features(),
+        split_infos=[tfds.core.SplitInfo(split, lengths, 0) for split, lengths in rows.items()],
+        filename_template=template,
+        check_data=False,
+    )
+    marker = {
+        "version": VERSION,
+        "fingerprint": digest("".join(counts["digest"] for counts in shards).encode()),
+        "job": digest((directory / "job.json").read_bytes()),
+        "rows": {split: sum(lengths) for split, lengths in rows.items()},
+        **{side: {name: sum(counts[side][name] for counts in shards) for name, _ in TYPES} for side in ("queries", "positives")},
+        "negatives": sum(counts["negatives"] for counts in shards),
+        "bytes": sum(counts["bytes"] for counts in shards),
+        "skipped": len(skipped),
+    }
+    remove_copy(directory)
+    shard_descriptions = _join_descriptions(job)
+    final = directory.with_name(VERSION)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(directory, final)
+    for file in shard_descriptions:  # only now: until here, a preparation that is killed goes on from them
+        (final / file.name).unlink()
+    records.write_marker(final.parent, marker)
+    return marker
+
+
+def _join_descriptions(job: _Job) -> list[Path]:
+    """Write one file of descriptions for each split, and return the files of the shards."""
+    shard_files = {split: [job.descriptions(split, shard) for shard in range(job.shards)] for split in records.SPLITS}
+    for split, files in shard_files.items():
+        with replacing(descriptions.file_of(job.directory, split)) as target:
+            for file in files:
+                target.write(file.read_bytes())
+    return [file for files in shard_files.values() for file in files]
