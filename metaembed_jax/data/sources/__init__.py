@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metaembed_jax.config import DataConfig
+from metaembed_jax.config.run import DataConfig
 from metaembed_jax.errors import UserError
 
 if TYPE_CHECKING:
