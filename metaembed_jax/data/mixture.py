@@ -31,13 +31,9 @@ def mixture(config: RunConfig, sources: Sequence[Sequence], sizes_S2: Int[np.nda
     """Return the dataset whose element n is the references of step n, sub-batch by sub-batch.
 
     Args:
-      sources: one for each entry of `config.data.sources`, in its order.
+      sources: one for each entry of `config.data.sources`, in its order; `check_mixture` accepts them.
       sizes_S2: mean tokens and patches of a source's pairs.
-
-    Raises:
-      UserError: as `check_mixture`.
     """
-    check_mixture(config.data, config.rows.batch_size, sources)
     sub_batch = config.data.sub_batch or config.rows.batch_size
     _, weights, caps = zip(*config.data.sources, strict=True)
     used = [min(cap or len(source), len(source)) for cap, source in zip(caps, sources, strict=True)]

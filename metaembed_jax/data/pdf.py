@@ -1,8 +1,10 @@
 """Pages of PDF files as images, drawn by PDFium."""
 
+import contextlib
 import math
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -41,17 +43,13 @@ class PdfReader:
         name = f"{file}, page {number}"
         with _pdfium:
             document = self._open(file)
-            try:
+            with _page_errors(name, "drawn"):
                 page = document[number - 1]
-                bitmap = page.render(scale=_scale(*page.get_size(), name))  # pyright: ignore[reportArgumentType] (a float, by its documentation)
+                bitmap = page.render(scale=_scale(*page.get_size(), name))  # pyright: ignore[reportArgumentType] (documented as float)
                 image = bitmap.to_pil()  # a copy, because the order of channels changes
                 bitmap.close()
                 page.close()
-            except UserError:
-                raise
-            except Exception as error:  # the library has errors of several kinds
-                raise UserError(f"{name}: cannot be drawn ({' '.join(str(error).split())}); repair or remove it") from error
-        return image
+                return image
 
     def size(self, file: Path, number: int) -> tuple[int, int]:
         """Return (width, height) of the image that `page` draws, without drawing it.
@@ -60,13 +58,8 @@ class PdfReader:
           UserError: as `page`.
         """
         name = f"{file}, page {number}"
-        with _pdfium:
-            try:
-                width, height = self._open(file).get_page_size(number - 1)
-            except UserError:
-                raise
-            except Exception as error:  # the library has errors of several kinds
-                raise UserError(f"{name}: cannot be read ({' '.join(str(error).split())}); repair or remove it") from error
+        with _pdfium, _page_errors(name, "read"):
+            width, height = self._open(file).get_page_size(number - 1)
         scale = _scale(width, height, name)
         return math.ceil(width * scale), math.ceil(height * scale)
 
@@ -78,6 +71,17 @@ class PdfReader:
                 self._opened = None
             self._opened = key, _open_document(file)
         return self._opened[1]
+
+
+@contextlib.contextmanager
+def _page_errors(name: str, verb: str) -> Iterator[None]:
+    """Turn the errors of the library, which are of several kinds, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name}: cannot be {verb} ({' '.join(str(error).split())}); repair or remove it") from error
 
 
 def _open_document(file: Path):

@@ -31,7 +31,7 @@ def open_image(image: bytes | str | Path | Image.Image, name: str) -> Image.Imag
       UserError: the image is unreadable, truncated or empty, or has more than `MAX_SOURCE_PIXELS` (checked before decoding).
     """
     encoded = not isinstance(image, Image.Image)
-    with _reading(name):
+    with image_errors(name):
         if encoded:
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(image))
         check_size(image, name)
@@ -41,7 +41,8 @@ def open_image(image: bytes | str | Path | Image.Image, name: str) -> Image.Imag
 
 
 @contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
+def image_errors(name: str) -> Iterator[None]:
+    """Turn every error of reading an image into a UserError with its name."""
     try:
         yield
     except UserError:
@@ -87,7 +88,7 @@ def image_size(image: bytes | str | Path | Image.Image | tuple[int, int], name: 
     if isinstance(image, Image.Image):
         check_size(image, name)
         return image.size
-    with _reading(name), _open_file(image) as file:
+    with image_errors(name), _open_file(image) as file:
         header = Image.open(file)
         check_size(header, name)
         # Some versions of Pillow turn the size of a TIFF when they open it.

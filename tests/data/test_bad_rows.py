@@ -158,7 +158,7 @@ def test_missing_columns(tmp_path, kind):
         ("mined", {"pos_text": "", "pos_image": None}, "pos_text is empty, and has no image"),
         ("mined", {"qry": None}, "qry is empty, and has no image"),
         ("colpali", {"query": " "}, "query is ' '; expected a text"),
-        ("colpali", {"image": None}, "the image in image cannot be read"),
+        ("colpali", {"image": None}, "image: the image cannot be read"),
     ],
 )
 def test_bad_rows_with_images_inline(tmp_path, kind, change, message):
@@ -177,7 +177,7 @@ def test_bad_rows_with_images_inline(tmp_path, kind, change, message):
         ({"positive": None}, "positive has neither text nor image"),
         ({"query": "", "query_image": ""}, "query has neither text nor image"),
         ({"query": 5}, "query: expected a string, not int"),
-        ({"query_image": 5}, "the image in query cannot be read"),
+        ({"query_image": 5}, "query: the image cannot be read"),
         ({"query_image": "a/b.png"}, "IN/a/b.png is missing"),
         ({"query_image": "other.png"}, "IN/other.png is missing, but IN/images/other.png exists: move the images"),
         ({"query_image": "x" * 300 + ".png"}, "x.png is missing"),

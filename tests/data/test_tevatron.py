@@ -93,7 +93,12 @@ QUERIES, CORPUS = "queries/train-00000-of-00001.parquet", "corpus/data/train-000
         ("corpus", 3, {"docid": "3"}, f"{CORPUS.format(1)}, row 1: the docid '3' is taken by "),
         ("corpus", 3, {"docid": ""}, f"{CORPUS.format(1)}, row 1: docid is ''"),
         ("corpus", 2, {"image": None}, f"the document '1' (IN/{CORPUS.format(1)}, row 0) has neither text nor image"),
-        ("corpus", 2, {"image": inline(picture(0)[:2000])}, f"document '1' (IN/{CORPUS.format(1)}, row 0) cannot be read"),
+        (
+            "corpus",
+            2,
+            {"image": inline(picture(0)[:2000])},
+            f"document '1' (IN/{CORPUS.format(1)}, row 0): the image cannot be read",
+        ),
     ],
 )
 def test_bad_rows(tmp_path, table, row, change, message):

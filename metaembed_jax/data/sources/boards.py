@@ -34,7 +34,7 @@ SEPARATOR = ", "
 
 
 def cells(count: int, random: np.random.Generator, page_side: int = SIDE) -> list[tuple[int, int, int, int]]:
-    """Cut a page at random into `count` cells (left, top, width, height): into strips across or down, and each strip into cells."""
+    """Cut a page at random into `count` cells (x, y, width, height): into strips across or down, and each strip into cells."""
 
     def cut(count):
         """Cut the side of the page into `count` intervals (start, length)."""
@@ -51,11 +51,11 @@ def cells(count: int, random: np.random.Generator, page_side: int = SIDE) -> lis
 def compose(drawings: Sequence[Image.Image], random: np.random.Generator, page_side: int = SIDE) -> Image.Image:
     """Return a page (mode L) of drawings (mode L), each in a cell of its own at a random size and position."""
     page = Image.new("L", (page_side, page_side), 255)
-    for drawing, (left, top, width, height) in zip(drawings, cells(len(drawings), random, page_side), strict=True):
+    for drawing, (x, y, width, height) in zip(drawings, cells(len(drawings), random, page_side), strict=True):
         room = min(width, height, LARGEST)
         side = int(random.integers(round(0.75 * room), room, endpoint=True))
-        x, y = random.integers(0, (width - side, height - side), endpoint=True)
-        page.paste(drawing.resize((side, side), Image.Resampling.BILINEAR), (left + int(x), top + int(y)))
+        right, down = random.integers(0, (width - side, height - side), endpoint=True)
+        page.paste(drawing.resize((side, side), Image.Resampling.BILINEAR), (x + int(right), y + int(down)))
     return page
 
 

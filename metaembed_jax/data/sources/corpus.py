@@ -104,7 +104,7 @@ class CorpusCopy:
         name = f"document {docid!r} ({self.rows.row_name(row)})"
         item: dict[str, str | bytes] = {"text": text} if text.strip() else {}
         if image:
-            item["image"] = check_image(image, f"of {name}")
+            item["image"] = check_image(image, name)
         if not item:
             raise UserError(f"the {name} has neither text nor image")
         return item

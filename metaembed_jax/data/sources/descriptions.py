@@ -95,7 +95,7 @@ class Descriptions(Sequence):
 
     @property
     def is_complete(self) -> bool:
-        """Whether the last line has its end."""
+        """True if the last line has its end."""
         return self._ends[-1] + 1 == len(self._content)
 
     def __reduce__(self) -> tuple:

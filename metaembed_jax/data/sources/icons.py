@@ -103,11 +103,11 @@ class Renderer:
     def draw(self, character: str) -> Image.Image | None:
         """Return the drawing, mode L, `SIDE` x `SIDE`; None if the glyph is empty."""
         # Pillow's own bounding boxes count the advance width as ink, so a small drawing gives the box of the ink first.
-        left, top, right, bottom = self.ink(character, SKETCH, (SKETCH, SKETCH), 3 * SKETCH)[0]
-        if right == left:
+        x0, y0, x1, y1 = self.ink(character, SKETCH, (SKETCH, SKETCH), 3 * SKETCH)[0]
+        if x0 == x1:
             return None
-        scale = (SIDE - 2 * MARGIN) / max(right - left, bottom - top, SMALLEST * SKETCH)
-        origin = (SIDE - (left - SKETCH) * scale, SIDE - (top - SKETCH) * scale)
+        scale = (SIDE - 2 * MARGIN) / max(x1 - x0, y1 - y0, SMALLEST * SKETCH)
+        origin = (SIDE - (x0 - SKETCH) * scale, SIDE - (y0 - SKETCH) * scale)
         _, glyph = self.ink(character, int(SKETCH * scale), origin, 3 * SIDE)
         if not any(glyph.histogram()[128:]):
             return None
@@ -257,7 +257,7 @@ class VariedIcons(Sequence[dict]):
 def moved(drawing: Image.Image, random: np.random.Generator) -> Image.Image:
     """Return a drawing at 80 to 100 % of its size, at a random position on a white canvas of the old size."""
     side = int(random.integers(int(0.8 * SIDE), SIDE, endpoint=True))
-    left, top = (int(offset) for offset in random.integers(0, SIDE - side, size=2, endpoint=True))
+    x, y = (int(offset) for offset in random.integers(0, SIDE - side, size=2, endpoint=True))
     canvas = Image.new("L", (SIDE, SIDE), 255)
-    canvas.paste(drawing.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=None), (left, top))
+    canvas.paste(drawing.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=None), (x, y))
     return canvas

@@ -8,10 +8,10 @@ import io
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.images import MAX_ASPECT_RATIO, check_size
+from metaembed_jax.inputs.images import MAX_ASPECT_RATIO, check_size, image_errors
 
 LARGEST_FILE = 128 * 2**20  # bytes of an encoded image
 
@@ -138,20 +138,14 @@ def check_image(encoded: bytes, name: str) -> bytes:
     Raises:
       UserError: names the image and what is wrong.
     """
-    try:
+    with image_errors(name):
         image = Image.open(io.BytesIO(encoded))
         check_size(image, name)
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             size = f"{image.width}x{image.height}"
-            raise UserError(f"the image {name} is {size}: one side is over {MAX_ASPECT_RATIO} times the other; crop or pad it")
+            raise UserError(f"{name}: the image is {size}: one side is over {MAX_ASPECT_RATIO} times the other; crop or pad it")
         image.draft("RGB", (1, 1))
         image.load()
-    except UserError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UserError(f"the image {name} cannot be read (it is of no known format); repair or remove it") from error
-    except Exception as error:  # decoders of broken bytes raise errors of every kind
-        raise UserError(f"the image {name} cannot be read ({' '.join(str(error).split())}); repair or remove it") from error
     return encoded
 
 
@@ -164,7 +158,7 @@ def inline(image: dict | bytes | None) -> bytes:
 
 def check_inline(image: dict | bytes | None, column: str) -> bytes:
     """Return the bytes of an inline image, checked by `check_image`."""
-    return check_image(inline(image), f"in {column}")
+    return check_image(inline(image), column)
 
 
 def _is_file(file: Path) -> bool:
