@@ -1,8 +1,8 @@
 """Assignment of items to packed rows: a pure function of sizes, the same on every host.
 
 Best fit, largest first. An item's size has three dimensions, each a share of the capacity of a row. Items are taken in the order of
-the sum of their shares, and go into the row that they fill best (by the same sum). With the recipe's mixture
-other weights of the dimensions, by demand or one alone, change the rows of a step by at most one; how large a row is matters more.
+the sum of their shares, and go into the row that they fill best (by the same sum). With the recipe's mixture, other weights of the
+dimensions change the rows of a step by at most one; the size of a row matters more.
 
 N items, R rows.
 """
@@ -24,7 +24,7 @@ _BORROWS = int(_FIELDS.sum()) << 20
 
 
 class Fill(NamedTuple):
-    """The used share of each dimension of some rows, 0 to 1 (0 if rows have nothing of it)."""
+    """The used share of each dimension of some rows, 0 to 1; 0 for a dimension that rows do not have."""
 
     tokens: float
     patches: float

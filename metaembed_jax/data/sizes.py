@@ -89,8 +89,8 @@ class _Sizer:
             self._cache[key] = self.processor.size(item, side, name=name)
         return self._cache[key]
 
-    def digest(self, source: str) -> str:
-        """Return a digest of a source's fingerprint and all that sizes depend on, including the code of the processor."""
+    def key(self, source: str) -> str:
+        """Return a digest of a source's fingerprint and all that its sizes depend on, including the code of the processor."""
         probes = [self._probe(item, side) for item in PROBES for side in ("query", "document")]
         return digest(json.dumps([source, self.processor.fingerprint, self.negatives, probes]).encode())
 
@@ -103,7 +103,7 @@ class _Sizer:
 
 def _table(stored: Records, sizer: _Sizer, name: str) -> Int[np.ndarray, "R I 4"]:
     """Return the table of a prepared source. If it is missing, the first process computes and writes it; others wait."""
-    file = stored.folder / f"sizes-{stored.split}-{sizer.digest(stored.marker['fingerprint'])}.npy"
+    file = stored.folder / f"sizes-{stored.split}-{sizer.key(stored.marker['fingerprint'])}.npy"
     shape = (len(stored), 2 + sizer.negatives, 4)
     if (table := _read_table(file, shape)) is not None:
         return table

@@ -13,7 +13,7 @@ MARK = "<|image_1|>"
 
 
 def picture(number, kind="jpeg", height=56, width=84):
-    """Noise that differs with the number."""
+    """Return an encoded image of noise, different for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
@@ -143,7 +143,7 @@ def mmeb_test_rows(task, count, second):
             row |= {"tgt_text": [f"answer {other}" for other in others], "tgt_img_path": [""] * len(others)}
         else:
             caption = [f"caption {other}" if task.name in ("WebQA", "EDIS", "RefCOCO-Matching") else "" for other in others]
-            texts = caption if second else [f"{MARK} This is it. {one}".strip() + "\n" for one in caption]
+            texts = caption if second else [f"{MARK} This is it. {text}".strip() + "\n" for text in caption]
             row |= {"tgt_text": texts, "tgt_img_path": [f"{task.name}/{other}.jpg" for other in others]}
         rows.append(row | ({"tgt_inst": f"{MARK} This is it." if task.kind in ("t2i", "i2i") else ""} if second else {}))
     return rows

@@ -1,4 +1,4 @@
-"""What is wrong with a row of any kind of source is said by file and row, before anything else happens."""
+"""Errors of bad rows, of any kind of source: they name the file and the row."""
 
 import functools
 import io
@@ -126,7 +126,7 @@ def test_bad_images_are_named_by_file_and_row(tmp_path, kind, name):
 
 
 def test_what_a_decoder_does_not_notice_passes():
-    """A JPEG has no checksum: a changed byte may only change some pixels. `check_image` says so."""
+    """A JPEG has no checksum: a changed byte may change only some pixels, as `check_image` documents."""
     content = bytearray(picture(0))
     content[len(content) // 2] ^= 1
     assert image_files.check_image(bytes(content), "image") == bytes(content)
@@ -143,8 +143,8 @@ def test_missing_columns(tmp_path, kind):
     other = file.with_name(file.name.replace("train-0", "train-1").replace("original-0", "original-1").replace("train.", "also."))
     parquet.write_table(rows.drop_columns([COLUMNS[kind]]), other)
     if kind == "tevatron":  # its tables are found by their columns
-        for one in (path / "corpus" / "data").glob("train-0*"):
-            one.unlink()
+        for file in (path / "corpus" / "data").glob("train-0*"):
+            file.unlink()
     message = "documents .* are missing" if kind == "tevatron" else f"{other}: lacks the column {COLUMNS[kind]}; it has "
     with pytest.raises(UserError, match=message):
         prepare(kind, path, tmp_path / "out")
@@ -200,8 +200,8 @@ def test_bad_rows_of_pairs(tmp_path, change, message):
     write_pairs(directory / "mine.jsonl", [row, row, row | change])
     with pytest.raises(UserError) as caught:
         prepare("pairs", directory / "mine.jsonl", tmp_path / "out")
-    said = str(caught.value).replace(str(directory), "IN")
-    assert said.startswith("IN/mine.jsonl, row 2: ") and message in said
+    error = str(caught.value).replace(str(directory), "IN")
+    assert error.startswith("IN/mine.jsonl, row 2: ") and message in error
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,11 @@ def fixed(data_dir, split):
 def test_cells_are_disjoint_and_on_the_page(count):
     for seed in range(50):
         covered = np.zeros((boards.SIDE, boards.SIDE), int)
-        found = boards.cells(count, np.random.default_rng(seed))
-        assert len(found) == count
-        for left, top, width, height in found:
-            assert min(left, top) >= 0 and max(left + width, top + height) <= boards.SIDE and min(width, height) >= 56
-            covered[top : top + height, left : left + width] += 1
+        cells = boards.cells(count, np.random.default_rng(seed))
+        assert len(cells) == count
+        for x, y, width, height in cells:
+            assert min(x, y) >= 0 and max(x + width, y + height) <= boards.SIDE and min(width, height) >= 56
+            covered[y : y + height, x : x + width] += 1
         assert covered.max() == covered.min() == 1
 
 
@@ -54,7 +54,7 @@ def test_every_drawing_of_the_split_is_on_three_pages_and_no_other(data_dir, spl
     assert all(len(set(page)) == len(page) for page in pages)
 
 
-def test_relevant_is_every_page_that_shows_all_that_is_named(data_dir):
+def test_pages_that_show_all_names_of_a_query_are_relevant(data_dir):
     task, pages = sources.retrieval("boards", data_dir, "test"), fixed(data_dir, "test")
     asked = [query["text"].split(", ") for query in task.queries]
     assert {len(names) for names in asked} == {1, 2} and len(asked) == len({tuple(names) for names in asked})
@@ -82,16 +82,18 @@ def test_a_preparation_that_fails_leaves_nothing_that_looks_finished(tmp_path, m
 
 
 def test_training_pages_are_a_pure_function_of_seed_epoch_and_row(data_dir):
-    one, two, three = (boards.training(settings(data_dir), seed) for seed in (0, 0, 1))
-    one.compose(3, 8, 0)  # whatever was asked before
+    pages, same_pages, others = (boards.training(settings(data_dir), seed) for seed in (0, 0, 1))
+    pages.compose(3, 8, 0)  # an earlier call changes nothing
 
     def same(a, b):
         return a["query"] == b["query"] and a["positive"]["image"].tobytes() == b["positive"]["image"].tobytes()
 
-    page = one.compose(7, 2, 0)
+    page = pages.compose(7, 2, 0)
     assert page["positive"]["image"].size == (boards.SIDE, boards.SIDE)
-    assert same(page, two.compose(7, 2, 0))
-    assert not any(same(page, other) for other in (two.compose(7, 3, 0), two.compose(8, 2, 0), three.compose(7, 2, 0)))
+    assert same(page, same_pages.compose(7, 2, 0))
+    assert not any(
+        same(page, other) for other in (same_pages.compose(7, 3, 0), same_pages.compose(8, 2, 0), others.compose(7, 2, 0))
+    )
 
 
 def test_a_smaller_page_holds_the_same_icons(data_dir):

@@ -1,4 +1,4 @@
-"""Descriptions of records: what a source would give, with the sizes of images in their place."""
+"""Descriptions of records, against the records with the sizes of their decoded images."""
 
 import os
 import pickle
@@ -36,7 +36,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def copied(prepared, tmp_path):
-    """The same source as it was before there were descriptions, and what they are."""
+    """A copy of the source without its descriptions, and the descriptions."""
     folder = tmp_path / "mine"
     sources_files = {path.name: path.read_bytes() for path in (prepared / "mine" / preparation.VERSION).iterdir()}
     (folder / preparation.VERSION).mkdir(parents=True)
@@ -51,7 +51,7 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("name, augment", [("icons", False), ("icons", True), ("boards", False)])
-def test_generated_sources_describe_what_they_would_draw(data_dir, name, augment, monkeypatch):
+def test_generated_sources_describe_records_without_drawing_them(data_dir, name, augment, monkeypatch):
     data = DataConfig(
         dir=str(data_dir), sources=((name, 1.0, 0),), augment=augment, page_side=112, curriculum=((10, 1, 2), (0, 4, 9))
     )
@@ -121,16 +121,16 @@ def test_killed_while_it_adds_descriptions_it_starts_again(copied):
 def test_processes_wait_for_the_one_that_adds_descriptions(copied, monkeypatch, capsys):
     folder, expected = copied
     monkeypatch.setattr(descriptions, "_write", lambda *_: pytest.fail("written twice"))
-    split, found = records.open_split(folder, preparation.VERSION, "train"), []
+    split, read = records.open_split(folder, preparation.VERSION, "train"), []
     with locked(folder / preparation.VERSION / descriptions.LOCK, "busy"):
-        waiting = threading.Thread(target=lambda: found.append(split.with_descriptions().describe(1)))
+        waiting = threading.Thread(target=lambda: read.append(split.with_descriptions().describe(1)))
         waiting.start()
         while waiting.is_alive() and "another process reads the sizes of images" not in capsys.readouterr().out:
             time.sleep(0.01)
         for name, content in expected.items():
             (folder / preparation.VERSION / name).write_bytes(content)
     waiting.join()
-    assert found == [sized(split[1])]
+    assert read == [sized(split[1])]
 
 
 def test_a_folder_that_cannot_be_written_is_described_from_its_records(copied, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Folders of images and PDF files, and tables, as documents: order, ids, and everything that users' folders hold besides."""
+"""Folders of images and PDF files, and tables, as documents: their order, their ids, and other files in such folders."""
 
 import io
 import multiprocessing
@@ -21,11 +21,11 @@ A4 = b"0 0 595 842"
 
 def pdf_file(*objects, trailer=b""):
     """A PDF file of these objects, the catalog first."""
-    content, places = b"%PDF-1.7\n", []
-    for number, one in enumerate(objects, 1):
-        places.append(len(content))
-        content += b"%d 0 obj\n<< %s >>\nendobj\n" % (number, one)
-    table = b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1) + b"".join(b"%010d 00000 n \n" % place for place in places)
+    content, offsets = b"%PDF-1.7\n", []
+    for number, fields in enumerate(objects, 1):
+        offsets.append(len(content))
+        content += b"%d 0 obj\n<< %s >>\nendobj\n" % (number, fields)
+    table = b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1) + b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
     end = b"trailer\n<< /Size %d /Root 1 0 R %s >>\nstartxref\n%d\n%%%%EOF\n"
     return content + table + end % (len(objects) + 1, trailer, len(content))
 
@@ -102,8 +102,8 @@ def test_natural_order_is_total():
     paths = [PurePath(name) for name in names]
     ordered = sorted(paths, key=natural_order)
     assert sorted(paths, key=natural_order) == ordered
-    places = {str(path): place for place, path in enumerate(ordered)}
-    assert places["2.png"] < places["10.png"] < places["a.png"] and places["a1b2.png"] < places["a1b10.png"]
+    ranks = {str(path): rank for rank, path in enumerate(ordered)}
+    assert ranks["2.png"] < ranks["10.png"] < ranks["a.png"] and ranks["a1b2.png"] < ranks["a1b10.png"]
 
 
 @pytest.mark.parametrize("box", [A4, b"0 0 842 595", b"0 0 14400 14400", b"0 0 3 5", b"0 0 1e30 1e30", b"0 0 0 0", b"0 0 -5 -5"])
@@ -115,7 +115,7 @@ def test_pages_are_drawn_at_a_bounded_size(tmp_path, box):
         assert abs(width / height - 595 / 842) < 0.002
 
 
-def test_what_is_filled_into_a_form_is_drawn(tmp_path):
+def test_text_in_a_form_is_drawn(tmp_path):
     font = b"/DR << /Font << /Helv 5 0 R >> >>"
     field = b"/Type /Annot /Subtype /Widget /FT /Tx /T (name) /V (hello) /DA (/Helv 24 Tf 0 g) /Rect [20 20 180 80] /F 4 /P 3 0 R"
     content = pdf_file(
@@ -129,7 +129,7 @@ def test_what_is_filled_into_a_form_is_drawn(tmp_path):
     assert (np.asarray(open_documents(tmp_path)[0]["image"]) < 128).any()
 
 
-def test_pages_that_are_none(tmp_path):
+def test_pages_that_cannot_be_drawn(tmp_path):
     write(tmp_path / "a.pdf", pdf_of(A4, b"0 0 1 1000000"))
     documents = open_documents(tmp_path)
     with pytest.raises(UserError, match=r"a.pdf, page 2: is 1 x 1e\+06 points; one side is over 200 times the other"):
@@ -151,7 +151,7 @@ def test_pages_that_are_none(tmp_path):
     ],
     ids=["encrypted", "no pages", "empty", "cut", "png"],
 )
-def test_pdf_files_that_cannot_be_read_are_said_at_once(tmp_path, content, message):
+def test_pdf_files_that_cannot_be_read_are_an_error_at_once(tmp_path, content, message):
     write(tmp_path / "a.png", picture(0, "png"))
     write(tmp_path / "b.pdf", content)
     with pytest.raises(UserError, match=f"b.pdf: {message}"):
@@ -178,8 +178,8 @@ def test_links_and_pipes(tmp_path, capsys):
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
     os.mkfifo(tmp_path / "in" / "e.pdf")
     assert ids(open_documents(tmp_path / "in")) == ["a.png", "b.png"]
-    said = "2 links and pipes that lead to no file, 1 links out of the folder, 2 links to folders"
-    assert capsys.readouterr().out == f"{tmp_path / 'in'}: left out {said}\n"
+    kinds = "2 links and pipes that lead to no file, 1 links out of the folder, 2 links to folders"
+    assert capsys.readouterr().out == f"{tmp_path / 'in'}: left out {kinds}\n"
 
 
 def test_nothing_to_read(tmp_path):
@@ -204,8 +204,8 @@ def _read(documents, numbers, answers):
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_processes_read_side_by_side(tmp_path, method):
-    """Of large files, so that a shared place in one would show."""
+def test_processes_read_at_the_same_time(tmp_path, method):
+    """The files are large, so that a shared file position would show."""
     random = np.random.default_rng(0)
     for name in ("a", "b"):
         pages, content = [Image.fromarray(random.integers(0, 256, (300, 200, 3), np.uint8)) for _ in range(6)], io.BytesIO()
@@ -219,12 +219,12 @@ def test_processes_read_side_by_side(tmp_path, method):
     others = [context.Process(target=_read, args=(documents, range(first, 12, 2), answers)) for first in (0, 1)]
     for process in others:
         process.start()
-    found = {number: np.asarray(documents[number]["image"]).tobytes() for number in reversed(range(12))}
+    read = {number: np.asarray(documents[number]["image"]).tobytes() for number in reversed(range(12))}
     for _ in others:
-        found |= {number: content for number, content in answers.get(timeout=60).items() if expected[number] == content}
+        read |= {number: content for number, content in answers.get(timeout=60).items() if expected[number] == content}
     for process in others:
         process.join()
-    assert found == expected
+    assert read == expected
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])

@@ -1,4 +1,4 @@
-"""The icons source: its splits, its drawings, and a preparation that is whole or not there."""
+"""The icons source: its splits, its drawings, and a preparation that is complete or absent."""
 
 import io
 import itertools
@@ -48,9 +48,9 @@ def test_aliases_of_one_character_are_one_name():
 
 
 def test_drawings_are_centred_legible_and_all_different(data_dir):
-    found = list(itertools.chain(*(icons_of(data_dir, split) for split in records.SPLITS)))
+    icon_records = list(itertools.chain(*(icons_of(data_dir, split) for split in records.SPLITS)))
     seen, extents = set(), []
-    for record in found:
+    for record in icon_records:
         image = Image.open(io.BytesIO(record["positive"]["image"]))
         assert image.size == (icons.SIDE, icons.SIDE) and image.mode == "L"
         ink = np.asarray(image) < 128
@@ -61,7 +61,7 @@ def test_drawings_are_centred_legible_and_all_different(data_dir):
         assert extent <= icons.SIDE - 2 * icons.MARGIN + 3
         extents.append(extent)
         seen.add(image.tobytes())
-    assert len(seen) == len(found) > 500
+    assert len(seen) == len(icon_records) > 500
     assert np.mean(np.array(extents) > icons.SIDE - 2 * icons.MARGIN - 6) > 0.8  # the rest is meant to be small
 
 
@@ -128,11 +128,12 @@ def test_tensorflow_is_not_imported(data_dir):
 
 
 def test_records_hold_encoded_images_and_end(data_dir):
-    found = icons_of(data_dir, "test")
-    assert found[0].keys() == {"query", "positive", "negatives", "source"}
-    assert found[0]["query"].keys() == {"text"} and found[0]["positive"].keys() == {"image"}
-    assert found[0]["positive"]["image"].startswith(b"\x89PNG") and found[0]["negatives"] == [] and found[0]["source"] == "icons"
-    assert len(list(found)) == len(found)
+    icon_records = icons_of(data_dir, "test")
+    first = icon_records[0]
+    assert first.keys() == {"query", "positive", "negatives", "source"}
+    assert first["query"].keys() == {"text"} and first["positive"].keys() == {"image"}
+    assert first["positive"]["image"].startswith(b"\x89PNG") and first["negatives"] == [] and first["source"] == "icons"
+    assert len(list(icon_records)) == len(icon_records)
 
 
 def test_every_field_of_the_schema_survives_writing():
@@ -148,11 +149,11 @@ def test_every_field_of_the_schema_survives_writing():
 
 def test_retrieval_is_every_name_against_every_drawing(data_dir):
     task = icons.retrieval(data_dir, "test")
-    found = list(icons_of(data_dir, "test"))
-    assert [query["text"] for query in task.queries] == sorted({record["query"]["text"] for record in found})
-    assert [document["image"] for document in task.documents] == [record["positive"]["image"] for record in found]
+    icon_records = list(icons_of(data_dir, "test"))
+    assert [query["text"] for query in task.queries] == sorted({record["query"]["text"] for record in icon_records})
+    assert [document["image"] for document in task.documents] == [record["positive"]["image"] for record in icon_records]
     for query, relevant in zip(task.queries, task.relevance, strict=True):
-        assert relevant == {row for row, record in enumerate(found) if record["query"] == query}
+        assert relevant == {row for row, record in enumerate(icon_records) if record["query"] == query}
 
 
 def test_augmentation_is_a_pure_function_that_keeps_the_drawing(data_dir):

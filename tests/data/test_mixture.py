@@ -1,4 +1,4 @@
-"""Which pairs a step draws: by weight, every row of a source once an epoch."""
+"""The pairs of a step: sources by weight, every row of a source once an epoch."""
 
 import numpy as np
 

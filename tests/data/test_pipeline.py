@@ -1,4 +1,4 @@
-"""Training batches: which items are in them, where, and that batch n depends on nothing but (config, n)."""
+"""Training batches: their items and positions; batch n is a pure function of (config, n)."""
 
 import io
 import multiprocessing
@@ -72,7 +72,7 @@ def record(number, source="a", positive=None, negatives=()):
 
 
 class Watched:
-    """A source that notes which records are read."""
+    """A source that records which rows are read."""
 
     def __init__(self, records):
         self.records, self.asked, self.lock = records, [], threading.Lock()
@@ -90,8 +90,8 @@ class Watched:
 
 
 def items_in_order(batch):
-    """The tokens and the sum of the pixels of every query and document, found by the positions of their vectors."""
-    rows, found = batch.rows.map(lambda x: x.reshape(-1, *x.shape[2:])), []
+    """Return the tokens and the sum of the pixels of every query and document, by the positions of their vectors."""
+    rows, items = batch.rows.map(lambda x: x.reshape(-1, *x.shape[2:])), []
     for start, count in [(start, 16) for start in batch.queries] + [(start, 64) for start in batch.documents]:
         row, first = divmod(int(start), rows.reads.shape[1])
         reads = rows.reads[row, first : first + count]
@@ -99,12 +99,12 @@ def items_in_order(batch):
         assert (np.diff(reads) == 1).all() and np.flatnonzero(is_item)[-1] == reads[-1]
         assert (rows.meta[row, is_item] >= 0).sum() == {16: 16, 64: 80}[count]
         pixels = rows.patches[row, rows.patch_segments[row] == rows.segments[row, reads[0]]] if rows.patches is not None else []
-        found.append((tuple(rows.tokens[row, is_item & (rows.meta[row] < 0)].tolist()), int(np.sum(pixels, dtype=int))))
-    return found[: len(batch.queries)], found[len(batch.queries) :]
+        items.append((tuple(rows.tokens[row, is_item & (rows.meta[row] < 0)].tolist()), int(np.sum(pixels, dtype=int))))
+    return items[: len(batch.queries)], items[len(batch.queries) :]
 
 
 def expected(items, encode):
-    """The same of items that are encoded one by one."""
+    """Return the same of items that are encoded one by one."""
     examples = [encode(item) for item in items]
     return [(tuple(x.tokens.tolist()), int(x.patch_arrays.get("patches", np.zeros(1)).astype(int).sum())) for x in examples]
 
@@ -117,12 +117,12 @@ def equal(a, b):
 
 def test_batch_n_is_a_pure_function_of_config_and_n(processor):
     records = [record(number) for number in range(30)]
-    one, two = (dataset_of(config(), processor, [records]) for _ in range(2))
-    one[7]  # whatever was asked before
+    dataset, same = (dataset_of(config(), processor, [records]) for _ in range(2))
+    dataset[7]  # an earlier step changes nothing
     for step in (0, 3, 4, 11):
-        assert equal(one[step], two[step])
-    assert not equal(one[3], one[4])
-    assert not equal(one[3], dataset_of(config(seed=1), processor, [records])[3])
+        assert equal(dataset[step], same[step])
+    assert not equal(dataset[3], dataset[4])
+    assert not equal(dataset[3], dataset_of(config(seed=1), processor, [records])[3])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -178,21 +178,21 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(processor):
     dataset = dataset_of(config(batch=4), processor, [source])
     for step in range(10):  # 40 draws: 4 epochs
         dataset[step]
-    epochs = [[row for _, epoch, row in source.asked if epoch == wanted] for wanted in range(4)]
+    epochs = [[row for _, epoch, row in source.asked if epoch == number] for number in range(4)]
     assert all(sorted(rows) == list(range(10)) for rows in epochs)
     assert len({tuple(rows) for rows in epochs}) == 4
     assert [step for step, _, _ in source.asked] == list(np.repeat(range(10), 4))
 
 
 def test_sources_are_mixed_by_weight_in_sub_batches_of_one_source(processor):
-    three, one = Watched([record(number) for number in range(7)]), Watched([record(100 + number, "b") for number in range(5)])
-    dataset = dataset_of(config(batch=8, sub_batch=2, names=(("a", 3.0, 0), ("b", 1.0, 0))), processor, [three, one])
+    first, second = Watched([record(number) for number in range(7)]), Watched([record(100 + number, "b") for number in range(5)])
+    dataset = dataset_of(config(batch=8, sub_batch=2, names=(("a", 3.0, 0), ("b", 1.0, 0))), processor, [first, second])
     names = {tuple(processor.query({"text": word}).tokens.tolist()): int(word[4:]) >= 100 for word in WORDS}
     for step in range(5):
         batch = dataset[step]
         of_b = np.array([names[tokens] for tokens, _ in items_in_order(batch)[0]])
         assert (of_b == batch.source).all() and (of_b[::2] == of_b[1::2]).all() and of_b.sum() == 2
-    assert len(three.asked) == 30 and len(one.asked) == 10
+    assert len(first.asked) == 30 and len(second.asked) == 10
 
 
 def test_a_cap_leaves_the_same_rows_in_every_epoch(processor):
@@ -200,12 +200,12 @@ def test_a_cap_leaves_the_same_rows_in_every_epoch(processor):
     dataset = dataset_of(config(batch=4, names=(("a", 1.0, 12),)), processor, [source])
     for step in range(6):
         dataset[step]
-    first, second = ([row for _, epoch, row in source.asked if epoch == wanted] for wanted in range(2))
+    first, second = ([row for _, epoch, row in source.asked if epoch == number] for number in range(2))
     assert len(set(first)) == 12 and sorted(first) == sorted(second) and first != second
 
 
 def test_queries_and_positives_are_in_pair_order_then_negatives_pair_by_pair(processor):
-    """Whatever the microbatches, a row has the same items and number; those that no item takes come last."""
+    """A row has the same items and number with any microbatches; empty rows come last."""
     records = [
         record(number, negatives=[{"text": WORDS[number + 50]}, {"image": png(number + 50)}, {"text": "unused"}])
         for number in range(12)
@@ -225,8 +225,8 @@ def test_queries_and_positives_are_in_pair_order_then_negatives_pair_by_pair(pro
     assert equal((batch.queries, batch.documents), (whole.queries, whole.documents))
 
 
-def test_rows_hold_every_step_and_what_is_used_of_them_is_known(processor):
-    """Documents of many sizes; every third query is longer than it may be, and every fifth image larger."""
+def test_rows_hold_every_step_and_their_use_is_known(processor):
+    """Documents of many sizes; every third query and every fifth image exceed the limits."""
     sizes = [(56, 56), (140, 84), (28, 56), (112, 168), (300, 300)]
     records = [record(number, positive={"image": png(number, *sizes[number % 5])}) for number in range(30)]
     for number in range(0, 30, 3):
@@ -255,28 +255,28 @@ def test_rows_hold_every_step_and_what_is_used_of_them_is_known(processor):
 def test_a_plan_is_read_from_the_folder_of_its_run_and_made_again_where_it_does_not_fit(processor, tmp_path, monkeypatch):
     from metaembed_jax.data import stored_plan as module
 
-    made = []
-    monkeypatch.setattr(module, "plan_rows", lambda *arguments: made.append(1) or plan_rows(*arguments))
+    planned = []
+    monkeypatch.setattr(module, "plan_rows", lambda *arguments: planned.append(1) or plan_rows(*arguments))
     settings, source = config(), [record(number) for number in range(20)]
     items, plan = plan_of(settings, processor, [source])
     assert stored_plan(items, settings, tmp_path) == stored_plan(items, settings, tmp_path) == plan
-    assert len(made) == 1
+    assert len(planned) == 1
     settings = with_keys(settings, {"schedule.log_every": settings.schedule.log_every + 1})
     stored_plan(items, settings, tmp_path)
-    assert len(made) == 1
+    assert len(planned) == 1
     for damaged in (b"{", b"[]", (tmp_path / NAME).read_bytes().replace(b"longest", b"x")):
         (tmp_path / NAME).write_bytes(damaged)
-        made.clear()
+        planned.clear()
         assert stored_plan(items, settings, tmp_path) == stored_plan(items, settings, tmp_path) == plan
-        assert len(made) == 1
-    made.clear()
+        assert len(planned) == 1
+    planned.clear()
     settings = with_keys(settings, {"seed": 1})
     stored_plan(plan_of(settings, processor, [source])[0], settings, tmp_path)
     settings = with_keys(settings, {"schedule.steps": settings.schedule.steps + 1})
     stored_plan(plan_of(settings, processor, [source])[0], settings, tmp_path)
     source[0] = record(0, positive={"image": png(0, 112, 112)})
     stored_plan(plan_of(settings, processor, [source])[0], settings, tmp_path)
-    assert len(made) == 3
+    assert len(planned) == 3
 
 
 def test_rows_without_any_image_have_no_patches(processor):
@@ -286,17 +286,17 @@ def test_rows_without_any_image_have_no_patches(processor):
     assert dataset_of(config(), processor, [records])[0].rows.patches is None
 
 
-def test_the_parts_of_two_hosts_make_the_whole_batch_and_open_no_others_records(processor):
+def test_two_hosts_make_the_rows_of_the_batch_and_read_only_their_records(processor):
     records = [record(number, positive={"text": WORDS[number]} if number % 3 else None) for number in range(20)]
     watched = [Watched(records) for _ in range(3)]
     hosts = (None, np.array([0, 2]), np.array([1, 3]))
-    whole, *parts = (
+    whole, *shares = (
         dataset_of(config(), processor, [source], here, most=4)[2] for source, here in zip(watched, hosts, strict=True)
     )
-    joined = jax.tree.map(lambda x, y: np.stack([x, y], axis=2).reshape(x.shape[0], -1, *x.shape[2:]), *(x.rows for x in parts))
+    joined = jax.tree.map(lambda x, y: np.stack([x, y], axis=2).reshape(x.shape[0], -1, *x.shape[2:]), *(x.rows for x in shares))
     assert equal(joined, whole.rows)
-    for part in parts:
-        assert all(equal(getattr(part, key), getattr(whole, key)) for key in ("queries", "documents", "negative_mask", "source"))
+    for share in shares:
+        assert all(equal(getattr(share, key), getattr(whole, key)) for key in ("queries", "documents", "negative_mask", "source"))
     pairs = [row for _, _, row in watched[0].asked]
     rows_B2 = np.stack([whole.queries, whole.documents], axis=1) // whole.rows.reads.shape[-1] % 4
     for source, here in zip(watched[1:], hosts[1:], strict=True):
@@ -306,7 +306,7 @@ def test_the_parts_of_two_hosts_make_the_whole_batch_and_open_no_others_records(
 
 @pytest.mark.parametrize("broken", [b"not an image", png(3)[:200]])
 def test_an_unreadable_image_is_named_by_source_and_row(processor, broken):
-    """One whose size can be read is found when it is decoded, all others before the first step."""
+    """An image whose size can be read fails when it is decoded, all others before the first step."""
     records = [record(number) for number in range(8)]
     records[3] = record(3, positive={"image": broken})
     with pytest.raises(UserError, match="source 'pages', row 3, positive: the image cannot be read"):
@@ -322,7 +322,7 @@ def test_an_image_of_another_size_than_was_described_is_named(processor):
         dataset[0]
 
 
-def test_lacking_hard_negatives_are_masked_and_take_no_place(processor):
+def test_missing_negatives_are_masked_and_take_no_tokens(processor):
     records = [record(number, negatives=[{"text": WORDS[number + 50]}] * (number % 3)) for number in range(8)]
     source = Watched(records)
     batch = dataset_of(config(negatives=2), processor, [source])[0]
@@ -378,12 +378,12 @@ def test_the_curriculum_follows_the_step(processor, data_dir):
 
 
 def test_icons_train_with_and_without_augmentation(processor, data_dir):
-    def made(augment):
+    def dataset_with(augment):
         settings = config(names=(("icons", 1.0, 0),), dir=str(data_dir), augment=augment, steps=140)
         records = sources.training_records(settings.data, settings.seed)
         return dataset_of(settings, processor, records), len(records[0])
 
-    (plain, count), (varied, _) = made(augment=False), made(augment=True)
+    (plain, count), (varied, _) = dataset_with(augment=False), dataset_with(augment=True)
     later = -(-icons.PLAIN_EPOCHS * count // 8)
     assert equal(plain[1], varied[1])
     assert equal(plain[later].rows.tokens, varied[later].rows.tokens)

@@ -1,4 +1,4 @@
-"""Files of the field to prepared sources: every format, killed and resumed, and read from anywhere."""
+"""Preparation of sources from every format: killed and resumed, and read from any row."""
 
 import dataclasses
 import json
@@ -43,17 +43,17 @@ def test_mmeb(tmp_path, zipped):
     write_mmeb(tmp_path / "in", "A-OKVQA", 3, "vqa", zipped=zipped)
     markers = prepare("mmeb", tmp_path / "in", tmp_path / "out")
     assert set(markers) == {"MSCOCO_t2i", "A-OKVQA"}
-    for number, found in enumerate(read(tmp_path / "out", "MSCOCO_t2i")):
+    for number, record in enumerate(read(tmp_path / "out", "MSCOCO_t2i")):
         image = picture(number)
-        assert found == {
+        assert record == {
             "query": {"text": f"Find: caption {number}\n"},
             "positive": {"text": "Represent the image.\n", "image": image},
             "negatives": [],
             "source": "MSCOCO_t2i",
         }
-    for number, found in enumerate(read(tmp_path / "out", "A-OKVQA")):
-        assert found["query"] == {"text": f"Answer: question {number}?\n", "image": picture(number)}
-        assert found["positive"] == {"text": f"answer {number}"} and found["negatives"] == [{"text": f"answer {number + 1}"}]
+    for number, record in enumerate(read(tmp_path / "out", "A-OKVQA")):
+        assert record["query"] == {"text": f"Answer: question {number}?\n", "image": picture(number)}
+        assert record["positive"] == {"text": f"answer {number}"} and record["negatives"] == [{"text": f"answer {number + 1}"}]
     assert markers["A-OKVQA"]["queries"] == {"text": 0, "image": 0, "image and text": 3}
     assert markers["A-OKVQA"]["positives"]["text"] == markers["A-OKVQA"]["negatives"] == 3
 
@@ -73,17 +73,17 @@ def test_mined_with_images_inline(tmp_path):
     row |= {"neg_text": [MARK, "words alone"], "neg_image_0": inline(picture(2)), "neg_image_1": None}
     write_parquet(tmp_path / "in" / "WebQA" / "train.parquet", [row] * 2)
     prepare("mined", tmp_path / "in", tmp_path / "out")
-    found = read(tmp_path / "out", "WebQA")[0]
-    assert found["positive"] == {"text": "this", "image": picture(1)}
-    assert found["negatives"] == [{"image": picture(2)}, {"text": "words alone"}]
+    record = read(tmp_path / "out", "WebQA")[0]
+    assert record["positive"] == {"text": "this", "image": picture(1)}
+    assert record["negatives"] == [{"image": picture(2)}, {"text": "words alone"}]
 
 
 def test_colpali(tmp_path):
     write_colpali(tmp_path / "in", 3)
     prepare("colpali", tmp_path / "in", tmp_path / "out")
-    found = read(tmp_path / "out", "colpali")[2]
-    assert found["query"] == {"text": "which page is 2?"}
-    assert found["positive"] == {"image": picture(1002, "png", 112, 84)}
+    record = read(tmp_path / "out", "colpali")[2]
+    assert record["query"] == {"text": "which page is 2?"}
+    assert record["positive"] == {"image": picture(1002, "png", 112, 84)}
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -157,18 +157,18 @@ def test_json_lines_are_found_by_their_offsets(tmp_path, monkeypatch):
         assert [len(row["n"]) for row in table.read(start, 20)] == list(range(start, 20))
 
 
-def test_workers_write_shards_side_by_side(tmp_path):
+def test_workers_write_shards_at_the_same_time(tmp_path):
     rows = [{"query": f"query {number}", "positive": "p" * 500} for number in range(3 * preparation.SHARD_ROWS)]
     write_pairs(tmp_path / "mine.jsonl", rows)
-    one = prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "one")
-    assert prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "two", workers=3) == one
+    marker = prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "one")
+    assert prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "two", workers=3) == marker
     assert read(tmp_path / "one", "mine") == read(tmp_path / "two", "mine")
 
 
 def test_workers_write_the_same(tmp_path):
     write_mmeb(tmp_path / "in", "CIRR", 30, "it2it")
-    one = prepare("mmeb", tmp_path / "in", tmp_path / "one")
-    assert prepare("mmeb", tmp_path / "in", tmp_path / "two", workers=2) == one
+    marker = prepare("mmeb", tmp_path / "in", tmp_path / "one")
+    assert prepare("mmeb", tmp_path / "in", tmp_path / "two", workers=2) == marker
     assert read(tmp_path / "one", "CIRR") == read(tmp_path / "two", "CIRR")
 
 
@@ -184,7 +184,7 @@ def test_tables_read_from_anywhere(tmp_path, group):
 
 
 def test_a_large_row_group_is_read_once(tmp_path, monkeypatch):
-    """Shard after shard goes on where the one before ended; rows before that are found again, from the beginning."""
+    """Each shard goes on at the end of the last; earlier rows are read from the beginning of the file."""
     write_parquet(tmp_path / "0.parquet", [{"n": number} for number in range(400)], 400)
     batches = []
 
@@ -204,7 +204,7 @@ def test_a_large_row_group_is_read_once(tmp_path, monkeypatch):
     assert pickle.loads(pickle.dumps(table)) == table
 
 
-def test_archives_stay_open_and_do_not_travel(tmp_path):
+def test_archives_stay_open_and_are_not_pickled(tmp_path):
     write_mmeb(tmp_path, "X", 2, "vqa", zipped=True)
     folder = image_files.ImageFolder(tmp_path, (tmp_path / "images_zip" / "X.zip",))
     assert folder.read("images/X/Train/0.jpg") == picture(0)
@@ -244,7 +244,7 @@ def test_two_processes_do_not_prepare_one_source_at_once(tmp_path):
     assert prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")["mine"]["rows"]["train"] == 18
 
 
-def test_a_source_of_which_nothing_is_left_is_refused(tmp_path):
+def test_a_source_without_good_rows_is_refused(tmp_path):
     write_pairs(tmp_path / "mine.jsonl", [{"query": "", "positive": "b"}] * 3)
     with pytest.raises(UserError, match="no rows are left to train on"):
         prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out", skips=5)

@@ -1,4 +1,4 @@
-"""Sizes of items against the examples that the processor makes of them, and the tables of prepared sources."""
+"""Sizes of items against the examples of the processor, and the tables of prepared sources."""
 
 import pickle
 
@@ -18,7 +18,7 @@ NEGATIVES = 2
 
 
 class Counting(Processor):
-    """Remembers what it was asked for."""
+    """Records the items that it sizes."""
 
     asked = []
 
@@ -49,7 +49,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def source(prepared):
-    """The training split; its tables are removed in the end."""
+    """The training split; its tables are removed at the end."""
     split = records.open_split(prepared / "mine", preparation.VERSION, "train").with_descriptions()
     yield split
     for file in split.folder.glob("sizes-*"):
@@ -57,12 +57,12 @@ def source(prepared):
 
 
 def sizes_of(processor, record):
-    """The sizes of the examples that the processor makes from a record."""
+    """Return the sizes of the processor's examples of a record."""
     examples = [processor.query(record["query"]), processor.document(record["positive"])]
     examples += [processor.document(item) for item in record["negatives"][:NEGATIVES]]
-    made = np.zeros((2 + NEGATIVES, 4), np.int32)
-    made[: len(examples)] = [(len(one.tokens), one.patches, one.cut, one.shrunk) for one in examples]
-    return made
+    sizes = np.zeros((2 + NEGATIVES, 4), np.int32)
+    sizes[: len(examples)] = [(len(x.tokens), x.patches, x.cut, x.shrunk) for x in examples]
+    return sizes
 
 
 def test_sizes_are_those_of_the_examples(source, processor):
@@ -83,10 +83,10 @@ def test_boards_are_sized_page_by_page(data_dir, processor):
     from metaembed_jax.data.sources import boards
 
     pages = boards.Pages(boards.Drawings(data_dir, "train"), 0, ((10, 1, 1), (0, 4, 9)), 112)
-    found = pickle.loads(pickle.dumps(SourceSizes(pages, processor, NEGATIVES, "boards")))
-    assert found.table is None
+    page_sizes = pickle.loads(pickle.dumps(SourceSizes(pages, processor, NEGATIVES, "boards")))
+    assert page_sizes.table is None
     for row, epoch, step in ((0, 0, 0), (3, 1, 5), (3, 1, 50)):
-        np.testing.assert_array_equal(found.of(row, epoch, step), sizes_of(processor, pages.compose(row, epoch, step)))
+        np.testing.assert_array_equal(page_sizes.of(row, epoch, step), sizes_of(processor, pages.compose(row, epoch, step)))
 
 
 def test_a_table_is_computed_once_for_each_processor(source, processor, tokenizer, monkeypatch):

@@ -1,4 +1,4 @@
-"""Queries with mined negatives and their corpus: both published forms, and what can be wrong with ids."""
+"""Queries with mined negatives and their corpus: both published forms, and errors of ids."""
 
 import pytest
 
@@ -27,11 +27,11 @@ def read(out, name="pages"):
 def test_ids_become_pages(tmp_path):
     write_tevatron(tmp_path / "pages", tevatron_queries(7), tevatron_corpus(7))
     marker = prepare(tmp_path / "pages", tmp_path / "out")["pages"]
-    for number, found in enumerate(read(tmp_path / "out")):
-        assert found["query"] == {"text": f"where is {number}?"} and found["source"] == "pages"
-        assert found["positive"] == {"image": picture(number)}
+    for number, record in enumerate(read(tmp_path / "out")):
+        assert record["query"] == {"text": f"where is {number}?"} and record["source"] == "pages"
+        assert record["positive"] == {"image": picture(number)}
         nearest = [{"image": picture((number + step) % 7)} for step in range(1, 1 + tevatron.NEGATIVES)]
-        assert found["negatives"] == nearest
+        assert record["negatives"] == nearest
     assert marker["rows"]["train"] == 7 and marker["negatives"] == 7 * tevatron.NEGATIVES
     assert not list((tmp_path / "out").rglob("corpus.*"))
 
@@ -54,14 +54,14 @@ def test_queries_with_images_and_documents_of_both(tmp_path):
     queries = [row | {"query_text": None, "query_image": inline(picture(50))} for row in tevatron_queries(2)]
     write_tevatron(tmp_path / "pages", queries, [row | {"text": "said"} for row in tevatron_corpus(2)])
     prepare(tmp_path / "pages", tmp_path / "out")
-    found = read(tmp_path / "out")[1]
-    assert found["query"] == {"image": picture(50)} and found["positive"] == {"text": "said", "image": picture(1)}
+    record = read(tmp_path / "out")[1]
+    assert record["query"] == {"image": picture(50)} and record["positive"] == {"text": "said", "image": picture(1)}
 
 
 def test_workers_and_a_resumed_job_write_the_same(tmp_path, monkeypatch):
     write_tevatron(tmp_path / "pages", tevatron_queries(40), tevatron_corpus(40))
-    one = prepare(tmp_path / "pages", tmp_path / "one")
-    assert prepare(tmp_path / "pages", tmp_path / "two", workers=2) == one
+    marker = prepare(tmp_path / "pages", tmp_path / "one")
+    assert prepare(tmp_path / "pages", tmp_path / "two", workers=2) == marker
     assert read(tmp_path / "one") == read(tmp_path / "two")
 
     def killed(*arguments):
@@ -74,7 +74,7 @@ def test_workers_and_a_resumed_job_write_the_same(tmp_path, monkeypatch):
         patch.setattr(preparation, "_write_shard", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "pages", tmp_path / "three")
-    assert prepare(tmp_path / "pages", tmp_path / "three") == one and len(copies) == 1
+    assert prepare(tmp_path / "pages", tmp_path / "three") == marker and len(copies) == 1
 
 
 QUERIES, CORPUS = "queries/train-00000-of-00001.parquet", "corpus/data/train-0000{}-of-00002.parquet"
@@ -107,8 +107,8 @@ def test_bad_rows(tmp_path, table, row, change, message):
     write_tevatron(tmp_path / "pages", **tables)
     with pytest.raises(UserError) as caught:
         prepare(tmp_path / "pages", tmp_path / "out")
-    said = str(caught.value).replace(str(tmp_path / "pages"), "IN")
-    assert message in said and said.startswith("IN/")
+    error = str(caught.value).replace(str(tmp_path / "pages"), "IN")
+    assert message in error and error.startswith("IN/")
 
 
 def test_negatives_may_be_missing(tmp_path):
@@ -127,7 +127,7 @@ def test_a_bad_page_can_be_skipped_with_the_rows_that_name_it(tmp_path):
     assert marker["skipped"] == 5 and [r["query"]["text"] for r in read(tmp_path / "out")] == [f"where is {n}?" for n in range(4)]
 
 
-def test_folders_that_are_no_such_set(tmp_path):
+def test_folders_without_a_set(tmp_path):
     with pytest.raises(UserError, match="queries .query_id, query_text.* are missing; --from is"):
         prepare(tmp_path / "none", tmp_path / "out")
     write_parquet(tmp_path / "a" / "q.parquet", tevatron_queries(2))

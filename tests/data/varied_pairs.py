@@ -1,4 +1,4 @@
-"""A small source of pairs whose items are of many sizes: turned JPEGs, thin images, unicode, absent and several negatives."""
+"""A small source of pairs of many sizes: turned JPEGs, thin images, Unicode, none to several negatives."""
 
 import io
 
@@ -12,7 +12,7 @@ WORDS = ["red", "été", "漢字", "👩‍👩‍👧", "\n", "Ωμέγα", '"'
 
 
 def write_image(path, number):
-    """Noise: JPEGs of each orientation, and other formats."""
+    """Write noise: JPEGs of each orientation, and other formats."""
     random = np.random.default_rng(number)
     width, height = int(random.integers(1, 200)), int(random.integers(1, 200))
     image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
@@ -24,7 +24,7 @@ def write_image(path, number):
 
 
 def pair(number):
-    """A row of pairs."""
+    """Return a row of pairs."""
     random = np.random.default_rng([number, 1])
 
     def text():
@@ -38,7 +38,7 @@ def pair(number):
 
 
 def prepare_pairs(folder, rows=45):
-    """The folder of all sources, with the source `mine` prepared."""
+    """Prepare the source `mine`, and return the folder of all sources."""
     folder.mkdir()
     for number in range(rows):
         write_image(folder / f"{number}.img", number)

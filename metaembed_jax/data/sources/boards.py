@@ -8,7 +8,6 @@ function of (seed, e, n) and the curriculum at the step.
 The icons source is prepared first.
 """
 
-import hashlib
 import io
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -240,12 +239,10 @@ def prepare(data_dir: str | Path) -> dict:
         return marker
     pages = {split: list(fixed_pages(Drawings(data_dir, split), split)) for split in ("validation", "test")}
     records.write(Boards(pages=pages, data_dir=str(data_dir), file_format="array_record"))
-    digest = hashlib.sha256()
-    for record in (record for split in pages for record in pages[split]):
-        digest.update(record["query"]["text"].encode() + b"\0" + hashlib.sha256(record["positive"]["image"]).digest())
+    contents = ((page["query"]["text"], page["positive"]["image"]) for split_pages in pages.values() for page in split_pages)
     marker = {
         "version": VERSION,
-        "fingerprint": digest.hexdigest()[:16],
+        "fingerprint": records.fingerprint(contents),
         "icons": icons_marker["fingerprint"],
         "pages": {split: len(split_pages) for split, split_pages in pages.items()},
     }

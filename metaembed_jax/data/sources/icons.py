@@ -166,14 +166,6 @@ class Icons(tfds.core.GeneratorBasedBuilder):
                 yield number, records.to_example(record)
 
 
-def fingerprint(icons: Sequence[Icon]) -> str:
-    """Return 16 hexadecimal digits of all names and drawings."""
-    digest = hashlib.sha256()
-    for icon in icons:
-        digest.update(icon.name.encode() + b"\0" + hashlib.sha256(icon.png).digest())
-    return digest.hexdigest()[:16]
-
-
 def prepare(data_dir: str | Path) -> dict:
     """Draw and write the icons and their tokenizer to `data_dir`/icons, if that is not done yet.
 
@@ -192,7 +184,7 @@ def prepare(data_dir: str | Path) -> dict:
     in_split = {split: [icon for icon in icons if split_of(icon.name) == split] for split in records.SPLITS}
     marker = {
         "version": VERSION,
-        "fingerprint": fingerprint(icons),
+        "fingerprint": records.fingerprint((icon.name, icon.png) for icon in icons),
         "drawings": {split: len(chosen) for split, chosen in in_split.items()},
         "names": {split: len({icon.name for icon in chosen}) for split, chosen in in_split.items()},
     }

@@ -8,10 +8,11 @@ text or image is the empty string there. Images stay encoded until a batch needs
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,6 +134,14 @@ def write(builder: tfds.core.DatasetBuilder) -> None:
     with contextlib.redirect_stdout(io.StringIO()):  # its messages; the source prints its own
         builder.download_and_prepare(download_dir=str(downloads))
     shutil.rmtree(downloads, ignore_errors=True)
+
+
+def fingerprint(contents: Iterable[tuple[str, bytes]]) -> str:
+    """Return 16 hexadecimal digits of (text, image) of each record of a generated source."""
+    digest = hashlib.sha256()
+    for text, image in contents:
+        digest.update(text.encode() + b"\0" + hashlib.sha256(image).digest())
+    return digest.hexdigest()[:16]
 
 
 def read_marker(source_dir: str | Path, version: str) -> dict | None:
