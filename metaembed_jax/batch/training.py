@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
@@ -36,10 +35,10 @@ class TrainingBatch:
     """
 
     rows: Batch
-    queries: Int[Array | np.ndarray, "B"]
-    documents: Int[Array | np.ndarray, "N"]
-    negative_mask: Bool[Array | np.ndarray, "B K"]
-    source: Int[Array | np.ndarray, "B"]
+    queries: Int[Array, "B"]
+    documents: Int[Array, "N"]
+    negative_mask: Bool[Array, "B K"]
+    source: Int[Array, "B"]
 
 
 class StepShape(NamedTuple):

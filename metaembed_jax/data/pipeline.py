@@ -9,6 +9,7 @@ B pairs, K negatives a pair, I = 2 + K items of a pair, N items of a step.
 import dataclasses
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -99,13 +100,14 @@ class _BatchMaker:
         rows = self._rows(step, items, slots_N2[:, 0], numbers)
         batch = collate([rows[number] for number in numbers], row, self.layout, numbers)
         queries, documents, negative_mask = _vectors_of_pairs(items, slots_N2[:, 0], row.vectors)
-        return TrainingBatch(
-            rows=batch.map(lambda x: x.reshape(microbatches, len(self.here), *x.shape[1:])),
-            queries=queries,
-            documents=documents,
-            negative_mask=negative_mask,
-            source=np.array([reference.source for reference in references], np.int32),
-        )
+        arrays: dict[str, Any] = {  # the fields of a batch name JAX's arrays
+            "rows": batch.map(lambda x: x.reshape(microbatches, len(self.here), *x.shape[1:])),
+            "queries": queries,
+            "documents": documents,
+            "negative_mask": negative_mask,
+            "source": np.array([reference.source for reference in references], np.int32),
+        }
+        return TrainingBatch(**arrays)
 
     def _rows(self, step: int, items: StepItems, rows_N: Int[np.ndarray, "N"], numbers: list[int]) -> dict[int, list[RowItem]]:
         """Return the items of each row of `numbers`, in order."""

@@ -52,7 +52,7 @@ def loss_and_gradients(config, mesh, batch):
 def alone(config, items, step):
     """The pairs of a step with each item in a row of its own."""
     pairs, row = items[step], Size(*items[step].sizes_N3.max(axis=0).tolist())
-    numbers = [divmod(number, pairs.a_pair) for number in pairs.numbers_N.tolist()]
+    numbers = [divmod(number, pairs.items_per_pair) for number in pairs.numbers_N.tolist()]
     row_items = [
         items.row_item(items.read(pairs.references[pair], step), number, pairs.references[pair]) for pair, number in numbers
     ]
