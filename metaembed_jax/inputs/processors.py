@@ -1,4 +1,4 @@
-"""Queries and documents as arrays, and their sizes: the frame that all families share, around their prompts."""
+"""Queries and documents as arrays, and their sizes. Families add their prompts and images to this frame."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -14,7 +14,7 @@ from metaembed_jax.files import digest
 from metaembed_jax.inputs.images import image_size, open_image
 from metaembed_jax.inputs.texts import QUERY, PromptTokenizer, read_item
 
-Described = tuple[int, int]  # (width, height), in place of an image whose size is enough
+ImageSize = tuple[int, int]  # (width, height)
 
 
 class Grid(NamedTuple):
@@ -116,7 +116,7 @@ class PromptProcessor:
         return Fitted(tokens, grid.patches if grid else 0, text_tokens - kept, bool(grid and grid.shrunk))
 
     def text_tokens(self, text: str, with_image: bool, side: str, *, name: str = "item") -> int:
-        """Return the number of tokens of a text with the words of its prompt around it, uncut; needs no image."""
+        """Return the number of tokens of an uncut text and the words of its prompt around it; needs no image."""
         prompt = self._prompt(None, side, bool(text), with_image)
         return len(self._tokenizer.fit(prompt.before, text, prompt.after, None, name))
 
@@ -149,7 +149,7 @@ class PromptProcessor:
             bool(grid and grid.shrunk),
         )
 
-    def _plan(self, text: str, shape: Described | None, side: str, name: str) -> tuple[Grid | None, Prompt, int | None]:
+    def _plan(self, text: str, shape: ImageSize | None, side: str, name: str) -> tuple[Grid | None, Prompt, int | None]:
         """Return an image's grid, the prompt, and the most tokens of the text with the words around it (None: any number)."""
         limits, with_image = self.limits, shape is not None
         if limits is None:
@@ -164,24 +164,24 @@ class PromptProcessor:
         if room < words:
             raise UserError(
                 f"{name}: its prompt alone takes {limits.prompt(side) - room + words} tokens, and config.rows.size leaves "
-                f"{limits.prompt(side)} for one; raise config.rows.size"
+                f"{limits.prompt(side)} for it; raise config.rows.size"
             )
         return grid, prompt, min(room, words + limits.text_tokens)
 
     def _prompt(self, grid: Grid | None, side: str, has_text: bool, with_image: bool) -> Prompt:
-        """Return the prompt of an item (of each family). If the grid of its image is not known, visual tokens are missing."""
+        """Return the prompt of an item, without visual tokens if the grid of its image is not known. Each family has its own."""
         raise NotImplementedError
 
     def _grid(self, width: int, height: int, most_tokens: int | None, most_patches: int | None, name: str) -> Grid:
-        """Return the grid of an image of this size (of each family), within so many tokens and patches (None: any number)."""
+        """Return the grid of an image, within so many tokens and patches (None: any number). Each family has its own."""
         raise NotImplementedError
 
     def _patches(self, image: Image.Image, grid: Grid) -> dict[str, np.ndarray]:
-        """Return the arrays of `Layout.patches` of an RGB image (of each family), and `patch_mask` if some patches are padding."""
+        """Return the arrays of `Layout.patches` of an RGB image, and `patch_mask` if it has padding. Each family has its own."""
         raise NotImplementedError
 
     def _visual(self, tokens: Int[np.ndarray, "S"], head: int, grid: Grid | None) -> Int[np.ndarray, "S"]:
-        """Return the unit at each token (of each family), -1 for none; images are in the first `head` tokens."""
+        """Return the unit at each token, or -1; images are in the first `head` tokens. Each family has its own."""
         raise NotImplementedError
 
     def _positions(self, tokens: Int[np.ndarray, "S"], grid: Grid | None) -> Int[np.ndarray, "A S"]:

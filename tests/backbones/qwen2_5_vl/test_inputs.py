@@ -209,7 +209,7 @@ def test_truncation_keeps_the_most_that_fits():
 
 def test_no_room_for_a_prompt_is_an_error():
     with pytest.raises(
-        UserError, match="its prompt alone takes .* tokens, and config.rows.size leaves 8 for one; raise config.rows.size"
+        UserError, match="its prompt alone takes .* tokens, and config.rows.size leaves 8 for it; raise config.rows.size"
     ):
         within(8, "query")
     with pytest.raises(UserError, match="^query: config.rows.size leaves .* tokens and 63 patches for an image: .* 1 and 64"):
