@@ -92,13 +92,12 @@ class PromptProcessor:
         """Convert an item of the document side; otherwise as `query`."""
         return self._example(item, "document", name)
 
-    def size(self, item: dict, side: str, *, name: str = "item", text_tokens: int | None = None) -> Fitted:
+    def size(self, item: dict, side: str, *, name: str = "item") -> Fitted:
         """Return the size of the example that `query` or `document` makes, without decoding an image.
 
         Args:
           item: its image may also be (width, height), upright.
           side: "query" or "document".
-          text_tokens: the result of `text_tokens` for this text, if known.
 
         Raises:
           UserError: as `query`, except for images that only decoding finds broken.
@@ -106,19 +105,9 @@ class PromptProcessor:
         text, image = read_item(item, name)
         shape = None if image is None else image_size(image, name)
         grid, prompt, room = self._plan(text, shape, side, name)
-        if text_tokens is None:
-            text_tokens = self.text_tokens(text, shape is not None, side, name=name)
-        limit = text_tokens if room is None else min(text_tokens, room)
-        kept = text_tokens
-        if text_tokens > limit:
-            kept = len(self._tokenizer.fit(prompt.before, text, prompt.after, limit, name))
-        tokens = len(prompt.head) + kept + len(prompt.tail)
-        return Fitted(tokens, grid.patches if grid else 0, text_tokens - kept, bool(grid and grid.shrunk))
-
-    def text_tokens(self, text: str, with_image: bool, side: str, *, name: str = "item") -> int:
-        """Return the number of tokens of an uncut text and the words of its prompt around it; needs no image."""
-        prompt = self._prompt(None, side, bool(text), with_image)
-        return len(self._tokenizer.fit(prompt.before, text, prompt.after, None, name))
+        kept, cut = self._text_tokens(prompt, text, room, name)
+        tokens = len(prompt.head) + len(kept) + len(prompt.tail)
+        return Fitted(tokens, grid.patches if grid else 0, cut, bool(grid and grid.shrunk))
 
     def _check_limits(self) -> None:
         """Refuse limits that an empty text or the smallest image exceeds; rows without patches are for texts alone."""
@@ -132,10 +121,7 @@ class PromptProcessor:
         text, image = read_item(item, name)
         opened = None if image is None else open_image(image, name)
         grid, prompt, room = self._plan(text, None if opened is None else opened.size, side, name)
-        whole = self._tokenizer.fit(prompt.before, text, prompt.after, None, name)
-        kept = whole
-        if room is not None and len(whole) > room:
-            kept = self._tokenizer.fit(prompt.before, text, prompt.after, room, name)
+        kept, cut = self._text_tokens(prompt, text, room, name)
         tokens = np.array([*prompt.head, *kept, *prompt.tail], np.int32)
         arrays = {} if opened is None or grid is None else self._patches(opened, grid)
         mask = arrays.pop("patch_mask", np.ones(0 if grid is None else grid.patches, bool))
@@ -145,9 +131,17 @@ class PromptProcessor:
             self._visual(tokens, len(prompt.head), grid),
             arrays,
             mask,
-            len(whole) - len(kept),
+            cut,
             bool(grid and grid.shrunk),
         )
+
+    def _text_tokens(self, prompt: Prompt, text: str, room: int | None, name: str) -> tuple[list[int], int]:
+        """Return the tokens of a text and the words around it, and the number of them that are cut."""
+        tokens = self._tokenizer.fit(prompt.before, text, prompt.after, None, name)
+        if room is None or len(tokens) <= room:
+            return tokens, 0
+        kept = self._tokenizer.fit(prompt.before, text, prompt.after, room, name)
+        return kept, len(tokens) - len(kept)
 
     def _plan(self, text: str, shape: ImageSize | None, side: str, name: str) -> tuple[Grid | None, Prompt, int | None]:
         """Return an image's grid, the prompt, and the most tokens of the text with the words around it (None: any number)."""
