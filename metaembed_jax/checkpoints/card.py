@@ -40,33 +40,38 @@ table, not what comes out of it: some models scale that. The README of a `transf
 }
 
 
-def model_card(kind: str, config: ModelConfig, about: dict, results: Results | None) -> str:
+def model_card(kind: str, config: ModelConfig, metadata: dict, results: Results | None) -> str:
     """The text of README.md.
 
     Args:
       kind: the format, a key of `LOAD`.
-      about: name, base or start, groups, sources and steps of the run, as far as they are known.
+      metadata: name, base or start, groups, sources and steps of the run, as far as they are known.
       results: of the run's test split.
     """
     width = config.embedding_dim or config.architecture.width
     head = ' @ load_file(f"{DIRECTORY}/head.safetensors")["weight"].T' if config.embedding_dim else ""
     facts = dict(query=config.query_tokens, last=config.document_tokens - 1, width=width, head=head)
     usage = family(config.backbone).usage.format(**facts)
-    load = LOAD[kind].format(usage=usage, base=json.dumps(about.get("base", "")), **facts)
+    load = LOAD[kind].format(usage=usage, base=json.dumps(metadata.get("base", "")), **facts)
     lines = ["---", "tags: [metaembed, multi-vector, late-interaction, retrieval]"]
-    lines += [f"library_name: {kind}", *([f"base_model: {json.dumps(about['base'])}"] if about.get("base") else []), "---", ""]
-    lines += [f"# {about.get('name', 'MetaEmbed')}", ""]
+    lines += [
+        f"library_name: {kind}",
+        *([f"base_model: {json.dumps(metadata['base'])}"] if metadata.get("base") else []),
+        "---",
+        "",
+    ]
+    lines += [f"# {metadata.get('name', 'MetaEmbed')}", ""]
     lines += [
         f"A MetaEmbed retriever (arXiv 2509.18095): up to {config.query_tokens} vectors of {width} numbers for a query and "
         f"{config.document_tokens} for a document. Every prefix of them is an embedding by itself, so quality is chosen against "
         "cost when searching. The score is the sum over query vectors of the largest inner product with a document vector.",
         "",
     ]
-    lines += [f"- base: {about.get('base') or about.get('start') or 'none, trained from scratch'}"]
-    if "groups" in about:
-        lines += [f"- budgets (query vectors : document vectors): {', '.join(f'{q}:{c}' for q, c in about['groups'])}"]
-        sources = ", ".join(str(source[0]) for source in about["sources"])
-        lines += [f"- trained for {about['steps']:,} steps at temperature {about['temperature']} on: {sources}"]
+    lines += [f"- base: {metadata.get('base') or metadata.get('start') or 'none, trained from scratch'}"]
+    if "groups" in metadata:
+        lines += [f"- budgets (query vectors : document vectors): {', '.join(f'{q}:{c}' for q, c in metadata['groups'])}"]
+        sources = ", ".join(str(source[0]) for source in metadata["sources"])
+        lines += [f"- trained for {metadata['steps']:,} steps at temperature {metadata['temperature']} on: {sources}"]
     return "\n".join([*lines, "", "## Load", "", load, "", *_results(results)])
 
 

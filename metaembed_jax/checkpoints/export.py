@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from metaembed_jax import files
 from metaembed_jax.backbones.family import FamilyImages, family
 from metaembed_jax.checkpoints import peft_export, torch_export
-from metaembed_jax.checkpoints.base import find
+from metaembed_jax.checkpoints.base_weights import find
 from metaembed_jax.checkpoints.card import model_card
-from metaembed_jax.checkpoints.loading import load, read_about, run_parameters, run_processor
+from metaembed_jax.checkpoints.loading import load, read_metadata, run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config.files import names_config
 from metaembed_jax.config.run import EXPORTS, RunConfig
@@ -41,7 +41,7 @@ class Trained(NamedTuple):
       tokenizer: the file of the vocabulary.
       images: how images become patches: the family's `Images`.
       paths: of the parameters that its run trained; none of a directory.
-      about: what the exported config.json says of it: groups, temperature, base.
+      metadata: what the exported config.json says of it: groups, temperature, base.
       results: results.json of its run, if there is one.
     """
 
@@ -50,7 +50,7 @@ class Trained(NamedTuple):
     tokenizer: Path
     images: FamilyImages
     paths: frozenset[str]
-    about: dict
+    metadata: dict
     results: Results | None
 
 
@@ -77,7 +77,7 @@ def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = Non
     try:
         with files.new_folder(out) as folder:
             FORMATS[kind](folder, trained)
-            card = model_card(kind, trained.config, trained.about, trained.results)
+            card = model_card(kind, trained.config, trained.metadata, trained.results)
             (folder / "README.md").write_text(card, encoding="utf-8")
     except SafetensorError as error:
         raise UserError(f"{out}: cannot be written ({error})") from error
@@ -122,21 +122,27 @@ def read_trained(directory: Path, dtype: str | None) -> Trained:
         found = stored.get("dtype") or stored.get("torch_dtype")  # as transformers 5 names it, and as it did before
         dtype = dtype or (found if found in ("float32", "bfloat16") else "float32")
         config, parameters, processor = load(directory, dtype, mesh, 0, 1024)
-        about = read_about(directory)
-        return Trained(config, parameters, directory / "tokenizer.json", processor.images, frozenset(), about, None)
+        metadata = read_metadata(directory)
+        return Trained(config, parameters, directory / "tokenizer.json", processor.images, frozenset(), metadata, None)
     run = read_config(directory)
     config = dataclasses.replace(model_config(run), dtype=dtype or run.model.dtype, int8=False)
     abstract = abstract_parameters(config, mesh)
     _, parameters = run_parameters(directory, run.model, abstract)
     images = run_processor(run, directory / "tokenizer.json").images
-    about = {"groups": [list(group) for group in run.objectives.budgets], "name": run.name, "steps": run.schedule.steps}
+    metadata = {"groups": [list(group) for group in run.objectives.budgets], "name": run.name, "steps": run.schedule.steps}
     if matryoshka := run.objectives.matryoshka:
-        about["temperature"] = matryoshka.temperature
-    about |= {"sources": [list(entry) for entry in run.data.sources]} | _origin(directory, run)
+        metadata["temperature"] = matryoshka.temperature
+    metadata |= {"sources": [list(entry) for entry in run.data.sources]} | _origin(directory, run)
     results = directory / "results.json"
     found = read_results(results) if results.is_file() else None
     return Trained(
-        config, parameters, directory / "tokenizer.json", images, trainable_paths(run.model.trained, paths(abstract)), about, found
+        config,
+        parameters,
+        directory / "tokenizer.json",
+        images,
+        trainable_paths(run.model.trained, paths(abstract)),
+        metadata,
+        found,
     )
 
 
@@ -152,7 +158,7 @@ def _origin(directory: Path, run: RunConfig) -> dict[str, str]:
 
 def _transformers(out: Path, trained: Trained) -> None:
     config = trained.config
-    torch_export.write_model(out, config, trained.parameters, trained.tokenizer, trained.images, trained.about, config.dtype)
+    torch_export.write_model(out, config, trained.parameters, trained.tokenizer, trained.images, trained.metadata, config.dtype)
 
 
 def _sentence_transformers(out: Path, trained: Trained) -> None:
@@ -165,7 +171,7 @@ def _sentence_transformers(out: Path, trained: Trained) -> None:
 
 
 def _peft(out: Path, trained: Trained) -> None:
-    peft_export.write_adapter(out, trained.config, trained.parameters, trained.about)
+    peft_export.write_adapter(out, trained.config, trained.parameters, trained.metadata)
 
 
 FORMATS = dict(zip(EXPORTS, (_transformers, _sentence_transformers, _peft), strict=True))

@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from metaembed_jax import files
-from metaembed_jax.checkpoints.base import Base
+from metaembed_jax.checkpoints.base_weights import BaseWeights
 from metaembed_jax.checkpoints.runs import UNREADABLE, onto, reason_of, stored_tree, tree_handler
 from metaembed_jax.checkpoints.workdir import COMMITTED, read_base, read_config
 from metaembed_jax.errors import UserError
@@ -50,12 +50,12 @@ def stands_alone(workdir: Path, init_from: str) -> bool:
     return read_base(workdir) is None or is_kept(workdir)
 
 
-def kept_base(workdir: Path, record: dict) -> Base:
+def kept_base(workdir: Path, record: dict) -> BaseWeights:
     """The kept weights as the base that run.json records."""
-    return Base(record["name"], workdir / BASE, record["fingerprint"])
+    return BaseWeights(record["name"], workdir / BASE, record["fingerprint"])
 
 
-def is_kept_base(base: Base) -> bool:
+def is_kept_base(base: BaseWeights) -> bool:
     """Return whether a base is of `kept_base`: all others are on a disk."""
     return files.is_bucket(base.directory)
 

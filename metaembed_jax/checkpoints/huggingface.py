@@ -28,7 +28,7 @@ from metaembed_jax.files import read_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD = "head.safetensors"  # of our own exports: "weight" [D, hidden]
-ABOUT = "metaembed"  # in the config.json of our own exports: numbers and place of the Meta Tokens, and more
+METADATA = "metaembed"  # in the config.json of our own exports: numbers and place of the Meta Tokens, and more
 SCALE = "_scale"  # what the name of an int8 kernel's scales adds to the kernel's
 FLOATS = ("F64", "F32", "F16", "BF16")
 

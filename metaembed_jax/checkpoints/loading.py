@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 from metaembed_jax.backbones.config_checks import initializer_range
 from metaembed_jax.backbones.family import FamilyImages, family
 from metaembed_jax.batch.items import Limits
-from metaembed_jax.checkpoints.base import find, open_recorded
+from metaembed_jax.checkpoints.base_weights import find, open_recorded
 from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, read_kept
-from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, read_backbone, read_head, read_vocabulary_rows
+from metaembed_jax.checkpoints.huggingface import HEAD, METADATA, read_backbone, read_head, read_vocabulary_rows
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config.run import DataConfig, ModelSettings, RunConfig
@@ -125,42 +125,44 @@ def base_architecture(directory: Path) -> tuple[str, object, dict]:
     return backbone, architecture.with_preprocessor(preprocessor, directory), preprocessor
 
 
-def read_about(directory: Path) -> dict:
+def read_metadata(directory: Path) -> dict:
     """What the config.json of one of our exports says of its Meta Tokens and head; {} for any other Hugging Face directory.
 
     Raises:
       UserError: it does not fit the directory's tokenizer or files, so that it would give wrong vectors.
     """
-    about, head = read_json(directory / "config.json").get(ABOUT, {}), (directory / HEAD).is_file()
-    if about == {} and not head:
+    metadata, head = read_json(directory / "config.json").get(METADATA, {}), (directory / HEAD).is_file()
+    if metadata == {} and not head:
         return {}
     keys = ("query_tokens", "document_tokens", "first_token", "embedding_dim")
-    found = {key: about.get(key) for key in keys} if isinstance(about, dict) else about
+    found = {key: metadata.get(key) for key in keys} if isinstance(metadata, dict) else metadata
     if not isinstance(found, dict) or not all(type(number) is int and number >= 0 for number in found.values()):
-        raise UserError(f"{directory / 'config.json'}: {ABOUT} is {found!r}, which does not say where Meta Tokens and head are")
-    if bool(about["embedding_dim"]) != head:
-        width, there = about["embedding_dim"], "is" if head else "is not"
-        raise UserError(f"{directory}: {ABOUT}.embedding_dim of config.json is {width}, and {HEAD} {there} there; export it again")
-    tokenizer, counts = _read_tokenizer(directory / "tokenizer.json"), (about["query_tokens"], about["document_tokens"])
+        raise UserError(f"{directory / 'config.json'}: {METADATA} is {found!r}, which does not say where Meta Tokens and head are")
+    if bool(metadata["embedding_dim"]) != head:
+        width, there = metadata["embedding_dim"], "is" if head else "is not"
+        raise UserError(
+            f"{directory}: {METADATA}.embedding_dim of config.json is {width}, and {HEAD} {there} there; export it again"
+        )
+    tokenizer, counts = _read_tokenizer(directory / "tokenizer.json"), (metadata["query_tokens"], metadata["document_tokens"])
     if sum(counts) > tokenizer.get_vocab_size():
-        raise UserError(f"{directory}: {ABOUT} of config.json has {counts} Meta Tokens, more than tokenizer.json has tokens")
-    for number, name in enumerate(meta_token_names(*counts), about["first_token"]):
+        raise UserError(f"{directory}: {METADATA} of config.json has {counts} Meta Tokens, more than tokenizer.json has tokens")
+    for number, name in enumerate(meta_token_names(*counts), metadata["first_token"]):
         if (found := tokenizer.token_to_id(name)) != number:
-            raise UserError(f"{directory}: {ABOUT} of config.json has {name} as token {number}, and tokenizer.json as {found}")
-    return about
+            raise UserError(f"{directory}: {METADATA} of config.json has {name} as token {number}, and tokenizer.json as {found}")
+    return metadata
 
 
-def exported_parameters(directory: Path, backbone: str, about: dict, wanted: dict) -> dict:
+def exported_parameters(directory: Path, backbone: str, metadata: dict, wanted: dict) -> dict:
     """The Meta Tokens of one of our exports, and its head if it has one and `wanted` has.
 
     Args:
-      about: of `read_about`.
+      metadata: of `read_metadata`.
       wanted: parameters as nested dicts of shapes, with dtypes and shardings.
     """
     tokens = wanted["meta_tokens"]
-    rows = read_vocabulary_rows(directory, family(backbone), about["first_token"], tokens.shape[0])
+    rows = read_vocabulary_rows(directory, family(backbone), metadata["first_token"], tokens.shape[0])
     found = {"meta_tokens": jax.device_put(rows.astype(tokens.dtype), tokens.sharding)}
-    if about["embedding_dim"] and "head" in wanted:
+    if metadata["embedding_dim"] and "head" in wanted:
         found["head"] = {"kernel": read_head(directory, wanted["head"]["kernel"])}
     return found
 
@@ -176,8 +178,8 @@ def _load_huggingface(
     directory: Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int
 ) -> tuple[ModelConfig, dict, object]:
     backbone, architecture, preprocessor = base_architecture(directory)
-    about = read_about(directory)
-    known = {key: about[key] for key in ("query_tokens", "document_tokens", "embedding_dim") if about}
+    metadata = read_metadata(directory)
+    known = {key: metadata[key] for key in ("query_tokens", "document_tokens", "embedding_dim") if metadata}
     config = ModelConfig(backbone, architecture, dtype=dtype, **known)
     images = family(backbone).Images.from_preprocessor(preprocessor, architecture, max_visual_tokens)
     meta = (config.meta_tokens(side, config.vectors(side)) for side in SIDES)
@@ -186,8 +188,8 @@ def _load_huggingface(
 
     abstract = abstract_parameters(config, mesh)
     parameters = {"backbone": read_backbone(directory, family(backbone), architecture, abstract["backbone"])}
-    if about:
-        return config, parameters | exported_parameters(directory, backbone, about, abstract), processor
+    if metadata:
+        return config, parameters | exported_parameters(directory, backbone, metadata, abstract), processor
     tokens, scale = abstract["meta_tokens"], initializer_range(read_json(directory / "config.json"))
     # NumPy's generator gives the same rows on any mesh and with any version of JAX.
     fresh = scale * np.random.default_rng(seed).standard_normal(tokens.shape, np.float32)

@@ -18,7 +18,7 @@ from metaembed_jax.network import ModelConfig
 from metaembed_jax.trainable import LORA
 
 
-def write_adapter(out: Path, config: ModelConfig, parameters: dict, about: dict) -> None:
+def write_adapter(out: Path, config: ModelConfig, parameters: dict, metadata: dict) -> None:
     """Writes everything but the README.md into a folder that exists; float32."""
     module, flat = family(config.backbone), flatten_dict(parameters["backbone"], sep=".")
     tensors, targets = {}, []
@@ -36,7 +36,7 @@ def write_adapter(out: Path, config: ModelConfig, parameters: dict, about: dict)
     adapter = {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
-        "base_model_name_or_path": about["base"],
+        "base_model_name_or_path": metadata["base"],
         "r": config.lora.rank,
         "lora_alpha": config.lora.alpha,
         "lora_dropout": 0.0,
@@ -50,7 +50,7 @@ def write_adapter(out: Path, config: ModelConfig, parameters: dict, about: dict)
         beside["head"] = np.ascontiguousarray(np.asarray(parameters["head"]["kernel"], np.float32).T)
     save_file(beside, out / "metaembed.safetensors", {"format": "pt"})
     counts = {"query_tokens": config.query_tokens, "document_tokens": config.document_tokens}
-    write_json(out / "metaembed.json", about | counts | {"embedding_dim": config.embedding_dim})
+    write_json(out / "metaembed.json", metadata | counts | {"embedding_dim": config.embedding_dim})
 
 
 def adapted_source(family: Family, path: str) -> Source:

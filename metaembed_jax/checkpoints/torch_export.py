@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer
 from tqdm import tqdm
 
 from metaembed_jax.backbones.family import FamilyImages, family
-from metaembed_jax.checkpoints.huggingface import ABOUT, HEAD, INDEX, SINGLE
+from metaembed_jax.checkpoints.huggingface import HEAD, INDEX, METADATA, SINGLE
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_bytes, write_json
 from metaembed_jax.inputs.texts import meta_token_names
@@ -37,7 +37,7 @@ def write_model(
     parameters: dict,
     tokenizer: Path,
     images: FamilyImages,
-    about: dict,
+    metadata: dict,
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -47,7 +47,7 @@ def write_model(
       parameters: of the network, without int8 kernels; of a backbone alone it writes what is released of one.
       tokenizer: the file of the vocabulary.
       images: how images become patches: the family's `Images`.
-      about: what config.json is to say about the model, beside its Meta Tokens.
+      metadata: what config.json is to say metadata the model, beside its Meta Tokens.
       dtype: of the stored tensors, "float32" or "bfloat16".
     """
     names = meta_token_names(config.query_tokens, config.document_tokens) if "meta_tokens" in parameters else []
@@ -56,7 +56,7 @@ def write_model(
     stored = config.architecture.to_huggingface(rows, ids) | {"dtype": dtype}
     if names:
         counts = {"query_tokens": config.query_tokens, "document_tokens": config.document_tokens}
-        stored[ABOUT] = about | counts | {"first_token": first, "embedding_dim": config.embedding_dim}
+        stored[METADATA] = metadata | counts | {"first_token": first, "embedding_dim": config.embedding_dim}
     write_json(out / "config.json", stored)
     write_json(out / "preprocessor_config.json", images.to_preprocessor(config.architecture))
     tensors, kind = _tensors(config, parameters, first, rows), jnp.dtype(dtype)

@@ -16,7 +16,7 @@ import jax
 
 from metaembed_jax import files, hosts
 from metaembed_jax.checkpoints import lease
-from metaembed_jax.checkpoints.base import Base
+from metaembed_jax.checkpoints.base_weights import BaseWeights
 from metaembed_jax.config.record import FREE_KEYS, REPLANNED_KEYS, flat, from_record, is_in, to_record
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
@@ -48,7 +48,7 @@ def default_workdir(name: str, later: Path | None = None) -> Path:
     return (later.parent if later and files.is_bucket(later) else Path("runs")) / name
 
 
-def claim(workdir: Path, config: RunConfig, tokenizer: Path, base: Base | None) -> None:
+def create_workdir(workdir: Path, config: RunConfig, tokenizer: Path, base: BaseWeights | None) -> None:
     """Makes the folder this config's, or finds that it is; the first host makes it, and the others then find it.
 
     Args:
@@ -73,7 +73,7 @@ def claim(workdir: Path, config: RunConfig, tokenizer: Path, base: Base | None) 
     files.write_json(record, _record(config, base))
 
 
-def record_changes(workdir: Path, config: RunConfig, base: Base | None, step: int) -> str:
+def record_changes(workdir: Path, config: RunConfig, base: BaseWeights | None, step: int) -> str:
     """Records the config that a run goes on with, and since which step; the first host writes.
 
     Returns:
@@ -100,7 +100,7 @@ def record_changes(workdir: Path, config: RunConfig, base: Base | None, step: in
     return words
 
 
-def agree(config: RunConfig) -> None:
+def check_hosts_agree(config: RunConfig) -> None:
     """Whether all hosts were started with the first one's config.
 
     Raises:
@@ -191,7 +191,7 @@ def read_base(workdir: Path) -> dict | None:
     return base
 
 
-def _record(config: RunConfig, base: Base | None) -> dict:
+def _record(config: RunConfig, base: BaseWeights | None) -> dict:
     return {"config": to_record(config)} | ({"base": {"name": base.name, "fingerprint": base.fingerprint}} if base else {})
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from metaembed_jax import hosts
 from metaembed_jax.checkpoints.loading import run_parameters, run_processor
-from metaembed_jax.checkpoints.workdir import agree, check_model, read_config
+from metaembed_jax.checkpoints.workdir import check_hosts_agree, check_model, read_config
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
@@ -35,7 +35,7 @@ def evaluate_checkpoint(
     """
     evaluator = choose_evaluator(config, benchmark, files, budgets)
     check_devices()
-    agree(config)
+    check_hosts_agree(config)
     for folder in (checkpoint, out):
         check_bucket(folder)
     run_config = read_config(checkpoint)

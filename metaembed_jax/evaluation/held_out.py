@@ -13,7 +13,7 @@ from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.failures import FailedQuery, with_items
 from metaembed_jax.evaluation.metrics import METRICS
 from metaembed_jax.evaluation.result_cache import key_of
-from metaembed_jax.evaluation.scoring import score_parts
+from metaembed_jax.evaluation.scoring import score_shares
 from metaembed_jax.evaluation.sweep import MAIN, SECONDARY, Sweep, sweep
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import largest_budget
@@ -114,4 +114,4 @@ def _score(
     document_nRD: Float[np.ndarray, "n Rc D"],
     budget: Budget,
 ) -> Float[np.ndarray, "Q N"]:
-    return score_parts(query_QRD, rows, document_nRD, documents, budget)
+    return score_shares(query_QRD, rows, document_nRD, documents, budget)

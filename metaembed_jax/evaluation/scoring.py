@@ -10,7 +10,7 @@ from metaembed_jax.late_interaction.maxsim import maxsim_on
 from metaembed_jax.mesh import make_mesh
 
 
-def score_parts(
+def score_shares(
     query_QRD: Float[np.ndarray, "Q Rq D"],
     rows: Int[np.ndarray, " n"],
     document_nRD: Float[np.ndarray, "n Rc D"],

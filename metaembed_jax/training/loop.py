@@ -15,9 +15,9 @@ from metaembed_jax.checkpoints.frozen import keep
 from metaembed_jax.checkpoints.loading import run_processor
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import (
-    agree,
+    check_hosts_agree,
     check_workdir,
-    claim,
+    create_workdir,
     default_workdir,
     has_checkpoints,
     is_finished,
@@ -43,12 +43,12 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network_config import model_config
 from metaembed_jax.sharding import batch_shards, rows_here
 from metaembed_jax.trainable import join, paths, split
+from metaembed_jax.training.initialize import describe, find_start, initial_state, stages
 from metaembed_jax.training.metrics import MetricsWriter
 from metaembed_jax.training.profile import Stopwatch, Trace
 from metaembed_jax.training.saving import SaveSchedule
 from metaembed_jax.training.speed import Speed, shown
 from metaembed_jax.training.stages import stages
-from metaembed_jax.training.start import describe, find_start, initial_state
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, run_mesh
 from metaembed_jax.training.validation import Validation, validators
 
@@ -66,7 +66,7 @@ def train(config: RunConfig, workdir: Path) -> bool:
     with stop_signal() as stop:
         with stop.at_once():
             check_devices()
-            agree(config)
+            check_hosts_agree(config)
             _check(config, workdir)
             print(describe_devices(run_mesh(config)), flush=True)
             runs = _needed([*((stage, default_workdir(stage.name, workdir)) for stage in stages(config)[:-1]), (config, workdir)])
@@ -122,7 +122,7 @@ def _train_one(config: RunConfig, workdir: Path, stop: Stop) -> bool:
             trainer = make_trainer(config, mesh)
             _check_exports(config, trainer)
             base = start.base if trainer.abstract.frozen else None
-            hosts.first_then_others(lambda: claim(workdir, config, start.tokenizer, base))
+            hosts.first_then_others(lambda: create_workdir(workdir, config, start.tokenizer, base))
             checkpoints = stack.enter_context(contextlib.closing(RunCheckpoints(workdir, config.schedule.keep_checkpoints)))
             state = initial_state(config, trainer, checkpoints, start)
             keep(workdir, state.frozen)

@@ -33,9 +33,9 @@ from metaembed_jax.network import abstract_network
 from metaembed_jax.network_config import model_config, row_limits
 from metaembed_jax.planning.compiling import compile_program
 from metaembed_jax.planning.programs import encode_program, train_program
+from metaembed_jax.training.initialize import find_start, initial_state
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.microbatches import encode
-from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer
 from tests.backbones.families import record
 from tests.checkpoints.runs import save_noise

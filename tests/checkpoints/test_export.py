@@ -15,8 +15,8 @@ from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.errors import UserError
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
+from metaembed_jax.training.initialize import find_start, initial_state
 from metaembed_jax.training.loop import train
-from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer
 from tests.backbones.qwen2_5_vl.record import stock_vectors
 from tests.checkpoints.runs import save_noise

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from metaembed_jax.checkpoints.base import open_base
+from metaembed_jax.checkpoints.base_weights import open_base
 from metaembed_jax.checkpoints.loading import load
 from metaembed_jax.errors import UserError
 from metaembed_jax.mesh import make_mesh

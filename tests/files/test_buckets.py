@@ -20,7 +20,7 @@ from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.evaluation.command import evaluate_checkpoint
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.results import read_results
-from metaembed_jax.training.start import find_start
+from metaembed_jax.training.initialize import find_start
 from metaembed_jax.training.step import make_trainer
 from tests.files.emulator import BUCKET
 

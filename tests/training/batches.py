@@ -7,7 +7,7 @@ from metaembed_jax.data.pipeline import training_batches
 from metaembed_jax.data.row_plan import RowPlan, plan_rows
 from metaembed_jax.data.run_items import RunItems, run_items
 from metaembed_jax.network_config import model_config, row_limits
-from metaembed_jax.training.start import find_start
+from metaembed_jax.training.initialize import find_start
 
 
 def make_plan(config: RunConfig) -> tuple[RunItems, RowPlan]:

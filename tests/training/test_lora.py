@@ -19,7 +19,7 @@ from metaembed_jax.batch.training import put
 from metaembed_jax.checkpoints.loading import run_parameters
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.torch_export import write_model
-from metaembed_jax.checkpoints.workdir import claim, is_finished, read_config
+from metaembed_jax.checkpoints.workdir import create_workdir, is_finished, read_config
 from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.command import evaluate_checkpoint
@@ -30,8 +30,8 @@ from metaembed_jax.network_config import model_config
 from metaembed_jax.results import read_results
 from metaembed_jax.sharding import named_sharding
 from metaembed_jax.training import loop
+from metaembed_jax.training.initialize import describe, find_start, initial_state
 from metaembed_jax.training.loop import train
-from metaembed_jax.training.start import describe, find_start, initial_state
 from metaembed_jax.training.step import make_trainer
 from tests.training.batches import make_dataset
 
@@ -193,7 +193,7 @@ def test_a_run_needs_its_own_base(config, base, finished, tmp_path):
     run, moved = shutil.copytree(finished, tmp_path / "run"), shutil.copytree(base, tmp_path / "moved")
     config = with_keys(config, {"init_from": str(moved)})  # the same weights in another place
     config, start = find_start(config)
-    claim(run, config, start.tokenizer, start.base)
+    create_workdir(run, config, start.tokenizer, start.base)
 
     def record(name):
         stored = json.loads((run / "run.json").read_text())

@@ -28,8 +28,8 @@ from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.results import TaskResults, from_json, read_results
 from metaembed_jax.training import loop
+from metaembed_jax.training.initialize import find_start, initial_state
 from metaembed_jax.training.loop import train
-from metaembed_jax.training.start import find_start, initial_state
 from metaembed_jax.training.step import make_trainer, run_mesh
 from tests.evaluation.parsed_page import Page
 

@@ -21,7 +21,7 @@ from metaembed_jax.evaluation.mmeb.published import PUBLISHED
 from metaembed_jax.evaluation.mmeb.reading import Questions, available, read_task
 from metaembed_jax.evaluation.mmeb.tasks import TASKS, Task
 from metaembed_jax.evaluation.result_cache import cached, key_of
-from metaembed_jax.evaluation.scoring import score_parts
+from metaembed_jax.evaluation.scoring import score_shares
 from metaembed_jax.files import replacing
 from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.late_interaction.budgets import budget_name, by_cost
@@ -123,7 +123,7 @@ def evaluate_task(
     query_QRD = join_shares(query_rows, query_part, len(queries))
     dimension, searches, scores_QN = query_QRD.shape[2], [], np.zeros((len(queries), len(documents)))
     for budget in by_cost(budgets):
-        scores_QN = score_parts(query_QRD, rows, document_nRD, len(documents), budget)
+        scores_QN = score_shares(query_QRD, rows, document_nRD, len(documents), budget)
         precision = Interval(float(first_choices(scores_QN, questions.choices).mean()))
         flops, size = maxsim_flops(budget, dimension), index_bytes(budget[1], dimension)
         searches.append(

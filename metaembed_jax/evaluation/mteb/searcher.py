@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.mteb.items import TaskItems, items_of
 from metaembed_jax.evaluation.mteb.scores import Scores, marked
-from metaembed_jax.evaluation.scoring import score_parts
+from metaembed_jax.evaluation.scoring import score_shares
 from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.late_interaction.budgets import search_name
 from metaembed_jax.late_interaction.groups import Budget
@@ -143,7 +143,7 @@ class Searcher:
         counted_QN = None if top_ranked is None else marked(items.ids, ids, top_ranked)
 
         def score(budget: Budget) -> Float[np.ndarray, "Q N"]:
-            scores_QN = score_parts(query_QRD, documents.rows, documents.vectors_nRD, len(ids), budget)
+            scores_QN = score_shares(query_QRD, documents.rows, documents.vectors_nRD, len(ids), budget)
             return scores_QN if counted_QN is None else np.where(counted_QN, scores_QN, -np.inf)
 
         return ids, score

@@ -10,10 +10,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from metaembed_jax.backbones.config_checks import differences
 from metaembed_jax.backbones.family import family
-from metaembed_jax.checkpoints.base import Base, find, open_base, open_recorded
+from metaembed_jax.checkpoints.base_weights import BaseWeights, find, open_base, open_recorded
 from metaembed_jax.checkpoints.frozen import is_kept, is_kept_base, kept_base, read_kept, stands_alone
 from metaembed_jax.checkpoints.huggingface import read_backbone
-from metaembed_jax.checkpoints.loading import base_architecture, best_parameters, exported_parameters, read_about
+from metaembed_jax.checkpoints.loading import base_architecture, best_parameters, exported_parameters, read_metadata
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import check_model, default_workdir, has_checkpoints, read_base, read_config
 from metaembed_jax.config.keys import with_keys
@@ -39,7 +39,7 @@ class Start(NamedTuple):
     """
 
     run: Path | None
-    base: Base | None
+    base: BaseWeights | None
     tokenizer: Path
 
 
@@ -128,7 +128,7 @@ def _read_run(config: RunConfig, run: Path, trainer: Trainer) -> tuple[int, dict
     return step, {name: leaf for name, leaf in parameters.items() if name != "head"}
 
 
-def _read(model: ModelSettings, base: Base | None, wanted: dict) -> dict:
+def _read(model: ModelSettings, base: BaseWeights | None, wanted: dict) -> dict:
     """What of the wanted parameters a base has: its backbone, without adapters."""
     flat = flatten_dict(wanted, sep=".")
     found = {path: leaf for path, leaf in flat.items() if path.startswith("backbone.") and LORA not in path}
@@ -140,17 +140,17 @@ def _read(model: ModelSettings, base: Base | None, wanted: dict) -> dict:
     return {"backbone": read_backbone(base.directory, family(model.backbone), architecture_of(model), backbone)}
 
 
-def _read_exported(model: ModelSettings, base: Base, wanted: dict) -> dict:
+def _read_exported(model: ModelSettings, base: BaseWeights, wanted: dict) -> dict:
     """The Meta Tokens of a base that is one of our exports, and its head unless that has another width."""
-    about = read_about(base.directory)
-    if not about:
+    metadata = read_metadata(base.directory)
+    if not metadata:
         return {}
     for key in TOKEN_KEYS:
-        if about[key] != (ours := getattr(model, key)):
-            raise UserError(f"{base.name}: has {key}={about[key]}, and config.model has {ours}")
-    if about["embedding_dim"] != model.embedding_dim:
+        if metadata[key] != (ours := getattr(model, key)):
+            raise UserError(f"{base.name}: has {key}={metadata[key]}, and config.model has {ours}")
+    if metadata["embedding_dim"] != model.embedding_dim:
         wanted = {name: leaf for name, leaf in wanted.items() if name != "head"}
-    return exported_parameters(base.directory, model.backbone, about, wanted)
+    return exported_parameters(base.directory, model.backbone, metadata, wanted)
 
 
 def _fill_architecture(config: RunConfig, backbone: str, architecture: dict, directory: Path, but_free: bool = False) -> RunConfig:

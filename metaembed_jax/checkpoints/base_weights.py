@@ -25,7 +25,7 @@ ROWS, COLUMNS = 64, 256  # of each tensor that the fingerprint reads at most
 WRITERS_KEYS = ("transformers_version", "_name_or_path")  # of config.json, that say who wrote it
 
 
-class Base(NamedTuple):
+class BaseWeights(NamedTuple):
     """A directory with weights.
 
     Attributes:
@@ -87,7 +87,7 @@ def _find_in_bucket(directory: Path) -> Path:
     return folder
 
 
-def open_base(name: str) -> Base:
+def open_base(name: str) -> BaseWeights:
     """The base of a path or hub id.
 
     Raises:
@@ -97,10 +97,10 @@ def open_base(name: str) -> Base:
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory}: is no Hugging Face model, it has no config.json")
     stands = not files.is_bucket(name) and Path(name).expanduser().exists()
-    return Base(str(directory.absolute()) if stands else str(name), directory, fingerprint(directory))
+    return BaseWeights(str(directory.absolute()) if stands else str(name), directory, fingerprint(directory))
 
 
-def open_recorded(workdir: Path, record: dict) -> Base:
+def open_recorded(workdir: Path, record: dict) -> BaseWeights:
     """The base that a run records.
 
     Raises:
