@@ -1,13 +1,15 @@
-"""A run from its config to its results: one loop around the pure step of `training.step`."""
+"""Train a run from its config to its results: a loop around the pure step of `training.step`."""
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
 from metaembed_jax import files, hosts
+from metaembed_jax.batch.training import StepShape, TrainingBatch
 from metaembed_jax.batch.training import put as put_batch
 from metaembed_jax.checkpoints import lease
 from metaembed_jax.checkpoints.export import check_format, export
@@ -54,14 +56,14 @@ from metaembed_jax.training.validation import Validation, validators
 
 
 def train(config: RunConfig, workdir: Path) -> bool:
-    """Trains, or goes on training, until the last step; then evaluates the best checkpoint on the test split.
+    """Train until the last step, from the latest checkpoint if there is one; then evaluate the best one on the test split.
 
     Returns:
-      False if SIGTERM stopped it between two steps: everything is saved, and the same call goes on from there.
+      False if SIGTERM stopped the run between two steps: everything is saved, and the same call continues.
 
     Raises:
-      UserError: anything that the user can put right; what was saved stands.
-      Terminated: SIGTERM came before the first step, or after the last one, which is saved; the same call goes on from there.
+      UserError: anything that the user can repair; saved checkpoints stay.
+      Terminated: SIGTERM came before the first step, or after the last one, which is saved; the same call continues.
     """
     with stop_signal() as stop:
         with stop.at_once():
@@ -69,7 +71,8 @@ def train(config: RunConfig, workdir: Path) -> bool:
             check_hosts_agree(config)
             _check(config, workdir)
             print(describe_devices(run_mesh(config)), flush=True)
-            runs = _needed([*((stage, default_workdir(stage.name, workdir)) for stage in stages(config)[:-1]), (config, workdir)])
+            earlier = [(stage, default_workdir(stage.name, workdir)) for stage in stages(config)[:-1]]
+            runs = _unfinished([*earlier, (config, workdir)])
             for stage, folder in runs[:-1]:
                 _check(stage, folder)
         for stage, folder in runs:
@@ -80,12 +83,15 @@ def train(config: RunConfig, workdir: Path) -> bool:
     return True
 
 
-def _needed(runs: list[tuple[RunConfig, Path]]) -> list[tuple[RunConfig, Path]]:
-    """The last run, and before it those that it still needs: none once it has checkpoints, or the one before is finished."""
+def _unfinished(runs: list[tuple[RunConfig, Path]]) -> list[tuple[RunConfig, Path]]:
+    """Return the last run, after the runs that must be trained first.
+
+    A run needs no earlier run if it has checkpoints, or if the run before it is finished.
+    """
     folders = [folder if files.is_bucket(folder) else folder.resolve() for _, folder in runs]
     for (stage, folder), resolved in zip(runs[:-1], folders, strict=False):
         if folders.count(resolved) > 1:
-            raise UserError(f"{folder} is the folder of {stage.name}, which this run starts from: choose another --workdir")
+            raise UserError(f"{folder} is the folder of {stage.name}, which this run starts from; choose another --workdir")
     first = len(runs) - 1
     while first > 0 and not has_checkpoints(runs[first][1]) and not is_finished(runs[first - 1][1], runs[first - 1][0]):
         first -= 1
@@ -93,7 +99,7 @@ def _needed(runs: list[tuple[RunConfig, Path]]) -> list[tuple[RunConfig, Path]]:
 
 
 def _check(config: RunConfig, workdir: Path) -> None:
-    """Refuses what cannot be trained: better before hours of a first stage than after."""
+    """Refuse a run that cannot be trained, before hours of training its first stage."""
     mesh = run_mesh(config)
     validators(config)
     files.check_bucket(workdir)
@@ -107,51 +113,74 @@ def _check_exports(config: RunConfig, trainer: Trainer) -> None:
         check_format(kind, config.model.backbone, paths(trainer.abstract.parameters))
 
 
+class _Run(NamedTuple):
+    """A run that is ready to train, without its state."""
+
+    config: RunConfig
+    workdir: Path
+    trainer: Trainer
+    checkpoints: RunCheckpoints
+    model: MetaEmbed
+    items: RunItems
+    plan: RowPlan
+
+
 def _train_one(config: RunConfig, workdir: Path, stop: Stop) -> bool:
     with contextlib.ExitStack() as stack:
         with stop.at_once():
-            mesh = run_mesh(config)
-            pairs = hosts.first_then_others(lambda: sources.training_records(config.data, config.seed))
-            check_mixture(config.data, config.rows.batch_size, pairs)
-            for split_name in ("validation", "test"):
-                HeldOut(config.data, split_name, config.objectives.budgets).check()
-            if hosts.is_first():  # only now that all hosts agree: before, it would make a folder for a run that is refused
-                stack.enter_context(lease.held(workdir))
-            config, start = find_start(config, workdir)
-            processor = run_processor(config, start.tokenizer)
-            trainer = make_trainer(config, mesh)
-            _check_exports(config, trainer)
-            base = start.base if trainer.abstract.frozen else None
-            hosts.first_then_others(lambda: create_workdir(workdir, config, start.tokenizer, base))
-            checkpoints = stack.enter_context(contextlib.closing(RunCheckpoints(workdir, config.schedule.keep_checkpoints)))
-            state = initial_state(config, trainer, checkpoints, start)
-            keep(workdir, state.frozen)
-            if hosts.is_first() and (changes := record_changes(workdir, config, base, int(state.step))):
-                print(f"going on with other settings: {changes}", flush=True)
-            print(describe(state), flush=True)
-            model = MetaEmbed(model_config(config), state.network_parameters(), processor, mesh)
-            items = hosts.first_then_others(lambda: run_items(config, processor, pairs))
-            plan = hosts.first_then_others(lambda: stored_plan(items, config, workdir, silent=not hosts.is_first()))
-        if not _train(config, trainer, state, items, plan, model, checkpoints, workdir, stop):
+            run, state = _open(config, workdir, stack)
+        if not _train(run, state, stop):
             return False
         with stop.at_once():
-            _finish(config, trainer, checkpoints, model, workdir)
+            _finish(run)
     return True
 
 
+def _open(config: RunConfig, workdir: Path, stack: contextlib.ExitStack) -> tuple[_Run, TrainState]:
+    """Prepare a run, and return it with its state.
+
+    Args:
+      stack: holds the lock of the folder and the checkpoints open.
+    """
+    mesh = run_mesh(config)
+    pairs = hosts.first_then_others(lambda: sources.training_records(config.data, config.seed))
+    check_mixture(config.data, config.rows.batch_size, pairs)
+    for split_name in ("validation", "test"):
+        HeldOut(config.data, split_name, config.objectives.budgets).check()
+    if hosts.is_first():  # after the checks: the lock makes the folder, and a run that is refused must not have one
+        stack.enter_context(lease.held(workdir))
+    config, start = find_start(config, workdir)
+    processor = run_processor(config, start.tokenizer)
+    trainer = make_trainer(config, mesh)
+    _check_exports(config, trainer)
+    base = start.base if trainer.abstract.frozen else None
+    hosts.first_then_others(lambda: create_workdir(workdir, config, start.tokenizer, base))
+    checkpoints = stack.enter_context(contextlib.closing(RunCheckpoints(workdir, config.schedule.keep_checkpoints)))
+    state = initial_state(config, trainer, checkpoints, start)
+    keep(workdir, state.frozen)
+    if hosts.is_first() and (changes := record_changes(workdir, config, base, int(state.step))):
+        print(f"going on with other settings: {changes}", flush=True)
+    print(describe(state), flush=True)
+    model = MetaEmbed(model_config(config), state.network_parameters(), processor, mesh)
+    items = hosts.first_then_others(lambda: run_items(config, processor, pairs))
+    plan = hosts.first_then_others(lambda: stored_plan(items, config, workdir, silent=not hosts.is_first()))
+    return _Run(config, workdir, trainer, checkpoints, model, items, plan), state
+
+
 class _Pending:
-    """The figures of the step before, fetched only after the next one is under way, so that the devices never wait."""
+    """The figures of the previous step, fetched after the next step is dispatched, so that the devices never wait."""
 
     def __init__(self, checkpoints: RunCheckpoints):
-        self._checkpoints, self._step, self._figures = checkpoints, 0, None
+        self._checkpoints, self._step = checkpoints, 0
+        self._figures: Mapping[str, Any] = {}
 
     def fetch(self) -> dict[str, float]:
-        """Waits for the step and returns its figures.
+        """Wait for the step and return its figures; empty before the first step.
 
         Raises:
           UserError: the loss is not a number; names the step and the last good checkpoint.
         """
-        if self._figures is None:
+        if not self._figures:
             return {}
         figures = {name: float(value) for name, value in self._figures.items()}
         if not math.isfinite(figures["loss"]) or not math.isfinite(figures["gradient_norm"]):
@@ -164,50 +193,41 @@ class _Pending:
             )
         return figures
 
-    def put(self, step: int, figures: dict) -> None:
-        """Replaces the figures by those of `step`, which may still be computed."""
+    def put(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Replace the figures by those of `step`, which the devices may still compute."""
         self._step, self._figures = step, figures
 
 
-def _train(
-    config: RunConfig,
-    trainer: Trainer,
-    state: TrainState,
-    items: RunItems,
-    plan: RowPlan,
-    model: MetaEmbed,
-    checkpoints: RunCheckpoints,
-    workdir: Path,
-    stop: Stop,
-) -> bool:
-    first, mesh = int(state.step), trainer.mesh
-    shape = plan.shape(config.rows.microbatch_rows, batch_shards(mesh))
-    dataset = training_batches(items, shape, model.config.architecture.layout, rows_here(mesh, shape.size))
-    writer = MetricsWriter(workdir, first, config.schedule.steps, silent=not hosts.is_first())
-    validation = Validation(config, model, workdir, writer)
-    pending, watch, trace = _Pending(checkpoints), Stopwatch(), Trace(config.schedule.trace_steps, workdir)
-    speed, saves = Speed(config, shape, mesh, first), SaveSchedule(config.schedule.save_every, config.schedule.save_minutes)
-    batches = iterate(dataset, first, config.schedule.steps, config.data.workers)
-    train_step, accuracy = None, f"accuracy/{budget_name(config.objectives.budgets[-1])}"
+def _train(run: _Run, state: TrainState, stop: Stop) -> bool:
+    """Train until the last step; return False if SIGTERM stopped it."""
+    config, schedule, mesh, first = run.config, run.config.schedule, run.trainer.mesh, int(state.step)
+    shape = run.plan.shape(config.rows.microbatch_rows, batch_shards(mesh))
+    dataset = training_batches(run.items, shape, run.model.config.architecture.layout, rows_here(mesh, shape.size))
+    writer = MetricsWriter(run.workdir, first, schedule.steps, silent=not hosts.is_first())
+    validation = Validation(config, run.model, run.workdir, writer)
+    pending, watch, trace = _Pending(run.checkpoints), Stopwatch(), Trace(schedule.trace_steps, run.workdir)
+    saves, log = SaveSchedule(schedule.save_every, schedule.save_minutes), _Log(run, shape, first, writer)
+    batches = iterate(dataset, first, schedule.steps, config.data.workers)
+    train_step = None
     try:
-        writer.say(plan.describe(shape))
-        writer.write(first, plan.figures(shape))
+        writer.print(run.plan.describe(shape))
+        writer.write(first, run.plan.figures(shape))
         with saves.vote.watched():
-            for step in range(first + 1, config.schedule.steps + 1):
+            for step in range(first + 1, schedule.steps + 1):
                 trace.before(step)
-                # SIGTERM comes to all processes of a job, and ends workers that are not started up yet: those of the first batch.
+                # SIGTERM comes to all processes of a job, and ends workers that are still starting: those of the first batch.
                 with watch.spending("input"), stop.at_once() if train_step is None else contextlib.nullcontext():
                     batch = next(batches)
                 arrays = put_batch(batch, mesh)
-                train_step = train_step or _compile(trainer, state, arrays, watch, writer)
+                train_step = train_step or _compile(run.trainer, state, arrays, watch, writer)
                 state, figures = train_step(state, arrays)
                 pending.fetch()
                 pending.put(step, figures)
                 writer.advance()
-                if step % config.schedule.log_every == 0 or step == config.schedule.steps:
-                    _log(writer, step, pending.fetch() | items[step - 1].figures(shape), speed, watch.read(), accuracy)
+                if step % schedule.log_every == 0 or step == schedule.steps:
+                    log(step, pending.fetch(), watch.read())
                 trace.after(step, pending.fetch)
-                validate = step % config.evaluation.validate_every == 0 or step == config.schedule.steps
+                validate = step % config.evaluation.validate_every == 0 or step == schedule.steps
                 stopping, saving = stop(), saves.due(step)
                 if validate or stopping or saving:
                     pending.fetch()
@@ -216,13 +236,13 @@ def _train(
                     with watch.spending("checkpoint"):
                         saves.begin()
                         writer.flush()  # before the checkpoint: a run that resumes from it has the lines up to it
-                        checkpoints.save(step, state.parameters, state.optimizer, metric)
+                        run.checkpoints.save(step, state.parameters, state.optimizer, metric)
                     stopping = stop()  # SIGTERM may have come during the validation
-                if stopping and step < config.schedule.steps:
-                    checkpoints.wait()
-                    writer.say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
+                if stopping and step < schedule.steps:
+                    run.checkpoints.wait()
+                    writer.print(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
                     return False
-            checkpoints.wait()
+            run.checkpoints.wait()
             hosts.wait_for_all("trained")  # from here on, SIGTERM to one host ends all without a vote
         return True
     finally:
@@ -231,24 +251,33 @@ def _train(
         writer.close()
 
 
-def _log(writer: MetricsWriter, step: int, figures: dict[str, float], speed: Speed, spent: dict[str, float], accuracy: str) -> None:
-    """Write the figures of a step and of the time since those before; show the accuracy of that name."""
-    rates = speed.read(step, spent)
-    writer.write(step, figures | rates | spent)
-    writer.show(loss=figures["loss"], accuracy=figures[accuracy], **shown(rates))
+class _Log:
+    """Writes the figures of a step and the speed since the last call, and shows the accuracy at the largest budget."""
+
+    def __init__(self, run: _Run, shape: StepShape, first: int, writer: MetricsWriter):
+        self._items, self._shape, self._writer = run.items, shape, writer
+        self._speed = Speed(run.config, shape, run.trainer.mesh, first)
+        self._accuracy = f"accuracy/{budget_name(run.config.objectives.budgets[-1])}"
+
+    def __call__(self, step: int, figures: dict[str, float], spent: dict[str, float]) -> None:
+        rates = self._speed.read(step, spent)
+        self._writer.write(step, figures | self._items[step - 1].figures(self._shape) | rates | spent)
+        self._writer.show(loss=figures["loss"], accuracy=figures[self._accuracy], **shown(rates))
 
 
-def _compile(trainer: Trainer, state: TrainState, arrays: dict, watch: Stopwatch, writer: MetricsWriter) -> Callable:
+def _compile(trainer: Trainer, state: TrainState, arrays: TrainingBatch, watch: Stopwatch, writer: MetricsWriter) -> Callable:
     with watch.spending("compile"), announced("the training step"):
         train_step = trainer.step.lower(state, arrays).compile()
     writer.unpause()
-    writer.say(f"compiled the training step in {watch.spent('compile'):.1f} s")
+    writer.print(f"compiled the training step in {watch.spent('compile'):.1f} s")
     return train_step
 
 
-def _finish(config: RunConfig, trainer: Trainer, checkpoints: RunCheckpoints, model: MetaEmbed, workdir: Path) -> None:
-    step = checkpoints.best_step()
-    trained = checkpoints.restore_parameters(step, trainer.abstract.parameters)
+def _finish(run: _Run) -> None:
+    """Evaluate the best checkpoint on the test split, and export it."""
+    config, model, workdir = run.config, run.model, run.workdir
+    step = run.checkpoints.best_step()
+    trained = run.checkpoints.restore_parameters(step, run.trainer.abstract.parameters)
     _, frozen = split(model.parameters, paths(trained))
     model.parameters = join(trained, frozen)
     evaluator, subject = HeldOut(config.data, "test", config.objectives.budgets), Subject.of_run(model, config, step)
@@ -257,18 +286,18 @@ def _finish(config: RunConfig, trainer: Trainer, checkpoints: RunCheckpoints, mo
         written = write_report(evaluator, subject, results, workdir, RUN)
         print(f"\n{workdir}: test split, best checkpoint (step {step})\n{format_tables(results)}", flush=True)
         print(f"\nwritten: {', '.join(map(str, written))}", flush=True)
-        _export(config, workdir)
+        _export(config.schedule.exports, workdir)
     hosts.wait_for_all("finished")
 
 
-def _export(config: RunConfig, workdir: Path) -> None:
-    if config.schedule.exports and jax.process_count() > 1:
-        command = f"python -m metaembed_jax export --checkpoint={workdir} --format={config.schedule.exports[0]} --out=DIR"
+def _export(kinds: Sequence[str], workdir: Path) -> None:
+    if kinds and jax.process_count() > 1:
+        command = f"python -m metaembed_jax export --checkpoint={workdir} --format={kinds[0]} --out=DIR"
         print(f"not exported, since there are several hosts; on one of them: {command}", flush=True)
         return
-    for kind in config.schedule.exports:
+    for kind in kinds:
         out = workdir / "export" / kind
-        for part in filter(files.is_unfinished, out.parent.glob("*")):  # of a run that was killed here
-            files.remove_folder(part)
+        for unfinished in filter(files.is_unfinished, out.parent.glob("*")):  # of an export that was killed
+            files.remove_folder(unfinished)
         export(workdir, out, kind, replace=True)
         print(f"written: {out}", flush=True)

@@ -1,7 +1,7 @@
-"""Where the figures of a run go: the terminal, a JSONL file, and TensorBoard where tensorboardX is installed.
+"""The figures of a run, written to the terminal, a JSONL file, and TensorBoard if tensorboardX is installed.
 
-In a bucket the file is written every `PUT_EVERY` seconds, and before each checkpoint is saved. A kill loses the lines in between,
-which are of steps that the next start computes again.
+A file in a bucket is written every `PUT_EVERY` seconds, and before each checkpoint is saved. A kill loses the lines since then; the
+next start computes their steps again.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ PUT_EVERY = 30.0  # seconds between writes of the file in a bucket
 
 
 class MetricsWriter:
-    """Writes one line a step to metrics.jsonl, and shows the latest in a progress bar.
+    """Writes one line a step to metrics.jsonl, and shows the latest figures in a progress bar.
 
     Args:
       workdir: the folder of the run.
-      first_step: steps after it are written anew, so what the file has of them is dropped.
+      first_step: lines of later steps are removed from the file, since these steps are written again.
       steps: of the whole run, for the bar.
-      silent: write and show nothing, as all hosts but the first.
+      silent: write and show nothing; true on all hosts but the first.
 
     Raises:
       UserError: the file cannot be written, here and in `write`.
@@ -39,7 +39,7 @@ class MetricsWriter:
         if not silent:
             with _writing(self._path):
                 self._lines = _lines(self._path, _kept(self._path, first_step))
-        every = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file wants few lines
+        every = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file should have few lines
         self._bar = tqdm(
             total=steps,
             initial=first_step,
@@ -49,55 +49,70 @@ class MetricsWriter:
             mininterval=every,
             disable=silent,
         )
-        self._board = self._uploads = None
-        if importlib.util.find_spec("tensorboardX") and not silent:
-            import tensorboardX
-
-            self._uploads = files.Uploads(workdir / "tensorboard")
-            self._board = tensorboardX.SummaryWriter(str(self._uploads.folder), purge_step=first_step)
+        has_board = importlib.util.find_spec("tensorboardX") is not None and not silent
+        self._board = _TensorBoard(workdir / "tensorboard", first_step) if has_board else None
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        """Adds a line for `step`."""
+        """Write a line for `step`."""
         if not self._silent:
             with _writing(self._path):
                 self._lines.write(f"{json.dumps({'step': step, **figures})}\n".encode())
         if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(name, value, step)
+            self._board.write(step, figures)
 
     def flush(self) -> None:
-        """Writes what is held back for a bucket."""
+        """Write what is held back for a bucket."""
         if not self._silent:
             self._lines.flush()
         if self._board is not None:
             self._board.flush()
-            self._uploads.send()
 
     def show(self, **figures: float) -> None:
-        """Puts figures beside the bar."""
+        """Show figures next to the bar."""
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in figures.items()}, refresh=False)
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Advance the bar by a step."""
         self._bar.update()
 
     def unpause(self) -> None:
-        """Leaves the time since the last step out of the time that the bar expects."""
+        """Leave the time since the last step out of the bar's estimate."""
         self._bar.unpause()
 
-    def say(self, line: str) -> None:
-        """Prints a line above the bar."""
+    def print(self, line: str) -> None:
+        """Print a line above the bar."""
         self._bar.write(line)
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Flush and close all files."""
         self._bar.close()
         self.flush()
         if not self._silent:
             self._lines.close()
         if self._board is not None:
             self._board.close()
-            self._uploads.close()
+
+
+class _TensorBoard:
+    """Event files of TensorBoard, without those of steps after `first_step`, which are written again."""
+
+    def __init__(self, folder: Path, first_step: int):
+        import tensorboardX  # pyright: ignore[reportMissingImports]  # optional, and not a development requirement
+
+        self._uploads = files.Uploads(folder)
+        self._writer = tensorboardX.SummaryWriter(str(self._uploads.folder), purge_step=first_step)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._uploads.send()
+
+    def close(self) -> None:
+        self._writer.close()
+        self._uploads.close()
 
 
 @contextlib.contextmanager
@@ -105,11 +120,11 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); put that right, and the same command goes on") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); repair it and run the same command again") from error
 
 
 def _kept(path: Path, last_step: int) -> bytes:
-    """The lines of steps up to `last_step`; a line cut short by a kill goes too."""
+    """Return the lines of steps up to `last_step`, without a line that a kill cut short."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         try:
@@ -122,7 +137,7 @@ def _kept(path: Path, last_step: int) -> bytes:
 
 
 def _lines(path: Path, content: bytes) -> "BinaryIO | _BucketLines":
-    """A file to add lines to, which holds `content`; on a disk each line is written at once."""
+    """Open a file of this content to add lines to; on a disk each line is written at once."""
     if files.is_bucket(path):
         return _BucketLines(path, content)
     files.write_bytes(path, content)
@@ -130,7 +145,7 @@ def _lines(path: Path, content: bytes) -> "BinaryIO | _BucketLines":
 
 
 class _BucketLines:
-    """A file in a bucket, which cannot be appended to: all of it is put again, at most every `PUT_EVERY` seconds."""
+    """A file in a bucket. It cannot be appended to, so all of it is written again, at most every `PUT_EVERY` seconds."""
 
     def __init__(self, path: Path, content: bytes):
         self._path, self._content, self._last, self._sent = path, bytearray(content), time.monotonic(), False

@@ -1,11 +1,13 @@
-"""Encoding of a step's rows in microbatches, and what the backward pass computes again: the ladder of `config.rows.recompute`.
+"""Encode the rows of a step in microbatches.
 
-    everything      a microbatch at a time, and in it a layer at a time: only vectors are kept (GradCache, arXiv 2101.06983)
-    microbatches    a microbatch at a time: of one, all is kept that a gradient reads
-    layers          a layer at a time: the inputs of the layers of all microbatches are kept
-    nothing         all is kept that a gradient reads
+`config.rows.recompute` says what the backward pass computes again instead of keeping it, from the least memory to the most:
 
-The gradient is that of the whole batch on every rung.
+    everything      keep the vectors; recompute a microbatch at a time and a layer at a time (GradCache, arXiv 2101.06983)
+    microbatches    keep the vectors; recompute a microbatch at a time, and keep all activations of that one
+    layers          keep the inputs of the layers of all microbatches; recompute a layer at a time
+    nothing         keep all activations
+
+The gradient is that of the whole batch in every case.
 
 M microbatches of b rows, V vectors of a row, D width.
 """
@@ -20,18 +22,18 @@ from metaembed_jax.batch.rows import Batch
 
 
 def encode(apply: Callable, rows: Batch, recompute: str, dtype: str) -> Float[Array, "N V D"]:
-    """The vectors of all rows of a step.
+    """Return the vectors of all rows of a step.
 
     Args:
       apply: `(row numbers) -> network`. Its dropout, if any, depends on the numbers of the rows and not on their microbatches.
       rows: of a `TrainingBatch`.
-      recompute: a rung of the ladder.
+      recompute: a value of `config.rows.recompute`.
       dtype: of the vectors.
     """
 
     def encoder(microbatch: Batch) -> Float[Array, "b V D"]:
         microbatch = pixels_on_device(microbatch)
-        if microbatch.patches is not None:
+        if microbatch.patches is not None and microbatch.patch_segments is not None:
             pixels_BPX = microbatch.patches.reshape(*microbatch.patch_segments.shape, -1)
             microbatch = dataclasses.replace(microbatch, patches=pixels_BPX)
         return apply(microbatch.row)(microbatch).astype(dtype)
@@ -44,7 +46,7 @@ def encode(apply: Callable, rows: Batch, recompute: str, dtype: str) -> Float[Ar
 
 
 def pixels_on_device(batch: Batch) -> Batch:
-    """Return a batch whose pixels are in the devices' memory, wherever they were."""
+    """Return a batch whose pixels are in the devices' memory; they may be in a host's memory before."""
     if batch.patches is None or jax.typeof(batch.patches).memory_space != jax.memory.Space.Host:
         return batch
     return dataclasses.replace(batch, patches=jax.device_put(batch.patches, jax.memory.Space.Device))

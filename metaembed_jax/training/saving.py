@@ -8,11 +8,11 @@ from metaembed_jax.hosts.votes import Vote
 
 
 class SaveSchedule:
-    """Saves at multiples of a number of steps, and some minutes after the last save, by the first host's clock.
+    """Decides which steps are saved: multiples of a number, and the first one some minutes after the last save.
 
     Args:
       steps: `config.schedule.save_every`.
-      minutes: `config.schedule.save_minutes`; 0: by steps only.
+      minutes: `config.schedule.save_minutes`, by the first host's clock; 0: by steps only.
       now: the clock, in seconds.
     """
 
@@ -21,12 +21,12 @@ class SaveSchedule:
         self.vote = Vote(self._is_time)
 
     def due(self, step: int) -> bool:
-        """Returns whether to save after this step, the same on all hosts; must be called after each step."""
+        """Return whether to save after this step, the same on all hosts; must be called after each step."""
         by_clock = self.vote()
         return by_clock or step % self._steps == 0
 
     def begin(self) -> None:
-        """Restarts the minutes; must be called at each save, also at one that was not due."""
+        """Restart the minutes; must be called at each save, due or not."""
         self._last = self._now()
 
     def _is_time(self) -> bool:

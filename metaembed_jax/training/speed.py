@@ -22,28 +22,30 @@ class Speed:
         self._pairs, self._steps, self._last = config.rows.batch_size, config.schedule.steps, first
         self._flops = train_flops(config, shape).model
         peaks = [peak(device) for device in mesh.devices.flat]
-        self._peak = None if None in peaks else sum(figures.flops for figures in peaks)
-        self._spent, self._done = 0.0, 0
+        known = [figures.flops for figures in peaks if figures is not None]
+        self._peak = sum(known) if len(known) == len(peaks) else None
+        self._spent, self._steps_done = 0.0, 0
 
     def read(self, step: int, spent: dict[str, float]) -> dict[str, float]:
-        """Returns the rates from the last reading to `step`.
+        """Return the rates from the last reading to `step`.
 
-        `mfu` (arXiv 2204.02311) is the FLOPs that forward and backward need, padding included and recomputation not, over the
-        published bfloat16 peak; it is missing where the peak is not known. Validation and checkpoints count only in the time left.
+        `mfu` (arXiv 2204.02311) is the FLOPs of the forward and backward passes, with padding and without recomputation, over the
+        published bfloat16 peak. It is missing if the peak is unknown. Validation and checkpoints count only in the time left.
 
         Args:
-          spent: the seconds since the last reading, of `profile.Stopwatch.read`.
+          spent: of `profile.Stopwatch.read`.
         """
         steps, seconds = step - self._last, spent["seconds/input"] + spent["seconds/step"]
         self._last = step
-        self._spent, self._done = self._spent + sum(spent.values()) - spent["seconds/compile"], self._done + steps
+        self._spent += sum(spent.values()) - spent["seconds/compile"]
+        self._steps_done += steps
         flops = self._flops * steps / seconds
         rates = {"samples_per_second": self._pairs * steps / seconds, "flops_per_second": flops}
         if self._peak:
             rates["mfu"] = flops / self._peak
-        return rates | {"seconds_left": self._spent / self._done * (self._steps - step)}
+        return rates | {"seconds_left": self._spent / self._steps_done * (self._steps - step)}
 
 
 def shown(rates: dict[str, float]) -> dict[str, float]:
-    """Returns the rates to show next to the progress bar, by short names; the bar itself shows the time left."""
+    """Return the rates to show next to the progress bar, by short names; the bar itself shows the time left."""
     return {short: rates[name] for name, short in SHOWN.items() if name in rates}

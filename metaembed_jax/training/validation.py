@@ -64,7 +64,7 @@ class Validation:
                 figures |= {f"{evaluator.name}/{figure}/{budget}": interval.mean for budget, interval in values.items()}
             for board in results.boards:
                 means = ", ".join(f"{budget} {100 * interval.mean:.1f}" for budget, interval in board.mean().items())
-                self._writer.say(f"step {step}: {evaluator.name} {board.measure} of {board.name} at {means}")
+                self._writer.print(f"step {step}: {evaluator.name} {board.measure} of {board.name} at {means}")
         self._writer.write(step, figures)
         select = self._config.evaluation.select
         selected = f"{select}/{budget_name(self._config.objectives.budgets[-1])}"

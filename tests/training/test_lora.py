@@ -359,12 +359,12 @@ def test_every_adapter_and_layer_has_a_key_of_its_own():
         (
             "model.trained",
             (("meta_tokens", "full"), ("backbone.layers.*.kernel", "lora")),
-            "leaves head.kernel frozen, and no base",
+            "leaves head.kernel frozen, and base weights",
         ),
         (
             "model.trained",
             (("head.kernel", "full"), ("backbone.layers.*.kernel", "lora")),
-            "leaves meta_tokens frozen, and no base",
+            "leaves meta_tokens frozen, and base weights",
         ),
         ("model.frozen_dtype", "int4", "config.model.frozen_dtype='int4': expected"),
         ("init_from", "", "is no Hugging Face directory to read it from"),
