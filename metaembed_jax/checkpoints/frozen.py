@@ -1,9 +1,9 @@
-"""The frozen weights of a run in a bucket, kept once next to it as each host needs them.
+"""The frozen weights of a run in a bucket, kept next to its checkpoints.
 
     <workdir>/base      written by all hosts together before the first step, and committed as a whole by Orbax
 
-A host that was preempted starts again on an empty disk. It reads its shards from here, where it would fetch the whole base from the
-hub. run.json says which base it is; only the run writes here, so its fingerprint is not taken again.
+A host that was preempted starts again with an empty disk. It reads its shards from this folder instead of the whole base from the
+hub. run.json records the base. Only the run writes this folder, so the fingerprint is not computed again.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from metaembed_jax import files
-from metaembed_jax.checkpoints.base_weights import BaseWeights
+from metaembed_jax.checkpoints.base_weights import BaseRecord, BaseWeights
 from metaembed_jax.checkpoints.runs import UNREADABLE, onto, reason_of, stored_tree, tree_handler
 from metaembed_jax.checkpoints.workdir import COMMITTED, read_base, read_config
 from metaembed_jax.errors import UserError
@@ -21,10 +21,10 @@ BASE = "base"
 
 
 def keep(workdir: Path, frozen: dict) -> None:
-    """Keeps the frozen weights of a run in a bucket, unless they are there; what a killed host left of them is written again.
+    """Write the frozen weights of a run in a bucket, unless they are complete there; must be called by all hosts.
 
     Args:
-      frozen: nested dicts of arrays; called by all hosts.
+      frozen: nested dicts of arrays.
 
     Raises:
       UserError: they cannot be written.
@@ -44,24 +44,24 @@ def is_kept(workdir: Path) -> bool:
 
 
 def stands_alone(workdir: Path, init_from: str) -> bool:
-    """Return whether a run in a bucket, which has checkpoints, needs nothing of what `config.init_from` names."""
+    """Return whether a run that has checkpoints goes on without the weights that `config.init_from` names."""
     if not files.is_bucket(workdir) or read_config(workdir).init_from != init_from:
         return False
     return read_base(workdir) is None or is_kept(workdir)
 
 
-def kept_base(workdir: Path, record: dict) -> BaseWeights:
-    """The kept weights as the base that run.json records."""
-    return BaseWeights(record["name"], workdir / BASE, record["fingerprint"])
+def kept_base(workdir: Path, record: BaseRecord) -> BaseWeights:
+    """Return the kept weights as the base weights that run.json records."""
+    return BaseWeights(record.name, workdir / BASE, record.fingerprint)
 
 
 def is_kept_base(base: BaseWeights) -> bool:
-    """Return whether a base is of `kept_base`: all others are on a disk."""
+    """Return whether base weights are of `kept_base`; all others are on a disk."""
     return files.is_bucket(base.directory)
 
 
 def fits(folder: Path, abstract: dict) -> bool:
-    """Return whether kept weights can be read, and have the paths, shapes and dtypes that are wanted: an export may want others."""
+    """Return whether kept weights can be read with the paths, shapes and dtypes of `abstract`; an export may need others."""
     try:
         trees = stored_tree(folder), abstract
     except UNREADABLE:
@@ -71,7 +71,7 @@ def fits(folder: Path, abstract: dict) -> bool:
 
 
 def read_kept(folder: Path, abstract: dict) -> dict:
-    """The kept weights, on the shardings of `abstract`.
+    """Read kept weights onto the shardings of `abstract`.
 
     Raises:
       UserError: they cannot be read.
@@ -82,4 +82,4 @@ def read_kept(folder: Path, abstract: dict) -> dict:
     except jax.errors.JaxRuntimeError:  # devices without memory say nothing about the files
         raise
     except UNREADABLE as error:
-        raise UserError(f"{folder}: cannot be read ({reason_of(error)}); remove it, and the base is read again") from error
+        raise UserError(f"{folder}: cannot be read ({reason_of(error)}); remove it to read the base again") from error

@@ -1,7 +1,7 @@
-"""The folder of a run: what it is a run of, so that no other config ever writes into it.
+"""The folder of a run, which records its config so that no run of another config writes to it.
 
-run.json          the config, what of it changed at which step, and the base where a part of it is frozen
-tokenizer.json    the vocabulary it was trained with
+run.json          the config, its changes by step, and the base weights if parameters are frozen
+tokenizer.json    the vocabulary
 checkpoints/      see metaembed_jax.checkpoints.runs
 metrics.jsonl     a line every few steps
 base/             in a bucket, the frozen weights: see metaembed_jax.checkpoints.frozen
@@ -16,32 +16,35 @@ import jax
 
 from metaembed_jax import files, hosts
 from metaembed_jax.checkpoints import lease
-from metaembed_jax.checkpoints.base_weights import BaseWeights
+from metaembed_jax.checkpoints.base_weights import BaseRecord, BaseWeights
 from metaembed_jax.config.record import FREE_KEYS, REPLANNED_KEYS, flat, from_record, is_in, to_record
-from metaembed_jax.config.run import RunConfig
+from metaembed_jax.config.run import ModelSettings, RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json
 
-BEFORE = ("tokenizer.json", lease.NAME)  # what a run that is being made has before its run.json
-COMMITTED = "commit_success.txt"  # what Orbax writes last into a folder in a bucket
-# What the numbers of a checkpoint mean.
+BEFORE_RECORD = ("tokenizer.json", lease.NAME)  # files that are written before run.json
+COMMITTED = "commit_success.txt"  # the file that Orbax writes last into a folder in a bucket
+# Keys of config.model that determine the meaning of a checkpoint's numbers.
 MODEL_KEYS = (
-    "model.backbone",
-    "model.architecture",
-    "model.query_tokens",
-    "model.document_tokens",
-    "model.embedding_dim",
-    "model.trained",
-    "model.lora.rank",
-    "model.lora.alpha",
+    "backbone",
+    "architecture",
+    "query_tokens",
+    "document_tokens",
+    "embedding_dim",
+    "trained",
+    "lora.rank",
+    "lora.alpha",
 )
 
 
 def default_workdir(name: str, later: Path | None = None) -> Path:
-    """Return runs/<name of the config>; for a first stage of a run in a bucket, next to `later`, the folder of that.
+    """Return the default folder of a run: runs/<name of the config>.
+
+    Args:
+      later: the folder of the run that starts from this one. If it is in a bucket, this run is placed next to it.
 
     Raises:
-      UserError: the name is no name of a folder.
+      UserError: the name is not the name of a folder.
     """
     if "/" in name or name in ("", ".", ".."):
         raise UserError(f"config.name={name!r}: expected the name of a folder; set it, or choose a --workdir")
@@ -49,24 +52,24 @@ def default_workdir(name: str, later: Path | None = None) -> Path:
 
 
 def create_workdir(workdir: Path, config: RunConfig, tokenizer: Path, base: BaseWeights | None) -> None:
-    """Makes the folder this config's, or finds that it is; the first host makes it, and the others then find it.
+    """Create the folder of a run, or check that it is the folder of this run. All hosts call it, the first host before the others.
 
     Args:
-      base: the weights that the run keeps, where a part of them is frozen.
+      base: the base weights, if parameters are frozen.
 
     Raises:
-      UserError: it is another config's run (names the keys), one on another base, or something else, or not shared by all hosts.
+      UserError: the folder is of another config (names the keys) or base, is not a run, or is not shared by all hosts.
     """
     check_workdir(workdir, config)
     record = workdir / "run.json"
     if not hosts.is_first() and not record.exists():
-        raise UserError(f"{workdir}: this host does not see what the first one wrote there; all hosts must share the --workdir")
+        raise UserError(f"{workdir}: this host does not see the files that the first one wrote; all hosts must share the --workdir")
     if record.exists():
-        fingerprint = (read_base(workdir) or {}).get("fingerprint")
-        if base and base.fingerprint != fingerprint:
+        recorded = read_base(workdir)
+        if base and (recorded is None or base.fingerprint != recorded.fingerprint):
             raise UserError(
-                f"{workdir} is a run on other weights: fingerprint {fingerprint} there, and {base.fingerprint} in "
-                f"{base.directory}; choose another --workdir"
+                f"{workdir} is a run on other weights: fingerprint {recorded and recorded.fingerprint} there, and "
+                f"{base.fingerprint} in {base.directory}; choose another --workdir"
             )
         return
     files.write_bytes(workdir / "tokenizer.json", tokenizer.read_bytes())
@@ -74,13 +77,13 @@ def create_workdir(workdir: Path, config: RunConfig, tokenizer: Path, base: Base
 
 
 def record_changes(workdir: Path, config: RunConfig, base: BaseWeights | None, step: int) -> str:
-    """Records the config that a run goes on with, and since which step; the first host writes.
+    """Record the config that a run goes on with from `step`; the first host writes.
 
     Returns:
-      What changed, in words; "" where nothing did.
+      The changed keys and their values, for the user; empty if nothing changed.
 
     Raises:
-      UserError: it is to end before where it is.
+      UserError: `config.schedule.steps` is less than `step`.
     """
     if step > config.schedule.steps:
         raise UserError(
@@ -94,14 +97,14 @@ def record_changes(workdir: Path, config: RunConfig, base: BaseWeights | None, s
     record |= _record(config, base) | {"changes": [*record.get("changes", ()), {"step": step, "keys": changed}]}
     if hosts.is_first():
         files.write_json(workdir / "run.json", record)
-    words = ", ".join(f"{key} from {before!r} to {after!r}" for key, (before, after) in changed.items())
+    text = ", ".join(f"{key} from {before!r} to {after!r}" for key, (before, after) in changed.items())
     if "schedule.steps" in changed and step < config.schedule.steps:
-        words += f"; from here on the learning rate is that of a run of {config.schedule.steps} steps"
-    return words
+        text += f"; from here on the learning rate is that of a run of {config.schedule.steps} steps"
+    return text
 
 
 def check_hosts_agree(config: RunConfig) -> None:
-    """Whether all hosts were started with the first one's config.
+    """Check that all hosts were started with the same config.
 
     Raises:
       UserError: names the first key that differs.
@@ -114,47 +117,48 @@ def check_hosts_agree(config: RunConfig) -> None:
 
 
 def check_workdir(workdir: Path, config: RunConfig) -> None:
-    """Whether a folder is this config's, or could become it.
+    """Check that a folder is of a run of this config, or can become one.
 
     Raises:
-      UserError: it is another config's run (names the keys), or something else.
+      UserError: the folder is of another config (names the keys), or is not a run.
     """
     if (workdir / "run.json").exists():
-        filled = () if config.model.architecture else ("model.backbone", "model.architecture")  # by what the run started from
-        moved = ("init_from",) if read_base(workdir) else ()  # the fingerprint says whether it is the same
+        filled = () if config.model.architecture else ("model.backbone", "model.architecture")  # read from the start of the run
+        moved = ("init_from",) if read_base(workdir) else ()  # the fingerprint identifies it
         if different := _different(to_record(config), to_record(read_config(workdir)), FREE_KEYS + REPLANNED_KEYS + filled + moved):
             raise UserError(f"{workdir} is a run of another config: {different}; choose another --workdir, or move the folder away")
     elif workdir.exists() and not workdir.is_dir():
-        raise UserError(f"{workdir} is a file: choose another --workdir")
-    elif workdir.exists() and any(path.name not in BEFORE and not files.is_unfinished(path) for path in workdir.iterdir()):
-        raise UserError(f"{workdir} exists and is no run: choose another --workdir")
+        raise UserError(f"{workdir} is a file; choose another --workdir")
+    elif workdir.exists() and any(path.name not in BEFORE_RECORD and not files.is_unfinished(path) for path in workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty and is not a run: it has no run.json; choose another --workdir")
 
 
-def check_model(workdir: Path, config: RunConfig, keys: tuple[str, ...] = MODEL_KEYS) -> None:
-    """Whether a run's parameters mean in this config what they meant in its own.
+def check_model(workdir: Path, model: ModelSettings, keys: tuple[str, ...] = MODEL_KEYS) -> None:
+    """Check that the parameters of a run fit the model of another config.
 
     Raises:
-      UserError: names the first key of the model that differs.
+      UserError: names the first of `keys` that differs.
     """
-    if different := _different(to_record(config), to_record(read_config(workdir)), (), keys):
+    ours, theirs = ({"model": to_record(section)} for section in (model, read_config(workdir).model))
+    if different := _different(ours, theirs, (), tuple(f"model.{key}" for key in keys)):
         raise UserError(f"{workdir} is a run of another model: {different}")
 
 
 def has_checkpoints(workdir: Path) -> bool:
-    """Whether the folder holds a run that saved something."""
+    """Return whether the folder is of a run that saved a checkpoint."""
     return (workdir / "run.json").is_file() and any(map(is_saved, (workdir / "checkpoints").glob("*")))
 
 
 def is_saved(step: Path) -> bool:
-    """Return whether a folder is a checkpoint that was written to its end; in a bucket it has its name before that."""
+    """Return whether a folder is a complete checkpoint; one in a bucket has its name before it is complete."""
     return step.name.isdigit() and (not files.is_bucket(step) or (step / COMMITTED).exists())
 
 
 def is_finished(workdir: Path, config: RunConfig) -> bool:
-    """Whether the folder holds a run of this config that was trained to its end, evaluated and exported.
+    """Return whether the folder is of a run of this config that is trained to its last step, evaluated and exported.
 
     Raises:
-      UserError: it is another config's run (names the keys), or something else.
+      UserError: as `check_workdir`.
     """
     check_workdir(workdir, config)
     results = workdir / "results.json"
@@ -167,28 +171,30 @@ def read_config(workdir: Path) -> RunConfig:
     """Return the config of a run.
 
     Raises:
-      UserError: it is not a run, or its keys or values are not those of a config.
+      UserError: the folder is not a run, or its record is not of a config.
     """
     record = workdir / "run.json"
     if not record.exists():
-        raise UserError(f"{workdir} is no run of train.py: it has no run.json")
+        raise UserError(f"{workdir} is not a run: it has no run.json")
     try:
         return from_record(read_json(record).get("config"))
     except UserError as error:
-        raise UserError(f"{record}: {error}; not the record of a run, or that of another version") from error
+        raise UserError(f"{record}: {error}; expected the record of a run of this version") from error
 
 
-def read_base(workdir: Path) -> dict | None:
-    """{"name", "fingerprint"} of the weights that a run keeps, for `base.open_recorded`; None where everything trained.
+def read_base(workdir: Path) -> BaseRecord | None:
+    """Return the base weights that a run records; None if all its parameters are trained.
 
     Raises:
-      UserError: it is no run, or its record of a base is something else.
+      UserError: the folder is not a run, or its record of base weights is malformed.
     """
     record = workdir / "run.json"
     base = read_json(record).get("base")
-    if base is not None and not (isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("name", "fingerprint"))):
-        raise UserError(f"{record}: base is {base!r}, not a name and a fingerprint")
-    return base
+    if base is None:
+        return None
+    if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in BaseRecord._fields):
+        raise UserError(f"{record}: base={base!r}: expected a name and a fingerprint")
+    return BaseRecord(base["name"], base["fingerprint"])
 
 
 def _record(config: RunConfig, base: BaseWeights | None) -> dict:
@@ -196,7 +202,7 @@ def _record(config: RunConfig, base: BaseWeights | None) -> dict:
 
 
 def _different(ours: dict, theirs: dict, free: tuple[str, ...], only: tuple[str, ...] = ()) -> str:
-    """Name the keys that differ, in words; those in `free` may, and with `only` no others than those in it count."""
+    """Name the keys that differ and are not in `free`; with `only`, no keys but those are compared."""
     ours, theirs = flat(ours), flat(theirs)
     keys = [key for key in sorted(ours.keys() | theirs.keys()) if (not only or is_in(key, only)) and not is_in(key, free)]
     different = [key for key in keys if ours.get(key) != theirs.get(key)]

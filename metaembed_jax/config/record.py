@@ -33,9 +33,9 @@ REPLANNED_KEYS = ("schedule.steps",)
 S = TypeVar("S", bound=Section)
 
 
-def to_record(config: RunConfig) -> dict:
-    """Return a config as what JSON can hold: tuples are lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def to_record(section: Section) -> dict:
+    """Return a config, or a section of it, as JSON's types: tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(section)))
 
 
 def from_record(record: object) -> RunConfig:

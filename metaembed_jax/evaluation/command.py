@@ -42,7 +42,7 @@ def evaluate_checkpoint(
     if not config.model.architecture:  # the run has it from what it started from
         known = {"backbone": run_config.model.backbone, "architecture": run_config.model.architecture}
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **known))
-    check_model(checkpoint, config)
+    check_model(checkpoint, config.model)
     mesh, network = make_mesh(**dataclasses.asdict(config.mesh)), model_config(config)
     print(describe_devices(mesh), flush=True)
     hosts.first_then_others(evaluator.check)

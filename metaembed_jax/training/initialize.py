@@ -1,4 +1,4 @@
-"""Where the weights of a run come from: fresh ones, another run's, or a released model's; and after that, its own checkpoints."""
+"""The first weights of a run: fresh, of another run, or of a released model. A run that goes on has its own checkpoints."""
 
 import dataclasses
 from pathlib import Path
@@ -19,22 +19,22 @@ from metaembed_jax.checkpoints.workdir import check_model, default_workdir, has_
 from metaembed_jax.config.keys import with_keys
 from metaembed_jax.config.run import ModelSettings, RunConfig
 from metaembed_jax.errors import UserError
-from metaembed_jax.network import abstract_parameters
+from metaembed_jax.network import ModelConfig, abstract_parameters
 from metaembed_jax.network_config import architecture_of, model_config
-from metaembed_jax.trainable import LORA, join
+from metaembed_jax.trainable import LORA, join, paths
 from metaembed_jax.training.stages import stage_before
 from metaembed_jax.training.step import Trainer, TrainState
 
-# What a run's Meta Tokens, and adapters, mean; the shape says it of all else.
-TOKEN_KEYS, LORA_KEYS = ("query_tokens", "document_tokens"), ("lora.rank", "lora.alpha")  # of config.model
+# Keys of config.model that the shapes of Meta Tokens and adapters do not show; two runs must agree on them.
+TOKEN_KEYS, LORA_KEYS = ("query_tokens", "document_tokens"), ("lora.rank", "lora.alpha")
 
 
 class Start(NamedTuple):
-    """What `config.init_from` names.
+    """The weights that `config.init_from` names.
 
     Attributes:
-      run: another run, for the parameters that train.
-      base: released weights, for the frozen ones, and without `run` for all.
+      run: another run, to read trained parameters from.
+      base: released weights, to read frozen parameters from, and all parameters if there is no `run`.
       tokenizer: the file of the vocabulary.
     """
 
@@ -44,14 +44,14 @@ class Start(NamedTuple):
 
 
 def find_start(config: RunConfig, workdir: Path | None = None) -> tuple[RunConfig, Start]:
-    """Find the start of a run, and return it with the config, whose architecture is the start's where it was empty.
+    """Return the config of a run and its start. An architecture that is empty in the config is set to that of the start.
 
     Args:
-      workdir: of the run. Once it has checkpoints, it needs no first stage any more: it has all that it took from there. In a
-        bucket that is so of any base.
+      workdir: of the run. Once it has checkpoints, it needs the first stage no more: its folder holds all that it took from there.
+        In a bucket this holds for base weights too.
 
     Raises:
-      UserError: it is not there, is no model of ours, or has another architecture than the config.
+      UserError: the start does not exist, is not a known model, or has another architecture than the config.
     """
     if not config.init_from:
         return config, Start(None, None, _tokenizer(Path(config.data.dir) / config.data.sources[0][0]))
@@ -64,11 +64,10 @@ def find_start(config: RunConfig, workdir: Path | None = None) -> tuple[RunConfi
         other = read_config(directory)
         config = _fill_architecture(config, other.model.backbone, other.model.architecture, directory, but_free=True)
         both_adapted = config.model.lora_patterns and other.model.lora_patterns
-        keys = TOKEN_KEYS + (LORA_KEYS if both_adapted else ())
-        check_model(directory, config, tuple(f"model.{key}" for key in keys))
+        check_model(directory, config.model, TOKEN_KEYS + (LORA_KEYS if both_adapted else ()))
         record = read_base(directory)
-        opens = kept_base if directory == workdir and is_kept(workdir) else open_recorded
-        return config, Start(directory, opens(directory, record) if record else None, _tokenizer(directory))
+        open_weights = kept_base if directory == workdir and is_kept(directory) else open_recorded
+        return config, Start(directory, open_weights(directory, record) if record else None, _tokenizer(directory))
     base = open_base(config.init_from)
     backbone, architecture, _ = base_architecture(directory)
     config = _fill_architecture(config, backbone, dataclasses.asdict(architecture), directory)
@@ -76,72 +75,70 @@ def find_start(config: RunConfig, workdir: Path | None = None) -> tuple[RunConfi
 
 
 def initial_state(config: RunConfig, trainer: Trainer, checkpoints: RunCheckpoints, start: Start) -> TrainState:
-    """The latest checkpoint; else the start's parameters, and fresh ones where it has none.
+    """Restore the latest checkpoint; without one, read the parameters of the start and make the others fresh.
 
     Raises:
-      UserError: checkpoints or start are of another model, or nothing says what frozen parameters are.
+      UserError: checkpoints or start are of another model, or there are no base weights to read frozen parameters from.
     """
     abstract = trainer.abstract
     if abstract.frozen and start.base is None:
-        lacking = min(flatten_dict(abstract.frozen, sep="."))
         raise UserError(
-            f"config.model.trained leaves {lacking} frozen, and config.init_from={config.init_from!r} is no Hugging Face directory "
-            "to read it from; set one (a run becomes one by `export --format=transformers`)"
+            f"config.model.trained leaves {min(paths(abstract.frozen))} frozen, and config.init_from={config.init_from!r} is not a "
+            "Hugging Face directory to read it from; set one (`export --format=transformers` makes one of a run)"
         )
     restored = checkpoints.restore_latest(abstract.parameters, abstract.optimizer, lambda line: print(line, flush=True))
     if restored is not None:
-        step, parameters, optimizer = restored
-        checkpoints.set_aside_after(step)
-        print(f"resuming at step {step} of {config.schedule.steps}", flush=True)
-        frozen = _read(config.model, start.base, abstract.frozen)
-        return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), parameters, frozen, optimizer)
+        checkpoints.set_aside_after(restored.step)
+        print(f"resuming at step {restored.step} of {config.schedule.steps}", flush=True)
+        step = jax.device_put(np.int32(restored.step), abstract.step.sharding)
+        return TrainState(step, restored.parameters, _read_base(config.model, start.base, abstract.frozen), restored.optimizer)
     if start.run is not None:
-        step, parameters = _read_run(config, start.run, trainer)
+        step, parameters = _read_run(start.run, model_config(config), trainer)
         print(f"starting from step {step} of {start.run}", flush=True)
-        return trainer.init(join(parameters, _read(config.model, start.base, abstract.frozen)))
+        return trainer.init(join(parameters, _read_base(config.model, start.base, abstract.frozen)))
     if start.base is not None:
         print(f"starting from {start.base.name}", flush=True)
-        wanted = join(abstract.parameters, abstract.frozen)
-        return trainer.init(_read(config.model, start.base, wanted) | _read_exported(config.model, start.base, wanted))
+        expected = abstract.network_parameters()
+        return trainer.init(_read_base(config.model, start.base, expected) | _read_exported(config.model, start.base, expected))
     return trainer.init()
 
 
 def describe(state: TrainState) -> str:
-    """How many parameters train and how many are frozen, and what each of them and the optimizer take."""
+    """Count the numbers of trained parameters, frozen parameters and optimizer, and their bytes."""
 
-    def of(tree) -> str:
+    def count(tree) -> str:
         leaves = jax.tree.leaves(tree)
         return f"{sum(leaf.size for leaf in leaves):,} ({sum(leaf.nbytes for leaf in leaves) / 1e6:,.1f} MB)"
 
-    trained, frozen, optimizer = of(state.parameters), of(state.frozen), of(state.optimizer)
+    trained, frozen, optimizer = count(state.parameters), count(state.frozen), count(state.optimizer)
     return f"parameters: {trained} trained, {frozen} frozen; numbers of the optimizer: {optimizer}"
 
 
-def _read_run(config: RunConfig, run: Path, trainer: Trainer) -> tuple[int, dict]:
-    """(step, parameters) of another run's best checkpoint, of those that train here; without its head if that has another width."""
-    wanted, width = trainer.abstract.parameters, read_config(run).model.embedding_dim
-    if width == config.model.embedding_dim:
-        return best_parameters(run, wanted)
-    theirs = abstract_parameters(dataclasses.replace(model_config(config), embedding_dim=width), trainer.mesh, "float32")
+def _read_run(run: Path, network: ModelConfig, trainer: Trainer) -> tuple[int, dict]:
+    """Return (step, trained parameters) of another run's best checkpoint; without its head if that has another width."""
+    expected, width = trainer.abstract.parameters, read_config(run).model.embedding_dim
+    if width == network.embedding_dim:
+        return best_parameters(run, expected)
+    theirs = abstract_parameters(dataclasses.replace(network, embedding_dim=width), trainer.mesh, "float32")
     heads = {"head": theirs["head"]} if width else {}
-    step, parameters = best_parameters(run, {name: leaf for name, leaf in wanted.items() if name != "head"} | heads)
-    return step, {name: leaf for name, leaf in parameters.items() if name != "head"}
+    step, parameters = best_parameters(run, _without_head(expected) | heads)
+    return step, _without_head(parameters)
 
 
-def _read(model: ModelSettings, base: BaseWeights | None, wanted: dict) -> dict:
-    """What of the wanted parameters a base has: its backbone, without adapters."""
-    flat = flatten_dict(wanted, sep=".")
-    found = {path: leaf for path, leaf in flat.items() if path.startswith("backbone.") and LORA not in path}
-    if not found:
+def _read_base(model: ModelSettings, base: BaseWeights | None, expected: dict) -> dict:
+    """Return the expected parameters that base weights have: the backbone, without adapters."""
+    flat = flatten_dict(expected, sep=".")
+    stored = {path: leaf for path, leaf in flat.items() if path.startswith("backbone.") and LORA not in path}
+    if base is None or not stored:
         return {}
     if is_kept_base(base):
-        return read_kept(base.directory, wanted)
-    backbone = unflatten_dict(found, sep=".")["backbone"]
+        return read_kept(base.directory, expected)
+    backbone = unflatten_dict(stored, sep=".")["backbone"]
     return {"backbone": read_backbone(base.directory, family(model.backbone), architecture_of(model), backbone)}
 
 
-def _read_exported(model: ModelSettings, base: BaseWeights, wanted: dict) -> dict:
-    """The Meta Tokens of a base that is one of our exports, and its head unless that has another width."""
+def _read_exported(model: ModelSettings, base: BaseWeights, expected: dict) -> dict:
+    """Return the Meta Tokens of base weights that this project exported, and the head unless it has another width."""
     metadata = read_metadata(base.directory)
     if not metadata:
         return {}
@@ -149,16 +146,20 @@ def _read_exported(model: ModelSettings, base: BaseWeights, wanted: dict) -> dic
         if metadata[key] != (ours := getattr(model, key)):
             raise UserError(f"{base.name}: has {key}={metadata[key]}, and config.model has {ours}")
     if metadata["embedding_dim"] != model.embedding_dim:
-        wanted = {name: leaf for name, leaf in wanted.items() if name != "head"}
-    return exported_parameters(base.directory, model.backbone, metadata, wanted)
+        expected = _without_head(expected)
+    return exported_parameters(base.directory, model.backbone, metadata, expected)
+
+
+def _without_head(parameters: dict) -> dict:
+    return {name: leaf for name, leaf in parameters.items() if name != "head"}
 
 
 def _fill_architecture(config: RunConfig, backbone: str, architecture: dict, directory: Path, but_free: bool = False) -> RunConfig:
-    """Return a config whose architecture, where it is empty, is that of its start.
+    """Return the config with the architecture of its start, if its own is empty.
 
     Args:
       directory: of the start, for errors.
-      but_free: the two may differ where no parameter depends on it.
+      but_free: fields that no parameter depends on may differ.
 
     Raises:
       UserError: the config has another architecture.
@@ -180,6 +181,6 @@ def _tokenizer(directory: Path) -> Path:
     if not (directory / "tokenizer.json").is_file():
         raise UserError(
             f"{directory}/tokenizer.json is missing: a source that was prepared from files has no vocabulary; "
-            "set config.init_from, to a released model or a run"
+            "set config.init_from to a released model or a run"
         )
     return directory / "tokenizer.json"

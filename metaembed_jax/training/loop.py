@@ -45,7 +45,7 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network_config import model_config
 from metaembed_jax.sharding import batch_shards, rows_here
 from metaembed_jax.trainable import join, paths, split
-from metaembed_jax.training.initialize import describe, find_start, initial_state, stages
+from metaembed_jax.training.initialize import describe, find_start, initial_state
 from metaembed_jax.training.metrics import MetricsWriter
 from metaembed_jax.training.profile import Stopwatch, Trace
 from metaembed_jax.training.saving import SaveSchedule

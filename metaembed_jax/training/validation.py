@@ -1,4 +1,4 @@
-"""Validation during training: the held-out split and any benchmarks, and the figure that selects the best checkpoint."""
+"""Validation during training: the held-out split and benchmarks, and the figure that selects the best checkpoint."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.training.metrics import MetricsWriter
 from metaembed_jax.training.step import TrainState
 
-CACHE = "eval"  # the folder of a run with its finished tasks, as those of `eval.py`
+CACHE = "eval"  # the folder of a run with results of finished tasks, the same as that of `eval.py`
 
 
 def validators(config: RunConfig) -> list[Evaluator]:
-    """Return the evaluators of a run's checkpoints: of the validation split, and those of `config.evaluation.evaluations`.
+    """Return the evaluators of a run's checkpoints: the validation split, and `config.evaluation.evaluations`.
 
     Raises:
-      UserError: a benchmark that is unknown or has no data, or `config.evaluation.select` names no figure; names the key.
+      UserError: a benchmark is unknown or has no data, or `config.evaluation.select` is not a figure of theirs; names the key.
     """
     budgets = config.objectives.budgets
     evaluators: list[Evaluator] = [HeldOut(config.data, "validation", budgets)]
@@ -39,8 +39,8 @@ class Validation:
     """Evaluates checkpoints of a run, and writes their figures.
 
     Args:
-      model: whose parameters are replaced by those of a checkpoint.
-      workdir: the run's folder.
+      model: its parameters are replaced by those of each checkpoint.
+      workdir: the folder of the run.
 
     Raises:
       UserError: as `validators`.
@@ -51,7 +51,7 @@ class Validation:
         self._evaluators = validators(config)
 
     def run(self, state: TrainState, step: int) -> float:
-        """Evaluate the parameters after a step, and return the figure that the best checkpoint is best at.
+        """Evaluate the parameters after a step, and return the figure that selects the best checkpoint.
 
         Raises:
           UserError: as `Evaluator.run`.
@@ -69,5 +69,5 @@ class Validation:
         select = self._config.evaluation.select
         selected = f"{select}/{budget_name(self._config.objectives.budgets[-1])}"
         if selected not in figures:  # all data of a benchmark is private
-            raise UserError(f"config.evaluation.select={select!r}: nothing was evaluated of it; choose another figure")
+            raise UserError(f"config.evaluation.select={select!r}: none of its tasks could be evaluated; choose another figure")
         return figures[selected]

@@ -177,7 +177,7 @@ def test_frozen_weights_are_kept_whole(bucket):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(read), jax.device_get(frozen))
     assert not fits(run / BASE, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "bfloat16"), abstract))
     files.write_bytes(run / BASE / "manifest.ocdbt", b"torn")
-    with pytest.raises(UserError, match=r"frozen/base: cannot be read .*remove it, and the base is read again"):
+    with pytest.raises(UserError, match=r"frozen/base: cannot be read .*remove it to read the base again"):
         read_kept(run / BASE, abstract)
 
 

@@ -171,7 +171,7 @@ def test_commands(directory, table, tmp_path, monkeypatch, capsys):
         (("a", "--budget=4:17"), "goes beyond the vectors given"),
         (("a", "--budget=1:1,2:2"), "expected one search"),
         (("a", "--budget=x"), "is not a pair"),
-        (("a", f"--model={tmp_path / 'none'}"), "there is no such directory"),
+        (("a", f"--model={tmp_path / 'none'}"), "no such directory"),
         ((f"--image={tmp_path / 'none.png'}",), "none.png cannot be read"),
     ]:
         assert message in run(monkeypatch, capsys, *searched, *arguments)
