@@ -1,4 +1,4 @@
-"""The model card of an export: README.md, with what the hub reads on top."""
+"""The model card of an export: README.md, with the hub's metadata at the top."""
 
 import json
 
@@ -8,14 +8,14 @@ from metaembed_jax.results import Results
 
 LOAD = {
     "transformers": """\
-The Meta Tokens are in the vocabulary, so that a prompt with their strings behind it is all there is to it.
+The vocabulary has the Meta Tokens: put their strings after a prompt.
 
 {usage}""",
     "sentence-transformers": """\
 ```python
 from sentence_transformers import MultiVectorEncoder
 
-model = MultiVectorEncoder(DIRECTORY, trust_remote_code=True)  # metaembed.py of this directory, a page of code
+model = MultiVectorEncoder(DIRECTORY, trust_remote_code=True)  # metaembed.py in this directory, a page of code
 queries = model.encode_query(["a red car"])  # a list of [{query}, {width}], unit vectors
 documents = model.encode_document([image, "a text", {{"text": "a caption", "image": image}}])
 model.similarity(queries, documents)
@@ -30,23 +30,23 @@ from transformers import AutoModel
 model = PeftModel.from_pretrained(AutoModel.from_pretrained({base}), DIRECTORY)
 table = model.get_input_embeddings()
 first = len(table.weight)
-beside = load_file(DIRECTORY + "/metaembed.safetensors")
-table.weight = torch.nn.Parameter(torch.cat([table.weight, beside["meta_tokens"].to(table.weight.dtype)]))
+others = load_file(DIRECTORY + "/metaembed.safetensors")
+table.weight = torch.nn.Parameter(torch.cat([table.weight, others["meta_tokens"].to(table.weight.dtype)]))
 ```
 
-The Meta Tokens are now the tokens `first` and on: {query} of queries, then those of documents. They are rows of the embedding
-table, not what comes out of it: some models scale that. The README of a `transformers` export has the prompts. Where `beside` has a
-`head`, states are multiplied with it, `states @ beside["head"].T`, before they become unit vectors.""",
+The ids of the Meta Tokens start at `first`: {query} of queries, then those of documents. They are rows of the embedding table,
+before any scaling by the model. The README of a `transformers` export has the prompts. If `others` has a `head`, multiply states by
+it, `states @ others["head"].T`, and then normalise them to unit vectors.""",
 }
 
 
 def model_card(kind: str, config: ModelConfig, metadata: dict, results: Results | None) -> str:
-    """The text of README.md.
+    """Return the text of README.md.
 
     Args:
       kind: the format, a key of `LOAD`.
-      metadata: name, base or start, groups, sources and steps of the run, as far as they are known.
-      results: of the run's test split.
+      metadata: name, base or start, groups, sources and steps of the run; unknown ones are missing.
+      results: of the test split; None if there are none.
     """
     width = config.embedding_dim or config.architecture.width
     head = ' @ load_file(f"{DIRECTORY}/head.safetensors")["weight"].T' if config.embedding_dim else ""

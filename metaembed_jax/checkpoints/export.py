@@ -1,10 +1,10 @@
-"""`python -m metaembed_jax export`: a trained model for people who use PyTorch.
+"""Export a trained model in the formats of PyTorch libraries.
 
-    transformers            `torch_export`: stock transformers computes the same vectors from prompt + Meta Token strings
+    transformers            transformers computes the same vectors from a prompt and the strings of Meta Tokens: `torch_export`
     sentence-transformers   the same files, with modules.json and one small module, for MultiVectorEncoder
-    peft                    the adapter, for PeftModel.from_pretrained on the base, with Meta Tokens and head beside it
+    peft                    the adapter, for PeftModel.from_pretrained on the base weights, and Meta Tokens and head: `peft_export`
 
-Each is written next to its place, or on a disk if that is in a bucket, and moved, so that it is whole or not there.
+An export is written to a temporary folder and moved, so that an incomplete one is never visible.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ class Trained(NamedTuple):
     """A model to export.
 
     Attributes:
-      config: of the network, whose dtype is that of the tensors to write.
+      config: of the network; its dtype is that of the tensors to write.
       parameters: of the network, on all devices.
       tokenizer: the file of the vocabulary.
       images: how images become patches: the family's `Images`.
-      paths: of the parameters that its run trained; none of a directory.
-      metadata: what the exported config.json says of it: groups, temperature, base.
-      results: results.json of its run, if there is one.
+      paths: of trained parameters; empty for a Hugging Face directory.
+      metadata: groups, temperature, base weights and more, for the exported config.json.
+      results: of the test split; None if there are none.
     """
 
     config: ModelConfig
@@ -55,23 +55,23 @@ class Trained(NamedTuple):
 
 
 def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = None, replace: bool = False) -> None:
-    """Writes a run (its best checkpoint), or a Hugging Face directory, in another library's format.
+    """Write a run (its best checkpoint), or a Hugging Face directory, in another library's format.
 
     Args:
       kind: a key of `FORMATS`.
-      dtype: of the stored tensors, "float32" or "bfloat16"; by default the one that the model was trained in.
-      replace: an export that is there is replaced, once the new one is written.
+      dtype: of the stored tensors, "float32" or "bfloat16"; None: the dtype of training.
+      replace: replace an export in `out` once the new one is written.
 
     Raises:
-      UserError: `out` is not empty or cannot be written, or the model cannot be put into this format.
+      UserError: `out` is not empty or cannot be written, or the format does not support the model.
     """
     if kind not in FORMATS:
         raise UserError(f"--format={kind}: expected {', '.join(FORMATS)}")
     files.check_bucket(out)
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: choose another --out")
+        raise UserError(f"{out} is a file; choose another --out")
     if out.exists() and not replace and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: choose another --out")
+        raise UserError(f"{out} is not empty; choose another --out")
     trained, out = read_trained(find(checkpoint), dtype), out if files.is_bucket(out) else out.resolve()
     check_format(kind, trained.config.backbone, trained.paths)
     try:
@@ -84,43 +84,49 @@ def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = Non
 
 
 def check_format(kind: str, backbone: str, trained: Collection[str]) -> None:
-    """Refuses a format that a model cannot be written in.
+    """Refuse a format that does not support a model.
 
     Args:
       kind: a key of `FORMATS`.
-      trained: paths of the parameters that its run trained.
+      trained: paths of trained parameters.
 
     Raises:
-      UserError: names the format, and what of the model it has no place for.
+      UserError: names the format, and the parameters that it does not support.
     """
-    known = family(backbone)
-    if kind == "sentence-transformers" and known.sentence_transformers is None:
-        raise UserError(f"--format=sentence-transformers: there is no module for {known.title} models; use --format=transformers")
+    if kind == "sentence-transformers":
+        _module_file(backbone)
     if kind != "peft":
         return
+    weight_map = family(backbone).weight_map
     adapted = sorted(path for path in trained if path.endswith(LORA + "a"))
     if not adapted:
         raise UserError(
             "--format=peft: this model has no adapters (its config.model.trained has nothing as lora); use transformers"
         )
     for path in adapted:
-        key = peft_export.adapted_source(known, path.removeprefix("backbone.")).key
-        if sum(other.key == key for other in known.weight_map.values()) > 1:
-            raise UserError(f"--format=peft: {path} adapts a part of {key}, which PEFT cannot; use --format=transformers")
+        key = peft_export.adapted_source(weight_map, path.removeprefix("backbone.")).key
+        if sum(source.key == key for source in weight_map.values()) > 1:
+            raise UserError(f"--format=peft: {path} adapts only some rows of {key}, which PEFT cannot; use --format=transformers")
     for path in sorted(trained):
         if path.startswith("backbone.") and LORA not in path:
-            raise UserError(f"--format=peft: {path} trains in full, and an adapter has no place for it; use --format=transformers")
+            raise UserError(f"--format=peft: {path} trains in full, and PEFT stores only adapters; use --format=transformers")
+
+
+def _module_file(backbone: str) -> Path:
+    """Return the family's module for sentence-transformers."""
+    if (file := family(backbone).sentence_transformers) is None:
+        title = family(backbone).title
+        raise UserError(f"--format=sentence-transformers: there is no module for {title} models; use --format=transformers")
+    return file
 
 
 def read_trained(directory: Path, dtype: str | None) -> Trained:
-    """Reads a run or a Hugging Face directory; what was frozen as int8 comes from its base in full."""
-    mesh = make_mesh(data=1, fsdp=-1, slices=1)  # weights are read once: over all devices, whatever joins them
+    """Read a run or a Hugging Face directory; kernels that were frozen as int8 are read from the base weights."""
+    mesh = make_mesh(data=1, fsdp=-1, slices=1)  # weights are read once, so any links between devices are fast enough
     if not (directory / "run.json").exists():
-        if not (directory / "config.json").is_file():
-            raise UserError(f"{directory}: is neither a run (it has no run.json) nor a Hugging Face model (it has no config.json)")
         stored = files.read_json(directory / "config.json")
-        found = stored.get("dtype") or stored.get("torch_dtype")  # as transformers 5 names it, and as it did before
-        dtype = dtype or (found if found in ("float32", "bfloat16") else "float32")
+        stored_dtype = stored.get("dtype") or stored.get("torch_dtype")  # the key since transformers 5, and before
+        dtype = dtype or (stored_dtype if stored_dtype in ("float32", "bfloat16") else "float32")
         config, parameters, processor = load(directory, dtype, mesh, 0, 1024)
         metadata = read_metadata(directory)
         return Trained(config, parameters, directory / "tokenizer.json", processor.images, frozenset(), metadata, None)
@@ -133,23 +139,15 @@ def read_trained(directory: Path, dtype: str | None) -> Trained:
     if matryoshka := run.objectives.matryoshka:
         metadata["temperature"] = matryoshka.temperature
     metadata |= {"sources": [list(entry) for entry in run.data.sources]} | _origin(directory, run)
-    results = directory / "results.json"
-    found = read_results(results) if results.is_file() else None
-    return Trained(
-        config,
-        parameters,
-        directory / "tokenizer.json",
-        images,
-        trainable_paths(run.model.trained, paths(abstract)),
-        metadata,
-        found,
-    )
+    file, trained = directory / "results.json", trainable_paths(run.model.trained, paths(abstract))
+    results = read_results(file) if file.is_file() else None
+    return Trained(config, parameters, directory / "tokenizer.json", images, trained, metadata, results)
 
 
 def _origin(directory: Path, run: RunConfig) -> dict[str, str]:
-    """{"base": released weights that a run started from} or {"start": another run, or the config of one} or nothing."""
+    """Return {"base": released weights that a run started from}, {"start": another run, or its config}, or {}."""
     if base := read_base(directory):
-        return {"base": base["name"]}
+        return {"base": base.name}
     if not run.init_from:
         return {}
     is_run = names_config(run.init_from) or (files.any_path(run.init_from) / "run.json").is_file()
@@ -163,7 +161,7 @@ def _transformers(out: Path, trained: Trained) -> None:
 
 def _sentence_transformers(out: Path, trained: Trained) -> None:
     _transformers(out, trained)
-    shutil.copyfile(family(trained.config.backbone).sentence_transformers, out / "metaembed.py")
+    shutil.copyfile(_module_file(trained.config.backbone), out / "metaembed.py")
     modules = [{"idx": 0, "name": "0", "path": "", "type": "metaembed.MetaEmbed"}]
     settings = {"model_type": "MultiVectorEncoder", "similarity_fn_name": "maxsim", "prompts": {}}
     files.write_json(out / "modules.json", modules)

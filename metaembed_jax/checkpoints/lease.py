@@ -1,10 +1,10 @@
 """The lock of a run's folder, on a disk or in a bucket: one writer at a time.
 
-On a disk it is a lock of the operating system, which ends with the process. A bucket has no locks, so an object `lock` names the
-writer: the lease. It is replaced only where its generation is the expected one, so that one of two writers fails. The holder
-renews it, and a run that finds it not renewed for `EXPIRE` seconds, by the bucket's clock, takes it over. A run that ends removes
-it; a run that is killed leaves it. The next run on the same machine sees that the process has ended, and goes on at once; on
-another machine it waits until the lease expires.
+On a disk it is a lock of the operating system, which ends with the process. A bucket has no locks, so an object `lock`, the lease,
+names the writer. A write must name the generation of the object that it replaces, so of two writers one fails. The holder renews
+the lease. Another run takes it over once it was not renewed for `EXPIRE` seconds by the bucket's clock. A run removes its lease at
+the end, but not if it is killed. The next run on the same machine sees that the process has ended, and continues at once; a run on
+another machine waits until the lease expires.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ RENEW, EXPIRE = 15.0, 60.0  # seconds
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is made if it does not exist.
+    """Hold the lock of a folder; the folder is created if it does not exist.
 
     Raises:
-      UserError: another run writes to it, or it is not writable.
+      UserError: another run holds the lock, or the folder is not writable.
     """
     if not files.is_bucket(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class _Lease:
         if self._released.is_set():  # lost
             return
         self._released.set()
-        self._thread.join()  # or it would renew what is removed
+        self._thread.join()  # so that it does not renew a removed lease
         with contextlib.suppress(Exception):  # a lease that is not removed expires
             self._files.call("DELETE", "b/{}/o/{}", self._bucket, self._key, ifGenerationMatch=self._generation)
 
@@ -116,7 +116,7 @@ class _Lease:
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW):
-            with contextlib.suppress(Exception):  # the network may fail: there is time to try again
+            with contextlib.suppress(Exception):  # the network may fail; the next try is before the lease expires
                 try:
                     self._generation = self._put(self._generation)
                 except FileExistsError:

@@ -1,13 +1,16 @@
-"""From a path to a network that can encode: runs of `train.py`, and Hugging Face directories of vision-language models."""
+"""Load a network that encodes: from a run, or from a Hugging Face directory of a vision-language model."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from metaembed_jax.backbones.config import FamilyConfig
 from metaembed_jax.backbones.config_checks import initializer_range
 from metaembed_jax.backbones.family import FamilyImages, family
 from metaembed_jax.batch.items import Limits
@@ -20,16 +23,31 @@ from metaembed_jax.config.run import DataConfig, ModelSettings, RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json
 from metaembed_jax.inputs.texts import meta_token_names
+from metaembed_jax.inputs.processors import PromptProcessor
 from metaembed_jax.network import SIDES, ModelConfig, abstract_parameters
 from metaembed_jax.network_config import architecture_of, model_config, row_limits
 from metaembed_jax.trainable import join, paths, split, trainable_paths
 
 
-def load(path: str | Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int) -> tuple[ModelConfig, dict, object]:
-    """The network's config, its parameters on the mesh, and the family's `Processor`, which turns items into its input.
+class Loaded(NamedTuple):
+    """A network that encodes.
+
+    Attributes:
+      config: of the network.
+      parameters: nested dicts of arrays, on the mesh.
+      processor: the family's `Processor`, which turns items into tokens and patches.
+    """
+
+    config: ModelConfig
+    parameters: dict
+    processor: PromptProcessor
+
+
+def load(path: str | Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int) -> Loaded:
+    """Load a network.
 
     Args:
-      path: a run of `train.py` (its best checkpoint is read), a Hugging Face directory, or the id of one on the hub.
+      path: a run (its best checkpoint is read), a Hugging Face directory, or a hub id.
       dtype: of activations, matmuls and the large parameters, "bfloat16" or "float32".
       seed: of fresh Meta Tokens.
       max_visual_tokens: cap on the visual tokens of an image.
@@ -40,13 +58,11 @@ def load(path: str | Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens:
     directory = find(path)
     if (directory / "run.json").is_file():
         return _load_run(directory, dtype, mesh, max_visual_tokens)
-    if (directory / "config.json").is_file():
-        return _load_huggingface(directory, dtype, mesh, seed, max_visual_tokens)
-    raise UserError(f"{directory}: is neither a run (it has no run.json) nor a Hugging Face model (it has no config.json)")
+    return _load_huggingface(directory, dtype, mesh, seed, max_visual_tokens)
 
 
-def run_processor(run: RunConfig, tokenizer: Path, max_visual_tokens: int | None = None):
-    """Prompts and images as the config of a run has them: the family's `Processor`.
+def run_processor(run: RunConfig, tokenizer: Path, max_visual_tokens: int | None = None) -> PromptProcessor:
+    """Return the family's `Processor`, with prompts and images by the config of a run.
 
     Args:
       tokenizer: the file of the vocabulary.
@@ -61,51 +77,46 @@ def run_processor(run: RunConfig, tokenizer: Path, max_visual_tokens: int | None
 
 
 def run_parameters(run: Path, model: ModelSettings, abstract: dict, frozen: dict | None = None) -> tuple[int, dict]:
-    """(step, all parameters) of a run: what it trained from its best checkpoint, all else from its base.
+    """Return (step, all parameters) of a run: trained ones from its best checkpoint, frozen ones from its base weights.
 
     Args:
       model: `config.model` of the run.
-      abstract: all parameters as nested dicts of shapes, with the dtypes and shardings that they are to have.
-      frozen: the same for those that did not train, where they are to have other dtypes.
+      abstract: all parameters as nested dicts of shapes, with dtypes and shardings.
+      frozen: as `abstract`, with other dtypes for frozen parameters.
 
     Raises:
-      UserError: the run has no checkpoint, or none of this model; its base is missing, or another than it was.
+      UserError: the run has no checkpoint, or one of another model; its base weights are missing, or are other weights now.
     """
-    chosen = trainable_paths(model.trained, paths(abstract))
-    trained, frozen = split(abstract, chosen)[0], split(frozen or abstract, chosen)[1]
+    trained_paths = trainable_paths(model.trained, paths(abstract))
+    trained, frozen = split(abstract, trained_paths)[0], split(frozen or abstract, trained_paths)[1]
     step, parameters = best_parameters(run, trained)
     return step, join(parameters, frozen_parameters(run, model, frozen))
 
 
 def best_parameters(run: Path, abstract: dict) -> tuple[int, dict]:
-    """(step, trained parameters) of a run's best checkpoint, with the dtypes and shardings of `abstract`.
+    """Return (step, trained parameters) of a run's best checkpoint, with the dtypes and shardings of `abstract`.
 
     Raises:
-      UserError: the run has no checkpoint, or none of this model.
+      UserError: the run has no checkpoint, or one of another model.
     """
-    if not (run / "checkpoints").exists():
+    if not (run / "checkpoints").exists():  # opening the checkpoints would make the folder
         raise UserError(f"{run}: has no checkpoints yet; train it first")
-    checkpoints = RunCheckpoints(run)
-    try:
+    with contextlib.closing(RunCheckpoints(run)) as checkpoints:
         step = checkpoints.best_step()
-        if step is None:
-            raise UserError(f"{run}: has no checkpoints yet; train it first")
         return step, checkpoints.restore_parameters(step, abstract)
-    finally:
-        checkpoints.close()
 
 
 def frozen_parameters(run: Path, model: ModelSettings, abstract: dict) -> dict:
-    """What a run did not train, read from its base; {} where it trained everything.
+    """Read the frozen parameters of a run from its base weights; return {} if there are none.
 
     Raises:
-      UserError: the base is missing, or another than it was.
+      UserError: the base weights are missing, or are other weights now.
     """
     if not abstract:
         return {}
     record = read_base(run)
     if record is None:
-        raise UserError(f"{run}: a part of this model was frozen, and run.json records no base to read it from")
+        raise UserError(f"{run}: has frozen parameters, and run.json records no base to read them from")
     if is_kept(run) and fits(run / BASE, abstract):
         return read_kept(run / BASE, abstract)
     base = open_recorded(run, record)
@@ -113,11 +124,11 @@ def frozen_parameters(run: Path, model: ModelSettings, abstract: dict) -> dict:
     return {"backbone": backbone}
 
 
-def base_architecture(directory: Path) -> tuple[str, object, dict]:
-    """(family, the family's `Config`, preprocessor) of a Hugging Face directory.
+def base_architecture(directory: Path) -> tuple[str, FamilyConfig, dict]:
+    """Return (family, architecture, content of the preprocessor's config) of a Hugging Face directory.
 
     Raises:
-      UserError: no such family, or a config that it cannot have.
+      UserError: no such family, or a config that its checkpoints do not have.
     """
     stored = read_json(directory / "config.json")
     backbone = stored.get("model_type", "")
@@ -126,18 +137,18 @@ def base_architecture(directory: Path) -> tuple[str, object, dict]:
 
 
 def read_metadata(directory: Path) -> dict:
-    """What the config.json of one of our exports says of its Meta Tokens and head; {} for any other Hugging Face directory.
+    """Return the metadata of Meta Tokens and head in the config.json of an export; {} for other Hugging Face directories.
 
     Raises:
-      UserError: it does not fit the directory's tokenizer or files, so that it would give wrong vectors.
+      UserError: the metadata does not fit the tokenizer or the files of the directory.
     """
     metadata, head = read_json(directory / "config.json").get(METADATA, {}), (directory / HEAD).is_file()
     if metadata == {} and not head:
         return {}
     keys = ("query_tokens", "document_tokens", "first_token", "embedding_dim")
-    found = {key: metadata.get(key) for key in keys} if isinstance(metadata, dict) else metadata
-    if not isinstance(found, dict) or not all(type(number) is int and number >= 0 for number in found.values()):
-        raise UserError(f"{directory / 'config.json'}: {METADATA} is {found!r}, which does not say where Meta Tokens and head are")
+    numbers = {key: metadata.get(key) for key in keys} if isinstance(metadata, dict) else metadata
+    if not isinstance(numbers, dict) or not all(type(number) is int and number >= 0 for number in numbers.values()):
+        raise UserError(f"{directory / 'config.json'}: {METADATA}={numbers!r}: expected non-negative integers {', '.join(keys)}")
     if bool(metadata["embedding_dim"]) != head:
         width, there = metadata["embedding_dim"], "is" if head else "is not"
         raise UserError(
@@ -147,81 +158,79 @@ def read_metadata(directory: Path) -> dict:
     if sum(counts) > tokenizer.get_vocab_size():
         raise UserError(f"{directory}: {METADATA} of config.json has {counts} Meta Tokens, more than tokenizer.json has tokens")
     for number, name in enumerate(meta_token_names(*counts), metadata["first_token"]):
-        if (found := tokenizer.token_to_id(name)) != number:
-            raise UserError(f"{directory}: {METADATA} of config.json has {name} as token {number}, and tokenizer.json as {found}")
+        if (stored := tokenizer.token_to_id(name)) != number:
+            raise UserError(f"{directory}: {METADATA} of config.json has {name} as token {number}, and tokenizer.json as {stored}")
     return metadata
 
 
-def exported_parameters(directory: Path, backbone: str, metadata: dict, wanted: dict) -> dict:
-    """The Meta Tokens of one of our exports, and its head if it has one and `wanted` has.
+def exported_parameters(directory: Path, backbone: str, metadata: dict, abstract: dict) -> dict:
+    """Read the Meta Tokens of an export, and its head if `abstract` has one.
 
     Args:
       metadata: of `read_metadata`.
-      wanted: parameters as nested dicts of shapes, with dtypes and shardings.
+      abstract: parameters as nested dicts of shapes, with dtypes and shardings.
     """
-    tokens = wanted["meta_tokens"]
+    tokens = abstract["meta_tokens"]
     rows = read_vocabulary_rows(directory, family(backbone), metadata["first_token"], tokens.shape[0])
-    found = {"meta_tokens": jax.device_put(rows.astype(tokens.dtype), tokens.sharding)}
-    if metadata["embedding_dim"] and "head" in wanted:
-        found["head"] = {"kernel": read_head(directory, wanted["head"]["kernel"])}
-    return found
+    parameters: dict[str, Any] = {"meta_tokens": jax.device_put(rows.astype(tokens.dtype), tokens.sharding)}
+    if metadata["embedding_dim"] and "head" in abstract:
+        parameters["head"] = {"kernel": read_head(directory, abstract["head"]["kernel"])}
+    return parameters
 
 
-def _load_run(directory: Path, dtype: str, mesh: Mesh, max_visual_tokens: int) -> tuple[ModelConfig, dict, object]:
+def _load_run(directory: Path, dtype: str, mesh: Mesh, max_visual_tokens: int) -> Loaded:
     run = read_config(directory)
     config = dataclasses.replace(model_config(run), dtype=dtype)
     processor = run_processor(run, directory / "tokenizer.json", max_visual_tokens)
-    return config, run_parameters(directory, run.model, abstract_parameters(config, mesh))[1], processor
+    return Loaded(config, run_parameters(directory, run.model, abstract_parameters(config, mesh))[1], processor)
 
 
-def _load_huggingface(
-    directory: Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int
-) -> tuple[ModelConfig, dict, object]:
+def _load_huggingface(directory: Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int) -> Loaded:
     backbone, architecture, preprocessor = base_architecture(directory)
     metadata = read_metadata(directory)
-    known = {key: metadata[key] for key in ("query_tokens", "document_tokens", "embedding_dim") if metadata}
-    config = ModelConfig(backbone, architecture, dtype=dtype, **known)
+    sizes = {key: metadata[key] for key in ("query_tokens", "document_tokens", "embedding_dim") if metadata}
+    config = ModelConfig(backbone, architecture, dtype=dtype, **sizes)
     images = family(backbone).Images.from_preprocessor(preprocessor, architecture, max_visual_tokens)
-    meta = (config.meta_tokens(side, config.vectors(side)) for side in SIDES)
-    limits = Limits(*architecture.default_row(images), DataConfig().max_text_tokens, *meta)
+    query_tokens, document_tokens = (config.meta_tokens(side, config.vectors(side)) for side in SIDES)
+    limits = Limits(*architecture.default_row(images), DataConfig().max_text_tokens, query_tokens, document_tokens)
     processor = _processor(directory / "tokenizer.json", images, config, limits)
 
     abstract = abstract_parameters(config, mesh)
     parameters = {"backbone": read_backbone(directory, family(backbone), architecture, abstract["backbone"])}
     if metadata:
-        return config, parameters | exported_parameters(directory, backbone, metadata, abstract), processor
+        return Loaded(config, parameters | exported_parameters(directory, backbone, metadata, abstract), processor)
     tokens, scale = abstract["meta_tokens"], initializer_range(read_json(directory / "config.json"))
     # NumPy's generator gives the same rows on any mesh and with any version of JAX.
     fresh = scale * np.random.default_rng(seed).standard_normal(tokens.shape, np.float32)
     parameters["meta_tokens"] = jax.device_put(fresh.astype(np.float32), tokens.sharding)
-    return config, parameters, processor
+    return Loaded(config, parameters, processor)
 
 
 def _read_preprocessor(directory: Path) -> dict:
     if (directory / "preprocessor_config.json").is_file():
         return read_json(directory / "preprocessor_config.json")
-    # transformers 5 saves one file for all parts of a processor.
+    # transformers 5 saves one file for the tokenizer's and the images' settings.
     if not (directory / "processor_config.json").is_file():
         raise UserError(f"{directory}: has no preprocessor_config.json, which says how images are read; download it again")
-    found = read_json(directory / "processor_config.json").get("image_processor")
-    if not isinstance(found, dict):
-        raise UserError(f"{directory / 'processor_config.json'}: image_processor is {found!r}, not an object of keys and values")
-    return found
+    content = read_json(directory / "processor_config.json").get("image_processor")
+    if not isinstance(content, dict):
+        raise UserError(f"{directory / 'processor_config.json'}: image_processor={content!r}: expected a JSON object")
+    return content
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_buffer(path.read_bytes())
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # the library raises no narrower class
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def _processor(path: Path, images: FamilyImages, config: ModelConfig, limits: Limits):
+def _processor(path: Path, images: FamilyImages, config: ModelConfig, limits: Limits) -> PromptProcessor:
     tokenizer = _read_tokenizer(path)
     highest, rows = max(tokenizer.get_vocab().values(), default=-1), config.architecture.vocabulary
     if highest >= rows:
         raise UserError(
-            f"{path}: has token {highest}, and the model's vocabulary has {rows} rows; the two are not of one checkpoint"
+            f"{path}: has token {highest}, and the model's vocabulary has {rows} rows; expected the tokenizer of this checkpoint"
         )
     try:
         return family(config.backbone).Processor(tokenizer, images, limits)

@@ -1,17 +1,16 @@
-"""Weights out: a trained model as a directory that stock transformers loads, and `MetaEmbed.from_pretrained` too.
+"""Write a trained model as a directory that transformers and `MetaEmbed.from_pretrained` load; inverse of `read_backbone`.
 
-    config.json, model*.safetensors      the backbone, adapters merged; Meta Tokens are rows of the embedding table
-    tokenizer.json, tokenizer_config.json, preprocessor_config.json
-                                         the vocabulary with <|meta_query_0|> ..., and the image sizes
-    head.safetensors                     the head, if there is one: "weight" [D, hidden]
-    README.md                            what it is and how to use it
-
-`read_backbone` is the way back.
+config.json, model*.safetensors      the backbone with adapters merged; Meta Tokens are rows of the embedding table
+tokenizer.json, tokenizer_config.json, preprocessor_config.json
+                                     the vocabulary with <|meta_query_0|> ..., and the image sizes
+head.safetensors                     the head, if there is one: "weight" [D, hidden]
+README.md                            the model card
 """
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,13 +40,13 @@ def write_model(
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes everything but the README.md into a folder that exists.
+    """Write all files but README.md into an existing folder.
 
     Args:
-      parameters: of the network, without int8 kernels; of a backbone alone it writes what is released of one.
+      parameters: of the network, without int8 kernels; or of a backbone alone, to write a released model.
       tokenizer: the file of the vocabulary.
       images: how images become patches: the family's `Images`.
-      metadata: what config.json is to say metadata the model, beside its Meta Tokens.
+      metadata: of the model, for config.json; that of its Meta Tokens is added.
       dtype: of the stored tensors, "float32" or "bfloat16".
     """
     names = meta_token_names(config.query_tokens, config.document_tokens) if "meta_tokens" in parameters else []
@@ -67,10 +66,10 @@ def write_model(
 
 
 def merged(parameters: dict, path: str, layer: int | None, scale: float) -> np.ndarray:
-    """A parameter (of one layer of a stack) in float32, with what its adapter adds.
+    """Return a parameter, or its layer of a stack, in float32 with its adapter merged.
 
     Args:
-      parameters: flat, by path.
+      parameters: by path.
       scale: of adapters, alpha / rank.
     """
 
@@ -84,43 +83,43 @@ def merged(parameters: dict, path: str, layer: int | None, scale: float) -> np.n
 
 
 def _tensors(config: ModelConfig, parameters: dict, first: int, rows: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(key, float32 tensor) of everything that the files hold."""
-    flat, module = flatten_dict(parameters["backbone"], sep="."), family(config.backbone)
+    """Yield (key, float32 tensor) of all tensors of the files."""
+    flat: dict[str, Any] = flatten_dict(parameters["backbone"], sep=".")
+    known, scale = family(config.backbone), config.lora.alpha / config.lora.rank
     meta_tokens = np.asarray(parameters.get("meta_tokens", ()), np.float32)
-    scale = config.lora.alpha / config.lora.rank
     by_key: dict[str, list] = {}
-    for path, source in module.weight_map.items():
-        if path in flat:  # not every version of a family has all
+    for path, source in known.weight_map.items():
+        if path in flat:  # some versions of a family lack some parameters
             by_key.setdefault(source.key, []).append((path, source))
-    for key, parts in by_key.items():
-        parts = sorted(parts, key=lambda part: part[1].part)
-        for layer in range(flat[parts[0][0]].shape[0]) if "{}" in key else (None,):
-            tensor = np.concatenate([source.write(merged(flat, path, layer, scale)) for path, source in parts])
-            if key == module.embedding_key:
+    for key, sources in by_key.items():
+        sources = sorted(sources, key=lambda pair: pair[1].part)
+        for layer in range(flat[sources[0][0]].shape[0]) if "{}" in key else (None,):
+            tensor = np.concatenate([source.write(merged(flat, path, layer, scale)) for path, source in sources])
+            if key == known.embedding_key:
                 tensor = np.concatenate([tensor, np.zeros((rows - len(tensor), tensor.shape[1]), np.float32)])
                 if len(meta_tokens):
                     tensor[first : first + len(meta_tokens)] = meta_tokens
-            yield module.stored_key(parts[0][1].name(config.architecture, layer)), tensor
+            yield known.stored_key(sources[0][1].name(config.architecture, layer)), tensor
 
 
 def _write_vocabulary(out: Path, names: list[str], file: Path, pad_token: str) -> tuple[int, dict[str, int]]:
-    """Writes the tokenizer with the Meta Tokens. Returns the id of the first (0 if there are none), and of all added tokens."""
+    """Write the tokenizer with the Meta Tokens. Return the id of the first one (0: there are none), and of all added tokens."""
     tokenizer = Tokenizer.from_buffer(file.read_bytes())
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     tokenizer.no_padding()
     tokenizer.no_truncation()
     write_bytes(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     ids = [tokenizer.token_to_id(name) for name in names]
-    first = ids[0] if ids else 0
+    first = (ids[0] if ids else None) or 0
     if ids != list(range(first, first + len(ids))):
-        raise UserError(f"{file}: has some of {names[0]} .. {names[-1]} already, in other places; export the model it came from")
+        raise UserError(f"{file}: has some of {names[0]} .. {names[-1]} under other ids; export the model before it was exported")
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad_token, "padding_side": "left"}
     write_json(out / "tokenizer_config.json", kind)
     return first, {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
 
 
 def _write_tensors(directory: Path, tensors: Iterator[tuple[str, np.ndarray]], limit: int) -> None:
-    """One file, or files of at most `limit` bytes (or one tensor) with an index."""
+    """Write one file, or files of at most `limit` bytes (or one tensor) and an index."""
     shards, shard, size, total = [], {}, 0, 0
 
     def flush() -> None:

@@ -91,7 +91,7 @@ def test_every_tensor_must_be_there_and_no_other(case, tmp_path):
             read({name: tensor for name, tensor in whole.items() if name != key})
         with pytest.raises(UserError, match=rf"{re.escape(key)} has shape .* config.json asks for"):
             read(whole | {key: whole[key][..., None]})
-    with pytest.raises(UserError, match="some.other.weight of shape .* is no tensor of this model"):
+    with pytest.raises(UserError, match="some.other.weight of shape .* is not a tensor of this model"):
         read(whole | {"some.other.weight": np.ones(3, np.float32)})
 
 

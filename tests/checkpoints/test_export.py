@@ -171,8 +171,8 @@ WRONG = [
     ({"query_tokens": 10**12}, "more than tokenizer.json has tokens"),
     ({"embedding_dim": 0}, "embedding_dim of config.json is 0, and head.safetensors is there"),
     ({"embedding_dim": 8}, r"asks for weight of shape \(8, 32\)"),
-    ({"first_token": None}, "does not say where Meta Tokens and head are"),
-    (None, "does not say where Meta Tokens and head are"),
+    ({"first_token": None}, "expected non-negative integers query_tokens"),
+    (None, "expected non-negative integers query_tokens"),
 ]
 
 
@@ -180,8 +180,8 @@ def test_a_wrong_record_of_meta_tokens_is_refused(run, tmp_path):
     export(run["head"], tmp_path, "transformers")
     stored = json.loads((tmp_path / "config.json").read_text())
     for change, message in WRONG:
-        about = None if change is None else stored["metaembed"] | change
-        (tmp_path / "config.json").write_text(json.dumps(stored | {"metaembed": about}))
+        metadata = None if change is None else stored["metaembed"] | change
+        (tmp_path / "config.json").write_text(json.dumps(stored | {"metaembed": metadata}))
         with pytest.raises(UserError, match=message):
             MetaEmbed.from_pretrained(tmp_path)
 
@@ -202,7 +202,7 @@ def test_every_export_has_a_card(run, tmp_path):
         export(run["head"], tmp_path / kind, kind)
         card = (tmp_path / kind / "README.md").read_text()
         assert "1:1, 2:4, 4:8, 8:16, 16:64" in card and "## Load" in card and "| 16:64 |" in card
-    assert 'states @ beside["head"].T' in card  # of the last one, peft
+    assert 'states @ others["head"].T' in card  # of the last one, peft
     assert not list(tmp_path.glob("*.part"))
 
 

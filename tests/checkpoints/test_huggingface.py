@@ -120,7 +120,7 @@ def test_a_tensor_too_many(tmp_path, extra):
 def test_a_tensor_twice(tmp_path):
     key = "model.norm.weight"
     new = "model.language_model.norm.weight"
-    refused(write(tmp_path / "names", TENSORS | {new: TENSORS[key]}), "model.safetensors", "is there twice", "(32,)", "(32,)")
+    refused(write(tmp_path / "names", TENSORS | {new: TENSORS[key]}), "model.safetensors", "is stored twice", "(32,)", "(32,)")
     one, two = without(key), {key: TENSORS[key], "model.embed_tokens.weight": TENSORS["model.embed_tokens.weight"]}
     directory = write(tmp_path / "files", one, two)
     (directory / "model.safetensors.index.json").unlink()
@@ -128,7 +128,7 @@ def test_a_tensor_twice(tmp_path):
         directory,
         "model-00002-of-00002.safetensors",
         "model.embed_tokens.weight",
-        "is there twice",
+        "is stored twice",
         "(320, 32)",
         "model-00001-of-00002.safetensors",
     )
@@ -154,7 +154,7 @@ def test_quantised_weights(tmp_path):
 
 def test_a_base_is_read_as_strictly(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    for tensor, message in ((np.zeros((2, 2), np.int8), "a is I8"), (np.zeros((0, 2), np.float32), "which holds nothing")):
+    for tensor, message in ((np.zeros((2, 2), np.int8), "a is I8"), (np.zeros((0, 2), np.float32), "which is empty")):
         save_file({"a": tensor}, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=message):
             open_base(str(tmp_path))
@@ -186,7 +186,7 @@ def test_an_index_that_disagrees_with_its_files(tmp_path):
     index = dict.fromkeys(one, names[0]) | dict.fromkeys(two, names[1])
     key = min(one)
     refused(write(tmp_path / "a", one, two, index=index | {"phantom": names[1]}), names[1], "lacks phantom")
-    refused(write(tmp_path / "b", one, two, index=index | {key: names[1]}), names[0], key, "is not there by")
+    refused(write(tmp_path / "b", one, two, index=index | {key: names[1]}), names[0], "does not list", key)
     refused(write(tmp_path / "c", one, two, index={name: file for name, file in index.items() if name != key}), names[0], key)
     refused(write(tmp_path / "d", one, two, index=dict.fromkeys(TENSORS, "gone.safetensors")), "gone.safetensors", "cannot be read")
     refused(write(tmp_path / "e", one, two, index=["a"]), "weight_map")
