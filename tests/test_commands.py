@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 TINY = "--config=configs/tiny.py"
 WRONG = [
     (["train"], "the following arguments are required: --config"),
-    (["train", "--config=configs/none.py"], "configs/none.py: no such file, and no config of the package"),
+    (["train", "--config=configs/none.py"], "configs/none.py: no such file or config"),
     (["train", "--config=configs/../README.md"], "configs/../README.md: expected a Python file with get_config(arg)"),
     (["train", TINY, "--config.rows.microbatch_rows=-1"], "config.rows.microbatch_rows=-1: expected a non-negative integer"),
     (["train", TINY, "--config.rows.unroll_layers=0"], "config.rows.unroll_layers=0: expected a positive integer"),

@@ -67,7 +67,7 @@ WRONG = {
     "schedule.exports=('../x',)": "config.schedule.exports[0]='../x': expected 'transformers' or",
     "schedule.trace_steps=(5,3)": "config.schedule.trace_steps=(5, 3): expected (first, last) with first <= last",
     "schedule.steps=500": "config.optimizer.warmup_steps=500: expected fewer than config.schedule.steps=500",
-    "schedule.exports=('peft',)": "peft is for adapters",
+    "schedule.exports=('peft',)": "peft stores adapters",
     "objectives.matryoshka.groups=((1,1),(32,64))": "goes beyond the vectors",
     "init_from=s3://b/x": "no other scheme",
     "data.dir=gs://b/x": "gcloud storage cp",
@@ -109,7 +109,7 @@ def test_values_are_checked_where_they_are_made(config):
     "body, message",
     [
         ("RunConfig(rows=RowsConfig(bach_size=3))", "TypeError: .*bach_size"),
-        ("3", "get_config gives a int; expected a metaembed_jax.config.RunConfig"),
+        ("3", "get_config returns a int; expected a metaembed_jax.config.RunConfig"),
         ("RunConfig(rows=RowsConfig(batch_size=0))", "config.rows.batch_size=0"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
     ],

@@ -8,7 +8,7 @@ from metaembed_jax.config.keys import apply_flags
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
 
-# The configs of the package: in it where it is installed, beside it in a checkout.
+# The configs of the package: inside it if it is installed, next to it in a checkout.
 CONFIGS = next(folder for root in Path(__file__).parents[1:3] if (folder := root / "configs").is_dir())
 
 
@@ -16,17 +16,17 @@ def load_config(flag: str, overrides: Mapping[str, str] | None = None) -> RunCon
     """Read `--config=NAME[:ARG]`, a config of the package or a file.
 
     Args:
-      overrides: of the flags `--config.key=value`, {key: value}.
+      overrides: {key: value} of the flags `--config.key=value`.
 
     Raises:
-      UserError: no such file, none that gives a config, no such key, or a value that it cannot have.
+      UserError: no such file, a file without a config, an unknown key, or a value that is not allowed.
     """
     path, _, argument = flag.partition(":")
     known = config_names()
     if path in known:
         path = str(CONFIGS / f"{path}.py")
     elif not Path(path).is_file():
-        raise UserError(f"{path}: no such file, and no config of the package; expected {', '.join(known)}, or a file")
+        raise UserError(f"{path}: no such file or config; expected {', '.join(known)}, or a file")
     spec = importlib.util.spec_from_file_location("metaembed_config", path) if names_config(path) else None
     if spec is None or spec.loader is None:
         raise UserError(f"{path}: expected a Python file with get_config(arg), such as {CONFIGS / 'tiny.py'}")
@@ -36,10 +36,10 @@ def load_config(flag: str, overrides: Mapping[str, str] | None = None) -> RunCon
         config = module.get_config(argument or None)
     except UserError:
         raise
-    except Exception as error:  # a config is a program, which can fail in any way
+    except Exception as error:  # a config is a program, which can raise anything
         raise UserError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not isinstance(config, RunConfig):
-        raise UserError(f"{path}: get_config gives a {type(config).__name__}; expected a metaembed_jax.config.RunConfig")
+        raise UserError(f"{path}: get_config returns a {type(config).__name__}; expected a metaembed_jax.config.RunConfig")
     return apply_flags(config, overrides or {})
 
 
@@ -49,6 +49,6 @@ def config_names() -> list[str]:
 
 
 def names_config(text: str) -> bool:
-    """Return whether a text is NAME[:ARG] of a config, rather than a path or id of weights."""
+    """Return whether a text is NAME[:ARG] of a config, not a path or id of weights."""
     name = text.partition(":")[0]
     return name.endswith(".py") or name in config_names()

@@ -14,13 +14,13 @@ S = TypeVar("S", bound=Section)
 
 
 def with_keys(section: S, changes: Mapping[str, object]) -> S:
-    """Return a section with other values, checked together.
+    """Return a section with changed values, which are checked together.
 
     Args:
-      changes: by key, as in `rows.batch_size`; keys of dicts too, as in `model.architecture.text_config.hidden_size`.
+      changes: values by key, such as `rows.batch_size`, or in a dict `model.architecture.text_config.hidden_size`.
 
     Raises:
-      UserError: no such key, or a value that it cannot have.
+      UserError: an unknown key, or a value that is not allowed.
     """
     values = {name: getattr(section, name) for name in annotations(type(section))}
     return dataclasses.replace(section, **_merged(values, changes))
@@ -46,13 +46,13 @@ def apply_flags(config: RunConfig, flags: Mapping[str, str]) -> RunConfig:
     """Return a config with the values of flags, {key: text}.
 
     Raises:
-      UserError: no such key, or a value that it cannot have.
+      UserError: an unknown key, or a value that is not allowed.
     """
     return with_keys(config, {key: _parse(config, key, text) for key, text in flags.items()})
 
 
 def _parse(config: RunConfig, key: str, text: str):
-    """Parse a text as a value of a key; what is no literal of Python stays a text, for the check of the section."""
+    """Parse a text as a Python literal for a key. A text that is not a literal is returned unchanged; the section checks it."""
     node, annotation = config, RunConfig
     for name in key.split("."):
         if isinstance(node, dict) and name in node:

@@ -1,6 +1,6 @@
-"""Objectives, whose sum is the loss of a step: each a frozen class of its settings, with its loss and the FLOPs of it.
+"""Objectives: frozen classes of settings with a loss and its FLOPs. The loss of a step is the sum over all objectives.
 
-A new one is a class here and a field of `ObjectivesConfig`.
+A new objective is a class here and a field of `ObjectivesConfig`.
 
 B pairs, K hard negatives a pair, R vectors of an item, D width.
 """
@@ -23,9 +23,9 @@ class PairVectors(NamedTuple):
     """Unit vectors of a step's pairs, at the largest budget of all objectives.
 
     Attributes:
-      negatives: None where no pair has any.
-      negative_mask: false for hard negatives that only fill the array.
-      sources: a number of each pair's source, whose positives alone are its documents; None: those of all.
+      negatives: None if no pair has any.
+      negative_mask: false for missing negatives, which only fill the array.
+      sources: the number of each pair's source; the documents of a query are the positives of its source. None: all positives.
     """
 
     query_BRD: Float[Array, "B Rq D"]
@@ -39,20 +39,18 @@ class Objective(Protocol):
     """A term of the loss.
 
     Attributes:
-      budgets: nested, smallest first; it reads no vectors beyond the last.
+      budgets: nested, smallest first; the loss reads no vectors beyond the last.
     """
 
     @property
-    def budgets(self) -> tuple[Budget, ...]:
-        """As above."""
-        ...
+    def budgets(self) -> tuple[Budget, ...]: ...
 
     def loss(self, vectors: PairVectors, mesh: Mesh | None) -> tuple[Array, dict[str, Array]]:
-        """Return the loss of a step, a float32 scalar, and figures of it, by name."""
+        """Return the loss of a step, a float32 scalar, and its figures by name."""
         ...
 
     def flops(self, pairs: int, documents: int, width: int) -> float:
-        """Count the FLOPs of the loss forward, with `documents` to each query; its gradients take twice as many."""
+        """Count the FLOPs of the forward pass, with `documents` for each query; the backward pass takes twice as many."""
         ...
 
 
@@ -86,7 +84,7 @@ class MatryoshkaConfig(Section):
         )
 
     def flops(self, pairs: int, documents: int, width: int) -> float:
-        """Count the similarities of the largest group, of which those of all others are parts."""
+        """Count the similarities of the largest group; those of smaller groups are among them."""
         query_vectors, document_vectors = self.groups[-1]
         return 2.0 * pairs * documents * query_vectors * document_vectors * width
 
@@ -111,7 +109,7 @@ class ObjectivesConfig(Section):
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """The budgets that are trained, smallest first: those of the first objective."""
+        """The trained budgets, smallest first: those of the first objective."""
         return next(iter(self.used().values())).budgets
 
     @property
@@ -121,7 +119,7 @@ class ObjectivesConfig(Section):
         return max(r_q for r_q, _ in budgets), max(r_d for _, r_d in budgets)
 
     def loss(self, vectors: PairVectors, mesh: Mesh | None) -> tuple[Array, dict[str, Array]]:
-        """Return the sum of the losses, and the figures of all; of several, each loss too, as "objective/NAME"."""
+        """Return the sum of the losses, and the figures of all objectives; if there are several, also "objective/NAME" of each."""
         terms = {name: objective.loss(vectors, mesh) for name, objective in self.used().items()}
         total, figures = functools.reduce(operator.add, (value for value, _ in terms.values())), {}
         for name, (value, own) in terms.items():
@@ -129,5 +127,5 @@ class ObjectivesConfig(Section):
         return total, figures
 
     def flops(self, pairs: int, documents: int, width: int) -> float:
-        """Count the FLOPs of all losses, forward."""
+        """Count the FLOPs of the forward pass of all losses."""
         return sum(objective.flops(pairs, documents, width) for objective in self.used().values())

@@ -1,4 +1,4 @@
-"""The JSON of a config, as a run's folder keeps it, and the keys that may change between two starts of the run."""
+"""The JSON of a config in the folder of a run, and the keys that may change between two starts of the run."""
 
 import dataclasses
 import json
@@ -8,8 +8,8 @@ from metaembed_jax.config.run import RunConfig
 from metaembed_jax.config.section import Section, annotations, section_of
 from metaembed_jax.errors import UserError
 
-# Keys, or groups of keys, that change only speed, memory, files and reports, up to the rounding of float sums: each start may
-# change them. `validate_every` also determines which steps can be the best. A run keeps all others: they determine its numbers.
+# Keys, or groups of keys, that each start may change. They change speed, memory, files and reports, and the order of float sums;
+# `validate_every` also changes which steps can be the best. All other keys determine the numbers of a run, and stay.
 FREE_KEYS = (
     "name",
     "rows.microbatch_rows",
@@ -27,7 +27,7 @@ FREE_KEYS = (
     "evaluation.validate_every",
     "evaluation.evaluations",
 )
-# Keys that a start may change while the steps already taken fit them; the rest of the run is planned again.
+# Keys that a start may change if the steps done so far fit; the rest of the run is planned again.
 REPLANNED_KEYS = ("schedule.steps",)
 
 S = TypeVar("S", bound=Section)
@@ -42,7 +42,7 @@ def from_record(record: object) -> RunConfig:
     """Return the config of a record; inverse of `to_record`.
 
     Raises:
-      UserError: a key is unknown or missing, or a value is one that it cannot have.
+      UserError: a key is unknown or missing, or its value is not allowed.
     """
     return _read(RunConfig, record, "config")
 
@@ -56,12 +56,12 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 
 def fixed(config: RunConfig) -> dict:
-    """Return what a started run keeps: the values of all keys that no start may change, by dotted keys."""
+    """Return the values that no start of a run may change, by dotted keys."""
     return {key: value for key, value in flat(to_record(config)).items() if not is_in(key, FREE_KEYS + REPLANNED_KEYS)}
 
 
 def is_in(key: str, keys: tuple[str, ...]) -> bool:
-    """Return whether a key is among `keys`, or in a group among them."""
+    """Return whether `keys` have a key or its group."""
     return any(key == entry or key.startswith(f"{entry}.") for entry in keys)
 
 

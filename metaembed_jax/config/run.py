@@ -1,6 +1,6 @@
 """The keys of a run's configuration, with their defaults.
 
-`configs/*.py` give a `RunConfig`. Its values are those of the published recipe; what has no sensible default is empty.
+`configs/*.py` return a `RunConfig`. The defaults are those of the published recipe; keys without a sensible default are empty.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ EXPORTS: tuple[Export, ...] = get_args(Export)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraSettings(Section):
-    """Adapters of the kernels that `trained` has as lora."""
+    """Adapters of the kernels that `model.trained` has as "lora"."""
 
     KEY: ClassVar[str] = "config.model.lora"
 
@@ -38,7 +38,7 @@ class LoraSettings(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings(Section):
-    """The network, and what of it trains; `network.ModelConfig` is made of it."""
+    """The network, and which of its parameters train; `network_config` makes a `network.ModelConfig` of it."""
 
     KEY: ClassVar[str] = "config.model"
 
@@ -71,30 +71,30 @@ class RowsConfig(Section):
 
     KEY: ClassVar[str] = "config.rows"
 
-    size: tuple[()] | tuple[Positive, NonNegative] = ()  # (tokens, patches), which several items share; empty: the family's default
+    size: tuple[()] | tuple[Positive, NonNegative] = ()  # (tokens, patches) of a row of several items; empty: the family's default
     batch_size: Positive = 32  # pairs a step, over all devices
     microbatch_rows: NonNegative = 0  # most rows encoded at once, over all devices; 0: all rows of a step
-    recompute: Recompute = "layers"  # by the backward pass: everything (least memory) to nothing
-    unroll_layers: Positive = 1  # layers to a turn of the loop over a stack
+    recompute: Recompute = "layers"  # by the backward pass: from "everything" (least memory) to "nothing"
+    unroll_layers: Positive = 1  # layers in a turn of the loop over a stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """The pairs to train on, and how they are read."""
+    """The training pairs, and how they are read."""
 
     KEY: ClassVar[str] = "config.data"
 
-    dir: str = "data"  # prepared sources; what is missing is prepared
-    # (name in metaembed_jax.data.sources, weight, at most so many pairs; 0: all)
+    dir: str = "data"  # of prepared sources; missing ones are prepared
+    # (name in metaembed_jax.data.sources, weight, most pairs to use; 0: all)
     sources: tuple[tuple[str, PositiveNumber, NonNegative], ...] = (("icons", 1.0, 0),)
     sub_batch: NonNegative = 0  # consecutive pairs of one source; 0: rows.batch_size
     negatives: NonNegative = 0  # hard negatives a pair, at most
-    within_source: bool = False  # a query's documents are the positives of its own source only, not of the whole batch
+    within_source: bool = False  # the documents of a query are the positives of its source, not of the whole batch
     min_pixels: Positive = 28 * 28
     max_pixels: Positive = 1024 * 28 * 28
-    max_text_tokens: Positive = 512  # of the text of an item; what is longer is cut
+    max_text_tokens: Positive = 512  # of the text of an item; longer texts are cut
     workers: NonNegative = 0  # processes of a host that make batches; 0: a thread
-    augment: bool = False  # icons: random size and place of drawings after the first epochs
+    augment: bool = False  # icons: random size and position of drawings after the first epochs
     page_side: Positive = 224  # boards: pixels of a training page
     # boards: ((until step, fewest icons, most icons), ...)
     curriculum: tuple[tuple[int, int, int], ...] = ()
@@ -125,19 +125,19 @@ class OptimizerConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section):
-    """Sizes of the mesh's axes; -1: all devices that the others leave."""
+    """Sizes of the mesh's axes; -1: all remaining devices."""
 
     KEY: ClassVar[str] = "config.mesh"
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
-    slices: NonNegative = 0  # how many `data` goes over; 0: as the devices report; 1: any axis may cross
+    slices: NonNegative = 0  # slices that the axis `data` spans; 0: as the devices report; 1: any axis may span slices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Section):
-    """The steps of a run, and what is done at which of them."""
+    """The steps of a run, and the steps at which it logs, saves and traces."""
 
     KEY: ClassVar[str] = "config.schedule"
 
@@ -162,20 +162,20 @@ class EvaluationConfig(Section):
     KEY: ClassVar[str] = "config.evaluation"
 
     validate_every: Positive = 250  # steps
-    # The figure at the largest budget that the best checkpoint is best at: validation/METRIC, the mean over all sources, or of an
-    # evaluation below, mmeb/Precision@1 or mteb/BENCHMARK.
+    # The figure, at the largest budget, that selects the best checkpoint: validation/METRIC, the mean over all sources, or a figure
+    # of an evaluation below, mmeb/Precision@1 or mteb/BENCHMARK.
     select: str = "validation/R@10"
-    # Benchmarks beside the validation split, as (name, folder): ("mmeb", "MMEB-eval"); of mteb ("vidore", ""), which fetches it.
+    # Benchmarks to run with the validation split, as (name, folder): ("mmeb", "MMEB-eval"), or ("vidore", ""), which mteb fetches.
     evaluations: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
-    """Every key there is."""
+    """All keys of a run."""
 
-    name: str = ""  # names the folder runs/<name>
+    name: str = ""  # of the folder runs/<name>
     seed: NonNegative = 0
-    # What the weights start from: a run, a Hugging Face directory or hub id, or a config FILE[:ARG], whose run is trained first.
+    # The start of the weights: a run, a Hugging Face directory or hub id, or a config NAME[:ARG], whose run is trained first.
     init_from: str = ""
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
     rows: RowsConfig = RowsConfig()
@@ -195,5 +195,5 @@ class RunConfig(Section):
             raise UserError(f"config.optimizer.warmup_steps={warmup}: expected fewer than config.schedule.steps={steps}")
         if "peft" in self.schedule.exports and not self.model.lora_patterns:
             raise UserError(
-                "config.schedule.exports: peft is for adapters, and config.model.trained has nothing as lora; use transformers"
+                "config.schedule.exports: peft stores adapters, and config.model.trained has nothing as lora; use transformers"
             )

@@ -1,4 +1,4 @@
-"""Groups of config keys: frozen dataclasses whose values are checked against their annotations where they are made."""
+"""Groups of config keys: frozen dataclasses that check their values against their annotations."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from metaembed_jax.errors import UserError
 
 
 class Rule(NamedTuple):
-    """A rule for a number, the second part of an `Annotated`.
+    """A rule for a number, the second argument of an `Annotated`.
 
     Attributes:
       words: the numbers it allows, for errors.
@@ -33,10 +33,10 @@ WORDS = {int: "an integer", float: "a finite number", str: "a text", bool: "true
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base of the dataclasses, annotated with keys of `WORDS`, numbers with a `Rule`, literals, tuples, unions or sections.
+    """Base of the dataclasses. Fields may be of the types in `WORDS`, numbers with a `Rule`, literals, tuples, unions or sections.
 
     Attributes:
-      KEY: the name of the group, as in flags and errors.
+      KEY: the name of the group in flags and errors.
     """
 
     KEY: ClassVar[str] = "config"
@@ -48,8 +48,8 @@ class Section:
                 value = float(value) if abs(value) < 2**1000 else math.inf
                 object.__setattr__(self, name, value)
             if misfit := _misfit(value, annotation):
-                index, part, expected = misfit
-                raise UserError(f"{self.KEY}.{name}{index}={part!r}: expected {expected}")
+                index, entry, expected = misfit
+                raise UserError(f"{self.KEY}.{name}{index}={entry!r}: expected {expected}")
 
 
 @functools.cache
@@ -65,13 +65,13 @@ def plain(annotation) -> Any:
 
 
 def section_of(annotation) -> type[Section] | None:
-    """Return the section that a field holds, which may be None in its place; None for all other fields."""
+    """Return the section type of a field that holds a section, or a section or None; return None for other fields."""
     kinds = [annotation, *get_args(annotation)]
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def leaf_keys(kind: type[Section]) -> list[str]:
-    """Return the keys of a section and of those in it, without sections themselves, as in `rows.batch_size`."""
+    """Return the keys of all values in a section, such as `rows.batch_size`."""
     keys = []
     for name, annotation in annotations(kind).items():
         inner = section_of(annotation)
@@ -80,7 +80,7 @@ def leaf_keys(kind: type[Section]) -> list[str]:
 
 
 def _misfit(value, annotation) -> tuple[str, object, str] | None:
-    """Return (index, value, expected) of the first entry of a value that does not fit an annotation; None where all fit."""
+    """Return (index, entry, expected) of the first entry of a value that does not fit an annotation; None if all fit."""
     entries = get_args(annotation)
     if get_origin(annotation) is tuple and entries[-1:] == (...,) and isinstance(value, tuple):
         misfits = ((number, _misfit(entry, entries[0])) for number, entry in enumerate(value))

@@ -365,7 +365,7 @@ def test_a_checkpoint_of_another_shape_is_refused(small_config, whole):
         ("objectives.matryoshka.groups", ((1, 1), (16, 128)), "beyond the vectors"),
         ("rows.microbatch_rows", 5, "expected at least data x fsdp = 8"),
         ("schedule.steps", 2, "config.optimizer.warmup_steps=2: expected fewer than config.schedule.steps=2"),
-        ("schedule.exports", ("peft",), "peft is for adapters"),
+        ("schedule.exports", ("peft",), "peft stores adapters"),
     ],
 )
 def test_a_config_that_cannot_run_is_refused(small_config, tmp_path, key, value, message):
