@@ -1,1 +1,1 @@
-"""Evaluation: metrics in NumPy, every budget from one encoding, the evaluators (held-out splits, MMEB, mteb), and their report."""
+"""Evaluation: metrics, the evaluators (held-out splits, MMEB, mteb), which encode once for all budgets, and their report."""

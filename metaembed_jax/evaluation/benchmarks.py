@@ -1,4 +1,4 @@
-"""Benchmarks by name: MMEB from a folder, all others from mteb."""
+"""Evaluators of benchmarks by name: MMEB from a folder, all others from mteb."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,21 +11,21 @@ def benchmark_evaluator(benchmark: str, directory: Path | None, budgets: Sequenc
     """Return the evaluator of a benchmark.
 
     Args:
-      benchmark: mmeb, or a name that `mteb.tasks.find` knows.
-      directory: the folder that MMEB-eval was fetched to; None for benchmarks of mteb.
-      budgets: pairs, and for mteb searches in stages too.
+      benchmark: "mmeb", or a name for `mteb.tasks.find`.
+      directory: the folder of MMEB-eval; None for benchmarks of mteb.
+      budgets: pairs; for mteb also searches in stages.
 
     Raises:
-      UserError: a folder that is missing, or one that nothing reads.
+      UserError: MMEB without a folder, or another benchmark with one.
     """
     if benchmark == "mmeb":
         if directory is None:
-            raise UserError("expected a folder (--from of eval), the one that MMEB-eval was fetched to")
+            raise UserError("expected the folder of MMEB-eval (--from of eval)")
         from metaembed_jax.evaluation.mmeb.evaluator import Mmeb
 
         return Mmeb(directory, budgets)
     if directory is not None:
-        raise UserError(f"{directory} is not read: only mmeb is in a folder, and mteb fetches its own data")
+        raise UserError(f"{directory} is not read: mteb fetches its own data; expected a folder for mmeb only")
     from metaembed_jax.evaluation.mteb.evaluator import Mteb
 
     return Mteb(benchmark, budgets)

@@ -1,4 +1,4 @@
-"""`eval.py`: the best checkpoint of a run on the test split, or on a benchmark."""
+"""Evaluate the best checkpoint of a run on the test split, or on a benchmark."""
 
 import dataclasses
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from metaembed_jax import hosts
 from metaembed_jax.checkpoints.loading import run_parameters, run_processor
 from metaembed_jax.checkpoints.workdir import check_hosts_agree, check_model, read_config
+from metaembed_jax.config.keys import with_keys
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
@@ -28,10 +29,11 @@ def evaluate_checkpoint(
     """Print the table of the best checkpoint, and write the report to `out`.
 
     Args:
-      benchmark: mmeb, on the `files` it was fetched to, or a name that `tasks.find` knows; None: the test split of the sources.
+      benchmark: "mmeb", or a name for `mteb.tasks.find`; None: the test split of the sources.
+      files: the folder of MMEB-eval.
 
     Raises:
-      UserError: no such run, one of another model, budgets beyond it, or files that are no such benchmark.
+      UserError: no such run, a run of another model, budgets beyond the model's, or files of another benchmark.
     """
     evaluator = choose_evaluator(config, benchmark, files, budgets)
     check_devices()
@@ -39,9 +41,9 @@ def evaluate_checkpoint(
     for folder in (checkpoint, out):
         check_bucket(folder)
     run_config = read_config(checkpoint)
-    if not config.model.architecture:  # the run has it from what it started from
-        known = {"backbone": run_config.model.backbone, "architecture": run_config.model.architecture}
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **known))
+    if not config.model.architecture:  # the run has that of its start
+        model = run_config.model
+        config = with_keys(config, {"model.backbone": model.backbone, "model.architecture": model.architecture})
     check_model(checkpoint, config.model)
     mesh, network = make_mesh(**dataclasses.asdict(config.mesh)), model_config(config)
     print(describe_devices(mesh), flush=True)
@@ -58,14 +60,14 @@ def evaluate_checkpoint(
 
 
 def choose_evaluator(config: RunConfig, benchmark: str | None, files: Path | None, budgets: str | None) -> Evaluator:
-    """Return the evaluator that the flags name, at their budgets or at the config's.
+    """Return the evaluator that the flags name, at their budgets or at those of the config.
 
     Raises:
-      UserError: flags that do not go together, or budgets beyond the model's.
+      UserError: flags that exclude each other, or budgets beyond the model's.
     """
     largest = config.model.query_tokens, config.model.document_tokens
     if benchmark is None and files is not None:
-        raise UserError(f"--from={files}: is for --benchmark=mmeb; the config names the data of a run")
+        raise UserError(f"--from={files}: expected with --benchmark=mmeb only; the test split is in config.data.dir")
     if benchmark is None:
         return HeldOut(config.data, "test", config.objectives.budgets if budgets is None else parse_budgets(budgets, largest))
     parse = parse_budgets if benchmark == "mmeb" else parse_searches

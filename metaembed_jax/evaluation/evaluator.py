@@ -1,4 +1,4 @@
-"""The protocol of an evaluator: anything that measures a model and gives `Results`, which one report shows."""
+"""The protocol of evaluators, which measure a model and return `Results`."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ from metaembed_jax.results import Failure, Interval, Results
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model to evaluate, and the run that it is from.
+    """A model to evaluate, and the run that trained it.
 
     Attributes:
-      model: what encodes.
+      model: encodes queries and documents.
       name: of the run's config.
       step: of the checkpoint.
       config: the run's config as JSON.
@@ -33,27 +33,27 @@ class Subject:
 
     @classmethod
     def of_run(cls, model: MetaEmbed, config: RunConfig, step: int) -> "Subject":
-        """The model of a run's checkpoint."""
+        """Return the subject of a checkpoint."""
         return cls(model=model, name=config.name, step=step, config=to_record(config))
 
     @cached_property
     def identity(self) -> str:
-        """A digest that differs for other weights: results of one model do not count for another."""
+        """A digest that differs for other weights, to key cached results."""
         record = f"{self.step} {json.dumps(self.config, sort_keys=True)}".encode()
         return hashlib.sha256(record + self.model.meta_tokens.tobytes()).hexdigest()
 
 
 class Evaluator(Protocol):
-    """Measures a model on some data, at some budgets. All hosts of a run call it alike, and get the same results.
+    """Measures a model on some data, at some budgets. All hosts of a run must call it alike, and get the same results.
 
     Attributes:
-      name: of its files, and in front of its figures.
+      name: of its files, and the prefix of its figures.
     """
 
     name: str
 
     def figure_names(self) -> list[str]:
-        """Return the names of figures that may select the best checkpoint, all of them in `figures`."""
+        """Return the names of the figures that may select the best checkpoint; `figures` has all of them."""
         ...
 
     def check(self) -> None:
@@ -68,11 +68,11 @@ class Evaluator(Protocol):
         """Evaluate a model.
 
         Args:
-          cache: a folder for tasks that are finished, which are not evaluated again for the same model.
+          cache: the folder of results of finished tasks, which are not evaluated again for the same model.
           progress: show bars.
 
         Raises:
-          UserError: data that makes no sense, or a budget beyond the model's.
+          UserError: malformed data, or a budget beyond the model's.
         """
         ...
 
@@ -81,7 +81,7 @@ class Evaluator(Protocol):
         ...
 
     def show(self, failures: Sequence[Failure]) -> list[FailedQuery]:
-        """Look up the items of failures that `run` found.
+        """Look up the items of the failures that `run` returned.
 
         Raises:
           UserError: data that cannot be read again.

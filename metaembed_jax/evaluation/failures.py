@@ -1,4 +1,4 @@
-"""The queries that a model fails worst, chosen from its scores: pure functions, numbers in and numbers out."""
+"""Choose the worst failures of a model from its scores."""
 
 import heapq
 from collections.abc import Iterable, Sequence
@@ -11,17 +11,17 @@ from jaxtyping import Bool, Float, Int
 from metaembed_jax.errors import UserError
 from metaembed_jax.results import Failure, severity
 
-WORST = 10  # queries that are kept
-SHOWN = 3  # documents that are kept of a query, right ones and wrong ones each
+WORST = 10  # failures to keep
+SHOWN = 3  # right documents, and wrong documents, to keep of a failure
 
 
 class Ranking(NamedTuple):
-    """The n documents that one query chooses among.
+    """The n documents that a query is scored against.
 
     Attributes:
       documents: their numbers.
       scores: higher is better.
-      relevant: which of them are right.
+      relevant: true for right documents.
     """
 
     documents: Int[np.ndarray, " n"]
@@ -31,10 +31,10 @@ class Ranking(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FailedQuery:
-    """A failure as people see it: with items, {"text", "image"} with either or both, in place of numbers.
+    """A failure with its items, each {"text", "image"} with either or both, in place of numbers.
 
     Attributes:
-      origin: where the query is from.
+      origin: the data set and the number of the query.
       query: its item.
       rank, among: as in `Failure`.
       right, above: (item, score), as in `Failure`.
@@ -49,10 +49,10 @@ class FailedQuery:
 
 
 def worst_queries(rankings: Iterable[Ranking], dataset: tuple[str, ...] = ()) -> tuple[Failure, ...]:
-    """Choose the `WORST` failures by `Failure.severity`, worst first, earlier queries first where it is equal.
+    """Choose the `WORST` failures by `Failure.severity`, worst first; of equal ones, the first query first.
 
     Args:
-      rankings: of each query, in order; queries are numbered by it.
+      rankings: of each query, in the order of their numbers.
       dataset: of the failures.
 
     Raises:
@@ -65,12 +65,12 @@ def worst_queries(rankings: Iterable[Ranking], dataset: tuple[str, ...] = ()) ->
 
 
 def worst_of(failures: Iterable[Failure]) -> list[Failure]:
-    """Choose the `WORST` of failures from several data sets, worst first; of equal ones, those that come first."""
+    """Choose the `WORST` of the failures of several data sets, worst first; of equal ones, the first one first."""
     return heapq.nlargest(WORST, failures, key=lambda failure: failure.severity)
 
 
 def with_items(failure: Failure, queries: Sequence[dict], documents: Sequence[dict]) -> FailedQuery:
-    """Look up a failure's items, and no others."""
+    """Look up the items of a failure."""
 
     def items(numbered: Sequence[tuple[int, float]]) -> list[tuple[dict, float]]:
         return [(documents[number], score) for number, score in numbered]
@@ -86,12 +86,12 @@ def with_items(failure: Failure, queries: Sequence[dict], documents: Sequence[di
 
 
 def _judge(query: int, ranking: Ranking) -> tuple[int, float]:
-    """`Failure.severity` of a query; rank 0 if it is none."""
+    """Return `Failure.severity` of a query; its rank is 0 if the query is not a failure."""
     scores, relevant = np.asarray(ranking.scores, np.float64), ranking.relevant
     if np.isnan(scores).any():
         raise UserError(f"scores of query {query} hold NaN; look for NaN in the vectors or the checkpoint")
     if not relevant.any():
-        raise UserError(f"query {query} has no relevant document; leave it out or complete the gallery")
+        raise UserError(f"query {query} has no relevant document; leave it out or add its documents")
     right, others = scores[relevant].max(), scores[~relevant]
     rank = int((others >= right).sum())
     return severity(rank, float(right), float(others.max())) if rank else (0, 0.0)

@@ -1,4 +1,4 @@
-"""The held-out split of a run's sources: the same evaluator validates in training, and tests at the end and in `eval.py`."""
+"""The evaluator of a held-out split of a run's sources, for validation during training and for the test at the end."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -39,17 +39,17 @@ class HeldOut:
         self._data_dir, self._sources = data.dir, list(dict.fromkeys(name for name, *_ in data.sources))
 
     def check(self) -> None:
-        """Refuse sources that are not prepared, or none of which has pairs in the split.
+        """Refuse sources that are not prepared, or that all lack pairs in the split.
 
         Raises:
-          UserError: names them.
+          UserError: names the sources.
         """
         sources.with_pairs(self._sources, self._data_dir, self.name)
 
     def run(self, subject: Subject, cache: Path, progress: bool) -> Results:
-        """Encode each source once, at the largest of the budgets, and score every budget in both directions.
+        """Encode each source once, at the largest budget, and score every budget in both directions.
 
-        Each host encodes its part of the documents and scores all queries against it, on its devices.
+        Each host encodes its share of the documents, and scores all queries against it on its devices.
 
         Raises:
           UserError: as `check`.
@@ -74,7 +74,7 @@ class HeldOut:
         return list(METRICS)
 
     def figures(self, results: Results) -> Mapping[str, Mapping[str, Interval]]:
-        """Return the means over sources of each metric, forward, and of several sources each one's main metric."""
+        """Return the mean over sources of each metric, forward; if there are several, also the main metric of each source."""
         forward = results.boards[0]
         tasks = forward.tasks if forward.total > 1 else ()
         return {name: forward.mean(name) for name in METRICS} | {f"{task.name}/{task.metric}": task.values() for task in tasks}
@@ -90,7 +90,7 @@ class HeldOut:
         return [with_items(failure, items[failure.dataset].queries, items[failure.dataset].documents) for failure in failures]
 
     def _directions(self) -> tuple[str, str]:
-        """Names of the boards: what is generated has texts for queries and images for documents."""
+        """Return the names of the boards. In generated sources, queries are texts and documents are images."""
         generated = all(name in sources.GENERATED for name in self._sources)
         return ("text→image", "image→text") if generated else ("query→document", "document→query")
 

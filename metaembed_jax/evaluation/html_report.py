@@ -1,7 +1,8 @@
-"""One self-contained HTML page of an evaluation: tables, a plot of quality against cost, the worst queries with their pictures.
+"""A self-contained HTML page of an evaluation: tables, a plot of quality against cost, the worst queries with their pictures.
 
-Nothing is fetched and nothing runs: pictures are data URIs, and a policy forbids the rest. Texts and images are other people's:
-texts are escaped and cut, images are decoded within bounds and encoded again, small. The same results give the same bytes.
+The page fetches nothing and runs nothing: pictures are data URIs, and a content policy forbids all else. Texts and images of items
+are not trusted: texts are escaped and cut, images are decoded within bounds and written again as thumbnails. The same results give
+the same bytes.
 """
 
 import base64
@@ -51,13 +52,13 @@ dd { margin: 0 }
 def write_html(
     path: Path, title: str, tables: Sequence[Table], plot: bytes | None, failures: Sequence[FailedQuery], facts: dict[str, str]
 ) -> None:
-    """Write the page; an older one is replaced whole or kept.
+    """Write the page; an older one is replaced as a whole.
 
     Args:
-      title: what was evaluated on what.
-      plot: a PNG; None for none.
-      failures: the worst queries, worst first; none if each found what it looked for.
-      facts: names and values that say where the numbers are from, at the end of the page.
+      title: the model and the data.
+      plot: a PNG, if there is one.
+      failures: the worst queries, worst first.
+      facts: names and values for the end of the page, such as the versions of packages.
 
     Raises:
       UserError: an image that cannot be read, or a path that cannot be written.
@@ -78,7 +79,7 @@ def write_html(
         f"<style>{STYLE}</style>",
     ]
     lines = ["<!DOCTYPE html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *parts, "</body>", "</html>", ""]
-    write_bytes(path, "\n".join(lines).encode(errors="replace"))  # a file's name may hold surrogates
+    write_bytes(path, "\n".join(lines).encode(errors="replace"))  # names of files may have surrogates
 
 
 def _table(table: Table) -> str:
@@ -119,13 +120,13 @@ def _failure(number: int, failure: FailedQuery) -> str:
 
 
 def _item(item: dict, caption: str, name: str) -> str:
-    """Show an item's image and text, as far as it has them.
+    """Return a figure of an item's image and text.
 
     Args:
-      name: of the image, for those who do not see it.
+      name: the alternative text of the image.
     """
     image = _image(_thumbnail(item["image"], name), "jpeg", name) if item.get("image") else ""
-    # The text may be in any language and direction, whatever the page's are.
+    # The language and direction of the text may differ from the page's.
     text = f'<p lang="" dir="auto">{escape(shortened(item["text"]))}</p>' if item.get("text") else ""
     return f"<figure><figcaption>{escape(caption)}</figcaption>{image}{text}</figure>"
 
@@ -135,8 +136,8 @@ def _image(encoded: bytes, kind: str, alt: str) -> str:
 
 
 def _thumbnail(image: Any, name: str) -> bytes:
-    """A small JPEG of anything that `open_image` opens, without its metadata."""
-    small = open_image(image, name).copy()  # the image itself stays as it is
+    """Return a small JPEG of anything that `open_image` opens, without its metadata."""
+    small = open_image(image, name).copy()  # `thumbnail` changes the image in place
     small.thumbnail((SIDE, SIDE))
     small.info.clear()
     content = io.BytesIO()
@@ -145,9 +146,9 @@ def _thumbnail(image: Any, name: str) -> bytes:
 
 
 def shortened(text: str) -> str:
-    """Put a text in one line of at most `LONGEST` characters and "…", cut between words that are no longer than `LONGEST_WORD`.
+    """Return a text in one line, cut to `LONGEST` characters and "…"; it is cut inside a word only if that exceeds `LONGEST_WORD`.
 
-    Control codes and halves of surrogate pairs, which are no characters, become U+FFFD.
+    Control codes and halves of surrogate pairs become U+FFFD.
     """
     line = " ".join(text.split())
     if len(line) > LONGEST:

@@ -1,8 +1,8 @@
-"""Retrieval metrics in plain NumPy, one value per query, and their bootstrap intervals.
+"""Retrieval metrics in NumPy, one value per query, and their bootstrap intervals.
 
-Relevance is binary, or graded: the grade is what a document gains. A tie never favours: of equal scores the less relevant is
-ranked first, so a model that gives everything one score gets what it deserves. The values equal pytrec_eval's `success_k` and
-`ndcg_cut_k`, with ids (by which it orders ties) that rank equal scores so.
+Relevance is binary, or graded: the grade is the gain of a document. Ties count against the model: of equal scores the less relevant
+document is ranked first. The values equal `success_k` and `ndcg_cut_k` of pytrec_eval, if its ids, which order ties, rank equal
+scores the same way.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -30,10 +30,13 @@ class Gold(NamedTuple):
 def relevance_matrix(
     relevance: np.ndarray | Sequence[Iterable[int]], shape: tuple[int, int]
 ) -> Bool[np.ndarray, "Q N"] | Int[np.ndarray, "Q N"]:
-    """Return relevance as a matrix: bool or grades from 0 already, or for each query the indices of its relevant documents.
+    """Return relevance as a matrix.
+
+    Args:
+      relevance: a matrix of bool or of grades from 0, or for each query the indices of its relevant documents.
 
     Raises:
-      UserError: a matrix of another shape or kind, a wrong number of sets, or an index outside 0..N-1.
+      UserError: a matrix of another shape or dtype, a wrong number of sets, or an index outside 0..N-1.
     """
     queries, documents = shape
     if isinstance(relevance, np.ndarray):
@@ -58,10 +61,10 @@ def gold_of(scores: np.ndarray, relevance: np.ndarray | Sequence[Iterable[int]])
 
     Args:
       scores: real [Q, N], higher is better; infinities are ranked like any number.
-      relevance: as `relevance_matrix` takes it.
+      relevance: as in `relevance_matrix`.
 
     Raises:
-      UserError: no query, a score that is NaN, or a query without any relevant document.
+      UserError: no query, a NaN score, or a query without any relevant document.
     """
     scores = np.asarray(scores)
     if scores.ndim != 2 or not len(scores):
@@ -72,35 +75,33 @@ def gold_of(scores: np.ndarray, relevance: np.ndarray | Sequence[Iterable[int]])
             f"scores of query {bad[0]} hold NaN ({len(bad)} such queries); look for NaN in the vectors or the checkpoint"
         )
     if len(bad := np.flatnonzero(~relevance.any(axis=1))):
-        raise UserError(
-            f"query {bad[0]} has no relevant document ({len(bad)} such queries); leave them out or complete the gallery"
-        )
+        raise UserError(f"query {bad[0]} has no relevant document ({len(bad)} such queries); leave them out or add their documents")
     return [_gold(row, grades) for row, grades in zip(scores, relevance, strict=True)]
 
 
 def _gold(scores: np.ndarray, grades: np.ndarray) -> Gold:
-    """Rank the relevant, best first: how many others score at least as much, plus the relevant before it.
+    """Rank the relevant documents, best first: each after all others of at least its score, and after better relevant ones.
 
-    Sorting only the relevant makes this O(N log G), where ranking the whole gallery would be O(N log N).
+    Only relevant scores are sorted, so this is O(N log G); ranking all documents would be O(N log N).
     """
     relevant = grades > 0
     gold, gains = scores[relevant], grades[relevant].astype(np.int64)
     order = np.lexsort((-gains, gold))  # worst first
-    not_above = np.searchsorted(gold[order], scores[~relevant], side="right")  # for each other: how many it is ranked before
+    not_above = np.searchsorted(gold[order], scores[~relevant], side="right")  # relevant documents that each other one precedes
     others_before = np.bincount(not_above, minlength=len(gold) + 1)[::-1].cumsum()[:-1]  # best first
     return Gold(others_before + np.arange(len(gold)), gains[order[::-1]])
 
 
 def hit_at(gold: Sequence[Gold], k: int) -> Float[np.ndarray, " Q"]:
-    """Return 1 where any relevant document is among the first k, else 0. At 1 it is the precision too.
+    """Return 1 where any relevant document is among the first k, else 0. For k = 1 this is the precision too.
 
-    This is the "R@k" of image-text retrieval (pytrec_eval's success_k), not the share of relevant documents found.
+    This is "R@k" of image-text retrieval (success_k of pytrec_eval), not the share of relevant documents among the first k.
     """
     return np.array([ranks[0] < k for ranks, _ in gold], np.float64)
 
 
 def ndcg_at(gold: Sequence[Gold], k: int) -> Float[np.ndarray, " Q"]:
-    """Return the discounted gain of the first k over that of the best possible order (pytrec_eval's ndcg_cut_k)."""
+    """Return the discounted gain of the first k over that of the best possible order (ndcg_cut_k of pytrec_eval)."""
     discount = 1 / np.log2(np.arange(k) + 2)
     values = []
     for ranks, gains in gold:
@@ -121,7 +122,7 @@ class Metric(NamedTuple):
     values: Callable[[Sequence[Gold]], Float[np.ndarray, " Q"]]
 
 
-# In the order of the tables. A metric that is added here is in all results, and `select` may name it.
+# In the order of the tables. All results have all of these metrics, and `config.evaluation.select` may name each.
 METRICS = {
     "R@1": Metric("queries with a right document first", partial(hit_at, k=1)),
     "R@5": Metric("with one among the first 5", partial(hit_at, k=5)),
@@ -140,7 +141,7 @@ def bootstrap_mean(values: np.ndarray, seed: int, samples: int = 10_000) -> tupl
     """Return means over the queries and their 95 % percentile intervals, (mean, low, high), each float64 [...].
 
     Args:
-      values: real [..., Q]. All rows share each resample, so values of one query stay together.
+      values: real [..., Q]. All rows are resampled together, by query.
     """
     values = np.asarray(values, np.float64)
     rows_KQ = values.reshape(-1, values.shape[-1])
@@ -150,6 +151,6 @@ def bootstrap_mean(values: np.ndarray, seed: int, samples: int = 10_000) -> tupl
         size = min(block, samples - start)
         draws = random.integers(queries, size=(size, queries)) + queries * np.arange(size)[:, None]
         counts = np.bincount(draws.ravel(), minlength=size * queries).reshape(size, queries)
-        means.append(counts.astype(np.float64) @ rows_KQ.T / queries)  # drawing again is weighting by how often drawn
+        means.append(counts.astype(np.float64) @ rows_KQ.T / queries)  # the weight of a query is how often it is drawn
     low, high = np.percentile(np.concatenate(means), (2.5, 97.5), axis=0).reshape(2, *values.shape[:-1])
     return values.mean(axis=-1), low, high

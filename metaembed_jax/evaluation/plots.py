@@ -1,4 +1,4 @@
-"""Curves of quality against cost, as a PNG: over FLOPs on the left, over index bytes on the right."""
+"""Plots of quality against cost, as a PNG: over FLOPs on the left, over index bytes on the right."""
 
 import dataclasses
 import io
@@ -10,17 +10,17 @@ import numpy as np
 
 from metaembed_jax.results import Board, Interval, Results
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito: told apart by colour-blind readers
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito, for colour-blind readers
 
 
 class Point(NamedTuple):
-    """A budget, its cost for each document, and how good it is.
+    """The cost of a budget for each document, and its quality.
 
     Attributes:
-      name: written over the point.
+      name: the label over the point.
       flops: of MaxSim.
       bytes: of the index.
-      mean, low, high: quality as a fraction of 1, and the ends of its bar; equal where there is none.
+      mean, low, high: quality as a fraction of 1, and the ends of its bar; all equal if there is no bar.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One line: `colour` counts through `COLOURS`, a secondary one is dashed and hollow."""
+    """A line of the plot: `colour` is an index of `COLOURS`; a secondary line is dashed, with hollow points."""
 
     label: str
     points: Sequence[Point]
@@ -41,7 +41,7 @@ class Curve(NamedTuple):
 
 
 class Panels(NamedTuple):
-    """Two panels side by side with the same curves; `quality` names their vertical axis."""
+    """Two panels with the same curves, next to each other; `quality` is the label of the vertical axis."""
 
     title: str
     quality: str
@@ -51,11 +51,11 @@ class Panels(NamedTuple):
 def draw_results(results: Sequence[Results]) -> bytes | None:
     """Draw the means of some models on each board: a row of panels for each board, a colour for each model and group of tasks.
 
-    Directions are boards, because backward the same budget costs other bytes. Bars are 95 % bootstrap intervals, where there are
-    any; the numbers at the points are the budgets.
+    Both directions are boards, because a budget costs other bytes backward. Bars are 95 % bootstrap intervals, if there are any.
+    Points have their budgets as labels.
 
     Returns:
-      A PNG, the same bytes for the same results; None if nothing was searched at a plain budget.
+      A PNG, the same bytes for the same results; None if all searches are in stages.
     """
     rows = []
     for number in range(max(len(model.boards) for model in results)):
@@ -70,7 +70,7 @@ def draw_results(results: Sequence[Results]) -> bytes | None:
 
 
 def _curves(model: str, board: Board, colours: Iterator[int]) -> list[Curve]:
-    """The means of a model on one board at plain budgets: of all tasks, and of the groups that are drawn."""
+    """Return the curves of a model on a board, without searches in stages: of all tasks, and of each group of `board.drawn`."""
     curves = []
     for group in ("", *board.drawn) if board.tasks else ():
         colour = next(colours)
@@ -92,8 +92,8 @@ def _points(board: Board, means: Mapping[str, Interval]) -> list[Point]:
 
 
 def draw(rows: Sequence[Panels]) -> bytes:
-    """Draw rows of panels as a PNG. The first row has the legend of all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # Figure objects only: pyplot keeps global state
+    """Draw rows of panels as a PNG. The legend is that of the first row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot, which has global state
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 0.9 + 3.7 * len(rows)), layout="constrained", facecolor="white")
@@ -115,7 +115,7 @@ def draw(rows: Sequence[Panels]) -> bytes:
 
 
 def _draw_panel(panel: Any, curves: Sequence[Curve], cost: str) -> None:
-    """Draw the curves over one cost; a budget is written once, over the highest point of it."""
+    """Draw the curves over one cost; each budget has one label, over its highest point."""
     highest: dict[tuple[int, str], float] = {}
     for curve in curves:
         points = sorted(curve.points, key=lambda point: getattr(point, cost))

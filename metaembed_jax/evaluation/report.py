@@ -1,4 +1,4 @@
-"""The files of an evaluation: figures as JSON, tables as text, the plot, and one HTML page of all of it."""
+"""The files of an evaluation: figures as JSON, tables as text, the plot, and an HTML page of all of them."""
 
 import importlib.metadata
 from pathlib import Path
@@ -13,7 +13,7 @@ from metaembed_jax.evaluation.plots import draw_results
 from metaembed_jax.evaluation.tables import format_tables, tables
 from metaembed_jax.results import Results, to_json
 
-PACKAGES = ("jax", "flax", "optax", "numpy")  # that numbers may depend on
+PACKAGES = ("jax", "flax", "optax", "numpy")  # numbers may depend on their versions
 
 
 class ReportNames(NamedTuple):
@@ -29,15 +29,12 @@ RUN = ReportNames("results.json", "results.txt", "quality.png", "report.html")  
 
 
 def benchmark_names(evaluator: str) -> ReportNames:
-    """The names of a benchmark's report, which is written beside that of the test split."""
+    """Return the names of a benchmark's report; they differ from those of the test split in the same folder."""
     return ReportNames(*(f"{evaluator}.{kind}" for kind in ("json", "txt", "png", "html")))
 
 
 def write_report(evaluator: Evaluator, subject: Subject, results: Results, out: Path, names: ReportNames) -> list[Path]:
-    """Write the files to `out`; for the first host alone.
-
-    Returns:
-      Their paths.
+    """Write the files to `out`, and return their paths; must be called by the first host only.
 
     Raises:
       UserError: figures that are NaN or infinite, or a path that cannot be written.
@@ -66,5 +63,5 @@ def write_report(evaluator: Evaluator, subject: Subject, results: Results, out: 
 
 
 def package_versions() -> dict[str, str]:
-    """The installed versions of `PACKAGES`."""
+    """Return the installed versions of `PACKAGES`."""
     return {package: importlib.metadata.version(package) for package in PACKAGES}

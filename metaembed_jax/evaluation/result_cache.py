@@ -1,4 +1,4 @@
-"""Results of finished tasks, as JSON files: written by the first host, and read again under the same key."""
+"""A cache of results of finished tasks: JSON files that the first host writes, each valid for one key."""
 
 import json
 from collections.abc import Callable
@@ -7,19 +7,19 @@ from pathlib import Path
 from metaembed_jax import files, hosts
 from metaembed_jax.results import TaskResults, from_json, to_json
 
-LAYOUT = 3  # of a file; one of an older layout does not count
+LAYOUT = 3  # of a file; files of other layouts are not read
 
 
-def key_of(*parts: object) -> str:
-    """16 hexadecimal digits that differ where the `repr` of the parts does."""
-    return files.digest(repr(parts).encode())
+def key_of(*values: object) -> str:
+    """Return 16 hexadecimal digits of the `repr` of values."""
+    return files.digest(repr(values).encode())
 
 
 def cached(path: Path, key: str, evaluate: Callable[[], TaskResults]) -> TaskResults:
-    """Return the results in a file, if it was written under this key; else those of `evaluate`, which are then written there.
+    """Return the results in a file if it has this key; else evaluate, and write the results to the file.
 
     Args:
-      key: of all that the results depend on.
+      key: must differ whenever the results may differ.
     """
     key = key_of(LAYOUT, key)
     stored = json.loads(hosts.from_first(_read(path)))
@@ -32,7 +32,7 @@ def cached(path: Path, key: str, evaluate: Callable[[], TaskResults]) -> TaskRes
 
 
 def _read(path: Path) -> str:
-    """The text of a JSON object; that of an empty one if there is none."""
+    """Return the text of a JSON object; "{}" if the file has none."""
     try:
         text = path.read_bytes().decode()
         return text if isinstance(json.loads(text), dict) else "{}"

@@ -1,4 +1,4 @@
-"""Scores of documents that are spread over several hosts."""
+"""Scores of documents whose vectors are spread over several hosts."""
 
 import jax
 import numpy as np
@@ -17,11 +17,11 @@ def score_shares(
     documents: int,
     budget: Budget,
 ) -> Float[np.ndarray, "Q N"]:
-    """Return MaxSim of all queries and all documents, on every host: each scores its own documents, on its devices.
+    """Return the MaxSim scores of all queries and all documents on every host. Each host scores its share on its devices.
 
     Args:
-      rows, document_nRD: this host's part, of `MetaEmbed.encode_share`.
-      documents: N, how many there are in all.
+      rows, document_nRD: this host's share, of `MetaEmbed.encode_share`.
+      documents: N, the number of all documents.
     """
     here = make_mesh(devices=jax.local_devices())
     return join_shares(rows, maxsim_on(here, query_QRD, document_nRD, budget).T, documents).T

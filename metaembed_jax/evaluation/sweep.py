@@ -1,4 +1,4 @@
-"""Every budget of one encoding, in both directions: encoded once at the largest budget, then sliced."""
+"""Metrics at every budget, in both directions, from one encoding at the largest budget: smaller budgets are prefixes of it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,9 +23,9 @@ class Sweep(NamedTuple):
     """Both directions of a search task.
 
     Attributes:
-      forward: queries search documents; with the worst queries at the dearest budget.
-      backward: the same scores read the other way: documents search queries, and what is searched holds r_q vectors each.
-        Documents that no query names have nothing to find and are left out (forward, that is an error).
+      forward: queries search documents; has the worst queries at the largest budget.
+      backward: documents search queries, by the same scores; each searched item has r_q vectors. Documents that are relevant to no
+        query are left out (forward, a query without a relevant document is an error).
     """
 
     forward: TaskResults
@@ -47,14 +47,14 @@ def sweep(
     """Compute all metrics at all budgets in both directions, with 95 % bootstrap intervals.
 
     Args:
-      name, data: of the task's results.
+      name, data: of the results.
       query_QRD, document_NRD: the nested vectors at the largest budget.
-      relevance: bool or grades [Q, N], or a set of documents for each query.
-      documents: N, where document_NRD is only this host's part of them.
+      relevance: as in `relevance_matrix`.
+      documents: N, if document_NRD is only this host's share.
       score: `(query_QRD, document_NRD, budget) -> [Q, N]`.
 
     Raises:
-      UserError: vectors that do not fit together, a budget beyond them, or as `metrics.gold_of`.
+      UserError: vectors of different widths, a budget beyond them, or as `metrics.gold_of`.
     """
     shapes = tuple(query_QRD.shape), tuple(document_NRD.shape)
     if len(shapes[0]) != 3 or len(shapes[1]) != 3 or shapes[0][2] != shapes[1][2]:
@@ -63,15 +63,15 @@ def sweep(
     total = held if documents is None else documents
     budgets = by_cost(validate_budget(budget, query_shape[0], document_vectors) for budget in budgets)
     relevant_QN = relevance_matrix(relevance, (queries, total))
-    named_N = relevant_QN.any(axis=0)
+    has_query_N = relevant_QN.any(axis=0)
 
     forward, backward, scores_QN = [], [], np.zeros((queries, total))
     for budget in budgets:
         scores_QN = np.asarray(score(query_QRD, document_NRD, budget))
         forward.append(evaluate(scores_QN, relevant_QN))
-        backward.append(evaluate(scores_QN.T[named_N], relevant_QN.T[named_N]))
-    everything = np.arange(total)  # the scores are now the dearest budget's
-    rankings = (Ranking(everything, *row) for row in zip(scores_QN, relevant_QN > 0, strict=True))
+        backward.append(evaluate(scores_QN.T[has_query_N], relevant_QN.T[has_query_N]))
+    numbers_N = np.arange(total)
+    rankings = (Ranking(numbers_N, *row) for row in zip(scores_QN, relevant_QN > 0, strict=True))  # at the last, largest budget
 
     def direction(values: Sequence[Mapping[str, np.ndarray]], queries: int, documents: int, side: int) -> TaskResults:
         searches, gain = _metrics_at(budgets, values, dimension, side, seed)
@@ -88,18 +88,18 @@ def sweep(
 
     return Sweep(
         replace(direction(forward, queries, total, side=1), failures=worst_queries(rankings, (name,))),
-        direction(backward, int(named_N.sum()), queries, side=0),
+        direction(backward, int(has_query_N.sum()), queries, side=0),
     )
 
 
 def _metrics_at(
     budgets: Sequence[Budget], values: Sequence[Mapping[str, np.ndarray]], dimension: int, side: int, seed: int
 ) -> tuple[tuple[SearchResults, ...], Gain | None]:
-    """Results of each budget, and the last one's gain over the first one's.
+    """Return the results of each budget, and the gain of the last budget over the first.
 
     Args:
       values: of each budget, every metric per query.
-      side: of a budget, whose vectors each searched item holds.
+      side: index of the searched items in a budget.
     """
     values_BMQ = np.array([[metrics[name] for name in METRICS] for metrics in values])
     searches = tuple(
@@ -118,6 +118,6 @@ def _metrics_at(
 
 
 def _intervals(values_BMQ: Float[np.ndarray, "B M Q"], seed: int) -> list[dict[str, Interval]]:
-    """For each budget, the interval of each metric's values."""
+    """Return the interval of each metric, for each budget."""
     ends_BM3 = np.stack(bootstrap_mean(values_BMQ, seed), axis=-1).tolist()
     return [{name: Interval(*ends) for name, ends in zip(METRICS, ends_M3, strict=True)} for ends_M3 in ends_BM3]

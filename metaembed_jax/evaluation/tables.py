@@ -1,4 +1,4 @@
-"""Tables of results, which a terminal and a page show alike."""
+"""Tables of results, for a terminal and for the HTML page."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,14 +8,14 @@ from metaembed_jax.results import Board, Interval, Results, TaskResults
 
 
 class Table(NamedTuple):
-    """A table whose first column names the row, and whose other cells are numbers, already written out.
+    """A table of texts; the first column has the names of rows, the others have formatted numbers.
 
     Attributes:
-      title: what it is of, one line.
-      legend: how to read the numbers, for those who see nothing but the page.
+      title: one line.
+      legend: explains the numbers, on the page.
       head: names of the columns.
       bodies: groups of rows, each as long as `head`.
-      notes: lines below it.
+      notes: lines below the table.
     """
 
     title: str
@@ -26,17 +26,17 @@ class Table(NamedTuple):
 
 
 def tables(results: Results) -> list[Table]:
-    """Return a table of each board: of all metrics, where it has a single task that has them; else of its tasks."""
+    """Return a table of each board: all metrics of a single task that has them, or the main metric of all tasks."""
     return [_metrics_table(board) if _is_detailed(board) else _tasks_table(board) for board in results.boards]
 
 
 def format_tables(results: Results) -> str:
-    """The tables as text."""
+    """Return the tables as text."""
     return "\n\n".join(map(as_text, tables(results)))
 
 
 def as_text(table: Table) -> str:
-    """The title, the aligned rows, a blank line between groups, and the notes."""
+    """Return the title, the aligned rows with a blank line between groups, and the notes."""
     lines = [table.head, *(row for body in table.bodies for row in body)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
@@ -56,7 +56,7 @@ def _is_detailed(board: Board) -> bool:
 
 
 def _metrics_table(board: Board) -> Table:
-    """The metrics of a board's only task at each budget, in percent, and the gain with its 95 % bootstrap interval."""
+    """Return the metrics of a board's only task at each budget, in percent, and the gain with its 95 % bootstrap interval."""
     (task,), rows = board.tasks, []
     for search in task.searches:
         costs = f"{search.flops_per_document:,}", f"{search.bytes_per_document:,}"
@@ -75,7 +75,7 @@ def _ends(gain: Interval) -> str:
 
 
 def _tasks_table(board: Board) -> Table:
-    """Tasks, means and published figures: the main metric of each at every budget, in percent."""
+    """Return the main metric of tasks, means and published figures at every budget, in percent."""
     names = list(board.mean())
 
     def row(label: str, values: Mapping[str, float]) -> list[str]:
@@ -98,5 +98,5 @@ def _tasks_table(board: Board) -> Table:
 
 
 def _label(board: Board, task: TaskResults) -> str:
-    parts = [task.name, *([task.metric] if task.metric != board.measure else [])]
-    return ", ".join([*parts, *(["no better than chance"] if task.is_like_chance() else [])])
+    texts = [task.name, *([task.metric] if task.metric != board.measure else [])]
+    return ", ".join([*texts, *(["no better than chance"] if task.is_like_chance() else [])])

@@ -1,4 +1,4 @@
-"""The evaluator of MMEB, on the tasks that a folder has: every budget from one encoding, a finished task never again.
+"""The evaluator of MMEB, on the tasks in a folder. It encodes once for all budgets, and skips finished tasks.
 
 CACHE/mmeb/{task}.json               results of a task, and the key of its model and data
 CACHE/mmeb/embeddings/{task}-*.npz   vectors at the largest budget, until the task is finished
@@ -31,7 +31,7 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.results import Board, Failure, Interval, Results, SearchResults, TaskResults
 
 MEASURE = "Precision@1"
-LEGEND = "A query is answered if its right document scores above all others that it chooses among; means are over tasks."
+LEGEND = "Share of queries whose right document scores above all others that they choose among; means are over tasks."
 IN_DOMAIN, OUT_OF_DOMAIN = "in domain", "out of domain"
 
 
@@ -39,7 +39,7 @@ class Mmeb:
     """Evaluator of MMEB.
 
     Args:
-      directory: the folder that MMEB-eval was fetched to.
+      directory: the folder of MMEB-eval.
       budgets: to search at.
     """
 
@@ -50,18 +50,18 @@ class Mmeb:
         self._questions: dict[str, Questions] = {}
 
     def check(self) -> None:
-        """Refuse a folder that has no task.
+        """Refuse a folder without tasks.
 
         Raises:
-          UserError: names it.
+          UserError: names the folder.
         """
         available(self.directory, TASKS)
 
     def run(self, subject: Subject, cache: Path, progress: bool) -> Results:
-        """Evaluate every task that the folder has.
+        """Evaluate every task in the folder.
 
         Raises:
-          UserError: files that are missing or make no sense.
+          UserError: files that are missing or malformed.
         """
         tasks, results = available(self.directory, TASKS), []
         for task in tasks:
@@ -70,7 +70,7 @@ class Mmeb:
             vectors = cache / self.name / "embeddings" / f"{task.name}-{key}"
             evaluate = partial(evaluate_task, subject.model, task, questions, self.budgets, vectors, progress)
             results.append(cached(cache / self.name / f"{task.name}.json", key, evaluate))
-            self._questions[task.name] = questions._replace(choices=[])  # most of what a task takes in memory
+            self._questions[task.name] = questions._replace(choices=[])  # they take most of a task's memory
         board = Board(
             name="MMEB",
             measure=MEASURE,
@@ -93,12 +93,12 @@ class Mmeb:
         return {MEASURE: results.boards[0].mean()}
 
     def show(self, failures: Sequence[Failure]) -> list[FailedQuery]:
-        """Look up the items of failures; images are read of these alone."""
+        """Look up the items of failures; only their images are read."""
         return [with_items(failure, *pictured(self._questions[failure.dataset[0]])) for failure in failures]
 
 
 def _groups(tasks: Sequence[Task]) -> dict[str, tuple[str, ...]]:
-    """Names of the tasks of each mean, without means of none."""
+    """Return the names of the tasks of each mean, without empty groups."""
     kinds = dict.fromkeys(task.group for task in tasks)
     groups = {kind: tuple(task.name for task in tasks if task.group == kind) for kind in kinds}
     groups[IN_DOMAIN] = tuple(task.name for task in tasks if task.in_domain)
@@ -112,15 +112,15 @@ def evaluate_task(
     """Encode one task, or read its vectors, and score every budget.
 
     Args:
-      cache: the beginning of the files that hold the vectors until the task is finished.
+      cache: path prefix of the files of the vectors, which are removed at the end.
     """
     if progress:
         print(f"{task.name}: {len(questions.queries):,} queries, {len(questions.documents):,} documents", flush=True)
     query_vectors, document_vectors = largest_budget([(budget,) for budget in budgets])
     queries, documents = pictured(questions)
-    query_rows, query_part = _encoded(model, queries, "query", query_vectors, cache, progress)
-    rows, document_nRD = _encoded(model, documents, "document", document_vectors, cache, progress)
-    query_QRD = join_shares(query_rows, query_part, len(queries))
+    query_rows, query_nRD = _encode(model, queries, "query", query_vectors, cache, progress)
+    rows, document_nRD = _encode(model, documents, "document", document_vectors, cache, progress)
+    query_QRD = join_shares(query_rows, query_nRD, len(queries))
     dimension, searches, scores_QN = query_QRD.shape[2], [], np.zeros((len(queries), len(documents)))
     for budget in by_cost(budgets):
         scores_QN = score_shares(query_QRD, rows, document_nRD, len(documents), budget)
@@ -131,7 +131,7 @@ def evaluate_task(
                 budget=budget_name(budget), flops_per_document=flops, bytes_per_document=size, metrics={MEASURE: precision}
             )
         )
-    failures = worst_queries(map(_ranking, scores_QN, questions.choices), (task.name,))  # the scores are the dearest budget's
+    failures = worst_queries(map(_ranking, scores_QN, questions.choices), (task.name,))  # at the last, largest budget
     for file in cache.parent.glob(f"{cache.name}-*") if hosts.is_first() else ():
         file.unlink()
     return TaskResults(
@@ -152,15 +152,15 @@ def _ranking(scores_N: Float[np.ndarray, " N"], choices: Sequence[int]) -> Ranki
 
 
 def first_choices(scores_QN: Float[np.ndarray, "Q N"], choices: Sequence[Sequence[int]]) -> Bool[np.ndarray, " Q"]:
-    """Return whether each query's right document, the first of its choices, scores above all others of them. A tie is a miss.
+    """Return whether each query's right document, the first of its choices, scores above all other choices.
 
-    A query that has no other choice is right.
+    A tie counts as wrong. A query without other choices counts as right.
     """
     return np.array([(row[numbers[0]] > row[numbers[1:]]).all() for row, numbers in zip(scores_QN, choices, strict=True)])
 
 
 class Pictured(Sequence):
-    """Items whose images are read when they are asked for."""
+    """Items whose images are read on access."""
 
     def __init__(self, items: list[dict], images: ImageFolder):
         self.items, self.images = items, images
@@ -174,14 +174,14 @@ class Pictured(Sequence):
 
 
 def pictured(questions: Questions) -> tuple[Pictured, Pictured]:
-    """Queries and documents."""
+    """Return queries and documents as items with images."""
     return Pictured(questions.queries, questions.images), Pictured(questions.documents, questions.images)
 
 
-def _encoded(
+def _encode(
     model: MetaEmbed, items: Pictured, side: str, budget: int, cache: Path, progress: bool
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n R D"]]:
-    """This host's rows and their vectors, read from the cache if it has them."""
+    """Return this host's rows and their vectors, from the cache if it has them."""
     path = cache.with_name(f"{cache.name}-{side}-{jax.process_index()}-of-{jax.process_count()}.npz")
     if path.is_file():
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:

@@ -3,7 +3,7 @@
 DIR/{task}/test-*.parquet         qry_text, qry_img_path, tgt_text, tgt_img_path (lists), and in the second format
                                   qry_inst, tgt_inst
 DIR/eval_images/{task}/...        the images; paths are relative to eval_images
-DIR/eval_images.zip               or, as delivered, the archive of that folder
+DIR/eval_images.zip               or the archive of that folder, as published
 """
 
 import hashlib
@@ -25,10 +25,10 @@ class Questions(NamedTuple):
 
     Attributes:
       queries: items; an image is its path in `images`.
-      documents: items of all queries, each once.
-      choices: of each query, the documents to choose from; the first is the right one.
+      documents: the distinct items of all queries.
+      choices: the numbers of each query's documents; the first is the right one.
       images: reads the paths.
-      fingerprint: of everything above; of images, their `ImageFolder.stamp`.
+      fingerprint: of all above; of images, by their `ImageFolder.stamp`.
     """
 
     queries: list[dict]
@@ -42,7 +42,7 @@ def read_task(task: Task, directory: Path) -> Questions:
     """Read one task.
 
     Raises:
-      UserError: files, columns or images that are missing, or a row that makes no sense; names the file and row.
+      UserError: files, columns or images are missing, or a row is malformed; names the file and row.
     """
     table = open_row_files(sorted((directory / task.name).glob("test-*.parquet")))
     check_columns(table, COLUMNS)
@@ -53,7 +53,7 @@ def read_task(task: Task, directory: Path) -> Questions:
         try:
             query, targets = _query(task, row), _targets(task, row)
             for target in (query, *(target for _, target in targets)):
-                if "image" in target and target["image"] not in stamped:  # most are documents of many queries
+                if "image" in target and target["image"] not in stamped:  # most images belong to many queries
                     stamped.add(target["image"])
                     digest.update(repr(images.stamp(target["image"])).encode())
         except UserError as error:
@@ -71,14 +71,14 @@ def read_task(task: Task, directory: Path) -> Questions:
 
 
 def available(directory: Path, tasks: tuple[Task, ...]) -> list[Task]:
-    """Return the tasks that a folder has.
+    """Return the tasks in a folder.
 
     Raises:
-      UserError: it has none.
+      UserError: there are none.
     """
     present = [task for task in tasks if any((directory / task.name).glob("test-*.parquet"))]
     if not present:
-        raise UserError(f"{directory}: expected {{task}}/test-*.parquet of MMEB; give the folder that MMEB-eval was fetched to")
+        raise UserError(f"{directory}: expected {{task}}/test-*.parquet of MMEB; set it to the folder of MMEB-eval")
     return present
 
 
@@ -95,7 +95,7 @@ def _query(task: Task, row: dict) -> dict:
 
 
 def _targets(task: Task, row: dict) -> list[tuple[str, dict]]:
-    """(key, item) of each target: equal keys are one document."""
+    """Return (key, item) of each target; targets of equal keys are one document."""
     texts, paths = list(row["tgt_text"] or ()), list(row["tgt_img_path"] or ())
     count = max(len(texts), len(paths))
     if not count:
@@ -105,7 +105,7 @@ def _targets(task: Task, row: dict) -> list[tuple[str, dict]]:
     else:
         paths = paths or [""] * count
     if len(texts) != len(paths):
-        raise UserError(f"tgt_text has {len(texts)} entries and tgt_img_path {len(paths)}: expected as many")
+        raise UserError(f"tgt_text has {len(texts)} entries and tgt_img_path {len(paths)}: expected equal numbers")
     captioned = bool((texts[0] or "").strip())
     targets = []
     for text, path in zip(texts, paths, strict=True):

@@ -1,7 +1,7 @@
-"""The strings of MMEB's second format, byte for byte as the benchmark's own evaluation puts them together.
+"""The strings of MMEB's second format, byte for byte as in the benchmark's own evaluation.
 
-The first format has them ready. In the second (`ziyjiang/MMEB_Test_Instruct`) an instruction, a text and the mark of an image are
-joined, and blanks before a line's end are taken out, so that they equal the first format's:
+The first format has complete strings. In the second (`ziyjiang/MMEB_Test_Instruct`) an instruction, a text and the mark of an image
+are joined, and blanks before the end of a line are removed, which gives the strings of the first format:
 
     i2t, query       IMG + " " + instruction + " " + text, then "\\n"          target: the text as it is
     qa, i2i, query   the same, the instruction stripped and after a "\\n"      target of qa: the text as it is
@@ -14,7 +14,7 @@ from metaembed_jax.evaluation.mmeb.tasks import Task
 
 
 def query_string(task: Task, instruction: str, text: str) -> str:
-    """The text of a query, with the mark of its image."""
+    """Return the text of a query, with the mark of its image."""
     if task.kind == "t2i":
         return f"{instruction.replace(MARK, '')} {text}\n" + ("\n" if task.name == "VisDial" else "")
     instruction = instruction.replace(MARK, "")
@@ -24,10 +24,10 @@ def query_string(task: Task, instruction: str, text: str) -> str:
 
 
 def target_string(task: Task, instruction: str, caption: str, captioned: bool) -> str:
-    """The text of a document, with the mark of its image.
+    """Return the text of a document, with the mark of its image.
 
     Args:
-      captioned: whether the query's targets have captions, which its first one tells.
+      captioned: the targets of the query have captions; its first target decides.
     """
     if task.kind in ("i2t", "qa"):
         return caption

@@ -1,4 +1,4 @@
-"""The 36 tasks of MMEB: their groups, which of them are in the domain of MMEB-train, and the kinds of queries and documents."""
+"""The 36 tasks of MMEB: their groups, domains (MMEB-train or not), and kinds of queries and documents."""
 
 import dataclasses
 
@@ -10,9 +10,9 @@ class Task:
     """One task.
 
     Attributes:
-      name: of its folder.
+      name: of the folder.
       group: one of `GROUPS`.
-      in_domain: MMEB-train has a subset of it.
+      in_domain: MMEB-train has a subset of the task.
       kind: "i2t": image to text; "qa": image and question to text; "t2i": text to image; "i2i": image, with or without text, to
         image.
     """

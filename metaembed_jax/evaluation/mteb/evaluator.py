@@ -1,8 +1,9 @@
-"""The evaluator of mteb's benchmarks: every budget from one encoding, a finished task never again.
+"""The evaluator of mteb's benchmarks. It encodes once for all budgets, and skips finished tasks.
 
 CACHE/mteb/{task}.json   results of a task, and the key of its model and data
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -22,18 +23,18 @@ from metaembed_jax.late_interaction.budgets import by_cost, in_order, search_nam
 from metaembed_jax.late_interaction.stages import Stages, as_stages, largest_budget
 from metaembed_jax.results import Board, Failure, Interval, Results, SearchResults, TaskResults
 
-METRICS = ("ndcg_at_5", "ndcg_at_10")  # beside each task's main score
+METRICS = ("ndcg_at_5", "ndcg_at_10")  # in addition to each task's main score
 MEASURE = "main score"
 LEFT_OUT = "left out: "
-LEGEND = "The main score of each task, as mteb defines and names it."
+LEGEND = "The main score of each task, by mteb's definition and name."
 
 
 class Mteb:
     """Evaluator of benchmarks of mteb.
 
     Args:
-      benchmark: as `tasks.find` takes it.
-      budgets: each as `as_stages` takes it.
+      benchmark: as in `tasks.find`.
+      budgets: each as in `as_stages`.
     """
 
     name = "mteb"
@@ -43,11 +44,11 @@ class Mteb:
 
     @cached_property
     def benchmarks(self) -> list[Benchmark]:
-        """The benchmarks that are meant."""
+        """The benchmarks of this name."""
         return find(self.benchmark)
 
     def check(self) -> None:
-        """Refuse a name that mteb does not know, or that has nothing to search.
+        """Refuse a name that mteb does not know, or whose tasks are not searches.
 
         Raises:
           UserError: as `tasks.find`.
@@ -55,10 +56,10 @@ class Mteb:
         _ = self.benchmarks
 
     def run(self, subject: Subject, cache: Path, progress: bool) -> Results:
-        """Evaluate every task whose data is to be had.
+        """Evaluate every task except private ones that cannot be fetched.
 
         Raises:
-          UserError: a budget beyond the model's, or data that cannot be fetched or makes no sense.
+          UserError: a budget beyond the model's, or data that cannot be fetched or is malformed.
         """
         vectors = subject.model.config.vectors("query"), subject.model.config.vectors("document")
         searches = in_order(as_stages(budget, *vectors) for budget in self.budgets)
@@ -117,21 +118,20 @@ def evaluate_task(searcher: Searcher, task: Any, searches: Sequence[Stages]) -> 
     """Fetch one task and search it at every budget; the means are over its splits and subsets.
 
     Raises:
-      UserError: the data cannot be fetched (`PrivateTask`, if that is why), or makes no sense.
+      UserError: the data cannot be fetched (`PrivateTask` if it is private), or is malformed.
     """
     from mteb import TaskResult
 
     fetch(task)
     scores: dict[str, dict] = {search_name(stages): {split: {} for split in task.eval_splits} for stages in searches}
-    parts = [(split, subset) for split in task.eval_splits for subset in task.hf_subsets]
     queries, documents, failures = 0, 0, []
-    for split, subset in parts:  # outside of the searches, so that its vectors serve all of them
-        part = _evaluate_part(searcher, task, split, subset, searches)
-        for name, theirs in part.scores.items():
-            scores[name][split] |= theirs
-        queries, documents, failures = queries + part.queries, documents + part.documents, failures + part.failures
+    for split, subset in itertools.product(task.eval_splits, task.hf_subsets):  # all searches of a subset use the same vectors
+        results = _evaluate_subset(searcher, task, split, subset, searches)
+        for name, subset_scores in results.scores.items():
+            scores[name][split] |= subset_scores
+        queries, documents, failures = queries + results.queries, documents + results.documents, failures + results.failures
     task.unload_data()
-    results = {name: TaskResult.from_task_results(task, splits, evaluation_time=0) for name, splits in scores.items()}
+    task_results = {name: TaskResult.from_task_results(task, splits, evaluation_time=0) for name, splits in scores.items()}
     return TaskResults(
         name=task.metadata.name,
         metric=task.metadata.main_score,
@@ -139,7 +139,7 @@ def evaluate_task(searcher: Searcher, task: Any, searches: Sequence[Stages]) -> 
         documents=documents,
         dimension=searcher.model.dimension,
         data=f"revision {task.metadata.revision}",
-        searches=tuple(_search_results(searcher, task, stages, results[search_name(stages)]) for stages in searches),
+        searches=tuple(_search_results(searcher, task, stages, task_results[search_name(stages)]) for stages in searches),
         failures=tuple(worst_of(failures)),
     )
 
@@ -157,13 +157,13 @@ def _search_results(searcher: Searcher, task: Any, stages: Stages, result: Any) 
     return SearchResults(budget=search_name(stages), flops_per_document=flops, bytes_per_document=size, metrics=metrics)
 
 
-class Part(NamedTuple):
+class SubsetResults(NamedTuple):
     """Results of one subset of one split.
 
     Attributes:
-      scores: of each search, those of mteb.
-      queries, documents: how many count.
-      failures: the worst queries, numbered as the data is.
+      scores: of mteb, for each search.
+      queries, documents: the numbers of those that mteb does not leave out.
+      failures: the worst queries, by their numbers in the data.
     """
 
     scores: dict[str, dict]
@@ -172,7 +172,7 @@ class Part(NamedTuple):
     failures: list[Failure]
 
 
-def _evaluate_part(searcher: Searcher, task: Any, split: str, subset: str, searches: Sequence[Stages]) -> Part:
+def _evaluate_subset(searcher: Searcher, task: Any, split: str, subset: str, searches: Sequence[Stages]) -> SubsetResults:
     if searcher.progress:
         print(f"{task.metadata.name}, {split}, {subset}", flush=True)
     data, results = task.dataset[subset][split], {}
@@ -181,12 +181,12 @@ def _evaluate_part(searcher: Searcher, task: Any, split: str, subset: str, searc
     for stages in searches:
         indexed = searcher.at(stages)
         results[search_name(stages)] = task.evaluate(indexed, split, subsets_to_run=[subset], encode_kwargs={})
-    # mteb has now left out queries that nothing is known of. A ranking needs all scores, and searches return the best: scoring
-    # once more costs little beside encoding.
-    dearest = by_cost((stages[-1][0], stages[-1][1]) for stages in searches)[-1]
-    scores = indexed.score(data["queries"], dearest, task_metadata=task.metadata, top_ranked=data["top_ranked"])
+    # mteb has now left out queries without relevant documents. Rankings need all scores, and searches return the best ones only;
+    # scoring again costs little compared with encoding.
+    largest = by_cost((stages[-1][0], stages[-1][1]) for stages in searches)[-1]
+    scores = indexed.score(data["queries"], largest, task_metadata=task.metadata, top_ranked=data["top_ranked"])
     failures = [
         replace(failure, dataset=(task.metadata.name, split, subset), query=numbers[scores.queries[failure.query]])
         for failure in task_failures(task, data["relevant_docs"], scores)
     ]
-    return Part(results, len(data["queries"]), len(data["corpus"]), failures)
+    return SubsetResults(results, len(data["queries"]), len(data["corpus"]), failures)

@@ -1,4 +1,4 @@
-"""The queries of mteb's tasks that a model fails worst, chosen from the scores of all documents."""
+"""Choose the worst failures of a model in mteb's tasks, from the scores of all documents."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +15,7 @@ from metaembed_jax.results import Failure
 def task_failures(task: Any, judged: Mapping[str, Mapping[str, int]], scores: Scores) -> list[Failure]:
     """Choose the worst queries, numbered as in `scores`.
 
-    A document of a grade above 0 is right. A query that has no such document, among those that count for it, is left out.
+    Documents of a grade above 0 are right. Queries without a right document among those that mteb ranks are left out.
 
     Args:
       judged: {query: {document: grade}}.
@@ -32,7 +32,10 @@ def task_failures(task: Any, judged: Mapping[str, Mapping[str, int]], scores: Sc
 
 
 def _counted(task: Any, scores: Scores) -> Bool[np.ndarray, "Q N"]:
-    """Mark the documents that mteb ranks for a query: those asked about; not itself or the first one, where the task says so."""
+    """Mark the documents that mteb ranks for each query: those with a score.
+
+    By the settings of the task, the document of the same id or the first document is not ranked.
+    """
     counted_QN = scores.scores_QN > -np.inf
     if task.ignore_identical_ids:
         counted_QN &= ~marked(scores.queries, scores.documents, {query: [query] for query in scores.queries})

@@ -1,8 +1,7 @@
 """Queries and corpora of mteb's retrieval tasks, as items to encode.
 
-A task's own instruction, where the data has one for each query, is part of the text. The prompts that mteb has for whole tasks are
-for models that are asked to follow them; late-interaction models of pages are evaluated without, and so is ours: its prompts add
-"Query: " by themselves.
+An instruction of a single query in the data is part of the text. mteb's prompts for whole tasks are not used: they are for models
+that follow instructions. Other late-interaction models are evaluated without them too, and this model's prompts add "Query: ".
 """
 
 import hashlib
@@ -17,12 +16,12 @@ COLUMNS = {"query": ("text", "instruction"), "document": ("text", "title")}
 
 
 class TaskItems(Sequence):
-    """Rows of a `datasets.Dataset` with an `id`, a `text`, an `image` or both, read when they are asked for.
+    """Rows of a `datasets.Dataset` with an `id` and a `text`, an `image` or both, read on access.
 
     Args:
       table: the rows.
       side: "query" or "document".
-      modalities: those that the task has on this side: other columns do not count.
+      modalities: of the task on this side; other columns are not read.
       name: for errors.
 
     Raises:
@@ -52,19 +51,19 @@ class TaskItems(Sequence):
         if row.get("text") is not None:
             item["text"] = text_of(row, self.side)
         if row.get("image") is not None:
-            item["image"] = self._encoded(row["image"], number)
+            item["image"] = self._image(row["image"], number)
         return item
 
     def fingerprint(self) -> str:
-        """A digest of the content of all items in their order; ids do not count."""
+        """Return a digest of the content of all items in order, without their ids."""
         digest = hashlib.sha256()
         for item in self:
             for content in (item.get("text", "").encode("utf-8", "surrogatepass"), item.get("image", b"")):
                 digest.update(len(content).to_bytes(8) + content)
         return digest.hexdigest()
 
-    def _encoded(self, image: dict, number: int) -> bytes:
-        """The bytes of an image as `datasets` stores it: in the row, or in a file."""
+    def _image(self, image: dict, number: int) -> bytes:
+        """Return the bytes of an image, which `datasets` stores in the row or in a file."""
         if image["bytes"] is not None:
             return image["bytes"]
         file = Path(image["path"] or "")
@@ -74,7 +73,7 @@ class TaskItems(Sequence):
 
 
 def items_of(table: Any, side: str, metadata: Any) -> TaskItems:
-    """The queries or the corpus of a task, as its metadata describes them.
+    """Return the queries or the corpus of a task, by its metadata.
 
     Raises:
       UserError: as `TaskItems`.
@@ -86,7 +85,7 @@ def items_of(table: Any, side: str, metadata: Any) -> TaskItems:
 
 
 def text_of(row: dict, side: str) -> str:
-    """The text of a row, as mteb's own models read it: title and text, text and instruction, or the turns of a conversation."""
+    """Return the text of a row as mteb's own models read it: title and text, text and instruction, or turns of a conversation."""
     text = row["text"]
     if side == "document":
         return f"{row.get('title') or ''} {text}".strip()

@@ -1,4 +1,4 @@
-"""Scores of queries and documents by their ids, and marks of some of them."""
+"""Scores of queries and documents by their ids."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ class Scores(NamedTuple):
 
     Attributes:
       queries, documents: their ids.
-      scores_QN: -inf where a query does not ask about a document.
+      scores_QN: -inf for documents that are not ranked for a query.
     """
 
     queries: Sequence[str]
@@ -21,7 +21,7 @@ class Scores(NamedTuple):
 
 
 def marked(queries: Sequence[str], documents: Sequence[str], named: Mapping[str, Iterable[str]]) -> Bool[np.ndarray, "Q N"]:
-    """Mark the documents that are named for each query; names that no document has do not count."""
+    """Mark the documents that are named for each query; unknown names are ignored."""
     marks_QN, columns = np.zeros((len(queries), len(documents)), bool), {name: column for column, name in enumerate(documents)}
     for row_N, query in zip(marks_QN, queries, strict=True):
         row_N[[columns[name] for name in named.get(query, ()) if name in columns]] = True

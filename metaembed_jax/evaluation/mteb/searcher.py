@@ -1,4 +1,4 @@
-"""A MetaEmbed model as a model of mteb that searches: `mteb.evaluate(Searcher(model, (16, 64)), tasks)`."""
+"""A MetaEmbed model as a search model of mteb: `mteb.evaluate(Searcher(model, (16, 64)), tasks)`."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
 class Searcher:
     """mteb's `SearchProtocol`, scored by MaxSim at a budget or in stages.
 
-    Documents and queries are encoded once and kept until others come, for all searchers of `at`.
+    The vectors of the last documents and queries are kept, for this searcher and those of `at`.
 
     Args:
       model: encodes both.
@@ -63,10 +63,10 @@ class Searcher:
         self._documents: tuple[Sequence[str], Encoded] | None = None
 
     def at(self, budget: Sequence) -> "Searcher":
-        """The same searcher at another budget.
+        """Return this searcher at another budget.
 
         Raises:
-          UserError: it is beyond the largest of this one.
+          UserError: it is beyond the largest budget of this searcher.
         """
         other = copy.copy(self)
         other.stages = as_stages(budget, *self._largest)
@@ -74,7 +74,7 @@ class Searcher:
 
     @property
     def mteb_model_meta(self):
-        """The facts that mteb records of a model."""
+        """The metadata that mteb records of a model."""
         from mteb.models.model_meta import ModelMeta, ScoringFunction
 
         facts = dict(
@@ -89,7 +89,7 @@ class Searcher:
         return ModelMeta.create_empty({key: value for key, value in facts.items() if value is not None})
 
     def index(self, corpus: Any, *, task_metadata: Any, **_: Any) -> None:
-        """Encode the documents, unless they are held.
+        """Encode the documents, unless their vectors are kept.
 
         Raises:
           UserError: names the item that cannot be encoded.
@@ -101,7 +101,7 @@ class Searcher:
     def search(
         self, queries: Any, *, task_metadata: Any, top_k: int, top_ranked: dict | None = None, **_: Any
     ) -> dict[str, dict[str, float]]:
-        """Return the best of the indexed documents, {query: {document: score}}, of `top_ranked` alone where it is given.
+        """Return the best of the indexed documents, {query: {document: score}}; with `top_ranked`, only of those it names.
 
         Raises:
           UserError: as `index`.
@@ -110,7 +110,7 @@ class Searcher:
         ids, score_all = self._scorer(items, top_ranked)
 
         def score(budget: Budget, rows_QK: Int[np.ndarray, "Q K"] | None) -> Float[np.ndarray, "Q K"]:
-            # Of all documents in later stages too: the survivors differ by query, and are spread over several hosts.
+            # Later stages score all documents too: the survivors differ by query, and are spread over several hosts.
             scores_QN = score_all(budget)
             return scores_QN if rows_QK is None else np.take_along_axis(scores_QN, rows_QK, axis=1)
 
@@ -134,7 +134,7 @@ class Searcher:
     def _scorer(
         self, items: TaskItems, top_ranked: dict | None
     ) -> tuple[Sequence[str], Callable[[Budget], Float[np.ndarray, "Q N"]]]:
-        """Ids of all documents, and their scores at a budget, -inf for those that are not asked about."""
+        """Return the ids of all documents, and their scores as a function of the budget; -inf for those not in `top_ranked`."""
         if self._documents is None:
             raise UserError(f"{items.name}: nothing is indexed; call index before search")
         ids, documents = self._documents
@@ -149,10 +149,10 @@ class Searcher:
         return ids, score
 
     def _encoded(self, items: TaskItems) -> Encoded:
-        """Vectors of items: those that are held, if they are of the same content."""
+        """Return the vectors of items: the kept ones if the content is the same."""
         fingerprint, held = items.fingerprint(), self._held.get(items.side)
         if held is None or held.fingerprint != fingerprint:
-            self._held.pop(items.side, None)  # before others take its memory
+            self._held.pop(items.side, None)  # frees memory before encoding
             budget = self._largest[0 if items.side == "query" else 1]
             try:
                 rows, vectors_nRD = self.model.encode_share(items, items.side, budget=budget, progress=self.progress)

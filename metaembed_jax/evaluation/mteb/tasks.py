@@ -13,7 +13,7 @@ class Benchmark(NamedTuple):
 
     Attributes:
       name: of the benchmark, or of its only task.
-      tasks: those of text and images that are searched, mteb's own objects.
+      tasks: mteb's objects of retrieval tasks of texts and images.
       others: the names of all other tasks.
     """
 
@@ -23,10 +23,10 @@ class Benchmark(NamedTuple):
 
 
 def find(name: str) -> list[Benchmark]:
-    """Find the benchmarks of a group, one benchmark, or one task.
+    """Return the benchmarks of a group, one benchmark, or one task.
 
     Raises:
-      UserError: mteb is not installed, knows no such name, or has no task of that name that this model can do.
+      UserError: mteb is not installed or does not know the name, or none of the tasks is retrieval of texts and images.
     """
     try:
         import mteb

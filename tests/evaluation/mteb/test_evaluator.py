@@ -221,7 +221,7 @@ def test_without_mteb(monkeypatch):
     [
         ("mmeb", None, "--benchmark=mmeb: expected a folder"),
         ("vidore", Path("x"), "--benchmark=vidore: x is not read: only mmeb is in a folder"),
-        (None, Path("x"), "--from=x: is for --benchmark=mmeb"),
+        (None, Path("x"), "--from=x: expected with --benchmark=mmeb only"),
         ("vidor", None, "the nearest are vidore"),
     ],
 )
