@@ -1,6 +1,6 @@
-"""Results of an evaluation: tasks, their searches, the metrics of each search; as dataclasses, and as JSON in a file.
+"""Results of an evaluation, as dataclasses and as JSON: tasks, their searches, and the metrics of each search.
 
-JSON has the fields of the dataclasses that are not None, and the means of each board.
+The JSON has all fields that are not None, and the means of each board.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResults:
-    """Metrics of a task that was searched at one budget, or in stages.
+    """Metrics of a task at one budget, or of a search in stages.
 
     Attributes:
       budget: as in flags, "4:8" or "1:1:1000>16:64".
-      flops_per_document, bytes_per_document: of MaxSim and of the index; None of a search in stages.
+      flops_per_document, bytes_per_document: of MaxSim and of the index; None for a search in stages.
       metrics: by name.
     """
 
@@ -52,14 +52,14 @@ class Gain:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A query that ranks a wrong document before all right ones, in numbers.
+    """A query that ranks a wrong document before all right ones.
 
     Attributes:
-      dataset: the source or task, and its parts, in which items are numbered.
-      query: its number.
-      rank: of its first right document, from 0; after all others of equal score, as in `metrics.gold_of`.
-      among: the number of documents that were searched.
-      right: (document, score) of some right documents, best first.
+      dataset: the source or task, and its split and subset, in which items are numbered.
+      query: the number of the query.
+      rank: of its first right document, from 0; after all wrong ones of equal score, as in `metrics.gold_of`.
+      among: the number of searched documents.
+      right: (document, score) of the best right documents, best first.
       above: the same for wrong documents that rank before them.
     """
 
@@ -72,7 +72,7 @@ class Failure:
 
     @property
     def severity(self) -> tuple[int, float]:
-        """Sort key of failures, largest for the worst: the rank, then the difference of scores to the first document."""
+        """Sort key of failures, the worst last: the rank, then the difference between the first wrong and the best right score."""
         return severity(self.rank, self.right[0][1], self.above[0][1])
 
 
@@ -91,10 +91,10 @@ class TaskResults:
       queries, documents: their numbers.
       dimension: width of a vector.
       data: version of the searched data.
-      searches: cheapest first, then those in stages.
+      searches: cheapest first; searches in stages last.
       gain: None for a single budget, or if metrics have no intervals.
-      chance: the main metric of guesses, if known.
-      failures: the worst at the largest budget.
+      chance: the main metric of random guesses, if known.
+      failures: the worst ones at the largest budget.
     """
 
     name: str
@@ -122,19 +122,19 @@ class TaskResults:
 
 @dataclass(frozen=True, kw_only=True)
 class Board:
-    """Tasks that are shown together, and their means.
+    """Tasks in one table, and their means.
 
     Attributes:
-      name: of the benchmark, or of the direction in which sources are searched.
-      measure: the tasks' main metric.
+      name: of the benchmark, or of the direction of the search.
+      measure: the main metric of the tasks.
       secondary: another metric of all tasks, for the plot; empty for none.
-      legend: how to read the numbers.
+      legend: explains the numbers.
       tasks: all have the same searches; empty if all data of the board is private.
-      total: tasks of the board, including those that are left out.
-      groups: the tasks of further means, by name.
-      drawn: groups that the plot shows next to all tasks.
+      total: the number of tasks, with those that are left out.
+      groups: names of the tasks of further means, by group.
+      drawn: groups in the plot, in addition to all tasks.
       published: means of all tasks that others report, by budget.
-      notes: lines for the reader.
+      notes: lines below the table.
     """
 
     name: str
@@ -149,7 +149,7 @@ class Board:
     notes: tuple[str, ...] = ()
 
     def mean(self, metric: str = "", group: str = "") -> dict[str, Interval]:
-        """Return a metric's mean over tasks at each budget, by default of the main metrics; for a single task, its interval."""
+        """Return the mean of a metric over tasks at each budget, by default of the main metrics; of a single task, its interval."""
         tasks = [task.values(metric) for task in self.tasks if not group or task.name in self.groups[group]]
         if len(tasks) == 1:
             return tasks[0]
@@ -170,7 +170,7 @@ class Results:
       model: name of its config.
       step: of its checkpoint.
       data: version of all searched data.
-      boards: at least one; the mean of the first is the headline.
+      boards: at least one.
     """
 
     title: str
@@ -180,12 +180,12 @@ class Results:
     boards: tuple[Board, ...]
 
     def tasks(self) -> list[TaskResults]:
-        """The tasks of all boards."""
+        """Return the tasks of all boards."""
         return [task for board in self.boards for task in board.tasks]
 
 
 def to_json(results: Any) -> Any:
-    """Return a dataclass of this module as JSON's types."""
+    """Convert a dataclass of this module to JSON's types."""
     if isinstance(results, Mapping):
         return {key: to_json(value) for key, value in results.items()}
     if isinstance(results, tuple):
@@ -198,10 +198,10 @@ def to_json(results: Any) -> Any:
 
 
 def from_json(kind: Any, content: Any) -> Any:
-    """Return the value of a dataclass, or of a field's type; inverse of `to_json`. Unknown keys are ignored.
+    """Convert JSON's types to a dataclass, or to the type of a field; inverse of `to_json`. Unknown keys are ignored.
 
     Raises:
-      TypeError: content of another type, or fields that are missing.
+      TypeError: content of another type, or missing fields.
     """
     origin, arguments, make = get_origin(kind) or kind, get_args(kind), kind
     if origin is types.UnionType:  # with None, which JSON omits
@@ -226,7 +226,7 @@ def read_results(path: str | os.PathLike) -> Results:
     """Read the results.json of a run.
 
     Raises:
-      UserError: the file is missing, or is something else.
+      UserError: the file is missing, or is not results of this version.
     """
     try:
         content = files.read_json(files.any_path(path))

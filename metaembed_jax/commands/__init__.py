@@ -1,4 +1,4 @@
-"""The commands of `metaembed`, a module each: `add_flags` says what a command takes, `run` hands it to the function that does it.
+"""The commands of `metaembed`, a module each: `add_flags` declares the flags, `run` passes them to the function of the command.
 
-A module is imported when its command is asked for, so that `metaembed search` needs nothing of training.
+Only the module of the given command is imported, so that `metaembed search` does not need the packages of training.
 """

@@ -18,7 +18,7 @@ EXAMPLES = """
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add_config(parser, required=False)
-    parser.add_argument("--only", default="", metavar="WORDS", help="run the lines that have this in their name")
+    parser.add_argument("--only", default="", metavar="WORDS", help="run the lines whose name contains this")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout, and the table on stderr")
     add_device_flags(parser)
 
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the table of the checks."""
     start(arguments)
     if arguments.overrides and not arguments.config:
-        raise UserError(f"--config.{next(iter(arguments.overrides))} changes a config: add --config=NAME")
+        raise UserError(f"--config.{next(iter(arguments.overrides))} changes a config; add --config=NAME")
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     if not command.check(config, arguments.only, arguments.json):
         sys.exit(1)

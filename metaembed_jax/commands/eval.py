@@ -21,20 +21,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--checkpoint", type=any_path, required=True, help="a run; its best checkpoint is read")
     parser.add_argument(
-        "--out", type=any_path, help="the folder of results.json, quality.png and report.html (default: <checkpoint>/eval)"
+        "--out", type=any_path, help="the folder for results.json, quality.png and report.html (default: <checkpoint>/eval)"
     )
     parser.add_argument(
         "--budgets",
-        help="pairs r_q:r_c, such as 1:1,4:8,16:64 (default: those that were trained); for mteb also stages, 1:1:1000>16:64",
+        help="pairs r_q:r_c, such as 1:1,4:8,16:64 (default: the trained ones); for mteb also stages, 1:1:1000>16:64",
     )
     parser.add_argument("--benchmark", help="mmeb; vidore, or any benchmark or task of mteb (default: the test split)")
-    parser.add_argument("--from", dest="files", type=local_path, help="the folder that the files of mmeb were fetched to")
+    parser.add_argument("--from", dest="files", type=local_path, help="the folder of MMEB-eval, for --benchmark=mmeb")
     add_device_flags(parser)
     add_host_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the table of a checkpoint, and write its results."""
+    """Print the table of the best checkpoint, and write its results."""
     start(arguments)
     with fail_together(), stop_signal() as stop, stop.at_once():
         config = load_config(arguments.config, arguments.overrides)

@@ -14,9 +14,9 @@ EXAMPLES = """
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("--checkpoint", type=model_name, required=True, help="a run, or a Hugging Face directory")
-    parser.add_argument("--out", type=any_path, required=True, help="a folder that is empty, or a new one")
-    parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="whose format")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the tensors (default: the one it was trained in)")
+    parser.add_argument("--out", type=any_path, required=True, help="an empty or new folder")
+    parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="the library to write for")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the tensors (default: the dtype of training)")
     add_device_flags(parser)
 
 

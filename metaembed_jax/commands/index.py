@@ -1,4 +1,4 @@
-"""Encode documents into an index. Killed and run again, it goes on where it was."""
+"""Encode documents into an index. After a kill, the same command continues."""
 
 import argparse
 
@@ -17,7 +17,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("--model", type=model_name, required=True, help="a run, a Hugging Face directory, or a hub id")
     parser.add_argument("--input", type=local_path, required=True, help="a folder of images and PDF files, or a .jsonl or .parquet")
-    parser.add_argument("--out", type=local_path, required=True, help="the index; an index of that name is replaced in the end")
+    parser.add_argument("--out", type=local_path, required=True, help="the index; an existing one is replaced at the end")
     parser.add_argument("--budget", type=int, help="vectors to keep of each document (default: all)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the vectors on disk (default: bfloat16)")
     add_device_flags(parser)

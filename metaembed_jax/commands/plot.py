@@ -16,7 +16,7 @@ EXAMPLES = """
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.add_argument("results", type=any_path, nargs="+", help="results.json of `metaembed train` or `eval`, one a line")
+    parser.add_argument("results", type=any_path, nargs="+", help="results.json of `metaembed train` or `eval`, one for each line")
     parser.add_argument("--out", type=any_path, default=Path("quality.png"), help="the picture (default: quality.png)")
 
 
@@ -24,6 +24,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the picture."""
     plot = draw_results([read_results(path) for path in arguments.results])
     if plot is None:
-        raise UserError("nothing to plot: the results have searches in stages only; expected plain budgets")
+        raise UserError("nothing to plot: all searches are in stages; expected results at plain budgets")
     write_bytes(arguments.out, plot)
     print(f"written: {arguments.out}")

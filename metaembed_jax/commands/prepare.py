@@ -1,4 +1,4 @@
-"""Write a source of pairs as ArrayRecord, where training and evaluation read it. A killed preparation goes on where it was."""
+"""Write a source of pairs as ArrayRecord, for training and evaluation. After a kill, the same command continues."""
 
 import argparse
 import os
@@ -18,17 +18,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     kinds = [f"{kind} (--from: {files})" for kind, (*_, files) in sources.READERS.items()]
     parser.add_argument("--source", required=True, help="; ".join([*sources.GENERATED, *kinds]))
-    parser.add_argument("--from", dest="path", type=local_path, help="the files to read; none for a source that is generated")
+    parser.add_argument("--from", dest="path", type=local_path, help="the files to read; not for generated sources")
     parser.add_argument("--out", type=local_path, default=Path("data"), help="the folder of all sources (default: data)")
-    parser.add_argument("--workers", type=count, default=os.cpu_count(), help="processes to read with (default: one a core)")
-    parser.add_argument("--skip", type=count, default=0, help="bad rows of a source to leave out before an error (default: 0)")
+    parser.add_argument("--workers", type=count, default=os.cpu_count(), help="processes that read (default: one for each core)")
+    parser.add_argument("--skip", type=count, default=0, help="most bad rows of a source to leave out (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prepare a source, and print its counts."""
     if arguments.source in sources.GENERATED:
         if arguments.path:
-            raise UserError(f"--from: the source {arguments.source} is generated, and reads no files; leave it out")
+            raise UserError(f"--from: the source {arguments.source} is generated and reads no files; remove the flag")
         markers = {arguments.source: sources.prepare(arguments.source, arguments.out)}
     elif arguments.path is None and arguments.source in sources.READERS:
         raise UserError(f"--from is missing: {sources.READERS[arguments.source][-1]}")

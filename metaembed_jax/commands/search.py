@@ -18,8 +18,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("query", nargs="?", help="a text")
     parser.add_argument("--image", type=local_path, help="an image file")
     parser.add_argument("--budget", help="such as 4:8, or stages, 1:1:1000>16:64 (default: all vectors)")
-    parser.add_argument("-k", type=int, help="how many documents to show (default: 10)")
-    parser.add_argument("--model", type=model_name, help="where the index's model is now (default: where it was)")
+    parser.add_argument("-k", type=int, help="the number of documents to show (default: 10)")
+    parser.add_argument("--model", type=model_name, help="the path or id of the index's model, if it has moved")
     add_device_flags(parser)
 
 

@@ -1,6 +1,6 @@
-"""Train a model. Run again, the same command goes on where it stopped.
+"""Train a model. After a stop, the same command continues from the latest checkpoint.
 
-SIGTERM saves and ends it with exit code 143, which tells schedulers to start it again.
+SIGTERM saves a checkpoint and ends the command with exit code 143, so that a scheduler starts it again.
 """
 
 import argparse

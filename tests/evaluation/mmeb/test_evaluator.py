@@ -164,7 +164,7 @@ def test_equal_targets_are_one_document(tmp_path):
     "change, message",
     [
         ({"tgt_text": [], "tgt_img_path": []}, "tgt_text and tgt_img_path are empty"),
-        ({"tgt_text": ["a"], "tgt_img_path": ["", ""]}, "tgt_text has 1 entries and tgt_img_path 2: expected as many"),
+        ({"tgt_text": ["a"], "tgt_img_path": ["", ""]}, "tgt_text has 1 entries and tgt_img_path 2: expected equal numbers"),
         ({"qry_img_path": "ChartQA/9.jpg"}, "eval_images/ChartQA/9.jpg is missing"),
         ({"qry_img_path": "../x"}, "leads out of"),
         ({"qry_img_path": ""}, "no image next to it"),
