@@ -150,9 +150,9 @@ def read_metadata(directory: Path) -> dict:
     if not isinstance(numbers, dict) or not all(type(number) is int and number >= 0 for number in numbers.values()):
         raise UserError(f"{directory / 'config.json'}: {METADATA}={numbers!r}: expected non-negative integers {', '.join(keys)}")
     if bool(metadata["embedding_dim"]) != head:
-        width, there = metadata["embedding_dim"], "is" if head else "is not"
+        width, state = metadata["embedding_dim"], "is" if head else "is not"
         raise UserError(
-            f"{directory}: {METADATA}.embedding_dim of config.json is {width}, and {HEAD} {there} there; export it again"
+            f"{directory}: {METADATA}.embedding_dim of config.json is {width}, and {HEAD} {state} there; export it again"
         )
     tokenizer, counts = _read_tokenizer(directory / "tokenizer.json"), (metadata["query_tokens"], metadata["document_tokens"])
     if sum(counts) > tokenizer.get_vocab_size():

@@ -89,32 +89,32 @@ def _misfit(value, annotation) -> tuple[str, object, str] | None:
 
 
 def _fits(value, annotation) -> bool:
-    kind, parts = get_origin(annotation) or annotation, get_args(annotation)
+    kind, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if kind is Annotated:
-        return _fits(value, parts[0]) and parts[1].allows(value)
+        return _fits(value, arguments[0]) and arguments[1].allows(value)
     if kind is Literal:
-        return isinstance(value, str) and value in parts
+        return isinstance(value, str) and value in arguments
     if kind in (Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if kind is tuple and parts[-1:] != (...,):
-        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+        return any(_fits(value, argument) for argument in arguments)
+    if kind is tuple and arguments[-1:] != (...,):
+        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_fits, value, arguments))
     if kind is tuple:
-        return isinstance(value, tuple) and all(_fits(entry, parts[0]) for entry in value)
+        return isinstance(value, tuple) and all(_fits(entry, arguments[0]) for entry in value)
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is kind
 
 
 def _words(annotation) -> str:
-    kind, parts = get_origin(annotation) or annotation, get_args(annotation)
+    kind, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if kind is Annotated:
-        return parts[1].words
+        return arguments[1].words
     if kind is Literal:
-        return " or ".join(map(repr, parts))
+        return " or ".join(map(repr, arguments))
     if kind in (Union, types.UnionType):
-        return " or ".join(map(_words, parts))
-    if kind is tuple and parts[-1:] == (...,):
-        return f"a tuple of {_words(parts[0])}"
+        return " or ".join(map(_words, arguments))
+    if kind is tuple and arguments[-1:] == (...,):
+        return f"a tuple of {_words(arguments[0])}"
     if kind is tuple:
-        return f"({', '.join(map(_words, parts))})"
+        return f"({', '.join(map(_words, arguments))})"
     return WORDS.get(kind) or f"a {kind.__name__}"

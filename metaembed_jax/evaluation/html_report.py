@@ -63,7 +63,7 @@ def write_html(
     Raises:
       UserError: an image that cannot be read, or a path that cannot be written.
     """
-    parts = [
+    body = [
         f"<h1>{escape(title)}</h1>",
         *map(_table, tables),
         _plot(plot) if plot else "",
@@ -78,7 +78,7 @@ def write_html(
         f"<title>{escape(title)}</title>",
         f"<style>{STYLE}</style>",
     ]
-    lines = ["<!DOCTYPE html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *parts, "</body>", "</html>", ""]
+    lines = ["<!DOCTYPE html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>", ""]
     write_bytes(path, "\n".join(lines).encode(errors="replace"))  # names of files may have surrogates
 
 

@@ -15,7 +15,7 @@ def shapes(configuration: dict = SMALL) -> dict[str, tuple[int, ...]]:
     text, vision = configuration["text_config"], configuration["vision_config"]
     D, F, V = text["hidden_size"], text["intermediate_size"], vision["hidden_size"]
     G = D // text["num_attention_heads"] * text["num_key_value_heads"]
-    found = {
+    table = {
         "model.embed_tokens.weight": (text["vocab_size"], D),
         "model.norm.weight": (D,),
         "lm_head.weight": (text["vocab_size"], D),
@@ -35,7 +35,7 @@ def shapes(configuration: dict = SMALL) -> dict[str, tuple[int, ...]]:
             ("mlp.up_proj.weight", (F, D)),
             ("mlp.down_proj.weight", (D, F)),
         ):
-            found[f"model.layers.{layer}.{name}"] = shape
+            table[f"model.layers.{layer}.{name}"] = shape
     I = vision["intermediate_size"]  # noqa: E741
     for block in range(vision["depth"]):
         for name, shape in (
@@ -52,8 +52,8 @@ def shapes(configuration: dict = SMALL) -> dict[str, tuple[int, ...]]:
             ("mlp.down_proj.weight", (V, I)),
             ("mlp.down_proj.bias", (V,)),
         ):
-            found[f"visual.blocks.{block}.{name}"] = shape
-    return found | {
+            table[f"visual.blocks.{block}.{name}"] = shape
+    return table | {
         "visual.patch_embed.proj.weight": (V, 3, 2, 14, 14),
         "visual.merger.ln_q.weight": (V,),
         "visual.merger.mlp.0.weight": (4 * V, 4 * V),

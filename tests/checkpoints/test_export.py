@@ -1,4 +1,4 @@
-"""What other libraries compute from the exports of a trained LoRA run, with no code of ours but the small module in it."""
+"""Other libraries compute the same vectors from the exports of a trained LoRA run, without this package."""
 
 import json
 
@@ -90,8 +90,8 @@ def test_stock_transformers_computes_the_same_vectors(run, ours, tmp_path, name)
     pytest.importorskip("torch")
     export(run[name], tmp_path / "out", "transformers")
     for side in ("query", "document"):
-        found = stock_vectors(tmp_path / "out", ITEMS, side)
-        np.testing.assert_allclose(found, ours[name][side], atol=1e-4)
+        actual = stock_vectors(tmp_path / "out", ITEMS, side)
+        np.testing.assert_allclose(actual, ours[name][side], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["head", "plain"])
@@ -144,10 +144,10 @@ def test_peft_has_no_place_for_what_trained_in_full(run, tmp_path, data_dir):
 def test_a_run_starts_from_the_transformers_export_with_its_meta_tokens_and_head(run, tmp_path, data_dir):
     export(run["head"], tmp_path / "one", "transformers")
     config = load_config(f"configs/smoke.py:{tmp_path / 'one'}", {"data.dir": str(data_dir)})
-    found = started(config, tmp_path / "a")
+    actual = started(config, tmp_path / "a")
     expected = MetaEmbed.from_pretrained(run["head"], dtype="float32").parameters
-    np.testing.assert_array_equal(found["meta_tokens"], expected["meta_tokens"])
-    np.testing.assert_array_equal(found["head"]["kernel"], expected["head"]["kernel"])
+    np.testing.assert_array_equal(actual["meta_tokens"], expected["meta_tokens"])
+    np.testing.assert_array_equal(actual["head"]["kernel"], expected["head"]["kernel"])
     config = with_keys(config, {"model.embedding_dim": 8})
     assert started(config, tmp_path / "b")["head"]["kernel"].shape == (32, 8)
     config = with_keys(config, {"model.query_tokens": 40, "model.document_tokens": 80})
@@ -193,8 +193,8 @@ def test_large_models_are_written_in_shards(run, tmp_path):
     write_model(tmp_path, model.config, parameters, run["plain"] / "tokenizer.json", images, {}, "float32", shard_bytes=50_000)
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
-    found = MetaEmbed.from_pretrained(tmp_path, dtype="float32")
-    np.testing.assert_allclose(found.encode_query(ITEMS), model.encode_query(ITEMS), atol=1e-5)
+    actual = MetaEmbed.from_pretrained(tmp_path, dtype="float32")
+    np.testing.assert_allclose(actual.encode_query(ITEMS), model.encode_query(ITEMS), atol=1e-5)
 
 
 def test_every_export_has_a_card(run, tmp_path):

@@ -121,8 +121,8 @@ def test_a_tensor_twice(tmp_path):
     key = "model.norm.weight"
     new = "model.language_model.norm.weight"
     refused(write(tmp_path / "names", TENSORS | {new: TENSORS[key]}), "model.safetensors", "is stored twice", "(32,)", "(32,)")
-    one, two = without(key), {key: TENSORS[key], "model.embed_tokens.weight": TENSORS["model.embed_tokens.weight"]}
-    directory = write(tmp_path / "files", one, two)
+    first, second = without(key), {key: TENSORS[key], "model.embed_tokens.weight": TENSORS["model.embed_tokens.weight"]}
+    directory = write(tmp_path / "files", first, second)
     (directory / "model.safetensors.index.json").unlink()
     refused(
         directory,
@@ -181,15 +181,17 @@ def test_an_index_never_leads_out_of_the_directory(tmp_path, name):
 
 
 def test_an_index_that_disagrees_with_its_files(tmp_path):
-    one, two = halves(TENSORS)
+    first, second = halves(TENSORS)
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    index = dict.fromkeys(one, names[0]) | dict.fromkeys(two, names[1])
-    key = min(one)
-    refused(write(tmp_path / "a", one, two, index=index | {"phantom": names[1]}), names[1], "lacks phantom")
-    refused(write(tmp_path / "b", one, two, index=index | {key: names[1]}), names[0], "does not list", key)
-    refused(write(tmp_path / "c", one, two, index={name: file for name, file in index.items() if name != key}), names[0], key)
-    refused(write(tmp_path / "d", one, two, index=dict.fromkeys(TENSORS, "gone.safetensors")), "gone.safetensors", "cannot be read")
-    refused(write(tmp_path / "e", one, two, index=["a"]), "weight_map")
+    index = dict.fromkeys(first, names[0]) | dict.fromkeys(second, names[1])
+    key = min(first)
+    refused(write(tmp_path / "a", first, second, index=index | {"phantom": names[1]}), names[1], "lacks phantom")
+    refused(write(tmp_path / "b", first, second, index=index | {key: names[1]}), names[0], "does not list", key)
+    refused(write(tmp_path / "c", first, second, index={name: file for name, file in index.items() if name != key}), names[0], key)
+    refused(
+        write(tmp_path / "d", first, second, index=dict.fromkeys(TENSORS, "gone.safetensors")), "gone.safetensors", "cannot be read"
+    )
+    refused(write(tmp_path / "e", first, second, index=["a"]), "weight_map")
 
 
 def test_files_that_are_not_weights(tmp_path):

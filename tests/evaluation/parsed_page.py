@@ -35,15 +35,15 @@ class Page(HTMLParser):
             text.append(data)
 
     def all(self, tag):
-        return [(attributes, text) for found, attributes, text, _ in self.elements if found == tag]
+        return [(attributes, text) for name, attributes, text, _ in self.elements if name == tag]
 
     def images(self):
         """(alt, the image), decoded."""
-        found = []
+        images = []
         for attributes, _ in self.all("img"):
             kind, encoded = attributes["src"].split(";base64,")
             image = Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)))
             image.load()
             assert kind == f"data:image/{image.format.lower()}"
-            found.append((attributes["alt"], image))
-        return found
+            images.append((attributes["alt"], image))
+        return images

@@ -80,8 +80,8 @@ def test_sweep_equals_the_definition(encoded, swept):
 
 
 def test_one_query_one_document_one_budget():
-    one = unit(np.ones((1, 1, 4)))
-    swept = sweep("one", one, one, np.array([[True]]), [(1, 1)])
+    vectors = unit(np.ones((1, 1, 4)))
+    swept = sweep("one", vectors, vectors, np.array([[True]]), [(1, 1)])
     assert all(task.gain is None for task in swept)
     assert "gain" not in format_tables(results_of(board("forward", swept[:1])))
 
@@ -191,7 +191,7 @@ def test_plot(results, swept):
 
 def test_stages_alone_have_no_plot(tmp_path, results):
     task = results.boards[0].tasks[0]
-    searches = tuple(replace(one, flops_per_document=None, bytes_per_document=None) for one in task.searches[:1])
+    searches = tuple(replace(search, flops_per_document=None, bytes_per_document=None) for search in task.searches[:1])
     staged = results_of(replace(results.boards[0], tasks=(replace(task, searches=searches, gain=None),), total=2))
     assert draw_results([staged]) is None
     assert [path.name for path in write(tmp_path, staged, benchmark_names("x"))] == ["x.json", "x.txt", "x.html"]

@@ -54,20 +54,20 @@ def test_killed_and_resumed_on_another_number_of_hosts(whole, data_dir, tmp_path
     with Hosts(before, command) as hosts:
         wait_for(run / "checkpoints" / "10")
     with Hosts(after, command) as hosts:
-        said = hosts.wait()
-    assert "resuming at step" in said[0][0] and not any(out for out, _ in said[1:])  # the first host speaks for all
-    found, expected = losses(run), losses(whole)
-    assert list(found) == list(range(1, 31)) and (run / "results.json").exists()
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+        outputs = hosts.wait()
+    assert "resuming at step" in outputs[0][0] and not any(out for out, _ in outputs[1:])  # the first host speaks for all
+    figures, expected = losses(run), losses(whole)
+    assert list(figures) == list(range(1, 31)) and (run / "results.json").exists()
+    np.testing.assert_allclose(list(figures.values()), list(expected.values()), rtol=1e-4)
 
 
 def test_two_hosts_evaluate_as_one(whole, data_dir, tmp_path):
-    """Each encodes its part of the gallery and scores it; the first one writes what one host alone would."""
+    """Each host encodes and scores its share of the documents; the first one writes the files of a single host."""
     command = ["eval.py", f"--config={SMALL}", f"--checkpoint={whole}", f"--config.data.dir={data_dir}"]
     for count in (1, 2):
         with Hosts(count, [*command, f"--out={tmp_path / str(count)}"]) as hosts:
-            said = hosts.wait()
-        assert said[0][0] and not any(out for out, _ in said[1:])
+            outputs = hosts.wait()
+        assert outputs[0][0] and not any(out for out, _ in outputs[1:])
     for name in ("results.json", "report.html"):
         assert (tmp_path / "2" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
 
@@ -94,15 +94,15 @@ def test_sigterm_to_one_host_that_starts_stops_all(data_dir, tmp_path):
     with Hosts(2, training(tmp_path / "run", data_dir)) as hosts:
         wait_for(tmp_path / "run/tokenizer.json")
         hosts.processes[1].send_signal(signal.SIGTERM)
-        said = hosts.wait(code=143)
-    assert any("stopped by SIGTERM" in text for host in said for text in host)
-    assert not any("Traceback" in errors or "error:" in errors for _, errors in said)
+        outputs = hosts.wait(code=143)
+    assert any("stopped by SIGTERM" in text for host in outputs for text in host)
+    assert not any("Traceback" in errors or "error:" in errors for _, errors in outputs)
 
 
 def test_hosts_that_disagree_are_refused(data_dir, tmp_path):
     with Hosts(2, training(tmp_path / "run", data_dir), lambda host: [f"--config.seed={host}"]) as hosts:
-        said = hosts.wait(code=2)
-    for _, errors in said:
+        outputs = hosts.wait(code=2)
+    for _, errors in outputs:
         assert "the hosts of this run disagree: seed is 0 there and 1 here" in errors and "Traceback" not in errors
     assert not (tmp_path / "run").exists()
 
@@ -110,19 +110,19 @@ def test_hosts_that_disagree_are_refused(data_dir, tmp_path):
 @pytest.mark.slow
 def test_any_layout_gives_the_same_losses_and_batches(data_dir, tmp_path):
     """Ten steps of `tiny` on 2 x 4, 4 x 2 and 1 x 8 devices."""
-    found = {}
+    figures = {}
     for count in (1, 2, 4):
         out = tmp_path / str(count)
         out.mkdir()
         with Hosts(count, ["-m", "tests.training.hosts_program", f"--data={data_dir}", f"--out={out}"]) as hosts:
             hosts.wait()
         parts = [np.load(out / f"{host}.npz") for host in range(count)]
-        found[count] = parts[0]["losses"]
-        assert all(np.array_equal(part["losses"], found[count]) for part in parts)
+        figures[count] = parts[0]["losses"]
+        assert all(np.array_equal(part["losses"], figures[count]) for part in parts)
         assert_whole_batches(data_dir, parts)
-    assert len(set(found[1].tolist())) == 10
+    assert len(set(figures[1].tolist())) == 10
     for count in (2, 4):
-        np.testing.assert_allclose(found[count], found[1], rtol=1e-4)
+        np.testing.assert_allclose(figures[count], figures[1], rtol=1e-4)
 
 
 def assert_whole_batches(data_dir, parts):

@@ -43,7 +43,7 @@ def test_killed_at_ten_random_moments(small_config, data_dir, tmp_path):
         try:
             process.wait(timeout=moment)
             finish(process)
-            shutil.rmtree(killed)  # it came to its end, so the next one starts anew
+            shutil.rmtree(killed)  # it ended, so the next one starts again
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()

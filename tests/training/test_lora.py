@@ -61,7 +61,7 @@ def small(base, data_dir):
 
 @pytest.fixture
 def config(base, data_dir):
-    """Of a run that has not started."""
+    """The config of a run that has not started."""
     return small(base, data_dir)
 
 
@@ -129,22 +129,22 @@ def test_start_says_what_trains(config, tmp_path):
 def trained(workdir, config):
     config, _ = find_start(config)
     checkpoints = RunCheckpoints(workdir)
-    found = flat(checkpoints.restore_parameters(4, make_trainer(config, make_mesh()).abstract.parameters))
+    parameters = flat(checkpoints.restore_parameters(4, make_trainer(config, make_mesh()).abstract.parameters))
     checkpoints.close()
-    return found
+    return parameters
 
 
 def test_interrupted_run_ends_as_an_uninterrupted_one(config, finished, tmp_path):
-    """With dropout, whose keys are a function of the step."""
+    """The keys of the dropout are a function of the step."""
     assert config.model.lora.dropout > 0
     batches = iter(range(3))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
         patch.setattr(loop, "put_batch", lambda batch, mesh: (next(batches), put(batch, mesh))[1])
         train(config, tmp_path / "run")
     train(config, tmp_path / "run")
-    found, expected = trained(tmp_path / "run", config), trained(finished, config)
+    resumed, expected = trained(tmp_path / "run", config), trained(finished, config)
     for path in expected:
-        np.testing.assert_array_equal(found[path], expected[path])
+        np.testing.assert_array_equal(resumed[path], expected[path])
 
 
 def losses(workdir):
@@ -153,7 +153,7 @@ def losses(workdir):
 
 
 def test_a_run_goes_on_with_other_microbatches_and_to_more_steps(config, finished, tmp_path, capsys):
-    """With dropout. It starts with microbatches of 8 rows on eight devices, and ends as if it had had one from the first step."""
+    """A run with dropout starts with microbatches of 8 rows on eight devices, and ends as if it had one microbatch from the first step."""
     run, batches = tmp_path / "run", iter(range(2))
     config = with_keys(config, {"rows.microbatch_rows": 8, "rows.recompute": "nothing", "schedule.save_every": 1})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
@@ -262,7 +262,7 @@ def test_checkpoints_hold_what_trained(config, finished):
 
 
 def test_int8_base_gives_nearly_the_same_losses(config, tmp_path):
-    """On a model as wide as `tiny`: the fewer numbers a sum has, the less its rounding averages out."""
+    """The model is as wide as `tiny`: rounding averages out less in sums of fewer numbers."""
     network = model_config(load_config("configs/tiny.py"))
     backbone, words = {"backbone": init_parameters(network, seed=0)["backbone"]}, find_start(config)[1].tokenizer
     config = with_keys(config, {"init_from": str(tmp_path), "model.architecture": {}})
@@ -319,10 +319,10 @@ def test_what_is_kept_is_like_chance():
     deviation = (share * (1 - share)) ** 0.5
     limit = 5 / np.prod(shape) ** 0.5
     noise = [(mask - share) / deviation for mask in masks.values()]
-    pairs = [(one, other) for number, one in enumerate(noise) for other in noise[:number]]
-    pairs += [(one, np.roll(one, 1, axis)) for one in noise for axis in range(3)]
-    assert max(abs(one.mean()) for one in noise) < limit
-    assert max(abs((one * other).mean()) for one, other in pairs) < limit
+    pairs = [(first, second) for number, first in enumerate(noise) for second in noise[:number]]
+    pairs += [(first, np.roll(first, 1, axis)) for first in noise for axis in range(3)]
+    assert max(abs(first.mean()) for first in noise) < limit
+    assert max(abs((first * second).mean()) for first, second in pairs) < limit
 
 
 def test_any_mesh_and_any_microbatch_keep_the_same_of_an_item():

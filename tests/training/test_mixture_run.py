@@ -21,19 +21,19 @@ TEXT_TO_IMAGE = ("MSCOCO_t2i", "VisualNews_t2i", "VisDial", "WebQA", "TAT-DQA")
 @pytest.fixture(scope="module")
 def mixed_config(tmp_path_factory):
     """configs/7b.py with its whole mixture, on a small model and 24 rows of each source."""
-    place = tmp_path_factory.mktemp("mixture")
-    config = load_config("configs/7b.py", {"data.dir": str(place / "data")})
-    config = with_keys(config, {"init_from": str(write(place / "model", random_tensors())), "model.architecture": {}})
+    folder = tmp_path_factory.mktemp("mixture")
+    config = load_config("configs/7b.py", {"data.dir": str(folder / "data")})
+    config = with_keys(config, {"init_from": str(write(folder / "model", random_tensors())), "model.architecture": {}})
     names = [name for name, *_ in config.data.sources]
     for name in names[2:]:
         kind = "it2it" if name in IMAGE_TO_IMAGE else "t2i" if name in TEXT_TO_IMAGE else "vqa"
-        write_mmeb(place / "MMEB-train", name, 24, kind)
-    write_colpali(place / "colpali", 24)
-    write_pairs(place / "visrag.jsonl", [{"query": f"visrag {n}", "positive_image": f"colpali/{n}.png"} for n in range(24)])
+        write_mmeb(folder / "MMEB-train", name, 24, kind)
+    write_colpali(folder / "colpali", 24)
+    write_pairs(folder / "visrag.jsonl", [{"query": f"visrag {n}", "positive_image": f"colpali/{n}.png"} for n in range(24)])
     for number in range(24):
-        (place / f"colpali/{number}.png").write_bytes((place / f"MMEB-train/images/CIRR/Train/{number}.jpg").read_bytes())
+        (folder / f"colpali/{number}.png").write_bytes((folder / f"MMEB-train/images/CIRR/Train/{number}.jpg").read_bytes())
     for kind, files in (("mmeb", "MMEB-train"), ("colpali", "colpali"), ("pairs", "visrag.jsonl")):
-        sources.prepare_from(kind, place / files, place / "data", workers=0, skips=0)
+        sources.prepare_from(kind, folder / files, folder / "data", workers=0, skips=0)
 
     return with_keys(
         config,

@@ -1,4 +1,4 @@
-"""What the optimizers do to the parameters of a network."""
+"""The updates of the optimizers on the parameters of a network."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a run says of its own time."""
+"""The time of a run by activity, and its traces."""
 
 import subprocess
 import sys
@@ -35,8 +35,8 @@ print(waited)
 
 
 def test_some_steps_are_traced(tmp_path):
-    done = subprocess.run([sys.executable, "-c", TRACE_TWO, str(tmp_path)], capture_output=True, text=True)
-    assert done.stdout == "[3]\n", done.stderr
+    process = subprocess.run([sys.executable, "-c", TRACE_TWO, str(tmp_path)], capture_output=True, text=True)
+    assert process.stdout == "[3]\n", process.stderr
     assert list(tmp_path.glob("trace/plugins/profile/*/*.xplane.pb"))
 
 

@@ -36,9 +36,9 @@ from tests.evaluation.parsed_page import Page
 
 def parameters_of(config, workdir, step):
     checkpoints = RunCheckpoints(workdir)
-    found = checkpoints.restore_parameters(step, make_trainer(config, run_mesh(config)).abstract.parameters)
+    parameters = checkpoints.restore_parameters(step, make_trainer(config, run_mesh(config)).abstract.parameters)
     checkpoints.close()
-    return jax.device_get(found)
+    return jax.device_get(parameters)
 
 
 def assert_identical(a, b):
@@ -47,7 +47,7 @@ def assert_identical(a, b):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """Where an uninterrupted run goes; the first test that needs it makes it."""
+    """The folder of an uninterrupted run; the first test that needs the run trains it."""
     return tmp_path_factory.mktemp("whole") / "run"
 
 
@@ -189,8 +189,8 @@ def test_corrupt_latest_checkpoint_falls_back(small_config, whole, tmp_path, mon
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert train(small_config, tmp_path / "run")
-    said = capsys.readouterr().out
-    assert "checkpoints/6 cannot be read" in said and "resuming at step 4 of 8" in said
+    stdout = capsys.readouterr().out
+    assert "checkpoints/6 cannot be read" in stdout and "resuming at step 4 of 8" in stdout
     assert (tmp_path / "run/checkpoints/6.unreadable").is_dir()
     assert_identical(parameters_of(small_config, whole, 8), parameters_of(small_config, tmp_path / "run", 8))
 
@@ -426,8 +426,8 @@ def test_eval_reproduces_the_table(whole, data_dir, tmp_path, devices):
     environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}")}
     flags = ["--config=tests/training/small.py", f"--config.data.dir={data_dir}", f"--checkpoint={whole}", f"--out={tmp_path}"]
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "eval.py", *flags], cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "eval.py", *flags], cwd=root, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     trained, evaluated = (read_results(folder / "results.json") for folder in (whole, tmp_path))
     assert [task.searches for task in evaluated.tasks()] == [task.searches for task in trained.tasks()]
-    assert format_tables(trained) in done.stdout
+    assert format_tables(trained) in process.stdout

@@ -80,7 +80,7 @@ def test_sharded_training_equals_one_device(small_config, dataset):
 
 
 def test_any_mesh_microbatches_and_rows_give_the_same_loss_and_gradients(small_config, planned):
-    """On eight devices in microbatches of 8 rows, and with each item in a row of its own."""
+    """The cases are eight devices in microbatches of 8 rows, and a row for each item."""
     items, plan = planned
     loss, gradients = loss_and_gradients(small_config, one_device(), make_dataset(small_config, planned, shards=1)[0])
     small_config = with_keys(small_config, {"rows.microbatch_rows": 8})
@@ -117,8 +117,8 @@ def test_parameters_and_their_moments_are_split_over_the_mesh(small_config, algo
     layers, width, hidden = kernel.shape
     assert kernel.addressable_shards[0].data.shape == (layers, width // 2, hidden // 2)
     ending = "['backbone']['layers']['mlp']['gate']['kernel']"
-    found = [x for path, x in jax.tree_util.tree_leaves_with_path(state.optimizer) if jax.tree_util.keystr(path).endswith(ending)]
-    assert [x.sharding for x in found] == [kernel.sharding] * moments
+    leaves = [x for path, x in jax.tree_util.tree_leaves_with_path(state.optimizer) if jax.tree_util.keystr(path).endswith(ending)]
+    assert [x.sharding for x in leaves] == [kernel.sharding] * moments
 
 
 def test_the_shapes_of_a_batch_are_known_before_it(small_config, dataset):

@@ -99,7 +99,7 @@ def test_the_page_has_the_worst_of_all_tasks_and_reads_no_other_image(model, tmp
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_task_whose_images_change_is_another_one(tmp_path, zipped):
-    found = []
+    fingerprints = []
     for number in (1, 2):
         folder = tmp_path / str(number)
         write_mmeb_test(folder, [BY_NAME["ChartQA"]])
@@ -109,8 +109,8 @@ def test_a_task_whose_images_change_is_another_one(tmp_path, zipped):
         if zipped:
             shutil.make_archive(folder / "eval_images", "zip", folder / "eval_images")
             shutil.rmtree(folder / "eval_images")
-        found.append(read_task(BY_NAME["ChartQA"], folder).fingerprint)
-    assert found[0] != found[1]
+        fingerprints.append(read_task(BY_NAME["ChartQA"], folder).fingerprint)
+    assert fingerprints[0] != fingerprints[1]
 
 
 def test_all_tasks_of_the_first_format_are_read(tmp_path):

@@ -45,7 +45,7 @@ def table(images, **columns) -> Dataset:
 
 
 class Pages(AbsTaskRetrieval):
-    """12 pages, the same in both languages, and 8 questions, of which the last has no answer.
+    """12 pages, the same in both languages, and 8 questions; the last has no answer.
 
     Attributes:
       per_query: what pytrec_eval found, by subset.
@@ -61,7 +61,7 @@ class Pages(AbsTaskRetrieval):
         self.data_loaded = True
 
     def split(self, subset, grades):
-        """What `AbsTaskRetrieval` evaluates."""
+        """The data of `AbsTaskRetrieval`."""
         texts = [f"{subset} question {number} où?" for number in range(8)]
         pages = [picture(n, ("RGB", "RGBA", "L", "P")[n % 4]) for n in range(12)]
         judged = {f"q{q}": {f"p{n}": int(g) for n, g in enumerate(row) if g >= 0} for q, row in enumerate(grades)}

@@ -123,7 +123,7 @@ def test_the_files(model, tmp_path):
 
 
 class EasyPages(Pages):
-    """What no query can miss."""
+    """A task that no query can miss."""
 
     metadata = OtherPages.metadata.model_copy(update={"name": "EasyPages"})
 
@@ -174,24 +174,26 @@ def test_stages_alone_have_no_plot(model, tmp_path):
         evaluate(model, tmp_path / name, budgets=budgets, of=[Benchmark("x", [Pages()], [])])
     stages, plain = (Page((tmp_path / name / "mteb.html").read_text(encoding="utf-8")) for name in ("stages", "plain"))
     assert stages.all("article") == plain.all("article") != []
-    assert len(stages.images()) == len(plain.images()) - 1 and not [one for _, one in stages.images() if one.format == "PNG"]
+    assert len(stages.images()) == len(plain.images()) - 1 and not [image for _, image in stages.images() if image.format == "PNG"]
 
 
 def test_vidore():
-    found = tasks.find("vidore")
-    assert [benchmark.name for benchmark in found] == ["ViDoRe(v1)", "ViDoRe(v2)", "ViDoRe(v3)"]
-    assert [len(benchmark.tasks) for benchmark in found] == [10, 4, 10] and not any(benchmark.others for benchmark in found)
-    main_scores = [{task.metadata.main_score for task in benchmark.tasks} for benchmark in found]
+    benchmarks = tasks.find("vidore")
+    assert [benchmark.name for benchmark in benchmarks] == ["ViDoRe(v1)", "ViDoRe(v2)", "ViDoRe(v3)"]
+    assert [len(benchmark.tasks) for benchmark in benchmarks] == [10, 4, 10] and not any(
+        benchmark.others for benchmark in benchmarks
+    )
+    main_scores = [{task.metadata.main_score for task in benchmark.tasks} for benchmark in benchmarks]
     assert main_scores == [{"ndcg_at_5"}, {"ndcg_at_5"}, {"ndcg_at_10"}]
 
 
 def test_any_benchmark_or_task():
-    ((name, found, others),) = tasks.find("NanoBEIR")
-    assert name == "NanoBEIR" and len(found) == 13 and not others
-    ((name, found, others),) = tasks.find("VidoreArxivQARetrieval")
-    assert (name, [task.metadata.name for task in found], others) == ("VidoreArxivQARetrieval", ["VidoreArxivQARetrieval"], [])
-    ((_, found, others),) = tasks.find("MTEB(eng, v2)")
-    assert {"ArguAna"} < {task.metadata.name for task in found} and "Banking77Classification" in others
+    ((name, searched, others),) = tasks.find("NanoBEIR")
+    assert name == "NanoBEIR" and len(searched) == 13 and not others
+    ((name, searched, others),) = tasks.find("VidoreArxivQARetrieval")
+    assert (name, [task.metadata.name for task in searched], others) == ("VidoreArxivQARetrieval", ["VidoreArxivQARetrieval"], [])
+    ((_, searched, others),) = tasks.find("MTEB(eng, v2)")
+    assert {"ArguAna"} < {task.metadata.name for task in searched} and "Banking77Classification" in others
 
 
 @pytest.mark.parametrize(

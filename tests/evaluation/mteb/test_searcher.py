@@ -26,7 +26,7 @@ def pages():
 
 @pytest.fixture(scope="module")
 def vectors(model, pages):
-    """Of the English questions that have an answer, and of the pages."""
+    """The vectors of the English questions that have an answer, and of the pages."""
     data = pages.dataset["english"]["test"]
     return model.encode_query(data["queries"]["text"][:7]), model.encode_document(list(data["corpus"]["image"]))
 
@@ -42,15 +42,15 @@ def search(task, searcher, **options):
     return searcher.search(data["queries"].select(range(7)), task_metadata=task.metadata, **{"top_k": 12} | options)
 
 
-def matrix(found):
-    return np.array([[found[f"q{q}"].get(f"p{n}", -np.inf) for n in range(12)] for q in range(7)])
+def matrix(results):
+    return np.array([[results[f"q{q}"].get(f"p{n}", -np.inf) for n in range(12)] for q in range(7)])
 
 
 def test_mteb_accepts_it(model):
     mocked = mteb.mock_run(Searcher(model, (2, 4)))
-    done = {name for name, status in mocked.items() if status is not None}
+    passed = {name for name, status in mocked.items() if status is not None}
     assert mocked.all_passed, mocked.to_markdown()
-    assert done >= {
+    assert passed >= {
         "MockRetrievalTask",
         "MockRerankingTask",
         "MockInstructionRetrieval",
@@ -99,10 +99,12 @@ def test_stages(model, pages):
     whole, first = search(pages, searcher), search(pages, searcher.at((1, 1)))
     assert search(pages, searcher.at([(1, 1, 12), (16, 64)])) == whole
     few = search(pages, searcher.at([(1, 1, 5), (16, 64)]))
-    for query, found in few.items():
+    for query, results in few.items():
         survivors = sorted(first[query], key=first[query].get)[-5:]
-        assert found == {page: whole[query][page] for page in survivors}
-    assert {query: list(found)[:3] for query, found in few.items()} != {query: list(found)[:3] for query, found in whole.items()}
+        assert results == {page: whole[query][page] for page in survivors}
+    assert {query: list(results)[:3] for query, results in few.items()} != {
+        query: list(results)[:3] for query, results in whole.items()
+    }
     with pytest.raises(UserError, match="goes beyond"):
         searcher.at((4, 8)).at((17, 64))
 
@@ -111,11 +113,11 @@ def test_the_best_and_what_is_asked_about(model, pages):
     searcher = Searcher(model)
     whole = search(pages, searcher)
     best = search(pages, searcher, top_k=3)
-    assert best == {query: dict(sorted(found.items(), key=lambda pair: -pair[1])[:3]) for query, found in whole.items()}
+    assert best == {query: dict(sorted(results.items(), key=lambda pair: -pair[1])[:3]) for query, results in whole.items()}
     some = {f"q{q}": [f"p{n}" for n in range(q, q + 4)] for q in range(6)}  # of q6 nothing is asked
     for stages in (16, 64), [(16, 64, 6), (16, 64)]:
-        found = search(pages, searcher.at(stages), top_ranked=some)
-        assert found == {
+        results = search(pages, searcher.at(stages), top_ranked=some)
+        assert results == {
             query: {page: whole[query][page] for page in sorted(some.get(query, ()), key=whole[query].get)[::-1]} for query in whole
         }
     assert list(search(pages, searcher, top_ranked=some, top_k=2)["q0"]) == sorted(some["q0"], key=whole["q0"].get)[:1:-1]
