@@ -153,7 +153,7 @@ def losses(workdir):
 
 
 def test_a_run_goes_on_with_other_microbatches_and_to_more_steps(config, finished, tmp_path, capsys):
-    """A run with dropout starts with microbatches of 8 rows on eight devices, and ends as if it had one microbatch from the first step."""
+    """It has dropout. It starts with microbatches of 8 rows on eight devices, and ends as if it had one from the first step."""
     run, batches = tmp_path / "run", iter(range(2))
     config = with_keys(config, {"rows.microbatch_rows": 8, "rows.recompute": "nothing", "schedule.save_every": 1})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):

@@ -260,7 +260,7 @@ def test_a_workdir_that_cannot_be_is_refused_before_the_first_stage(small_config
     small_config = with_keys(small_config, {"init_from": f"{Path(__file__).with_name('small.py').resolve()}:first"})
     Path("notes").mkdir()
     Path("notes/mine.txt").write_text("mine")
-    refused = {"runs/small_first": "is the folder of small_first", "notes": "is no run", "notes/mine.txt": "is a file"}
+    refused = {"runs/small_first": "is the folder of small_first", "notes": "is not a run", "notes/mine.txt": "is a file"}
     for workdir, message in refused.items():
         with pytest.raises(UserError, match=message):
             train(small_config, Path(workdir))
