@@ -121,7 +121,7 @@ def test_sentence_transformers_saves_what_it_holds(run, tmp_path):
     np.testing.assert_array_equal(np.stack(saved.encode_query(ITEMS)), np.stack(model.encode_query(ITEMS)))
 
 
-def test_peft_has_no_place_for_what_trained_in_full(run, tmp_path, data_dir):
+def test_peft_does_not_store_parameters_that_train_in_full(run, tmp_path, data_dir):
     overrides = {"data.dir": str(data_dir), "schedule.steps": "4", "optimizer.warmup_steps": "1"}
     config = load_config(f"configs/smoke.py:{run['plain'].parent / 'base'}", overrides)
     config = with_keys(
@@ -131,7 +131,7 @@ def test_peft_has_no_place_for_what_trained_in_full(run, tmp_path, data_dir):
             "model.trained": (*config.model.trained, ("backbone.vision.merger_*", "full")),
         },
     )
-    message = r"--format=peft: backbone\.vision\.merger_.* trains in full, and an adapter has no place for it"
+    message = r"--format=peft: backbone\.vision\.merger_.* trains in full, and PEFT stores only adapters"
     with pytest.raises(UserError, match=message):  # better before the first step than after the last
         train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -213,7 +213,7 @@ def test_vectors_of_a_benchmark_are_kept_in_a_bucket(bucket):
             return np.arange(3), np.full((3, budget, 2), self.calls, np.float32)
 
     model, cache = Model(), files.any_path(f"{BUCKET}/eval/mmeb/embeddings/task-key")
-    first, again = (mmeb._encoded(model, [], "query", 4, cache, False) for _ in range(2))
+    first, again = (mmeb._encode(model, [], "query", 4, cache, False) for _ in range(2))
     assert model.calls == 1 and np.array_equal(first[1], again[1]) and again[1].shape == (3, 4, 2)
     assert [path.name for path in cache.parent.iterdir()] == ["task-key-query-0-of-1.npz"]
 
