@@ -221,8 +221,8 @@ def test_without_mteb(monkeypatch):
 @pytest.mark.parametrize(
     "benchmark, files, message",
     [
-        ("mmeb", None, "--benchmark=mmeb: expected a folder"),
-        ("vidore", Path("x"), "--benchmark=vidore: x is not read: only mmeb is in a folder"),
+        ("mmeb", None, "--benchmark=mmeb: expected the folder of MMEB-eval"),
+        ("vidore", Path("x"), "--benchmark=vidore: x is not read: mteb fetches its own data"),
         (None, Path("x"), "--from=x: expected with --benchmark=mmeb only"),
         ("vidor", None, "the nearest are vidore"),
     ],
