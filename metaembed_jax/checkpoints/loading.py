@@ -22,8 +22,8 @@ from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config.run import DataConfig, ModelSettings, RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json
-from metaembed_jax.inputs.texts import meta_token_names
 from metaembed_jax.inputs.processors import PromptProcessor
+from metaembed_jax.inputs.texts import meta_token_names
 from metaembed_jax.network import SIDES, ModelConfig, abstract_parameters
 from metaembed_jax.network_config import architecture_of, model_config, row_limits
 from metaembed_jax.trainable import join, paths, split, trainable_paths
