@@ -1,13 +1,13 @@
-"""Races the making of batches against transformers' image processor in a torch DataLoader: `python benchmarks/data.py`.
+"""Time training batches against transformers' image processor in a torch DataLoader: `python benchmarks/data.py`.
 
-Both start from the same JPEG bytes in memory and have as many worker processes, one thread each. Ours ends with whole training
-batches of `data.pipeline`: prompts in tokens, pixels in uint8 patches, window by window. Theirs ends with `pixel_values` alone, the
-images of a batch at once, as collators do it.
+Both sides read the same JPEG bytes from memory, with the same number of worker processes, one thread each. Ours makes the training
+batches of `data.pipeline`: prompts as tokens, pixels as uint8 patches, window by window. Theirs makes `pixel_values` alone, for all
+images of a batch at once, as collators do.
 
     pages        1240x1754 pixels, written text
     photos       640x480 pixels, soft noise
 
-Before anything is timed, one batch of both is compared: the same numbers after normalisation.
+The normalised pixels of one image are compared before anything is timed.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD
 from metaembed_jax.backbones.qwen.images import to_units
 from metaembed_jax.backbones.qwen2_5_vl import FAMILY as QWEN2_5_VL
 from metaembed_jax.backbones.qwen2_5_vl.inputs import Images
@@ -34,12 +35,12 @@ from metaembed_jax.data.run_items import run_items
 from metaembed_jax.inputs.images import open_image
 from metaembed_jax.network_config import model_config, row_limits
 
-BATCH, SOURCE, WARM = 8, 64, 4  # images; images in all; batches that are not timed
-MEAN, STD = np.float32([0.48145466, 0.4578275, 0.40821073]), np.float32([0.26862954, 0.26130258, 0.27577711])
+BATCH, SOURCE, WARM = 8, 64, 4  # images of a batch; images of a source; batches that are not timed
+MEAN, STD = np.float32(CLIP_MEAN), np.float32(CLIP_STD)
 
 
 def main() -> None:
-    """Compares one batch, then times both in turns and prints the ratios."""
+    """Compare one image, time both sides in turns, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     parser.add_argument("--batches", type=int, default=12, help="batches of 8 a turn (default: 12)")
@@ -51,13 +52,13 @@ def main() -> None:
     for name, draw in (("pages", page), ("photos", photo)):
         encoded = [draw(number) for number in range(SOURCE)]
         config = run_config(name, WARM + arguments.batches)
-        records = [{"query": {"text": "which page is it?"}, "positive": {"image": one}, "source": name} for one in encoded]
+        records = [{"query": {"text": "which page is it?"}, "positive": {"image": image}, "source": name} for image in encoded]
         items = run_items(config, QWEN2_5_VL.Processor(learned, sizes, row_limits(config)), [records])
         shape = plan_rows(items, row_limits(config)).shape(0, 1)
         dataset = training_batches(items, shape, model_config(config).architecture.layout)
         largest = difference(encoded[0], sizes)
         fractions = ", ".join(f"{100 * value:.0f} % of {key}" for key, value in filled_shares(dataset[0].rows) if key != "vectors")
-        size = np.mean([len(one) for one in encoded]) / 1000
+        size = np.mean([len(image) for image in encoded]) / 1000
         print(f"{name}: {size:.0f} kB of JPEG; largest difference {largest:.1e}; rows hold {fractions}")
         for workers in arguments.workers:
             sides = {
@@ -74,33 +75,34 @@ def main() -> None:
             print(f"  {workers} worker{'s' * (workers > 1)}, images a second and worker: {listed}; ratio {ratio:.2f}", flush=True)
 
 
-def run_config(name: str, steps: int):
-    """One image a pair, in rows of the family's default."""
+def run_config(name: str, steps: int) -> RunConfig:
+    """Return a config of a source, in rows of the family's default size."""
     return with_keys(
         RunConfig(),
         {
             "model.architecture": load_config(str(Path(__file__).parents[1] / "configs" / "7b.py")).model.architecture,
             "data.sources": ((name, 1.0, 0),),
             "rows.batch_size": BATCH,
+            "optimizer.warmup_steps": 0,
             "schedule.steps": steps,
         },
     )
 
 
 def rate(batches: Iterator, count: int) -> float:
-    """Images a second, from the moment when both sides' workers are at work."""
+    """Return images a second, after the batches in which workers start."""
     for _ in range(WARM):
         next(batches)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(count):
         next(batches)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     assert next(batches, None) is None  # so that the workers end
     return BATCH * count / seconds
 
 
 class Encoded:
-    """A torch data set of decoded images, which begin again until there are enough."""
+    """A torch data set of decoded images, repeated up to a length."""
 
     def __init__(self, encoded: list[bytes], count: int):
         self.encoded, self.count = encoded, count
@@ -113,7 +115,7 @@ class Encoded:
 
 
 class Collator:
-    """A batch of images by transformers' Pillow processor."""
+    """Processes a batch of images by transformers' Pillow processor."""
 
     def __init__(self, sizes: Images):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -125,7 +127,7 @@ class Collator:
 
 
 def dataloader(encoded: list[bytes], sizes: Images, workers: int, batches: int) -> Iterator[dict]:
-    """Their batches, two ahead for each worker as is the default there."""
+    """Return the batches of a torch DataLoader, which keeps two ahead for each worker by default."""
     from torch.utils.data import DataLoader
 
     images, options = Encoded(encoded, BATCH * batches), dict(num_workers=workers, multiprocessing_context="spawn")
@@ -133,7 +135,7 @@ def dataloader(encoded: list[bytes], sizes: Images, workers: int, batches: int) 
 
 
 def difference(encoded: bytes, sizes: Images) -> float:
-    """The largest difference of a normalised number of one image."""
+    """Return the largest difference between the normalised pixels of both sides, for one image."""
     theirs = Collator(sizes)([Image.open(io.BytesIO(encoded)).convert("RGB")])["pixel_values"].numpy().reshape(-1, 3, 2, 196)
     image = open_image(encoded, "image")
     units, _ = to_units(image, sizes.grid(*image.size, None, None, "image"), sizes)
@@ -143,7 +145,7 @@ def difference(encoded: bytes, sizes: Images) -> float:
 
 
 def page(number: int) -> bytes:
-    """Lines of words on white."""
+    """Return the JPEG of a white page with lines of words."""
     image = Image.new("RGB", (1240, 1754), "white")
     draw, random = ImageDraw.Draw(image), np.random.default_rng(number)
     for line in range(60):
@@ -153,13 +155,13 @@ def page(number: int) -> bytes:
 
 
 def photo(number: int) -> bytes:
-    """Noise, blurred as a photo is."""
+    """Return the JPEG of blurred noise."""
     pixels = np.random.default_rng(number).integers(0, 256, (480, 640, 3), np.uint8)
     return jpeg(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(2)))
 
 
 def jpeg(image: Image.Image) -> bytes:
-    """Its bytes at quality 90."""
+    """Return an image as JPEG of quality 90."""
     file = io.BytesIO()
     image.save(file, "jpeg", quality=90)
     return file.getvalue()

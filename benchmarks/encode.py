@@ -1,11 +1,11 @@
-"""Measures the encoder on 1,000 photos of very different sizes: `python benchmarks/encode.py`.
+"""Measure the encoder on photos of very different sizes: `python benchmarks/encode.py`.
 
-1. Patches sent to the devices for each that a photo needs, and programs, on 1, 8 and 64 devices: by the schedule alone, which is a
-   function of sizes.
-2. Threads against processes: photos a second from JPEG bytes to arrays, by each.
-3. Overlap. Next to an accelerator, which leaves the host's cores free: the time of a stream against the slower of decoding and
-   computing alone; a thread that sleeps stands for it. On the host's cores, which decoding alone fills: the time of a stream
-   against the core-seconds of decoding and computing, divided by the cores.
+1. Patches sent to the devices for each patch that a photo needs, and the number of programs, on 1, 8 and 64 devices. The schedule
+   is a function of sizes, so nothing is encoded. 1,000 photos.
+2. Threads against processes: photos a second, from JPEG bytes to arrays.
+3. Overlap of decoding and computing. With an accelerator, which a sleeping thread stands for, the host's cores are free to decode:
+   the time of a stream is compared with the slower of decoding and computing alone. Without one, both share the host's cores: the
+   time of a stream is compared with the core-seconds of decoding and computing, divided by the cores.
 """
 
 import argparse
@@ -43,19 +43,19 @@ BOUNDS = {1: 1.15, 8: 1.2, 64: 1.5}
 
 
 def main() -> None:
-    """Prints the three parts."""
+    """Print the three measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=int, default=300, help="photos that are decoded in parts 2 and 3")
+    parser.add_argument("--photos", type=int, default=300, help="photos of the second and third measurement (default: 300)")
     count = parser.parse_args().photos
     network, processor = qwen()
     shapes = sizes_of_photos(PHOTOS)
     for devices, bound in BOUNDS.items():
-        print(counted(processor, network, shapes, devices, bound), flush=True)
+        print(count_patches(processor, network, shapes, devices, bound), flush=True)
     photos = [jpeg(shape, number) for number, shape in enumerate(shapes[:count])]
     workers = min(os.cpu_count() or 1, MOST_THREADS)
     threads = rate(ThreadPoolExecutor(workers), photos, processor)
-    with ProcessPoolExecutor(workers, get_context("spawn"), take, (processor,)) as pool:
-        list(pool.map(make_with_taken, photos[: 8 * workers]))  # until all are started
+    with ProcessPoolExecutor(workers, get_context("spawn"), keep, (processor,)) as pool:
+        list(pool.map(make_with_kept, photos[: 8 * workers]))  # until all workers have started
         processes = rate(pool, photos, None)
     print(f"{workers} workers, photos a second: threads {threads:.1f}, processes {processes:.1f}, ratio {threads / processes:.2f}")
     for line in overlap(processor, network, photos):
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def qwen() -> tuple:
-    """The network's config and the processor of a 3b, with a small vocabulary."""
+    """Return the network's config and the processor of configs/3b.py, with a small vocabulary."""
     config = load_config("configs/3b.py")
     network = model_config(config)
     architecture = network.architecture
@@ -76,21 +76,21 @@ def qwen() -> tuple:
 
 
 def sizes_of_photos(count: int) -> list[tuple[int, int]]:
-    """(width, height): the area is log-normal around 640 x 480, sides up to 1 : 3."""
+    """Return (width, height) of photos: areas are log-normal around 640 x 480, and ratios of the sides go up to 3."""
     rng = np.random.default_rng(SEED)
     sides = np.sqrt(640 * 480 * np.exp(rng.normal(0, 0.9, count)))
     ratio = np.exp(rng.uniform(-0.55, 0.55, count))
     return [(max(28, int(side * r)), max(28, int(side / r))) for side, r in zip(sides, ratio, strict=True)]
 
 
-def counted(processor, network, shapes: list[tuple[int, int]], devices: int, bound: float) -> str:
-    """A line on the calls that the schedule makes of items of these sizes."""
+def count_patches(processor, network, shapes: list[tuple[int, int]], devices: int, bound: float) -> str:
+    """Return a line on the schedule's calls for photos of these sizes."""
     sizes = np.array([processor.size({"image": shape}, "document")[:2] for shape in shapes])
     limits, calls = processor.limits, []
     schedule, chunk = Schedule(limits.tokens, limits.patches, network.meta_tokens("document", 64), 64, devices), CHUNK * devices
     for first in range(0, len(sizes), chunk):
-        part, is_last = sizes[first : first + chunk], first + chunk >= len(sizes)
-        schedule.add(np.arange(first, first + len(part)), part)
+        sizes_of_chunk, is_last = sizes[first : first + chunk], first + chunk >= len(sizes)
+        schedule.add(np.arange(first, first + len(sizes_of_chunk)), sizes_of_chunk)
         if schedule.is_full or is_last:
             calls += schedule.take(is_last)
     sent, needed = sum(call.size * call.row.patches for call in calls), int(sizes[:, 1].sum())
@@ -102,7 +102,7 @@ def counted(processor, network, shapes: list[tuple[int, int]], devices: int, bou
 
 
 def jpeg(shape: tuple[int, int], number: int) -> bytes:
-    """A photo of soft noise."""
+    """Return the JPEG of a photo of soft noise."""
     small = np.random.default_rng(number).integers(0, 256, (12, 16, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(small).resize(shape, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
@@ -110,32 +110,33 @@ def jpeg(shape: tuple[int, int], number: int) -> bytes:
 
 
 def make(processor, photo: bytes) -> int:
-    """One photo to arrays; the bytes that a process would send back."""
+    """Make the arrays of a photo, and return the number of its tokens."""
     return len(processor.document({"image": photo}).tokens)
 
 
-def take(processor) -> None:
-    """Keeps the processor in a worker process."""
+def keep(processor) -> None:
+    """Keep the processor in a worker process."""
     global _processor
     _processor = processor
 
 
-def make_with_taken(photo: bytes) -> int:
-    """As `make`, in a worker process; arrays stay there, which spares processes what they would have to send."""
+def make_with_kept(photo: bytes) -> int:
+    """`make` in a worker process. It sends no arrays back, which real workers would have to."""
     return make(_processor, photo)
 
 
 def rate(pool: Executor, photos: list[bytes], processor) -> float:
-    """Photos a second."""
+    """Return photos a second; without a processor, by that of the worker process."""
     start = time.perf_counter()
-    list(pool.map(make_with_taken if processor is None else partial(make, processor), photos))
+    list(pool.map(make_with_kept if processor is None else partial(make, processor), photos))
     return len(photos) / (time.perf_counter() - start)
 
 
 class Pending(NamedTuple):
-    """Vectors that a device still computes, as the encoder fetches them.
+    """Vectors that a device is computing, with the attributes of a JAX array that the encoder reads.
 
     Attributes:
+      shape: shape of the vectors.
       wait: returns when they are computed.
     """
 
@@ -144,19 +145,19 @@ class Pending(NamedTuple):
 
     @property
     def addressable_shards(self) -> list[SimpleNamespace]:
-        """All in one, once they are computed."""
+        """One shard of all vectors, once they are computed."""
         self.wait()
         return [SimpleNamespace(index=(slice(None),), data=np.ones(self.shape, np.float32))]
 
 
 class Accelerator:
-    """Takes a time for each row, one call after the other, and leaves the host's cores free."""
+    """Sleeps a time for each row, one call after another."""
 
     def __init__(self, seconds_a_row: float):
         self._seconds, self._queue, self.rows = seconds_a_row, ThreadPoolExecutor(1), 0
 
     def __call__(self, _, batch: Batch) -> Pending:
-        """A call of the network; it returns before the vectors are computed."""
+        """Start a call of the network."""
         self.rows += len(batch.reads)
         return Pending((*batch.reads.shape, 2), self._queue.submit(time.sleep, self._seconds * len(batch.reads)).result)
 
@@ -170,24 +171,24 @@ class Cores:
         self.compute(0)
 
     def compute(self, rows: int) -> None:
-        """Compute for so many rows, and wait until it is done."""
+        """Multiply for this number of rows, and wait for the result."""
         self._multiply(round(self._products * rows)).block_until_ready()
 
     def __call__(self, _, batch: Batch) -> Pending:
-        """A call of the network; it returns before the vectors are computed."""
+        """Start a call of the network."""
         product = self._multiply(round(self._products * len(batch.reads)))
         return Pending((*batch.reads.shape, 2), product.block_until_ready)
 
 
 class Cost(NamedTuple):
-    """Seconds by the clock, and of all cores together."""
+    """Seconds by the clock, and the sum over all cores."""
 
     seconds: float
     core_seconds: float
 
 
 def measure(function: Callable) -> Cost:
-    """The cost of a call, with all threads of this process."""
+    """Return the cost of a call, with all threads of this process."""
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     function()
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
@@ -195,14 +196,14 @@ def measure(function: Callable) -> Cost:
 
 
 def overlap(processor, network, photos: list[bytes]) -> Iterator[str]:
-    """Yield a line on an accelerator and one on the host's cores; each computes for as long as decoding takes."""
+    """Yield a line for an accelerator and one for the host's cores; computing alone takes as long as decoding alone."""
     mesh, items = make_mesh(devices=jax.devices()[:1]), [{"image": photo} for photo in photos]
 
     def stream(encode: Callable) -> Cost:
         encoder = Encoder(network, processor, mesh, encode)
         return measure(lambda: list(encoder.blocks({}, items, "document", 64, start=0, size=len(items))))
 
-    stream(first := Accelerator(0.0))  # slower than those behind it
+    stream(first := Accelerator(0.0))  # not timed: the first stream is the slowest
     rows, product = first.rows, measure(partial(Cores(1).compute, 300)).seconds / 300
     accelerator, cores = [], []
     for _ in range(ROUNDS):
@@ -214,7 +215,7 @@ def overlap(processor, network, photos: list[bytes]) -> Iterator[str]:
         cores.append((decoding.seconds, computing.seconds, floor, stream(host).seconds))
     decoding, both = np.median(accelerator, axis=0)
     yield (
-        f"next to an accelerator: decoding alone {decoding:.2f} s, computing alone as long, both {both:.2f} s: "
+        f"with an accelerator: decoding alone {decoding:.2f} s, computing alone the same, both {both:.2f} s: "
         f"{ratios([both / decoding for decoding, both in accelerator])} x the slower of the two (at most 1.15)"
     )
     decoding, computing, floor, both = np.median(cores, axis=0)
@@ -225,7 +226,7 @@ def overlap(processor, network, photos: list[bytes]) -> Iterator[str]:
 
 
 def ratios(values: list[float]) -> str:
-    """The median and the range."""
+    """Format the median and the range of values."""
     return f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 

@@ -8,11 +8,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def traced_flops(function: Callable, *arguments, branches: Sequence[float] = ()) -> float:
-    """FLOPs of all matrix products of one call of a jitted function: two for each multiplication and addition.
+    """Return the FLOPs of all matrix products in a call of a jitted function: two for each multiplication and addition.
 
     Args:
-      branches: how often each branch of a conditional runs, as shares of 1. Of conditionals with another number of branches, the
-        dearest is counted.
+      branches: the share of runs of each branch of a conditional. In conditionals with another number of branches, the branch with
+        the most FLOPs is counted.
     """
     return _count(function.trace(*arguments).jaxpr.jaxpr, branches)
 
@@ -34,11 +34,11 @@ def _count(jaxpr: Jaxpr, branches: Sequence[float]) -> float:
 
 
 def _bodies(parameters: dict) -> list[Jaxpr]:
-    found = []
+    bodies = []
     for value in parameters.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(part, ClosedJaxpr):
-                found.append(part.jaxpr)
-            elif isinstance(part, Jaxpr):
-                found.append(part)
-    return found
+        for body in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(body, ClosedJaxpr):
+                bodies.append(body.jaxpr)
+            elif isinstance(body, Jaxpr):
+                bodies.append(body)
+    return bodies

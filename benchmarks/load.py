@@ -1,10 +1,10 @@
-"""Loads a random Qwen2.5-VL of full size onto 8 devices, and compares its vectors with those of transformers in bfloat16.
+"""Load a random Qwen2.5-VL of full size onto 8 devices, and compare its vectors with those of transformers in bfloat16.
 
     python benchmarks/load.py [--size=3b] [--dir=runs/random_3b]
 
-The directory (7.5 GB for 3b: bfloat16, several shards) is written once. Three processes follow: ours loads it onto 8 devices, ours
-loads it onto one and encodes a text and a page, and transformers does so. Each says how long it took, and its peak memory when it
-had loaded. Needs the development requirements, and about twice the directory's size in memory.
+The directory (7.5 GB for 3b: bfloat16, several files) is written once. Three processes follow: ours loads it onto 8 devices; ours
+loads it onto one device, and encodes a text and a page; transformers does the same. Each prints its time, and its peak memory after
+loading. This needs the development requirements, and memory of about twice the directory's size.
 """
 
 import argparse
@@ -27,10 +27,10 @@ PAGE = (1036, 756)  # height and width, 27 x 37 = 999 visual tokens
 
 
 def main() -> None:
-    """Writes the directory if it is not there, runs both sides, and prints how well they agree."""
+    """Write the directory if it does not exist, run all sides, and print the cosines of their vectors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("3b", "7b", "32b"), default="3b", help="whose shapes (default: 3b)")
-    parser.add_argument("--dir", type=Path, help="where the random model is, or is written (default: runs/random_<size>)")
+    parser.add_argument("--dir", type=Path, help="folder of the random model (default: runs/random_<size>)")
     parser.add_argument("--side", choices=tuple(SIDES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     directory = arguments.dir or Path("runs") / f"random_{arguments.size}"
@@ -50,14 +50,14 @@ def main() -> None:
         memory = f"peak memory {figures['peak'] / 1e9:.2f} GB, {figures['peak'] / size:.2f} x the files"
         encodes = f"; encodes in {figures['encode']:.1f} s" if "encode" in figures else ""
         print(f"{side:16}loads in {figures['load']:6.1f} s, {memory}{encodes}", flush=True)
-    found, expected = (np.load(directory / f"{side}.npz") for side in ("metaembed_jax", "transformers"))
+    vectors, expected = (np.load(directory / f"{side}.npz") for side in ("metaembed_jax", "transformers"))
     for item in ("text", "page"):
-        cosines = (found[item] * expected[item]).sum(-1)
+        cosines = (vectors[item] * expected[item]).sum(-1)
         print(f"{item:16}cosine of {len(cosines)} vectors with transformers': least {cosines.min():.6f}, mean {cosines.mean():.6f}")
 
 
 def write(directory: Path, size: str) -> None:
-    """Random weights with the names and shapes of the released models, scaled so that states stay of order one."""
+    """Write random weights with the names and shapes of the released models, scaled to keep states near one."""
     from flax import nnx
     from flax.traverse_util import flatten_dict
     from tqdm import tqdm
@@ -105,23 +105,23 @@ def write(directory: Path, size: str) -> None:
 
 
 def page() -> Image.Image:
-    """Noise: no two patches are alike."""
+    """Return an image of noise: its patches all differ."""
     return Image.fromarray(np.random.default_rng(1).integers(0, 256, (*PAGE, 3), dtype=np.uint8))
 
 
 def peak_memory() -> int:
-    """Bytes of this process so far; Linux counts in KiB."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Return the peak memory of this process in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
 
 
 def record(directory: Path, side: str, vectors: dict[str, np.ndarray], **figures: float) -> None:
-    """Leaves figures and vectors where the first process reads them."""
+    """Write figures and vectors for the first process to read."""
     np.savez(directory / f"{side}.npz", **vectors)
     (directory / f"{side}.json").write_text(json.dumps(figures))
 
 
 def eight(directory: Path) -> None:
-    """Our loading, the parameters split over 8 devices."""
+    """Load with our code, the parameters sharded over 8 devices."""
     from metaembed_jax import MetaEmbed
     from metaembed_jax.mesh import make_mesh
 
@@ -131,7 +131,7 @@ def eight(directory: Path) -> None:
 
 
 def ours(directory: Path) -> None:
-    """Our side, on one device."""
+    """Load and encode with our code, on one device."""
     from metaembed_jax import MetaEmbed
     from metaembed_jax.mesh import make_mesh
 
@@ -145,7 +145,7 @@ def ours(directory: Path) -> None:
 
 
 def theirs(directory: Path) -> None:
-    """The same in transformers, with the Meta Tokens behind each prompt's embeddings."""
+    """Load and encode with transformers, the Meta Tokens after each prompt's embeddings."""
     import torch
     from tokenizers import Tokenizer
     from transformers import AutoModel
@@ -179,8 +179,8 @@ def theirs(directory: Path) -> None:
         return torch.nn.functional.normalize(states[:16] if item == "text" else states[16:], dim=-1).numpy()
 
     start = time.perf_counter()
-    found = {"text": vectors("text", {}), "page": vectors("page", dict(seen))}
-    record(directory, "transformers", found, load=load, encode=time.perf_counter() - start, peak=peak)
+    encoded = {"text": vectors("text", {}), "page": vectors("page", dict(seen))}
+    record(directory, "transformers", encoded, load=load, encode=time.perf_counter() - start, peak=peak)
 
 
 SIDES = {"eight devices": eight, "metaembed_jax": ours, "transformers": theirs}

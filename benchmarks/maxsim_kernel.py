@@ -1,10 +1,10 @@
-"""Memory and HBM traffic of the TPU's MaxSim kernel and of XLA: `python benchmarks/maxsim_kernel.py`; no TPU needed.
+"""Memory and HBM traffic of the TPU's MaxSim kernel and of XLA: `python benchmarks/maxsim_kernel.py`. It needs no TPU.
 
-100,000 documents of 64 vectors, 3,584 wide, bfloat16, sharded over a slice; 1, 8 and 32 queries of 16 vectors. Figures are of a
+100,000 documents of 64 vectors, 3,584 wide, bfloat16, sharded over a slice; 1, 8 and 32 queries of 16 vectors. Figures are per
 device:
 
     floor      its documents, read once
-    stated     the kernel's own estimate: documents and queries for every block of queries, and the scores
+    stated     the kernel's own estimate: documents and queries once for each block of queries, and the scores
     grid       counted over the grid: a block is moved whenever its index changes
     compiled   traffic of the compiled program, by `metaembed_jax.planning`
 
@@ -79,7 +79,7 @@ def shapes(mesh: Mesh, queries: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDty
 
 
 def compiled(score, mesh: Mesh, query: jax.ShapeDtypeStruct, document: jax.ShapeDtypeStruct) -> Compiled:
-    """Compile a function that scores, sharded over a mesh."""
+    """Compile a scoring function, sharded over a mesh."""
     specs = query.sharding.spec, document.sharding.spec
     out = PartitionSpec(None, mesh.axis_names)
 

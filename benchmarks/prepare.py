@@ -1,8 +1,8 @@
 """Peak memory and speed of `prepare` as a source grows: `python benchmarks/prepare.py`. Linux only.
 
-A source of pages, JPEGs of about 100 kB inline in Parquet files of 1,000 rows, as ColPali's train set is delivered, is prepared at
-several lengths by two worker processes. Memory is that of all processes of the command, what they share counted once (Pss), read 20
-times a second. From the two longest follows the slope, and what 100,000 rows would take.
+The source is Parquet files of 1,000 rows with JPEG pages of about 100 kB inside, as ColPali's train set is. Two worker processes
+prepare it at several lengths. Memory is the sum over all processes of the command, read 20 times a second; memory that they share
+counts once (Pss). The two longest sources give the slope, and an estimate for 100,000 rows.
 """
 
 import argparse
@@ -22,7 +22,7 @@ FILE_ROWS, DISTINCT = 1000, 50
 
 
 def main() -> None:
-    """Prepares each length in turn, and prints what it took."""
+    """Prepare each length in turn, and print its memory and speed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[2500, 5000, 10000], help="lengths (default: 2500 5000 10000)")
     arguments = parser.parse_args()
@@ -38,42 +38,42 @@ def main() -> None:
     if len(peaks) > 1:
         (shorter, less), (longer, more) = list(peaks.items())[-2:]
         slope = (more - less) / (longer - shorter)
-        then = (more + slope * (100_000 - longer)) / 2**20
-        print(f"slope {slope * 1000 / 2**20:+.1f} MiB for 1,000 rows; at 100,000 rows {then:,.0f} MiB")
+        estimate = (more + slope * (100_000 - longer)) / 2**20
+        print(f"slope {slope * 1000 / 2**20:+.1f} MiB for 1,000 rows; at 100,000 rows {estimate:,.0f} MiB")
 
 
 def peak(command: list[str]) -> tuple[int, float]:
-    """The most bytes that a command and its children held at once, and its seconds."""
-    began, most = time.perf_counter(), 0
+    """Return the peak memory of a command and its children in bytes, and its seconds."""
+    start, most = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            most = max(most, sum(map(held, family(process.pid))))
+            most = max(most, sum(map(memory, with_children(process.pid))))
             time.sleep(0.05)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return most, time.perf_counter() - began
+    return most, time.perf_counter() - start
 
 
-def family(process: int) -> list[int]:
-    """A process and all below it."""
+def with_children(process: int) -> list[int]:
+    """Return the ids of a process and of its descendants."""
     try:
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     except OSError:
         return []
-    return [process, *(one for child in children for one in family(int(child)))]
+    return [process, *(descendant for child in children for descendant in with_children(int(child)))]
 
 
-def held(process: int) -> int:
-    """Its bytes, those that it shares with others in parts."""
+def memory(process: int) -> int:
+    """Return the memory of a process in bytes, with its share of what others use too."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has just ended
+    except OSError:  # the process has just ended
         return 0
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
 def write(folder: Path, images: list[bytes], rows: int) -> None:
-    """Files of the columns that are read."""
+    """Write Parquet files with the columns that are read."""
     folder.mkdir(parents=True)
     for number, first in enumerate(range(0, rows, FILE_ROWS)):
         chosen = range(first, min(first + FILE_ROWS, rows))
@@ -82,7 +82,7 @@ def write(folder: Path, images: list[bytes], rows: int) -> None:
 
 
 def jpeg(number: int) -> bytes:
-    """A page of coarse noise."""
+    """Return the JPEG of a page of coarse noise."""
     pixels = np.random.default_rng(number).integers(0, 256, (48, 34, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).resize((1240, 1754), Image.Resampling.BICUBIC).save(file, "jpeg", quality=40)

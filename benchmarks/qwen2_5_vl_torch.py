@@ -1,4 +1,4 @@
-"""The peer: Qwen2.5-VL of transformers, trained by torch as the published release of MetaEmbed does it."""
+"""The peer of benchmarks/train.py: Qwen2.5-VL of transformers, trained by torch as the published release of MetaEmbed does."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ QUERY_ROWS = 16
 
 
 def write_checkpoint(directory: Path, architecture: dict, image_token: int) -> None:
-    """A random model as `save_pretrained` leaves it."""
+    """Write a random model with `save_pretrained`."""
     torch.manual_seed(0)
     text = dict(architecture["text_config"])
     text["rope_parameters"] = dict(
@@ -33,13 +33,13 @@ def write_checkpoint(directory: Path, architecture: dict, image_token: int) -> N
 
 
 class TorchTrainer:
-    """Model, AdamW and one batch.
+    """Trains the model with AdamW on one batch.
 
     Args:
-      directory: of `write_checkpoint`.
+      directory: folder that `write_checkpoint` wrote.
       meta_tokens: float32 [80, width].
-      pairs: a query and a document each; all queries have one length, and all documents.
-      config: temperature, groups and optimizer are read.
+      pairs: (query, document) pairs; all queries have one length, and so have all documents.
+      config: for its objective and optimizer.
     """
 
     def __init__(self, directory: Path, meta_tokens: np.ndarray, pairs: list[tuple[Example, Example]], config):
@@ -60,7 +60,7 @@ class TorchTrainer:
         self.core.get_input_embeddings().register_forward_hook(self._append_meta_tokens)
 
     def step(self) -> float:
-        """Forward, backward, clipping, AdamW; returns the loss."""
+        """Run a step (forward, backward, clipping, AdamW) and return its loss."""
         loss = self.loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm)
@@ -69,14 +69,14 @@ class TorchTrainer:
         return loss.item()
 
     def flops(self) -> int:
-        """FLOPs of the matrix products of forward and backward, as torch counts them."""
+        """Return the FLOPs of the matrix products of forward and backward, as torch counts them."""
         with FlopCounterMode(display=False) as counter:
             self.loss().backward()
         self.optimizer.zero_grad(set_to_none=True)
         return counter.get_total_flops()
 
     def loss(self) -> torch.Tensor:
-        """The mean over the groups of the cross-entropies, from one set of similarities."""
+        """Return the mean cross-entropy over the groups, from one set of similarities."""
         query_BRD = self._vectors(self.query)[:, :QUERY_ROWS]
         document_NRD = self._vectors(self.document)[:, QUERY_ROWS:]
         similarity_BNij = torch.einsum("bid,njd->bnij", query_BRD, document_NRD)

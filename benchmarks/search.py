@@ -1,15 +1,15 @@
-"""Race exact MaxSim on this machine's CPU against other libraries, on the same vectors in one run: `python benchmarks/search.py`.
+"""Time exact MaxSim on this machine's CPU against other libraries, on the same vectors in one run: `python benchmarks/search.py`.
 
     batch     20,000 documents of 64 vectors by 32 queries of 16, 128 wide
     single    100,000 documents of 8 vectors by one query of 4, 128 wide
     one page  20,000 documents of 64 vectors by one query of 16, 128 wide
     wide      5,000 documents of 64 vectors by 8 queries of 16, 3584 wide, as MetaEmbed-7B has them
 
-Peers are maxsim-cpu, colpali-engine's `score_multi_vector`, sentence-transformers' `maxsim`, and plain NumPy, as far as they are
-installed. Every peer's scores are first checked to equal ours. Indexes return the ten best of each query: ours on disk, in each
-type that it stores, and Qdrant embedded (only in the race "one page": filling it takes a minute). Times are medians over rounds;
-rates are compared with that of a large float32 matmul in the same run. Extra memory is the rise of the peak memory, in a process of
-its own, by a call of `maxsim` and by a search of the index.
+Peers are maxsim-cpu, colpali-engine's `score_multi_vector`, sentence-transformers' `maxsim`, and plain NumPy, each if it is
+installed. Every peer's scores are checked to equal ours before anything is timed. Indexes return the ten best documents of each
+query: ours from disk, in each of its types, and Qdrant embedded (only for "one page", because adding the vectors takes a minute).
+Times are medians over rounds, and rates are compared with that of a large float32 matmul in the same run. Extra memory is the rise
+of the peak memory during a call of `maxsim`, and during a search of the index, in a separate process.
 """
 
 import argparse
@@ -181,9 +181,9 @@ def race(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
     seconds = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             call()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -205,7 +205,7 @@ def extra_memory(case: Case) -> tuple[float, float]:
 
 
 def resident(key: str) -> int:
-    """Return a figure of /proc/self/status in bytes."""
+    """Return a value of /proc/self/status in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return 1024 * int(line.split()[1])
 

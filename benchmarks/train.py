@@ -1,8 +1,8 @@
-"""Races one full-training step against the same model, loss and AdamW in transformers + torch: `python benchmarks/train.py`.
+"""Time a full-training step against the same model, loss and AdamW in transformers and torch: `python benchmarks/train.py`.
 
-Both start from the same random weights and see the same batch, so their losses must agree before anything is timed. torch appends
-all 80 Meta Tokens to every input, as the published release does; ours appends to a query only those that can be read, and packs a
-query and a document into each row.
+Both sides start from the same random weights and read the same batch; their losses must agree before anything is timed. The torch
+side appends all 80 Meta Tokens to every input, as the published release does. Ours appends to a query only the Meta Tokens that are
+read, and packs a query and a document into each row.
 
     pairs        32 queries of 24 tokens, 32 images of 112x112 pixels
     model        text 256 wide, 4 layers; vision 128 wide, 4 layers; float32, no recomputation on either side
@@ -59,7 +59,7 @@ ARCHITECTURE = dict(
 
 
 def main() -> None:
-    """Checks that both compute the same loss, then times them in turns and prints the ratio."""
+    """Check that both sides compute the same loss, time them in turns, and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default: 7)")
     parser.add_argument("--steps", type=int, default=5, help="steps a turn (default: 5)")
@@ -74,8 +74,8 @@ def main() -> None:
         backbone = read_backbone(
             Path(scratch), QWEN2_5_VL, model_config(config).architecture, trainer.abstract.parameters["backbone"]
         )
-        place = trainer.abstract.parameters["meta_tokens"].sharding
-    ours = Ours(trainer, {"backbone": backbone, "meta_tokens": jax.device_put(meta_tokens, place)}, make_batch(config, pairs))
+        sharding = trainer.abstract.parameters["meta_tokens"].sharding
+    ours = Ours(trainer, {"backbone": backbone, "meta_tokens": jax.device_put(meta_tokens, sharding)}, make_batch(config, pairs))
 
     flops = {"metaembed_jax": traced_flops(trainer.step, ours.state, ours.batch), "torch": theirs.flops()}
     losses = {"metaembed_jax": ours.step(), "torch": theirs.step()}
@@ -85,16 +85,16 @@ def main() -> None:
     seconds = race({"metaembed_jax": ours.step, "torch": theirs.step}, arguments.rounds, arguments.steps)
     peak = matmul_rate()
     print(f"{'':16}{'ms/step':>10}{'samples/s':>12}{'GFLOP/step':>12}{'GFLOP/s':>10}{'of XLA matmul':>16}")
-    for name, one in seconds.items():
-        rate = flops[name] / one
-        print(f"{name:16}{1e3 * one:10.0f}{PAIRS / one:12.1f}{flops[name] / 1e9:12.2f}{rate / 1e9:10.1f}{rate / peak:16.0%}")
+    for name, step in seconds.items():
+        rate = flops[name] / step
+        print(f"{name:16}{1e3 * step:10.0f}{PAIRS / step:12.1f}{flops[name] / 1e9:12.2f}{rate / 1e9:10.1f}{rate / peak:16.0%}")
     print(f"XLA's large matmul: {peak / 1e9:.1f} GFLOP/s")
     print(f"ratio of samples/s: {seconds['torch'] / seconds['metaembed_jax']:.2f}x")
     profile(config, ours)
 
 
-def run_config():
-    """The config of the race: the recipe's AdamW, all groups, and no recomputation."""
+def run_config() -> RunConfig:
+    """Return the config of our side: the recipe's AdamW, all groups, and no recomputation."""
     return with_keys(
         RunConfig(),
         {
@@ -108,7 +108,7 @@ def run_config():
 
 
 def make_pairs() -> list[tuple[Example, Example]]:
-    """Queries and documents of noise, as a processor makes them."""
+    """Return queries and documents of noise, as a processor makes them."""
     random = np.random.default_rng(0)
     images = [Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(PAIRS)]
     sizes = QWEN2_5_VL.Images(SIDE * SIDE, SIDE * SIDE)
@@ -134,7 +134,7 @@ def make_pairs() -> list[tuple[Example, Example]]:
 
 
 def make_batch(config, pairs: list[tuple[Example, Example]]) -> TrainingBatch:
-    """The pairs as a step's batch: a document and its query in a row."""
+    """Return the pairs as a step's batch: a document and its query in each row."""
     row, vectors = Size(DOCUMENT_TOKENS + 80 + QUERY_TOKENS + 16, 64, 80), np.arange(PAIRS, dtype=np.int32) * 80
     items = [[RowItem(document, 80, 64), RowItem(query, 16, 16)] for query, document in pairs]
     rows = collate(items, row, model_config(config).architecture.layout).map(lambda x: x[None])
@@ -143,20 +143,20 @@ def make_batch(config, pairs: list[tuple[Example, Example]]) -> TrainingBatch:
 
 
 class Ours:
-    """The state of our side."""
+    """Our side: the training state, and one batch."""
 
     def __init__(self, trainer: Trainer, parameters: dict, batch: TrainingBatch):
         self.trainer, self.batch = trainer, put(batch, trainer.mesh)
         self.state = trainer.init(parameters)
 
     def step(self) -> float:
-        """One step; waits for its loss."""
+        """Run a step and return its loss."""
         self.state, figures = self.trainer.step(self.state, self.batch)
         return float(figures["loss"])
 
 
 def race(steps: dict[str, Callable], rounds: int, count: int) -> dict[str, float]:
-    """Seconds a step: sides take turns, so that both meet the same machine; the median of the turns after the first counts."""
+    """Return seconds a step. Sides take turns, so that load on the machine slows both; the median is over turns after the first."""
     turns = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
@@ -168,7 +168,7 @@ def race(steps: dict[str, Callable], rounds: int, count: int) -> dict[str, float
 
 
 def seconds_of(function: Callable, *arguments, repeats: int = 9) -> float:
-    """The median time of a jitted function, compiled before."""
+    """Return the median time of a jitted function, after a call that compiles."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(repeats):
@@ -179,13 +179,13 @@ def seconds_of(function: Callable, *arguments, repeats: int = 9) -> float:
 
 
 def matmul_rate(size: int = 2048) -> float:
-    """FLOP/s of one large float32 matmul in XLA on this machine."""
+    """Return the FLOP/s of a large float32 matmul in XLA on this machine."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((size, size), np.float32))
     return 2 * size**3 / seconds_of(jax.jit(jnp.matmul), x, x)
 
 
 def profile(config, ours: Ours) -> None:
-    """Where our step's time goes: forward and backward of its parts, each jitted alone."""
+    """Print the time of forward and backward of our step's rows and of its loss, each jitted alone."""
     graph, _, _ = abstract_network(model_config(config))
     parameters, batch = ours.state.parameters, ours.batch
     random = np.random.default_rng(0)
@@ -198,12 +198,12 @@ def profile(config, ours: Ours) -> None:
         vectors = nnx.merge(graph, parameters)(jax.tree.map(lambda x: x[0], batch.rows))
         return (vectors * weights).sum()
 
-    parts = {
+    functions = {
         "rows (image, 28 + 80 and 24 + 16 tokens)": (jax.jit(jax.grad(weighted_sum)), parameters, unit(PAIRS, 80, 256)),
-        "loss": (jax.jit(jax.grad(lambda q, c: matryoshka_loss(q, c)[0], (0, 1))), unit(PAIRS, 16, 256), unit(PAIRS, 64, 256)),
+        "loss": (jax.jit(jax.grad(lambda q, d: matryoshka_loss(q, d)[0], (0, 1))), unit(PAIRS, 16, 256), unit(PAIRS, 64, 256)),
     }
-    print("our step by part, forward and backward, ms:")
-    for name, (function, *arguments) in parts.items():
+    print("our step, forward and backward, ms:")
+    for name, (function, *arguments) in functions.items():
         print(f"  {name:36}{1e3 * seconds_of(function, *arguments):8.0f}{traced_flops(function, *arguments) / 1e9:10.2f} GFLOP")
 
 
