@@ -13,9 +13,11 @@ chip's published peaks, and include columns of padding.
 """
 
 import argparse
+import functools
 import itertools
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,8 +56,9 @@ def main() -> None:
         local = jax.ShapeDtypeStruct((document.shape[0] // mesh.size, *document.shape[1:]), document.dtype)
         blocks, floor = maxsim_tpu.choose_blocks(query, local), local.size * local.dtype.itemsize
         maxsim_tpu.VMEM_LIMIT = 2**20 * math.ceil(blocks.vmem_bytes / 2**20)
-        kernel, xla = (compiled(score, mesh, query, document) for score in (maxsim_tpu.score, maxsim._xla))
-        stated, walked = moved(query, local)
+        score = functools.partial(maxsim_tpu.score, blocks=blocks)
+        kernel, xla = (compiled(function, mesh, query, document) for function in (score, maxsim._xla))
+        stated, walked = moved(score, query, local)
         query_blocks = -(-queries // blocks.queries)
         arithmetic = 2 * query_blocks * blocks.columns * local.size
         seconds = {"HBM": stated / target.chip.hbm_bandwidth, "arithmetic": arithmetic / target.chip.flops}
@@ -95,9 +98,9 @@ def compiled(score, mesh: Mesh, query: jax.ShapeDtypeStruct, document: jax.Shape
     return Compiled(program.memory_analysis().temp_size_in_bytes, cost.count(text, mesh.size).hbm_bytes)
 
 
-def moved(query: jax.ShapeDtypeStruct, document: jax.ShapeDtypeStruct) -> tuple[int, int]:
+def moved(score: Callable, query: jax.ShapeDtypeStruct, document: jax.ShapeDtypeStruct) -> tuple[int, int]:
     """Return the bytes between HBM and VMEM that the kernel states, and those that its grid moves."""
-    equations = jax.make_jaxpr(maxsim_tpu.score)(query, document).eqns
+    equations = jax.make_jaxpr(score)(query, document).eqns
     (kernel,) = (equation.params for equation in equations if equation.primitive.name == "pallas_call")
     grid, total = kernel["grid_mapping"].grid, 0
     points = jnp.stack(jnp.meshgrid(*map(jnp.arange, grid), indexing="ij"), -1).reshape(-1, len(grid))

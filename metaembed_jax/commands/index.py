@@ -19,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=local_path, required=True, help="a folder of images and PDF files, or a .jsonl or .parquet")
     parser.add_argument("--out", type=local_path, required=True, help="the index; an existing one is replaced at the end")
     parser.add_argument("--budget", type=int, help="vectors to keep of each document (default: all)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the vectors on disk (default: bfloat16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the vectors on disk (default: bfloat16)")
     add_device_flags(parser)
 
 

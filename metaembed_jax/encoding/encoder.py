@@ -1,4 +1,4 @@
-"""Encoding of items: calls of the schedule are decoded ahead, and sent before the vectors of earlier calls are fetched.
+"""Encoding of items. Calls of the schedule are decoded ahead, and sent before the vectors of earlier calls are fetched.
 
 N items, V vectors of a row, R vectors of an item, D width of a vector.
 """
@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -24,11 +24,12 @@ from metaembed_jax.compilation import announced
 from metaembed_jax.encoding.reading import Reader, as_table, results
 from metaembed_jax.encoding.schedule import Call, Schedule
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.processors import PromptProcessor
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.sharding import batch_shards, fetch_rows, rows_here
 
 CHUNK = 64  # items of a shard whose sizes are read together
-AHEAD = 32  # rows of a shard that are decoded before their turn
+AHEAD = 32  # rows of a shard that are decoded ahead
 IN_FLIGHT = 32  # rows of a shard that are sent before the vectors of earlier rows are fetched
 
 
@@ -37,9 +38,9 @@ class Reduced:
     """Counts of items that were made smaller to fit a row.
 
     Attributes:
-      items: all that were encoded.
-      cut: texts that lost their end.
-      shrunk: images that are smaller than the family would make them.
+      items: all items that were encoded.
+      cut: texts whose end was cut.
+      shrunk: images that are smaller than the family makes them without a limit.
     """
 
     items: int = 0
@@ -55,12 +56,12 @@ class Reduced:
 
 
 class Block(NamedTuple):
-    """Vectors of a host's share of consecutive items.
+    """Vectors of this host's share of consecutive items.
 
     Attributes:
       items: the numbers of all items of the block.
-      numbers: those of this host, ascending.
-      vectors: a set for each of them.
+      numbers: the numbers of this host's items, ascending.
+      vectors: the vectors of each of this host's items.
     """
 
     items: range
@@ -68,21 +69,52 @@ class Block(NamedTuple):
     vectors: Float[np.ndarray, "n R D"]
 
 
+class Decoding(NamedTuple):
+    """A call whose items are being decoded.
+
+    Attributes:
+      call: the call.
+      here: the items of each of this host's rows.
+      rows: a future of the arrays of each of these items.
+    """
+
+    call: Call
+    here: list[list[int]]
+    rows: list[list[Future]]
+
+
+class Running(NamedTuple):
+    """A call that the devices compute.
+
+    Attributes:
+      call: the call.
+      here: the items of each of this host's rows.
+      vectors: the vectors of all rows.
+    """
+
+    call: Call
+    here: list[list[int]]
+    vectors: Float[jax.Array, "B V D"]
+
+
+Started = TypeVar("Started", Decoding, Running)
+
+
 class Encoder:
     """Packs items into rows and runs the network on them.
 
     Args:
-      config: of the network.
-      processor: the family's; its limits are the row's.
-      mesh: all devices that encode.
+      config: config of the network.
+      processor: processor of the family; its limits are those of a row.
+      mesh: devices that encode.
       encode: the result of `network.make_encode`.
 
     Attributes:
       programs: (rows, capacity of a row) of each program that has run.
-      reduced: counts of the last stream.
+      reduced: counts of the last call of `blocks`.
     """
 
-    def __init__(self, config: ModelConfig, processor: object, mesh: Mesh, encode: Callable):
+    def __init__(self, config: ModelConfig, processor: PromptProcessor, mesh: Mesh, encode: Callable):
         self._config, self._processor, self._mesh, self._encode = config, processor, mesh, encode
         self.programs: set[tuple[int, Size]] = set()
         self.reduced, self._printed = Reduced(), set()
@@ -90,18 +122,19 @@ class Encoder:
     def blocks(
         self, parameters: dict, items: Sequence, side: str, budget: int, *, start: int, size: int, bar: tqdm | None = None
     ) -> Iterator[Block]:
-        """Encode items from `start` on, and yield blocks of consecutive items, in order, each when it is complete.
+        """Encode items from `start` on, and yield blocks of consecutive items, in order, each as soon as it is complete.
 
-        All hosts call it with the same items. They run the same calls at the same time, and each decodes the items of its rows.
+        All hosts must call this with the same items. They run the same calls, and each host decodes the items of its rows.
 
         Args:
           side: "query" or "document".
           budget: vectors of each item.
+          start: number of the first item.
           size: items of a block.
           bar: advances by the items of all hosts.
 
         Raises:
-          UserError: names the item that cannot be encoded.
+          UserError: an item cannot be encoded, which the error names.
         """
         self.reduced = Reduced()
         blocks = _Blocks(range(start, len(items)), size)
@@ -133,7 +166,7 @@ class Encoder:
                 yield from schedule.take(is_last=number + 1 == len(chunks))
 
     def _row(self, side: str) -> tuple[int, int]:
-        """Return the tokens and patches of a row, the same for every budget; the processor makes items that fit."""
+        """Return the tokens and patches of a row. They are the same for every budget, and the processor makes items that fit."""
         limits = self._processor.limits
         if limits is None:
             return self._config.architecture.default_row(self._processor.images)
@@ -144,62 +177,62 @@ class Encoder:
         return reader.sizes(chunk[jax.process_index() :: hosts.count_hosts()])
 
     def _run(self, parameters: dict, calls: Iterator[Call], reader: Reader, budget: int) -> Iterator[tuple]:
-        """Yield (numbers of a call's items, those of this host, their vectors), call by call."""
+        """Yield (numbers of a call's items, numbers of this host's items, their vectors) for each call."""
         shards = batch_shards(self._mesh)
-        decoding = _ahead((self._start_call(call, reader) for call in calls), AHEAD * shards)
-        in_flight = _ahead((self._send(parameters, *call) for call in decoding), IN_FLIGHT * shards)
-        for call in in_flight:
-            yield _fetch(*call, budget)
+        decoding = _ahead((self._decode(call, reader) for call in calls), AHEAD * shards)
+        running = _ahead((self._send(parameters, call) for call in decoding), IN_FLIGHT * shards)
+        for call in running:
+            yield _fetch(call, budget)
 
-    def _start_call(self, call: Call, reader: Reader) -> tuple[Call, list[list[int]], list[list[Future]]]:
-        """Return the call, the items of this host's rows, and futures of their arrays."""
+    def _decode(self, call: Call, reader: Reader) -> Decoding:
         here = [call.rows[row] if row < len(call.rows) else [] for row in rows_here(self._mesh, call.size)]
-        return call, here, [reader.row_items(numbers) for numbers in here]
+        return Decoding(call, here, [reader.row_items(numbers) for numbers in here])
 
-    def _send(self, parameters: dict, call: Call, here: list[list[int]], futures: list[list[Future]]) -> tuple:
+    def _send(self, parameters: dict, decoding: Decoding) -> Running:
+        call = decoding.call
         layout, program = self._config.architecture.layout, (call.size, call.row)
-        batch = rows.collate([results(row) for row in futures], call.row, layout)
+        batch = rows.collate([results(row) for row in decoding.rows], call.row, layout)
         with jax.set_mesh(self._mesh):
             batch = rows.put(batch, self._mesh)
             with contextlib.nullcontext() if program in self.programs else announced("the encoder"):
                 vectors_BVD = self._encode(parameters, batch)
         self.programs.add(program)
-        return call, here, vectors_BVD
+        return Running(call, decoding.here, vectors_BVD)
 
 
-def _ahead(calls: Iterator[tuple], rows: int) -> Iterator[tuple]:
-    """Yield calls in order, each once at least `rows` rows of later calls are taken, or all are."""
-    taken, waiting = deque(), 0
+def _ahead(calls: Iterator[Started], rows: int) -> Iterator[Started]:
+    """Yield calls in order. A call is yielded when later calls of at least `rows` rows have started, or all have."""
+    started, waiting = deque(), 0
     for call in calls:
-        taken.append(call)
-        waiting += call[0].size
-        while waiting - taken[0][0].size >= rows:
-            waiting -= taken[0][0].size
-            yield taken.popleft()
-    yield from taken
+        started.append(call)
+        waiting += call.call.size
+        while waiting - started[0].call.size >= rows:
+            waiting -= started[0].call.size
+            yield started.popleft()
+    yield from started
 
 
-def _fetch(call: Call, here: list[list[int]], vectors_BVD: jax.Array, budget: int) -> tuple[list[int], list[int], np.ndarray]:
-    vectors_bVD = fetch_rows(vectors_BVD)
-    numbers = [number for row in here for number in row]
-    slots = [(row, rank * budget) for row, items in enumerate(here) for rank in range(len(items))]
+def _fetch(running: Running, budget: int) -> tuple[list[int], list[int], np.ndarray]:
+    vectors_bVD = fetch_rows(running.vectors)
+    numbers = [number for row in running.here for number in row]
+    slots = [(row, rank * budget) for row, items in enumerate(running.here) for rank in range(len(items))]
     vectors_nRD = np.empty((len(numbers), budget, vectors_bVD.shape[2]), np.float32)
     for item, (row, first) in enumerate(slots):
         vectors_nRD[item] = vectors_bVD[row, first : first + budget]
     if len(bad := np.flatnonzero(~np.isfinite(vectors_nRD).all(axis=(1, 2)))):  # a maximum may hide NaN
         raise UserError(f"item {min(numbers[item] for item in bad)}: its vectors hold NaN or infinities; check the checkpoint")
-    return [number for row in call.rows for number in row], numbers, vectors_nRD
+    return [number for row in running.call.rows for number in row], numbers, vectors_nRD
 
 
 def _gather_sizes(sizes: list, count: int) -> Int[np.ndarray, "N 4"]:
-    """Return the sizes of a chunk's items, of which every host has read some."""
+    """Gather the sizes of a chunk's items; every host has read a share."""
     each = -(-count // hosts.count_hosts())
     table_HN4 = hosts.gather(as_table(sizes, each))
     return table_HN4.swapaxes(0, 1).reshape(-1, table_HN4.shape[2])[:count]
 
 
 class _Blocks:
-    """Collects vectors, which come in the order of calls, into blocks of consecutive items."""
+    """Collects vectors in the order of calls into blocks of consecutive items."""
 
     def __init__(self, numbers: range, size: int):
         self._start, self._size = numbers.start, size
@@ -212,9 +245,9 @@ class _Blocks:
         """Add the vectors of a call, and yield the blocks that are complete.
 
         Args:
-          numbers: of the call's items on all hosts.
-          here: of this host's items.
-          vectors_nRD: of this host's items.
+          numbers: numbers of the call's items on all hosts.
+          here: numbers of this host's items.
+          vectors_nRD: vectors of this host's items.
         """
         for block, count in zip(*np.unique(self._block(numbers), return_counts=True), strict=True):
             self._missing[block] -= count
@@ -231,7 +264,7 @@ class _Blocks:
         order_n = np.argsort(numbers_n)
         slots_n = np.argsort(order_n)
         vectors_nRD, last = np.empty((len(numbers_n), *shape), np.float32), len(numbers_n)
-        while arrays:  # one at a time from the end, so that two copies are never held
+        while arrays:  # an array is dropped as soon as it is copied, so that memory never holds all vectors twice
             numbers, vectors = arrays.pop()
             vectors_nRD[slots_n[last - len(numbers) : last]] = vectors
             last -= len(numbers)

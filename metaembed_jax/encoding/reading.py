@@ -1,7 +1,7 @@
-"""Threads that read sizes of items and make their arrays, ahead of the devices.
+"""Threads that read the sizes of items and make their arrays, ahead of the devices.
 
-Pillow and the tokenizer release Python's lock, so threads are as fast as processes (benchmarks/encode.py). They start at once, and
-work from any script.
+Pillow and the tokenizer release Python's lock, so threads are as fast as processes (benchmarks/encode.py). Threads also start at
+once, and work from any script.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from PIL import Image
 from metaembed_jax.batch.items import Example, Fitted
 from metaembed_jax.batch.rows import RowItem
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.processors import PromptProcessor
 
 MOST_THREADS = 8
 
@@ -24,38 +25,38 @@ MOST_THREADS = 8
 class Reader:
     """Reads the items of a sequence.
 
-    A sequence may have `describe(number)`, the item with (width, height) in place of its image: several threads then read it, and
-    open images when their turn comes. Otherwise an item is read once, and kept until its arrays are made.
-    A sequence may have `item_name(number)`, the name of an item in errors.
+    A sequence may have `describe(number)`, which returns the item with (width, height) in place of its image. Then several threads
+    read the sequence, and an image is opened only for its arrays. Without it, an item is read once and kept until then.
+    A sequence may have `item_name(number)`, which returns the name of an item in errors.
 
     Args:
-      processor: the family's.
+      processor: processor of the family.
       items: texts, PIL images or dicts of both.
       side: "query" or "document".
-      meta, budget: Meta Tokens of each item, and the number of them that are read.
+      meta, budget: number of Meta Tokens of each item, and how many of them are read.
     """
 
-    def __init__(self, processor: object, items: Sequence, side: str, meta: int, budget: int):
+    def __init__(self, processor: PromptProcessor, items: Sequence, side: str, meta: int, budget: int):
         self._processor, self._items, self._side, self._meta, self._budget = processor, items, side, meta, budget
         self._make = {"query": processor.query, "document": processor.document}[side]
         self._describe, self._name = getattr(items, "describe", None), getattr(items, "item_name", _name)
         self._lock = contextlib.nullcontext() if self._describe else threading.Lock()
         self._held: dict[int, dict | Example] = {}
         count = min(os.cpu_count() or 1, MOST_THREADS)
-        # Sizes have threads of their own: queued after the items of several calls, they would delay the next calls.
+        # Sizes have separate threads: queued after the items of several calls, they would delay the next calls.
         self._threads, self._size_threads = ThreadPoolExecutor(count, "encode"), ThreadPoolExecutor(count, "encode sizes")
 
     def close(self) -> None:
-        """End the threads, and cancel what has not begun."""
+        """End the threads, and cancel reads that have not started."""
         for threads in (self._size_threads, self._threads):
             threads.shutdown(wait=True, cancel_futures=True)
 
     def sizes(self, numbers: Sequence[int]) -> list[Future]:
-        """Start to read the sizes of items; return a future `Fitted` for each."""
+        """Start to read the sizes of items, and return a future `Fitted` for each."""
         return [self._size_threads.submit(self._size, int(number)) for number in numbers]
 
     def row_items(self, numbers: Sequence[int]) -> list[Future]:
-        """Start to make the arrays of items; return a future `RowItem` for each."""
+        """Start to make the arrays of items, and return a future `RowItem` for each."""
         return [self._threads.submit(self._row_item, int(number)) for number in numbers]
 
     def _size(self, number: int) -> Fitted:
@@ -80,7 +81,7 @@ class Reader:
 
 
 def results(futures: Sequence[Future]) -> list:
-    """Return the results of futures in order; raise the first error."""
+    """Return the results of futures, or raise the first error."""
     return [future.result() for future in futures]
 
 
@@ -92,10 +93,10 @@ def as_table(sizes: Sequence[Fitted], rows: int) -> Int[np.ndarray, "N 4"]:
 
 
 def as_item(item: str | Image.Image | dict, name: str = "item") -> dict:
-    """Return a text, a PIL image or a dict, as a dict.
+    """Return a text, a PIL image or a dict as a dict.
 
     Args:
-      name: of the item, for errors.
+      name: name of the item in errors.
 
     Raises:
       UserError: the item has another type.

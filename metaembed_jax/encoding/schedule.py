@@ -1,10 +1,10 @@
-"""Calls that encode a stream of items: a pure function of sizes and of the number of devices, the same on every host.
+"""The calls that encode a stream of items. They depend on sizes and on the number of devices alone, so all hosts make the same.
 
-Items wait in a pool until they fill `WINDOW` rows a device; packing chooses among all of them. A call has 16, 4 or 1 rows a
-device, so three programs encode everything. A few short texts have a small row of their own. The first call starts when
-its items are decoded, and nothing overlaps with the end of the last: short streams have no calls of 16 rows a device.
+Items wait in a pool until they fill `WINDOW` rows of each device, and packing chooses among all of them. A call has 16, 4 or 1 rows
+for each device, so three programs encode everything. A few short texts have a smaller row. The first call waits for its items to be
+decoded, and nothing is decoded during the last call, so short streams have no calls of 16 rows.
 
-N items, D shards of the batch axis (each a device, or several that share its rows).
+N items, D shards of the batch axis (a device, or several that share rows).
 """
 
 from collections.abc import Iterator
@@ -16,21 +16,21 @@ from jaxtyping import Int
 from metaembed_jax.batch.items import Size
 from metaembed_jax.batch.packing import least_rows, pack
 
-CALL_ROWS = (16, 4, 1)  # of a shard, in a call
+CALL_ROWS = (16, 4, 1)  # rows of a shard in a call
 LONG = 256  # rows of a shard that are sent before the first call of the largest size
-WINDOW = 64  # rows of a shard that items in the pool fill
-SHORTEST = 16  # tokens of the shortest prompt that fills rows; with shorter ones, vectors run out before tokens
-VECTORS = 16  # the number of a row's vectors is a multiple of it
-SMALL = 128  # tokens of the small row
+WINDOW = 64  # rows of a shard that the items of the pool fill
+SHORTEST = 16  # tokens of the shortest prompts that can fill a row; a row of shorter prompts has too few vectors
+VECTORS = 16  # the number of vectors of a row is a multiple of this
+SMALL = 128  # tokens of the smaller row
 
 
 class Call(NamedTuple):
-    """One call of a program.
+    """A call of a program.
 
     Attributes:
       size: rows over all shards.
-      row: the capacity of each.
-      rows: the items of each row, in order; further rows are empty.
+      row: the capacity of each row.
+      rows: the items of each row, in order; rows beyond these are empty.
     """
 
     size: int
@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
 
 def row_size(tokens: int, patches: int, meta: int, budget: int) -> Size:
-    """Return the capacity of a row for items with `meta` Meta Tokens, of which `budget` are read."""
+    """Return the capacity of a row for items with `meta` Meta Tokens, `budget` of which are read."""
     items = max(tokens // (SHORTEST + meta), 1)
     return Size(tokens, patches, -(-items * budget // VECTORS) * VECTORS)
 
@@ -48,9 +48,9 @@ class Schedule:
     """Calls for items whose sizes arrive in chunks.
 
     Args:
-      tokens, patches: of a row.
-      meta, budget: Meta Tokens of each item, and the number of them that are read.
-      shards: D.
+      tokens, patches: capacity of a row.
+      meta, budget: number of Meta Tokens of each item, and how many of them are read.
+      shards: number of shards.
     """
 
     def __init__(self, tokens: int, patches: int, meta: int, budget: int, shards: int):
@@ -60,14 +60,14 @@ class Schedule:
 
     @property
     def is_full(self) -> bool:
-        """The pool has enough items to choose from."""
+        """True if the pool has enough items to choose from."""
         return least_rows(self._sizes_N3, self._row()) >= WINDOW * self._shards
 
     def add(self, numbers_N: Int[np.ndarray, "N"], prompts_N2: Int[np.ndarray, "N 2"]) -> None:
         """Put items into the pool.
 
         Args:
-          prompts_N2: tokens of each prompt, without Meta Tokens, and patches.
+          prompts_N2: tokens (without Meta Tokens) and patches of each item.
         """
         extra_N2 = np.tile(np.array([[self._budget]]), (len(numbers_N), 1))
         sizes_N3 = np.concatenate([prompts_N2 + np.array([[self._meta, 0]]), extra_N2], axis=1)
@@ -76,7 +76,7 @@ class Schedule:
         self._has_patches |= bool(sizes_N3[:, 1].any())
 
     def take(self, is_last: bool) -> Iterator[Call]:
-        """Yield calls for items of the pool, oldest first; unless `is_last`, only full calls of the largest size."""
+        """Yield calls for items of the pool, oldest first: for all items if `is_last`, otherwise full calls of the largest size."""
         if is_last and not self._sent and (small := self._small()):
             self._clear(np.zeros(0, np.int64))
             yield small
@@ -92,12 +92,12 @@ class Schedule:
             first, self._sent = first + size, self._sent + size
 
     def _call_size(self, rows: int) -> int:
-        """Choose the rows of the next call, of so many that remain."""
+        """Return the size of the next call when this number of rows remain."""
         sizes = [size * self._shards for size in (CALL_ROWS if self._sent >= LONG * self._shards else CALL_ROWS[1:])]
         return next((size for size in sizes if size <= rows), self._shards)
 
     def _row(self) -> Size:
-        # Without an image so far, the vision tower has nothing to compute.
+        # Without an image so far, rows have no patches, and the vision tower does not run.
         tokens, patches = self._size
         return row_size(tokens, patches if self._has_patches else 0, self._meta, self._budget)
 
@@ -109,13 +109,13 @@ class Schedule:
         return Call(self._shards, small, rows) if len(rows) <= self._shards else None
 
     def _clear(self, kept_N: Int[np.ndarray, "N"]) -> None:
-        """Remove all other items from the pool."""
+        """Remove all items except these from the pool."""
         is_kept = np.isin(self._numbers_N, kept_N)
         self._numbers_N, self._sizes_N3 = self._numbers_N[is_kept], self._sizes_N3[is_kept]
 
 
 def _rows_of(numbers_N: Int[np.ndarray, "N"], slots_N2: Int[np.ndarray, "N 2"]) -> list[list[int]]:
-    """Return the items of each row by rank; rows are in the order of their first items."""
+    """Return the items of each row by rank. Rows are in the order of their first items."""
     order = np.lexsort((slots_N2[:, 1], slots_N2[:, 0]))
     counts = np.bincount(slots_N2[:, 0])[:-1] if len(slots_N2) else []
     return [row.tolist() for row in np.split(numbers_N[order], np.cumsum(counts))] if len(slots_N2) else []

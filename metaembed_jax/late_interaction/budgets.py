@@ -17,13 +17,13 @@ def parse_searches(text: str, largest: Budget) -> tuple[Stages, ...]:
       largest: the vectors that a query and a document have.
 
     Raises:
-      UserError: anything else, a search given twice, or one beyond `largest`.
+      UserError: the text has another form, or a search is given twice or is larger than `largest`.
     """
     searches = []
     for name in text.split(","):
         if not SEARCH.fullmatch(name):
             raise UserError(
-                f"budgets {text!r}: {name!r} is not a pair r_q:r_c; write for example 1:1,4:8,16:64 "
+                f"budgets {text!r}: {name!r} is not a pair r_q:r_c; expected for example 1:1,4:8,16:64 "
                 "(or stages, r_q:r_c:survivors>r_q:r_c)"
             )
         search = as_stages(parse_name(name), *largest)
@@ -37,27 +37,27 @@ def parse_budgets(text: str, largest: Budget) -> tuple[Budget, ...]:
     """Return the budgets of a flag: "1:1,4:8" -> ((1, 1), (4, 8)).
 
     Raises:
-      UserError: as `parse_searches`, and for a search in stages.
+      UserError: as `parse_searches`, or a search has stages.
     """
     searches = parse_searches(text, largest)
     for search in searches:
         if len(search) > 1:
-            raise UserError(f"budgets {text!r}: {search_name(search)} has stages, which only mteb's benchmarks are searched in")
+            raise UserError(f"budgets {text!r}: {search_name(search)} has stages, which only mteb's benchmarks take; leave it out")
     return tuple((search[0][0], search[0][1]) for search in searches)
 
 
 def parse_name(name: str) -> Stages:
-    """Return the stages of "1:1:1000>16:64"; inverse of `search_name`, for names that are known to be well formed."""
+    """Return the stages of a valid name such as "1:1:1000>16:64"; inverse of `search_name`."""
     return tuple(tuple(map(int, stage.split(":"))) for stage in name.split(">"))
 
 
 def search_name(stages: Stages) -> str:
-    """((1, 1, 1000), (16, 64)) as "1:1:1000>16:64"."""
+    """Return the name of stages: ((1, 1, 1000), (16, 64)) -> "1:1:1000>16:64"."""
     return ">".join(map(budget_name, stages))
 
 
 def budget_name(budget: Sequence[int]) -> str:
-    """(4, 8) as "4:8"."""
+    """Return the name of a budget: (4, 8) -> "4:8"."""
     return ":".join(map(str, budget))
 
 
@@ -67,7 +67,7 @@ def by_cost(budgets: Iterable[Budget]) -> list[Budget]:
 
 
 def in_order(searches: Iterable[Stages]) -> list[Stages]:
-    """Plain budgets, cheapest first, then the searches in stages as they come."""
+    """Return plain budgets, cheapest first, and then the searches in stages in their order."""
     searches = list(searches)
     plain = by_cost((search[0][0], search[0][1]) for search in searches if len(search) == 1)
     return [*((budget,) for budget in plain), *(search for search in searches if len(search) > 1)]

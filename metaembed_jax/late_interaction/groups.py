@@ -11,20 +11,20 @@ GROUPS: tuple[Budget, ...] = ((1, 1), (2, 4), (4, 8), (8, 16), (16, 64))
 
 
 def validate_groups(groups: Sequence[Sequence[int]], query_vectors: int, document_vectors: int) -> tuple[Budget, ...]:
-    """Check that groups are nested, and return them as a tuple of pairs, smallest first.
+    """Check that groups are nested, and return them as a tuple of pairs.
 
-    Nested: each group holds the one before it. Neither side shrinks, and one side grows.
+    Groups are nested if they ascend: from one group to the next, neither side shrinks, and at least one side grows.
 
     Raises:
-      UserError: no group, a group that is no pair of positive integers, groups that are not nested, or more vectors than the items
-        have.
+      UserError: there are no groups, they are not nested, or one is not a pair of positive integers or has more vectors than the
+        items.
     """
     if not isinstance(groups, Sequence) or isinstance(groups, str) or not groups:
         raise UserError(f"groups={groups!r}: expected at least one pair (r_q, r_c), such as ((1, 1), (16, 64))")
     pairs = tuple(validate_budget(group, query_vectors, document_vectors) for group in groups)
     for smaller, larger in itertools.pairwise(pairs):
         if smaller == larger or smaller[0] > larger[0] or smaller[1] > larger[1]:
-            raise UserError(f"groups not nested: {smaller} comes before {larger}; expected each group to hold the one before it")
+            raise UserError(f"groups not nested: {smaller} comes before {larger}; expected each group to hold the group before it")
     return pairs
 
 
@@ -32,7 +32,7 @@ def validate_budget(budget: Sequence[int], query_vectors: int, document_vectors:
     """Check a budget, and return it as a pair of ints.
 
     Raises:
-      UserError: it is no pair of positive integers, or asks for more vectors than the items have.
+      UserError: it is not a pair of positive integers, or has more vectors than the items.
     """
     try:
         query, document = (int(size) for size in budget)

@@ -1,11 +1,11 @@
 """Exact MaxSim of documents whose vectors are stored by level, block by block, with a running top k.
 
-The levels hold a document's vectors [0, 1), [1, 4), ...: the maximum over all is the maximum of the levels' maxima.
+The levels hold a document's vectors [0, 1), [1, 4), ... The maximum over all vectors is the maximum over the levels' maxima.
 
 Q queries, R vectors of a query, n documents of a block, w vectors of a level, D width of a vector, k results.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from metaembed_jax.precision import float32_einsum
 
-QUERY_VECTORS = 256  # scored at once
+QUERY_VECTORS = 256  # that are scored at once
 
 
 class Block(NamedTuple):
@@ -23,9 +23,9 @@ class Block(NamedTuple):
 
     Attributes:
       positions: int32 [n]; -1 marks padding and deleted documents.
-      counts: int32 [n], vectors of each document; None where all have as many as the levels.
-      levels: one [n, w, D] for each level, float or int8.
-      scales: one float32 [n, w] for each level of int8, the factors of its vectors; empty for floats.
+      counts: int32 [n], vectors of each document; None if all documents have those of all levels.
+      levels: an array [n, w, D] for each level, float or int8.
+      scales: an array [n, w] for each level of int8, float32, with a factor for each vector; empty for floats.
     """
 
     positions: Int[Array, " n"]
@@ -38,8 +38,8 @@ class TopK(NamedTuple):
     """The best documents of each query so far, best first; of ties, the first position.
 
     Attributes:
-      scores: float32 [Q, k]; -inf fills up.
-      positions: int32 [Q, k]; -1 fills up.
+      scores: float32 [Q, k]; -inf if there are fewer documents.
+      positions: int32 [Q, k]; -1 if there are fewer documents.
     """
 
     scores: Float[Array, "Q k"]
@@ -47,31 +47,31 @@ class TopK(NamedTuple):
 
 
 def empty_top_k(queries: int, k: int) -> TopK:
-    """Return a top k without documents, to start merging from."""
+    """Return a top k without documents, to start a merge from."""
     return TopK(jnp.full((queries, k), -jnp.inf, jnp.float32), jnp.full((queries, k), -1, jnp.int32))
 
 
 def score_levels(query_QRD: Float[Array, "Q R D"], block: Block) -> Float[Array, "Q n"]:
-    """Return MaxSim of every query and document of a block, float32; -inf for padding and deleted documents."""
-    maximum_QRn, first = -jnp.inf, 0
+    """Return MaxSim of every query and every document of a block, float32; -inf for padding and deleted documents."""
+    maxima, first = [], 0
     for number, level_nwD in enumerate(block.levels):
-        # Documents last, as in `maxsim`, so that the maximum over j runs along whole rows of documents.
+        # Documents are the last axis, as in `maxsim`, so that the maximum over j runs along whole rows of documents.
         similarity_QRwn = float32_einsum("qid,njd->qijn", query_QRD, level_nwD)
         if block.scales:
             similarity_QRwn *= block.scales[number].T
         vectors = first + jnp.arange(level_nwD.shape[1])
         if block.counts is not None:
             similarity_QRwn = jnp.where(vectors[:, None] < block.counts, similarity_QRwn, -jnp.inf)
-        maximum_QRn = jnp.maximum(maximum_QRn, similarity_QRwn.max(2))
+        maxima.append(similarity_QRwn.max(2))
         first += level_nwD.shape[1]
-    return jnp.where(block.positions < 0, -jnp.inf, maximum_QRn.sum(1))
+    return jnp.where(block.positions < 0, -jnp.inf, reduce(jnp.maximum, maxima).sum(1))
 
 
 @partial(jax.jit, static_argnames=("at_once", "mesh"))
 def merge_block(query_QRD: Float[Array, "Q R D"], block: Block, top: TopK, at_once: int, mesh: Mesh) -> TopK:
-    """Score the next block, and return the best of it and of the top k so far.
+    """Score the next block, and merge its best documents into the top k so far.
 
-    The scores are the same bits on any number of devices, and for any size of the blocks.
+    The scores are the same bits on any number of devices, and for blocks of any size.
 
     Args:
       query_QRD: replicated on every device; Q is a power of two.
@@ -93,14 +93,14 @@ def merge_block(query_QRD: Float[Array, "Q R D"], block: Block, top: TopK, at_on
         local = TopK(scores, block.positions[rows])
         of_block = (jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in local)
         scores, positions = (jnp.concatenate(pair, axis=1) for pair in zip(top, of_block, strict=True))
-        scores, columns = jax.lax.top_k(scores, k)  # of ties the first, whose position is lower
+        scores, columns = jax.lax.top_k(scores, k)  # of ties, the first column, which has the lowest position
         return TopK(scores, jnp.take_along_axis(positions, columns, axis=1))
 
     return merged(query_QRD, block, top)
 
 
 def _score_block(query_QRD: Array, block: Block, at_once: int) -> Float[Array, "Q n"]:
-    """`score_levels` in steps of `at_once` documents and about `QUERY_VECTORS` vectors of queries."""
+    """`score_levels` in steps of `at_once` documents and about `QUERY_VECTORS` query vectors."""
     queries, vectors, width = query_QRD.shape
     queries_at_once = min(queries, 1 << max(QUERY_VECTORS // vectors, 1).bit_length() - 1)
     query_steps = query_QRD.reshape(-1, queries_at_once, vectors, width)

@@ -1,13 +1,13 @@
 """The Matryoshka multi-vector contrastive loss (MetaEmbed, arXiv 2509.18095), all groups from one pass.
 
 Group g = (r_q, r_c) scores s_g(q, d) = sum over i < r_q of max over j < r_c of <q_i, d_j>. The groups are nested, so they share
-one set of similarities: the columns are cut into blocks at the r_c's, a running maximum over the blocks is each group's maximum,
-and a prefix sum over i at r_q is its score. Similarities are computed for a chunk of queries at a time, forward and backward. The
-forward pass keeps only the document vector that won each maximum.
+one set of similarities. Document vectors are cut into blocks of columns at the r_c's: the running maximum over the blocks is each
+group's maximum, and its sum over i < r_q is the group's score. Similarities are computed for a chunk of queries at a time, forward
+and backward. The forward pass keeps only which document vector has each maximum.
 
 B queries (of this device), b queries of a chunk, N positives (of all devices), K hard negatives a query, M = N + K documents that a
-query ranks, R query vectors, J document vectors of a block, D width, G groups. Query vectors are the first axis and documents the
-last, so that the maximum over j runs along whole rows of documents, and a prefix of query vectors is contiguous.
+query ranks, R query vectors, J document vectors of a block, D width, G groups. Query vectors are the first axis, so that a prefix
+of them is contiguous. Documents are the last axis, so that the maximum over j runs along whole rows of documents.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from metaembed_jax.late_interaction.groups import GROUPS, Budget, validate_group
 from metaembed_jax.precision import float32_einsum
 from metaembed_jax.sharding import BATCH_AXES, batch_shards
 
-# A chunk's similarities fit a CPU's cache, unless the vectors are so wide that reading the documents again for each chunk would
-# cost more; then a chunk has as many query vectors as the width, up to the larger size.
+# The similarities of a chunk fit a CPU's cache. For wide vectors, reading all documents for each chunk would cost more, so a chunk
+# has as many query vectors as the width, up to the larger size.
 CHUNK_BYTES = 16 << 20
 WIDE_CHUNK_BYTES = 32 << 20
 
@@ -48,21 +48,21 @@ def matryoshka_loss(
     Args:
       query_BRD: unit vectors, float32 or bfloat16; similarities and logits are float32.
       document_BRD: unit vectors of the positives.
-      negatives: unit vectors of the hard negatives; None: no pair has any.
+      negatives: unit vectors of the hard negatives; None if there are none.
       groups: nested budgets (r_q, r_c), smallest first; vectors beyond the last are not used.
       normalization: "code" divides the sum over groups by their number, "paper" does not.
-      mesh: the batch is sharded over its axes `BATCH_AXES` and replicated over the others; None is one device.
-      chunk: queries at a time; None chooses by memory. It changes no value.
-      negative_mask: False marks hard negatives that are padding; None: all count.
-      sources: a number for each pair. A query does not rank positives of other sources; None: it ranks all.
+      mesh: the batch is sharded over the axes `BATCH_AXES` and replicated over the others; None is one device.
+      chunk: queries at a time; None chooses by memory. It does not change values.
+      negative_mask: False marks hard negatives that are padding; None if there is no padding.
+      sources: a number for each pair. A query does not rank positives of other sources; None if it ranks all.
 
     Returns:
-      The loss, and for each group "loss/r_q:r_c" and "accuracy/r_q:r_c" (the share of queries whose positive scores strictly
-      above every other document: a tie is a miss), float32 scalars. Where vectors tie for a maximum, the gradient goes to the
+      The loss, and for each group "loss/r_q:r_c" and "accuracy/r_q:r_c", float32 scalars. Accuracy is the share of queries whose
+      positive scores strictly above every other document: a tie is a miss. If vectors tie for a maximum, the gradient goes to the
       first.
 
     Raises:
-      UserError: the shapes do not match, an option has no such value, or the mesh does not divide the batch.
+      UserError: the shapes do not match, an option has an unknown value, or the batch is not a multiple of the mesh's shards.
     """
     query_BRD, document_BRD = jnp.asarray(query_BRD), jnp.asarray(document_BRD)
     if negatives is None:
@@ -133,12 +133,12 @@ def _group_losses(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_B, te
 
 
 def _sums(query_BRD, document_NRD, negatives_BKRD, counts_BM, temperature, first, groups, chunk):
-    """Sum losses [G] and hits [G] over this device's queries, whose positives are the documents first, first + 1, ..."""
+    """Return the sums of losses [G] and hits [G] over this device's queries. Their positives are documents first, first + 1, ..."""
     queries = query_BRD.shape[0]
     positive_B = first + jnp.arange(queries)
     margins_GBM = _margins(query_BRD, document_NRD, negatives_BKRD, positive_B, groups, chunk)
-    margins_GBM = jnp.where(counts_BM, margins_GBM, -jnp.inf)
-    # The positive's own margin is 0, so minus its log-probability is the log of the sum.
+    margins_GBM = jnp.where(counts_BM, margins_GBM, -jnp.inf)  # pyright: ignore[reportArgumentType]  custom_vjp loses the type
+    # The margin of the positive is 0, so the log of the sum is minus its log-probability.
     losses_G = jax.nn.logsumexp(margins_GBM / temperature, axis=2).sum(1)
     is_positive_BM = jnp.arange(margins_GBM.shape[2]) == positive_B[:, None]
     hits_GB = jnp.all(is_positive_BM | (margins_GBM < 0), axis=2)
@@ -147,36 +147,39 @@ def _sums(query_BRD, document_NRD, negatives_BKRD, counts_BM, temperature, first
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _margins(query_BRD, document_NRD, negatives_BKRD, positive_B, groups, chunk):
-    """Return every document's score minus that of the query's positive, float32 [G, B, N + K].
+    """Return the score of every document minus the score of the query's positive, float32 [G, B, N + K].
 
-    Cross-entropy needs no more, and differences are more exact: a float32 step of scores near 16 is 1e-6, and 3e-5 after the
-    temperature, whereas differences of similarities are exact where documents are close.
+    Cross-entropy needs only these differences, and they are more exact than scores: scores near 16 have a float32 step of 1e-6, and
+    of 3e-5 after the temperature, while differences of similarities are exact for documents that are close.
     """
     return _forward(query_BRD, document_NRD, negatives_BKRD, positive_B, groups, chunk)[0]
 
 
 def _forward(query_BRD, document_NRD, negatives_BKRD, positive_B, groups, chunk):
     size = _chunk_size(query_BRD, document_NRD, chunk)
-    document_blocks = _column_blocks(jnp.swapaxes(document_NRD, 0, 1), groups)
+    document_blocks, ranges = _column_blocks(jnp.swapaxes(document_NRD, 0, 1), groups), _column_ranges(groups)
     index_dtype = jnp.int8 if groups[-1][1] <= 127 else jnp.int16
 
     def margins_of_chunk(inputs):
         query_RbD, negatives_JbKD, positive_b = inputs
         negative_blocks = _column_blocks(negatives_JbKD, groups)
-        maximum_RbM, winner_RbM, margins, winners = None, None, [], []
-        for (r_q, _), (start, end), document_JND, negative_JbKD in zip(
-            groups, _column_ranges(groups), document_blocks, negative_blocks, strict=True
-        ):
-            if end > start:
-                in_block = _similarities(query_RbD, document_JND, negative_JbKD)
-                columns_J = jnp.arange(start, end, dtype=index_dtype)
-                pairs = zip(*(_max_and_first(similarity, columns_J) for similarity in in_block), strict=True)
-                block_max, block_winner = (jnp.concatenate(pair, axis=-1) for pair in pairs)
-                if maximum_RbM is None:
-                    maximum_RbM, winner_RbM = block_max, block_winner
-                else:  # strictly above: a tie stays with the first vector
-                    winner_RbM = jnp.where(block_max > maximum_RbM, block_winner, winner_RbM)
-                    maximum_RbM = jnp.maximum(block_max, maximum_RbM)
+
+        def maximum_of_block(number: int) -> tuple[Array, Array]:
+            similarities = _similarities(query_RbD, document_blocks[number], negative_blocks[number])
+            columns_J = jnp.arange(*ranges[number], dtype=index_dtype)
+            pairs = zip(*(_max_and_first(similarity, columns_J) for similarity in similarities), strict=True)
+            maximum_RbM, winner_RbM = (jnp.concatenate(pair, axis=-1) for pair in pairs)
+            return maximum_RbM, winner_RbM
+
+        maximum_RbM, winner_RbM = maximum_of_block(0)
+        margins, winners = [], []
+        for number, (r_q, _) in enumerate(groups):
+            start, end = ranges[number]
+            if number and end > start:
+                block_maximum, block_winner = maximum_of_block(number)
+                # Strictly above: a tie stays with the first vector.
+                winner_RbM = jnp.where(block_maximum > maximum_RbM, block_winner, winner_RbM)
+                maximum_RbM = jnp.maximum(block_maximum, maximum_RbM)
             of_positive_Rb1 = jnp.take_along_axis(maximum_RbM[:r_q], positive_b[None, :, None], axis=2)
             margins.append((maximum_RbM[:r_q] - of_positive_Rb1).sum(0))
             winners.append(winner_RbM[:r_q])
@@ -195,7 +198,7 @@ def _backward(groups, chunk, residuals, gradient_GBM):
     query_BRD, document_NRD, negatives_BKRD, positive_B, winners = residuals
     size = _chunk_size(query_BRD, document_NRD, chunk)
     document_blocks = _column_blocks(jnp.swapaxes(document_NRD, 0, 1), groups)
-    # Each margin holds minus the positive's score.
+    # Each margin contains minus the score of the positive.
     is_positive_BM = jnp.arange(gradient_GBM.shape[2]) == positive_B[:, None]
     gradient_GBM = gradient_GBM - jnp.where(is_positive_BM, gradient_GBM.sum(2, keepdims=True), 0)
 
@@ -234,14 +237,14 @@ _margins.defvjp(_forward, _backward)
 
 
 def _block_coefficients(gradient_GbM, winners):
-    """Return, for each block of columns, the column that won each row and the gradient of its similarity.
+    """Return, for each block of columns, the winning column of each maximum and the gradient of its similarity.
 
-    The maximum is a running one: all groups whose winner is in a block share it, so a block needs one pair. From the last group
-    back, a group's gradient is added to that of the next where both have the same winner; rows that the group does not use are
-    passed on.
+    Groups with a winner in the same block have the same winner, because the maximum is a running one; so a block needs one pair.
+    From the last group to the first, the gradient of the next group is added to a group's own where both have the same winner. Rows
+    that a group does not use are those of the next group.
 
     Returns:
-      G pairs (column [R, b, M], gradient [R, b, M]); a column outside of the block adds nothing to its gradient.
+      G pairs (column [R, b, M], gradient [R, b, M]); columns outside of the block add nothing to its gradient.
     """
     winner_RbM = winners[-1]
     coefficient_RbM = jnp.broadcast_to(gradient_GbM[-1], winner_RbM.shape)
@@ -261,7 +264,7 @@ def _block_gradients(columns, winner_RbM, coefficient_RbM, query_RbD, document_J
     column_J1 = jnp.arange(*columns, dtype=winner_RbM.dtype)[:, None]
 
     def similarity_gradient(documents):
-        # Positives and negatives are selected one by one: slicing them from one result would be another pass over it.
+        # Positives and negatives are selected separately: slicing them from one result would be another pass over it.
         is_winner = winner_RbM[:, :, None, documents] == column_J1
         return jnp.where(is_winner, coefficient_RbM[:, :, None, documents], 0).astype(query_RbD.dtype)
 
@@ -279,14 +282,14 @@ def _similarities(query_RbD, document_JND, negative_JbKD):
 
 
 def _max_and_first(similarity_RbJM, columns_J):
-    """Return the maximum over J and its first column. Two plain reductions: XLA's argmax is several times slower on a CPU."""
+    """Return the maximum over J and its first column, by two reductions: XLA's argmax is several times slower on a CPU."""
     maximum_RbM = similarity_RbJM.max(2)
     is_maximum = similarity_RbJM == maximum_RbM[:, :, None]
     return maximum_RbM, jnp.where(is_maximum, columns_J[:, None], columns_J[-1]).min(2)
 
 
 def _column_ranges(groups):
-    """Return the columns [start, end) that each group adds to the one before it."""
+    """Return the columns [start, end) that each group adds to the group before it."""
     ends = [r_c for _, r_c in groups]
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
@@ -301,13 +304,13 @@ def _chunk_size(query_BRD, document_NRD, chunk):
         bytes_a_query = 4 * vectors * document_NRD.shape[0] * document_NRD.shape[1]
         rows_as_wide = -(-width // vectors)
         chunk = min(max(CHUNK_BYTES // bytes_a_query, rows_as_wide), WIDE_CHUNK_BYTES // bytes_a_query)
-        # Chunks of nearly equal size have little padding.
+        # Chunks of nearly equal size need little padding.
         chunk = -(-queries // -(-queries // max(chunk, 1)))
     return min(chunk, queries)
 
 
 def _chunks(x, size, axis=0):
-    """Reshape [..., B, ...] to [chunks, ..., size, ...]; zeros fill the last chunk."""
+    """Reshape [..., B, ...] to [chunks, ..., size, ...]; the last chunk is padded with zeros."""
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % size)
     x = jnp.pad(x, padding)
@@ -315,7 +318,7 @@ def _chunks(x, size, axis=0):
 
 
 def _unchunk(x, length, axis):
-    """Reshape [chunks, ..., size, ...] to [..., length, ...] without the filling; inverse of `_chunks`."""
+    """Reshape [chunks, ..., size, ...] to [..., length, ...] without the padding; inverse of `_chunks`."""
     x = jnp.moveaxis(x, 0, axis)
     x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
     return jax.lax.slice_in_dim(x, 0, length, axis=axis)

@@ -1,6 +1,6 @@
 """Exact MaxSim: s(q, d) = sum over i of the max over j of <q_i, d_j> (MetaEmbed, arXiv 2509.18095).
 
-Q queries, N documents, R vectors of an item, D their width, b items of a block.
+Q queries, N documents, R vectors of an item, D width of a vector, b queries of a block.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from metaembed_jax.late_interaction import maxsim_tpu
 from metaembed_jax.late_interaction.groups import Budget, validate_budget
 from metaembed_jax.precision import float32_einsum
 
-# Vectors of each side that are scored at once, and numbers in those of the documents. The similarities stay in a CPU's cache, and
+# Vectors of each side that are scored at once, and numbers of the documents' vectors. The similarities stay in a CPU's cache, and
 # the matmuls are still large (measured: 100 documents of 64 x 128 by 16 queries of 16; 28 documents of 64 x 3584).
 DOCUMENT_VECTORS, DOCUMENT_NUMBERS = 6400, 6400 * 1024
 QUERY_VECTORS = 256
 
 
 def maxsim(
-    query_QRD: Float[Array, "Q Rq D"],
-    document_NRD: Float[Array, "N Rc D"] | Int8[Array, "N Rc D"],
+    query_QRD: Float[Array | np.ndarray, "Q Rq D"],
+    document_NRD: Float[Array | np.ndarray, "N Rc D"] | Int8[Array | np.ndarray, "N Rc D"],
     budget: Budget | None = None,
     document_mask: Bool[Array, "N Rc"] | None = None,
     document_scale: Float[Array, "N Rc"] | None = None,
@@ -33,14 +33,14 @@ def maxsim(
     """Score every query against every document, in float32.
 
     Args:
-      query_QRD: NumPy or JAX, of any float type.
-      document_NRD: NumPy or JAX, of any float type, or int8.
-      budget: (r_q, r_c), how many vectors to use of each query and document, from the first; None is all of them.
-      document_mask: False marks padding, which never is a maximum. A document of padding alone scores -inf.
-      document_scale: the factor of each document vector, such as those of int8; not negative.
+      query_QRD: of any float type.
+      document_NRD: of any float type, or int8.
+      budget: (r_q, r_c), the vectors to use of each query and each document, from the first; None uses all.
+      document_mask: False marks padding, which is never a maximum. A document of padding alone scores -inf.
+      document_scale: a factor for each document vector, such as the scales of int8; not negative.
 
     Raises:
-      UserError: the shapes do not match, or the budget goes beyond the vectors given.
+      UserError: the shapes do not match, or the budget is larger than the numbers of vectors.
     """
     query_QRD, document_NRD = _as_array(query_QRD, "query"), _as_array(document_NRD, "document")
     if query_QRD.ndim != 3 or document_NRD.ndim != 3 or query_QRD.shape[2] != document_NRD.shape[2]:
@@ -79,7 +79,7 @@ def _as_array(given, name: str) -> Array:
 def maxsim_on(
     mesh: Mesh, query_QRD: Float[np.ndarray, "Q Rq D"], document_NRD: Float[np.ndarray, "N Rc D"], budget: Budget
 ) -> Float[np.ndarray, "Q N"]:
-    """`maxsim` with the documents sharded over all devices of a mesh.
+    """Score as `maxsim`, with the documents sharded over all devices of a mesh.
 
     A shard holds whole blocks of `maxsim`, so the scores are the same bits on any number of devices.
 
@@ -99,7 +99,7 @@ def maxsim_on(
 
 @cache
 def _split_over(mesh: Mesh) -> Callable:
-    """`_blocked` with the documents split over a mesh: one function for each mesh, so that equal shapes compile once."""
+    """Return `_blocked` with the documents sharded over a mesh. Cached, so that equal shapes compile once for each mesh."""
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     score = jax.shard_map(
         _blocked,
@@ -114,9 +114,10 @@ def _split_over(mesh: Mesh) -> Callable:
 @jax.jit
 def _blocked(query_QRD, document_NRD, document_mask, document_scale):
     arrays = query_QRD, document_NRD, document_mask, document_scale
-    if maxsim_tpu.choose_blocks(query_QRD, document_NRD) is None:
+    blocks = maxsim_tpu.choose_blocks(query_QRD, document_NRD)
+    if blocks is None:
         return _xla(*arrays)
-    return jax.lax.platform_dependent(*arrays, tpu=maxsim_tpu.score, default=_xla)
+    return jax.lax.platform_dependent(*arrays, tpu=partial(maxsim_tpu.score, blocks=blocks), default=_xla)
 
 
 def _xla(query_QRD, document_NRD, document_mask=None, document_scale=None):
@@ -127,7 +128,7 @@ def _xla(query_QRD, document_NRD, document_mask=None, document_scale=None):
     size = _documents_at_once(*document_NRD.shape)
 
     def score_block(number, scores_QN):
-        # The last block starts early enough to be full: padding it instead would copy all documents.
+        # The last block starts early enough to be full, because padding it would copy all documents.
         first = jnp.minimum(number * size, documents - size)
         block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size), (document_NRD, document_mask, document_scale))
         scores = jax.lax.map(lambda query_bRD: _score(query_bRD, *block), query_blocks)  # [query blocks, b, size]
@@ -142,7 +143,7 @@ def _documents_at_once(documents: int, vectors: int, width: int) -> int:
 
 
 def _score(query_QRD: Array, document_NRD: Array, document_mask: Array | None, document_scale: Array | None) -> Float[Array, "Q N"]:
-    # Documents last, so that the maximum over j runs along whole rows of documents.
+    # Documents are the last axis, so that the maximum over j runs along whole rows of documents.
     similarity_QRJN = float32_einsum("qid,njd->qijn", query_QRD, document_NRD)
     if document_scale is not None:
         similarity_QRJN *= document_scale.T

@@ -1,6 +1,6 @@
-"""Exact search of documents that are sharded over a mesh: every device finds its own best, then these are merged.
+"""Exact search of documents that are sharded over a mesh: every device finds its best documents, and the results are merged.
 
-Q queries, N documents, R vectors of an item, D their width, k results.
+Q queries, N documents, R vectors of an item, D width of a vector, k results.
 """
 
 from functools import partial
@@ -22,11 +22,11 @@ def top_k(
 
     Args:
       query_QRD: replicated on every device.
-      document_NRD: sharded over all devices by rows, in the order of the mesh.
+      document_NRD: sharded by documents over all devices, in the order of the mesh.
       k: at most N.
 
     Raises:
-      UserError: the devices do not divide N, or k is not between 1 and N.
+      UserError: N is not a multiple of the number of devices, or k is not between 1 and N.
     """
     documents = document_NRD.shape[0]
     if documents % mesh.size:

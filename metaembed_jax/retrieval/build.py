@@ -1,4 +1,4 @@
-"""Indexing of documents, block by block. A block is on the disk before the next is encoded, so a killed job resumes."""
+"""Indexing of documents, block by block. Each block is written to disk before the next is encoded, so a killed job resumes."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.retrieval.writer import SegmentWriter, merge_segments
 from metaembed_jax.sharding import batch_shards
 
-BLOCK_DOCUMENTS = 256  # for each device, encoded before they are written
+BLOCK_DOCUMENTS = 256  # of a device
 
 
 def index_documents(
@@ -38,20 +38,20 @@ def index_documents(
 ) -> Index:
     """Index documents in a folder. A killed job resumes when it is called again; a complete index is only opened.
 
-    An index of other documents, or of another model, is replaced when the new one is complete. An item's metadata are its path,
-    page and text, as far as it has them. Several hosts encode together, and the first one writes.
+    An index of other documents, or of another model, is replaced when the new one is complete. The metadata of an item are those of
+    its path, page and text that it has. All hosts encode, and the first one writes.
 
     Args:
       documents: from `open_documents`.
       path: the folder of the index.
       name: the path or hub id of the model, for later searches.
       budget: vectors of each document to keep; all by default.
-      dtype: of the vectors on disk, as for `Index.build`.
+      dtype: type of the vectors on disk, as for `Index.build`.
       progress: show a bar.
 
     Raises:
-      UserError: a document cannot be read, the budget goes beyond the model's, the folder holds something else, or another process
-        is writing it.
+      UserError: a document cannot be read, the budget is larger than the model's, the folder holds something else, or another
+        process is writing to it.
     """
     check_dtype(dtype)
     folder, limit = local_path(path), model.config.vectors("document")
@@ -63,15 +63,16 @@ def index_documents(
     origin, job = {"name": name, "fingerprint": model.fingerprint}, _job(documents, model.fingerprint, budget, dtype)
     empty = Manifest(model.dimension, levels_of(budget), dtype, model=origin, job=job)
     with store.writing(folder) if hosts.is_first() else contextlib.nullcontext():
-        draft = _resume(folder, empty) if hosts.is_first() else empty
-        start = int(hosts.from_first(str(len(documents) if draft is None else sum(segment.items for segment in draft.segments))))
+        draft, is_complete = _resume(folder, empty) if hosts.is_first() else (empty, False)
+        indexed = len(documents) if is_complete else sum(segment.items for segment in draft.segments)
+        start = int(hosts.from_first(str(indexed)))
         size = BLOCK_DOCUMENTS * batch_shards(model.mesh)
         with tqdm(total=len(documents), initial=start, desc="indexing", unit="item", disable=not progress) as bar:
             for block in model.encode_blocks(documents, "document", budget=budget, size=size, start=start, bar=bar):
                 vectors_nRD = join_shares(block.numbers - block.items.start, block.vectors, len(block.items))
                 if hosts.is_first():
                     draft = _write(folder, draft, documents, block.items, vectors_nRD)
-        if hosts.is_first() and draft is not None:
+        if hosts.is_first() and not is_complete:
             segments = [SegmentFiles(folder, draft, segment) for segment in draft.segments]
             store.commit(folder, dataclasses.replace(draft, segments=merge_segments(folder, draft, segments)))
     hosts.wait_for_all("indexed")
@@ -84,20 +85,20 @@ def _job(documents: Documents, *options) -> str:
     return digest(repr((len(documents), files, options)).encode())
 
 
-def _resume(folder: Path, empty: Manifest) -> Manifest | None:
-    """Return the draft of the job, which may be empty; None if its index is complete. Other unfinished files are removed."""
-    complete = store.read_manifest(folder) if (folder / store.MANIFEST).exists() else None
-    if complete and complete.job == empty.job:
-        return None
+def _resume(folder: Path, empty: Manifest) -> tuple[Manifest, bool]:
+    """Return the manifest of a job so far, and whether its index is complete. Unfinished files of other jobs are removed."""
+    present = store.read_manifest(folder) if (folder / store.MANIFEST).exists() else None
+    if present and present.job == empty.job:
+        return present, True
     draft = store.read_draft(folder, empty.job) or empty
-    store.clean(folder, complete, draft)
-    return draft
+    store.clean(folder, present, draft)
+    return draft, False
 
 
 def _write(
     folder: Path, draft: Manifest, documents: Documents, numbers: range, vectors_nRD: Float[np.ndarray, "n R D"]
 ) -> Manifest:
-    """Write a segment of some documents, and return the draft with it."""
+    """Write documents as a segment, and return the draft with this segment added."""
     descriptions = [documents.metadata(number) for number in numbers]
     ids = [description["id"] for description in descriptions]
     writer = SegmentWriter(folder, draft)

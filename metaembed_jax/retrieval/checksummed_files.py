@@ -1,7 +1,7 @@
-"""Memory-mapped files with checksums, which are checked chunk by chunk as the chunks are first read.
+"""Memory-mapped files with checksums. Each chunk is checked when it is first read.
 
-Reading all of a large index to check it would take longer than to search it. So every `CHUNK` bytes of a file have a CRC-32: a
-search checks what it reads, once, and `ChecksummedFile.check_all` checks the whole file.
+Checking all of a large index takes longer than searching it, so every `CHUNK` bytes of a file have a CRC-32. A search checks the
+chunks that it reads, once, and `ChecksummedFile.check_all` checks the whole file.
 """
 
 import mmap
@@ -17,10 +17,8 @@ from jaxtyping import Int
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_errors
 
-# A search in stages reads scattered items: chunks are small, so that it checks few other bytes.
-CHUNK = 64 * 1024
-# Scattered reads before memory is released: the system may map 2 MiB around each.
-READS_BEFORE_RELEASE = 32
+CHUNK = 64 * 1024  # small, because a search in stages reads scattered items and checks all bytes of their chunks
+READS_BEFORE_RELEASE = 32  # scattered reads before memory is released: the system may map 2 MiB around each
 RESIDENT_BYTES = 16 * 2**20  # a file up to this size may stay in memory
 
 
@@ -33,10 +31,10 @@ class ChecksummedFile:
     """The bytes of a file as a read-only array [rows, ...].
 
     Args:
-      path: the file; it may be removed while it is open, and stays readable.
+      path: path of the file; a file that is removed while it is open stays readable.
       crcs: CRC-32 of each chunk.
-      size: bytes that the file must have.
-      dtype: of the array.
+      size: expected size of the file in bytes.
+      dtype: type of the array.
       row: shape of a row of the array.
 
     Raises:
@@ -47,9 +45,8 @@ class ChecksummedFile:
     def __init__(self, path: Path, crcs: np.ndarray, size: int, dtype, row: tuple[int, ...] = ()):
         self.path, self._crcs = path, crcs
         self._content = map_file(path, size)
-        self._bytes = np.frombuffer(self._content, np.uint8)
         self.row_bytes = np.dtype(dtype).itemsize * int(np.prod(row))
-        self._array = self._bytes.view(dtype).reshape(-1, *row)
+        self._array = np.frombuffer(self._content, np.uint8).view(dtype).reshape(-1, *row)
         self._is_checked = np.zeros(len(crcs), bool)
 
     def __len__(self) -> int:
@@ -71,7 +68,7 @@ class ChecksummedFile:
         Raises:
           UserError: they are damaged.
         """
-        first, last = rows * self.row_bytes // CHUNK, count_chunks((rows + 1) * self.row_bytes) - 1
+        first, last = rows * self.row_bytes // CHUNK, ((rows + 1) * self.row_bytes - 1) // CHUNK
         chunks = np.unique(np.minimum(first[:, None] + np.arange(int((last - first).max(initial=0)) + 1), last[:, None]))
         self._check(chunks[~self._is_checked[chunks]])
         if len(self._content) <= RESIDENT_BYTES:
@@ -83,7 +80,7 @@ class ChecksummedFile:
         return copy
 
     def check_all(self) -> None:
-        """Read and check all chunks, including those that were checked before.
+        """Read and check all chunks again.
 
         Raises:
           UserError: a chunk is damaged.
@@ -91,13 +88,14 @@ class ChecksummedFile:
         self._check(np.arange(len(self._crcs)))
 
     def release(self) -> None:
-        """Release the memory that reading a large file has filled; the system reads the file again when needed."""
-        if len(self._content) > RESIDENT_BYTES:
+        """Release the memory that a large file fills; the system reads the file again when needed."""
+        if isinstance(self._content, mmap.mmap) and len(self._content) > RESIDENT_BYTES:
             self._content.madvise(mmap.MADV_DONTNEED)
 
     def _check(self, chunks: np.ndarray) -> None:
+        content = memoryview(self._content)
         for reads, chunk in enumerate(chunks.tolist(), 1):
-            if zlib.crc32(self._bytes[chunk * CHUNK : (chunk + 1) * CHUNK]) != self._crcs[chunk]:
+            if zlib.crc32(content[chunk * CHUNK : (chunk + 1) * CHUNK]) != self._crcs[chunk]:
                 raise UserError(
                     f"{self.path} is damaged near byte {chunk * CHUNK}: its checksum does not match; "
                     "copy the index again, or build it again"
@@ -108,7 +106,12 @@ class ChecksummedFile:
 
 
 def map_file(path: Path, size: int) -> mmap.mmap | bytes:
-    """Map the content of a file into memory; raises as `open_regular`, and where the file has another size."""
+    """Map the content of a file into memory.
+
+    Raises:
+      UserError: as `open_regular`, or the file has another size.
+      FileNotFoundError: the file is missing.
+    """
     with open_regular(path) as file:
         actual = os.fstat(file.fileno()).st_size
         if actual != size:
@@ -119,10 +122,10 @@ def map_file(path: Path, size: int) -> mmap.mmap | bytes:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, without following links: all files of an index are in its own folder.
+    """Open a file for reading. Links are refused, because all files of an index are in its own folder.
 
     Raises:
-      UserError: the path is something else than a file, or cannot be read.
+      UserError: the path is not a file, or cannot be read.
       FileNotFoundError: the file is missing.
     """
     try:
@@ -133,19 +136,19 @@ def open_regular(path: Path) -> BinaryIO:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise UserError(f"{path} cannot be read (it is not a file)")
+        raise UserError(f"{path} cannot be read (not a file)")
     return file
 
 
 def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would wait for its writer
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # O_NONBLOCK: a pipe would wait for its writer
 
 
 class ChecksummedWriter:
-    """Writes a new file and computes the CRC-32 of each of its chunks.
+    """Writes a new file, and computes the CRC-32 of each of its chunks.
 
     Raises:
-      UserError: from every method, where the disk is full or cannot be written.
+      UserError: from every method, if the disk is full or cannot be written.
     """
 
     def __init__(self, path: Path):
@@ -154,8 +157,8 @@ class ChecksummedWriter:
             self._file = path.open("xb")
 
     def write(self, data) -> None:
-        """Append bytes, or those of an array."""
-        data = memoryview(np.ascontiguousarray(data).view(np.uint8).reshape(-1) if isinstance(data, np.ndarray) else data)
+        """Append bytes, or the bytes of an array."""
+        data = np.ascontiguousarray(data).view(np.uint8).reshape(-1).data if isinstance(data, np.ndarray) else memoryview(data)
         with write_errors(self.path):
             self._file.write(data)
         while len(data):
@@ -167,7 +170,7 @@ class ChecksummedWriter:
             data = data[space:]
 
     def close(self) -> None:
-        """Close the file; its content is on the disk when this returns."""
+        """Close the file. Its content is on the disk when this returns."""
         with write_errors(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -15,12 +15,12 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.build import index_documents
 from metaembed_jax.retrieval.index import Index
 
-RESULTS = 10  # by default
+RESULTS = 10  # of a search, by default
 TEXT_LENGTH = 100  # characters of a text that are printed
 
 
 def index(model: str, documents: Path, out: Path, budget: int | None, dtype: str) -> None:
-    """Encode documents into an index, with a bar.
+    """Encode documents into an index.
 
     Raises:
       UserError: as `open_documents`, `MetaEmbed.from_pretrained` and `index_documents`.
@@ -38,7 +38,8 @@ def search(folder: Path, query: str | None, image: Path | None, budget: str | No
     """Print the best documents of a query.
 
     Raises:
-      UserError: the query is empty, the folder is not an index or is one of another model, or the budget goes beyond it.
+      UserError: the query is empty, the folder is not an index or holds vectors of another model, or the budget is larger than the
+        index.
     """
     if query is None and image is None:
         raise UserError('nothing to search for: expected a text, such as "a red car", or --image=FILE, or both')
@@ -48,15 +49,14 @@ def search(folder: Path, query: str | None, image: Path | None, budget: str | No
     loaded = Index.load(folder)
     name = model or loaded.model
     if not name:
-        raise UserError(f"{folder} does not record its model; name it with --model")
+        raise UserError(f"{folder} does not record its model; name the model with --model")
     check_devices()
     encoder = MetaEmbed.from_pretrained(name)
     loaded.check_model(encoder)
     largest = encoder.config.vectors("query"), loaded.vectors
-    searches = [(largest,)] if budget is None else parse_searches(budget, largest)
-    if len(searches) > 1:
+    stages, *others = [(largest,)] if budget is None else parse_searches(budget, largest)
+    if others:
         raise UserError(f"--budget={budget}: expected one search")
-    stages = searches[0]
     query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0])
     if k is None:
         k = min([RESULTS, len(loaded), *(stage[2] for stage in stages[:-1])])
@@ -64,6 +64,7 @@ def search(folder: Path, query: str | None, image: Path | None, budget: str | No
     for rank, (score, item_id) in enumerate(zip(scores[0].tolist(), ids[0], strict=True), 1):
         fields = loaded.metadata(item_id).items()  # of any type, by `Index.add`
         metadata = {key: str(value) for key, value in fields if value is not None}
-        source = ", ".join(filter(None, (metadata.get("path"), "page" in metadata and f"page {metadata['page']}")))
+        page = f"page {metadata['page']}" if "page" in metadata else ""
+        source = ", ".join(filter(None, (metadata.get("path", ""), page)))
         columns = filter(None, (item_id, source, metadata.get("text", "")[:TEXT_LENGTH]))
         print(f"{rank:3}  {score:8.4f}  " + "  ".join(map(printable, columns)))

@@ -1,6 +1,6 @@
 """An index: documents on disk, searched exactly at any budget.
 
-index = me.Index.build(d, ids=["a", "b"])       # then index.save("INDEX"), me.Index.load("INDEX")
+index = me.Index.build(d, ids=["a", "b"])  # then index.save("INDEX"), me.Index.load("INDEX")
 scores, ids = index.search(q, k=10, budget=[(1, 1, 1000), (16, 64)])
 """
 
@@ -37,9 +37,8 @@ from metaembed_jax.retrieval.writer import SegmentWriter, copy_segment, merge_se
 class Index:
     """Documents by id, from `Index.build` or `Index.load`.
 
-    An index is stored in its folder, or in a temporary one if it was built without. A change is on the disk when the call returns;
-    after a crash all of it is, or nothing. An index sees its own changes, and not those that other processes make after it was
-    loaded: it still reads what it has loaded.
+    An index is stored in its folder; one that is built without a path has a temporary folder. A change is on the disk when the call
+    returns, and a crash leaves all of it or nothing. An index does not see what other processes change after it was loaded.
     """
 
     def __init__(self, folder: Path, mesh: Mesh | None = None):
@@ -65,14 +64,15 @@ class Index:
             (ids, vectors) or (ids, vectors, metadata). One block of an iterator is in memory at a time.
           ids: a text for each item, all different; the numbers from 0 by default.
           metadata: a dict of JSON values for each item.
-          budget: vectors of each item to keep, from the first. An iterator needs it if later blocks have items of more vectors than
-            the first block.
-          dtype: of the vectors on disk: "bfloat16"; "float32"; or "int8", with a float32 scale for each vector (`ingest.to_int8`).
+          budget: vectors of each item to keep, from the first. An iterator needs it if items of later blocks have more vectors than
+            those of the first block.
+          dtype: type of the vectors on disk: "bfloat16"; "float32"; or "int8", with a float32 scale for each vector
+            (`ingest.to_int8`).
           path: the folder of the index; an index in it is replaced when the new one is complete.
-          mesh: devices that will search the index; all by default.
+          mesh: devices that search the index; all by default.
 
         Raises:
-          UserError: there is no item, or names the item that is wrong.
+          UserError: there is no item, or an item is wrong, which the error names.
         """
         check_dtype(dtype)
         if budget is not None and (type(budget) is not int or budget < 1):
@@ -89,7 +89,7 @@ class Index:
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, mesh: Mesh | None = None) -> "Index":
-        """Load the index of a folder. Vectors are read, and checked, when they are first searched; `verify` checks everything.
+        """Load the index of a folder. Vectors are read and checked when they are first searched; `verify` checks all files.
 
         Raises:
           UserError: the folder is not an index, or the index is damaged.
@@ -114,13 +114,13 @@ class Index:
     ) -> tuple[Float[np.ndarray, "Q k"], np.ndarray]:
         """Return MaxSim scores, float32, and ids (an array of texts) of the k best items of each query, best first.
 
-        Of items with equal scores, the one that was added first is the better.
+        Items with equal scores are in the order in which they were added.
 
         Args:
           query_QRD: unit vectors, from `MetaEmbed.encode_query`.
           k: at most the number of items.
-          budget: (r_q, r_c), the vectors to use of a query and of an item; or stages [(r_q, r_c, survivors), ..., (r_q, r_c)], each
-            of which scores the survivors of the one before. All vectors by default.
+          budget: (r_q, r_c), the vectors to use of a query and of an item; or stages [(r_q, r_c, survivors), ..., (r_q, r_c)]:
+            each stage scores the survivors of the stage before. All vectors by default.
 
         Raises:
           UserError: the queries or the budget do not match the stored vectors, or k is not between 1 and the number of items.
@@ -141,31 +141,31 @@ class Index:
         k: int = 10,
         recall: float = 0.99,
     ) -> int:
-        """Return the fewest survivors of a first stage with which a search in two stages has a recall of exact search.
+        """Return the fewest survivors of a first stage for which a search in two stages has the given recall.
 
         Args:
-          query_QRD: a sample of future queries; all items are searched for each of them.
+          query_QRD: a sample of the queries to expect; each is searched for in all items.
           first: the budget of the first stage of `search(q, k, [(*first, survivors), last])`.
           last: the budget of its second stage.
           k: results of the search.
           recall: the share of the k best at `last` that must survive, in the mean over the queries; 1 for all.
 
         Raises:
-          UserError: as `search`, or without queries, or for a recall that is not above 0 and up to 1.
+          UserError: as `search`, there are no queries, or the recall is not above 0 and at most 1.
         """
         (query_QRD, last_stage), (_, first_stage) = (self._validated(query_QRD, budget) for budget in (last, first))
         if not isinstance(recall, Real) or not 0 < recall <= 1 or not len(query_QRD):
-            raise UserError(f"recall={recall!r} of {len(query_QRD)} queries: expected a share above 0 and up to 1, and a query")
+            raise UserError(f"recall={recall!r} of {len(query_QRD)} queries: expected a share above 0 and at most 1, and a query")
         if len(first_stage) > 1 or len(last_stage) > 1:
             raise UserError(f"first={first!r}, last={last!r}: expected a budget (r_q, r_c) each, without survivors")
         self._check_k(k, last_stage)
         return count_survivors(self._searcher, query_QRD, first_stage, last_stage, int(k), float(recall))
 
     def check_model(self, model: MetaEmbed) -> None:
-        """Check that the vectors of the index are of this model.
+        """Check that this model encoded the items.
 
         Raises:
-          UserError: they are of another model, or the index does not record its model.
+          UserError: another model did, or the index does not record its model.
         """
         recorded = self._manifest.model
         if recorded is None:
@@ -174,7 +174,7 @@ class Index:
             )
         if recorded["fingerprint"] != model.fingerprint:
             models = f"{self.model or 'one'} with fingerprint {recorded['fingerprint']}; this one has {model.fingerprint}"
-            raise UserError(f"{self.folder} holds vectors of another model: {models}; search with that one, or index again")
+            raise UserError(f"{self.folder} holds vectors of another model: {models}; search with that model, or index again")
 
     def metadata(self, item: str) -> dict:
         """Return the metadata of an item, by its id.
@@ -188,10 +188,10 @@ class Index:
         raise UserError(f"{self.folder} has no item {item!r}")
 
     def add(self, vectors, ids: Iterable[str] | None = None, *, metadata: Sequence[dict | None] | None = None) -> None:
-        """Append items, given as for `build`. Of items with more vectors than the index stores, the first ones are kept.
+        """Append items, given as for `build`. Vectors of an item beyond those that the index stores are dropped.
 
         Raises:
-          UserError: an id is given twice, or the index has it already; or as `build`.
+          UserError: an id is given twice, or the index already has it; or as `build`.
         """
         with self._changing() as folder:
             new = SegmentWriter(folder, self._manifest)
@@ -199,7 +199,7 @@ class Index:
                 items = make_items(array, block_ids, fields, self.vectors)
                 for segment in self._segments:
                     for item in segment.find(items.ids):
-                        raise UserError(f"{self.folder} has an item {item!r} already; delete it first, or choose another id")
+                        raise UserError(f"{self.folder} already has an item {item!r}; delete it first, or choose another id")
                 if items.ids:
                     new.add(items)
             if new.items:
@@ -209,7 +209,7 @@ class Index:
         """Delete items. Their vectors stay on the disk until `compact`.
 
         Raises:
-          UserError: the index has no item with one of the ids; then none is deleted.
+          UserError: the index has no item with one of the ids; then nothing is deleted.
         """
         ids = as_ids([ids] if isinstance(ids, str) else ids)
         with self._changing():
@@ -235,7 +235,7 @@ class Index:
         """Read and check all files.
 
         Raises:
-          UserError: names the file that is damaged.
+          UserError: a file is damaged, which the error names.
         """
         for segment in self._segments:
             segment.check_all()
@@ -245,12 +245,12 @@ class Index:
 
     @property
     def model(self) -> str:
-        """Path or hub id of the model that encoded the items; empty if it is not known."""
+        """Path or hub id of the model that encoded the items; empty if it is unknown."""
         return (self._manifest.model or {}).get("name", "")
 
     @property
     def vectors(self) -> int:
-        """The most vectors that are stored of an item."""
+        """Largest number of vectors that are stored of an item."""
         return self._manifest.levels[-1]
 
     def __repr__(self) -> str:
@@ -258,7 +258,7 @@ class Index:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Path]:
-        """Hold the folder's lock, and load the newest state of the index first."""
+        """Hold the folder's lock, and load the newest state of the index."""
         with store.changing(self.folder) as folder:
             self._take(*store.open_index(folder))
             yield folder
@@ -273,7 +273,7 @@ class Index:
 
     @functools.cached_property
     def _searcher(self) -> Searcher:
-        """Created by the first search: a process that only writes needs no device."""
+        """The searcher, created by the first search: a process that only writes needs no device."""
         mesh = make_mesh() if self._mesh is None else self._mesh
         return Searcher(self._segments, self._manifest.levels, self._manifest.width, mesh)
 
@@ -306,7 +306,7 @@ class Index:
 
 
 def _create(path: str | os.PathLike | None, mesh: Mesh | None, write: Callable[[Path], Manifest]) -> Index:
-    """Create an index of the segments that `write` writes to a folder; to a temporary folder without a path."""
+    """Create an index of the segments that `write` writes to the folder; without a path, to a temporary one."""
     if path is not None:
         with store.changing(local_path(path)) as folder:
             store.commit(folder, write(folder))
@@ -323,6 +323,10 @@ def _create(path: str | os.PathLike | None, mesh: Mesh | None, write: Callable[[
 
 
 def check_dtype(dtype: str) -> None:
-    """Check the type of an index's vectors; raises UserError for others than `DTYPES`."""
+    """Check the type of an index's vectors.
+
+    Raises:
+      UserError: it is not one of `DTYPES`.
+    """
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}")

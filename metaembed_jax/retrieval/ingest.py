@@ -1,6 +1,6 @@
-"""Checks of what goes into an index: vectors, ids and metadata of items, and the rounding of vectors to int8.
+"""Checks of the vectors, ids and metadata that go into an index, and the rounding of vectors to int8.
 
-N items, R vectors of an item at most, D width of a vector.
+N items, R most vectors of an item, D width of a vector.
 """
 
 import hashlib
@@ -14,10 +14,9 @@ from jaxtyping import Float, Int, UInt64
 
 from metaembed_jax.errors import UserError
 
-# Vectors have length one, up to the rounding of bfloat16 (eight bits).
-TOLERANCE = 1e-2
-BLOCK_ITEMS = 1024  # checked and written at once
-ROUNDED_NUMBERS = 256  # of a vector, over all scales at which it is rounded to int8
+TOLERANCE = 1e-2  # of the length of a vector, for the rounding of bfloat16 (eight bits)
+BLOCK_ITEMS = 1024  # items that are checked and written at once
+ROUNDED_NUMBERS = 256  # numbers that are rounded for a vector, over all scales that are tried for int8
 
 
 class Items(NamedTuple):
@@ -25,7 +24,7 @@ class Items(NamedTuple):
 
     Attributes:
       ids: texts.
-      vectors_NRD: float32; zeros fill up items with fewer vectors.
+      vectors_NRD: float32; items with fewer vectors are padded with zeros.
       counts_N: int32, vectors of each item, at least 1.
       metadata: a JSON object for each item.
     """
@@ -44,7 +43,7 @@ def make_items(vectors, ids: Sequence[str], metadata: Sequence[dict | None] | No
       budget: vectors of each item to keep, from the first; None keeps all.
 
     Raises:
-      UserError: names the item that is wrong.
+      UserError: an item is wrong, which the error names.
     """
     ids = as_ids(ids)
     arrays = vectors if isinstance(vectors, Sequence) else as_array(vectors, "vectors")
@@ -61,7 +60,7 @@ def as_ids(ids: Iterable[str]) -> list[str]:
     """Check ids, and return them as a list.
 
     Raises:
-      UserError: the ids are not a list, or an id is not a text, or is empty.
+      UserError: the ids are not a list, or one of them is not a text, or is empty.
     """
     ids = _as_list(ids, "ids")
     for number, item in enumerate(ids):
@@ -71,10 +70,10 @@ def as_ids(ids: Iterable[str]) -> list[str]:
 
 
 def as_array(value, name: str) -> np.ndarray:
-    """Return an array of numbers that can become float32.
+    """Return a value as an array of numbers that can be converted to float32.
 
     Raises:
-      UserError: it is something else.
+      UserError: the value is something else.
     """
     try:
         array = np.asarray(value)
@@ -86,10 +85,10 @@ def as_array(value, name: str) -> np.ndarray:
 
 
 def check_unit(vectors_NRD: Float[np.ndarray, "N R D"], counts_N: Int[np.ndarray, " N"], names: Sequence[str]) -> None:
-    """Check that all vectors but the padding have length one.
+    """Check that all vectors except padding have length one.
 
     Raises:
-      UserError: names the first vector of another length.
+      UserError: a vector has another length; the error names the first.
     """
     lengths_NR = np.sqrt(np.einsum("nrd,nrd->nr", vectors_NRD, vectors_NRD))
     is_wrong_NR = ~(np.abs(lengths_NR - 1) <= TOLERANCE) & (np.arange(vectors_NRD.shape[1]) < counts_N[:, None])
@@ -103,7 +102,7 @@ def check_unit(vectors_NRD: Float[np.ndarray, "N R D"], counts_N: Int[np.ndarray
 
 
 def as_blocks(vectors, ids: Iterable[str] | None, metadata: Sequence | None) -> Iterator[tuple]:
-    """Yield blocks (ids, vectors, metadata) of the arguments of `Index.build`. An iterator yields blocks already.
+    """Yield the arguments of `Index.build` as blocks (ids, vectors, metadata). An iterator of vectors already yields blocks.
 
     Raises:
       UserError: a block has another form, or the numbers of ids and items differ.
@@ -118,7 +117,7 @@ def as_blocks(vectors, ids: Iterable[str] | None, metadata: Sequence | None) -> 
                 raise UserError(f"block {number} is not a tuple; expected (ids, vectors) or (ids, vectors, metadata)")
             yield (*block, None)[:3]
         return
-    if not np.iterable(vectors) or not hasattr(vectors, "__len__") or isinstance(vectors, dict | set | str):
+    if not _is_list_of_arrays(vectors):
         raise UserError(f"vectors: expected an array, a list or an iterator, not a {type(vectors).__name__}")
     ids = list(map(str, range(len(vectors)))) if ids is None else _as_list(ids, "ids")
     metadata = None if metadata is None else _as_list(metadata, "metadata")
@@ -130,23 +129,27 @@ def as_blocks(vectors, ids: Iterable[str] | None, metadata: Sequence | None) -> 
         yield ids[block], vectors[block], None if metadata is None else metadata[block]
 
 
+def _is_list_of_arrays(vectors) -> bool:
+    return np.iterable(vectors) and hasattr(vectors, "__len__") and not isinstance(vectors, dict | set | str)
+
+
 def most_vectors(vectors) -> int:
-    """Return the most vectors of an item in a list; 1 for an array or an iterator, whose items are alike or not known yet."""
+    """Return the most vectors of an item in a list; 1 for an array, whose items are alike, and for an iterator, which is unread."""
     return max((len(array) for array in vectors), default=1) if isinstance(vectors, Sequence) else 1
 
 
 def hashes(ids: Iterable[str]) -> UInt64[np.ndarray, " N"]:
-    """Return a hash of each id, to look it up by."""
+    """Return a hash of each id."""
     digests = (hashlib.blake2b(item.encode(), digest_size=8).digest() for item in ids)
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
 def to_int8(vectors_NRD: Float[np.ndarray, "N R D"]) -> tuple[np.ndarray, Float[np.ndarray, "N R"]]:
-    """Round vectors to int8 [N, R, D] and scales, whose product is near the vector. A vector of zeros has scale 0.
+    """Round vectors to int8 [N, R, D] and a scale each; their product is close to the vector. A vector of zeros has scale 0.
 
-    A vector is scaled so that its largest number is 127, and rounded, halves to even. The scale is chosen so that the product of
-    the vector with its rounded self is that with itself: queries that match a vector are close to it, so an error along the vector
-    would count in full. Narrow vectors are also scaled to 126, 125, ..., and the nearest result is stored.
+    A vector is scaled so that its largest number is 127, and rounded, halves to even. The scale is chosen such that the vector has
+    the same dot product with its rounded version as with itself. Queries that match a vector are close to it, so an error along the
+    vector would change their scores most. Narrow vectors are also scaled to 126, 125, ..., and the closest result is stored.
     """
     largest_NR1 = np.abs(vectors_NRD).max(axis=2, keepdims=True, initial=0)
     scaled_NRD, square_NR = vectors_NRD / np.where(largest_NR1 > 0, largest_NR1, 1), _squares(vectors_NRD)
@@ -159,7 +162,7 @@ def to_int8(vectors_NRD: Float[np.ndarray, "N R D"]) -> tuple[np.ndarray, Float[
     stored_NRD, scales_NR = rounded(127)
     for largest in range(126, 127 - min(ROUNDED_NUMBERS // vectors_NRD.shape[2], 32), -1):
         numbers_NRD, other_NR = rounded(largest)
-        # With such scales, the shorter of two vectors is the nearer one.
+        # With these scales, the shorter of two rounded vectors is the closer one.
         is_nearer_NR = _squares(numbers_NRD * other_NR[..., None]) < _squares(stored_NRD * scales_NR[..., None])
         stored_NRD, scales_NR = (
             np.where(is_nearer_NR[..., None], numbers_NRD, stored_NRD),

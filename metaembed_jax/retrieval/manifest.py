@@ -1,6 +1,6 @@
 """The manifest of an index, which lists its segments. It is written last, so every segment that it names is complete.
 
-manifest.json is {"sha256": of the rest, "index": {...}}. It names folders by 16 hex digits and files by fixed names, so no path in
+manifest.json is {"sha256": of the index, "index": {...}}. It names folders by 16 hex digits and files by fixed names, so no path in
 it leads out of the index's folder.
 """
 
@@ -14,16 +14,16 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.retrieval.checksummed_files import open_regular
 
 FORMAT = 1
-DTYPES = {"bfloat16": 2, "float32": 4, "int8": 1}  # bytes of a number
-LEVEL_ENDS = (1, 4, 8, 16, 64)  # the document side of the usual budgets
-MANIFEST_BYTES = 2**28  # at most
+DTYPES = ("bfloat16", "float32", "int8")  # of stored vectors
+LEVEL_ENDS = (1, 4, 8, 16, 64)  # the document vectors of the usual budgets
+MANIFEST_BYTES = 2**28  # largest size of the file
 NAME = re.compile("[0-9a-f]{16}")
 DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Items that are written together, and never change.
+    """Items that are written together. They may be deleted, but never change.
 
     Attributes:
       name: name of its folder, 16 hex digits.
@@ -48,10 +48,10 @@ class Manifest:
 
     Attributes:
       width: numbers of a vector, D.
-      levels: numbers of vectors at which the levels end, ascending; an item has at most as many vectors as the last.
+      levels: numbers of vectors at which the levels end, ascending; the last is the most vectors of an item.
       dtype: type of the stored vectors, one of `DTYPES`.
       segments: segments in the order of their items.
-      model: {"name", "fingerprint"} of the model that encoded the items; None if it is not known.
+      model: {"name", "fingerprint"} of the model that encoded the items; None if it is unknown.
       job: digest of the job of `index_documents`, which can resume; empty for other indexes.
     """
 
@@ -74,10 +74,10 @@ def level_names(manifest: Manifest) -> list[str]:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Return the content of the manifest's file; inverse of `decode`."""
+    """Return the content of manifest.json; inverse of `decode`."""
     index = {"format": FORMAT, **dataclasses.asdict(manifest)}
     text = json.dumps({"sha256": _digest(index), "index": index}, indent=1, ensure_ascii=False)
-    return (text + "\n").encode(errors="surrogatepass")  # a path to a model may be any bytes
+    return (text + "\n").encode(errors="surrogatepass")  # the path of a model may be any bytes
 
 
 def decode(path: Path) -> Manifest:
@@ -90,11 +90,11 @@ def decode(path: Path) -> Manifest:
     with open_regular(path) as file:
         content = file.read(MANIFEST_BYTES + 1)
     try:
-        _need(len(content) <= MANIFEST_BYTES, "too large")
+        _require(len(content) <= MANIFEST_BYTES, "too large")
         stored = json.loads(content)
         index, digest = stored["index"], stored["sha256"]
-        _need(digest == _digest(index), "its checksum does not match")
-        _need(isinstance(index, dict), "no index")
+        _require(digest == _digest(index), "its checksum does not match")
+        _require(isinstance(index, dict), "no index")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({_reason(error)}); remove it and build the index again") from error
     if index.pop("format", None) != FORMAT:
@@ -106,25 +106,26 @@ def decode(path: Path) -> Manifest:
 
 
 def _validated(index: dict) -> Manifest:
-    """Check all fields: a file with a matching checksum may still be written by another program."""
+    """Check all fields: another program may have written a file with a matching checksum."""
     segments = tuple(_segment(**fields) for fields in index.pop("segments"))
-    manifest = Manifest(segments=segments, **index | {"levels": tuple(index["levels"])})
-    _need(_is_count(manifest.width) and manifest.dtype in DTYPES and isinstance(manifest.job, str), "width, dtype or job")
-    levels, model = manifest.levels, manifest.model
-    _need(levels and all(map(_is_count, levels)) and list(levels) == sorted(set(levels)), "levels")
+    levels = tuple(index.pop("levels"))
+    manifest = Manifest(segments=segments, levels=levels, **index)
+    _require(_is_count(manifest.width) and manifest.dtype in DTYPES and isinstance(manifest.job, str), "width, dtype or job")
+    model = manifest.model
+    _require(levels and all(map(_is_count, levels)) and list(levels) == sorted(set(levels)), "levels")
     is_model = model is None or (model.keys() == {"name", "fingerprint"} and all(isinstance(text, str) for text in model.values()))
-    _need(is_model, "model")
-    _need(len({segment.name for segment in segments}) == len(segments), "a segment is named twice")
-    _need(all(segment.fewest <= levels[-1] for segment in segments), "fewest")
+    _require(is_model, "model")
+    _require(len({segment.name for segment in segments}) == len(segments), "a segment is named twice")
+    _require(all(segment.fewest <= levels[-1] for segment in segments), "fewest")
     return manifest
 
 
 def _segment(name, items, fewest, sizes, checksums, deleted) -> Segment:
-    _need(isinstance(name, str) and NAME.fullmatch(name), "the name of a segment")
-    _need(isinstance(checksums, str) and DIGEST.fullmatch(checksums), "checksums")
-    _need(_is_count(items) and _is_count(fewest), "items or fewest")
-    _need(all(type(size) is int and size >= 0 for size in sizes.values()), "sizes")
-    _need(all(type(row) is int and 0 <= row < items for row in deleted) and deleted == sorted(set(deleted)), "deleted")
+    _require(isinstance(name, str) and NAME.fullmatch(name), "the name of a segment")
+    _require(isinstance(checksums, str) and DIGEST.fullmatch(checksums), "checksums")
+    _require(_is_count(items) and _is_count(fewest), "items or fewest")
+    _require(all(type(size) is int and size >= 0 for size in sizes.values()), "sizes")
+    _require(all(type(row) is int and 0 <= row < items for row in deleted) and deleted == sorted(set(deleted)), "deleted")
     return Segment(name, items, fewest, dict(sizes), checksums, tuple(deleted))
 
 
@@ -132,7 +133,7 @@ def _is_count(number) -> bool:
     return type(number) is int and 0 < number < 2**31
 
 
-def _need(condition, reason: str) -> None:
+def _require(condition, reason: str) -> None:
     if not condition:
         raise ValueError(reason)
 

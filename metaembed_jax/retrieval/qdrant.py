@@ -1,10 +1,10 @@
 """Nested vectors in Qdrant: embedded in this process, on a server, or on a cluster.
 
-A point is an item. Its vector `first` is the first document vector, its multivector `all` has all stored vectors (Qdrant's MAX_SIM
-of dot products is MaxSim), and its payload is the item's metadata. The point's UUID is computed from the item's id, so an item that
-is written twice is stored once.
+A point is an item. Its vector `first` is the first document vector. Its multivector `all` has all stored vectors; Qdrant's MAX_SIM
+of dot products is MaxSim. Its payload is the item's metadata. Its UUID is computed from the item's id, so an item that is written
+twice is stored once.
 
-Q queries, N items, R vectors of an item, D their width, k results.
+Q queries, N items, R vectors of an item, D width of a vector, k results.
 """
 
 import json
@@ -26,20 +26,19 @@ if TYPE_CHECKING:
     from qdrant_client import QdrantClient
     from qdrant_client.models import QueryRequest
 
-# A server takes requests of up to 32 MiB by default, and multivectors of up to 2^20 numbers.
-REQUEST_BYTES = 28 << 20
-LARGEST_MULTIVECTOR = 1 << 20
-NUMBER_BYTES = 24  # at most, of a float32 in JSON
-REQUEST_ITEMS, REQUEST_IDS = 64, 1000
+REQUEST_BYTES = 28 << 20  # a server takes 32 MiB by default
+LARGEST_MULTIVECTOR = 1 << 20  # numbers
+NUMBER_BYTES = 24  # of a float32 in JSON, at most
+REQUEST_ITEMS, REQUEST_IDS = 64, 1000  # of a request, at most
 
 
 class QdrantIndex:
-    """Items in a collection of Qdrant, from `create` or `load`. For an embedded collection, `close` unlocks its folder.
+    """Items in a collection of Qdrant, from `create` or `load`.
 
     Attributes:
-      client: Qdrant's own client, for everything else.
-      dimension: D, numbers of a vector.
-      document_vectors: R, vectors that are stored of an item. The first is also stored alone.
+      client: Qdrant's own client, for everything that this class does not do.
+      dimension: width of a vector.
+      document_vectors: vectors that are stored of an item. The first is also stored alone.
       fingerprint: fingerprint of the model that encoded the items.
     """
 
@@ -64,10 +63,10 @@ class QdrantIndex:
         Args:
           location: a folder or ":memory:" (embedded), the URL of a server or cluster, or a client of Qdrant (for API keys, gRPC).
           name: name of the collection.
-          dimension: numbers of a vector.
+          dimension: width of a vector.
           document_vectors: vectors to store of an item, from the first.
-          fingerprint: fingerprint of the model, to refuse vectors of other models.
-          shard_number, replication_factor: of a cluster; None takes the cluster's defaults.
+          fingerprint: fingerprint of the model; `load` refuses queries of other models by it.
+          shard_number, replication_factor: options of a cluster; None takes its defaults.
 
         Raises:
           UserError: Qdrant is not installed or does not answer, or the collection exists and has other vectors.
@@ -100,11 +99,11 @@ class QdrantIndex:
 
     @classmethod
     def load(cls, location: "str | Path | QdrantClient", name: str, fingerprint: str | None = None) -> "QdrantIndex":
-        """Open a collection that `create` has created.
+        """Open a collection that `create` created.
 
         Args:
           location: as for `create`.
-          fingerprint: fingerprint of the model of the queries; None does not check it.
+          fingerprint: fingerprint of the model that encodes the queries; None does not check it.
 
         Raises:
           UserError: as `create`, or the collection does not exist.
@@ -129,7 +128,7 @@ class QdrantIndex:
         self.client.close()
 
     def missing(self, ids: Sequence[str]) -> list[int]:
-        """Return the numbers of the ids that the collection does not have, in order: the rest of a killed upload.
+        """Return the indices of the ids that the collection does not have, in order: the rest of a killed upload.
 
         Raises:
           UserError: an id is not a text, or is given twice.
@@ -164,16 +163,16 @@ class QdrantIndex:
         metadata: Sequence[dict] | None = None,
         progress: bool = False,
     ) -> None:
-        """Write items, in place of those with the same ids. All are checked before the first is written.
+        """Write items. They replace items with the same ids. All are checked before the first is written.
 
         Args:
           ids: a text for each item, all different.
           vectors_NRD: unit vectors; the first `document_vectors` of each item are stored, as float32.
-          metadata: a dict of JSON values for each item: its path, page, text. For `metadata`, and Qdrant's filters.
+          metadata: a dict of JSON values for each item, such as its path, page and text, for `metadata` and for Qdrant's filters.
           progress: show a bar.
 
         Raises:
-          UserError: names the item that is wrong, or Qdrant does not answer.
+          UserError: an item is wrong, which the error names, or Qdrant does not answer.
         """
         points, vectors_NRD = _points(ids), self._validated(vectors_NRD, "items")
         if vectors_NRD.shape[1] < self.document_vectors:
@@ -204,11 +203,12 @@ class QdrantIndex:
     ) -> tuple[Float[np.ndarray, "Q k"], np.ndarray]:
         """Return MaxSim scores, float32, and ids (an array of objects) of the k best items of each query, best first.
 
-        One query of Qdrant runs all stages. Where it returns fewer than k items, -inf and None fill up. Ties have no fixed order.
+        Qdrant runs all stages in one query. If it returns fewer than k items, the rest are -inf and None. Ties have no fixed order.
 
         Args:
           query_QRD: unit vectors.
-          budget: (r_q, r_c), or stages [(1, 1, 1000), (16, 64)], where each r_c is 1 or all that is stored. None is all vectors.
+          k: number of items, at most the survivors of every stage.
+          budget: (r_q, r_c), or stages [(1, 1, 1000), (16, 64)], where each r_c is 1 or `document_vectors`. None is all vectors.
           exact: scan every first vector instead of using its graph (an embedded collection always scans).
 
         Raises:
@@ -235,7 +235,9 @@ class QdrantIndex:
                 answers = self.client.query_batch_points(self.name, requests)
             for row, answer in zip(rows, answers, strict=True):
                 for rank, point in enumerate(answer.points):
-                    scores_Qk[row, rank], ids_Qk[row, rank] = point.score, point.payload["id"]
+                    # The request asks for the payload's id, and `add` writes one.
+                    item = point.payload["id"]  # pyright: ignore[reportOptionalSubscript]
+                    scores_Qk[row, rank], ids_Qk[row, rank] = point.score, item
         return scores_Qk, ids_Qk
 
     def _point(self, point: str, vectors_RD: Float[np.ndarray, "R D"], payload: bytes):
@@ -259,7 +261,7 @@ class QdrantIndex:
 
 
 def _search_request(query_RD: Float[np.ndarray, "R D"], stages: Stages, k: int, exact: bool) -> "QueryRequest":
-    """Return one query for all stages: each stage ranks the results of its prefetch, the stage before."""
+    """Return one query for all stages: each stage ranks the results of its prefetch, which is the stage before it."""
     from qdrant_client.models import Prefetch, QueryRequest, SearchParams
 
     request: dict[str, Any] = {"params": SearchParams(exact=True)} if exact else {}
@@ -267,7 +269,7 @@ def _search_request(query_RD: Float[np.ndarray, "R D"], stages: Stages, k: int, 
         if number:
             request = {"prefetch": Prefetch(**request)}
         query_rD = query_RD[:query_vectors]
-        if document_vectors == 1:  # it is every maximum, so the sum of products is the product of the sum
+        if document_vectors == 1:  # MaxSim is then the product with the sum of the query vectors
             request |= {"using": "first", "query": query_rD.sum(0).tolist(), "limit": limit}
         else:
             request |= {"using": "all", "query": query_rD.tolist(), "limit": limit}
@@ -308,7 +310,7 @@ def _payload(item: str, metadata: dict) -> bytes:
 
 
 def _requests(sizes: Sequence[int]) -> Iterator[range]:
-    """Yield the rows of each request: at most REQUEST_ITEMS, and REQUEST_BYTES unless a single row is larger."""
+    """Yield the rows of each request: at most REQUEST_ITEMS, and at most REQUEST_BYTES unless a single row is larger."""
     start, total = 0, 0
     for row, size in enumerate(sizes):
         if row > start and (row - start == REQUEST_ITEMS or total + size > REQUEST_BYTES):

@@ -1,17 +1,17 @@
-"""Collections of Qdrant: connections, the layout of vectors, the facts that a collection records; and errors as one line each."""
+"""Connections to Qdrant, the vectors and facts of a collection, and Qdrant's errors as one line each."""
 
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from metaembed_jax.errors import UserError
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
 
-SECONDS = 60  # that an answer may take: a scan of all items is slow
+SECONDS = 60  # timeout of a request: a scan of all items is slow
 FACTS = {"dimension", "document_vectors", "fingerprint"}
 
 
@@ -31,13 +31,13 @@ def connect(location) -> tuple["QdrantClient", str]:
         return QdrantClient(location, timeout=SECONDS, check_compatibility=False), server
 
 
-def is_folder(location) -> bool:
+def is_folder(location) -> TypeGuard[str | Path]:
     """Return whether a location is a folder, not a server or memory."""
     return isinstance(location, Path) or (isinstance(location, str) and location != ":memory:" and "://" not in location)
 
 
 def vectors_config(dimension: int, document_vectors: int) -> dict:
-    """Return the layout of a point. `first` has a graph; `all` ranks results or is scanned, so it needs none, and stays on disk."""
+    """Return the vectors of a point. `first` has a graph. `all` has none, because it only ranks results or is scanned."""
     from qdrant_client.models import Distance, HnswConfigDiff, MultiVectorComparator, MultiVectorConfig, VectorParams
 
     config = {"first": VectorParams(size=dimension, distance=Distance.DOT)}
@@ -53,7 +53,7 @@ def vectors_config(dimension: int, document_vectors: int) -> dict:
 
 
 def stored_facts(client: "QdrantClient", server: str, name: str) -> dict:
-    """Read the facts that `create` has recorded in a collection."""
+    """Read the facts that `QdrantIndex.create` recorded in a collection."""
     with clear_errors(server):
         if not client.collection_exists(name):
             raise UserError(f"{server}: has no collection {name!r}; create it with QdrantIndex.create")

@@ -1,4 +1,4 @@
-"""Exact search of segments: the first stage scores every document, later ones the survivors of each query.
+"""Exact search of segments. The first stage scores every document, later stages score the survivors of each query.
 
 Documents are read from the files in blocks, which are sharded over the devices of a mesh. Two blocks are in memory at a time, so
 the memory of a search does not grow with the index.
@@ -23,22 +23,23 @@ from metaembed_jax.retrieval.checksummed_files import ChecksummedFile
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.sharding import put_replicated
 
-# A device scores a block in steps. At most in a step: similarities, numbers in vectors, documents (more in a large index).
+# A device scores a block in steps. The most similarities, numbers of document vectors, and documents of a step. A large index has
+# more documents in a step.
 STEP_SIMILARITIES, STEP_NUMBERS, STEP_DOCUMENTS = 2**20, 2**22, 1024
-BLOCK_NUMBERS = 2**22  # of a device's documents in a block
-SEARCH_VECTORS = 1024  # of queries that are searched for at once
-BLOCKS_BEFORE_RELEASE = 4  # blocks after which the memory that files have filled is released
-SCORES = 2**22  # at once, of a block or of survivors
+BLOCK_NUMBERS = 2**22  # numbers of a device's documents in a block
+SEARCH_VECTORS = 1024  # query vectors that are searched for at once
+BLOCKS_BEFORE_RELEASE = 4  # blocks that are read before the memory of the files is released
+SCORES = 2**22  # scores of a block, or of survivors, that are in memory at once
 
 
 class Searcher:
-    """Segments, and the devices that search them. A document's position is its number among all, deleted ones included.
+    """Segments, and the devices that search them. The position of a document is its index among all, including deleted ones.
 
     Args:
       segments: segments in the order of their items.
       levels: numbers of vectors at which the levels end.
       width: numbers of a vector, D.
-      mesh: all devices that score.
+      mesh: devices that score.
     """
 
     def __init__(self, segments: Sequence[SegmentFiles], levels: Sequence[int], width: int, mesh: Mesh):
@@ -54,10 +55,10 @@ class Searcher:
     def search(
         self, query_QRD: Float[np.ndarray, "Q R D"], k: int, stages: Stages
     ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-        """Return scores, float32, and positions of the best documents of each query, best first; of ties, the first position.
+        """Return scores, float32, and positions of the k best documents of each query, best first; of ties, the first position.
 
         Args:
-          k: at most the number of documents, and of the survivors of every stage.
+          k: at most the number of documents, and at most the survivors of every stage.
           stages: from `as_stages`.
         """
         vectors, survivors = max(stage[0] for stage in stages), max([k, *(stage[2] for stage in stages[:-1])])
@@ -85,34 +86,34 @@ class Searcher:
                     self._top_k(query_QrD[q : q + 1], document_vectors, count, survivors_QK[q]) for q in range(len(query_QrD))
                 ]
                 scores, positions = (np.concatenate(arrays) for arrays in zip(*results, strict=True))
-            survivors_QK = np.sort(positions, axis=1)  # the first position wins ties in the next stage too
+            survivors_QK = np.sort(positions, axis=1)  # so that the first position wins ties in the next stage too
             self._release()
         return scores, positions
 
     def _top_k(self, query_QRD: np.ndarray, vectors: int, k: int, positions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores and positions [Q, k] of the best of some documents, by the first `vectors` of each.
+        """Return scores and positions [Q, k] of the best documents among some positions, by the first `vectors` of each document.
 
         Queries, k and the last block are padded to powers of two, so that few programs are compiled.
         """
         queries, rows = len(query_QRD), min(_ceil(len(query_QRD)) * query_QRD.shape[1], level_scoring.QUERY_VECTORS)
-        query_QRD = put_replicated(np.pad(query_QRD, [(0, _ceil(queries) - queries), (0, 0), (0, 0)]), self.mesh)
-        top = jax.tree.map(lambda x: put_replicated(np.asarray(x), self.mesh), empty_top_k(len(query_QRD), _ceil(k)))
+        padded_QRD = put_replicated(np.pad(query_QRD, [(0, _ceil(queries) - queries), (0, 0), (0, 0)]), self.mesh)
+        top = jax.tree.map(lambda x: put_replicated(np.asarray(x), self.mesh), empty_top_k(len(padded_QRD), _ceil(k)))
         numbers = vectors * self.width
-        # A step depends on the number of documents, not on that of devices, so the scores are the same bits on any mesh.
+        # A step depends on the number of documents, not of devices, so the scores are the same bits on any mesh.
         limit = min(_ceil(len(positions_N)), max(_ceil(len(positions_N)) // 8, STEP_DOCUMENTS))
         step = _floor(min(STEP_SIMILARITIES // (rows * vectors), STEP_NUMBERS // numbers, limit))
-        steps = _floor(min(BLOCK_NUMBERS // (step * numbers), SCORES // (step * len(query_QRD))))
+        steps = _floor(min(BLOCK_NUMBERS // (step * numbers), SCORES // (step * len(padded_QRD))))
         for block in self._blocks(positions_N, step * self.mesh.size, steps, vectors):
-            jax.block_until_ready(top)  # else blocks pile up where reading is faster than scoring
-            top = merge_block(query_QRD, block, top, step, self.mesh)
+            jax.block_until_ready(top)  # otherwise blocks pile up in memory when reading is faster than scoring
+            top = merge_block(padded_QRD, block, top, step, self.mesh)
         scores_Qk, positions_Qk = (np.asarray(x)[:queries, :k].copy() for x in top)
-        if not np.isfinite(scores_Qk).all():  # items that passed the checks of `ingest` have finite scores
+        if not np.isfinite(scores_Qk).all():  # items that passed `ingest` have finite scores
             folder = self.segments[0].folder.parent
             raise UserError(f"{folder}: an item has no vectors, or NaN or infinities in them; build the index again")
         return scores_Qk, positions_Qk
 
     def _blocks(self, positions_N: np.ndarray, step: int, steps: int, vectors: int) -> Iterator[Block]:
-        """Yield blocks of 1, 2, 4 .. `steps` times `step` documents."""
+        """Yield blocks of `steps` times `step` documents; the last block may have half, a quarter, ... of the steps."""
         for number, start in enumerate(range(0, len(positions_N), step * steps), 1):
             positions_n = positions_N[start : start + step * steps]
             yield self._block(positions_n, step * _ceil(-(-len(positions_n) // step)), vectors)
@@ -125,7 +126,7 @@ class Searcher:
 
     def _block(self, positions_n: np.ndarray, size: int, vectors: int) -> Block:
         def put(row: tuple[int, ...], read: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
-            def read_shard(index: tuple[slice, ...]) -> np.ndarray:
+            def read_shard(index) -> np.ndarray:
                 start, stop, _ = index[0].indices(size)
                 rows = read(positions_n[start:stop])
                 if len(rows) == stop - start:
@@ -151,12 +152,11 @@ class Searcher:
         )
 
     def _read(self, pick: Callable[[SegmentFiles], ChecksummedFile], positions_n: np.ndarray) -> np.ndarray:
-        """Return the rows of ascending positions from a file of each segment, without a copy where they are contiguous."""
+        """Return the rows at ascending positions from a file of each segment, without a copy if they are contiguous."""
         bounds = np.searchsorted(positions_n, self.starts)
         bounds[-1] = len(positions_n)
-        numbers = np.flatnonzero(np.diff(bounds))
         arrays = []
-        for number in numbers if len(numbers) else (0,):
+        for number in np.flatnonzero(np.diff(bounds)).tolist() or [0]:
             rows = positions_n[bounds[number] : bounds[number + 1]] - self.starts[number]
             file = pick(self.segments[number])
             is_contiguous = len(rows) == 0 or rows[-1] - rows[0] == len(rows) - 1
@@ -168,12 +168,12 @@ class Searcher:
 def count_survivors(
     searcher: Searcher, query_QRD: Float[np.ndarray, "Q R D"], first: Stages, last: Stages, k: int, recall: float
 ) -> int:
-    """Return the fewest survivors of a first stage among which a second stage has this recall of its k best, over all queries.
+    """Return the fewest survivors of a first stage that hold this share of the second stage's k best, over all queries.
 
     Args:
       first: the first stage, from `as_stages`.
       last: the second stage, from `as_stages`.
-      recall: a share of the Q * k best.
+      recall: the share of the Q * k best documents.
     """
     documents, enough = int(searcher.is_alive.sum()), math.ceil(recall * len(query_QRD) * k - 1e-9)
     _, best_Qk = searcher.search(query_QRD, k, last)
@@ -187,10 +187,10 @@ def count_survivors(
 
 
 def _floor(number: int) -> int:
-    """Return the largest power of two up to a number; at least 1."""
+    """Return the largest power of two that is at most a number; at least 1."""
     return 1 << max(int(number), 1).bit_length() - 1
 
 
 def _ceil(number: int) -> int:
-    """Return the smallest power of two from a number."""
+    """Return the smallest power of two that is at least a number."""
     return 1 << (int(number) - 1).bit_length()

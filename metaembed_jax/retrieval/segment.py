@@ -1,18 +1,18 @@
 """A segment of an index: a folder of files that are written once and then only read.
 
 vectors-0-1, vectors-1-4, ...    [items, vectors of the level, D]: a file for each level, so that a search at a small budget
-                                 reads nothing else
-scales-0-1, ...                  float32 [items, vectors of the level], of int8
+                                 reads little
+scales-0-1, ...                  float32 [items, vectors of the level], for int8
 counts                           int32 [items]: vectors of each item
-ids, id-ends, id-hashes          texts end to end; int64 and uint64 [items]: the end and the hash of each
-metadata, metadata-ends          JSON objects end to end, and the end of each
+ids, id-ends, id-hashes          concatenated texts; int64 and uint64 [items]: the end and the hash of each text
+metadata, metadata-ends          concatenated JSON objects; int64 [items]: the end of each
 checksums                        CRC-32 of every `checksummed_files.CHUNK` bytes of all files above, in the order of their names
 """
 
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +36,14 @@ class SegmentFiles:
       entry: the segment's entry in the manifest.
 
     Attributes:
-      files: all files but the checksums, by name.
-      checksums: the content of the file of checksums.
-      levels, scales: a file for each level; no scales unless the index is int8.
-      counts: the file of the items' numbers of vectors.
+      files: all files except the checksums, by name.
+      checksums: the content of the file `checksums`.
+      levels: the file of vectors of each level.
+      scales: the file of scales of each level; empty unless the index is int8.
+      counts: the file of the number of vectors of each item.
 
     Raises:
-      UserError: a file does not have the size that the manifest says, or the checksums are damaged.
+      UserError: a file has another size than in the manifest, or the checksums are damaged.
       FileNotFoundError: a file is missing.
     """
 
@@ -77,8 +78,8 @@ class SegmentFiles:
         alive[list(self.entry.deleted)] = False
         return alive
 
-    def ids(self, rows: Sequence[int]) -> list[str]:
-        """Return the ids of some rows."""
+    def ids(self, rows: Iterable[int]) -> list[str]:
+        """Return the ids of rows."""
         return [self._text("ids", "id-ends", int(row)) for row in rows]
 
     def metadata(self, row: int) -> dict:
@@ -93,7 +94,7 @@ class SegmentFiles:
         return metadata
 
     def find(self, ids: Sequence[str]) -> dict[str, int]:
-        """Return the rows of those ids that the segment has, and that are not deleted."""
+        """Return the row of each id that the segment has and that is not deleted."""
         ids_by_hash: dict[int, list[str]] = {}
         for number, item in zip(hashes(ids).tolist(), ids, strict=True):
             ids_by_hash.setdefault(number, []).append(item)
@@ -113,7 +114,7 @@ class SegmentFiles:
             file.release()
 
     def release(self) -> None:
-        """Release the memory that reading has filled."""
+        """Release the memory that the files fill."""
         for file in self.files.values():
             file.release()
 
@@ -144,9 +145,14 @@ class SegmentFiles:
 
 def layout_of(manifest: Manifest) -> dict[str, tuple]:
     """Return the dtype and the shape of a row of each file of a segment."""
-    layout = dict.fromkeys(("ids", "metadata"), (np.uint8, ()))
-    layout |= dict.fromkeys(("id-ends", "metadata-ends"), (np.int64, ()))
-    layout |= {"id-hashes": (np.uint64, ()), "counts": (np.int32, ())}
+    layout: dict[str, tuple] = {
+        "ids": (np.uint8, ()),
+        "metadata": (np.uint8, ()),
+        "id-ends": (np.int64, ()),
+        "metadata-ends": (np.int64, ()),
+        "id-hashes": (np.uint64, ()),
+        "counts": (np.int32, ()),
+    }
     ends = manifest.levels
     for name, start, end in zip(manifests.level_names(manifest), (0, *ends), ends, strict=False):
         layout[f"vectors-{name}"] = (np.dtype(manifest.dtype), (end - start, manifest.width))

@@ -1,12 +1,12 @@
 """The folder of an index: its lock, and changes that are atomic.
 
     INDEX/manifest.json    the index
-    INDEX/draft.json       the segments that a job which can resume has written so far
-    INDEX/lock             held by the process that writes
+    INDEX/draft.json       the segments that an unfinished job has written
+    INDEX/lock             locked by the process that writes
     INDEX/{16 hex digits}  segments
 
-A change writes new segments first, and then replaces the manifest: a reader sees the old index or the new one, also after a crash.
-Segments that no manifest names are removed; a reader that has them open can still read them.
+A change writes new segments, and then replaces the manifest: a reader sees the old index or the new one, also after a crash.
+Segments that no manifest names are removed; a reader that has opened them can still read them.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from metaembed_jax.retrieval.manifest import NAME, Manifest, decode, encode
 from metaembed_jax.retrieval.segment import SegmentFiles
 
 MANIFEST, DRAFT, LOCK = "manifest.json", "draft.json", "lock"
-TRIES = 5  # of opening an index that is being replaced
+TRIES = 5  # to open an index that another process replaces meanwhile
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -47,14 +47,14 @@ def open_index(folder: Path) -> tuple[Manifest, list[SegmentFiles]]:
             return manifest, [SegmentFiles(folder, manifest, segment) for segment in manifest.segments]
         except FileNotFoundError as error:
             previous, manifest = manifest, read_manifest(folder)
-            if manifest == previous:  # it was not replaced while it was being opened
+            if manifest == previous:  # no process has replaced the index meanwhile
                 raise UserError(f"{error.filename} is missing, which {folder / MANIFEST} names; build the index again") from None
     raise UserError(f"{folder} was replaced {TRIES} times while it was being opened; try again")
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[Path]:
-    """Hold the lock of a folder, which is created if it does not exist. The end of the process releases the lock.
+    """Create a folder if it does not exist, and hold its lock. The end of the process releases the lock.
 
     Raises:
       UserError: another process is writing the index, or the folder holds something else.
@@ -71,10 +71,10 @@ def writing(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def changing(folder: Path) -> Iterator[Path]:
-    """`writing`, where segments that are not committed, from before or from this change, are removed.
+    """Hold the lock of a folder as `writing`, and remove uncommitted segments before and after the change.
 
     Raises:
-      UserError: as `writing`, or the present index is damaged.
+      UserError: as `writing`, or the index in the folder is damaged.
     """
     with writing(folder):
         clean(folder, *manifests_in(folder))
@@ -88,46 +88,46 @@ def is_index(folder: Path) -> bool:
     """Return whether a folder holds an index, or an unfinished one."""
     if any((folder / name).is_file() for name in (MANIFEST, DRAFT)):
         return True
-    # Other programs have files called "lock", too.
-    is_ours = (path.name == LOCK or _is_segment(path) or _is_part(path) for path in folder.iterdir())
+    # Other programs also have files called "lock".
+    is_ours = (path.name == LOCK or _is_segment(path) or _is_unfinished(path) for path in folder.iterdir())
     return (folder / LOCK).is_file() and all(is_ours)
 
 
 def read_draft(folder: Path, job: str) -> Manifest | None:
-    """Return the draft of a job, whose segments are complete; None without a usable draft. The caller holds the lock."""
+    """Return the draft of a job; None if there is none, or if one of its segments is damaged. The caller holds the lock."""
     try:
         draft = decode(folder / DRAFT)
         for segment in draft.segments if draft.job == job else ():
-            SegmentFiles(folder, draft, segment).check_all()  # a damaged segment would fail the job each time it resumes
+            SegmentFiles(folder, draft, segment).check_all()  # a damaged segment would stop the job each time it resumes
         return draft if draft.job == job else None
     except (UserError, FileNotFoundError):
         return None
 
 
 def write_draft(folder: Path, manifest: Manifest) -> None:
-    """Record the segments that a job has written so far; the caller holds the lock."""
+    """Record the segments that a job has written. The caller holds the lock."""
     _replace(folder / DRAFT, manifest)
 
 
 def commit(folder: Path, manifest: Manifest) -> None:
-    """Make this the manifest of the index, and remove segments that it does not name; the caller holds the lock."""
+    """Replace the manifest of the index, and remove segments that it does not name. The caller holds the lock."""
     _replace(folder / MANIFEST, manifest)
     (folder / DRAFT).unlink(missing_ok=True)
     clean(folder, manifest)
 
 
 def clean(folder: Path, *manifests: Manifest | None) -> None:
-    """Remove segments that no manifest names, and unfinished files; nothing else."""
+    """Remove segments that no manifest names, and unfinished files."""
     named = {segment.name for manifest in manifests if manifest for segment in manifest.segments}
     for path in folder.iterdir():
         if _is_segment(path) and path.name not in named:
             shutil.rmtree(path)
-        elif _is_part(path):
+        elif _is_unfinished(path):
             path.unlink()
 
 
 def manifests_in(folder: Path) -> list[Manifest]:
-    """Return the manifest and the draft of an index, as far as they exist.
+    """Return the manifest and the draft of an index, those that exist.
 
     Raises:
       UserError: the manifest is damaged.
@@ -135,7 +135,7 @@ def manifests_in(folder: Path) -> list[Manifest]:
     manifests = []
     with contextlib.suppress(FileNotFoundError):
         manifests.append(decode(folder / MANIFEST))
-    with contextlib.suppress(FileNotFoundError, UserError):  # a damaged draft costs only time
+    with contextlib.suppress(FileNotFoundError, UserError):  # a job with a damaged draft starts again
         manifests.append(decode(folder / DRAFT))
     return manifests
 
@@ -144,7 +144,7 @@ def _is_segment(path: Path) -> bool:
     return bool(NAME.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
 
 
-def _is_part(path: Path) -> bool:
+def _is_unfinished(path: Path) -> bool:
     return path.name.startswith((f".{MANIFEST}.", f".{DRAFT}.")) and path.name.endswith(PART) and path.is_file()
 
 

@@ -1,4 +1,4 @@
-"""Writing of segments: from new items, merged from other segments, and copied."""
+"""Writing of segments: of new items, merged from other segments, and copied."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ from metaembed_jax.retrieval.ingest import Items, hashes, to_int8
 from metaembed_jax.retrieval.manifest import Manifest
 from metaembed_jax.retrieval.segment import CHECKSUMS, SegmentFiles, layout_of
 
-COPIED_BYTES = 16 * 2**20  # in memory at once, where segments are merged or copied
+COPIED_BYTES = 16 * 2**20  # in memory at once, while segments are merged or copied
 
 
 class SegmentWriter:
@@ -40,7 +40,7 @@ class SegmentWriter:
         """Append items.
 
         Raises:
-          UserError: the vectors have another width, or an item has more of them than the index keeps.
+          UserError: the vectors have another width, or an item has more vectors than the index stores.
         """
         ends, (_, vectors, width) = self.manifest.levels, items.vectors_NRD.shape
         if width != self.manifest.width:
@@ -49,7 +49,7 @@ class SegmentWriter:
             )
         if vectors > ends[-1]:
             item = items.ids[int(items.counts_N.argmax())]
-            raise UserError(f"item {item!r} has {vectors} vectors: expected at most {ends[-1]}; give budget=, how many to keep")
+            raise UserError(f"item {item!r} has {vectors} vectors: expected at most {ends[-1]}; set budget=, how many to keep")
         levels, scales = [], []
         for start, end in zip((0, *ends), ends, strict=False):
             level_NwD = items.vectors_NRD[:, start:end]
@@ -61,7 +61,7 @@ class SegmentWriter:
         self.write(items.ids, levels, scales, items.counts_N, items.metadata)
 
     def write(self, ids, levels, scales, counts, metadata) -> None:
-        """Append items whose vectors are cut into levels and converted to the index's dtype."""
+        """Append items with their vectors split into levels; scales are empty unless the index is int8."""
         if not ids:
             return
         names = manifests.level_names(self.manifest)
@@ -121,7 +121,7 @@ def write_segment(folder: Path, manifest: Manifest, first: Items, rest: Iterable
 
 
 def merge_segments(folder: Path, manifest: Manifest, segments: Sequence[SegmentFiles]) -> tuple[manifests.Segment, ...]:
-    """Write all items that are not deleted as one new segment; as none if all are deleted.
+    """Write all items that are not deleted as one new segment; no segment if all are deleted.
 
     Raises:
       UserError: a file is damaged, or two items have the same id.
@@ -135,7 +135,7 @@ def merge_segments(folder: Path, manifest: Manifest, segments: Sequence[SegmentF
 
 
 def copy_segment(folder: Path, segment: SegmentFiles) -> manifests.Segment:
-    """Copy a segment to the folder of another index, and check it on the way.
+    """Copy a segment to the folder of another index, and check it.
 
     Raises:
       UserError: a file is damaged.
@@ -159,7 +159,7 @@ def new_name() -> str:
 
 
 def write_checksums(folder: Path, content: bytes) -> None:
-    """Write the last file of a segment; its folder is on the disk when this returns."""
+    """Write the last file of a segment. Its folder is on the disk when this returns."""
     writer = ChecksummedWriter(folder / CHECKSUMS)
     writer.write(content)
     writer.close()

@@ -111,7 +111,7 @@ EYE = np.eye(8, dtype=np.float32)[None]
         (([EYE[0], EYE[0, :, :7]], ["a", "b"]), r"item 'b' have the shape \(8, 7\)"),
         (([EYE[0], EYE[0, :0]], ["a", "b"]), r"item 'b' have the shape \(0, 8\)"),
         ((iter([(["a"], EYE), (["b"], np.eye(7)[None])]),), "item 'b' have width 7: expected 8"),
-        ((iter([(["a"], EYE[:, :2]), (["b"], EYE)]),), "item 'b' has 8 vectors: expected at most 2; give budget="),
+        ((iter([(["a"], EYE[:, :2]), (["b"], EYE)]),), "item 'b' has 8 vectors: expected at most 2; set budget="),
         ((iter([(["a"],)]),), "block 0 is not a tuple"),
         ((iter([(["a"], EYE)]), ["a"]), "expected them in its blocks"),
         ((iter([(5, EYE)]),), "ids: expected a list, not a int"),
@@ -180,7 +180,7 @@ def test_bad_searches_are_refused(index, query, k, budget, message):
 def test_bad_changes_are_refused(index, vectors):
     with pytest.raises(me.UserError, match="has no item 'id 99'; nothing was deleted"):
         index.delete(["id 1", "id 99"])
-    with pytest.raises(me.UserError, match="has an item 'id 2' already"):
+    with pytest.raises(me.UserError, match="already has an item 'id 2'"):
         index.add(vectors[:2], ["new", "id 2"])
     with pytest.raises(me.UserError, match="the id 'new' is given twice"):
         index.add(vectors[:2], ["new", "new"])
