@@ -1,6 +1,6 @@
 """Flash attention on NVIDIA cards: JAX's Pallas kernel (`jax.experimental.pallas.ops.gpu.attention`, after arXiv 2205.14135).
 
-It holds one block of scores at a time, forward and backward. Its sums are float32.
+The kernel holds one block of scores at a time, forward and backward. Its sums are float32.
 
 Letters as in `attention`.
 """
@@ -11,23 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The fastest of those tried on an H200 on rows of five items: 1.4 ms forward and 5.6 ms with gradients for [8, 2432, 28, 128],
-# causal. The kernel's own choice takes 1.7 and 10.9 ms.
+# The fastest blocks of those tried on an H200 on rows of five items: 1.4 ms forward and 5.6 ms with gradients for
+# [8, 2432, 28, 128], causal. The kernel's default takes 1.7 and 10.9 ms.
 QUERIES, KEYS, BACKWARD, WARPS = 128, 64, 64, 4
-# Heads of 128 take at most 105 KiB of shared memory on a B200, 96 on an H100, 73 on an A100, an L4 or an RTX 4090, as Triton 3.9
-# compiles these blocks. Heads of 256 take 144 on the last three; an RTX 4090 has 99.
+# With these blocks, compiled by Triton 3.9, heads of 128 take at most 105 KiB of shared memory on a B200, 96 on an H100, 73 on an
+# A100, an L4 or an RTX 4090. Heads of 256 take 144 on the last three; an RTX 4090 has 99.
 LARGEST_WIDTH = 128
 
 
 def flash_takes(width: int, dtype) -> bool:
-    """Return whether the kernel takes heads of this width and dtype. Its products of float32 would be of TF32."""
+    """Return whether the kernel takes heads of this width and dtype. It multiplies float32 in TF32, so float32 is refused."""
     return width <= LARGEST_WIDTH and np.dtype(dtype) == jnp.bfloat16
 
 
 def flash(query_BSHK, key_BSGK, value_BSGK, segments_BS, _, *, causal, scale=None, interpret=False):
-    """Run the kernel on one device. Queries have the keys' segments, so that each sees itself at least. See `attention`."""
-    # JAX warns that the module is deprecated, and names tokamax. Of that, the last release for Python 3.11, 0.0.12, calls functions
-    # that jax 0.11 no longer has; later ones ask for Python 3.12, and were not tried.
+    """Run the kernel on one device; see `attention`. It is for self-attention: each query must see at least itself."""
+    # JAX deprecates this module in favour of tokamax. tokamax 0.0.12, the last release for Python 3.11, calls functions
+    # that jax 0.11 no longer has; later releases need Python 3.12, and were not tried.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu import attention as kernels
@@ -45,11 +45,11 @@ def flash(query_BSHK, key_BSGK, value_BSGK, segments_BS, _, *, causal, scale=Non
         num_warps=WARPS,
         interpret=interpret,
     )
-    return mixed_BSHK[:, :S]
+    return mixed_BSHK[:, :S]  # pyright: ignore[reportIndexIssue]  custom_vjp loses the type
 
 
 def has_card_before_ampere() -> bool:
-    """Return whether this host has an NVIDIA card for which the kernel's compiler, Triton, has no bfloat16."""
+    """Return whether this host has an NVIDIA card on which Triton, the kernel's compiler, has no bfloat16."""
     return any(
         device.platform == "gpu" and device.compute_capability.startswith(("5.", "6.", "7.")) for device in jax.local_devices()
     )

@@ -1,9 +1,9 @@
 """JAX's splash attention on a TPU (`jax.experimental.pallas.ops.tpu.splash_attention`, after arXiv 2205.14135).
 
-The kernel holds one block of scores at a time, forward and backward, and skips those that no query may see: what the mask hides is
-known when a program is traced, what the segments of a row hide when it runs (`needed_blocks`).
+The kernel holds one block of scores at a time, forward and backward, and skips blocks in which no query sees a key. The blocks that
+the mask hides are known when a program is traced; those that the segments of a row hide are known when it runs (`needed_blocks`).
 
-Letters as in `attention`; I blocks of queries, J blocks of keys, N steps of a line L of a kernel's grid, M blocks that a line has.
+Letters as in `attention`; I blocks of queries, J blocks of keys, N steps of a line L of a kernel's grid, M blocks of a line.
 """
 
 from collections.abc import Callable
@@ -25,9 +25,9 @@ from jaxtyping import Array
 
 from metaembed_jax.precision import float32_products
 
-SMALLEST_BLOCK = 128  # a row of a TPU's vector registers; the kernel takes no less
-LARGEST_BLOCK = 512  # as MaxText's: the larger, the fewer steps, each with a cost of its own
-WHOLE = 2  # the kernel's mark of a block that its mask hides nothing of
+SMALLEST_BLOCK = 128  # a row of a TPU's vector registers, the kernel's minimum
+LARGEST_BLOCK = 512  # as in MaxText: larger blocks need fewer steps, each of which has a fixed cost
+WHOLE = 2  # the kernel's mark of a block that its mask shows completely
 
 
 def splash(
@@ -63,7 +63,7 @@ def splash(
         block_q_dq=query_block,
         block_kv_dq=key_block,
     )
-    # Head h reads key head h // (H / G) in place; nothing is repeated.
+    # Head h reads key head h // (H / G) in place, without repeating keys.
     kernel = make_splash_mha(
         MultiHeadMask([mask] * H),
         block_sizes=blocks,
@@ -75,22 +75,22 @@ def splash(
     attend = _all_rows if shape == (query_block, key_block) else _each_row
     attend = _in_float32(attend) if query_BSHK.dtype == jnp.float32 else attend
     mixed_BHSK = attend(kernel, query_BHSK, key_BGTK, value_BGTK, segments)
-    return jnp.swapaxes(mixed_BHSK, 1, 2)[:, :S]
+    return jnp.swapaxes(mixed_BHSK, 1, 2)[:, :S]  # pyright: ignore[reportArgumentType]  vmap loses the type
 
 
 def _all_rows(kernel: SplashAttentionKernel, *arrays):
-    """Run the kernel once; of rows of one block each, none is skipped."""
+    """Run the kernel once for all rows. Rows of one block have none to skip."""
     return jax.vmap(kernel)(*arrays)
 
 
 def _each_row(kernel: SplashAttentionKernel, *arrays):
-    """Run the kernel on one row after another, each with the blocks that its segments need."""
+    """Run the kernel on one row after another, on the blocks that the row's segments need."""
 
     def attend(row):
         *arrays, segments = row
         return needed_blocks(kernel, segments)(*arrays, segments)
 
-    # With `vmap` JAX makes a loop too, but moves more: 3b on v6e:1x1 59.4 TiB of HBM traffic a step in place of 57.6.
+    # `vmap` makes a loop too, but moves more: 59.4 TiB of HBM traffic a step for 3b on v6e:1x1, and 57.6 this way.
     return jax.lax.map(attend, arrays)
 
 
@@ -108,19 +108,19 @@ def needed_blocks(kernel: SplashAttentionKernel, segments: SegmentIds) -> Splash
 
 
 def _ranges(segments_S: Array, block: int) -> tuple[Array, Array]:
-    """Return the first and the last segment of each block; one of padding alone overlaps none."""
+    """Return the first and the last segment of each block; the range of a block of padding is empty."""
     segments_IS = segments_S.reshape(-1, block)
     nothing = jnp.iinfo(segments_IS.dtype).max
     return jnp.where(segments_IS > 0, segments_IS, nothing).min(1), segments_IS.max(1)
 
 
 def _restricted(info, shared_LM: Array, by_key: bool = False):
-    """Restrict the steps of a grid, of which a static mask may have left out some already.
+    """Restrict the steps of a grid, some of which a static mask may already skip.
 
     Args:
       info: the kernel's `MaskInfo`.
-      shared_LM: the blocks that the segments need, by the grid's lines: of queries, or of keys with `by_key`.
-      by_key: the grid is that of the gradients of keys and values.
+      shared_LM: the blocks that the segments need, for each line of the grid: a block of queries, or with `by_key` one of keys.
+      by_key: True for the grid of the gradients of keys and values.
     """
     if info.data_next is None:  # the mask has all blocks
         blocks_LN = jnp.broadcast_to(jnp.arange(shared_LM.shape[1]), shared_LM.shape)
@@ -128,10 +128,10 @@ def _restricted(info, shared_LM: Array, by_key: bool = False):
     else:
         blocks_LN, kinds_LN = (jnp.asarray(x[0].T if by_key else x[0], jnp.int32) for x in (info.data_next, info.block_mask))
     runs_LN = (kinds_LN > 0) & jnp.take_along_axis(shared_LM, blocks_LN, 1)
-    if by_key:  # then come the queries of another head
+    if by_key:  # after a line come the queries of another head
         fetched_LN = jax.vmap(upcoming)(runs_LN, blocks_LN)
     else:
-        # Queries that see nothing take their first block: without one their results would be 0 / 0.
+        # Queries without a visible key run their first block: otherwise their results would be 0 / 0.
         runs_LN = runs_LN.at[:, 0].max(~runs_LN.any(1))
         fetched_LN = upcoming(runs_LN.ravel(), blocks_LN.ravel()).reshape(runs_LN.shape)
     kinds_LN = jnp.where(runs_LN, kinds_LN, 0)
@@ -140,9 +140,9 @@ def _restricted(info, shared_LM: Array, by_key: bool = False):
 
 
 def upcoming(runs_N: Array, blocks_N: Array) -> Array:
-    """Return the block that each step holds: that of the next step that runs, or else of the last.
+    """Return the block that is in memory at each step: that of the next step that runs, or of the last one after it.
 
-    A skipped step fetches nothing of its own, and the block after it comes while the one before is computed.
+    So a skipped step fetches nothing, and the next block is fetched while the block before is computed.
     """
     N = runs_N.size
     last = N - 1 - jnp.argmax(runs_N[::-1])
@@ -150,7 +150,7 @@ def upcoming(runs_N: Array, blocks_N: Array) -> Array:
 
 
 def _in_float32(function: Callable) -> Callable:
-    """Give a function float32 products in its backward pass too, where a `custom_vjp` does not see the caller's context."""
+    """Give a function float32 products in its backward pass too: a `custom_vjp` does not see the caller's context there."""
 
     def in_context(traced: Callable) -> Callable:
         def call(*arrays):
@@ -165,7 +165,7 @@ def _in_float32(function: Callable) -> Callable:
 
 
 def _block(length: int) -> int:
-    """Return the size of the fewest equal blocks that hold a length."""
+    """Return the size of blocks for a length: the fewest blocks, of equal size."""
     blocks = -(-length // LARGEST_BLOCK)
     return SMALLEST_BLOCK * -(-length // (SMALLEST_BLOCK * blocks))
 

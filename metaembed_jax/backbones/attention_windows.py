@@ -1,13 +1,13 @@
 """Attention inside windows of patches, with the rotation of queries and keys.
 
-Patches of a row lie in slots of `window` patches. A slot holds one window, or several smaller ones of one image:
+The patches of a row are stored in slots of `window` patches. A slot holds one window, or several smaller windows of one image:
 
     slot          0                 1                 2
     patches       a a a a a a a a   b b b b c c - -   - - - - - - - -
     windows_BP    0 0 0 0 0 0 0 0   0 0 0 0 1 1 . .   . . . . . . . .      . is -1, padding
 
-A TPU runs a kernel of ours, where windows and heads suit its registers (`attention_windows_tpu`); other platforms run XLA, which
-writes scores and rotated arrays to memory. As compiled, 8 pages of 5120 patches, 16 heads of 80, bfloat16, output and gradients:
+A TPU runs our kernel (`attention_windows_tpu`) if windows and heads suit its registers. Other platforms run XLA, which writes
+scores and rotated arrays to memory. As compiled, 8 pages of 5120 patches, 16 heads of 80, bfloat16, output and gradients:
 
            HBM traffic, MiB     temporaries, MiB
            XLA       kernel     XLA       kernel
@@ -40,12 +40,12 @@ def window_attention(
     heads: int,
     window: int,
 ) -> Float[Array, "B P D"]:
-    """Softmax attention of each patch to its window; padding gets finite numbers. The softmax is float32, its scale K**-0.5.
+    """Softmax attention of each patch to its window. The softmax is float32, its scale K**-0.5. Results of padding are finite.
 
     Args:
-      query_BPD, key_BPD: as the projections leave them, not rotated.
-      cos_BPK, sin_BPK: float32, as `rotate` reads them; they get no gradients.
-      windows_BP: number of a patch's window in its slot; -1: padding.
+      query_BPD, key_BPD: queries and keys before the rotation.
+      cos_BPK, sin_BPK: float32, as for `rotate`; they get no gradients.
+      windows_BP: number of the patch's window in its slot; -1: padding.
       window: patches of a slot; divides P.
     """
     arrays = (query_BPD, key_BPD, value_BPD, jax.lax.stop_gradient(cos_BPK), jax.lax.stop_gradient(sin_BPK), windows_BP)
@@ -66,7 +66,7 @@ def xla(query_BPD, key_BPD, value_BPD, cos_BPK, sin_BPK, windows_BP, *, heads, w
 
 
 def kernel(query_BPD, key_BPD, value_BPD, cos_BPK, sin_BPK, windows_BP, *, window, interpret=False):
-    """Run the TPU's kernel on one device, on the patches of all rows as one; see `window_attention`."""
+    """Run the TPU kernel on one device, on the patches of all rows together; see `window_attention`."""
     shape, patches = query_BPD.shape, windows_BP.size
     slots_BP = jnp.arange(patches, dtype=jnp.int32).reshape(windows_BP.shape) // window
     groups_BP = slots_BP * (window + 1) + windows_BP + 1
@@ -75,13 +75,13 @@ def kernel(query_BPD, key_BPD, value_BPD, cos_BPK, sin_BPK, windows_BP, *, windo
         x_N = x_BP.reshape(-1, *x_BP.shape[2:])
         return jnp.pad(x_N, [(0, -patches % TILE)] + [(0, 0)] * (x_N.ndim - 1))
 
-    # Group 0, the padding of the first slot, takes the patches that fill up the last tile.
+    # The padding of the last tile is in group 0, with the padding of the first slot.
     arrays = map(whole_tiles, (query_BPD, key_BPD, value_BPD, cos_BPK, sin_BPK, groups_BP))
-    return attend(*arrays, interpret)[:patches].reshape(shape)
+    return attend(*arrays, interpret)[:patches].reshape(shape)  # pyright: ignore[reportIndexIssue]  custom_vjp loses the type
 
 
 def on_each_device(kernel: Callable, heads: int, query_BPD, key_BPD, value_BPD, cos_BPK, sin_BPK, windows_BP) -> Array:
-    """Run a kernel on each device's own rows and whole heads, which the partitioner would gather."""
+    """Run a kernel on each device's own rows and heads. The partitioner cannot split a kernel, and would gather all of them."""
     arrays, mesh = (query_BPD, key_BPD, value_BPD, cos_BPK, sin_BPK, windows_BP), jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(*arrays)
@@ -90,12 +90,12 @@ def on_each_device(kernel: Callable, heads: int, query_BPD, key_BPD, value_BPD, 
     return jax.shard_map(kernel, in_specs=(lanes, lanes, lanes, rows, rows, rows), out_specs=lanes, check_vma=False)(*arrays)
 
 
-def heads_on_device(shape: tuple[int, int, int], heads: int) -> int:
-    """Return the number of heads that lie on a device of the mesh of `jax.set_mesh`."""
+def heads_on_device(shape: tuple[int, ...], heads: int) -> int:
+    """Return the number of heads that each device of the mesh of `jax.set_mesh` holds."""
     mesh = jax.sharding.get_abstract_mesh()
     return heads if mesh.empty else _head_sharding(mesh, shape, heads).shard_shape((*shape[:2], heads))[2]
 
 
 def _head_sharding(mesh, shape, heads):
-    """Return the sharding of [B, P, D] with whole heads on a device; all of them where the mesh does not divide their number."""
+    """Return the sharding of [B, P, D] that keeps heads whole; it replicates them if the mesh does not divide their number."""
     return named_sharding(mesh, ("batch", None, "heads"), (*shape[:2], heads))

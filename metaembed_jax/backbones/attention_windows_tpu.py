@@ -1,22 +1,22 @@
-"""Attention inside windows as one kernel of a TPU, forward and backward, with the rotation of queries and keys inside.
+"""Attention inside windows as one TPU kernel, forward and backward, with the rotation of queries and keys inside.
 
-It reads [N, D] as the projections leave it, heads side by side in D = H * K lanes, and writes the same; scores never leave the
-chip, and the backward pass computes them again. A step of the grid takes a few tiles of 128 patches. Several windows share a tile:
-scores of patches of different windows are masked.
+It reads and writes [N, D], as the projections do, with heads side by side in D = H * K lanes. Scores stay on the chip, and the
+backward pass computes them again. A step of the grid takes a few tiles of 128 patches. Windows share a tile: scores of patches of
+different windows are masked.
 
-Heads are not cut out. A head of width 80 starts in the middle of a register, and moving it to the start of one takes longer than to
-multiply whole registers: lanes of other heads are zero in one factor where lanes are summed over, and dropped from the result where
-they are kept.
+Heads are not sliced. A head of width 80 starts in the middle of a register, and moving it to the start of one takes longer than
+multiplying whole registers. In products that sum over lanes, the lanes of other heads are zero in one factor; in products that keep
+lanes, the lanes of other heads are dropped from the result.
 
     lanes           0       128      256     384
     registers       |   0   |   1    |   2   |
     heads           |  0 |  1  |  2  |  3 | ...
     head 1 reads    |================|         zeros outside of head 1 in one factor
 
-Scores are [keys, queries]: the softmax then reduces over sublanes, which is cheaper than over lanes, and two of the three products
-with them in the backward pass need no transposition.
+Scores are [keys, queries], because the softmax then reduces over sublanes, which is cheaper than over lanes, and two of the three
+products with scores in the backward pass need no transposition.
 
-N patches, D width, H heads, K head width; L lanes of the registers that a head lies in; k keys and q queries of a tile.
+N patches, D width, H heads, K head width; L lanes of the registers of a head; k keys and q queries of a tile.
 """
 
 import math
@@ -32,15 +32,15 @@ from jaxtyping import Array, Float, Int
 LANES = 128  # of a vector register
 TILE = 128  # patches of a product: as many as v5e's matrix unit has rows
 TILES = {jnp.dtype("bfloat16"): 2, jnp.dtype("float32"): 1}  # of a step of the grid
-MASKED = -1e30  # score of a pair that is not in one window
-# Heads between the stages of `_pipeline`. Bundles of instructions for a tile, waits included, as compiled for v5e and v6e:
-# 17,180 and 14,784 (forward and backward) one head after another, 12,179 and 8,651 with 1, 11,238 and 7,589 with 4. What
-# waits takes memory on the chip: float32 has room for no more.
+MASKED = -1e30  # score of a pair of patches in different windows
+# Heads between the stages of `_pipeline`. Instruction bundles for a tile, including waits, as compiled for v5e and v6e: 17,180 and
+# 14,784 (forward and backward) with one head after another, 12,179 and 8,651 with 1, 11,238 and 7,589 with 4. Waiting results take
+# memory on the chip: in float32 there is room for 1.
 AHEAD = {jnp.dtype("bfloat16"): 4, jnp.dtype("float32"): 1}
 
 
 def takes(heads: int, width: int, window: int, dtype) -> bool:
-    """Return whether the kernel takes so many heads of this width, and windows of this size."""
+    """Return whether the kernel takes this number of heads, their width, and the size of windows."""
     return TILE % window == 0 and heads * width % LANES == 0 and width % 2 == 0 and jnp.dtype(dtype) in TILES
 
 
@@ -57,9 +57,9 @@ def attend(
     """Attention of each patch to the patches of its group.
 
     Args:
-      query_ND, key_ND: not rotated yet.
-      group_N: equal for the patches of a window; a group lies in one tile of 128 patches. Patches fill whole tiles.
-      interpret: run by Pallas' interpreter, on any device.
+      query_ND, key_ND: queries and keys before the rotation.
+      group_N: a number that the patches of a window share; all patches of a group are in one tile of 128. N is a multiple of 128.
+      interpret: use Pallas' interpreter, which runs on any device.
     """
     arrays = (query_ND, key_ND, value_ND)
     (mixed_ND,) = _call(_forward, arrays, (cos_NK, sin_NK), group_N, results=1, products=2, interpret=interpret)
@@ -82,7 +82,7 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _call(body, arrays, angles, group_N, *, results: int, products: int, interpret: bool):
-    """Run a kernel over all tiles; `products` of [TILE, TILE] and [TILE, K], or of that size, for a tile and head."""
+    """Run a kernel over all tiles. A tile and head take `products` matrix products of the size of [TILE, TILE] x [TILE, K]."""
     (N, D), dtype = arrays[0].shape, arrays[0].dtype
     tiles, heads = N // TILE, D // angles[0].shape[1]
     step = math.gcd(tiles, TILES[dtype])
@@ -167,12 +167,12 @@ def _backward(group_ref, cos_ref, sin_ref, query_ref, key_ref, value_ref, cotang
 
 
 def _pipeline(heads: int, ahead: int, first: Callable, *stages: Callable) -> None:
-    """Run all heads through stages, each as many heads ahead of the next.
+    """Run all heads through stages; each stage is `ahead` heads ahead of the next.
 
-    The compiler keeps products in the order of the program: one head after another, each would wait for its own softmax.
+    The compiler keeps products in the order of the program. If heads ran one after another, each would wait for its own softmax.
 
     Args:
-      first: of a head's number; the others take what the stage before gave too.
+      first: a function of the number of a head; later stages also take the result of the stage before.
     """
     results = {}
     for step in range(heads + ahead * len(stages)):
@@ -187,7 +187,7 @@ def _pipeline(heads: int, ahead: int, first: Callable, *stages: Callable) -> Non
 class _Rotation:
     """Rotary embedding in the two-halves convention, of all heads at once, in float32; see `layers.rotate`.
 
-    Queries get the factors of the softmax too, K**-0.5 and that of base 2.
+    Queries are also multiplied by the softmax's scale, K**-0.5, and by log2(e), because the softmax has base 2.
     """
 
     def __init__(self, cos_qK: Array, sin_qK: Array, heads: int):
@@ -206,11 +206,11 @@ class _Rotation:
         return self._rotate(x_qD).astype(x_qD.dtype)
 
     def query_gradient(self, x_qD: Array) -> Array:
-        """Return the gradient of queries from products with rotated keys."""
+        """Return the gradient of queries from the products with rotated keys."""
         return self._rotate_back(x_qD * self._width**-0.5)
 
     def key_gradient(self, x_qD: Array) -> Array:
-        """Return the gradient of keys from products with what `query` returned."""
+        """Return the gradient of keys from the products with the result of `query`."""
         return self._rotate_back(x_qD * math.log(2))
 
     def _rotate(self, x_qD: Array) -> Array:
@@ -228,7 +228,7 @@ class _Rotation:
 
 
 def _for_all_heads(x_qK: Array, heads: int) -> Array:
-    """Repeat [q, K] for each head; after a few of them it is the same registers again."""
+    """Repeat [q, K] for each head. The registers themselves repeat after a few heads."""
     width = x_qK.shape[1]
     period = math.lcm(width, LANES)
     x_qL = jnp.concatenate([x_qK] * (period // width), axis=1)
@@ -236,7 +236,7 @@ def _for_all_heads(x_qK: Array, heads: int) -> Array:
 
 
 def _bias(group_1q: Array) -> Array:
-    """Return what is added to scores: 0 for keys and queries of one group, `MASKED` for others."""
+    """Return the bias of scores: 0 if key and query are of one group, `MASKED` otherwise."""
     group_kq = jnp.broadcast_to(group_1q, (TILE, TILE))
     return jnp.where(group_kq == group_kq.T, 0.0, MASKED)
 
@@ -248,14 +248,14 @@ def _softmax(scores_kq: Array) -> Array:
 
 
 def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
-    """Return the float32 product over these axes; of float32 factors it does not round them to bfloat16."""
+    """Return the float32 product over these axes. Float32 factors are not rounded to bfloat16."""
     precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     axes = (((left_axis,), (right_axis,)), ((), ()))
     return jax.lax.dot_general(left, right, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _registers(head: int, width: int) -> slice:
-    """Return the lanes of the registers that a head lies in."""
+    """Return the lanes of the registers that hold a head."""
     return slice(head * width // LANES * LANES, -(-(head + 1) * width // LANES) * LANES)
 
 
@@ -266,7 +266,7 @@ def _only(x_qL: Array, head: int, width: int) -> Array:
 
 
 def _put(ref, head: int, width: int, x_qL: Array) -> None:
-    """Write a head's lanes, and keep those of the heads before it; heads come in order."""
+    """Write the lanes of a head, and keep those of the heads before it. Heads must come in order."""
     lanes = _registers(head, width)
     first = head * width - lanes.start
     if first:

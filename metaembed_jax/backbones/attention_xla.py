@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-SCORE_BYTES = 128 * 2**20  # float32 scores of a block of queries: enough to keep a card busy, little of its memory
+SCORE_BYTES = 128 * 2**20  # float32 scores of a block of queries: enough to keep a card busy, and little of its memory
 
 
 def xla(
@@ -50,7 +50,7 @@ def in_blocks(
         return jnp.moveaxis(padded.reshape(len(padded), blocks, size, *padded.shape[2:]), 1, 0)
 
     positions_BS = jnp.broadcast_to(jnp.arange(S), query_segments_BS.shape)
-    # In float32, so that the sum of all blocks' gradients is too.
+    # In float32, so that the gradients of all blocks are summed in float32.
     key32_BTGK, value32_BTGK = key_BTGK.astype(jnp.float32), value_BTGK.astype(jnp.float32)
 
     @jax.checkpoint
@@ -64,7 +64,7 @@ def in_blocks(
     return mixed_BSHK.reshape(len(query_BSHK), blocks * size, *query_BSHK.shape[2:])[:, :S]
 
 
-def queries_at_once(query_shape: tuple[int, int, int, int], keys: int) -> int:
+def queries_at_once(query_shape: tuple[int, ...], keys: int) -> int:
     """Return the number of queries whose scores fit in `SCORE_BYTES`; at least 1."""
     B, _, H, _ = query_shape
     return max(SCORE_BYTES // (4 * B * H * keys), 1)
@@ -78,7 +78,7 @@ def _visible(positions_BS: Int[Array, "B S"], T: int, window: int | None) -> Boo
 
 
 def _capped(query_BSHK, key_BTGK, value_BTGK, mask, scale, softcap):
-    """Compute `jax.nn.dot_product_attention` with a soft cap, an option that it lacks."""
+    """Compute attention with a soft cap, which `jax.nn.dot_product_attention` does not have."""
     B, S, _, K = query_BSHK.shape
     query_BSGNK = query_BSHK.reshape(B, S, key_BTGK.shape[2], -1, K)
     scores_BGNST = jnp.einsum("bsgnk,btgk->bgnst", query_BSGNK, key_BTGK, preferred_element_type=jnp.float32)

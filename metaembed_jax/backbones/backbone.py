@@ -1,4 +1,4 @@
-"""The frame of every backbone: tokens and visual tokens pass the language model's layers, and some of the last states are read.
+"""The frame of every backbone: tokens and visual tokens pass the language model, and some of its last states are read.
 
 B rows, A axes of positions, S tokens, V positions that are read, R Meta Tokens, U units (visual tokens), D width, K head width.
 """
@@ -26,9 +26,9 @@ from metaembed_jax.sharding import constrain
 
 
 class Backbone(nnx.Module):
-    """Vision tower and language model; a call returns the last hidden states at the positions that a batch names.
+    """Vision tower and language model. A call returns the last hidden states at the positions `batch.reads`.
 
-    A family's own sets the classes of its parts, and overrides the steps in which it differs.
+    The subclass of a family sets the classes of its tower, layers and norm, and overrides the steps in which the family differs.
     """
 
     tower: ClassVar[type]  # (vision_config, width, *, rngs); called with (batch, *, dtype, checkpoint, unroll)
@@ -56,7 +56,7 @@ class Backbone(nnx.Module):
         Args:
           batch: rows of the family's layout. Without patches, the tower does not run.
           meta_RD: the table of Meta Tokens.
-          dtype: of activations and matmuls.
+          dtype: type of activations and matmuls.
           checkpoint, unroll: as in `scan_layers`.
         """
         loop = {"checkpoint": checkpoint, "unroll": unroll}
@@ -79,14 +79,14 @@ class Backbone(nnx.Module):
         return place_units(tower_output, visual_BS, x_BSD)
 
     def flags(self) -> Any:
-        """Return the flags of all layers: arrays with a leading axis of layers, or None."""
+        """Return a flag for each layer: arrays with a leading axis of layers, or None."""
         return None
 
     def context(self, batch: Batch, tower_output: Any) -> tuple:
-        """Return the arrays that every layer reads alike: by default segments, cosines and sines.
+        """Return the arrays that all layers read: by default segments, cosines and sines.
 
         Args:
-          tower_output: None where rows have no patches.
+          tower_output: the tower's result; None if rows have no patches.
         """
         return batch.segments, *self.rotary(batch.positions)
 
@@ -95,10 +95,10 @@ class Backbone(nnx.Module):
         return at(scan_layers(self.layers, x_BSD, self.flags(), *context, **loop), reads_BV)
 
     def rotary(self, positions_BAS: Int[Array, "B A S"]) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
-        """Return cosines and sines of each position's angles."""
+        """Return cosines and sines of the angles of each position."""
         return cos_sin(positions_BAS[:, 0][..., None].astype(jnp.float32) * self.frequencies())
 
     def frequencies(self) -> Float[Array, "K/2"]:
-        """Return the angles of a step of one position."""
+        """Return the angles between neighbouring positions."""
         text = self.config.text_config
         return inverse_frequencies(text.head_width, text.rope_theta)

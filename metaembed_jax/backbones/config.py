@@ -1,6 +1,6 @@
-"""The fields of a config.json that every family has, and what the library asks of an architecture.
+"""Base classes of architectures: the fields of a config.json that every family has, and the methods that the library calls.
 
-A family's own classes add fields, and set the defaults of its classes in transformers.
+The subclasses of a family add fields, and have the defaults of its classes in transformers.
 """
 
 import abc
@@ -36,7 +36,7 @@ class FamilyTextConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FamilyVisionConfig:
-    """Fields of Hugging Face's `vision_config`, under their names there, and the pixels' of preprocessor_config.json."""
+    """Fields of Hugging Face's `vision_config`, under their names there, and those of pixels in preprocessor_config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -47,24 +47,24 @@ class FamilyVisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FamilyConfig(abc.ABC):
-    """The architecture: everything of a config.json that fixes the network. A base for the families' own."""
+    """The architecture: the fields of a config.json that define the network. A base class."""
 
     text_config: FamilyTextConfig
     vision_config: FamilyVisionConfig
 
     title: ClassVar[str]  # the family's name in messages
-    unset_pixels: ClassVar[dict] = {"image_mean": HALF, "image_std": HALF}  # of transformers' class, where a preprocessor sets none
+    unset_pixels: ClassVar[dict] = {"image_mean": HALF, "image_std": HALF}  # transformers' defaults for a preprocessor_config.json
 
     @classmethod
     def pick(cls, text: dict, vision: dict) -> Self:
         """Read the content of `text_config` and `vision_config` in a config.json.
 
         Raises:
-          UserError: a field is missing, or has a value that no such field can have.
+          UserError: a field is missing, or has an invalid value.
         """
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-        given = {"text_config": text, "vision_config": vision}
-        return cls(**{name: pick(kinds[name], values, name, cls.title) for name, values in given.items()})
+        sections = {"text_config": text, "vision_config": vision}
+        return cls(**{name: pick(kinds[name], values, name, cls.title) for name, values in sections.items()})
 
     @classmethod
     @abc.abstractmethod
@@ -72,7 +72,7 @@ class FamilyConfig(abc.ABC):
         """Read the content of a checkpoint's config.json, and check all of it (see `config_checks`).
 
         Raises:
-          UserError: a field is missing, or asks for what the family's checkpoints never had.
+          UserError: a field is missing, or has a value that no checkpoint of the family has.
         """
 
     @abc.abstractmethod
@@ -80,26 +80,26 @@ class FamilyConfig(abc.ABC):
         """Return the content of config.json; inverse of `from_huggingface`.
 
         Args:
-          vocabulary: rows of the embedding table, which may have grown.
-          token_ids: numbers of all added tokens.
+          vocabulary: rows of the embedding table, which may be more than in this config.
+          token_ids: ids of all added tokens.
         """
 
     @abc.abstractmethod
     def check(self) -> None:
-        """Refuse sizes that do not fit each other.
+        """Check that sizes fit each other.
 
         Raises:
-          UserError: names the fields and their values.
+          UserError: they do not; the error names the fields and their values.
         """
 
     @property
     @abc.abstractmethod
     def layout(self) -> Layout:
-        """The arrays of a batch that not every family has."""
+        """The arrays of a batch that depend on the family."""
 
     @abc.abstractmethod
     def default_row(self, images: Any) -> tuple[int, int]:
-        """Return the tokens and patches of a packed row where a run names none.
+        """Return the default tokens and patches of a packed row.
 
         Args:
           images: how images become patches: the family's `Images`.
@@ -116,10 +116,10 @@ class FamilyConfig(abc.ABC):
         return self.text_config.vocab_size
 
     def with_preprocessor(self, preprocessor: dict, file: Path) -> Self:
-        """Replace the mean and deviation of pixels by those that transformers reads in a preprocessor_config.json.
+        """Replace the mean and deviation of pixels by those that transformers reads from a preprocessor_config.json.
 
         Args:
-          file: of the preprocessor, for errors.
+          file: path of the preprocessor_config.json, for errors.
 
         Raises:
           UserError: they are not three numbers each.
@@ -133,6 +133,6 @@ class FamilyConfig(abc.ABC):
         return {key: value for key, value in fields.items() if key not in ("image_mean", "image_std")}
 
     def stored_pixels(self) -> dict:
-        """Return what preprocessor_config.json says of pixels; inverse of `with_preprocessor`."""
+        """Return the keys of pixels in preprocessor_config.json; inverse of `with_preprocessor`."""
         vision = self.vision_config
         return {"image_mean": list(vision.image_mean), "image_std": list(vision.image_std), "rescale_factor": 1 / 255}

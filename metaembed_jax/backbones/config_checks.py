@@ -1,4 +1,4 @@
-"""Read a checkpoint's config.json and preprocessor_config.json into dataclasses, with every field checked."""
+"""Reading of config.json and preprocessor_config.json into dataclasses, and checks of their fields."""
 
 import dataclasses
 import math
@@ -12,15 +12,15 @@ MOST_LAYERS = 1000  # of a stack
 
 
 def free(default: Any) -> Any:
-    """Return a field of a dataclass that no parameter depends on: a run may start from another that has another value."""
+    """Return a dataclass field that no parameter depends on: a run may start from a run with another value."""
     return dataclasses.field(default=default, metadata={"free": True})
 
 
 def differences(ours: Any, theirs: Any, but_free: bool, start: str = "") -> list[tuple[str, object, object]]:
-    """Return (name, our value, their value) of the fields in which two dataclasses of one kind differ, nested ones included.
+    """Return (name, our value, their value) of the fields in which two dataclasses of one type differ, including nested ones.
 
     Args:
-      but_free: leave out those that are `free`.
+      but_free: skip fields that are `free`.
     """
     different = []
     for field in dataclasses.fields(ours):
@@ -33,10 +33,10 @@ def differences(ours: Any, theirs: Any, but_free: bool, start: str = "") -> list
 
 
 def section(config: dict, key: str) -> dict:
-    """Return the object under a key of a config.json; {} where there is none.
+    """Return the object under a key of a config.json; {} if the key is absent or null.
 
     Raises:
-      UserError: the value is something else.
+      UserError: the value is not an object.
     """
     value = config.get(key)
     if value is not None and not isinstance(value, dict):
@@ -45,10 +45,10 @@ def section(config: dict, key: str) -> dict:
 
 
 def rotary(text: dict) -> dict:
-    """Return the rotary positions of a text_config, with `rope_theta` (None: not set) and `rope_type`, as transformers reads them.
+    """Return the rotary parameters of a text_config as transformers reads them, with `rope_theta` (None: not set) and `rope_type`.
 
-    `rope_scaling` is the older name of `rope_parameters`, and counts where both are there; `rope_theta` next to it, and `type`, are
-    older too, and count where it has none.
+    `rope_scaling` is the older name of `rope_parameters`, and has precedence. `rope_theta` next to it, and `type`, are older too,
+    and are read if the object lacks them.
 
     Raises:
       UserError: the value is not an object.
@@ -58,15 +58,15 @@ def rotary(text: dict) -> dict:
 
 
 def pick(kind: Any, values: dict, name: str, title: str) -> Any:
-    """Make a dataclass from those values that are its fields; what is absent or null has its default.
+    """Create a dataclass from the values of its fields; a field that is absent or null has its default.
 
     Args:
       kind: the dataclass.
-      name: of the object in config.json, for errors.
-      title: of the family, for errors.
+      name: name of the object in config.json, for errors.
+      title: name of the family, for errors.
 
     Raises:
-      UserError: a field without a default is missing, or has a value that its type cannot have.
+      UserError: a field without a default is missing, or has a value of another type.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     missing = [field for field, spec in fields.items() if values.get(field) is None and spec.default is dataclasses.MISSING]
@@ -80,34 +80,34 @@ def pick(kind: Any, values: dict, name: str, title: str) -> Any:
 
 
 def require(name: str, value: object, known: tuple, title: str) -> None:
-    """Refuse a value of a config.json that a family's checkpoints never have.
+    """Check that a value of a config.json is one that checkpoints of the family have.
 
     Raises:
-      UserError: names it, and what they have.
+      UserError: it is not.
     """
     if value not in known:
         raise UserError(f"config.json: {name} is {value!r}; {title} has {known[0]!r}")
 
 
 def check_depth(*layers: int) -> None:
-    """Refuse stacks that no model has.
+    """Check that stacks have at most `MOST_LAYERS` layers.
 
     Raises:
-      UserError: names the deepest.
+      UserError: one has more.
     """
     if (deepest := max(layers)) > MOST_LAYERS:
         raise UserError(f"config.json: {deepest} layers; expected at most {MOST_LAYERS}")
 
 
 def check_heads(name: str, width: int, heads: int, multiple: int = 1) -> None:
-    """Refuse states that heads cannot share evenly.
+    """Check that heads divide the width of states.
 
     Args:
-      name: of the object in config.json, for errors.
-      multiple: the width of a head must be a multiple of it.
+      name: name of the object in config.json, for errors.
+      multiple: the width of a head must be a multiple of this.
 
     Raises:
-      UserError: names the sizes.
+      UserError: they do not.
     """
     if width % (multiple * heads):
         shares = f"{heads} heads" + (f", each a multiple of {multiple} wide" if multiple > 1 else "")
@@ -115,27 +115,27 @@ def check_heads(name: str, width: int, heads: int, multiple: int = 1) -> None:
 
 
 def check_key_value_heads(heads: int, key_value_heads: int) -> None:
-    """Refuse attention heads that cannot share keys and values evenly.
+    """Check that the number of attention heads is a multiple of the number of key-value heads.
 
     Raises:
-      UserError: names both counts.
+      UserError: it is not.
     """
     if heads % key_value_heads:
         raise UserError(f"text_config: {heads} attention heads cannot share {key_value_heads} key-value heads")
 
 
 def check_ascending(name: str, numbers: tuple[int, ...], layers: int) -> None:
-    """Refuse numbers of layers that are none, repeated, out of order or beyond the last layer.
+    """Check that indices of layers ascend, are in the stack, and are at least one.
 
     Raises:
-      UserError: names them.
+      UserError: they are not.
     """
     if not numbers or list(numbers) != sorted(set(numbers)) or numbers[-1] >= layers:
         raise UserError(f"config.json: {name} is {list(numbers)}; expected ascending numbers from 0 to {layers - 1}, at least one")
 
 
 def initializer_range(config: dict) -> float:
-    """Return the standard deviation of fresh rows of the vocabulary, by a config.json; 0.02 where it has none.
+    """Return the standard deviation of fresh rows of the vocabulary, from a config.json; 0.02 if it has none.
 
     Raises:
       UserError: the value is not a positive number.
@@ -149,10 +149,10 @@ def initializer_range(config: dict) -> float:
 
 
 def check_processing(preprocessor: dict, known: dict) -> None:
-    """Refuse a preprocessor_config.json that sets one of the `known` keys to another value.
+    """Check that a preprocessor_config.json does not set one of the `known` keys to another value.
 
     Raises:
-      UserError: names the key.
+      UserError: it does.
     """
     for key, value in known.items():
         if preprocessor.get(key, value) != value:
@@ -160,10 +160,10 @@ def check_processing(preprocessor: dict, known: dict) -> None:
 
 
 def check_sizes(sizes: dict) -> None:
-    """Refuse sizes of a preprocessor_config.json that are there and not positive integers.
+    """Check that sizes of a preprocessor_config.json are positive integers or None.
 
     Raises:
-      UserError: names the key.
+      UserError: one is something else.
     """
     for key, value in sizes.items():
         if value is not None and (type(value) is not int or value < 1):
@@ -171,13 +171,13 @@ def check_sizes(sizes: dict) -> None:
 
 
 def normalisation(preprocessor: dict, file: Path, title: str) -> dict[str, tuple[float, ...]]:
-    """Return `image_mean` and `image_std`, as far as the preprocessor sets them.
+    """Return `image_mean` and `image_std` of a preprocessor_config.json, those that it sets.
 
     Args:
-      file: of the preprocessor, for errors.
+      file: path of the preprocessor_config.json, for errors.
 
     Raises:
-      UserError: they are not three numbers each, or pixels are scaled by something else than 1/255.
+      UserError: they are not three numbers each, or pixels are not scaled by 1/255.
     """
     pixels = {key: preprocessor[key] for key in ("image_mean", "image_std") if preprocessor.get(key) is not None}
     for key, values in pixels.items():
@@ -192,7 +192,7 @@ def normalisation(preprocessor: dict, file: Path, title: str) -> dict[str, tuple
 
 
 def _fits(value: object, kind: Any) -> bool:
-    """Check a value of a config.json against a field's type: strings, positive numbers, and in tuples numbers from 0."""
+    """Check a value of a config.json against the type of a field: strings, positive numbers, and tuples of numbers of 0 or more."""
     if kind is str:
         return isinstance(value, str)
     if kind is int:

@@ -1,4 +1,4 @@
-"""A family of backbones as one value: everything that the rest of the library knows of it."""
+"""A family of backbones as one value: everything that the rest of the library uses of it."""
 
 import dataclasses
 import importlib
@@ -24,7 +24,7 @@ FAMILIES = {
 
 
 class PixelBounds(Protocol):
-    """The part of a run's `data` that may change how images become patches."""
+    """The keys of a run's `data` that may change how images become patches."""
 
     @property
     def min_pixels(self) -> int: ...
@@ -43,7 +43,7 @@ class FamilyImages(Protocol):
 
     @classmethod
     def from_run(cls, data: PixelBounds, config: Any, max_visual_tokens: int | None) -> Self:
-        """Read the data of a run's config; no cap on the visual tokens of an image: None."""
+        """Read the data of a run's config. `max_visual_tokens` is the most visual tokens of an image; None: any number."""
         ...
 
     def to_preprocessor(self, config: Any) -> dict:
@@ -53,26 +53,26 @@ class FamilyImages(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """All that the rest of the library knows of a family. Names in capitals are classes.
+    """A family of backbones. Attributes with capitals are classes.
 
-    Parameters named `kernel` are those of `layers.Linear`s: they can carry adapters and be int8. A run's table of what trains names
-    parameters by their paths.
+    Parameters named `kernel` belong to `layers.Linear`s: they can have adapters and be int8. `config.model.trained` names parameters
+    by their paths.
 
     Attributes:
-      Config: the architecture, from a config.json and back.
+      Config: the architecture, read from a config.json and written to one.
       Images: how images become patches.
-      Processor: (tokenizer, images, limits) -> items to `batch.items.Example`s.
+      Processor: (tokenizer, images, limits) -> a processor that makes `batch.items.Example`s of items.
       Backbone: (config, *, rngs) -> a `backbone.Backbone`, the network.
       special_tokens: special tokens of a vocabulary made from scratch.
       pad_token: the token that an export names as padding.
       prompt_words: strings around the texts of prompts, for vocabularies made from scratch.
       weight_map: the tensor that each parameter is read from.
       unused_keys: tensors of checkpoints that no parameter is read from.
-      canonical_key: the name in `weight_map` of a tensor of any layout in circulation.
-      stored_key: the name in transformers' model of a tensor of `weight_map`; inverse of `canonical_key`.
-      flop_counts: (config, row) -> the arithmetic of a row.
-      usage: text of a model card: how stock transformers computes the vectors.
-      sentence_transformers: the file of a module for sentence-transformers; None: there is no such module.
+      canonical_key: from the name of a tensor in any known layout to its name in `weight_map`.
+      stored_key: from the name of a tensor in `weight_map` to its name in transformers' model; inverse of `canonical_key`.
+      flop_counts: (config, row) -> the FLOP counts of a row.
+      usage: text of a model card, which shows how stock transformers computes the vectors.
+      sentence_transformers: the file of a module for sentence-transformers; None if there is no such module.
     """
 
     Config: type[FamilyConfig]
@@ -97,7 +97,7 @@ class Family:
 
     @property
     def embedding_key(self) -> str:
-        """The tensor of the vocabulary."""
+        """Name of the tensor of the vocabulary."""
         return self.weight_map["embedding"].key
 
 
@@ -105,7 +105,7 @@ def family(name: str) -> Family:
     """Return the family of a `model_type`.
 
     Raises:
-      UserError: no such family.
+      UserError: the family is unknown.
     """
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"unknown backbone {name!r}; known: {', '.join(sorted(FAMILIES))}")

@@ -1,7 +1,7 @@
-"""The arithmetic of a family's network, as `flops` reads it to count the FLOPs of a step.
+"""Descriptions of a network's arithmetic, from which `flops` counts the FLOPs of a step.
 
-`Family.flop_counts` lists it for a packed row of a batch, in the order in which data pass: what trains in one entry makes every
-later one pass gradients back. Padding is computed, and so is what segments hide from each other, so both count.
+`Family.flop_counts` lists them for a packed row, in the order in which data pass: if an entry trains, every later entry passes
+gradients back. Padding, and pairs of positions in different segments, are computed, so they count.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,11 @@ class AttentionCount(NamedTuple):
 
     Attributes:
       layers: number of layers.
-      queries, keys: positions of each.
-      span: keys that each query is multiplied with.
-      heads, key_heads: heads of queries, and of keys and values.
+      queries, keys: numbers of positions.
+      span: keys that each query is multiplied by.
+      heads, key_heads: heads of queries, and heads of keys and values.
       head_width: width of a head.
-      rotates: queries and keys pass `layers.rotate`.
+      rotates: True if queries and keys pass `layers.rotate`.
     """
 
     layers: int
@@ -30,20 +30,20 @@ class AttentionCount(NamedTuple):
 
 
 class FlopCount(NamedTuple):
-    """A linear map, or those layers of a stack that `attention` counts.
+    """A linear map, or the layers of a stack that `attention` counts.
 
     Attributes:
-      path: of its parameters in the backbone, or their first names.
-      positions: positions that pass its linear maps.
+      path: path of the parameters in the backbone, or a prefix of it.
+      positions: positions that pass the linear maps.
       width: width of the states between the layers of a stack.
-      attention: one entry for each kind of attention in a stack. Between several, which may be in several counts of one path, a
-        conditional in the layer chooses; its branches are in this order.
-      other_positions: positions of linear maps, by their names, that not all `positions` pass.
+      attention: an entry for each kind of attention in a stack. If there are several, in one count or in several of one path, a
+        conditional in the layer chooses between them; its branches are in this order.
+      other_positions: numbers of positions, by name, for linear maps that do not pass `positions`.
       memory: names of linear maps that read an earlier entry instead of the layer before: keys and values of cross-attention.
-      last: name of the map at the end of each layer, if nothing but the sum with its input reads it: it is not computed again.
-      gate: path of the parameter that the output of `last` is multiplied with; where it trains, that output is read.
-      scanned: run by `scan_layers`, which may compute layers again in the backward pass.
-      has_meta: Meta Tokens are among the positions; as they train, gradients pass back.
+      last: name of the map at the end of each layer, if only the residual sum reads its output: then it is not computed again.
+      gate: path of the parameter that the output of `last` is multiplied by. If it trains, that output is read.
+      scanned: True for layers run by `scan_layers`, which may compute layers again in the backward pass.
+      has_meta: True if Meta Tokens are among the positions; they train, so gradients pass back.
     """
 
     path: str

@@ -1,8 +1,8 @@
-"""LoRA (arXiv 2106.09685): the change of a frozen linear map for a new task, as a product of two narrow maps.
+"""LoRA (arXiv 2106.09685): adapters of frozen linear maps, each a product of two narrow maps.
 
     y = x @ kernel + dropout(x) @ a @ b * alpha / rank
 
-`b` starts at zero, so a fresh adapter changes nothing. Any `Linear` can carry one, in a stack or not: shapes, axes and stacking
+`b` starts at zero, so a fresh adapter changes nothing. Any `Linear` can have one, in a stack or not: shapes, axes and stacking
 are those of its kernel.
 """
 
@@ -23,13 +23,13 @@ from metaembed_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """The linear maps that carry an adapter, and its kind.
+    """The linear maps that have adapters, and the adapters' sizes.
 
     Attributes:
-      kernels: patterns of the paths of their kernels, as in `fnmatch`; `*` matches dots too.
+      kernels: patterns of the paths of kernels, as in `fnmatch`; `*` also matches dots.
       rank: width between `a` and `b`.
       alpha: the product is scaled by alpha / rank.
-      dropout: the fraction of x that each adapter drops in training.
+      dropout: the share of x that each adapter drops in training.
     """
 
     kernels: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class LoraConfig:
 
 
 class Dropout(nnx.Variable):
-    """Not a parameter: the random key of an adapter's dropout, or the numbers of the batch's items; for each layer of a stack."""
+    """The random key of an adapter's dropout, or the numbers of the batch's items, for each layer of a stack. Not a parameter."""
 
 
 class Lora(nnx.Module):
@@ -68,7 +68,7 @@ def dropout_mask(key: UInt32[Array, "2"], items_B: Int[Array, "B"], share: float
     """Return a random mask that is true for about `share` of all elements: a hash of key, item, position in the item and column.
 
     An item has the same mask on any mesh and in any microbatch. `jax.random.bernoulli` would not do that, and its twenty rounds for
-    each number are slow where every adapter of every layer draws as many numbers as it has inputs.
+    each number are slow when every adapter of every layer draws a number for each of its inputs.
 
     Positions (all axes except the last) and columns are hashed by MurmurHash3's finaliser (Appleby, public domain), twice each; an
     element only mixes the two. Four layers of configs/3b.py's language model, 8 rows of 1360, compiled for v6e in 39 s this way, in
@@ -76,7 +76,7 @@ def dropout_mask(key: UInt32[Array, "2"], items_B: Int[Array, "B"], share: float
 
     Args:
       items_B: a number for each item of the batch.
-      shape: of the mask. Its first axis is the batch, or the batch times the tiles of an item.
+      shape: shape of the mask. Its first axis is the batch, or the batch times the tiles of an item.
     """
     shape_in_item = (shape[0] // len(items_B), *shape[1:-1], 1)
     positions = jnp.uint32(0)
@@ -85,7 +85,7 @@ def dropout_mask(key: UInt32[Array, "2"], items_B: Int[Array, "B"], share: float
     item_words = _hash(items_B.astype(jnp.uint32), key).reshape(-1, *[1] * len(shape_in_item))
     rows = _hash(positions, (key[0], item_words)).reshape(*shape[:-1], 1)
     columns = _hash(jnp.uint32(2**31) + jnp.arange(shape[-1], dtype=jnp.uint32), key)
-    rows, columns = jax.lax.optimization_barrier((rows, columns))  # hashed once, not again for every element
+    rows, columns = jax.lax.optimization_barrier((rows, columns))  # hashed once, not for every element
     mixed = rows ^ columns
     mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x2C1B3C6D)
     return mixed < jnp.uint32(min(round(share * 2**32), 2**32 - 1))
@@ -101,10 +101,10 @@ def _hash(number: UInt32[Array, "..."], words: Iterable[UInt32[Array, "..."]]) -
 
 
 def add_lora(network: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
-    """Give an adapter to every `Linear` of a network whose kernel matches.
+    """Add an adapter to every `Linear` of a network whose kernel matches a pattern.
 
     Raises:
-      UserError: a pattern that matches no kernel.
+      UserError: a pattern matches no kernel.
     """
     linears = {
         ".".join((*map(str, path), "kernel")): module for path, module in nnx.iter_modules(network) if isinstance(module, Linear)
@@ -118,7 +118,7 @@ def add_lora(network: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None
 
 
 def dropout_keys(abstract: dict, key: jax.Array) -> dict[tuple[str, ...], UInt32[Array, "..."]]:
-    """Return a fresh key for each adapter by its path in `abstract`: [2], or [L, 2] for a stack."""
+    """Return a fresh key for each adapter, by its path in `abstract`: [2], or [L, 2] for a stack."""
     leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(abstract))
     shapes = {path: leaf.shape for path, leaf in leaves.items() if path[-1] == "key"}
     keys = jax.random.split(key, max(len(shapes), 1))

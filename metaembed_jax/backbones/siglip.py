@@ -32,7 +32,7 @@ class SiglipConfig(FamilyVisionConfig):
 
     @property
     def side(self) -> int:
-        """Patches on a side of an image; pixels that do not fill one are not read."""
+        """Patches on a side of an image; pixels beyond the last whole patch are not read."""
         return self.image_size // self.patch_size
 
     @property
@@ -65,7 +65,7 @@ class SiglipBlock(nnx.Module):
 
 
 class SiglipTower(nnx.Module):
-    """Patches of images to visual tokens of the language model's width. A family's own adds the projector."""
+    """Turns patches of images into visual tokens of the language model's width. The subclass of a family adds the projector."""
 
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -91,7 +91,7 @@ class SiglipTower(nnx.Module):
         return constrain(x_IND, "batch", None, None)
 
     def project(self, x_IND: Float[Array, "I N D"]) -> Float[Array, "I units width"]:
-        """Make the visual tokens of each image from the states of its patches."""
+        """Compute the visual tokens of each image from the states of its patches."""
         raise NotImplementedError
 
 
@@ -99,7 +99,7 @@ def weight_map(tower: str) -> dict[str, Source]:
     """Return the tensors of the tower, without its projector.
 
     Args:
-      tower: the prefix of their names.
+      tower: prefix of the tensors' names.
     """
     layer = f"{tower}encoder.layers.{{}}"
     return {

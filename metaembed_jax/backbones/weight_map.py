@@ -1,4 +1,4 @@
-"""Entries of a weight map: how a tensor of Hugging Face's files becomes a parameter, and the parameter a tensor."""
+"""Entries of a weight map: how a tensor of Hugging Face's files becomes a parameter, and how the parameter is written back."""
 
 import math
 from collections.abc import Callable
@@ -11,12 +11,12 @@ class Source(NamedTuple):
     """The tensor that a parameter is read from, and how it is written back.
 
     Attributes:
-      key: its name in the files, with `{}` for what tells the layers apart where the parameter is a stack.
+      key: name of the tensor in the files, with `{}` for the number of the layer if the parameter is a stack.
       shape: from the shape of the parameter (of one layer) to that of the tensor.
       read: from the tensor to the parameter (of one layer), both NumPy.
-      write: from the parameter to the tensor, or to its share of it.
-      part: index of that share on the tensor's first axis, where several parameters share a tensor.
-      names: from the family's `Config` and a layer's number in the stack to what each `{}` stands for; None: the number.
+      write: from the parameter to the tensor, or to its share of the tensor.
+      part: index of that share on the tensor's first axis, if several parameters share a tensor.
+      names: from the family's `Config` and the number of a layer in the stack to a value for each `{}`; None: the number.
     """
 
     key: str
@@ -27,7 +27,7 @@ class Source(NamedTuple):
     names: Callable[[Any, int], tuple] | None = None
 
     def name(self, architecture: Any, layer: int | None) -> str:
-        """Return the key for a layer of a stack; None: the parameter is no stack."""
+        """Return the key for a layer of a stack; `layer` is None for a parameter that is not a stack."""
         return self.key.format(*(self.names(architecture, layer) if self.names and layer is not None else (layer,)))
 
 
@@ -37,7 +37,7 @@ def same(key: str) -> Source:
 
 
 def linear(path: str, key: str, *, bias: bool) -> dict[str, Source]:
-    """Return the sources of a `Linear`: torch keeps its weight as [outputs, inputs]."""
+    """Return the sources of a `Linear`: torch stores its weight as [outputs, inputs]."""
     table = {f"{path}.kernel": Source(f"{key}.weight", lambda shape: shape[::-1], np.transpose, np.transpose)}
     return table | ({f"{path}.bias": same(f"{key}.bias")} if bias else {})
 
@@ -48,7 +48,7 @@ def norm(path: str, key: str) -> dict[str, Source]:
 
 
 def fused_linears(paths: tuple[str, ...], key: str) -> dict[str, Source]:
-    """Return the sources of equally wide `Linear`s with biases, whose outputs are concatenated in one tensor."""
+    """Return the sources of `Linear`s with biases, of equal width, whose outputs are concatenated in one tensor."""
     count, table = len(paths), {}
     for number, path in enumerate(paths):
 
@@ -61,11 +61,11 @@ def fused_linears(paths: tuple[str, ...], key: str) -> dict[str, Source]:
 
 
 def decoder_layers(layer: str, *, attention_bias: bool) -> dict[str, Source]:
-    """Return the sources of a stack `layers`, under the names that LLaMA and its heirs have for its tensors.
+    """Return the sources of a stack `layers`, under the names of tensors of LLaMA and later models.
 
     Args:
-      layer: the prefix of the names, with `{}` for the layer.
-      attention_bias: queries, keys and values have biases.
+      layer: prefix of the names, with `{}` for the layer.
+      attention_bias: True if queries, keys and values have biases.
     """
     return {
         "layers.input_norm.scale": same(f"{layer}.input_layernorm.weight"),
@@ -93,9 +93,9 @@ def patches(key: str) -> Source:
 
 
 def still_patches(key: str) -> Source:
-    """Return the source of a kernel [D, 3, 2, y, x] of patches of two frames: those of a still image are equal, so it is summed.
+    """Return the source of a kernel [D, 3, 2, y, x] of patches of two frames. A still image has equal frames, so it is summed.
 
-    The parameter is [3 * y * x, D], in (channel, y, x) order. Written back, each frame gets half, which is exact.
+    The parameter is [3 * y * x, D], in (channel, y, x) order. Written back, each frame gets half of it, which is exact.
     """
 
     def shape(kernel: tuple[int, ...]) -> tuple[int, ...]:
