@@ -84,9 +84,7 @@ def attention(
     return jax.lax.platform_dependent(*arrays, **kernels, default=partial(xla, **kind))
 
 
-def attention_implementation(
-    platform: str, query_shape: tuple[int, ...], key_shape: tuple[int, ...], dtype, is_plain: bool
-) -> str:
+def attention_implementation(platform: str, query_shape: tuple[int, ...], key_shape: tuple[int, ...], dtype, is_plain: bool) -> str:
     """Return the implementation of `attention` on a platform: "splash", "flash", "blocks" or "xla".
 
     Fewer keys than a block of splash use XLA on every platform, because the kernel would pad them. Windows of patches have a

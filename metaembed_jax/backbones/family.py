@@ -55,8 +55,8 @@ class FamilyImages(Protocol):
 class Family:
     """A family of backbones. Attributes with capitals are classes.
 
-    Parameters named `kernel` belong to `layers.Linear`s: they can have adapters and be int8. `config.model.trained` names parameters
-    by their paths.
+    Parameters named `kernel` belong to `layers.Linear`s: they can have adapters and be int8. `config.model.trained` names
+    parameters by their paths.
 
     Attributes:
       Config: the architecture, read from a config.json and written to one.

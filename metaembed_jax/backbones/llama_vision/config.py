@@ -10,10 +10,10 @@ from metaembed_jax.errors import UserError
 
 TITLE = "Llama-3.2-Vision"
 BEGIN, END, IMAGE = "<|begin_of_text|>", "<|end_of_text|>", "<|image|>"
-MORE_ROWS = 8  # rows of the embedding table beyond vocab_size; the first is the image token's
+MORE_ROWS = 8  # rows of the embedding table beyond vocab_size; the first belongs to the image token
 MOST_TILES = 64  # of an image
-# Tokens and images of a packed row. A text of 512 tokens with 80 Meta Tokens needs about 600; two photos, as documents, and their
-# queries need 270, and the tower takes as long for one of them as the language model for the whole row.
+# Tokens and images of a packed row. A text of 512 tokens with 80 Meta Tokens needs about 600. Two photos, as documents, and their
+# queries need 270, and the tower takes as long for one photo as the language model for the whole row.
 DEFAULT_ROW = (640, 2)
 ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -41,12 +41,12 @@ class VisionConfig(FamilyVisionConfig):
 
     @property
     def image_patches(self) -> int:
-        """Patches of an image: of the most tiles, because the tower computes them all."""
+        """Patches of an image, always those of `max_num_tiles` tiles, because the tower computes all of them."""
         return self.max_num_tiles * self.tile_patches
 
     @property
     def arrangements(self) -> list[tuple[int, int]]:
-        """(rows, columns) of tiles that an image may have; the aspect-ratio id of one is its index, counted from 1."""
+        """(rows, columns) of tiles that an image may have. The aspect-ratio id of an arrangement is its index, from 1."""
         sides = range(1, self.max_num_tiles + 1)
         return [(rows, columns) for rows in sides for columns in sides if rows * columns <= self.max_num_tiles]
 
@@ -55,7 +55,7 @@ class VisionConfig(FamilyVisionConfig):
 class TextConfig(FamilyTextConfig):
     """Fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers.
 
-    The last four are those of `rope_scaling`, of the type "llama3"; with their defaults nothing is scaled.
+    The last four are fields of `rope_scaling` of the type "llama3"; with their defaults nothing is scaled.
     """
 
     cross_attention_layers: tuple[int, ...]
@@ -69,7 +69,7 @@ class TextConfig(FamilyTextConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Config(FamilyConfig):
-    """Everything that fixes the architecture."""
+    """The architecture: the fields of a config.json that define the network."""
 
     title = TITLE
     text_config: TextConfig
@@ -80,7 +80,7 @@ class Config(FamilyConfig):
         """Read the content of a checkpoint's config.json.
 
         Raises:
-          UserError: a field is missing, or asks for what Llama-3.2-Vision checkpoints never had.
+          UserError: a field is missing, or has a value that no Llama-3.2-Vision checkpoint has.
         """
         text, vision = config_checks.section(config, "text_config"), config_checks.section(config, "vision_config")
         rope = config_checks.rotary(text)
@@ -131,14 +131,14 @@ class Config(FamilyConfig):
     def layout(self) -> Layout:
         """The arrays of a batch: pixels, tile after tile, and the id of the image's arrangement of tiles, 0 in padding.
 
-        No visual token stands in the sequence, so `unit` has no meaning.
+        The sequence has no visual tokens, so `unit` has no meaning.
         """
         vision = self.vision_config
         patches = {"patches": ArraySpec((3 * vision.patch_size**2,), "uint8"), "aspect_ratio": ArraySpec((), "int32")}
         return Layout(patches, position_axes=1, unit=1, multiple=vision.image_patches)
 
     def check(self) -> None:
-        """Refuse sizes that do not fit each other."""
+        """Check that sizes fit each other."""
         text, vision = self.text_config, self.vision_config
         config_checks.check_depth(text.num_hidden_layers, vision.num_hidden_layers, vision.num_global_layers)
         config_checks.check_ascending("cross_attention_layers", text.cross_attention_layers, text.num_hidden_layers)

@@ -4,7 +4,7 @@
     image + text  <|image|><|begin_of_text|>{prefix}{text}<|end_of_text|>
     image         the same, with "Describe the image." for the text
 
-`prefix` is "Query: " for queries, which end with ten more <|end_of_text|> and "\\n", and empty for documents. Meta Tokens are
+`prefix` is "Query: " for queries, and empty for documents. Queries end with ten more <|end_of_text|> and "\\n". Meta Tokens are
 not part of a prompt: they get their positions in a row.
 
 S tokens, P patches, X numbers in a patch.
@@ -33,13 +33,13 @@ PROCESSING = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_conve
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """How images become patches: an image is laid on a canvas of tiles, scaled to it without distortion.
+    """How images become patches: an image is scaled without distortion to a canvas of tiles.
 
     An image has no tokens in the sequence, and few tiles, so bounds on pixels or visual tokens change nothing.
 
     Attributes:
-      tile_size, patch_size: their sides, in pixels.
-      max_tiles: of an image.
+      tile_size, patch_size: side of a tile and of a patch, in pixels.
+      max_tiles: most tiles of an image.
       arrangements: (rows, columns) of tiles that a canvas may have.
     """
 
@@ -50,27 +50,27 @@ class Images:
 
     @property
     def image_patches(self) -> int:
-        """Patches of an image: those of `max_tiles` tiles, whatever its size."""
+        """Patches of an image of any size: those of `max_tiles` tiles."""
         return self.max_tiles * (self.tile_size // self.patch_size) ** 2
 
     @classmethod
     def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> Self:
-        """Read the content of preprocessor_config.json, which must ask for what the architecture reads.
+        """Read the content of preprocessor_config.json.
 
         Raises:
-          UserError: it asks for something else.
+          UserError: it differs from the architecture.
         """
         check_processing(preprocessor, PROCESSING | _sizes(config))
         return cls.of(config)
 
     @classmethod
     def from_run(cls, data: PixelBounds, config: Config, max_visual_tokens: int | None) -> Self:
-        """Return images as the architecture has them: neither the data of a run's config nor a cap changes them."""
+        """Return the images of the architecture; neither the data of a run's config nor a cap changes them."""
         return cls.of(config)
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """Return images as the architecture has them."""
+        """Return the images of the architecture."""
         vision = config.vision_config
         return cls(vision.image_size, vision.patch_size, vision.max_num_tiles, tuple(vision.arrangements))
 
@@ -86,7 +86,7 @@ class Images:
 
 
 def _sizes(config: Config) -> dict:
-    """Return the keys of preprocessor_config.json that the architecture fixes."""
+    """Return the keys of preprocessor_config.json that follow from the architecture."""
     vision = config.vision_config
     return {"size": {"height": vision.image_size, "width": vision.image_size}, "max_image_tiles": vision.max_num_tiles}
 
@@ -105,7 +105,7 @@ class Processor(PromptProcessor):
         return Prompt([ids[IMAGE], ids[BEGIN]], prefix if has_text else prefix + IMAGE_ALONE, "", tail)
 
     def _grid(self, width: int, height: int, most_tokens: int | None, most_patches: int | None, name: str) -> Grid:
-        """Return the canvas of tiles; with padding it has as many patches as any other, and it does not shrink."""
+        """Return the canvas of tiles. With padding, all have the same number of patches, so an image never shrinks."""
         patches = self.images.image_patches
         if most_tokens is not None and most_patches is not None and most_patches < patches:
             raise no_room(name, most_tokens, most_patches, 0, patches)
@@ -120,7 +120,7 @@ class Processor(PromptProcessor):
 
 
 def patchify(image: Image.Image, arrangement: tuple[int, int], images: Images) -> dict[str, np.ndarray]:
-    """Scale an RGB image, lay it on black, cut it into tiles in raster order, and these into patches; then add tiles of padding.
+    """Scale an RGB image, pad it with black, cut it into tiles in raster order and the tiles into patches; add tiles of padding.
 
     Returns:
       patches [P, X] uint8, each in (channel, y, x) order; patch_mask [P] bool and aspect_ratio [P] int32: false and 0 in padding.
@@ -140,9 +140,9 @@ def patchify(image: Image.Image, arrangement: tuple[int, int], images: Images) -
 
 
 def arrange(height: int, width: int, images: Images) -> tuple[int, int]:
-    """Return the rows and columns of tiles for an image: those that enlarge it least, or if it must shrink, shrink it least.
+    """Return the rows and columns of tiles that enlarge an image least; if it must shrink, those that shrink it least.
 
-    Of several the smallest canvas, and of several the first, are chosen; the rule of `transformers.models.mllama`.
+    Among equals it is the smallest canvas, then the first; the rule of `transformers.models.mllama`.
     """
 
     def rank(arrangement: tuple[int, int]) -> tuple[bool, float, int]:
@@ -153,7 +153,7 @@ def arrange(height: int, width: int, images: Images) -> tuple[int, int]:
 
 
 def fit(height: int, width: int, arrangement: tuple[int, int], tile_size: int) -> tuple[int, int]:
-    """Return the size of an image on its canvas: inside of it, with the same aspect ratio, enlarged to a tile's side at most."""
+    """Return the size of an image on its canvas: inside it, with the same aspect ratio, enlarged to at most a tile's side."""
     most_height, most_width = (
         min(max(side, tile_size), count * tile_size) for side, count in zip((height, width), arrangement, strict=True)
     )

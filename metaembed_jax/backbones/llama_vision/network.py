@@ -2,7 +2,7 @@
 
 B rows, S tokens, T states of a row's images, D width, H heads, G key/value heads, K head width, L layers.
 
-Images have no tokens in the sequence. Some layers attend to an item's image in place of its text, from every token:
+Images have no tokens in the sequence. In some layers every token attends to the image of its item in place of the text:
 
     layer      0 1 2 3 4 5 6 7 8 9        . causal attention to the text
                . . . x . . . . x .        x attention to the image, behind gates; items without one skip the layer
@@ -58,9 +58,9 @@ class DecoderLayer(nnx.Module):
         """Run one layer.
 
         Args:
-          kind: True if it attends to the image; and the state of its `Crossing` (of any, if it does not).
+          kind: True if the layer attends to the image, and the state of its `Crossing` (of any, if it does not).
           text: segments [B, S], cosines and sines [B, S, K].
-          image: states [B, T, D], their segments [B, T], and which tokens have an image [B, S, 1]; None: no row has patches.
+          image: states [B, T, D], their segments [B, T], and the tokens that have an image [B, S, 1]; None: no row has patches.
         """
         is_crossing, state = kind
         if image is None:
@@ -111,7 +111,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Backbone(backbone.Backbone):
-    """Vision tower, and a language model whose cross-attention reads it. Meta Tokens look at an item's image as its tokens do."""
+    """Vision tower, and a language model whose cross-attention reads it. Meta Tokens attend to images as text tokens do."""
 
     tower, layer = VisionTower, DecoderLayer
     config: Config
@@ -125,13 +125,13 @@ class Backbone(backbone.Backbone):
         return x_BSD
 
     def flags(self) -> Any:
-        """Return for each layer whether it attends to images, and the state of a `Crossing`: its own if it does."""
+        """Return for each layer whether it attends to images, and the state of a `Crossing`, which is its own if it does."""
         crossings, layers = self.config.text_config.cross_attention_layers, np.arange(self.config.text_config.num_hidden_layers)
         nearest_L = np.minimum(np.searchsorted(crossings, layers), len(crossings) - 1)
         return np.isin(layers, crossings), jax.tree.map(lambda x: x[nearest_L], nnx.split(self.crossing)[1])
 
     def context(self, batch: Batch, tower_output: Any) -> tuple:
-        """Return the graph of a `Crossing`, and text and image as `DecoderLayer` reads them."""
+        """Return the graph of a `Crossing`, and the arguments `text` and `image` of `DecoderLayer`."""
         text = batch.segments, *self.rotary(batch.positions)
         image = None if tower_output is None else (*tower_output, self.has_image(batch))
         return nnx.split(self.crossing)[0], text, image
@@ -144,7 +144,7 @@ class Backbone(backbone.Backbone):
         return ((segments_BS1 == of_images) & (segments_BS1 > 0)).any(axis=-1, keepdims=True)
 
     def frequencies(self) -> Float[Array, "K/2"]:
-        """Return the angles of a step of one position; slow frequencies are scaled for long texts ("llama3")."""
+        """Return the angles between neighbouring positions; low frequencies are scaled for long texts ("llama3")."""
         text, frequencies = self.config.text_config, super().frequencies()
         turns = text.original_max_position_embeddings * frequencies / (2 * np.pi)
         kept = jnp.clip((turns - text.low_freq_factor) / (text.high_freq_factor - text.low_freq_factor), 0.0, 1.0)

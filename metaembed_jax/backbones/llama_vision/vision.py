@@ -1,10 +1,10 @@
-"""The vision tower of Llama-3.2-Vision: an image as tiles, all of which look at each other.
+"""The vision tower of Llama-3.2-Vision: an image is a set of tiles, and their tokens attend to each other.
 
 B rows, P patches of a row or an image, J images of all rows, X numbers in a patch, M tiles of an image, N tokens of a tile,
-Q tokens of a tile filled up to a multiple of 8, L = M * Q, D width, I width of the output, T states of a row, M * N an image.
+Q tokens of a tile padded to a multiple of 8, L = M * Q, D width, I width of the output, T states of a row, M * N an image.
 
-A row holds whole images, so they are the tower's batch. It computes M tiles for every image, because transformers does: a token
-of a real tile attends to padding too, and has other numbers without it. Only padding does not attend to padding:
+A row holds whole images, and the tower's batch is the images. It computes M tiles for every image, as transformers does: tokens of
+real tiles also attend to padding, and have other values without it. Only padding does not attend to padding:
 
     keys        image  padding
     image         x       x
@@ -23,9 +23,9 @@ from metaembed_jax.backbones.llama_vision.config import VisionConfig
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.sharding import constrain
 
-OUTER_EPSILON = 1e-5  # of the norms around the layers; the config sets that of the norms in them
-FILLED_TO = 8  # the tokens of a tile are filled up to a multiple of it
-APART = 1024.0  # exact in bfloat16; its square lowers a score to nothing
+OUTER_EPSILON = 1e-5  # of the norms around the layers; the norms in the layers have the config's
+FILLED_TO = 8  # the tokens of a tile are padded to a multiple of this
+APART = 1024.0  # exact in bfloat16; a score less its square has a weight of 0
 
 
 def gelu(x: Array) -> Array:
@@ -34,7 +34,7 @@ def gelu(x: Array) -> Array:
 
 
 def gated(gate: nnx.Param | None, x: Array) -> Array:
-    """Return x * tanh(gate), or x where there is no gate."""
+    """Return x * tanh(gate), or x if there is no gate."""
     return x if gate is None else x * jnp.tanh(gate[...]).astype(x.dtype)
 
 
@@ -68,10 +68,10 @@ def attend_around_padding(
     value_JLHK: Float[Array, "J L H K"],
     padding_JL: Bool[Array, "J L"],
 ) -> Float[Array, "J L H K"]:
-    """Attend to all but from padding to padding.
+    """Attention between all tokens, except from padding to padding.
 
-    Heads get one more number, which is 0 for image tokens. Its product is far below every score where query and key are padding,
-    and exactly 0 elsewhere: kernels need no such mask, and a TPU's registers, 128 wide, have the room.
+    Heads get one more number, which is 0 for image tokens. Its product is far below every score if query and key are padding, and
+    exactly 0 otherwise. So kernels need no such mask, and a TPU's registers, 128 wide, have room for it.
     """
     apart_JLH1 = jnp.broadcast_to(jnp.where(padding_JL, APART, 0.0)[..., None, None], (*query_JLHK.shape[:3], 1))
     apart_JLH1 = apart_JLH1.astype(query_JLHK.dtype)
@@ -82,7 +82,7 @@ def attend_around_padding(
 
 
 class VisionTower(nnx.Module):
-    """Patches of each row's images to the states that the language model's cross-attention reads."""
+    """Turns the patches of each row's images into the states that the language model's cross-attention reads."""
 
     def __init__(self, config: VisionConfig, out: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -101,7 +101,7 @@ class VisionTower(nnx.Module):
         self.projector = Linear(config.vision_output_dim, out, axes=("mlp", "embed"), bias=True, rngs=rngs)
 
     def __call__(self, batch: Batch, *, dtype, checkpoint: bool, unroll: int) -> tuple[Float[Array, "B T I"], Int[Array, "B T"]]:
-        """Return the states of a row's images, one after the other, and their segments.
+        """Return the states of a row's images, one image after another, and their segments.
 
         States of padding are finite, and their segment is 0.
         """
@@ -133,7 +133,7 @@ class VisionTower(nnx.Module):
         return constrain(out_JMNI.reshape(*segments_BT.shape, -1), "batch", None, None), segments_BT
 
     def embed_patches(self, patches_JPX: UInt8[Array, "J P X"], is_image_JP: Bool[Array, "J P"], dtype) -> Float[Array, "J P D"]:
-        """Normalise uint8 pixels, and apply the patch kernel. Padding is 0, as if its normalised pixels were 0."""
+        """Normalise uint8 pixels, and apply the patch kernel. The normalised pixels of padding are 0."""
         pixels = normalised(patches_JPX, self.config.image_mean, self.config.image_std) * is_image_JP[..., None]
         return constrain(self.patch_embedding(pixels.astype(dtype)), "batch", None, None)
 
@@ -164,7 +164,7 @@ class TileEmbedding(nnx.Module):
 def vision_counts(config: VisionConfig, P: int, T: int) -> tuple[FlopCount, ...]:
     """Count the tower on a row of P patches, whose images have T states."""
     J, Q = P // config.image_patches, config.max_num_tiles * FILLED_TO * -(-(config.tile_patches + 1) // FILLED_TO)
-    # Heads have a number more, which keeps padding apart.
+    # Heads have one more number, as in `attend_around_padding`.
     heads = (config.attention_heads, config.attention_heads, config.hidden_size // config.attention_heads + 1)
     local, whole = (
         AttentionCount(layers, J * Q, J * Q, Q, *heads, rotates=False)

@@ -1,4 +1,4 @@
-"""The weight map of Llama-3.2-Vision, the names of tensors, and how stock transformers computes the vectors of an export."""
+"""The weight map of Llama-3.2-Vision, the names of tensors, and the text of the model card."""
 
 from metaembed_jax.backbones.llama_vision.config import Config
 from metaembed_jax.backbones.weight_map import Source, linear, norm, patches, same
@@ -7,7 +7,7 @@ LAYER = "language_model.layers.{}"
 
 
 def _attention(path: str, name: str) -> dict[str, Source]:
-    """Return the source of a linear map of all layers, whose tensors are named after what a layer attends to."""
+    """Return the source of a linear map of all layers; its tensor's name depends on whether the layer attends to images."""
 
     def names(architecture: Config, layer: int) -> tuple[int, str]:
         return layer, "cross_attn" if layer in architecture.text_config.cross_attention_layers else "self_attn"
@@ -16,7 +16,7 @@ def _attention(path: str, name: str) -> dict[str, Source]:
 
 
 def _crossing(name: str) -> Source:
-    """Return the source of a parameter of the cross-attention layers alone, which the files count among all layers."""
+    """Return the source of a parameter of the cross-attention layers; the files number them among all layers."""
     return same(f"{LAYER}.{name}")._replace(
         names=lambda architecture, layer: (architecture.text_config.cross_attention_layers[layer],)
     )
@@ -96,11 +96,11 @@ of their own."""
 
 
 def canonical_key(key: str) -> str:
-    """Return the name in `WEIGHT_MAP` of a tensor of any layout in circulation; it is that of transformers' `MllamaModel`.
+    """Return the name in `WEIGHT_MAP` of a tensor of any known layout; it is that of transformers' `MllamaModel`.
 
-    Layouts are `language_model.model.layers` and `vision_model` (as released, and as transformers saves what can generate),
-    `model.language_model.layers` and `model.vision_model` (as it names that in memory), and, of a model without its output layer,
-    `language_model.layers` and `vision_model`.
+    Layouts are `language_model.model.layers` and `vision_model` (as released, and as transformers saves models with an output
+    layer), `model.language_model.layers` and `model.vision_model` (the names of those in memory), and `language_model.layers` and
+    `vision_model` (models without an output layer).
     """
     for new, old in (("model.", ""), ("language_model.model.", "language_model."), ("language_model.lm_head.", "lm_head.")):
         if key.startswith(new):

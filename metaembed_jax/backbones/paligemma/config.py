@@ -40,7 +40,7 @@ class TextConfig(FamilyTextConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Config(FamilyConfig):
-    """Everything that fixes the architecture."""
+    """The architecture: the fields of a config.json that define the network."""
 
     title = TITLE
     text_config: TextConfig
@@ -51,7 +51,7 @@ class Config(FamilyConfig):
         """Read the content of a checkpoint's config.json.
 
         Raises:
-          UserError: a field is missing, or asks for what PaliGemma checkpoints never had.
+          UserError: a field is missing, or has a value that no PaliGemma checkpoint has.
         """
         text, vision = config_checks.section(config, "text_config"), config_checks.section(config, "vision_config")
         rope = config_checks.rotary(text)
@@ -108,7 +108,7 @@ class Config(FamilyConfig):
         return Layout(patches, position_axes=1, unit=1, multiple=vision.patches)
 
     def check(self) -> None:
-        """Refuse sizes that do not fit each other."""
+        """Check that sizes fit each other."""
         text, vision = self.text_config, self.vision_config
         config_checks.check_depth(text.num_hidden_layers, vision.num_hidden_layers)
         config_checks.check_key_value_heads(text.num_attention_heads, text.num_key_value_heads)

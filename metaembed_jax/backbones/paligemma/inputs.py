@@ -4,7 +4,7 @@
     image + text  <image>...<image><bos>{prefix}{text}\\n
     image         the same, with "Describe the image." for the text
 
-`prefix` is "Query: " for queries, which end with ten <pad> and "\\n" in place of "\\n", and empty for documents. These <pad> are
+`prefix` is "Query: " for queries, and empty for documents. Queries end with ten <pad> and "\\n" in place of "\\n". These <pad> are
 tokens of the prompt like any other. An image has one <image> for each of its patches.
 """
 
@@ -32,7 +32,7 @@ class Images:
     """How images become patches: all are stretched to one square, whatever their shape.
 
     Attributes:
-      image_size: its side, in pixels.
+      image_size: side of the square, in pixels.
       patch_size: side of a patch, in pixels.
     """
 
@@ -41,10 +41,10 @@ class Images:
 
     @classmethod
     def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> Self:
-        """Read the content of preprocessor_config.json. No cap makes images smaller: the model knows one size.
+        """Read the content of preprocessor_config.json. The model has one size of images, so the cap changes nothing.
 
         Raises:
-          UserError: a processing that is not PaliGemma's, or a size that is not the model's.
+          UserError: the processing is not PaliGemma's, or the size is not the model's.
         """
         check_processing(preprocessor, {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3})
         side = config.vision_config.image_size
@@ -54,12 +54,12 @@ class Images:
 
     @classmethod
     def from_run(cls, data: PixelBounds, config: Config, max_visual_tokens: int | None) -> Self:
-        """Return images as the architecture has them: neither the data of a run's config nor a cap changes them."""
+        """Return the images of the architecture; neither the data of a run's config nor a cap changes them."""
         return cls.of(config)
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """Return images as the architecture has them."""
+        """Return the images of the architecture."""
         return cls(config.vision_config.image_size, config.vision_config.patch_size)
 
     def to_preprocessor(self, config: Config) -> dict:
@@ -94,7 +94,7 @@ class Processor(PromptProcessor):
         return Prompt([*visual, ids[START_TOKEN]], before, "" if side == "query" else "\n", [*self._suffix(side)])
 
     def _grid(self, width: int, height: int, most_tokens: int | None, most_patches: int | None, name: str) -> Grid:
-        """Return the one grid that the model knows; it does not shrink."""
+        """Return the only grid of the model; it does not shrink."""
         side = self.images.image_size // self.images.patch_size
         if most_tokens is not None and most_patches is not None and min(most_tokens, most_patches) < side**2:
             raise no_room(name, most_tokens, most_patches, side**2, side**2)

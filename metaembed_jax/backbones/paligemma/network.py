@@ -5,9 +5,9 @@ As transformers' `modeling_paligemma.py` computes it from the same checkpoint.
 B rows, S tokens, R Meta Tokens, I images of all rows, N patches of an image, D width, H heads, G key/value heads, K head width,
 L layers.
 
-Image and prompt of an item are a prefix, whose tokens see each other in both directions; its Meta Tokens see the prefix and,
-causally, themselves. For an item of 3 tokens and 3 Meta Tokens, and the beginning of the next one in the row; `o` is outside the
-window of 5 of a local layer:
+Image and prompt of an item are a prefix, whose tokens see each other in both directions. The Meta Tokens see the prefix and,
+causally, themselves. Below are an item of 3 tokens and 3 Meta Tokens, and the first tokens of the next item in the row; `o` is
+outside the window of 5 of a local layer:
 
                  i  p  p  m  m  m  p  p
     image        x  x  x  .  .  .  .  .
@@ -18,10 +18,11 @@ window of 5 of a local layer:
     Meta Token   o  x  x  x  x  x  .  .
     prompt       .  .  .  .  .  .  x  x
 
-No window cuts the prefix, however long: it hides the beginning of the prefix, which is the image, from the last Meta Tokens. Every
-released PaliGemma 2 has a window of 4096, which only prompts with images of 896 pixels exceed.
+Windows do not apply inside the prefix. They hide the first tokens of the prefix, which are the image's, from the last Meta Tokens.
+Every released PaliGemma 2 has a window of 4096, which only prompts with images of 896 pixels exceed.
 
-No token sees a later one, except in the prefix, which is always whole: the first Meta Tokens have the same states without the rest.
+No token sees a later one, except in the prefix, which is always whole. So the first Meta Tokens have the same states without the
+later ones.
 """
 
 from typing import Any
@@ -55,7 +56,7 @@ class VisionTower(SiglipTower):
 
 
 class Norm(nnx.Module):
-    """Gemma's root-mean-square norm, in float32 to the end; the stored scale is one less."""
+    """Gemma's root-mean-square norm, all in float32; the factor is 1 + scale."""
 
     def __init__(self, width: int, *, epsilon: float, rngs: nnx.Rngs, layers: int | None = None):
         self.scale = param(rngs, jax.nn.initializers.zeros, (width,), (None,), layers)
@@ -64,7 +65,7 @@ class Norm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        # An array of its own, as in RMSNorm.
+        # A separate array, as in RMSNorm.
         return jax.lax.optimization_barrier((x32 * (1 + self.scale[...])).astype(x.dtype))
 
 
@@ -104,7 +105,7 @@ class DecoderLayer(nnx.Module):
         return constrain(x_BSD, "batch", None, None)
 
     def attend(self, query_BSHK, key_BSGK, value_BSGK, local, segments_BS, is_meta_BS):
-        """Attend each prefix to itself, and Meta Tokens to all of their item before them, or to a window of it."""
+        """Attention of each prefix to itself, and of Meta Tokens to all earlier tokens of their item, or to a window of them."""
         config, arrays = self.config, (query_BSHK, key_BSGK, value_BSGK)
         gemma2 = dict(scale=config.query_pre_attn_scalar**-0.5, softcap=config.attn_logit_softcapping) if config.is_gemma2 else {}
 
@@ -115,7 +116,7 @@ class DecoderLayer(nnx.Module):
             meta_BSHK = jax.lax.cond(local, causal(config.sliding_window), causal(None), *arrays, segments_BS)
         else:
             meta_BSHK = causal(None)(*arrays, segments_BS)
-        # To the prefix, Meta Tokens are padding.
+        # For the prefix, Meta Tokens are padding.
         prefix_BSHK = attention(*arrays, jnp.where(is_meta_BS, 0, segments_BS), causal=False, **gemma2)
         return jnp.where(is_meta_BS[..., None, None], meta_BSHK, prefix_BSHK)
 
@@ -126,7 +127,7 @@ class Backbone(backbone.Backbone):
     tower, layer, norm = VisionTower, DecoderLayer, Norm
 
     def embed(self, batch: Batch, meta_RD: Float[Array, "R D"], dtype) -> Float[Array, "B S D"]:
-        """Look up rows of both tables, times the root of their width, which is rounded as they are: 45.25 for 2048 in bfloat16."""
+        """Look up both tables, times the root of the width, which is rounded to the dtype: 45.25 for 2048 in bfloat16."""
         return super().embed(batch, meta_RD, dtype) * jnp.asarray(self.width**0.5, dtype)
 
     def flags(self) -> Bool[Array, "L"]:

@@ -1,4 +1,4 @@
-"""The weight map of PaliGemma, the names of tensors, and how stock transformers computes the vectors of an export."""
+"""The weight map of PaliGemma, the names of tensors, and the text of the model card."""
 
 from metaembed_jax.backbones import siglip
 from metaembed_jax.backbones.weight_map import decoder_layers, linear, same
@@ -42,7 +42,7 @@ its vectors. Of both kinds of Meta Tokens the type is 1."""
 
 
 def canonical_key(key: str) -> str:
-    """Return the name in `WEIGHT_MAP` of a tensor of any layout in circulation.
+    """Return the name in `WEIGHT_MAP` of a tensor of any known layout.
 
     Layouts are the released one, as in `WEIGHT_MAP`; that of transformers 5, without `vision_model`; and the names in its
     models, `language_model.layers`, with the prefix `model.` and an `lm_head` where there is an output layer.

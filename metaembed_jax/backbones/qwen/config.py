@@ -1,4 +1,4 @@
-"""The architecture of the Qwen-VL families, as far as they share it."""
+"""The fields and checks that the architectures of the Qwen-VL families share."""
 
 import dataclasses
 from pathlib import Path
@@ -31,7 +31,7 @@ class QwenTextConfig(FamilyTextConfig):
 
 @dataclasses.dataclass(frozen=True)
 class QwenConfig(FamilyConfig):
-    """A base for the families' own."""
+    """Base class of the Qwen-VL architectures."""
 
     text_config: QwenTextConfig
     vision_config: QwenVisionConfig
@@ -51,20 +51,20 @@ class QwenConfig(FamilyConfig):
         """Replace the mean and deviation of pixels by those of a preprocessor_config.json.
 
         Raises:
-          UserError: they are not three numbers each, or its patches are not this model's; names `file`.
+          UserError: they are not three numbers each, or the sizes of patches are not this model's; the error names `file`.
         """
         check_sizes({key: preprocessor.get(key) for key in ("patch_size", "merge_size")})
         vision = self.vision_config
-        ours = (preprocessor.get("patch_size") or 14, preprocessor.get("merge_size") or 2)  # of transformers' class, if it has none
+        ours = (preprocessor.get("patch_size") or 14, preprocessor.get("merge_size") or 2)  # transformers' defaults
         if ours != (theirs := (vision.patch_size, vision.spatial_merge_size)):
             raise UserError(f"{file}: patch and merge sizes are {ours} in preprocessor_config.json and {theirs} in config.json")
         return super().with_preprocessor(preprocessor, file)
 
     def check(self) -> None:
-        """Refuse sizes that do not fit each other.
+        """Check that sizes fit each other.
 
         Raises:
-          UserError: names the fields and their values.
+          UserError: they do not; the error names the fields and their values.
         """
         text, vision = self.text_config, self.vision_config
         check_depth(text.num_hidden_layers, vision.depth)
@@ -83,7 +83,7 @@ def token_fields(token_ids: dict[str, int], vocabulary: int) -> dict[str, int]:
     """Return the fields of a config.json that name the tokens of images."""
     return {
         "image_token_id": token_ids["<|image_pad|>"],
-        "video_token_id": token_ids.get("<|video_pad|>", vocabulary),  # without one: a number that no token has
+        "video_token_id": token_ids.get("<|video_pad|>", vocabulary),  # the default is an id that no token has
         "vision_start_token_id": token_ids["<|vision_start|>"],
         "vision_end_token_id": token_ids["<|vision_end|>"],
     }

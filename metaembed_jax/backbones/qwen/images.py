@@ -1,9 +1,9 @@
 """Images to uint8 patches, with exactly the pixels of the checkpoint's Hugging Face image processor (the Pillow one).
 
-P patches, U units (merged squares of N = 4 patches, each one visual token), X numbers in a patch.
+P patches, U units (squares of N = 4 patches that are merged into a visual token), X numbers in a patch.
 
-A patch is one frame, in (channel, y, x) order. Patches go unit by unit, and in a unit in raster order; the order of units is the
-family's.
+A patch is one frame, in (channel, y, x) order. Patches are ordered by unit, and inside a unit in raster order. The order of units
+depends on the family.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ class Images:
     """How images become patches.
 
     Attributes:
-      min_pixels, max_pixels: bounds of the resized area (kept where `smart_resize` can keep them).
+      min_pixels, max_pixels: bounds of the area after resizing (`smart_resize` may exceed them).
       patch_size: side of a patch, in pixels.
       merge_size: side of a unit, in patches.
-      processor_class: transformers' name of the family's processor.
+      processor_class: name of the family's processor in transformers.
     """
 
     min_pixels: int
@@ -51,19 +51,19 @@ class Images:
         return self.patch_size * self.merge_size
 
     def patches(self, rows: int, columns: int) -> int:
-        """Return the number of patches of a grid of units, with the padding among them that a family needs."""
+        """Return the number of patches of a grid of units, with the padding that a family needs."""
         return rows * columns * self.merge_size**2
 
     def grid(self, width: int, height: int, most_units: int | None, most_patches: int | None, name: str) -> Grid:
-        """Return the grid that an image is cut into: that of `smart_resize` where it fits, else the largest that does.
+        """Return the grid that an image is cut into: that of `smart_resize` if it fits, otherwise the largest that fits.
 
         Args:
-          width, height: of the image, in pixels.
+          width, height: size of the image in pixels.
           most_units, most_patches: limits of the grid; None: any number.
-          name: of the item, for errors.
+          name: name of the item, for errors.
 
         Raises:
-          UserError: the aspect ratio is out of bounds, or nothing fits.
+          UserError: the aspect ratio is out of bounds, or no grid fits.
         """
         try:
             height, width = smart_resize(height, width, self.unit_size, self.min_pixels, self.max_pixels)
@@ -86,10 +86,10 @@ class Images:
 
         Args:
           config: the family's `Config`, which has the sizes of patches and units.
-          max_visual_tokens: cap on the visual tokens of an image.
+          max_visual_tokens: most visual tokens of an image.
 
         Raises:
-          UserError: bounds that exclude each other, or a processing that is not Qwen's.
+          UserError: the bounds exclude each other, or the processing is not Qwen's.
         """
         check_processing(
             preprocessor, {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
@@ -108,13 +108,13 @@ class Images:
         """Read the data of a run's config; see `from_preprocessor`.
 
         Raises:
-          UserError: bounds that exclude each other.
+          UserError: the bounds exclude each other.
         """
         return cls.of(config, data.min_pixels, data.max_pixels, max_visual_tokens)
 
     @classmethod
     def of(cls, config: QwenConfig, smallest: int, largest: int, max_visual_tokens: int | None) -> Self:
-        """Return images with these bounds of the area, and a cap on the visual tokens of each."""
+        """Return images with these bounds of the area, and at most `max_visual_tokens` each."""
         vision = config.vision_config
         if max_visual_tokens is not None:
             largest = min(largest, max_visual_tokens * (vision.patch_size * vision.spatial_merge_size) ** 2)
@@ -134,9 +134,9 @@ class Images:
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return the size to resize to: multiples of `factor`, about the same aspect ratio, the area within bounds where both allow it.
+    """Return the size to resize to: multiples of `factor`, about the same aspect ratio, the area within bounds if possible.
 
-    The rule of `transformers.models.qwen2_vl`, rounding included; thin images and narrow bounds can exceed `max_pixels`.
+    The rule of `transformers.models.qwen2_vl`, including its rounding. Thin images and narrow bounds can exceed `max_pixels`.
 
     Raises:
       UserError: one side is more than 200 times the other.
@@ -163,7 +163,7 @@ def fit_grid(rows: int, columns: int, most_units: int) -> tuple[int, int]:
 
 
 def to_units(image: Image.Image, grid: Grid, images: Images) -> tuple[UInt8[np.ndarray, "U N X"], Int[np.ndarray, "U N 2"]]:
-    """Resize an RGB image to a grid and cut it; return the pixels of each unit's N patches, and each patch's row and column."""
+    """Resize an RGB image to a grid, and return the pixels of each unit's N patches, and the row and column of each patch."""
     size = grid.columns * images.unit_size, grid.rows * images.unit_size
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
     merge = {"m": images.merge_size, "n": images.merge_size}

@@ -4,7 +4,7 @@
     image + text  <|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>{prefix}{text}<|im_end|><|endoftext|>
     image         the same, with "Describe the image." for the text
 
-`prefix` is "Query: " for queries, which end with ten more <|endoftext|> and "\\n", and empty for documents. Meta Tokens are not
+`prefix` is "Query: " for queries, and empty for documents. Queries end with ten more <|endoftext|> and "\\n". Meta Tokens are not
 part of a prompt: they get their positions in a row.
 
 S tokens.
@@ -24,7 +24,7 @@ PROMPT_WORDS = ("user\n", QUERY, IMAGE_ALONE)  # around the text of a prompt
 
 
 class Processor(PromptProcessor):
-    """A base for the families' own, which have a `title` and `_patches`."""
+    """Base class of the families' processors, which define `title` and `_patches`."""
 
     images: Any  # the family's `Images`
     special_tokens, filler = SPECIAL_TOKENS, "<|endoftext|>"
@@ -49,7 +49,7 @@ class Processor(PromptProcessor):
         return visual
 
     def _order(self, grid: Grid) -> Int[np.ndarray, "U"]:
-        """Return where each unit of an image, in raster order, is among its units: by default in raster order too."""
+        """Return the index of each unit of an image, given in raster order, among its units: by default also in raster order."""
         return np.arange(grid.rows * grid.columns, dtype=np.int32)
 
     def _positions(self, tokens: Int[np.ndarray, "S"], grid: Grid | None) -> Int[np.ndarray, "3 S"]:
@@ -60,9 +60,9 @@ class Processor(PromptProcessor):
 
 
 def rope_positions(length: int, start: int, grid: tuple[int, int] | None) -> Int[np.ndarray, "3 S"]:
-    """Return M-RoPE positions: of text the same on three axes; of an image from `start` one time, its rows and its columns.
+    """Return M-RoPE positions. Text has the same position on all three axes; an image at `start` has one time, rows and columns.
 
-    After the image, text continues past its larger side. The values of `get_rope_index` of transformers' models.
+    After the image, text continues past its larger side. The values are those of `get_rope_index` of transformers' models.
     """
     if grid is None:
         return np.tile(np.arange(length, dtype=np.int32), (3, 1))

@@ -1,4 +1,4 @@
-"""The networks of the Qwen-VL families: everything but the layers of their tower and their language model.
+"""The networks of the Qwen-VL families, without the layers of their towers and language models.
 
 B rows, S tokens, V positions that are read, P patches, D width, K head width.
 """
@@ -16,7 +16,7 @@ from metaembed_jax.backbones.qwen.config import QwenConfig, QwenTextConfig
 
 
 class Backbone(backbone.Backbone):
-    """A backbone with M-RoPE, whose last layer may be computed at the positions that are read alone."""
+    """A backbone with M-RoPE. Its last layer may be computed only at the positions that are read."""
 
     config: QwenConfig
 
@@ -36,19 +36,19 @@ class Backbone(backbone.Backbone):
 
     @staticmethod
     def mrope_axes(sections: tuple[int, int, int]) -> Int[np.ndarray, "K/2"]:
-        """Return which of time, row and column each frequency turns with, 0 to 2: a family's own."""
+        """Return the axis of each frequency: 0 for time, 1 for rows, 2 for columns. A family defines it."""
         raise NotImplementedError
 
 
 def patch_angles(positions_BP2: Int[Array, "B P 2"], head_width: int) -> tuple[Float[Array, "B P K"], Float[Array, "B P K"]]:
-    """Return cosines and sines of the tower: half of the angles turn with the row of a patch, half with its column."""
+    """Return cosines and sines for the tower: half of the angles are of the row of a patch, half of its column."""
     half = head_width // 2
     angles = positions_BP2[..., None].astype(jnp.float32) * inverse_frequencies(half, 10000.0)
     return cos_sin(angles.reshape(*positions_BP2.shape[:2], half))
 
 
 def language_counts(config: QwenTextConfig, S: int, V: int) -> tuple[FlopCount, ...]:
-    """Count the language model on a row of S tokens, V of which are read."""
+    """Count the language model on a row of S tokens; V of them are read."""
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_width)
     cut = int(cuts_last(config.num_hidden_layers))
     attention = (AttentionCount(config.num_hidden_layers - cut, S, S, S, *heads),)

@@ -23,7 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 
 class MetaEmbed(InputModule):
-    """The only module of the pipeline. `directory` is where its files are."""
+    """The only module of the pipeline, from the files of a directory."""
 
     forward_kwargs = {"task"}
     tokenizer: Tokenizer
@@ -55,7 +55,7 @@ class MetaEmbed(InputModule):
             known = item.keys() <= {"text", "image"} and isinstance(item.get("text") or "", str)
             if not known or isinstance(item.get("image"), list) or all(value is None for value in item.values()):
                 raise ValueError(f"cannot embed {str(item)[:200]}; expected a text, an image, or {{'text': ..., 'image': ...}}")
-        pictures = [item["image"] for item in items if item.get("image") is not None]
+        pictures: list = [item["image"] for item in items if item.get("image") is not None]
         features = dict(self.images(pictures, return_tensors="pt")) if pictures else {}
         units = iter((features["image_grid_thw"].prod(-1) // self.images.merge_size**2).tolist() if pictures else ())
         suffix = list(range(self.metadata["first_token"], self.metadata["first_token"] + self._rows(task)))
@@ -80,7 +80,7 @@ class MetaEmbed(InputModule):
         return features
 
     def save(self, output_path: str, *args, **kwargs) -> None:
-        """Write the weights as they are now, and copy the other files."""
+        """Write the current weights, and copy the other files."""
         for file in self.directory.iterdir():
             weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
             if file.is_file() and not weights and Path(output_path).resolve() != self.directory.resolve():

@@ -1,4 +1,4 @@
-"""Exports of the Qwen-VL families: how stock transformers computes the vectors, and a module for sentence-transformers."""
+"""Exports of the Qwen-VL families: text of the model card, and a module for sentence-transformers."""
 
 from pathlib import Path
 

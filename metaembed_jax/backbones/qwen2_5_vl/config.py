@@ -17,13 +17,13 @@ class VisionConfig(QwenVisionConfig):
 
     fullatt_block_indexes: tuple[int, ...]
     patch_size: int = 14
-    window_size: int = free(112)  # boards have larger pages than the icons that a run starts from
+    window_size: int = free(112)  # configs/boards.py has larger pages than the icons of the run it starts from
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
 
     @property
     def window_patches(self) -> int:
-        """Patches in a full attention window."""
+        """Patches of a full window."""
         return (self.window_size // self.patch_size // self.spatial_merge_size * self.spatial_merge_size) ** 2
 
 
@@ -37,7 +37,7 @@ class TextConfig(QwenTextConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Config(QwenConfig):
-    """Everything that fixes the architecture."""
+    """The architecture: the fields of a config.json that define the network."""
 
     title = TITLE
     text_config: TextConfig
@@ -45,10 +45,10 @@ class Config(QwenConfig):
 
     @classmethod
     def from_huggingface(cls, config: dict) -> Self:
-        """Read the content of a checkpoint's config.json, in either layout in circulation (flat, or with `text_config`).
+        """Read the content of a checkpoint's config.json, flat or with `text_config`.
 
         Raises:
-          UserError: a field is missing, or asks for what Qwen2.5-VL checkpoints never had.
+          UserError: a field is missing, or has a value that no Qwen2.5-VL checkpoint has.
         """
         text = {**config, **section(config, "text_config")}
         rope = rotary(text)
@@ -93,7 +93,7 @@ class Config(QwenConfig):
         return Layout(patches, position_axes=3, unit=vision.spatial_merge_size**2, multiple=vision.window_patches)
 
     def check(self) -> None:
-        """Refuse sizes that do not fit each other."""
+        """Check that sizes fit each other."""
         text = self.text_config
         check_heads("text_config", text.hidden_size, text.num_attention_heads)
         super().check()

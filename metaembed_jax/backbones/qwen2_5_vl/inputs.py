@@ -1,7 +1,8 @@
 """Inputs of Qwen2.5-VL: the prompts of every Qwen-VL; patches by window, then by unit, then by patch in the unit.
 
-Patches are in slots of a window's size. A whole window fills a slot. Those that stick out of the image at its right or bottom share
-slots, and are told apart by a number. Six columns and five rows of units, in windows of 4x4, each unit with its raster number:
+Patches are stored in slots of the size of a window. A whole window fills a slot. Windows that the right or bottom edge of the image
+cuts share slots, and have different numbers there. Six columns and five rows of units, in windows of 4x4, each unit with its raster
+number:
 
      0  1  2  3 |  4  5
      6  7  8  9 | 10 11
@@ -55,12 +56,12 @@ class Images(images.Images):
 
     @classmethod
     def of(cls, config: Any, smallest: int, largest: int, max_visual_tokens: int | None) -> Self:
-        """Return images with these bounds of the area, a cap on the visual tokens of each, and the windows of the model."""
+        """Return images with these bounds of the area, at most `max_visual_tokens` each, and the windows of the model."""
         bounded = super().of(config, smallest, largest, max_visual_tokens)
         return dataclasses.replace(bounded, window_size=config.vision_config.window_size)
 
     def patches(self, rows: int, columns: int) -> int:
-        """Return the number of patches of a grid of units, with those that fill up its slots."""
+        """Return the number of patches of a grid of units, with the padding of its slots."""
         return slots(rows, columns, self.window_units).size * self.merge_size**2
 
     def order(self, rows: int, columns: int) -> tuple[Int[np.ndarray, "slots units"], Int[np.ndarray, "slots units"]]:
@@ -80,7 +81,7 @@ def slots(rows: int, columns: int, side: int) -> Int[np.ndarray, "slots units"]:
     filled: list[list[np.ndarray]] = []
     room: list[int] = []
     for window in sorted(windows, key=len, reverse=True):
-        slot = next((slot for slot, left in enumerate(room) if left >= len(window)), len(room))
+        slot = next((slot for slot, space in enumerate(room) if space >= len(window)), len(room))
         if slot == len(room):
             filled.append([])
             room.append(side * side)

@@ -56,7 +56,7 @@ class VisionBlock(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Patches of a row's images to units of the language model's width."""
+    """Turns the patches of a row's images into units of the language model's width."""
 
     def __init__(self, config: VisionConfig, width: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -68,7 +68,7 @@ class VisionTower(nnx.Module):
         self.merger_down = Linear(merged, width, axes=("mlp", "embed"), bias=True, rngs=rngs)
 
     def __call__(self, batch: Batch, *, dtype, checkpoint: bool, unroll: int) -> Float[Array, "B U D"]:
-        """Return the units of each row's images; those of padding hold finite numbers that nothing reads."""
+        """Return the units of each row's images. Units of padding are finite, and are not read."""
         assert batch.patches is not None  # a row without patches does not come here
         x_BPD = self.embed_patches(batch.patches, dtype)
         cos, sin = patch_angles(batch.patch_arrays["patch_positions"], self.config.hidden_size // self.config.num_heads)
@@ -82,7 +82,7 @@ class VisionTower(nnx.Module):
         return constrain(self.patch_embedding(pixels.astype(dtype)), "batch", None, None)
 
     def merge(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B U D"]:
-        """Merge each 2x2 block of patches into one unit of the language model's width."""
+        """Merge each 2x2 square of patches into a unit of the language model's width."""
         normed = self.merger_norm(x_BPD)
         units = normed.reshape(normed.shape[0], -1, normed.shape[-1] * self.config.spatial_merge_size**2)
         return self.merger_down(jax.nn.gelu(self.merger_up(units), approximate=False))

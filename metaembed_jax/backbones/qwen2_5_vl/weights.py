@@ -22,7 +22,7 @@ WEIGHT_MAP = {
 
 
 def canonical_key(key: str) -> str:
-    """Return the name in `WEIGHT_MAP` of a tensor of any layout in circulation.
+    """Return the name in `WEIGHT_MAP` of a tensor of any known layout.
 
     Layouts are `model.layers` and `visual` (as released), `model.language_model.layers` and `model.visual`, and, of a model without
     its output layer, `language_model.layers` and `visual`.

@@ -41,7 +41,7 @@ class TextConfig(QwenTextConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Config(QwenConfig):
-    """Everything that fixes the architecture."""
+    """The architecture: the fields of a config.json that define the network."""
 
     title = TITLE
     text_config: TextConfig
@@ -52,7 +52,7 @@ class Config(QwenConfig):
         """Read the content of a checkpoint's config.json, as released, or as transformers 5 writes it.
 
         Raises:
-          UserError: a field is missing, or asks for what Qwen3-VL checkpoints never had.
+          UserError: a field is missing, or has a value that no Qwen3-VL checkpoint has.
         """
         text, vision = dict(section(config, "text_config")), section(config, "vision_config")
         rope = rotary(text)
@@ -102,7 +102,7 @@ class Config(QwenConfig):
         return Layout(patches, position_axes=3, unit=unit, multiple=unit)
 
     def check(self) -> None:
-        """Refuse sizes that do not fit each other."""
+        """Check that sizes fit each other."""
         super().check()
         vision = self.vision_config
         if vision.table_side**2 != vision.num_position_embeddings:

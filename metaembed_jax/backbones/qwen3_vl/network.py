@@ -3,8 +3,8 @@
 B rows, S tokens, V positions that are read, P patches, U units (merged 2x2 patches), N DeepStack features, D width, H heads,
 G key/value heads, K head width, X numbers in a patch.
 
-DeepStack (arXiv 2406.04334): the states of the tower after some of its layers are merged too, each by a merger of its own, and
-added to the image tokens after the first layers of the language model:
+DeepStack (arXiv 2406.04334): the states after some layers of the tower are merged too, each by a separate merger, and added to the
+image tokens after the first layers of the language model:
 
     tower     0 .. 5 .. 11 .. 17 .. 23 -> merger -> the image tokens' embeddings
                    |     |     |
@@ -68,7 +68,7 @@ class VisionBlock(nnx.Module):
 
 
 class Merger(nnx.Module):
-    """A merger of each 2x2 block of patches into a unit of the language model's width; normed before they are joined, or after."""
+    """Merges each 2x2 square of patches into a unit of the language model's width. The norm is before or after concatenation."""
 
     def __init__(self, config: VisionConfig, width: int, *, norm_joined: bool, rngs: nnx.Rngs, layers: int | None = None):
         self.joined, self.norm_joined = config.hidden_size * config.spatial_merge_size**2, norm_joined
@@ -83,7 +83,7 @@ class Merger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Patches of a row's images to units of the language model's width."""
+    """Turns the patches of a row's images into units of the language model's width."""
 
     def __init__(self, config: VisionConfig, width: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -97,7 +97,7 @@ class VisionTower(nnx.Module):
     def __call__(
         self, batch: Batch, *, dtype, checkpoint: bool, unroll: int
     ) -> tuple[Float[Array, "B U D"], Float[Array, "N B U D"]]:
-        """Return the units, and those of DeepStack; those of padding hold finite numbers that nothing reads."""
+        """Return the units, and those of DeepStack. Units of padding are finite, and are not read."""
         assert batch.patches is not None  # a row without patches does not come here
         positions_BP2 = batch.patch_arrays["patch_positions"]
         x_BPD = self.embed_patches(batch.patches, positions_BP2, batch.patch_arrays["patch_grid"], dtype)
@@ -115,7 +115,7 @@ class VisionTower(nnx.Module):
         return constrain(x_BPD, "batch", None, None)
 
     def learned_positions(self, positions_BP2: Int[Array, "B P 2"], grid_BP2: Int[Array, "B P 2"]) -> Float[Array, "B P D"]:
-        """Stretch the square table of positions over each image's grid: corners meet corners, and between rows it is linear."""
+        """Interpolate the square table of positions to each image's grid, bilinearly; the corners of both coincide."""
         side = self.config.table_side
         point_BP2 = positions_BP2.astype(jnp.float32) * (side - 1) / jnp.maximum(grid_BP2 - 1, 1)
         corner_BP2 = jnp.floor(point_BP2)
@@ -151,7 +151,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(width, config.intermediate_size, bias=False, rngs=rngs, layers=layers)
 
     def __call__(self, x_BSD, number, segments_BS, cos_BSK, sin_BSK, features_NBSD=None, reads_BV=None):
-        """Return the layer's output at the positions `reads_BV` (all by default), plus its feature, if it is one of the first N."""
+        """Return the layer's output at the positions `reads_BV` (all by default), plus a feature in the first N layers."""
         normed = self.input_norm(x_BSD)
         key_BSGK = rotate(self.key_norm(split_heads(self.key(normed), self.key_value_heads)), cos_BSK, sin_BSK)
         value_BSGK = split_heads(self.value(normed), self.key_value_heads)
@@ -161,7 +161,7 @@ class DecoderLayer(nnx.Module):
         x_BSD = x_BSD + self.output(mixed.reshape(*x_BSD.shape[:2], -1))
         x_BSD = x_BSD + self.mlp(self.mlp_norm(x_BSD))
         if features_NBSD is not None:
-            # A number past the end reads the last feature. Read by its number, a feature gets its gradient in place.
+            # An index past the end reads the last feature. Indexing, rather than scanning, adds a feature's gradient in place.
             feature_BSD = at(jax.lax.dynamic_index_in_dim(features_NBSD, number, keepdims=False), reads_BV)
             x_BSD = x_BSD + jnp.where(number < len(features_NBSD), feature_BSD, 0)
         return constrain(x_BSD, "batch", None, None)
@@ -187,9 +187,9 @@ class Backbone(network.Backbone):
 
     @staticmethod
     def mrope_axes(sections: tuple[int, int, int]) -> Int[np.ndarray, "K/2"]:
-        """Return interleaved axes: of every three frequencies one turns with time, one with the row, one with the column.
+        """Return interleaved axes: of every three frequencies, one is of time, one of rows and one of columns.
 
-        Past the end of the section of rows, or of columns, its frequencies turn with time.
+        Beyond the end of the section of rows, or of columns, its frequencies are of time.
         """
         axes = np.zeros(sum(sections), np.int32)
         for axis in (1, 2):

@@ -28,9 +28,9 @@ WEIGHT_MAP = {
 
 
 def canonical_key(key: str) -> str:
-    """Return the name in `WEIGHT_MAP` of a tensor of any layout in circulation.
+    """Return the name in `WEIGHT_MAP` of a tensor of any known layout.
 
-    Layouts are `model.language_model` and `model.visual` (as released), and, of a model without its output layer, `language_model`
+    Layouts are `model.language_model` and `model.visual` (as released), and, of a model without output layer, `language_model`
     and `visual`.
     """
     return key.removeprefix("model.")

@@ -13,8 +13,8 @@ TITLE = "SmolVLM"
 START, PAD, END, FRAME, IMAGE = "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>"
 GELU = "gelu_pytorch_tanh"
 ROW_TILES = 21
-MOST_PATCHES = 32  # on a tile's side, as released
-SHARED = (19, 25, 29, 31)  # with so many on a side, transformers' rounding gives two of them one position
+MOST_PATCHES = 32  # on a side of a tile, as released
+SHARED = (19, 25, 29, 31)  # patches on a side for which transformers' rounding gives two patches the same position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class VisionConfig(SiglipConfig):
 
     @property
     def tile_units(self) -> int:
-        """Visual tokens of a tile, each a square of patches."""
+        """Visual tokens of a tile; each is a square of patches."""
         return (self.side // self.scale_factor) ** 2
 
 
@@ -47,7 +47,7 @@ class TextConfig(FamilyTextConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Config(FamilyConfig):
-    """Everything that fixes the architecture."""
+    """The architecture: the fields of a config.json that define the network."""
 
     title = TITLE
     text_config: TextConfig
@@ -58,7 +58,7 @@ class Config(FamilyConfig):
         """Read the content of a checkpoint's config.json.
 
         Raises:
-          UserError: a field is missing, or asks for what SmolVLM checkpoints never had.
+          UserError: a field is missing, or has a value that no SmolVLM checkpoint has.
         """
         text, vision = config_checks.section(config, "text_config"), config_checks.section(config, "vision_config")
         rope = config_checks.rotary(text)
@@ -114,13 +114,13 @@ class Config(FamilyConfig):
         return Layout(patches, position_axes=1, unit=vision.scale_factor**2, multiple=vision.patches)
 
     def check(self) -> None:
-        """Refuse sizes that do not fit each other."""
+        """Check that sizes fit each other."""
         text, vision = self.text_config, self.vision_config
         config_checks.check_depth(text.num_hidden_layers, vision.num_hidden_layers)
         config_checks.check_heads("text_config", text.hidden_size, text.num_attention_heads, multiple=2)
         config_checks.check_key_value_heads(text.num_attention_heads, text.num_key_value_heads)
         config_checks.check_heads("vision_config", vision.hidden_size, vision.num_attention_heads)
-        if vision.image_size % 2:  # processors make sides even, which could be a tile more
+        if vision.image_size % 2:  # processors round sides up to even numbers, which could add a tile
             raise UserError(f"vision_config: image_size is {vision.image_size}; expected an even number")
         side = f"an image_size of {vision.image_size} has {vision.side} patches of patch_size {vision.patch_size} on a side"
         if not 0 < vision.side <= MOST_PATCHES or vision.side in SHARED:

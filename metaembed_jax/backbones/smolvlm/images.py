@@ -2,9 +2,9 @@
 
 P patches, X numbers in a patch.
 
-An image is scaled until its longest side has `longest_edge` pixels, then stretched to whole tiles. After the tiles comes the whole
-image once more, as one tile, unless there is only one tile. An image that must take less is scaled to fewer tiles on its longest
-side, as transformers does with a smaller `longest_edge`.
+An image is scaled such that its longest side has `longest_edge` pixels, and then resized to whole tiles. After several tiles comes
+the whole image as one more tile. An image that does not fit is scaled to fewer tiles on its longest side, as transformers does with
+a smaller `longest_edge`.
 
     1 2 3
     4 5 6   and 7, the whole image
@@ -27,7 +27,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.processors import Grid
 
 MOST_TILES = 6  # on a side: the vocabulary has no markers for more
-MOST_PIXELS = 4096  # on a side: beyond them the processor scales once more
+MOST_PIXELS = 4096  # on a side: the processor scales larger images twice
 PROCESSING = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_image_splitting", "do_pad"), True)
 
 
@@ -36,8 +36,8 @@ class Images:
     """How images become patches.
 
     Attributes:
-      longest_edge: pixels on the longest side of an image after scaling.
-      tile_size, patch_size: their sides, in pixels.
+      longest_edge: longest side of an image after scaling, in pixels.
+      tile_size, patch_size: side of a tile and of a patch, in pixels.
       tile_units: visual tokens of a tile.
     """
 
@@ -51,11 +51,11 @@ class Images:
         """Read the content of preprocessor_config.json.
 
         Args:
-          max_visual_tokens: cap on the visual tokens of an image. It lowers `longest_edge` until even a square image keeps it;
-            one tile is read whatever the cap.
+          max_visual_tokens: most visual tokens of an image. It lowers `longest_edge` until even a square image has no more. Every
+            image has at least one tile.
 
         Raises:
-          UserError: a processing that is not SmolVLM's, or tiles that are not the model's.
+          UserError: the processing is not SmolVLM's, or the tiles are not the model's.
         """
         check_processing(preprocessor, _processing(config))
         size = preprocessor.get("size") or {"longest_edge": 4 * 364}
@@ -69,16 +69,16 @@ class Images:
 
     @classmethod
     def from_run(cls, data: PixelBounds, config: Config, max_visual_tokens: int | None) -> Self:
-        """Read the data of a run's config: as many tiles on the longest side as keep a square image within `max_pixels`.
+        """Read the data of a run's config: the longest side has the most tiles for which a square image is within `max_pixels`.
 
-        Every image is enlarged to that, so `min_pixels` changes nothing. For the cap see `from_preprocessor`.
+        Every image is enlarged to that size, so `min_pixels` changes nothing. `max_visual_tokens` is as in `from_preprocessor`.
         """
         tile = config.vision_config.image_size
         return cls.of(config, tile * max(1, min(math.isqrt(data.max_pixels), _most(config)) // tile), max_visual_tokens)
 
     @classmethod
     def of(cls, config: Config, longest: int, max_visual_tokens: int | None) -> Self:
-        """Return images with this longest side, and a cap on the visual tokens of each."""
+        """Return images with this longest side, and at most `max_visual_tokens` each."""
         vision = config.vision_config
         if max_visual_tokens is not None:
             tiles = max(1, max_visual_tokens // vision.tile_units - 1)  # without the whole image
@@ -96,11 +96,7 @@ class Images:
         }
 
     def grids(self, width: int, height: int) -> Iterator[Grid]:
-        """Yield the grids that an image of this size may be cut into: that of transformers, then smaller ones.
-
-        Args:
-          width, height: of the image, in pixels.
-        """
+        """Yield the grids that an image of this size, in pixels, may be cut into: that of transformers, then smaller ones."""
         natural = self._grid(width, height, self.longest_edge)
         yield natural
         for tiles in range(max(natural.rows, natural.columns) - 1, 0, -1):
@@ -113,7 +109,7 @@ class Images:
 
 
 def patchify(image: Image.Image, grid: Grid, images: Images) -> UInt8[np.ndarray, "P X"]:
-    """Scale an RGB image and cut it into patches: tile by tile, in a tile in raster order, each in (channel, y, x) order.
+    """Scale an RGB image and cut it into patches: tile by tile, inside a tile in raster order, each in (channel, y, x) order.
 
     Args:
       grid: one of `Images.grids`.
@@ -132,17 +128,17 @@ def patchify(image: Image.Image, grid: Grid, images: Images) -> UInt8[np.ndarray
 
 
 def scaled(height: int, width: int, longest: int) -> tuple[int, int]:
-    """Return the size with this longest side, the other even and at least one pixel, by the rounding of transformers' idefics3."""
+    """Return the size with this longest side; the shorter side is even, by the rounding of transformers' idefics3."""
 
-    def other(side: float) -> int:
+    def shorter(side: float) -> int:
         return max(1, int(side) + int(side) % 2)
 
     ratio = width / height
-    return (other(longest / ratio), longest) if width >= height else (longest, other(longest * ratio))
+    return (shorter(longest / ratio), longest) if width >= height else (longest, shorter(longest * ratio))
 
 
 def tiling(height: int, width: int, tile: int) -> tuple[int, int]:
-    """Return rows and columns of tiles: the longer side's next whole tile, then the shorter one's at the same ratio."""
+    """Return rows and columns of tiles: the longer side is rounded up to whole tiles, then the shorter one at the same ratio."""
     ratio = width / height
     if width >= height:
         columns = math.ceil(width / tile)
@@ -152,8 +148,9 @@ def tiling(height: int, width: int, tile: int) -> tuple[int, int]:
 
 
 def _processing(config: Config) -> dict:
-    """Return the keys of preprocessor_config.json that the architecture fixes; 1 is Lanczos' filter."""
-    return PROCESSING | {"resample": 1, "max_image_size": {"longest_edge": config.vision_config.image_size}}
+    """Return the keys of preprocessor_config.json that follow from the architecture."""
+    lanczos = 1
+    return PROCESSING | {"resample": lanczos, "max_image_size": {"longest_edge": config.vision_config.image_size}}
 
 
 def _most(config: Config) -> int:

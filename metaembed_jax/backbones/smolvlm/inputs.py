@@ -4,14 +4,14 @@
     image + text  <|im_start|>User:{tiles}{prefix}{text}<end_of_utterance>
     image         the same, with "Describe the image." for the text
 
-`prefix` is "Query: " for queries, which end with ten more <end_of_utterance> and "\\n", and empty for documents. Meta Tokens are
+`prefix` is "Query: " for queries, and empty for documents. Queries end with ten more <end_of_utterance> and "\\n". Meta Tokens are
 not part of a prompt: they get their positions in a row. `tiles` of two rows and one column are, without the line breaks here,
 
     <fake_token_around_image><row_1_col_1><image>...<image>\\n
     <fake_token_around_image><row_2_col_1><image>...<image>\\n\\n
     <fake_token_around_image><global-img><image>...<image><fake_token_around_image>
 
-and of an image that is one tile, the last of these lines. Vocabularies without tokens for the markers spell them.
+and for an image of one tile, the last of these lines. A vocabulary without tokens for the markers spells them.
 """
 
 import numpy as np

@@ -2,8 +2,8 @@
 
 B rows, S tokens, T tiles of all rows, N patches of a tile, D width, H heads, G key/value heads, K head width.
 
-An image is several tiles and comes once more as a whole, which is a tile like any other: the tower sees each by itself, and only
-the language model, which is causal, sees them together.
+An image is several tiles, and the whole image as one more tile. The tower computes each tile separately; only the language model,
+which is causal, sees them together.
 """
 
 from einops import rearrange
@@ -30,7 +30,7 @@ class VisionTower(SiglipTower):
         self.projector = Linear(config.hidden_size * config.scale_factor**2, width, axes=("mlp", "embed"), bias=False, rngs=rngs)
 
     def project(self, x_IND: Float[Array, "T N D"]) -> Float[Array, "T N/scale**2 width"]:
-        """Concatenate the states of each square of patches, in raster order, and make a visual token of them ("pixel shuffle")."""
+        """Concatenate the states of each square of patches, in raster order, and project them to a visual token (pixel shuffle)."""
         side = self.config.side // self.config.scale_factor
         units = rearrange(x_IND, "t (r i c j) d -> t (r c) (i j d)", r=side, c=side, i=self.config.scale_factor)
         return self.projector(units)

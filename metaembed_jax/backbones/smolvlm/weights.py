@@ -1,4 +1,4 @@
-"""The weight map of SmolVLM, the names of tensors, and how stock transformers computes the vectors of an export."""
+"""The weight map of SmolVLM, the names of tensors, and the text of the model card."""
 
 from metaembed_jax.backbones import siglip
 from metaembed_jax.backbones.weight_map import decoder_layers, linear, same
@@ -36,7 +36,7 @@ A document's prompt is `<|im_start|>User: {{text}}<end_of_utterance>`, or with a
 
 
 def canonical_key(key: str) -> str:
-    """Return the name in `WEIGHT_MAP` of a tensor of any layout in circulation.
+    """Return the name in `WEIGHT_MAP` of a tensor of any known layout.
 
     Layouts are that of releases, with the prefix `model.`, and that of a model without its output layer.
     """
