@@ -34,7 +34,7 @@ class PixelBounds(Protocol):
 
 
 class FamilyImages(Protocol):
-    """How images become patches: a frozen dataclass of each family; `config` is the family's `Config`."""
+    """The processing of images into patches: a frozen dataclass of each family; `config` is the family's `Config`."""
 
     @classmethod
     def from_preprocessor(cls, preprocessor: dict, config: Any, max_visual_tokens: int) -> Self:

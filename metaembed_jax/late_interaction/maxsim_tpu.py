@@ -138,8 +138,9 @@ def score(
 
 
 def _kernel(query_ref, document_ref, *refs, blocks, query_vectors, document_major):
-    factors = (refs[0], refs[4]) if len(refs) == 5 else None
-    score_ref, similarity_ref, best_ref = refs if factors is None else refs[1:4]
+    has_factors = len(refs) == 5
+    factors = (refs[0], refs[-1]) if has_factors else None
+    score_ref, similarity_ref, best_ref = refs[1:4] if has_factors else refs[:3]
     step, n = pl.program_id(2), blocks.step
     if factors is not None:
         factor_ref, column_ref = factors

@@ -33,7 +33,7 @@ PROCESSING = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_conve
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """How images become patches: an image is scaled without distortion to a canvas of tiles.
+    """The processing of images into patches: an image is scaled without distortion to a canvas of tiles.
 
     An image has no tokens in the sequence, and few tiles, so bounds on pixels or visual tokens change nothing.
 

@@ -29,7 +29,7 @@ PROMPT_WORDS = (QUERY, IMAGE_ALONE + "\n")  # around the text of a prompt
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """How images become patches: all are stretched to one square, whatever their shape.
+    """The processing of images into patches: all are stretched to one square, whatever their shape.
 
     Attributes:
       image_size: side of the square, in pixels.

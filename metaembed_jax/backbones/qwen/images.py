@@ -25,7 +25,7 @@ from metaembed_jax.inputs.processors import Grid, no_room
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """How images become patches.
+    """The processing of images into patches.
 
     Attributes:
       min_pixels, max_pixels: bounds of the area after resizing (`smart_resize` may exceed them).

@@ -31,7 +31,7 @@ from metaembed_jax.inputs.processors import Grid
 
 @dataclasses.dataclass(frozen=True)
 class Images(images.Images):
-    """How images become patches.
+    """The processing of images into patches.
 
     Attributes:
       window_size: side of an attention window, in pixels.

@@ -10,7 +10,7 @@ from metaembed_jax.inputs.processors import Grid
 
 
 class Images(images.Images):
-    """How images become patches."""
+    """The processing of images into patches."""
 
     processor_class = "Qwen3VLProcessor"
 

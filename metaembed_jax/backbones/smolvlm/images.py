@@ -33,7 +33,7 @@ PROCESSING = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_conve
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """How images become patches.
+    """The processing of images into patches.
 
     Attributes:
       longest_edge: longest side of an image after scaling, in pixels.
