@@ -1,4 +1,4 @@
-"""What a family brings to the tests that all families pass: `tests/backbones/<family>/record.py` holds its `RECORD`."""
+"""The data of a family for the tests of all families: its `RECORD` in `tests/backbones/<family>/record.py`."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -35,5 +35,5 @@ class Record(NamedTuple):
 
 
 def record(model_type: str) -> Record:
-    """Of a family of the registry."""
+    """Return the record of a family."""
     return importlib.import_module(f"tests.backbones.{FAMILIES[model_type]}.record").RECORD

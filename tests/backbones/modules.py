@@ -1,4 +1,4 @@
-"""One module of ours beside one of transformers', and items in shared rows beside each alone."""
+"""Comparisons of our modules with those of transformers, and of items in shared rows with items alone."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ def layer_of(stack: nnx.Module, number: int) -> nnx.Module:
 
 
 def run(module, *arguments, **keywords):
-    """What a module of torch gives for arrays."""
+    """Run a module of torch on arrays."""
     import torch
 
     with torch.no_grad():

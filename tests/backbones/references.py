@@ -1,4 +1,4 @@
-"""What transformers computes for random checkpoints, kept: torch does not exist for every Python that the package supports.
+"""Stored vectors of transformers for random checkpoints: torch does not exist for every Python that the package supports.
 
 With METAEMBED_REFERENCES=FOLDER, checkpoints and vectors are written there by a run that has torch, and read from there by one that
 has not.

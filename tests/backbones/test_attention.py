@@ -178,7 +178,7 @@ def test_a_skipped_step_of_splash_fetches_the_block_of_the_next_step_that_runs()
 
 @pytest.mark.parametrize("kind", [CAUSAL, CAUSAL | dict(window=40), CAUSAL | dict(scale=0.3, softcap=1.5)])
 def test_queries_at_positions_see_what_those_of_all_positions_see(kind):
-    """As vectors are read: some of each segment; 0 behind the last."""
+    """Queries as vectors are read: some of each segment; 0 after the last."""
     (query, key, value), (query_segments, key_segments), _ = noise(4, 200, 200, 4, 2, 32, "float32")
     reads = [np.sort(np.random.default_rng(b).choice(max((row > 0).sum(), 1), 30)) for b, row in enumerate(query_segments)]
     positions_BV = np.stack([np.where(np.arange(30) < 25, row, 0) for row in reads])
@@ -228,7 +228,7 @@ def test_each_query_has_the_segment_it_is_given(attend, case):
 
 
 def test_a_cpu_runs_xla():
-    """On a mesh, bit for bit."""
+    """Equal bits on a mesh."""
     inputs = noise(4, 130, 130, 2, 2, 8, "float32")
     with jax.set_mesh(make_mesh(2, 2, 2, devices=jax.devices()[:8])):
         outputs, expected = (output_and_gradients(partial(attend, causal=True), *inputs) for attend in (self_attention, xla))

@@ -96,7 +96,7 @@ def test_kernel_and_xla_equal_the_definition(case):
 
 @pytest.mark.parametrize("heads, width", [(4, 64), (3, 128)])
 def test_a_mesh_splits_rows_and_whole_heads(heads, width):
-    """In a scan that is computed again; three heads are on both devices of the tensor axis."""
+    """Gradients in a scan that is computed again; three heads are on both devices of the tensor axis."""
     inputs = noise(4, 64, heads, width, 32, "float32")
 
     def stack(attend):

@@ -1,4 +1,4 @@
-"""What config.json and preprocessor_config.json say twice, in an older way, or not at all, against transformers."""
+"""Keys of config.json and preprocessor_config.json that are duplicate, old or absent, against transformers."""
 
 import importlib
 from pathlib import Path

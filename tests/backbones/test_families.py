@@ -1,4 +1,4 @@
-"""What every family does: strict loading, export to stock transformers and back, any mesh, adapters, FLOPs, the TPU's compiler."""
+"""Tests of all families: strict loading, export to stock transformers and back, any mesh, adapters, FLOPs, the TPU's compiler."""
 
 import dataclasses
 import json
@@ -49,9 +49,9 @@ def case(request, tmp_path_factory):
     """The family, its record, and the directory of its small model."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    found, directory = record(request.param), tmp_path_factory.mktemp(request.param) / "model"
-    found.write(directory)
-    return SimpleNamespace(family=family(request.param), record=found, directory=directory)
+    stored, directory = record(request.param), tmp_path_factory.mktemp(request.param) / "model"
+    stored.write(directory)
+    return SimpleNamespace(family=family(request.param), record=stored, directory=directory)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_three_steps_train_every_adapter_and_nothing_else(case, tmp_path):
 
 
 def test_dropout_belongs_to_a_row_wherever_it_is(case):
-    """With an adapter on every kernel: in two microbatches, and in another order, so that rows change microbatch and place."""
+    """Steps with an adapter on every kernel, in two microbatches, and in an order in which rows change microbatch and position."""
     config = training_config(case, case.record.patches)
     config, start = find_start(config)
     config = with_keys(
@@ -266,7 +266,7 @@ def test_flops_equal_what_jax_traces(case, trained, recompute, microbatch):
 
 
 def test_no_chip_rounds_a_float32_product(case):
-    """In a step that trains adapters, and a kernel with Muon, and in encoding."""
+    """The products of a step with adapters and a kernel that Muon trains, and of encoding."""
     config = training_config(case, case.record.patches)
     config = with_keys(
         config,

@@ -1,4 +1,4 @@
-"""What layers share."""
+"""Functions that layers share."""
 
 import numpy as np
 

@@ -48,13 +48,13 @@ def encode(model, side, items, **keywords):
 def test_vectors_equal_transformers(case):
     model, expected, items = case
     for side in SIDES:
-        found = encode(model, side, items[side])
-        np.testing.assert_allclose(found, getattr(expected, side), **TOLERANCE)
+        vectors = encode(model, side, items[side])
+        np.testing.assert_allclose(vectors, getattr(expected, side), **TOLERANCE)
 
 
 @all_cases
 def test_the_reference_tells_its_vectors_apart(case):
-    """Agreement says little about vectors that are all alike."""
+    """Agreement of vectors that are all alike would prove little."""
     _, expected, _ = case
     for vectors in (expected.query, expected.document):
         flat = vectors.reshape(-1, vectors.shape[-1])
@@ -65,12 +65,12 @@ def test_the_reference_tells_its_vectors_apart(case):
 
 @one_of_each
 def test_a_budget_is_a_prefix(case):
-    """Of vectors that the reference computed with all 80 rows appended."""
+    """The reference computed its vectors with all 80 Meta Tokens appended."""
     model, expected, items = case
     for side, budget in zip(SIDES, (3, 5), strict=True):
         row = next(row for row, item in enumerate(items[side]) if isinstance(item, dict))
-        found = encode(model, side, [items[side][row]], budget=budget)[0]
-        np.testing.assert_allclose(found, getattr(expected, side)[row, :budget], **TOLERANCE)
+        vectors = encode(model, side, [items[side][row]], budget=budget)[0]
+        np.testing.assert_allclose(vectors, getattr(expected, side)[row, :budget], **TOLERANCE)
 
 
 @one_of_each
@@ -84,7 +84,7 @@ def test_texts_alone_never_run_the_tower(case, monkeypatch):
 
     monkeypatch.setattr(network.VisionTower, "__call__", run)
     texts = [row for row, item in enumerate(items["query"]) if isinstance(item, str)]
-    found = fresh.encode_query([items["query"][row] for row in texts])
-    np.testing.assert_allclose(found, expected.query[texts], **TOLERANCE)
+    vectors = fresh.encode_query([items["query"][row] for row in texts])
+    np.testing.assert_allclose(vectors, expected.query[texts], **TOLERANCE)
     with pytest.raises(AssertionError, match="the tower runs"):
         fresh.encode_query([item for item in items["query"] if isinstance(item, dict)])

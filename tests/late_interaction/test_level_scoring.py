@@ -61,7 +61,7 @@ def test_bfloat16_is_scored_in_float32():
 
 @pytest.mark.parametrize("k", [1, 8, 64])
 def test_top_k_of_blocks(k):
-    """With k above the number of documents, too; the second block repeats the documents of the first, which ties."""
+    """Also k above the number of documents; the second block repeats the documents of the first, so they tie."""
     rng = np.random.default_rng(2)
     query = rng.integers(-2, 3, (4, 2, 8)).astype(np.float32)
     mesh, top, scores = make_mesh(2, 2, 2), empty_top_k(4, k), []

@@ -95,7 +95,7 @@ def test_bfloat16_and_int8_are_scored_as_they_are_stored():
 
 @pytest.mark.parametrize("width", [1, 8, 100, 300])
 def test_int8_is_the_nearest_of_its_kind(width):
-    """For each vector alone, against the definition in float64."""
+    """Each vector separately, against the definition in float64."""
     document = unit(np.random.default_rng(7), 30, 5, width)
     document[2, 3] = 0
     numbers, scales = to_int8(document)

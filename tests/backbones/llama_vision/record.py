@@ -15,7 +15,7 @@ from tests.backbones.llama_vision.reference import (
 
 
 def stock_vectors(directory, items, side, model=None):
-    """Of an export, or of another `model` with its tokenizer.
+    """Return the vectors of an export, or of another `model` with its tokenizer.
 
     Items with an image and those without are in batches of their own, as transformers can compute them.
     """

@@ -1,4 +1,4 @@
-"""What transformers computes for random Llama-3.2-Vision checkpoints, written from the method's description alone."""
+"""Vectors of transformers for random Llama-3.2-Vision checkpoints, written from the method's description alone."""
 
 import functools
 from pathlib import Path
@@ -141,11 +141,11 @@ class Transformers:
 
 def by_kind(items: list, vectors) -> np.ndarray:
     """Vectors of items with an image and of those without, each kind in a batch: transformers skips layers for the latter alone."""
-    found = {}
+    by_row = {}
     for kind in (False, True):
         rows = [row for row, item in enumerate(items) if isinstance(item, dict) == kind]
-        found |= zip(rows, vectors([items[row] for row in rows]), strict=True)
-    return np.stack([found[row] for row in range(len(items))])
+        by_row |= zip(rows, vectors([items[row] for row in rows]), strict=True)
+    return np.stack([by_row[row] for row in range(len(items))])
 
 
 def see(images, items: list) -> dict:
@@ -154,8 +154,8 @@ def see(images, items: list) -> dict:
 
 
 def looks(seen: dict, mask) -> dict:
-    """What the model takes: prompts begin with the image token, so all of their tokens look at the image's tiles, and so do the
-    Meta Tokens behind them; padding does not."""
+    """Return the model's inputs. Prompts begin with the image token, so all of their tokens attend to the image's tiles, and so do the
+    Meta Tokens after them; padding does not."""
     counts = np.array(seen.pop("num_tiles"))
     tiles = np.arange(seen["pixel_values"].shape[2]) < counts[:, :, None]
     return seen | {"cross_attention_mask": mask[:, :, None, None] * mask.new_tensor(tiles)[:, None]}
@@ -182,5 +182,5 @@ def read(directory: Path) -> SimpleNamespace:
 
 
 def backbone_of(model: SimpleNamespace) -> nnx.Module:
-    """With its weights."""
+    """Return the reference with its weights."""
     return nnx.merge(abstract_network(model.config)[0], model.parameters).backbone

@@ -70,7 +70,7 @@ def test_the_layout_of_the_released_checkpoints_is_read():
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_transformers_reads_what_is_written(name):
-    """As the same architecture; ropes that are not scaled come back scaled by nothing."""
+    """The architecture is the same; ropes without scaling are read back with a scaling of 1."""
     transformers = pytest.importorskip("transformers")
     config = Config.from_huggingface(CONFIGURATIONS[name])
     read = transformers.MllamaConfig(**written(config)).to_dict()

@@ -159,7 +159,7 @@ def test_a_row_without_room_for_an_image_is_refused(tokenizer):
     st.none() | st.tuples(st.integers(60, 130), st.just(PATCHES), st.integers(1, 60)),
 )
 def test_sizes_are_those_of_the_examples(tokenizer, processor, image, text, side, limits):
-    """Without decoding; and whatever the limits are, the example fits them."""
+    """Sizes are known without decoding, and the example fits any limits."""
     used = processor if limits is None else Processor(tokenizer, IMAGES, Limits(*limits, 16, 20))
     item = {"text": text} | ({} if image is None else {"image": noise(*image, 0)})
     described = item if image is None else item | {"image": image}
@@ -210,13 +210,13 @@ def test_a_tokenizer_of_another_family_is_refused():
 
 
 def test_what_is_written_for_transformers_is_what_it_writes(tmp_path):
-    """And comes back as the same."""
+    """The file is also read back as the same images."""
     stored = IMAGES.to_preprocessor(CONFIG)
     assert Images.from_preprocessor(stored, CONFIG, 1024) == IMAGES
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored))
     read = type(theirs(42, 4)).from_pretrained(tmp_path)
-    expected, found = (one([[TALL]], return_tensors="np")["pixel_values"] for one in (theirs(42, 4), read))
-    np.testing.assert_array_equal(found, expected)
+    expected, pixels = (images([[TALL]], return_tensors="np")["pixel_values"] for images in (theirs(42, 4), read))
+    np.testing.assert_array_equal(pixels, expected)
 
 
 @pytest.mark.parametrize(

@@ -116,12 +116,12 @@ def test_vision_layer(case, ours, theirs):
     x_BQD = case.noise(*padding_BQ.shape, case.vision.config.hidden_size)
     number = getattr(case.tower, ours).query.kernel.shape[0] - 1
     expected = run(getattr(case.vision, theirs).layers[number], x_BQD, attention_mask=mask)
-    found = jax.jit(layer_of(getattr(case.tower, ours), number))(x_BQD, None, padding_BQ)
-    np.testing.assert_allclose(found, expected, **TOLERANCE)
+    states = jax.jit(layer_of(getattr(case.tower, ours), number))(x_BQD, None, padding_BQ)
+    np.testing.assert_allclose(states, expected, **TOLERANCE)
 
 
 def test_whole_vision_tower(case):
-    """With the projector, and the states of the layers between."""
+    """The whole tower, with the projector and the states of the layers between."""
     tower = jax.jit(functools.partial(case.tower, dtype=jnp.float32, checkpoint=True, unroll=1))
     states_BTD, segments_BT = map(np.asarray, tower(case.batch))
     with torch.no_grad():
@@ -205,12 +205,12 @@ def test_layer_over_image(case):
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_only_padding_does_not_see_padding(dtype, tolerance):
-    """The number that heads get more, against a mask; also for scores as large as they never are."""
+    """The additional number of heads, against a mask; also for scores larger than real ones."""
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.normal(size=(2, 12, 3, 8)) * size, dtype) for size in (4, 4, 1))
     padding_BQ = rng.random((2, 12)) < 0.5
     assert jnp.asarray(APART, dtype) == APART
     mask = ~(padding_BQ[:, None, :, None] & padding_BQ[:, None, None, :])
     expected = jax.nn.dot_product_attention(query, key, value, mask=mask)
-    found = attend_around_padding(query, key, value, padding_BQ)
-    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), rtol=0, atol=tolerance)
+    mixed = attend_around_padding(query, key, value, padding_BQ)
+    np.testing.assert_allclose(np.asarray(mixed, np.float32), np.asarray(expected, np.float32), rtol=0, atol=tolerance)

@@ -57,11 +57,11 @@ def test_the_saved_layout_is_the_released_one(saved):
 
 @pytest.mark.parametrize("rename", [as_in_memory, canonical_key])
 def test_every_layout_gives_the_same_parameters(saved, tmp_path, rename):
-    """With its output layer, and of a model without."""
+    """Layouts of a model with its output layer, and without."""
     tensors = {rename(key): tensor for key, tensor in saved[1].items() if rename is as_in_memory or "lm_head" not in key}
-    expected, found = (flat(read(directory)) for directory in (saved[0], rewritten(saved, tmp_path / "new", tensors)))
-    assert len(found) == len(WEIGHT_MAP)
-    for (path, ours), (_, theirs) in zip(found, expected, strict=True):
+    expected, parameters = (flat(read(directory)) for directory in (saved[0], rewritten(saved, tmp_path / "new", tensors)))
+    assert len(parameters) == len(WEIGHT_MAP)
+    for (path, ours), (_, theirs) in zip(parameters, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path))
 
 
@@ -98,10 +98,10 @@ def test_the_table_writes_what_transformers_has(name):
         model = transformers.MllamaModel(transformers.MllamaConfig(**CONFIGURATIONS[name]))
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     backbone = nnx.eval_shape(lambda: Backbone(config, rngs=nnx.Rngs(0)))
-    found = {}
+    shapes = {}
     for path, leaf in jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(backbone))):
         source = WEIGHT_MAP[".".join(entry.key for entry in path)]
         stacked = "{}" in source.key
         for layer in range(leaf.shape[0] if stacked else 1):
-            found[stored_key(source.name(config, layer))] = source.shape(leaf.shape[stacked:])
-    assert found == expected
+            shapes[stored_key(source.name(config, layer))] = source.shape(leaf.shape[stacked:])
+    assert shapes == expected

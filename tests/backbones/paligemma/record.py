@@ -6,7 +6,7 @@ from tests.backbones.paligemma.reference import CONFIGURATIONS, DOCUMENTS, QUERI
 
 
 def stock_vectors(directory, items, side, model=None):
-    """Of an export without a head, or of another `model` with its tokenizer."""
+    """Return the vectors of an export without a head, or of another `model` with its tokenizer."""
     import torch
     from transformers import AutoModel, AutoTokenizer
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil

@@ -1,4 +1,4 @@
-"""What transformers computes for random PaliGemma checkpoints, written from the method's description alone."""
+"""Vectors of transformers for random PaliGemma checkpoints, written from the method's description alone."""
 
 from pathlib import Path
 from types import SimpleNamespace

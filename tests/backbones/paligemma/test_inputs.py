@@ -87,7 +87,7 @@ def test_rows_hold_an_image_or_none(tokenizer):
     st.none() | st.tuples(st.integers(70, 130), st.integers(9, 20), st.integers(1, 60)),
 )
 def test_sizes_are_those_of_the_examples(tokenizer, image, text, side, limits):
-    """Without decoding; and whatever the limits are, the example fits them."""
+    """Sizes are known without decoding, and the example fits any limits."""
     processor = Processor(tokenizer, IMAGES, limits and Limits(*limits, 16, 20))
     item = {"text": text} | ({} if image is None else {"image": noise(*image[::-1], 0)})
     example = getattr(processor, side)(item)

@@ -86,7 +86,7 @@ def test_vision_tower_and_projector(case):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scaled_embedding(case, dtype):
-    """To the bit: the root is rounded to the dtype before it is multiplied with."""
+    """Equal bits: the root is rounded to the dtype before the product."""
     tokens = np.random.default_rng(0).integers(0, case.config.vocabulary, (3, 17))
     table = case.core.get_input_embeddings().to(getattr(torch, dtype))
     theirs = run(table, tokens).float().numpy()
@@ -112,7 +112,7 @@ def test_rotary_angles(case):
 
 
 def visible(window=None):
-    """Which keys a query may see, pair by pair, as the method's description has it."""
+    """Return the keys that each query may see, pair by pair, from the method's description."""
     length = sum(map(sum, ITEMS)) + PADDING
     seen, start = np.eye(length, dtype=bool), 0  # padding sees itself: no empty softmax
     for prompt, meta in ITEMS:

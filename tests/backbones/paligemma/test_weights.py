@@ -41,14 +41,14 @@ def test_every_layout_has_the_same_names(name, tmp_path):
     from transformers import PaliGemmaForConditionalGeneration
 
     expected = reference(name, tmp_path)
-    wanted = names(expected.config)
+    expected_names = names(expected.config)
     # As transformers 5 writes it, as it is on the hub, and as models call their parameters, with an output layer and without.
     saved = {key for file in expected.directory.glob("*.safetensors") for key in load_file(file)}
     hub = {key.replace("vision_tower.", "vision_tower.vision_model.") for key in saved}
     model = PaliGemmaForConditionalGeneration.from_pretrained(expected.directory)
     inside, core = dict(model.named_parameters()).keys() | {"lm_head.weight"}, dict(model.model.named_parameters()).keys()
     for layout in (saved, hub, hub | {"language_model.lm_head.weight"}, inside, core):
-        assert {canonical_key(key) for key in layout} - set(UNUSED_KEYS) == wanted
+        assert {canonical_key(key) for key in layout} - set(UNUSED_KEYS) == expected_names
 
 
 @pytest.mark.parametrize("name", ["gemma", "gemma2"])
@@ -63,9 +63,9 @@ def test_stock_transformers_reads_the_names_of_an_export(name, tmp_path):
     out.mkdir()
     (out / "config.json").write_text(json.dumps(expected.config))
     torch_files.save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    found, report = AutoModel.from_pretrained(out, output_loading_info=True)
+    loaded, report = AutoModel.from_pretrained(out, output_loading_info=True)
     assert not any(report.values())
-    assert all(torch.equal(found.state_dict()[key], value) for key, value in model.state_dict().items())
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
 
 
 def test_an_export_of_the_first_version_computes_the_same_vectors(tmp_path):
@@ -84,5 +84,5 @@ def test_the_released_layout_gives_the_same_parameters(tmp_path):
     tensors = load_file(released / "model.safetensors")
     renamed = {key.replace("vision_tower.", "vision_tower.vision_model."): tensor for key, tensor in tensors.items()}
     save_file(renamed | {"language_model.lm_head.weight": np.ones((320, 60), np.float32)}, released / "model.safetensors")
-    found, same = (load(directory, "float32", mesh, 0, 1024)[1] for directory in (released, expected.directory))
-    jax.tree.map(np.testing.assert_array_equal, found, same)
+    parameters, same = (load(directory, "float32", mesh, 0, 1024)[1] for directory in (released, expected.directory))
+    jax.tree.map(np.testing.assert_array_equal, parameters, same)

@@ -6,7 +6,7 @@ from tests.backbones.qwen2_5_vl.reference import CONFIGURATIONS, DOCUMENTS, QUER
 
 
 def stock_vectors(directory, items, side, model=None):
-    """Of an export, or of another `model` with its tokenizer."""
+    """Return the vectors of an export, or of another `model` with its tokenizer."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModel, AutoTokenizer

@@ -1,4 +1,4 @@
-"""What transformers computes for random checkpoints of a Qwen-VL family, written from the method's description alone."""
+"""Vectors of transformers for random checkpoints of a Qwen-VL family, written from the method's description alone."""
 
 import functools
 from pathlib import Path

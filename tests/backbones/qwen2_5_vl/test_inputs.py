@@ -63,7 +63,7 @@ def noise(width, height, seed=0):
 
 
 def whole(string):
-    """The recipe's string, tokenized in one piece with special tokens recognised."""
+    """The recipe's string, tokenized as a whole with special tokens recognised."""
     return TOKENIZER.encode(string, add_special_tokens=False).ids
 
 
@@ -226,7 +226,7 @@ def test_no_room_for_a_prompt_is_an_error():
     st.none() | st.tuples(st.integers(60, 130), st.integers(1, 20).map(lambda slots: 64 * slots), st.integers(1, 60)),
 )
 def test_sizes_are_those_of_the_examples(image, text, side, limits):
-    """Without decoding; and whatever the limits are, the example fits them."""
+    """Sizes are known without decoding, and the example fits any limits."""
     processor = PROCESSOR if limits is None else Processor(TOKENIZER, CONFIG, Limits(*limits, 16, 20))
     item = {"text": text} | ({} if image is None else {"image": noise(*image)})
     described = item if image is None else item | {"image": image}

@@ -119,7 +119,7 @@ def test_mrope_angles(case):
 
 @pytest.mark.parametrize("reads", [None, [[7, 2, 3], [8, 4, 5]]])
 def test_decoder_layer(case, reads):
-    """With several segments and padding; `reads` computes some positions only."""
+    """Several segments and padding; `reads` computes some positions only."""
     model = case.theirs.model.model.language_model
     B, S = 2, 9
     x_BSD = case.noise(B, S, model.config.hidden_size)

@@ -42,5 +42,5 @@ CONFIGURATIONS = {
 
 
 def reference(name: str, scratch: Path) -> SimpleNamespace:
-    """As `qwen2_5_vl.reference.reference`."""
+    """Return a reference as `qwen2_5_vl.reference.reference`."""
     return qwen2_5_vl.reference(name, scratch, CONFIGURATIONS)

@@ -91,7 +91,7 @@ def test_what_never_was_is_refused(part, key, value, message):
 
 @pytest.mark.parametrize("sizes", [{"patch_size": 14}, {"patch_size": 16, "merge_size": 4}, {}])
 def test_a_preprocessor_of_another_model_is_refused(sizes):
-    """Without sizes it is one for patches of 14 pixels: so transformers reads it."""
+    """A preprocessor without sizes is one for patches of 14 pixels, as in transformers."""
     config = Config.from_huggingface(RELEASED)
     with pytest.raises(UserError, match="patch and merge sizes are .* in preprocessor_config.json and .16, 2. in config.json"):
         config.with_preprocessor(sizes, Path("preprocessor_config.json"))

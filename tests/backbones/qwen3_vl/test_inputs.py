@@ -41,11 +41,11 @@ def noise(width, height):
 @pytest.mark.parametrize("text", TEXTS)
 def test_prompts_are_the_strings_of_the_recipe(processor, tokenizer, text):
     image = noise(130, 70)  # 4x2 visual tokens
-    beside = {"text": text, "image": image} if text else {"image": image}
+    with_text = {"text": text, "image": image} if text else {"image": image}
     for side, process in (("query", processor.query), ("document", processor.document)):
         for given, known in (
             (text, {"text": text}),
-            (beside, {"text": text, "image": image}),
+            (with_text, {"text": text, "image": image}),
             ({"image": image}, {"image": image}),
         ):
             expected = tokenizer.encode(string(given, side, iter([8])), add_special_tokens=False).ids
@@ -53,7 +53,7 @@ def test_prompts_are_the_strings_of_the_recipe(processor, tokenizer, text):
 
 
 def test_units_are_in_raster_order(processor):
-    """Without windows there is no padding among patches, and image tokens point at one unit after the other."""
+    """There are no windows, so patches have no padding, and image tokens point at one unit after another."""
     example = processor.query({"text": "a", "image": noise(130, 70)})
     assert example.visual[example.visual >= 0].tolist() == list(range(8))
     assert example.patch_mask.all() and example.patches == 32

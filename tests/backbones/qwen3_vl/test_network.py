@@ -111,7 +111,7 @@ def test_vision_block(case):
 
 
 def test_mergers(case):
-    """Of the last states, and of DeepStack's, which are normed after they are joined."""
+    """The merger of the last states, and those of DeepStack, which norm after concatenation."""
     x_NBPD = case.noise(2, 3, 24, case.visual.config.hidden_size)
     theirs = run(case.visual.merger, x_NBPD[0].reshape(72, -1)).reshape(3, 6, -1)
     np.testing.assert_allclose(case.backbone.vision.merger(x_NBPD[0]), theirs, **TOLERANCE)
@@ -149,7 +149,7 @@ def test_mrope_positions(case):
 
 @pytest.mark.parametrize("reads", [None, [[7, 2, 3], [8, 4, 5]]])
 def test_decoder_layer(case, reads):
-    """With several segments and padding; `reads` computes some positions only. The layer's feature is added, if it has one."""
+    """Several segments and padding; `reads` computes some positions only. The layer's feature is added, if it has one."""
     model = case.theirs.model.model.language_model
     B, S = 2, 9
     x_BSD = case.noise(B, S, model.config.hidden_size)

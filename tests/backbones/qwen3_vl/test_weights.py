@@ -14,8 +14,8 @@ from tests.backbones.qwen3_vl.reference import reference
 
 
 def read(directory, architecture):
-    wanted = abstract_parameters(ModelConfig("qwen3_vl", architecture, dtype="float32"), make_mesh(devices=jax.devices()[:1]))
-    return read_backbone(directory, FAMILY, architecture, wanted["backbone"])
+    abstract = abstract_parameters(ModelConfig("qwen3_vl", architecture, dtype="float32"), make_mesh(devices=jax.devices()[:1]))
+    return read_backbone(directory, FAMILY, architecture, abstract["backbone"])
 
 
 def keys(directory):
@@ -24,7 +24,7 @@ def keys(directory):
 
 @pytest.mark.parametrize("name, tied", [("grouped", False), ("shallow", True)])
 def test_layouts_give_the_same(name, tied, tmp_path):
-    """With the output layer, as released, and without it, as transformers saves the model that has none."""
+    """Layouts: as released, with the output layer; and as transformers saves a model without it."""
     transformers = pytest.importorskip("transformers")
     directory = reference(name, tmp_path).directory
     _, architecture, _ = base_architecture(directory)
@@ -50,10 +50,10 @@ def test_every_tensor_goes_where_it_belongs(tmp_path):
         ("vision.deepstack.norm.scale.0", "visual.deepstack_merger_list.0.norm.weight"),
         ("vision.deepstack.up.bias.1", "visual.deepstack_merger_list.1.linear_fc1.bias"),
     ):
-        found = backbone
-        for part in path.split("."):
-            found = found[int(part) if part.isdigit() else part]
-        np.testing.assert_array_equal(found, tensors["model." + key])
+        parameter = backbone
+        for key_of_path in path.split("."):
+            parameter = parameter[int(key_of_path) if key_of_path.isdigit() else key_of_path]
+        np.testing.assert_array_equal(parameter, tensors["model." + key])
     query, key, value = np.split(tensors["model.visual.blocks.3.attn.qkv.weight"], 3)
     for name, kernel in (("query", query), ("key", key), ("value", value)):
         np.testing.assert_array_equal(backbone["vision"]["blocks"][name]["kernel"][3], kernel.T)

@@ -1,4 +1,4 @@
-"""What transformers computes for random SmolVLM checkpoints, from the chat strings of the prompts."""
+"""Vectors of transformers for random SmolVLM checkpoints, from the chat strings of the prompts."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ MEAN, STD = [0.4, 0.5, 0.55], [0.2, 0.3, 0.25]
 
 
 def configuration(*, heads, width, layers, vision, depth, tile, patch, scale, edge, marked, eps=1e-5, theta=10000.0):
-    """A config.json, and beside it how images are scaled and whether the vocabulary has markers. Every size differs from every
+    """A config.json, and next to it how images are scaled and whether the vocabulary has markers. Every size differs from every
     other, so that no two can be exchanged unseen."""
     text = dict(
         model_type="llama", vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, intermediate_size=72,
@@ -100,7 +100,7 @@ def stock_processor(directory: Path, config):
 
 
 def process(processor, items: list, side: str, suffix: str = "") -> dict:
-    """What the model takes for items, as one left-padded batch; `suffix` stands behind each prompt."""
+    """Return the model's inputs for items, as one left-padded batch; `suffix` follows each prompt."""
     images = [[item["image"]] if isinstance(item, dict) else [] for item in items]
     strings = [string(item, side) + suffix for item in items]
     how = dict(padding=True, add_special_tokens=False, return_tensors="pt")

@@ -32,7 +32,7 @@ def test_the_released_config_is_that_of_the_run():
 
 
 def test_pixels_that_fill_no_patch_and_as_many_key_heads_as_heads():
-    """As in SmolVLM-Instruct."""
+    """A config as in SmolVLM-Instruct."""
     text = {"vocab_size": 49155, "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 8192}
     vision = {"hidden_size": 1152, "num_attention_heads": 16, "image_size": 384, "patch_size": 14}
     config = Config.from_huggingface({"text_config": text, "vision_config": vision, "scale_factor": 3})
@@ -84,11 +84,11 @@ def test_wrong_configs_are_refused(part, key, value, message):
 
 @pytest.mark.parametrize("side", [3, 26, 27, 32, 25])
 def test_places_in_a_tile_are_those_of_transformers(side):
-    """So that positions lie in raster order; for 25 patches on a side, which are refused, two would share one."""
+    """Positions are in raster order; for 25 patches on a side, which are refused, two patches would share a position."""
     torch, module = pytest.importorskip("torch"), pytest.importorskip("transformers.models.idefics3.modeling_idefics3")
     embeddings = module.Idefics3VisionEmbeddings(module.Idefics3VisionConfig(hidden_size=1, image_size=side, patch_size=1))
     with torch.no_grad():
         embeddings.patch_embedding.weight.zero_(), embeddings.patch_embedding.bias.zero_()
         embeddings.position_embedding.weight[:, 0] = torch.arange(side**2)
-        found = embeddings(torch.zeros(1, 3, side, side), torch.ones(1, side, side, dtype=torch.bool))[0, :, 0]
-    assert (found.tolist() == list(range(side**2))) == (side != 25)
+        positions = embeddings(torch.zeros(1, 3, side, side), torch.ones(1, side, side, dtype=torch.bool))[0, :, 0]
+    assert (positions.tolist() == list(range(side**2))) == (side != 25)

@@ -35,7 +35,7 @@ TEXTS = ["a red car", "  two  spaces ", "\n\nlines\n", "été 漢字 👩‍👩
 
 
 def images(name, edge=None):
-    """How a configuration, or one with another longest edge, has images."""
+    """Return the images of a configuration, or of one with another longest edge."""
     config = Config.from_huggingface(CONFIGURATIONS[name])
     preprocessor = Images.from_run(SimpleNamespace(max_pixels=1), config, None).to_preprocessor(config)
     size = {"longest_edge": edge or CONFIGURATIONS[name]["longest_edge"]}
@@ -85,22 +85,22 @@ def test_tiles_equal_the_pillow_processor_of_transformers(name, edge, size):
 def test_sizes_equal_transformers(height, width, tile, sides, less):
     module = pytest.importorskip("transformers.models.idefics3.image_processing_pil_idefics3")
     longest = tile * sides - less
-    found = scaled(height, width, longest)
-    assert found == module.get_resize_output_image_size(np.broadcast_to(np.uint8(0), (3, height, width)), longest)
+    size = scaled(height, width, longest)
+    assert size == module.get_resize_output_image_size(np.broadcast_to(np.uint8(0), (3, height, width)), longest)
 
     class Sizes(module.Idefics3ImageProcessorPil):
         def resize(self, image, size, resample):
             return size.height // tile, size.width // tile
 
-    rows, columns = tiling(*found, tile)
-    assert (rows, columns) == Sizes().resize_for_vision_encoder(np.broadcast_to(np.uint8(0), (3, *found)), tile)
+    rows, columns = tiling(*size, tile)
+    assert (rows, columns) == Sizes().resize_for_vision_encoder(np.broadcast_to(np.uint8(0), (3, *size)), tile)
     assert max(rows, columns) <= sides
 
 
 @pytest.mark.parametrize("side", ["query", "document"])
 @pytest.mark.parametrize("size", [(150, 61), (50, 160), (90, 90), (1, 1)])
 def test_prompts_are_the_strings_of_transformers(case, side, size):
-    """As its processor puts tiles into them."""
+    """Prompts with tiles as the processor of transformers writes them."""
     image = noise(*size, 1)
     for text in TEXTS:
         for item in (text, {"text": text, "image": image}, {"image": image}):
@@ -179,7 +179,7 @@ def test_a_row_holds_a_tile_or_no_image(case):
     st.none() | st.tuples(st.integers(110, 220), st.integers(36, 300), st.integers(1, 60)),
 )
 def test_sizes_are_those_of_the_examples(case, image, text, side, limits):
-    """Without decoding; whatever the limits are, the example fits them, and an image with more tiles would not."""
+    """Sizes are known without decoding. The example fits any limits, and an image with more tiles would not."""
     unlimited = Processor(case.tokenizer, case.largest)
     processor = Processor(case.tokenizer, case.largest, limits and Limits(*limits, 16, 20))
     item = {"text": text} | ({} if image is None else {"image": noise(*image[::-1], 0)})

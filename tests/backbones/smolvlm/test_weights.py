@@ -11,14 +11,14 @@ pytest.importorskip("torch")
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_every_layout_has_the_same_names(name, tmp_path):
-    """As released (which is as transformers writes it), and of a model without its output layer, which is how exports have it."""
+    """Layouts: as released and written by transformers; and of a model without output layer, as in exports."""
     from transformers import Idefics3ForConditionalGeneration
 
     configuration = CONFIGURATIONS[name]
     write_checkpoint(tmp_path, configuration)
     depth = {"layers": configuration["text_config"], "vision.blocks": configuration["vision_config"]}
     depth = {path: config["num_hidden_layers"] for path, config in depth.items()}
-    wanted = {
+    expected = {
         source.key.format(layer)
         for path, source in WEIGHT_MAP.items()
         for layer in range(next((count for start, count in depth.items() if path.startswith(start)), 1))
@@ -27,5 +27,5 @@ def test_every_layout_has_the_same_names(name, tmp_path):
     assert ("lm_head.weight" in saved) == (name == "marked") and "model.text_model.norm.weight" in saved
     core = dict(Idefics3ForConditionalGeneration.from_pretrained(tmp_path).model.named_parameters()).keys()
     for layout in (saved, core):
-        assert {canonical_key(key) for key in layout} - set(UNUSED_KEYS) == wanted
-    assert core == {stored_key(key) for key in wanted}
+        assert {canonical_key(key) for key in layout} - set(UNUSED_KEYS) == expected
+    assert core == {stored_key(key) for key in expected}
