@@ -4,7 +4,7 @@ Q queries, N documents, R vectors of an item, D width of a vector, b queries of 
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp

@@ -154,7 +154,7 @@ def see(images, items: list) -> dict:
 
 
 def looks(seen: dict, mask) -> dict:
-    """Return the model's inputs. Prompts begin with the image token, so all of their tokens attend to the image's tiles, and so do the
+    """Return the model's inputs. Prompts begin with the image token, so all their tokens attend to the image's tiles, and so do the
     Meta Tokens after them; padding does not."""
     counts = np.array(seen.pop("num_tiles"))
     tiles = np.arange(seen["pixel_values"].shape[2]) < counts[:, :, None]
