@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from metaembed_jax.check.references import maxsim_scores
 from metaembed_jax.late_interaction import maxsim_tpu
 from metaembed_jax.late_interaction.maxsim import maxsim
-from metaembed_jax.late_interaction.maxsim_tpu import choose_blocks, score
+from metaembed_jax.late_interaction.maxsim_tpu import choose_blocks
 from metaembed_jax.late_interaction.topk import top_k
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.planning.topology import topology
@@ -24,6 +24,10 @@ CASES = {  # Q, Rq, N, Rc, D, query, documents, masked
     "int8, masked": (3, 2, 40, 3, 128, "float32", "int8", True),
     "types apart": (2, 2, 20, 2, 16, "float16", "bfloat16", False),
 }
+
+
+def score(query, document, *factors, interpret=False):
+    return maxsim_tpu.score(query, document, *factors, blocks=choose_blocks(query, document), interpret=interpret)
 
 
 @pytest.fixture
@@ -61,7 +65,7 @@ def expected(query, exact, mask):
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_definition(case, small_blocks):
     query, document, mask, scale, exact = noise(*CASES[case])
-    scores = score(query, document, mask, scale, blocks=choose_blocks(query, document), interpret=True)
+    scores = score(query, document, mask, scale, interpret=True)
     assert scores.dtype == jnp.float32
     np.testing.assert_allclose(scores, expected(query, exact, mask), rtol=1e-5, atol=1e-5)
 
@@ -72,7 +76,7 @@ def test_large_blocks():
     query, document = (rng.normal(size=shape).astype(np.float32) for shape in ((130, 8, 4), (300, 2, 4)))
     blocks = choose_blocks(query, document)
     assert blocks.queries < 130 and blocks.step == blocks.tile == 256
-    scores = score(query, document, blocks=blocks, interpret=True)
+    scores = score(query, document, interpret=True)
     expected = np.einsum("qid,njd->qnij", query, document, dtype=np.float64).max(3).sum(2)
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
 
@@ -82,7 +86,7 @@ def test_ties_are_the_same_bits(small_blocks):
     rng = np.random.default_rng(0)
     query, document = (rng.normal(size=shape).astype(np.float32) for shape in ((9, 3, 16), (140, 4, 16)))
     document[[1, 70, 139]], query[8] = document[0], query[0]
-    scores = np.asarray(score(query, document, blocks=choose_blocks(query, document), interpret=True))
+    scores = np.asarray(score(query, document, interpret=True))
     assert (scores[:, [1, 70, 139]] == scores[:, :1]).all() and (scores[8] == scores[0]).all()
 
 
