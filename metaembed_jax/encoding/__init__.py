@@ -1,1 +1,1 @@
-"""Encoding of any items: sizes first, then packed rows in few programs, decoded ahead of the devices."""
+"""Encoding of items: packed rows in few programs, decoded ahead of the devices."""

@@ -1,1 +1,1 @@
-"""Scores of items with several vectors: budgets, exact MaxSim, and the loss that nests the vectors."""
+"""Late interaction: budgets, exact MaxSim, search in stages, and the loss that nests the vectors."""
