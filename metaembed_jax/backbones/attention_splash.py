@@ -140,7 +140,7 @@ def _restricted(info, shared_LM: Array, by_key: bool = False):
 
 
 def upcoming(runs_N: Array, blocks_N: Array) -> Array:
-    """Return the block that is in memory at each step: that of the next step that runs, or of the last one after it.
+    """Return the block in memory at each step: that of the next step that runs; after the last such step, that of the last.
 
     So a skipped step fetches nothing, and the next block is fetched while the block before is computed.
     """

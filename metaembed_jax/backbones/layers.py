@@ -173,7 +173,7 @@ def embed_tokens(table_ND: Float[Array, "N D"], meta_RD: Float[Array, "R D"], ba
 
 
 def place_units(units_BUD: Float[Array, "B U D"], visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Array:
-    """Replace states by units, where `visual_BS` is the index of one and not negative."""
+    """Replace states by the units with the indices `visual_BS`, where these are not negative."""
     placed_BSD = jnp.take_along_axis(units_BUD, jnp.maximum(visual_BS, 0)[..., None], axis=1)
     return jnp.where(visual_BS[..., None] >= 0, placed_BSD, x_BSD)
 

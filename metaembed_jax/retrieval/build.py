@@ -23,7 +23,7 @@ from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.retrieval.writer import SegmentWriter, merge_segments
 from metaembed_jax.sharding import batch_shards
 
-BLOCK_DOCUMENTS = 256  # of a device
+BLOCK_DOCUMENTS = 256  # documents of a device in a block
 
 
 def index_documents(

@@ -65,7 +65,7 @@ class QdrantIndex:
           name: name of the collection.
           dimension: width of a vector.
           document_vectors: vectors to store of an item, from the first.
-          fingerprint: fingerprint of the model; `load` refuses queries of other models by it.
+          fingerprint: fingerprint of the model; `create` and `load` refuse a collection with another one.
           shard_number, replication_factor: options of a cluster; None takes its defaults.
 
         Raises:

@@ -1,7 +1,7 @@
 """A segment of an index: a folder of files that are written once and then only read.
 
 vectors-0-1, vectors-1-4, ...    [items, vectors of the level, D]: a file for each level, so that a search at a small budget
-                                 reads little
+                                 reads only its levels
 scales-0-1, ...                  float32 [items, vectors of the level], for int8
 counts                           int32 [items]: vectors of each item
 ids, id-ends, id-hashes          concatenated texts; int64 and uint64 [items]: the end and the hash of each text
