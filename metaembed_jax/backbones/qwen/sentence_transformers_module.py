@@ -93,8 +93,15 @@ class MetaEmbed(InputModule):
     def load(cls, model_name_or_path: str, subfolder: str = "", token=None, cache_folder=None, revision=None,
              local_files_only: bool = False, model_kwargs: dict | None = None, **kwargs) -> "MetaEmbed":  # fmt: skip
         """Load from a directory or a hub id."""
-        source = dict(token=token, cache_folder=cache_folder, revision=revision, local_files_only=local_files_only)
-        return cls(cls.load_dir_path(model_name_or_path, subfolder=subfolder, **source), **(model_kwargs or {}))
+        directory = cls.load_dir_path(
+            model_name_or_path,
+            subfolder=subfolder,
+            token=token,
+            cache_folder=cache_folder,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+        return cls(directory, **(model_kwargs or {}))
 
     def _rows(self, task: str | None) -> int:
         return self.metadata["query_tokens"] + (0 if task == "query" else self.metadata["document_tokens"])
