@@ -66,9 +66,9 @@ def vectors(case, directory):
     return {"query": model.encode_query(case.record.queries), "document": model.encode_document(case.record.documents)}
 
 
-def assert_same(found, expected, tolerance):
+def assert_same(encoded, expected, tolerance):
     for side in ("query", "document"):
-        np.testing.assert_allclose(found[side], expected[side], atol=tolerance)
+        np.testing.assert_allclose(encoded[side], expected[side], atol=tolerance)
 
 
 def tensors(directory):
@@ -134,8 +134,8 @@ def test_peft_computes_the_vectors_of_a_run_as_its_card_says(case, tmp_path):
     assert len(rows) == known["first"] + 80
     rows[about["first_token"] : about["first_token"] + 80] = rows[known["first"] :].clone()  # to where that vocabulary has them
     model, items = known["model"].base_model.model.eval(), {"query": case.record.queries, "document": case.record.documents}
-    found = {side: case.record.vectors(tmp_path / "transformers", items[side], side, model) for side in items}
-    assert_same(found, vectors(case, tmp_path / "run"), 1e-4)
+    encoded = {side: case.record.vectors(tmp_path / "transformers", items[side], side, model) for side in items}
+    assert_same(encoded, vectors(case, tmp_path / "run"), 1e-4)
 
 
 def test_sentence_transformers_computes_them_or_is_refused(case, ours, tmp_path):
@@ -158,25 +158,25 @@ def test_sentence_transformers_computes_them_or_is_refused(case, ours, tmp_path)
 
 def test_eight_devices_give_what_one_gives(case, ours):
     model = MetaEmbed.from_pretrained(case.directory, dtype="float32", mesh=make_mesh(2, 2, 2))
-    found = with_small_rows(model, case.record.tokens + 80, case.record.patches).encode_document(case.record.documents)
-    np.testing.assert_allclose(found, ours["document"], atol=1e-5)
+    encoded = with_small_rows(model, case.record.tokens + 80, case.record.patches).encode_document(case.record.documents)
+    np.testing.assert_allclose(encoded, ours["document"], atol=1e-5)
 
 
 def training_config(case, patches):
     """Adapters on the small model; queries are texts, documents both."""
-    found = case.record
+    small = case.record
     return with_keys(
         RunConfig(),
         {
             "init_from": str(case.directory),
             "model.dtype": "float32",
-            "model.trained": found.lora,
+            "model.trained": small.lora,
             "model.lora.rank": 4,
             "model.lora.dropout": 0.0,
             "data.sources": (("noise", 1.0, 0),),
-            "rows.size": (found.tokens + 80, patches),
-            "data.min_pixels": found.pixels[0],
-            "data.max_pixels": found.pixels[1],
+            "rows.size": (small.tokens + 80, patches),
+            "data.min_pixels": small.pixels[0],
+            "data.max_pixels": small.pixels[1],
             "rows.batch_size": 8,
             "schedule.steps": 3,
             "optimizer.warmup_steps": 0,
@@ -194,14 +194,14 @@ def batches_of(config, tokenizer, records, shards=1):
 
 
 def test_three_steps_train_every_adapter_and_nothing_else(case, tmp_path):
-    config, found = training_config(case, case.record.patches), case.record
+    config = training_config(case, case.record.patches)
     config, start = find_start(config)
     trainer = make_trainer(config, make_mesh(devices=jax.devices()[:1]))
     checkpoints = RunCheckpoints(tmp_path)
     state = initial_state(config, trainer, checkpoints, start)
     checkpoints.close()
     frozen = jax.device_get(state.frozen)
-    documents = map(as_item, found.documents)
+    documents = map(as_item, case.record.documents)
     records = [{"query": {"text": f"number {number}"}, "positive": item} for number, item in enumerate(documents)]
     dataset, losses = batches_of(config, start.tokenizer, records), []
     for step in range(config.schedule.steps):
@@ -292,5 +292,5 @@ def test_a_tpu_compiles_its_step(case):
     config = training_config(case, case.record.patches)
     config, _ = find_start(config)
     config = with_keys(config, {"model.dtype": "bfloat16"})
-    found = compile_program(train_program, config, "v6e:1x1")
-    assert not found.error and found.text.startswith("HloModule")
+    program = compile_program(train_program, config, "v6e:1x1")
+    assert not program.error and program.text.startswith("HloModule")

@@ -23,11 +23,11 @@ VECTORS = {"query": 16, "document": 64}
 
 def row_items(processor, config, items):
     """Queries and documents with all their Meta Tokens."""
-    made = []
+    items_of_rows = []
     for side, budget in VECTORS.items():
         examples = [getattr(processor, side)(as_item(item)) for item in items[side]]
-        made += [RowItem(example, config.meta_tokens(side, budget), budget) for example in examples]
-    return made
+        items_of_rows += [RowItem(example, config.meta_tokens(side, budget), budget) for example in examples]
+    return items_of_rows
 
 
 def packed(items, row, layout):

@@ -116,8 +116,8 @@ def test_prompts_are_the_strings_of_the_recipe(tokenizer, processor, text, side)
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "a red", " ", "<|", "image|>", "é"]), max_size=6).map("".join))
 def test_special_strings_of_the_user_stay_text(tokenizer, processor, text):
-    for one in (processor, pickle.loads(pickle.dumps(processor))):
-        tokens = one.document({"text": text, "image": TALL}).tokens.tolist()
+    for used in (processor, pickle.loads(pickle.dumps(processor))):
+        tokens = used.document({"text": text, "image": TALL}).tokens.tolist()
         assert [tokens.count(tokenizer.token_to_id(token)) for token in SPECIAL_TOKENS] == [1, 1, 1]
         assert tokenizer.decode(tokens[2:-1], skip_special_tokens=False) == (text or "Describe the image.")
 
@@ -134,10 +134,12 @@ def test_truncation_cuts_only_the_end_of_the_users_text(tokenizer, processor, si
     whole = getattr(processor, side)({"text": words, "image": TALL}).tokens
     least = len(getattr(processor, side)({"text": "x", "image": TALL}).tokens) - 1
     for spare in (5, 11):
-        made = getattr(within(tokenizer, least + spare, side), side)({"text": words, "image": TALL})
+        converted = getattr(within(tokenizer, least + spare, side), side)({"text": words, "image": TALL})
         shorter = [string({"text": words[:n], "image": TALL}, side) for n in range(len(words))]
-        assert len(made.tokens) == least + spare and made.cut == len(whole) - len(made.tokens) and not made.shrunk
-        assert made.tokens.tolist() in [tokenizer.encode(text, add_special_tokens=False).ids for text in shorter]
+        assert (
+            len(converted.tokens) == least + spare and converted.cut == len(whole) - len(converted.tokens) and not converted.shrunk
+        )
+        assert converted.tokens.tolist() in [tokenizer.encode(text, add_special_tokens=False).ids for text in shorter]
 
 
 def test_a_row_without_room_for_an_image_is_refused(tokenizer):
@@ -163,11 +165,11 @@ def test_sizes_are_those_of_the_examples(tokenizer, processor, image, text, side
     used = processor if limits is None else Processor(tokenizer, IMAGES, Limits(*limits, 16, 20))
     item = {"text": text} | ({} if image is None else {"image": noise(*image, 0)})
     described = item if image is None else item | {"image": image}
-    made = getattr(used, side)(item)
+    converted = getattr(used, side)(item)
     size = used.size(described, side)
-    assert size == (len(made.tokens), made.patches, made.cut, made.shrunk)
+    assert size == (len(converted.tokens), converted.patches, converted.cut, converted.shrunk)
     assert size == used.size(item, side)
-    assert size.patches == (0 if image is None else PATCHES) == len(made.patch_arrays.get("patches", ()))
+    assert size.patches == (0 if image is None else PATCHES) == len(converted.patch_arrays.get("patches", ()))
     if limits:
         assert size.tokens <= used.limits.prompt(side)
     else:
