@@ -55,7 +55,7 @@ class Flops(NamedTuple):
 
 def train_flops(config: RunConfig, shape: StepShape) -> Flops:
     """Count a training step: encoding of all rows, and the objectives."""
-    counter = _Counter(config)
+    counter = _NetworkFlops(config)
     recomputes_row = config.rows.recompute in ("everything", "microbatches") and shape.microbatches > 1
     rows = counter.row(shape.row, recomputes_row).times(shape.rows)
     pairs, documents = config.rows.batch_size, config.rows.batch_size + config.data.negatives
@@ -65,7 +65,7 @@ def train_flops(config: RunConfig, shape: StepShape) -> Flops:
 
 def encode_flops(config: RunConfig, row: Size, rows: int) -> Flops:
     """Count the encoding of rows."""
-    return Flops(rows * _Counter(config).row(row, recomputes_row=False).forward)
+    return Flops(rows * _NetworkFlops(config).row(row, recomputes_row=False).forward)
 
 
 def search_flops(queries: int, query_vectors: int, documents: int, document_vectors: int, width: int) -> Flops:
@@ -73,7 +73,7 @@ def search_flops(queries: int, query_vectors: int, documents: int, document_vect
     return Flops(2.0 * queries * query_vectors * documents * document_vectors * width)
 
 
-class _Counter:
+class _NetworkFlops:
     """FLOPs of the network of a config."""
 
     def __init__(self, config: RunConfig):

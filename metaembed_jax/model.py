@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from tqdm import tqdm
 
-from metaembed_jax.encoding.encoder import Block, Encoder, Reduced
+from metaembed_jax.encoding.encoder import EncodedBlock, Encoder, Reduced
 from metaembed_jax.errors import UserError
 from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.late_interaction.maxsim import maxsim
@@ -133,7 +133,7 @@ class MetaEmbed:
 
     def encode_blocks(
         self, items: Sequence, side: str, *, budget: int, size: int, start: int = 0, bar: tqdm | None = None
-    ) -> Iterator[Block]:
+    ) -> Iterator[EncodedBlock]:
         """Yield this host's share of each block of consecutive items, in order, as soon as it is complete.
 
         Args:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from metaembed_jax.check import command
+from metaembed_jax.check import run_check
 from metaembed_jax.config.files import load_config
 from metaembed_jax.errors import UserError
 from metaembed_jax.flags import add_config
@@ -29,5 +29,5 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.overrides and not arguments.config:
         raise UserError(f"--config.{next(iter(arguments.overrides))} changes a config; add --config=NAME")
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
-    if not command.check(config, arguments.only, arguments.json):
+    if not run_check.check(config, arguments.only, arguments.json):
         sys.exit(1)

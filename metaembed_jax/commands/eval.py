@@ -3,7 +3,7 @@
 import argparse
 
 from metaembed_jax.config.files import load_config
-from metaembed_jax.evaluation.command import evaluate_checkpoint
+from metaembed_jax.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from metaembed_jax.flags import add_config, any_path, local_path
 from metaembed_jax.hosts.failures import fail_together
 from metaembed_jax.hosts.votes import stop_signal

@@ -3,7 +3,7 @@
 import argparse
 
 from metaembed_jax.flags import local_path, model_name
-from metaembed_jax.retrieval import command
+from metaembed_jax.retrieval import index_and_search
 from metaembed_jax.retrieval.manifest import DTYPES
 from metaembed_jax.startup import add_device_flags, start
 
@@ -26,4 +26,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Build an index."""
     start(arguments)
-    command.index(arguments.model, arguments.input, arguments.out, arguments.budget, arguments.dtype)
+    index_and_search.index(arguments.model, arguments.input, arguments.out, arguments.budget, arguments.dtype)

@@ -5,7 +5,7 @@ import sys
 
 from metaembed_jax.config.files import load_config
 from metaembed_jax.flags import add_config
-from metaembed_jax.planning import command
+from metaembed_jax.planning import print_plan
 
 EXAMPLES = """
   metaembed plan --config=7b --topology=v5p:2x2x2                      two slices: 2xv5e:4x4
@@ -25,5 +25,5 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print a plan."""
     config = load_config(arguments.config, arguments.overrides)
-    if not command.plan(config, arguments.topology, arguments.what, arguments.search, arguments.json):
+    if not print_plan.plan(config, arguments.topology, arguments.what, arguments.search, arguments.json):
         sys.exit(1)

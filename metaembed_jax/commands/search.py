@@ -3,7 +3,7 @@
 import argparse
 
 from metaembed_jax.flags import local_path, model_name
-from metaembed_jax.retrieval import command
+from metaembed_jax.retrieval import index_and_search
 from metaembed_jax.startup import add_device_flags, start
 
 EXAMPLES = """
@@ -26,4 +26,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the documents that fit a query best."""
     start(arguments)
-    command.search(arguments.index, arguments.query, arguments.image, arguments.budget, arguments.k, arguments.model)
+    index_and_search.search(arguments.index, arguments.query, arguments.image, arguments.budget, arguments.k, arguments.model)

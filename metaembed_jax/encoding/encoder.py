@@ -55,7 +55,7 @@ class Reduced:
         return bool(self.cut or self.shrunk)
 
 
-class Block(NamedTuple):
+class EncodedBlock(NamedTuple):
     """Vectors of this host's share of consecutive items.
 
     Attributes:
@@ -121,7 +121,7 @@ class Encoder:
 
     def blocks(
         self, parameters: dict, items: Sequence, side: str, budget: int, *, start: int, size: int, bar: tqdm | None = None
-    ) -> Iterator[Block]:
+    ) -> Iterator[EncodedBlock]:
         """Encode items from `start` on, and yield blocks of consecutive items, in order, each as soon as it is complete.
 
         All hosts must call this with the same items. They run the same calls, and each host decodes the items of its rows.
@@ -241,7 +241,7 @@ class _Blocks:
         self._arrays: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in self._waiting]
         self._next = 0
 
-    def add(self, numbers: list[int], here: list[int], vectors_nRD: np.ndarray) -> Iterator[Block]:
+    def add(self, numbers: list[int], here: list[int], vectors_nRD: np.ndarray) -> Iterator[EncodedBlock]:
         """Add the vectors of a call, and yield the blocks that are complete.
 
         Args:
@@ -259,7 +259,7 @@ class _Blocks:
             yield self._join(self._waiting.popleft(), self._arrays[self._next], vectors_nRD.shape[1:])
             self._next += 1
 
-    def _join(self, block: range, arrays: list[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]) -> Block:
+    def _join(self, block: range, arrays: list[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]) -> EncodedBlock:
         numbers_n = np.concatenate([numbers for numbers, _ in arrays] or [np.zeros(0, np.int64)])
         order_n = np.argsort(numbers_n)
         slots_n = np.argsort(order_n)
@@ -268,7 +268,7 @@ class _Blocks:
             numbers, vectors = arrays.pop()
             vectors_nRD[slots_n[last - len(numbers) : last]] = vectors
             last -= len(numbers)
-        return Block(block, numbers_n[order_n], vectors_nRD)
+        return EncodedBlock(block, numbers_n[order_n], vectors_nRD)
 
     def _block(self, numbers: list[int]) -> np.ndarray:
         return (np.array(numbers, np.int64) - self._start) // self._size

@@ -32,7 +32,7 @@ KEPT_BYTES = 2  # of a number of an activation
 MOST_AT_ONCE = 4  # rows of a microbatch on a device, unless it has all rows
 
 
-class Layout(NamedTuple):
+class MeshLayout(NamedTuple):
     """A layout of the train step; sorting puts the best estimate first.
 
     Attributes:
@@ -79,12 +79,12 @@ def search(config: RunConfig, slices: Topology) -> list[Plan]:
     return sorted(fitting, key=lambda plan: -plan.items_per_second)
 
 
-def _needs_more(other: Layout, layout: Layout) -> bool:
+def _needs_more(other: MeshLayout, layout: MeshLayout) -> bool:
     is_alike = (other.mesh, other.recompute) == (layout.mesh, layout.recompute)
     return is_alike and other.at_once >= layout.at_once
 
 
-def layouts(config: RunConfig, slices: Topology) -> list[Layout]:
+def layouts(config: RunConfig, slices: Topology) -> list[MeshLayout]:
     """Return all combinations of a mesh, a microbatch of a few rows and `config.rows.recompute`, the best estimate first.
 
     Raises:
@@ -127,7 +127,7 @@ def _state_bytes(config: RunConfig, mesh: Mesh) -> _StateBytes:
 
 def _estimate(
     config: RunConfig, slices: Topology, mesh: Mesh, shape: StepShape, recompute: str, row_bytes: float, held: _StateBytes
-) -> Layout:
+) -> MeshLayout:
     """Estimate a layout by its arithmetic, and its traffic of weights (`fsdp`), activations (`tensor`) and gradients (slices).
 
     Args:
@@ -146,10 +146,10 @@ def _estimate(
         sent * chip.devices / (chip.ici_bandwidth / 2),
         between * chip.devices / chip.dcn_bandwidth,
     )
-    return Layout(seconds, data, fsdp, tensor, shape.size, recompute, held.state, kept)
+    return MeshLayout(seconds, data, fsdp, tensor, shape.size, recompute, held.state, kept)
 
 
-def _with_layout(config: RunConfig, layout: Layout) -> RunConfig:
+def _with_layout(config: RunConfig, layout: MeshLayout) -> RunConfig:
     changes = {"rows.microbatch_rows": layout.at_once, "rows.recompute": layout.recompute}
     axes = {f"mesh.{axis}": size for axis, size in zip(MESH_AXES, layout.mesh, strict=True)}
     return with_keys(config, changes | axes)

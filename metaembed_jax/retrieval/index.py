@@ -29,7 +29,7 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.ingest import as_array, as_blocks, as_ids, check_unit, make_items, most_vectors
 from metaembed_jax.retrieval.manifest import DTYPES, Manifest, Segment, levels_of
-from metaembed_jax.retrieval.search import Searcher, count_survivors
+from metaembed_jax.retrieval.search import SegmentSearcher, count_survivors
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.retrieval.writer import SegmentWriter, copy_segment, merge_segments, write_segment
 
@@ -272,10 +272,10 @@ class Index:
         self.__dict__.pop("_searcher", None)
 
     @functools.cached_property
-    def _searcher(self) -> Searcher:
+    def _searcher(self) -> SegmentSearcher:
         """The searcher, created by the first search: a process that only writes needs no device."""
         mesh = make_mesh() if self._mesh is None else self._mesh
-        return Searcher(self._segments, self._manifest.levels, self._manifest.width, mesh)
+        return SegmentSearcher(self._segments, self._manifest.levels, self._manifest.width, mesh)
 
     def _id(self, position: int) -> str:
         segment, row = self._searcher.locate(position)

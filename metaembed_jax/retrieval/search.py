@@ -32,7 +32,7 @@ BLOCKS_BEFORE_RELEASE = 4  # blocks that are read before the memory of the files
 SCORES = 2**22  # scores of a block, or of survivors, that are in memory at once
 
 
-class Searcher:
+class SegmentSearcher:
     """Segments, and the devices that search them. The position of a document is its index among all, including deleted ones.
 
     Args:
@@ -166,7 +166,7 @@ class Searcher:
 
 
 def count_survivors(
-    searcher: Searcher, query_QRD: Float[np.ndarray, "Q R D"], first: Stages, last: Stages, k: int, recall: float
+    searcher: SegmentSearcher, query_QRD: Float[np.ndarray, "Q R D"], first: Stages, last: Stages, k: int, recall: float
 ) -> int:
     """Return the fewest survivors of a first stage that hold this share of the second stage's k best, over all queries.
 

@@ -9,7 +9,7 @@ import pytest
 
 from metaembed_jax import cli
 from metaembed_jax.backbones import attention_windows, attention_xla, layers
-from metaembed_jax.check import command, kernel_cases, references
+from metaembed_jax.check import kernel_cases, references, run_check
 from metaembed_jax.late_interaction import matryoshka, maxsim
 from metaembed_jax.mesh import make_mesh
 from tests.products import products, rounded, rounded_in_kernels
@@ -19,7 +19,7 @@ from tests.products import products, rounded, rounded_in_kernels
 def two_devices(monkeypatch):
     """The devices that a command sees."""
     devices = jax.devices()[:2]
-    monkeypatch.setattr(command.jax, "devices", lambda platform=None: devices)
+    monkeypatch.setattr(run_check.jax, "devices", lambda platform=None: devices)
 
 
 @pytest.fixture
@@ -131,14 +131,14 @@ def test_what_is_too_large_is_not_run(monkeypatch, capsys):
 
 
 def test_a_name_without_a_line_is_refused(capsys):
-    with pytest.raises(command.UserError, match="--only=nothing: no line has that in its name"):
+    with pytest.raises(run_check.UserError, match="--only=nothing: no line has that in its name"):
         cli.main(["check", "--only=nothing"])
-    with pytest.raises(command.UserError, match="add --config=NAME"):
+    with pytest.raises(run_check.UserError, match="add --config=NAME"):
         cli.main(["check", "--config.schedule.steps=3"])
 
 
 def test_a_config_too_large_for_a_cpu_is_refused():
-    with pytest.raises(command.UserError, match=r"a train step takes 2e\+15 FLOPs, and a CPU gets at most 1e\+12"):
+    with pytest.raises(run_check.UserError, match=r"a train step takes 2e\+15 FLOPs, and a CPU gets at most 1e\+12"):
         cli.main(["check", "--config=configs/smolvlm_256m.py", "--config.rows.microbatch_rows=0"])
 
 

@@ -17,7 +17,7 @@ from metaembed_jax.checkpoints.frozen import BASE, is_kept
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import COMMITTED
 from metaembed_jax.config import load_config, with_keys
-from metaembed_jax.evaluation.command import evaluate_checkpoint
+from metaembed_jax.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.results import read_results
 from metaembed_jax.training.initialize import find_start

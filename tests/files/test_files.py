@@ -19,7 +19,7 @@ from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, keep, read_kep
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import COMMITTED, has_checkpoints
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.command import evaluate_checkpoint
+from metaembed_jax.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from metaembed_jax.evaluation.mmeb import evaluator as mmeb
 from metaembed_jax.flags import run_main
 from metaembed_jax.mesh import make_mesh

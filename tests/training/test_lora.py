@@ -22,7 +22,7 @@ from metaembed_jax.checkpoints.torch_export import write_model
 from metaembed_jax.checkpoints.workdir import create_workdir, is_finished, read_config
 from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.command import evaluate_checkpoint
+from metaembed_jax.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_parameters, init_parameters

@@ -18,7 +18,7 @@ from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.config import with_keys
 from metaembed_jax.data import sources
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.command import evaluate_checkpoint
+from metaembed_jax.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from metaembed_jax.evaluation.held_out import HeldOut
 from metaembed_jax.evaluation.report import package_versions
 from metaembed_jax.evaluation.tables import format_tables

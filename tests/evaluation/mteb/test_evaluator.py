@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetNotFoundError  # noqa: E402
 
 from metaembed_jax.config import load_config  # noqa: E402
 from metaembed_jax.errors import UserError  # noqa: E402
-from metaembed_jax.evaluation.command import evaluate_checkpoint  # noqa: E402
+from metaembed_jax.evaluation.evaluate_checkpoint import evaluate_checkpoint  # noqa: E402
 from metaembed_jax.evaluation.evaluator import Subject  # noqa: E402
 from metaembed_jax.evaluation.mteb import evaluator, tasks  # noqa: E402
 from metaembed_jax.evaluation.mteb.evaluator import Mteb  # noqa: E402
