@@ -8,7 +8,7 @@ B pairs, K negatives a pair, I = 2 + K items of a pair, N items of a step.
 
 import dataclasses
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import grain
@@ -43,7 +43,7 @@ def training_batches(
     return items.references.map_with_index(_BatchMaker(items, shape, layout, here))
 
 
-def iterate(dataset: grain.MapDataset, start: int, stop: int, workers: int = 0) -> Iterator[TrainingBatch]:
+def iterate(dataset: grain.MapDataset, start: int, stop: int, workers: int = 0) -> Generator[TrainingBatch, None, None]:
     """Yield batches start .. stop-1, made ahead of their use.
 
     Args:
