@@ -32,7 +32,7 @@ from metaembed_jax.batch.items import Limits
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.config import load_config
 from metaembed_jax.data import tokenizer
-from metaembed_jax.encoding.encoder import CHUNK, Encoder
+from metaembed_jax.encoding.encoder import CHUNK_ITEMS, Encoder
 from metaembed_jax.encoding.reading import MOST_THREADS
 from metaembed_jax.encoding.schedule import Schedule
 from metaembed_jax.mesh import make_mesh
@@ -87,7 +87,7 @@ def count_patches(processor, network, shapes: list[tuple[int, int]], devices: in
     """Return a line on the schedule's calls for photos of these sizes."""
     sizes = np.array([processor.size({"image": shape}, "document")[:2] for shape in shapes])
     limits, calls = processor.limits, []
-    schedule, chunk = Schedule(limits.tokens, limits.patches, network.meta_tokens("document", 64), 64, devices), CHUNK * devices
+    schedule, chunk = Schedule(limits.tokens, limits.patches, network.meta_tokens("document", 64), 64, devices), CHUNK_ITEMS * devices
     for first in range(0, len(sizes), chunk):
         sizes_of_chunk, is_last = sizes[first : first + chunk], first + chunk >= len(sizes)
         schedule.add(np.arange(first, first + len(sizes_of_chunk)), sizes_of_chunk)

@@ -11,8 +11,8 @@ from metaembed_jax.batch.packing import best_fit_rows, pack, row_vectors
 from metaembed_jax.batch.training import StepShape, step_shape
 from metaembed_jax.data.run_items import RunItems
 
-SAMPLED_STEPS = 4  # for the vectors of a row
-CHUNK = 64  # steps that are packed together
+VECTOR_STEPS = 4  # the first steps, from which the vectors of a row are estimated
+CHUNK_STEPS = 64  # steps that are packed together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +77,12 @@ def plan_rows(items: RunItems, limits: Limits, silent: bool = True) -> RowPlan:
       silent: show no progress bar.
     """
     steps = len(items)
-    sampled = [items[step].sizes_N3 for step in range(min(steps, SAMPLED_STEPS))]
+    sampled = [items[step].sizes_N3 for step in range(min(steps, VECTOR_STEPS))]
     vectors = row_vectors(sampled, limits.tokens, limits.patches, sum(items.vectors))
     row, rows, longest, used_3, counts_4 = Size(limits.tokens, limits.patches, vectors), 0, 0, np.zeros(3, int), np.zeros(4, int)
     with tqdm(total=steps, desc="planning rows", unit="step", delay=2, mininterval=0.5, disable=silent) as bar:
-        for first in range(0, steps, CHUNK):
-            chunk = [items[step] for step in range(first, min(first + CHUNK, steps))]
+        for first in range(0, steps, CHUNK_STEPS):
+            chunk = [items[step] for step in range(first, min(first + CHUNK_STEPS, steps))]
             rows = _most_rows([step.sizes_N3 for step in chunk], row, rows)
             for step in chunk:
                 longest = max(longest, int(step.sizes_N3[:, 0].max()))

@@ -26,7 +26,7 @@ from metaembed_jax.inputs.processors import PromptProcessor
 
 TOKENS, PATCHES, CUT, SHRUNK = range(4)  # the last axis of sizes
 LOCK = "sizes.lock"
-CHUNK = 1024  # rows that a process sizes at once
+CHUNK_ROWS = 1024  # rows that a process sizes at once
 CACHED = 1 << 17  # items whose sizes are kept, for texts and shapes that repeat
 # The sizes of these items are in the names of tables: another version of the processor's code must not read them.
 PROBES = [{"text": "a"}, {"text": "a b " * 3000}, {"text": "a", "image": (7, 7)}]
@@ -139,7 +139,7 @@ class _SizeJob(NamedTuple):
 
 def _compute(job: _SizeJob) -> Int[np.ndarray, "R I 4"]:
     rows = len(job.stored)
-    chunks = [range(first, min(first + CHUNK, rows)) for first in range(0, rows, CHUNK)]
+    chunks = [range(first, min(first + CHUNK_ROWS, rows)) for first in range(0, rows, CHUNK_ROWS)]
     sizes = []
     with tqdm(total=rows, desc=f"{job.name}: sizes of items", unit="row", mininterval=0.5, delay=1) as bar:
         for chunk in map_with(job, _sizes_of, chunks, workers_for(rows)):

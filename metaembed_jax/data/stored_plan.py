@@ -17,7 +17,7 @@ from metaembed_jax.files import read_json, write_json
 from metaembed_jax.network_config import row_limits
 
 NAME = "rows.json"
-SAMPLED_STEPS = 8  # their sizes are in the digest, for sources without a table, and for changes of the code
+DIGEST_STEPS = 8  # their sizes are in the digest, for sources without a table, and for changes of the code
 
 
 def stored_plan(items: RunItems, config: RunConfig, workdir: Path, silent: bool = True) -> RowPlan:
@@ -45,7 +45,7 @@ def plan_digest(items: RunItems, config: RunConfig) -> str:
         hashed.update(f"{len(source)}".encode())
         if sizes.table is not None:
             hashed.update(np.ascontiguousarray(sizes.table).data)
-    for step in np.linspace(0, len(items) - 1, min(len(items), SAMPLED_STEPS)).astype(int).tolist():
+    for step in np.linspace(0, len(items) - 1, min(len(items), DIGEST_STEPS)).astype(int).tolist():
         hashed.update(np.ascontiguousarray(items[step].sizes_N3).data)
     return hashed.hexdigest()[:16]
 

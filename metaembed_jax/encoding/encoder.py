@@ -28,7 +28,7 @@ from metaembed_jax.inputs.processors import PromptProcessor
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.sharding import batch_shards, fetch_rows, rows_here
 
-CHUNK = 64  # items of a shard whose sizes are read together
+CHUNK_ITEMS = 64  # items of a shard whose sizes are read together
 AHEAD = 32  # rows of a shard that are decoded ahead
 IN_FLIGHT = 32  # rows of a shard that are sent before the vectors of earlier rows are fetched
 
@@ -152,7 +152,7 @@ class Encoder:
         meta = self._config.meta_tokens(side, budget)
         tokens, patches = self._row(side)
         shards = batch_shards(self._mesh)
-        schedule, size = Schedule(tokens, patches, meta, budget, shards), CHUNK * shards
+        schedule, size = Schedule(tokens, patches, meta, budget, shards), CHUNK_ITEMS * shards
         chunks = [numbers[first : first + size] for first in range(0, len(numbers), size)]
         started = self._start_sizes(reader, chunks[0]) if chunks else []
         for number, chunk in enumerate(chunks):

@@ -24,7 +24,7 @@ from metaembed_jax.planning.traced import largest_arrays
 from metaembed_jax.sharding import shard_bytes
 from metaembed_jax.training.step import run_mesh
 
-UNKNOWN = Cost(0.0, 0.0, {}, {}, (), [], [])
+NO_COST = Cost(0.0, 0.0, {}, {}, (), [], [])
 HELD_BATCHES = 2  # the training loop holds the batch of the current step, and the next
 _OUT_OF_MEMORY = re.compile(r"required[^()]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of")
 
@@ -104,7 +104,7 @@ def _measure(config: RunConfig, what: str, slices: Topology, program: Program, m
         with jax.set_mesh(mesh):
             arrays = largest_arrays(program.trace().jaxpr)
         memory = held | waiting | {"temporaries": needed - sum(held.values())}
-        return _Measured(memory, UNKNOWN, "the compiled program: the compiler refused it", arrays)
+        return _Measured(memory, NO_COST, "the compiled program: the compiler refused it", arrays)
     padding = max(compiled.arguments - sum(held.values()), 0)
     memory = held | waiting | {"padding": padding, "temporaries": compiled.temporaries}
     cost = count(compiled.text, mesh.size, branch_shares(config.model), slices.slices)

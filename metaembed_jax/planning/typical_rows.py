@@ -19,7 +19,7 @@ from metaembed_jax.network_config import model_config, row_limits
 from metaembed_jax.planning.typical_items import typical_document, typical_pair
 
 STEPS = 8  # to pack
-UNKNOWN = "word"
+UNKNOWN_WORD = "word"
 
 
 class RowsOfSteps(NamedTuple):
@@ -75,7 +75,7 @@ def typical_rows(config: RunConfig) -> tuple[Size, RowsOfSteps]:
 def _item_size(config: RunConfig, limits: Limits) -> Callable[[dict, str], Size]:
     """Return `(item, side) -> Size` by the family's prompts and images, with a vocabulary of whole words."""
     backbone, meta = family(config.model.backbone), (limits.query_tokens, limits.document_tokens)
-    words = Tokenizer(models.WordLevel({UNKNOWN: 0}, unk_token=UNKNOWN))
+    words = Tokenizer(models.WordLevel({UNKNOWN_WORD: 0}, unk_token=UNKNOWN_WORD))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.add_special_tokens(list(backbone.Processor.special_tokens))
     images = backbone.Images.from_run(config.data, model_config(config).architecture, None)

@@ -1,6 +1,6 @@
 """Memory-mapped files with checksums. Each chunk is checked when it is first read.
 
-Checking all of a large index takes longer than searching it, so every `CHUNK` bytes of a file have a CRC-32. A search checks the
+Checking all of a large index takes longer than searching it, so every `CHUNK_BYTES` bytes of a file have a CRC-32. A search checks the
 chunks that it reads, once, and `ChecksummedFile.check_all` checks the whole file.
 """
 
@@ -17,14 +17,14 @@ from jaxtyping import Int
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_errors
 
-CHUNK = 64 * 1024  # small, because a search in stages reads scattered items and checks all bytes of their chunks
+CHUNK_BYTES = 64 * 1024  # small, because a search in stages reads scattered items and checks all bytes of their chunks
 READS_BEFORE_RELEASE = 32  # scattered reads before memory is released: the system may map 2 MiB around each
 RESIDENT_BYTES = 16 * 2**20  # a file up to this size may stay in memory
 
 
 def count_chunks(size: int) -> int:
     """Return how many chunks a file of this size has."""
-    return -(-size // CHUNK)
+    return -(-size // CHUNK_BYTES)
 
 
 class ChecksummedFile:
@@ -58,7 +58,7 @@ class ChecksummedFile:
         Raises:
           UserError: they are damaged.
         """
-        first, last = start * self.row_bytes // CHUNK, count_chunks(stop * self.row_bytes)
+        first, last = start * self.row_bytes // CHUNK_BYTES, count_chunks(stop * self.row_bytes)
         self._check(first + np.flatnonzero(~self._is_checked[first:last]))
         return self._array[start:stop]
 
@@ -68,7 +68,7 @@ class ChecksummedFile:
         Raises:
           UserError: they are damaged.
         """
-        first, last = rows * self.row_bytes // CHUNK, ((rows + 1) * self.row_bytes - 1) // CHUNK
+        first, last = rows * self.row_bytes // CHUNK_BYTES, ((rows + 1) * self.row_bytes - 1) // CHUNK_BYTES
         chunks = np.unique(np.minimum(first[:, None] + np.arange(int((last - first).max(initial=0)) + 1), last[:, None]))
         self._check(chunks[~self._is_checked[chunks]])
         if len(self._content) <= RESIDENT_BYTES:
@@ -95,9 +95,9 @@ class ChecksummedFile:
     def _check(self, chunks: np.ndarray) -> None:
         content = memoryview(self._content)
         for reads, chunk in enumerate(chunks.tolist(), 1):
-            if zlib.crc32(content[chunk * CHUNK : (chunk + 1) * CHUNK]) != self._crcs[chunk]:
+            if zlib.crc32(content[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES]) != self._crcs[chunk]:
                 raise UserError(
-                    f"{self.path} is damaged near byte {chunk * CHUNK}: its checksum does not match; "
+                    f"{self.path} is damaged near byte {chunk * CHUNK_BYTES}: its checksum does not match; "
                     "copy the index again, or build it again"
                 )
             self._is_checked[chunk] = True
@@ -162,8 +162,8 @@ class ChecksummedWriter:
         with write_errors(self.path):
             self._file.write(data)
         while len(data):
-            space = -self.size % CHUNK or CHUNK
-            if space == CHUNK:
+            space = -self.size % CHUNK_BYTES or CHUNK_BYTES
+            if space == CHUNK_BYTES:
                 self.crcs.append(0)
             self.crcs[-1] = zlib.crc32(data[:space], self.crcs[-1])
             self.size += len(data[:space])

@@ -103,7 +103,7 @@ def test_killed_while_it_adds_descriptions_it_starts_again(copied):
     program = (
         "import os, signal\n"
         "from metaembed_jax.data.sources import descriptions, preparation, records\n"
-        "write, descriptions.CHUNK = descriptions.to_line, 4\n"
+        "write, descriptions.CHUNK_RECORDS = descriptions.to_line, 4\n"
         "def kill(description, calls=[]):\n"
         "    calls.append(description)\n"
         "    if len(calls) == 20: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -118,7 +118,7 @@ def test_a_damaged_table_is_computed_again(source, processor):
 def test_worker_processes_and_folders_that_cannot_be_written(source, processor, monkeypatch, capsys):
     monkeypatch.setattr(sizes.os, "access", lambda *_: False)
     monkeypatch.setattr(sizes, "workers_for", lambda rows: 2)
-    monkeypatch.setattr(sizes, "CHUNK", 10)
+    monkeypatch.setattr(sizes, "CHUNK_ROWS", 10)
 
     def map_pickled(job, function, chunks, workers):
         assert workers == 2

@@ -81,7 +81,7 @@ def encoder():
 def small_windows(monkeypatch):
     monkeypatch.setattr(schedule, "WINDOW", 16)
     monkeypatch.setattr(schedule, "SMALL", 16)
-    monkeypatch.setattr(module, "CHUNK", 5)
+    monkeypatch.setattr(module, "CHUNK_ITEMS", 5)
 
 
 def items_of(count, seed=0):

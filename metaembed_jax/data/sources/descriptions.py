@@ -22,7 +22,7 @@ from metaembed_jax.files import locked, replacing
 from metaembed_jax.inputs.images import image_size
 
 LOCK = "described.lock"
-CHUNK = 64  # records that are read at once, with their images
+CHUNK_RECORDS = 64  # records that are read at once, with their images
 SCANNED = 1 << 24  # bytes of a file in which line ends are searched at once
 
 
@@ -159,7 +159,7 @@ def _read(split: StoredSplit, file: Path) -> Descriptions | None:
 
 def _write(split: StoredSplit, file: Path) -> None:
     rows = len(split.source)
-    chunks = [range(first, min(first + CHUNK, rows)) for first in range(0, rows, CHUNK)]
+    chunks = [range(first, min(first + CHUNK_RECORDS, rows)) for first in range(0, rows, CHUNK_RECORDS)]
     with tqdm(total=rows, desc=f"{split.name}: sizes of images", unit="row", mininterval=0.5) as bar, replacing(file) as target:
         for chunk, lines in zip(chunks, map_with(split, _lines, chunks, workers_for(rows)), strict=True):
             target.write(lines)
