@@ -15,7 +15,7 @@ from PIL import Image
 
 import metaembed_jax as me
 from metaembed_jax.backbones import layers
-from metaembed_jax.checkpoints import base
+from metaembed_jax.checkpoints import base_weights
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.config import MatryoshkaConfig, ModelSettings, ObjectivesConfig, RunConfig
 from metaembed_jax.config.record import to_record
@@ -203,7 +203,7 @@ def test_a_run(tmp_path):
 def test_a_hub_id(directory, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        base, "snapshot_download", lambda name, **patterns: asked.append((name, patterns["allow_patterns"])) or str(directory)
+        base_weights, "snapshot_download", lambda name, **patterns: asked.append((name, patterns["allow_patterns"])) or str(directory)
     )
     assert me.MetaEmbed.from_pretrained("someone/some-model").meta_tokens.shape == (80, 32)
     assert asked == [("someone/some-model", ["*.safetensors", "*.json"])]
@@ -211,7 +211,7 @@ def test_a_hub_id(directory, monkeypatch):
     def offline(name, **patterns):
         raise LocalEntryNotFoundError("cannot be reached\nand more")
 
-    monkeypatch.setattr(base, "snapshot_download", offline)
+    monkeypatch.setattr(base_weights, "snapshot_download", offline)
     with pytest.raises(me.UserError, match=r"^runs/tniy: .*no such directory.*\(cannot be reached\)$"):
         me.MetaEmbed.from_pretrained("runs/tniy")
 
