@@ -87,7 +87,10 @@ def count_patches(processor, network, shapes: list[tuple[int, int]], devices: in
     """Return a line on the schedule's calls for photos of these sizes."""
     sizes = np.array([processor.size({"image": shape}, "document")[:2] for shape in shapes])
     limits, calls = processor.limits, []
-    schedule, chunk = Schedule(limits.tokens, limits.patches, network.meta_tokens("document", 64), 64, devices), CHUNK_ITEMS * devices
+    schedule, chunk = (
+        Schedule(limits.tokens, limits.patches, network.meta_tokens("document", 64), 64, devices),
+        CHUNK_ITEMS * devices,
+    )
     for first in range(0, len(sizes), chunk):
         sizes_of_chunk, is_last = sizes[first : first + chunk], first + chunk >= len(sizes)
         schedule.add(np.arange(first, first + len(sizes_of_chunk)), sizes_of_chunk)

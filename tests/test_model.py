@@ -203,7 +203,9 @@ def test_a_run(tmp_path):
 def test_a_hub_id(directory, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        base_weights, "snapshot_download", lambda name, **patterns: asked.append((name, patterns["allow_patterns"])) or str(directory)
+        base_weights,
+        "snapshot_download",
+        lambda name, **patterns: asked.append((name, patterns["allow_patterns"])) or str(directory),
     )
     assert me.MetaEmbed.from_pretrained("someone/some-model").meta_tokens.shape == (80, 32)
     assert asked == [("someone/some-model", ["*.safetensors", "*.json"])]
