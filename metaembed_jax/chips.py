@@ -13,17 +13,17 @@ class Chip:
 
     Attributes:
       flops: bfloat16 operations a second.
-      hbm_bytes: memory.
+      hbm_bytes: size of its memory.
       hbm_bandwidth: bytes a second between memory and cores.
       ici_bandwidth: bytes a second over all links to other chips, both directions together.
       dcn_bandwidth: bytes a second that it can send to other slices: its share of its host's network cards.
       usable_bytes: memory of a device that a program may use: the limit in the error of libtpu 0.0.52 for a program that is too
         large.
-      source: of the figures.
-      shapes: of its slices.
+      source: page that publishes the figures.
+      shapes: shapes of its slices.
       accelerator: the name of its slices in Google Cloud, before their size.
-      cores: of a chip, as Google Cloud counts them in that size.
-      devices: of a chip, in JAX; two cores that work as one are one device.
+      cores: cores of a chip, as Google Cloud counts them in that size.
+      devices: devices of a chip in JAX; two cores that work as one are one device.
       config: how the cores of a chip work together, if libtpu needs to know.
     """
 
@@ -60,8 +60,8 @@ class Peak(NamedTuple):
     Attributes:
       flops: dense bfloat16 operations a second.
       hbm_bandwidth: bytes a second between memory and cores.
-      hbm_bytes: memory.
-      source: of the figures.
+      hbm_bytes: size of its memory.
+      source: page that publishes the figures.
     """
 
     flops: float

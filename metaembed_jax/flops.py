@@ -32,7 +32,7 @@ class Flops(NamedTuple):
     """FLOPs over all devices.
 
     Attributes:
-      forward, backward: of the model.
+      forward, backward: FLOPs of the model in each pass.
       extra: rotations, the placing of Meta Tokens, and recomputation in the backward pass.
     """
 

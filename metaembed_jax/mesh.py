@@ -17,7 +17,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 0, d
     Args:
       data, fsdp, tensor: sizes of the axes; one may be -1 (all remaining devices).
       slices: as in `links.arrange`.
-      devices: all by default.
+      devices: devices of the mesh; all by default.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices, or do not fit its slices.

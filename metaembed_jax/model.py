@@ -31,7 +31,7 @@ class MetaEmbed:
     """A trained (or fresh) network with its tokenizer and image processing.
 
     Args:
-      config: of the network.
+      config: configuration of the network.
       parameters: nested dicts of arrays, on the mesh.
       processor: the family's `Processor`, which turns items into tokens and patches.
       mesh: all devices that encode.
@@ -49,9 +49,9 @@ class MetaEmbed:
 
         Args:
           path: the directory, or a hub id.
-          dtype: of activations and matmuls, "bfloat16" or "float32".
-          mesh: of `mesh.make_mesh`; by default all devices, along the data axis.
-          seed: of fresh Meta Tokens.
+          dtype: type of activations and matmuls, "bfloat16" or "float32".
+          mesh: result of `mesh.make_mesh`; by default all devices, along the data axis.
+          seed: seed of fresh Meta Tokens.
           max_visual_tokens: cap on the visual tokens of an image.
 
         Raises:

@@ -40,7 +40,7 @@ class ModelConfig:
       query_tokens, document_tokens: numbers of Meta Tokens, and so of vectors, of each side.
       meta_token_scale: standard deviation of fresh Meta Tokens.
       embedding_dim: width of the linear head; 0 for none (vectors have the backbone's width).
-      dtype: of activations and matmuls, "float32" or "bfloat16".
+      dtype: type of activations and matmuls, "float32" or "bfloat16".
       checkpoint: recompute each layer in the backward pass, to keep only its input.
       unroll: layers to a turn of the loop over a stack; more than 1 compiles longer and can run faster on CPU.
       lora: the adapters.

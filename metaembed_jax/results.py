@@ -31,8 +31,8 @@ class SearchResults:
 
     Attributes:
       budget: as in flags, "4:8" or "1:1:1000>16:64".
-      flops_per_document, bytes_per_document: of MaxSim and of the index; None for a search in stages.
-      metrics: by name.
+      flops_per_document, bytes_per_document: cost of MaxSim and size of the index; None for a search in stages.
+      metrics: values by name.
     """
 
     budget: str
@@ -86,7 +86,7 @@ class TaskResults:
     """Results of one search task.
 
     Attributes:
-      name: of the task.
+      name: name of the task.
       metric: the main one, a key of each search's metrics.
       queries, documents: their numbers.
       dimension: width of a vector.
@@ -125,7 +125,7 @@ class Board:
     """Tasks in one table, and their means.
 
     Attributes:
-      name: of the benchmark, or of the direction of the search.
+      name: name of the benchmark, or of the direction of the search.
       measure: the main metric of the tasks.
       secondary: another metric of all tasks, for the plot; empty for none.
       legend: explains the numbers.
@@ -166,9 +166,9 @@ class Results:
     """Results of one evaluation of one model.
 
     Attributes:
-      title: of the evaluated data.
+      title: title of the evaluated data.
       model: name of its config.
-      step: of its checkpoint.
+      step: step of its checkpoint.
       data: version of all searched data.
       boards: at least one.
     """

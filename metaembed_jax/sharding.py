@@ -41,7 +41,7 @@ def rows_here(mesh: Mesh, rows: int, host: int | None = None) -> Int[np.ndarray,
     Hosts have disjoint rows, the same number each; if the tensor axis crosses hosts, they share rows.
 
     Args:
-      host: its number; this host by default.
+      host: index of the host; this host by default.
     """
     host = jax.process_index() if host is None else host
     indices = named_sharding(mesh, ("batch",)).devices_indices_map((rows,))

@@ -30,7 +30,7 @@ class ArraySpec(NamedTuple):
     """An array of patches.
 
     Attributes:
-      shape: of a patch.
+      shape: shape of a patch.
       dtype: NumPy's name.
       fill: the value of padding.
     """
@@ -60,9 +60,9 @@ class Limits(NamedTuple):
     """The largest item of a row. A larger image is shrunk, a longer text is cut.
 
     Attributes:
-      tokens: of a row.
-      patches: of a row.
-      text_tokens: of the user's text in an item.
+      tokens: tokens of a row.
+      patches: patches of a row.
+      text_tokens: tokens of the user's text in an item.
       query_tokens, document_tokens: Meta Tokens after a prompt of each side.
     """
 
@@ -81,8 +81,8 @@ class Fitted(NamedTuple):
     """The size of an item that fits its limits.
 
     Attributes:
-      tokens: of the prompt, without Meta Tokens.
-      patches: of the image with its padding; 0 without one.
+      tokens: tokens of the prompt, without Meta Tokens.
+      patches: patches of the image with its padding; 0 without an image.
       cut: tokens of the user's text that were cut off.
       shrunk: the image was made smaller than its family would make it.
     """

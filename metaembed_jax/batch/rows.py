@@ -105,7 +105,7 @@ def collate(rows: Sequence[Sequence[RowItem]], row: Size, layout: Layout, number
 
     Args:
       rows: the items of each row; their sizes fit.
-      numbers: of the rows in their step; 0, 1, 2 ... by default.
+      numbers: indices of the rows in their step; 0, 1, 2 ... by default.
 
     Returns:
       A batch in NumPy.
@@ -151,7 +151,7 @@ def abstract(rows: int, row: Size, layout: Layout, mesh: Mesh, microbatches: int
     """Return a batch as shapes with shardings, for tracing and compiling.
 
     Args:
-      rows: of a microbatch, over all devices.
+      rows: rows of a microbatch, over all devices.
       microbatches: the size of an axis in front; None: no such axis.
     """
     front = () if microbatches is None else (microbatches,)

@@ -25,19 +25,19 @@ class Case(NamedTuple):
     """A function with its inputs and its expected outputs.
 
     Attributes:
-      name: of the line.
+      name: name in the table.
       function: jitted, `(*arguments) -> result`.
       arguments: `() -> tuple` of arrays on the devices.
       reference: `() -> {name: array}` in float64. An output may repeat the rows of its reference. A value may be a tree of arrays,
         which is compared by norms. None: outputs must only be finite.
       tolerance: the allowed error: the largest difference, relative to the reference's largest number.
-      flops: of the model, in one call on all devices.
-      bytes: of inputs and outputs, moved once.
-      tolerances: by name, of outputs with another tolerance.
+      flops: FLOPs of the model, in one call on all devices.
+      bytes: bytes of inputs and outputs, moved once.
+      tolerances: tolerance by name, for outputs that have another one.
       abstract: the arguments as shapes with shardings; None to take those of `arguments`.
       read: result -> {name: array} to compare.
       carries: the function donates its first argument, and the first item of its result is that of the next call.
-      dtype: of the products.
+      dtype: type of the products.
       implementation: a name of `attention_implementation`; empty for the kernels that the lowered program calls.
     """
 
@@ -60,15 +60,15 @@ class Result(NamedTuple):
     """A line of the table; unknown figures are None.
 
     Attributes:
-      name, dtype, flops, bytes: of the case.
+      name, dtype, flops, bytes: as in `Case`.
       ok: the numbers are right; without a reference, they are finite.
       problem: the error in one line; empty if there is none.
-      error, tolerance, output: of the output with the largest error, relative to its tolerance.
+      output, error, tolerance: the output whose error is largest, relative to its tolerance.
       implementation: the case's, else `kernels_in` the lowered program.
-      seconds: of the fastest call.
-      compile_seconds: of lowering and compiling.
-      planned_bytes: reserved by the compiler on a device, for arguments, results and temporaries.
-      used_bytes: the most in use on a device since the command started, if the runtime counts them.
+      seconds: time of the fastest call.
+      compile_seconds: time of lowering and compiling.
+      planned_bytes: bytes reserved by the compiler on a device, for arguments, results and temporaries.
+      used_bytes: the most bytes in use on a device since the command started, if the runtime counts them.
     """
 
     name: str

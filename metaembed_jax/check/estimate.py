@@ -16,10 +16,10 @@ class Estimate(NamedTuple):
     """A lower bound of a step's time, and its memory.
 
     Attributes:
-      seconds: at the peaks; None if they are not known.
+      seconds: time at the peaks; None if they are not known.
       bound: the slowest resource: compute, HBM or ICI.
-      bytes: of a device; None without the TPU compiler.
-      source: of the figures, or the reason why they are missing.
+      bytes: bytes of a device; None without the TPU compiler.
+      source: origin of the figures, or the reason why they are missing.
     """
 
     seconds: float | None
@@ -32,7 +32,7 @@ def estimate(config: RunConfig, mesh: Mesh, flops: float) -> Estimate:
     """Return the figures of `plan` for the step on this TPU slice; on other devices, the time of its FLOPs at the peak.
 
     Args:
-      flops: of the model, in a step over all devices.
+      flops: FLOPs of the model, in a step over all devices.
     """
     device = mesh.devices.flat[0]
     peaks = peak(device)

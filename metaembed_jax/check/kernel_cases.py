@@ -42,8 +42,8 @@ class Sizes(NamedTuple):
       rows, window_rows: rows of attention on each device, an even number; a row of `window_rows` is one slot of windows.
       length: keys of attention.
       linear: rows on each device, inputs, outputs.
-      documents: of MaxSim, over all devices.
-      pairs: of the loss, over all devices.
+      documents: documents of MaxSim, over all devices.
+      pairs: pairs of the loss, over all devices.
     """
 
     rows: int

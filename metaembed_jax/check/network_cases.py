@@ -91,10 +91,10 @@ class Expected(NamedTuple):
     """The reference of a batch.
 
     Attributes:
-      vectors: of all rows, [n, V, D].
-      loss: of all groups together.
-      losses: of each group.
-      gradient: of the trained parameters.
+      vectors: vectors of all rows, [n, V, D].
+      loss: loss of all groups together.
+      losses: loss of each group.
+      gradient: gradient of the trained parameters.
     """
 
     vectors: np.ndarray
@@ -107,8 +107,8 @@ class CheckedNetwork:
     """A config's network on some devices, its inputs, and its reference.
 
     Args:
-      config: with an architecture.
-      devices: of the mesh.
+      config: a config with an architecture.
+      devices: devices of the mesh.
     """
 
     def __init__(self, config: RunConfig, devices: Sequence):

@@ -27,10 +27,10 @@ def check(config: RunConfig | None, only: str = "", as_json: bool = False, devic
     """Run the cases on this machine's devices; print a line for each, and a summary.
 
     Args:
-      config: of the network to run; None for small networks.
+      config: configuration of the network to run; None for small networks.
       only: a substring of the names of the lines to run; empty for all.
       as_json: print the table on stderr, and JSON on stdout at the end.
-      devices: all by default.
+      devices: devices to run on; all by default.
 
     Returns:
       True if all lines are right.

@@ -30,7 +30,7 @@ class BaseRecord(NamedTuple):
 
     Attributes:
       name: the absolute path or hub id, for `open_base`.
-      fingerprint: of the weights.
+      fingerprint: digest of the weights.
     """
 
     name: str

@@ -46,7 +46,7 @@ def model_card(kind: str, config: ModelConfig, metadata: dict, results: Results 
     Args:
       kind: the format, a key of `LOAD`.
       metadata: name, base or start, groups, sources and steps of the run; unknown ones are missing.
-      results: of the test split; None if there are none.
+      results: results of the test split; None if there are none.
     """
     width = config.embedding_dim or config.architecture.width
     head = ' @ load_file(f"{DIRECTORY}/head.safetensors")["weight"].T' if config.embedding_dim else ""

@@ -36,13 +36,13 @@ class Trained(NamedTuple):
     """A model to export.
 
     Attributes:
-      config: of the network; its dtype is that of the tensors to write.
-      parameters: of the network, on all devices.
+      config: configuration of the network; its dtype is that of the tensors to write.
+      parameters: parameters of the network, on all devices.
       tokenizer: the file of the vocabulary.
       images: how images become patches: the family's `Images`.
-      paths: of trained parameters; empty for a Hugging Face directory.
+      paths: paths of trained parameters; empty for a Hugging Face directory.
       metadata: groups, temperature, base weights and more, for the exported config.json.
-      results: of the test split; None if there are none.
+      results: results of the test split; None if there are none.
     """
 
     config: ModelConfig
@@ -59,7 +59,7 @@ def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = Non
 
     Args:
       kind: a key of `FORMATS`.
-      dtype: of the stored tensors, "float32" or "bfloat16"; None: the dtype of training.
+      dtype: type of the stored tensors, "float32" or "bfloat16"; None: the dtype of training.
       replace: replace an export in `out` once the new one is written.
 
     Raises:

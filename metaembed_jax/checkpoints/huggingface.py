@@ -52,7 +52,7 @@ def read_backbone(directory: Path, family: Family, architecture: FamilyConfig, a
 
     Args:
       directory: contains `model.safetensors.index.json` and the files that it names, or *.safetensors without an index.
-      family: of the architecture.
+      family: family of the architecture.
       architecture: the family's `Config`; the directory must contain all of its tensors.
       abstract: the parameters to read, as nested dicts of shapes, with dtypes and shardings. An int8 kernel is next to its
         `kernel_scale`.

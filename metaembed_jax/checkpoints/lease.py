@@ -53,9 +53,9 @@ class _State(NamedTuple):
     """The lease in the bucket.
 
     Attributes:
-      generation: of the object.
+      generation: generation of the object.
       age: seconds since it was renewed.
-      holder: of `_Lease`.
+      holder: token, host, process and machine of the writer that holds it.
     """
 
     generation: str

@@ -33,7 +33,7 @@ class Loaded(NamedTuple):
     """A network that encodes.
 
     Attributes:
-      config: of the network.
+      config: configuration of the network.
       parameters: nested dicts of arrays, on the mesh.
       processor: the family's `Processor`, which turns items into tokens and patches.
     """
@@ -48,8 +48,8 @@ def load(path: str | Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens:
 
     Args:
       path: a run (its best checkpoint is read), a Hugging Face directory, or a hub id.
-      dtype: of activations, matmuls and the large parameters, "bfloat16" or "float32".
-      seed: of fresh Meta Tokens.
+      dtype: type of activations, matmuls and the large parameters, "bfloat16" or "float32".
+      seed: seed of fresh Meta Tokens.
       max_visual_tokens: cap on the visual tokens of an image.
 
     Raises:
@@ -167,7 +167,7 @@ def exported_parameters(directory: Path, backbone: str, metadata: dict, abstract
     """Read the Meta Tokens of an export, and its head if `abstract` has one.
 
     Args:
-      metadata: of `read_metadata`.
+      metadata: result of `read_metadata`.
       abstract: parameters as nested dicts of shapes, with dtypes and shardings.
     """
     tokens = abstract["meta_tokens"]

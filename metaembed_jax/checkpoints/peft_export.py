@@ -58,6 +58,6 @@ def adapted_source(weight_map: Mapping[str, Source], path: str) -> Source:
     """Return the source of the kernel that an adapter is for.
 
     Args:
-      path: of the adapter's `a`, in the backbone.
+      path: path of the adapter's `a` in the backbone.
     """
     return weight_map[path.removesuffix(LORA + "a") + ".kernel"]

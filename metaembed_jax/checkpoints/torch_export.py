@@ -43,11 +43,11 @@ def write_model(
     """Write all files but README.md into an existing folder.
 
     Args:
-      parameters: of the network, without int8 kernels; or of a backbone alone, to write a released model.
+      parameters: parameters of the network, without int8 kernels; or of a backbone alone, to write a released model.
       tokenizer: the file of the vocabulary.
       images: how images become patches: the family's `Images`.
-      metadata: of the model, for config.json; that of its Meta Tokens is added.
-      dtype: of the stored tensors, "float32" or "bfloat16".
+      metadata: metadata of the model for config.json; that of its Meta Tokens is added.
+      dtype: type of the stored tensors, "float32" or "bfloat16".
     """
     names = meta_token_names(config.query_tokens, config.document_tokens) if "meta_tokens" in parameters else []
     first, ids = _write_vocabulary(out, names, tokenizer, family(config.backbone).pad_token)
@@ -69,8 +69,8 @@ def merged(parameters: dict, path: str, layer: int | None, scale: float) -> np.n
     """Return a parameter, or its layer of a stack, in float32 with its adapter merged.
 
     Args:
-      parameters: by path.
-      scale: of adapters, alpha / rank.
+      parameters: parameters by path.
+      scale: scale of adapters, alpha / rank.
     """
 
     def value(path: str) -> np.ndarray:

@@ -34,8 +34,8 @@ def training_batches(
     """Return the dataset whose element n is the `TrainingBatch` of step n, with the rows that this host makes.
 
     Args:
-      items: of the steps of the run.
-      shape: of each batch.
+      items: items of the steps of the run.
+      shape: shape of each batch.
       layout: the family's.
       here: the rows of each microbatch that this host makes; all by default.
     """

@@ -21,7 +21,7 @@ class RowPlan:
 
     Attributes:
       row: the capacity of a row.
-      rows: of a step, the fewest that hold every step.
+      rows: rows of a step, the fewest that suffice for every step.
       tokens, patches: the mean use of a step's items.
       longest: tokens of the longest item, its Meta Tokens included.
       cut, shrunk: the share of items whose text is cut, and of images that are shrunk.

@@ -27,7 +27,7 @@ class StepItems(NamedTuple):
     """The items of a step.
 
     Attributes:
-      references: of the pairs.
+      references: references to the pairs.
       items_per_pair: I.
       numbers_N: pair * I + number in the pair: 0 is the query, 1 the positive, then negatives.
       sizes_N3: tokens (Meta Tokens included), patches, vectors.
@@ -58,11 +58,11 @@ class RunItems:
 
     Attributes:
       references: those of each step, from `mixture`.
-      sources, names, sizes: of `config.data.sources`.
+      sources, names, sizes: one of each for every source of `config.data.sources`.
       processor: the family's, with the limits of the run.
       negatives: K, the most that are used of a pair.
       meta: Meta Tokens after a query, and after a document.
-      vectors: of a query, and of a document.
+      vectors: number of vectors of a query, and of a document.
     """
 
     references: grain.MapDataset

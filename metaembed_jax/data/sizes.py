@@ -37,13 +37,13 @@ class SourceSizes:
     """The sizes of the items of a source. Can be pickled.
 
     Args:
-      source: of training pairs.
+      source: source of training pairs.
       processor: the family's, with its limits.
       negatives: K, the most that are used of a pair.
-      name: of the source, for errors.
+      name: name of the source, for errors.
 
     Attributes:
-      table: of all rows, if they are the same in every epoch and step, or None.
+      table: sizes of all rows; None if they depend on epoch or step.
     """
 
     def __init__(self, source: Sequence, processor: PromptProcessor, negatives: int, name: str):

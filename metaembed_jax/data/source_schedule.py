@@ -28,9 +28,9 @@ def balanced_schedule(
     The arithmetic is in integers, so that all hosts choose the same.
 
     Args:
-      weights: positive.
+      weights: positive weights of the sources.
       sizes_S2: mean tokens and patches of a source's pairs.
-      sub_batches: of a step.
+      sub_batches: number of sub-batches of a step.
     """
     sum_of_weights = math.fsum(weights)
     weights_S = np.array([max(round(_WHOLE * weight / sum_of_weights), 1) for weight in weights], np.int64)

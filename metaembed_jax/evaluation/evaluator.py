@@ -21,8 +21,8 @@ class Subject:
 
     Attributes:
       model: encodes queries and documents.
-      name: of the run's config.
-      step: of the checkpoint.
+      name: name of the run's config.
+      step: step of the checkpoint.
       config: the run's config as JSON.
     """
 
@@ -47,7 +47,7 @@ class Evaluator(Protocol):
     """Measures a model on some data, at some budgets. All hosts of a run must call it alike, and get the same results.
 
     Attributes:
-      name: of its files, and the prefix of its figures.
+      name: name of its files, and prefix of its figures.
     """
 
     name: str

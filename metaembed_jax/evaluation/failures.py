@@ -35,7 +35,7 @@ class FailedQuery:
 
     Attributes:
       origin: the data set and the number of the query.
-      query: its item.
+      query: the item.
       rank, among: as in `Failure`.
       right, above: (item, score), as in `Failure`.
     """
@@ -52,8 +52,8 @@ def worst_queries(rankings: Iterable[Ranking], dataset: tuple[str, ...] = ()) ->
     """Choose the `WORST` failures by `Failure.severity`, worst first; of equal ones, the first query first.
 
     Args:
-      rankings: of each query, in the order of their numbers.
-      dataset: of the failures.
+      rankings: the ranking of each query, in the order of their numbers.
+      dataset: names of the benchmark, task and subset, as far as there are any.
 
     Raises:
       UserError: a score is NaN, or a query has no relevant document; names the query.

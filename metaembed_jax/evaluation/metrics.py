@@ -114,7 +114,7 @@ class Metric(NamedTuple):
     """A metric.
 
     Attributes:
-      meaning: of its mean, for the reader of a table.
+      meaning: explanation of its mean, for the reader of a table.
       values: the metric of each query, from its gold.
     """
 

@@ -14,12 +14,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 
 
 class Point(NamedTuple):
-    """The cost of a budget for each document, and its quality.
+    """The cost of a budget, and its quality.
 
     Attributes:
       name: the label over the point.
-      flops: of MaxSim.
-      bytes: of the index.
+      flops: FLOPs of MaxSim for each document.
+      bytes: bytes of the index for each document.
       mean, low, high: quality as a fraction of 1, and the ends of its bar; all equal if there is no bar.
     """
 

@@ -47,7 +47,7 @@ def sweep(
     """Compute all metrics at all budgets in both directions, with 95 % bootstrap intervals.
 
     Args:
-      name, data: of the results.
+      name, data: name and data of the results.
       query_QRD, document_NRD: the nested vectors at the largest budget.
       relevance: as in `relevance_matrix`.
       documents: N, if document_NRD is only this host's share.
@@ -98,7 +98,7 @@ def _metrics_at(
     """Return the results of each budget, and the gain of the last budget over the first.
 
     Args:
-      values: of each budget, every metric per query.
+      values: for each budget, every metric per query.
       side: index of the searched items in a budget.
     """
     values_BMQ = np.array([[metrics[name] for name in METRICS] for metrics in values])

@@ -21,8 +21,8 @@ class Grid(NamedTuple):
     """The grid by which a family cuts an image into patches.
 
     Attributes:
-      rows, columns: of units or tiles, as the family counts.
-      patches: with padding.
+      rows, columns: numbers of units or tiles, as the family counts.
+      patches: number of patches, with padding.
       shrunk: the image was made smaller to fit.
     """
 
@@ -81,7 +81,7 @@ class PromptProcessor:
 
         Args:
           item: an empty text next to an image counts as absent. Special strings in a text are plain text.
-          name: of the item, for errors.
+          name: name of the item, for errors.
 
         Raises:
           UserError: nothing to encode, or an unreadable image.
@@ -193,9 +193,9 @@ def no_room(name: str, most_tokens: int, most_patches: int, tokens: int, patches
     """Return the error of an image that does not fit at its smallest size.
 
     Args:
-      name: of its item.
+      name: name of its item.
       most_tokens, most_patches: limits of the image.
-      tokens, patches: of the smallest image.
+      tokens, patches: size of the smallest image.
     """
     return UserError(
         f"{name}: config.rows.size leaves {most_tokens} tokens and {most_patches} patches for an image: expected at least {tokens} "

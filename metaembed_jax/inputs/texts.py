@@ -17,10 +17,10 @@ class PromptTokenizer:
     Args:
       tokenizer: a checkpoint's; it is copied.
       special_tokens: those of the prompts.
-      title: of the family, for errors.
+      title: name of the family, for errors.
 
     Attributes:
-      ids: of the special tokens.
+      ids: ids of the special tokens.
 
     Raises:
       UserError: the tokenizer lacks a special token, or does not mark it as special.
@@ -61,7 +61,7 @@ class PromptTokenizer:
 
         Args:
           room: the most tokens; None for any number.
-          name: of the item, for errors.
+          name: name of the item, for errors.
 
         Raises:
           UserError: the text is not valid Unicode, or the words around it do not fit.

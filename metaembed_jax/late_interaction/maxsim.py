@@ -33,8 +33,8 @@ def maxsim(
     """Score every query against every document, in float32.
 
     Args:
-      query_QRD: of any float type.
-      document_NRD: of any float type, or int8.
+      query_QRD: vectors of any float type.
+      document_NRD: vectors of any float type, or int8.
       budget: (r_q, r_c), the vectors to use of each query and each document, from the first; None uses all.
       document_mask: False marks padding, which is never a maximum. A document of padding alone scores -inf.
       document_scale: a factor for each document vector, such as the scales of int8; not negative.

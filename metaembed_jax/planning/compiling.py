@@ -29,7 +29,7 @@ class Compiled(NamedTuple):
     """A program as compiled for one device.
 
     Attributes:
-      text: of the program.
+      text: HLO of the program.
       arguments: bytes of the inputs, with padding.
       temporaries: bytes of everything else, including results that do not reuse inputs.
       error: the compiler's; if there is one, the rest is empty.

@@ -29,8 +29,8 @@ class CostItem(NamedTuple):
     """A temporary array, or all calls of one collective.
 
     Attributes:
-      bytes: of the array; of a collective, sent by a device in all calls.
-      what: type and sizes of the array; of a collective, its kind and operand, with "between slices" if it crosses them.
+      bytes: size of the array; for a collective, bytes that a device sends in all calls.
+      what: type and sizes of the array; for a collective, its kind and operand, with "between slices" if it crosses them.
       times: how often it is made.
       op_name: the operation of the Python program.
     """
@@ -45,7 +45,7 @@ class Cost(NamedTuple):
     """Arithmetic and traffic of one device.
 
     Attributes:
-      flops: of matrix products and convolutions, and the estimates of custom kernels.
+      flops: FLOPs of matrix products and convolutions, and the estimates of custom kernels.
       hbm_bytes: read from and written to HBM.
       ici_bytes: sent to other devices of the slice, by kind of collective, for rings.
       dcn_bytes: sent to other slices, counted in the same way.
@@ -66,7 +66,7 @@ def count(text: str, devices: int, branches: Sequence[float] = (), slices: int =
     """Count the cost of a program.
 
     Args:
-      text: of `Compiled.as_text()`.
+      text: result of `jax.stages.Compiled.as_text()`.
       devices: the number of devices.
       branches: how often each branch of a conditional runs, as shares of 1. In a conditional with another number of branches, all
         run equally often.

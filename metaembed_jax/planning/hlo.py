@@ -24,7 +24,7 @@ class Shape(NamedTuple):
     Attributes:
       text: type and sizes, such as f32[8,8].
       dims: sizes of its axes.
-      bytes: with the padding of its tiles.
+      bytes: size with the padding of its tiles.
       in_hbm: false for a memory on the chip.
     """
 
@@ -39,7 +39,7 @@ class Instruction(NamedTuple):
 
     Attributes:
       name: unique in the program.
-      shapes: of its results; those of a tuple in a row.
+      shapes: shapes of its results; a tuple has several.
       opcode: such as `fusion`.
       operands: names of the instructions that it reads.
       arguments: the text between its parentheses.

@@ -39,7 +39,7 @@ class MeshLayout(NamedTuple):
       seconds: estimated bound of the step.
       data, fsdp, tensor: the mesh.
       at_once: rows of a microbatch.
-      recompute: as `config.rows.recompute`.
+      recompute: a value of `config.rows.recompute`.
       held: bytes of a device for the state.
       kept: a lower bound of the bytes of a device for what the backward pass reads.
     """
@@ -131,7 +131,7 @@ def _estimate(
     """Estimate a layout by its arithmetic, and its traffic of weights (`fsdp`), activations (`tensor`) and gradients (slices).
 
     Args:
-      row_bytes: of the inputs of all layers, for one row.
+      row_bytes: bytes of the inputs of all layers, for one row.
     """
     chip, (data, fsdp, tensor) = slices.chip, mesh.shape.values()
     rows = (shape.size if recompute in ("everything", "microbatches") else shape.rows) // (data * fsdp)

@@ -14,20 +14,20 @@ class Plan:
     Attributes:
       what: the program, a key of `programs.PROGRAMS`.
       devices_per_chip: 2 if the cores of a chip are separate devices, else 1.
-      rings: by axis of the mesh: hops, step and crossings, as in `links.Ring`.
+      rings: hops, step and crossings of each mesh axis, as in `links.Ring`.
       rows: `programs.CallRows` of a call; empty for a program without rows.
       recompute: the config's.
       parameters: numbers of trained and frozen parameters.
       memory: bytes, by content.
       host_bytes: batches of the training loop in the host's memory.
       usable_bytes: the most that the compiler gives to a program.
-      flops: of all devices: forward, backward and extra in closed form, and compiled, counted in the program.
-      hbm_bytes: traffic of memory.
+      flops: FLOPs of all devices: forward, backward and extra in closed form, and compiled as counted in the program.
+      hbm_bytes: bytes read from and written to HBM.
       ici_bytes, dcn_bytes: traffic inside a slice and between slices, by kind of collective.
       seconds: at the peaks: compute, HBM, ICI and, over several slices, DCN.
       items, unit: number and kind of items of a call.
-      calls: of a run.
-      temporaries, collectives: the largest.
+      calls: number of calls in a run.
+      temporaries, collectives: the largest ones.
       missing: why the figures of the compiler are incomplete; empty if they are complete.
       arrays: the largest traced arrays over all devices, if the program does not compile.
     """

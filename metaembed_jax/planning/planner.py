@@ -80,7 +80,7 @@ class _Measured(NamedTuple):
 
     Attributes:
       memory: bytes of a device, by content.
-      cost: of a device; zeros if the program is refused.
+      cost: cost of a device; zeros if the program is refused.
       missing: as in `Plan`.
       arrays: the largest traced arrays of a program that is refused.
     """
@@ -115,7 +115,7 @@ def _seconds(flops: float, cost: Cost, chip: Chip) -> dict[str, float]:
     """Return the time that one device takes for each resource, at its peak.
 
     Args:
-      flops: of one device in closed form, used if the compiler's are not complete.
+      flops: FLOPs of one device in closed form, used if the compiler's are not complete.
     """
     computed = cost.flops if cost.flops and not cost.unknown else max(flops, cost.flops)
     seconds = {"compute": computed * chip.devices / chip.flops}

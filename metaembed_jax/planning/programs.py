@@ -28,7 +28,7 @@ class CallRows(NamedTuple):
 
     Attributes:
       tokens, patches, vectors: capacity of a row.
-      rows: over all devices, including empty rows.
+      rows: number of rows over all devices, including empty ones.
       at_once: rows of a microbatch.
       used_tokens, used_patches: the average share that items of typical sizes use.
     """
@@ -48,10 +48,10 @@ class Program(NamedTuple):
     Attributes:
       trace: `() -> jax.stages.Traced`.
       arguments: shapes with shardings, by content.
-      flops: of one call, over all devices.
+      flops: FLOPs of one call, over all devices.
       items, unit: number and kind of items of one call.
-      calls: of a whole run; 0 for a program without runs.
-      rows: of one call; None for a program without rows.
+      calls: number of calls in a whole run; 0 for a program without runs.
+      rows: rows of one call; None for a program without rows.
     """
 
     trace: Callable

@@ -19,8 +19,8 @@ class Topology(NamedTuple):
 
     Attributes:
       name: such as v5e:2x4, or 2xv5e:2x4.
-      chip: of the slices.
-      devices: of all slices, compile-only.
+      chip: generation of the slices.
+      devices: compile-only devices of all slices.
       hosts: the number of hosts.
       slices: the number of slices.
     """

@@ -15,8 +15,8 @@ class _Sides(NamedTuple):
     """Kinds of images (None for no image), and the fewest and most words, of queries and of documents.
 
     Attributes:
-      query_image, query_words: of queries.
-      image, words: of documents.
+      query_image, query_words: image and words of queries.
+      image, words: image and words of documents.
     """
 
     query_image: str | None

@@ -47,7 +47,7 @@ def find_start(config: RunConfig, workdir: Path | None = None) -> tuple[RunConfi
     """Return the config of a run and its start. An architecture that is empty in the config is set to that of the start.
 
     Args:
-      workdir: of the run. Once it has checkpoints, it needs the first stage no more: its folder holds all that it took from there.
+      workdir: folder of the run. Once it has checkpoints, the first stage is not needed: the folder has all that was taken from it.
         In a bucket this holds for base weights too.
 
     Raises:
@@ -158,7 +158,7 @@ def _fill_architecture(config: RunConfig, backbone: str, architecture: dict, dir
     """Return the config with the architecture of its start, if its own is empty.
 
     Args:
-      directory: of the start, for errors.
+      directory: folder of the start, for errors.
       but_free: fields that no parameter depends on may differ.
 
     Raises:

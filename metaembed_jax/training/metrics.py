@@ -27,7 +27,7 @@ class MetricsWriter:
     Args:
       workdir: the folder of the run.
       first_step: lines of later steps are removed from the file, since these steps are written again.
-      steps: of the whole run, for the bar.
+      steps: number of steps of the whole run, for the bar.
       silent: write and show nothing; true on all hosts but the first.
 
     Raises:

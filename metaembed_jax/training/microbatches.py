@@ -26,9 +26,9 @@ def encode(apply: Callable, rows: Batch, recompute: str, dtype: str) -> Float[Ar
 
     Args:
       apply: `(row numbers) -> network`. Its dropout, if any, depends on the numbers of the rows and not on their microbatches.
-      rows: of a `TrainingBatch`.
+      rows: rows of a `TrainingBatch`.
       recompute: a value of `config.rows.recompute`.
-      dtype: of the vectors.
+      dtype: type of the vectors.
     """
 
     def encoder(microbatch: Batch) -> Float[Array, "b V D"]:

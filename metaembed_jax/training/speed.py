@@ -14,7 +14,7 @@ class Speed:
     """Rates since the last reading.
 
     Args:
-      shape: of the run's batches.
+      shape: shape of the run's batches.
       first: the step that the run resumes from.
     """
 
@@ -33,7 +33,7 @@ class Speed:
         published bfloat16 peak. It is missing if the peak is unknown. Validation and checkpoints count only in the time left.
 
         Args:
-          spent: of `profile.Stopwatch.read`.
+          spent: seconds by activity, from `profile.Stopwatch.read`.
         """
         steps, seconds = step - self._last, spent["seconds/input"] + spent["seconds/step"]
         self._last = step

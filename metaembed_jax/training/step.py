@@ -94,7 +94,7 @@ class Trainer:
     """The jitted functions of a run, and the shardings of its arrays.
 
     Attributes:
-      mesh: of all arrays.
+      mesh: mesh of all arrays.
       abstract: the state as shapes, dtypes and shardings, to restore checkpoints and to compile ahead of time.
       init: `(given={}) -> TrainState`, created in its shards; parameters that `given` lacks are fresh.
       step: `(TrainState, batch) -> (TrainState, metrics)`; donates the state.
@@ -143,7 +143,7 @@ def make_init(network: ModelConfig, seed: int, abstract: TrainState, optimizer: 
     """Return `Trainer.init`.
 
     Args:
-      seed: of fresh parameters.
+      seed: seed of fresh parameters.
     """
 
     def init(given: dict | None = None) -> TrainState:

@@ -68,7 +68,7 @@ class Drawings(Sequence[tuple[str, Image.Image]]):
     """(name, image of mode L) of each drawing in a split of the icons source. A drawing is decoded once, when it is first read.
 
     Attributes:
-      names: of all drawings.
+      names: names of all drawings.
     """
 
     def __init__(self, data_dir: str | Path, split: str):

@@ -39,8 +39,8 @@ class Corpus:
         """Copy the documents that rows name, if that is not done yet.
 
         Args:
-          rows: with the column query_id.
-          name: of the source, for the progress bars.
+          rows: files with the column query_id.
+          name: name of the source, for the progress bars.
 
         Raises:
           UserError: an id occurs twice, or a document is malformed; names file and row.

@@ -30,7 +30,7 @@ def describe(record: dict, name: str) -> dict:
     """Return the description of a record.
 
     Args:
-      name: of the record, for errors.
+      name: name of the record, for errors.
 
     Raises:
       UserError: an image cannot be read.
@@ -56,7 +56,7 @@ def describe_row(source: Sequence, row: int, epoch: int, step: int, name: str) -
     """Return the description of the record that `read_row` returns, without reading it if the source has `describe`.
 
     Args:
-      name: of the source, for errors.
+      name: name of the source, for errors.
     """
     describe_at = getattr(source, "describe", None)
     if describe_at is not None:
@@ -118,7 +118,7 @@ class StoredSplit(NamedTuple):
     Attributes:
       source: tfds's data source: serialized records, with `__getitems__`.
       parse: turns a serialized record into a record.
-      name: of the source, for errors.
+      name: name of the source, for errors.
     """
 
     source: Any

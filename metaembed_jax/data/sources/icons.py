@@ -38,7 +38,7 @@ class Icon(NamedTuple):
     """A drawing of a glyph.
 
     Attributes:
-      name: as words.
+      name: name of the glyph in words.
     """
 
     name: str

@@ -47,7 +47,7 @@ class ImageFolder:
         """Return the item of a text and an image, without what is empty.
 
         Args:
-          name: of the item in its row, for errors.
+          name: name of the item in its row, for errors.
           image: a path, or an image inline.
 
         Raises:

@@ -48,7 +48,7 @@ class RawSource:
     """A source before its preparation.
 
     Attributes:
-      name: of the source, and of its folder.
+      name: name of the source, and of its folder.
       rows: its files.
       record: turns a row into a record. Can be pickled; raises UserError, without the name of the row.
       corpus: the documents that rows name by id. They are copied first, and `record` then takes the copy as `corpus`.

@@ -28,7 +28,7 @@ class Questions(NamedTuple):
       documents: the distinct items of all queries.
       choices: the numbers of each query's documents; the first is the right one.
       images: reads the paths.
-      fingerprint: of all above; of images, by their `ImageFolder.stamp`.
+      fingerprint: digest of all above, with the `ImageFolder.stamp` of each image.
     """
 
     queries: list[dict]

@@ -10,7 +10,7 @@ class Task:
     """One task.
 
     Attributes:
-      name: of the folder.
+      name: name of its folder.
       group: one of `GROUPS`.
       in_domain: MMEB-train has a subset of the task.
       kind: "i2t": image to text; "qa": image and question to text; "t2i": text to image; "i2i": image, with or without text, to

@@ -161,7 +161,7 @@ class SubsetResults(NamedTuple):
     """Results of one subset of one split.
 
     Attributes:
-      scores: of mteb, for each search.
+      scores: mteb's scores, for each search.
       queries, documents: the numbers of those that mteb does not leave out.
       failures: the worst queries, by their numbers in the data.
     """

@@ -21,8 +21,8 @@ class TaskItems(Sequence):
     Args:
       table: the rows.
       side: "query" or "document".
-      modalities: of the task on this side; other columns are not read.
-      name: for errors.
+      modalities: modalities of the task on this side; other columns are not read.
+      name: name of the rows, for errors.
 
     Raises:
       UserError: the table has none of the columns.

@@ -22,7 +22,7 @@ class Encoded(NamedTuple):
     """This host's rows of some items, and their vectors.
 
     Attributes:
-      fingerprint: of the items' content.
+      fingerprint: digest of the items' content.
     """
 
     fingerprint: str
@@ -38,8 +38,8 @@ class Searcher:
     Args:
       model: encodes both.
       budget: (r_q, r_c), or stages [(1, 1, 1000), (16, 64)]. All vectors by default.
-      name: of the model, in mteb's results.
-      revision: of the model, in mteb's results.
+      name: name of the model in mteb's results.
+      revision: revision of the model in mteb's results.
       progress: show a bar.
 
     Raises:

@@ -12,7 +12,7 @@ class Benchmark(NamedTuple):
     """Tasks with one mean.
 
     Attributes:
-      name: of the benchmark, or of its only task.
+      name: name of the benchmark, or of its only task.
       tasks: mteb's objects of retrieval tasks of texts and images.
       others: the names of all other tasks.
     """
