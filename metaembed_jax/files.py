@@ -38,7 +38,7 @@ def any_path(path: str | os.PathLike) -> Path:
     if not is_bucket(text):
         return Path(text)
     if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{text}: needs gcsfs, which is not installed: pip install 'metaembed-jax[gcs]'")
+        raise UserError(f"{text} needs gcsfs, which is not installed: pip install 'metaembed-jax[gcs]'")
     return _bucket_path(text)
 
 
@@ -71,7 +71,7 @@ def check_scheme(text: str) -> str:
     if "://" in (text if bucket is None else bucket):
         raise UserError(f"{text}: expected a folder or gs://BUCKET/PATH; no other scheme is read or written")
     if bucket is not None and not bucket.partition("/")[0]:
-        raise UserError(f"{text}: has no name of a bucket; expected gs://BUCKET/PATH")
+        raise UserError(f"{text} has no name of a bucket; expected gs://BUCKET/PATH")
     if bucket is not None:
         _check_names(text, bucket.partition("/")[2].rstrip("/").split("/"))
     return text
@@ -79,7 +79,7 @@ def check_scheme(text: str) -> str:
 
 def _check_names(text: str, names: list[str]) -> None:
     if names == [""]:
-        raise UserError(f"{text}: is a whole bucket; expected gs://BUCKET/PATH")
+        raise UserError(f"{text} is a whole bucket; expected gs://BUCKET/PATH")
     for name in names:
         if name in ("", ".", "..") or not name.isprintable() or any(char in SPECIAL for char in name):
             raise UserError(f"{text}: expected names in the bucket without {' '.join(SPECIAL)}, and none that is empty, . or ..")
@@ -247,9 +247,9 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         reason = bucket_reason(error) if is_bucket(path) else None
-        raise UserError(f"{path}: cannot be read ({reason or error})") from error
+        raise UserError(f"{path} cannot be read ({reason or error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not an object of keys and values")
+        raise UserError(f"{path} holds a {type(content).__name__}, not an object of keys and values")
     return content
 
 

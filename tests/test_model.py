@@ -119,7 +119,7 @@ def test_one_item_instead_of_a_list(model, items):
 
 
 @pytest.mark.parametrize(
-    "item, message", [(3, "not int"), ({}, "item 1: has neither"), ({"image": b"x"}, "item 1: .*cannot be read")]
+    "item, message", [(3, "not int"), ({}, "item 1 has neither"), ({"image": b"x"}, "item 1: .*cannot be read")]
 )
 def test_bad_items_are_named(model, item, message):
     with pytest.raises(me.UserError, match=message):

@@ -71,7 +71,7 @@ def find(name: str | Path) -> Path:
 
 def _check_kind(directory: Path) -> Path:
     if not (directory / "run.json").exists() and not (directory / "config.json").exists():
-        raise UserError(f"{directory}: is neither a run (it has no run.json) nor a Hugging Face model (it has no config.json)")
+        raise UserError(f"{directory} is neither a run (it has no run.json) nor a Hugging Face model (it has no config.json)")
     return directory
 
 
@@ -110,7 +110,7 @@ def open_base(name: str) -> BaseWeights:
     """
     directory = find(name)
     if not (directory / "config.json").is_file():
-        raise UserError(f"{directory}: is not a Hugging Face model: it has no config.json")
+        raise UserError(f"{directory} is not a Hugging Face model: it has no config.json")
     is_path = not files.is_bucket(name) and Path(name).expanduser().exists()
     return BaseWeights(str(directory.absolute()) if is_path else str(name), directory, fingerprint(directory))
 
@@ -127,7 +127,7 @@ def open_recorded(workdir: Path, record: BaseRecord) -> BaseWeights:
         raise UserError(f"{workdir}: its base is missing ({error}); move it back, or write its new path into run.json") from error
     if base.fingerprint != record.fingerprint:
         raise UserError(
-            f"{workdir}: was trained on weights of fingerprint {record.fingerprint}, and {base.directory} has "
+            f"{workdir} was trained on weights of fingerprint {record.fingerprint}, and {base.directory} has "
             f"{base.fingerprint}: it is another model"
         )
     return base

@@ -80,7 +80,7 @@ def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = Non
             card = model_card(kind, trained.config, trained.metadata, trained.results)
             (folder / "README.md").write_text(card, encoding="utf-8")
     except SafetensorError as error:
-        raise UserError(f"{out}: cannot be written ({error})") from error
+        raise UserError(f"{out} cannot be written ({error})") from error
 
 
 def check_format(kind: str, backbone: str, trained: Collection[str]) -> None:

@@ -82,4 +82,4 @@ def read_kept(folder: Path, abstract: dict) -> dict:
     except jax.errors.JaxRuntimeError:  # devices without memory say nothing about the files
         raise
     except UNREADABLE as error:
-        raise UserError(f"{folder}: cannot be read ({reason_of(error)}); remove it to read the base again") from error
+        raise UserError(f"{folder} cannot be read ({reason_of(error)}); remove it to read the base again") from error

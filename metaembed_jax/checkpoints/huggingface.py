@@ -97,7 +97,7 @@ def read_head(directory: Path, abstract: jax.ShapeDtypeStruct) -> jax.Array:
     stored = {tensor.key: tensor for tensor in list_tensors(directory / HEAD)}
     if set(stored) != {"weight"} or stored["weight"].shape != abstract.shape[::-1]:
         shapes = {key: tensor.shape for key, tensor in stored.items()}
-        raise UserError(f"{directory / HEAD}: has {shapes}, and config.json asks for weight of shape {abstract.shape[::-1]}")
+        raise UserError(f"{directory / HEAD} has {shapes}, and config.json asks for weight of shape {abstract.shape[::-1]}")
     return _put(stored["weight"].read().T.astype(abstract.dtype), abstract.sharding)
 
 
@@ -189,7 +189,7 @@ def _open_tensors(directory: Path, canonical_key: Callable[[str], str]) -> dict[
                     f"{tensor.file}: {tensor.key} is stored twice, {shapes}: also as {other.key} in {other.file}; remove one"
                 )
     for key, name in (index or {}).items():
-        raise UserError(f"{directory / name}: lacks {key}, which {INDEX} lists for it; download the directory again")
+        raise UserError(f"{directory / name} lacks {key}, which {INDEX} lists for it; download the directory again")
     return stored
 
 
@@ -197,7 +197,7 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     """Return the files to read, and the index, {tensor: name of its file}; None if there is no index."""
     if (directory / INDEX).is_file():
         if (directory / SINGLE).is_file():
-            raise UserError(f"{directory}: has both {SINGLE} and {INDEX}; remove one")
+            raise UserError(f"{directory} has both {SINGLE} and {INDEX}; remove one")
         index = read_json(directory / INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
             raise UserError(f"{directory / INDEX}: its weight_map does not map tensors to files; download it again")
@@ -225,7 +225,7 @@ def list_tensors(file: Path) -> list[StoredTensor]:
             headers = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
             kinds = {key: (header.get_dtype(), tuple(header.get_shape())) for key, header in headers.items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); download it again") from error
+        raise UserError(f"{file} cannot be read ({error}); download it again") from error
     for key, (dtype, shape) in kinds.items():
         if dtype not in FLOATS:
             raise UserError(f"{file}: {key} is {dtype}; only {', '.join(FLOATS)} are read, not quantised weights")

@@ -100,7 +100,7 @@ def best_parameters(run: Path, abstract: dict) -> tuple[int, dict]:
       UserError: the run has no checkpoint, or one of another model.
     """
     if not (run / "checkpoints").exists():  # opening the checkpoints would make the folder
-        raise UserError(f"{run}: has no checkpoints yet; train it first")
+        raise UserError(f"{run} has no checkpoints yet; train it first")
     with contextlib.closing(RunCheckpoints(run)) as checkpoints:
         step = checkpoints.best_step()
         return step, checkpoints.restore_parameters(step, abstract)
@@ -116,7 +116,7 @@ def frozen_parameters(run: Path, model: ModelSettings, abstract: dict) -> dict:
         return {}
     record = read_base(run)
     if record is None:
-        raise UserError(f"{run}: has frozen parameters, and run.json records no base to read them from")
+        raise UserError(f"{run} has frozen parameters, and run.json records no base to read them from")
     if is_kept(run) and fits(run / BASE, abstract):
         return read_kept(run / BASE, abstract)
     base = open_recorded(run, record)
@@ -211,7 +211,7 @@ def _read_preprocessor(directory: Path) -> dict:
         return read_json(directory / "preprocessor_config.json")
     # transformers 5 saves one file for the tokenizer's and the images' settings.
     if not (directory / "processor_config.json").is_file():
-        raise UserError(f"{directory}: has no preprocessor_config.json, which says how images are read; download it again")
+        raise UserError(f"{directory} has no preprocessor_config.json, which says how images are read; download it again")
     content = read_json(directory / "processor_config.json").get("image_processor")
     if not isinstance(content, dict):
         raise UserError(f"{directory / 'processor_config.json'}: image_processor={content!r}: expected a JSON object")
@@ -222,7 +222,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # the library raises no narrower class
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        raise UserError(f"{path} cannot be read ({error})") from error
 
 
 def _processor(path: Path, images: FamilyImages, config: ModelConfig, limits: Limits) -> PromptProcessor:
@@ -230,7 +230,7 @@ def _processor(path: Path, images: FamilyImages, config: ModelConfig, limits: Li
     highest, rows = max(tokenizer.get_vocab().values(), default=-1), config.architecture.vocabulary
     if highest >= rows:
         raise UserError(
-            f"{path}: has token {highest}, and the model's vocabulary has {rows} rows; expected the tokenizer of this checkpoint"
+            f"{path} has token {highest}, and the model's vocabulary has {rows} rows; expected the tokenizer of this checkpoint"
         )
     try:
         return family(config.backbone).Processor(tokenizer, images, limits)

@@ -69,7 +69,7 @@ class RunCheckpoints:
         best = self._manager.best_step()
         step = self._manager.latest_step() if best is None else best
         if step is None:
-            raise UserError(f"{self.directory.parent}: has no checkpoints yet; train it first")
+            raise UserError(f"{self.directory.parent} has no checkpoints yet; train it first")
         return step
 
     def save(self, step: int, parameters: dict, optimizer: Any, metric: float | None) -> None:

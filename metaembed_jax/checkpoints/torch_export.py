@@ -112,7 +112,7 @@ def _write_vocabulary(out: Path, names: list[str], file: Path, pad_token: str) -
     ids = [tokenizer.token_to_id(name) for name in names]
     first = (ids[0] if ids else None) or 0
     if ids != list(range(first, first + len(ids))):
-        raise UserError(f"{file}: has some of {names[0]} .. {names[-1]} under other ids; export the model before it was exported")
+        raise UserError(f"{file} has some of {names[0]} .. {names[-1]} under other ids; export the model before it was exported")
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad_token, "padding_side": "left"}
     write_json(out / "tokenizer_config.json", kind)
     return first, {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}

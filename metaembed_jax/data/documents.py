@@ -74,7 +74,7 @@ def open_documents(path: str | Path) -> Documents:
         if left_out:
             print(f"{path}: left out {', '.join(f'{count:,} {kind}' for kind, count in sorted(left_out.items()))}", flush=True)
         if not files:
-            raise UserError(f"{path}: has no images or PDF files in it")
+            raise UserError(f"{path} has no images or PDF files in it")
         return FolderDocuments(path, files)
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
@@ -136,7 +136,7 @@ class TableDocuments(Documents):
         columns = rows.columns()
         if not columns & {"text", "image"} or columns - COLUMNS:
             names = ", ".join(sorted(columns))
-            raise UserError(f"{rows.files[0]}: has the columns {names}; expected text or image, or both; allowed: id, text, image")
+            raise UserError(f"{rows.files[0]} has the columns {names}; expected text or image, or both; allowed: id, text, image")
         self.rows, self.files, self.folder, self.ids = rows, rows.files, ImageFolder(rows.files[0].parent), None
         if "id" in columns:
             read, seen = rows.read(0, len(rows), columns=("id",)), {}
@@ -178,7 +178,7 @@ def find_files(root: Path) -> tuple[list[Path], Counter]:
     """
 
     def refuse(error: OSError):
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})")
 
     files, left_out = [], Counter()
     for folder, folders, names in os.walk(root, onerror=refuse):

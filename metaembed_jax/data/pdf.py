@@ -81,7 +81,7 @@ def _page_errors(name: str, verb: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name}: cannot be {verb} ({' '.join(str(error).split())}); repair or remove it") from error
+        raise UserError(f"{name} cannot be {verb} ({' '.join(str(error).split())}); repair or remove it") from error
 
 
 def _open_document(file: Path):
@@ -92,21 +92,21 @@ def _open_document(file: Path):
     if not handle:
         error = raw.FPDF_GetLastError()
         reasons = {raw.FPDF_ERR_PASSWORD: "is encrypted", raw.FPDF_ERR_FILE: "cannot be opened"}
-        raise UserError(f"{file}: {reasons.get(error, 'is not a readable PDF file')}; repair, decrypt or remove it")
+        raise UserError(f"{file} {reasons.get(error, 'is not a readable PDF file')}; repair, decrypt or remove it")
     document = pypdfium2.PdfDocument(handle)
     try:
         document.init_forms()  # the text in the fields of a form is drawn with its page
     except pypdfium2.PdfiumError as error:
-        raise UserError(f"{file}: has a form that cannot be read; print it to a new PDF file") from error
+        raise UserError(f"{file} has a form that cannot be read; print it to a new PDF file") from error
     if not len(document):
-        raise UserError(f"{file}: has no pages; repair or remove it")
+        raise UserError(f"{file} has no pages; repair or remove it")
     return document
 
 
 def _scale(width: float, height: float, name: str) -> float:
     """Return the pixels of a point."""
     if not (0 < width < math.inf and 0 < height < math.inf):
-        raise UserError(f"{name}: is {width:g} x {height:g} points; expected positive numbers; repair or remove it")
+        raise UserError(f"{name} is {width:g} x {height:g} points; expected positive numbers; repair or remove it")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise UserError(f"{name}: is {width:g} x {height:g} points; one side is over {MAX_ASPECT_RATIO} times the other")
+        raise UserError(f"{name} is {width:g} x {height:g} points; one side is over {MAX_ASPECT_RATIO} times the other")
     return math.sqrt(PAGE_PIXELS / (width * height))

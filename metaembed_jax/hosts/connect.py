@@ -87,7 +87,7 @@ def _check_port(coordinator: str, name: str) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise UserError(f"{name}: cannot listen on port {port} ({error.strerror}); choose another port on all hosts") from error
+            raise UserError(f"{name} cannot listen on port {port} ({error.strerror}); choose another port on all hosts") from error
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def read_item(item: dict, name: str) -> tuple[str, Any]:
         raise UserError(f"{name}: unknown keys {', '.join(sorted(map(repr, unknown)))}; allowed: text, image")
     text, image = item.get("text"), item.get("image")
     if text is None and image is None:
-        raise UserError(f"{name}: has neither text nor image; give at least one")
+        raise UserError(f"{name} has neither text nor image; give at least one")
     if text is not None and not isinstance(text, str):
         raise UserError(f"{name}: expected a string as text, not {type(text).__name__}")
     return text or "", image

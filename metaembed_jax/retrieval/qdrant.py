@@ -189,7 +189,7 @@ class QdrantIndex:
         sizes = [len(payload) + NUMBER_BYTES * self.dimension * (self.document_vectors + 1) for payload in payloads]
         if (largest := max(sizes, default=0)) > REQUEST_BYTES:
             raise UserError(
-                f"item {ids[sizes.index(largest)]!r}: has {largest:,} bytes; expected at most {REQUEST_BYTES:,}, Qdrant's limit; "
+                f"item {ids[sizes.index(largest)]!r} has {largest:,} bytes; expected at most {REQUEST_BYTES:,}, Qdrant's limit; "
                 "shorten its metadata"
             )
         with tqdm(total=len(ids), desc=f"uploading to {self.name}", unit="item", disable=not progress) as bar:

@@ -56,7 +56,7 @@ def stored_facts(client: "QdrantClient", server: str, name: str) -> dict:
     """Read the facts that `QdrantIndex.create` recorded in a collection."""
     with clear_errors(server):
         if not client.collection_exists(name):
-            raise UserError(f"{server}: has no collection {name!r}; create it with QdrantIndex.create")
+            raise UserError(f"{server} has no collection {name!r}; create it with QdrantIndex.create")
         facts = (client.get_collection(name).config.metadata or {}).get("metaembed")
     if not isinstance(facts, dict) or facts.keys() != FACTS:
         raise UserError(
@@ -78,7 +78,7 @@ def clear_errors(server: str) -> Iterator[None]:
     except UserError:
         raise
     except ResponseHandlingException as error:
-        raise UserError(f"{server}: does not answer ({error.source}); check that it runs, and its address") from None
+        raise UserError(f"{server} does not answer ({error.source}); check that it runs, and its address") from None
     except UnexpectedResponse as error:
         answer = error.content[:300].decode(errors="replace")
         raise UserError(f"{server}: answered {error.status_code} {error.reason_phrase}: {answer}") from None

@@ -144,7 +144,7 @@ def _read_exported(model: ModelSettings, base: BaseWeights, expected: dict) -> d
         return {}
     for key in TOKEN_KEYS:
         if metadata[key] != (ours := getattr(model, key)):
-            raise UserError(f"{base.name}: has {key}={metadata[key]}, and config.model has {ours}")
+            raise UserError(f"{base.name} has {key}={metadata[key]}, and config.model has {ours}")
     if metadata["embedding_dim"] != model.embedding_dim:
         expected = _without_head(expected)
     return exported_parameters(base.directory, model.backbone, metadata, expected)
@@ -172,7 +172,7 @@ def _fill_architecture(config: RunConfig, backbone: str, architecture: dict, dir
         different = differences(make(config.model.architecture), make(architecture), but_free)
     for key, mine, other in different[:1]:
         raise UserError(
-            f"{directory}: has {key}={other!r}, and config.model.architecture has {mine!r}; leave the architecture empty"
+            f"{directory} has {key}={other!r}, and config.model.architecture has {mine!r}; leave the architecture empty"
         )
     return config
 

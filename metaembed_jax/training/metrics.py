@@ -120,7 +120,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); repair it and run the same command again") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}); repair it and run the same command again") from error
 
 
 def _kept(path: Path, last_step: int) -> bytes:

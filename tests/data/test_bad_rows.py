@@ -145,7 +145,7 @@ def test_missing_columns(tmp_path, kind):
     if kind == "tevatron":  # its tables are found by their columns
         for file in (path / "corpus" / "data").glob("train-0*"):
             file.unlink()
-    message = "documents .* are missing" if kind == "tevatron" else f"{other}: lacks the column {COLUMNS[kind]}; it has "
+    message = "documents .* are missing" if kind == "tevatron" else f"{other} lacks the column {COLUMNS[kind]}; it has "
     with pytest.raises(UserError, match=message):
         prepare(kind, path, tmp_path / "out")
 
@@ -256,11 +256,11 @@ def test_bad_files(tmp_path):
         prepare("pairs", tmp_path / "none.jsonl", tmp_path / "out")
     write_parquet(tmp_path / "X" / "original-0.parquet", [{"qry": "a", "pos_text": "b"}])
     with pytest.raises(
-        UserError, match=r"original-0.parquet: lacks the column qry_image_path, pos_image_path; it has pos_text, qry"
+        UserError, match=r"original-0.parquet lacks the column qry_image_path, pos_image_path; it has pos_text, qry"
     ):
         prepare("mmeb", tmp_path, tmp_path / "out")
     (tmp_path / "X" / "original-0.parquet").write_bytes(b"PAR1 nonsense")
-    with pytest.raises(UserError, match="original-0.parquet: is not a readable Parquet file"):
+    with pytest.raises(UserError, match="original-0.parquet is not a readable Parquet file"):
         prepare("mmeb", tmp_path, tmp_path / "out")
     for line, message in (("{", "is not JSON"), ("[1]", "expected an object"), ('{"querry": 1}', "unknown column querry")):
         (tmp_path / "mine.jsonl").write_text(json.dumps({"query": "a", "positive": "b"}) + f"\n\n{line}\n")

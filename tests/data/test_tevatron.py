@@ -139,8 +139,8 @@ def test_folders_without_a_set(tmp_path):
         prepare(tmp_path, tmp_path / "out")
     write_parquet(tmp_path / "x" / "q.parquet", [{"positive_document_ids": ["0"], "query_text": "q"}])
     write_parquet(tmp_path / "x" / "c.parquet", tevatron_corpus(2))
-    with pytest.raises(UserError, match="q.parquet: has the columns positive_document_ids, query_text; queries have query_id and"):
+    with pytest.raises(UserError, match="q.parquet has the columns positive_document_ids, query_text; queries have query_id and"):
         prepare(tmp_path / "x", tmp_path / "out")
     (tmp_path / "x" / "z.parquet").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="z.parquet: is not a readable Parquet file"):
+    with pytest.raises(UserError, match="z.parquet is not a readable Parquet file"):
         prepare(tmp_path / "x", tmp_path / "out")

@@ -234,7 +234,7 @@ def broken(number, vector, value):
         ((["a", "b", "c"], DOCUMENTS[:3], [{}, {"page": {1, 2}}, {}]), "item 'b': its metadata cannot be written as JSON"),
         ((["a", "b", "c"], DOCUMENTS[:3], [{}, {"page": float("nan")}, {}]), "item 'b': its metadata cannot be written as JSON"),
         ((["a", "b", "c"], DOCUMENTS[:3], [{}, {"text": "\ud800"}, {}]), "item 'b': its metadata cannot be written as JSON"),
-        ((["a", "b", "c"], DOCUMENTS[:3], [{}, {"text": "x" * (28 << 20)}, {}]), "item 'b': has 29,"),
+        ((["a", "b", "c"], DOCUMENTS[:3], [{}, {"text": "x" * (28 << 20)}, {}]), "item 'b' has 29,"),
     ],
 )
 def test_bad_items_are_named_and_nothing_is_written(small, arguments, message):
@@ -306,7 +306,7 @@ def test_unknown_items_are_named(small):
 
 
 def test_without_a_server_the_error_names_it():
-    with pytest.raises(UserError, match="Qdrant at http://127.0.0.1:9: does not answer .*refused"):
+    with pytest.raises(UserError, match="Qdrant at http://127.0.0.1:9 does not answer .*refused"):
         QdrantIndex.load("http://127.0.0.1:9", "icons")
 
 

@@ -382,7 +382,7 @@ def test_a_truncated_base_is_named(config, base, tmp_path):
     content = (moved / "model.safetensors").read_bytes()
     (moved / "model.safetensors").write_bytes(content[: len(content) // 2])
     config = with_keys(config, {"init_from": str(moved)})
-    with pytest.raises(UserError, match="model.safetensors: cannot be read"):
+    with pytest.raises(UserError, match="model.safetensors cannot be read"):
         train(config, tmp_path / "run")
 
 

@@ -21,7 +21,7 @@ def find_sources(directory: Path) -> list[RawSource]:
     """
     files = sorted(directory.rglob("train-*.parquet"))
     if not files:
-        raise UserError(f"{directory}: has no train-*.parquet; --from is the folder that colpali_train_set was fetched to")
+        raise UserError(f"{directory} has no train-*.parquet; --from is the folder that colpali_train_set was fetched to")
     rows = open_row_files(files)
     check_columns(rows, ("image", "query"))
     return [RawSource(NAME, rows, to_record)]

@@ -103,7 +103,7 @@ class ImageFolder:
             try:
                 self._opened[archive] = zipfile.ZipFile(archive)
             except (OSError, zipfile.BadZipFile) as error:
-                raise UserError(f"{archive}: is not a readable ZIP archive ({error}); fetch it again") from error
+                raise UserError(f"{archive} is not a readable ZIP archive ({error}); fetch it again") from error
         return self._opened[archive]
 
     def _hint(self, relative: PurePosixPath) -> str:

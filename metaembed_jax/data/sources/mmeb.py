@@ -52,7 +52,7 @@ def _subsets(directory: Path, pattern: str, columns: Sequence[str]) -> list[tupl
     for file in sorted(directory.glob(f"*/{pattern}")):
         files.setdefault(file.parent.name, []).append(file)
     if not files:
-        raise UserError(f"{directory}: has no {{subset}}/{pattern}; --from is the folder that the data set was fetched to")
+        raise UserError(f"{directory} has no {{subset}}/{pattern}; --from is the folder that the data set was fetched to")
     subsets = [(subset, open_row_files(subset_files)) for subset, subset_files in files.items()]
     for _, rows in subsets:
         check_columns(rows, columns)

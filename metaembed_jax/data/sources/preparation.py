@@ -106,7 +106,7 @@ def prepare_source(source: RawSource, out: Path, workers: int, skips: int) -> di
     if marker := records.read_marker(source_dir, VERSION):
         if marker["job"] != digest(inputs.encode()):
             file = source.rows.files[0]
-            raise UserError(f"{source_dir}: is prepared already, from other files than {file}; remove it, or choose another --out")
+            raise UserError(f"{source_dir} is prepared already, from other files than {file}; remove it, or choose another --out")
         return marker
     source_dir.mkdir(parents=True, exist_ok=True)
     with locked(source_dir / "lock", f"{source_dir} is being prepared by another process; wait for it to end"):

@@ -108,7 +108,7 @@ def check_columns(rows: RowFiles, names: Sequence[str]) -> None:
     for file in rows.files:
         columns = read_columns(file)
         if missing := [name for name in names if name not in columns]:
-            raise UserError(f"{file}: lacks the column {', '.join(missing)}; it has {', '.join(sorted(columns))}")
+            raise UserError(f"{file} lacks the column {', '.join(missing)}; it has {', '.join(sorted(columns))}")
 
 
 def unique_id(value: str | int | None, column: str, seen: dict[str, int], rows: RowFiles, row: int) -> str:
@@ -138,7 +138,7 @@ def _open_parquet(file: Path):
     try:
         return parquet.ParquetFile(file, buffer_size=2**20)  # streams a row group, instead of holding it
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}: is not a readable Parquet file ({_one_line(error)})") from error
+        raise UserError(f"{file} is not a readable Parquet file ({_one_line(error)})") from error
 
 
 class _ParquetRows:
@@ -159,7 +159,7 @@ class _ParquetRows:
                 batch = self._batch_of(start)
                 rows = batch.slice(start - self.first, stop - start).to_pylist()
             except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: bytes that are not UTF-8
-                message = f"{self.file}, at row {start}: cannot be read ({_one_line(error)}); fetch the file again"
+                message = f"{self.file}, row {start} cannot be read ({_one_line(error)}); fetch the file again"
                 raise UserError(message) from error
             yield from rows
             start += len(rows)
@@ -198,11 +198,11 @@ def _json_rows(file: Path, start: int, stop: int, offsets: Sequence[int]) -> Ite
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}, row {number}: is not JSON ({_one_line(error)})") from error
+                raise UserError(f"{file}, row {number} is not JSON ({_one_line(error)})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{file}, row {number}: expected an object of columns and values, not a {type(row).__name__}")
             if b"\\u" in line and not _is_unicode(row):
-                raise UserError(f"{file}, row {number}: has a lone surrogate (\\ud800 to \\udfff), which is not valid Unicode")
+                raise UserError(f"{file}, row {number} has a lone surrogate (\\ud800 to \\udfff), which is not valid Unicode")
             yield row
 
 
@@ -220,12 +220,12 @@ def _lines(file: Path, start: int) -> Iterator[tuple[int, bytes]]:
             offset = opened.seek(start)
             while line := opened.readline(LONGEST_LINE):
                 if len(line) == LONGEST_LINE:
-                    raise UserError(f"{file}: has a line of {LONGEST_LINE} bytes or more; expected one JSON object a line")
+                    raise UserError(f"{file} has a line of {LONGEST_LINE} bytes or more; expected one JSON object a line")
                 if line.strip():
                     yield offset, line
                 offset += len(line)
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{file} cannot be read ({error.strerror})") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -43,7 +43,7 @@ def find_sources(directory: Path) -> list[RawSource]:
     corpus = _files_of_one_set(directory, "documents (docid, image, text)", corpus)
     for file in queries:
         if not any(columns[file].issuperset(form[:3]) for form in FORMS):
-            raise UserError(f"{file}: has the columns {', '.join(sorted(columns[file]))}; queries have {' and '.join(FORMS[0])}")
+            raise UserError(f"{file} has the columns {', '.join(sorted(columns[file]))}; queries have {' and '.join(FORMS[0])}")
     source = directory.resolve().name
     return [
         RawSource(source, open_row_files(queries), partial(to_record, source=source), Corpus(open_row_files(corpus), document_ids))

@@ -31,7 +31,7 @@ def find(name: str) -> list[Benchmark]:
     try:
         import mteb
     except ImportError as error:
-        raise UserError(f"{name}: needs mteb ({error}); pip install 'metaembed-jax[eval]'") from error
+        raise UserError(f"{name} needs mteb ({error}); pip install 'metaembed-jax[eval]'") from error
     benchmarks = []
     for member in GROUPS.get(name, (name,)):
         try:

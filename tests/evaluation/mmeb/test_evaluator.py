@@ -190,7 +190,7 @@ def test_missing_columns(tmp_path):
     rows = mmeb_test_rows(BY_NAME["ChartQA"], 4, False)
     write_parquet(file.with_name("test-00001.parquet"), [{"qry_text": row["qry_text"], "tgt_text": []} for row in rows])
     with pytest.raises(
-        UserError, match="test-00001.parquet: lacks the column qry_img_path, tgt_img_path; it has qry_text, tgt_text"
+        UserError, match="test-00001.parquet lacks the column qry_img_path, tgt_img_path; it has qry_text, tgt_text"
     ):
         read_task(BY_NAME["ChartQA"], tmp_path)
 

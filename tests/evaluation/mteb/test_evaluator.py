@@ -214,7 +214,7 @@ def test_unknown_names(name, message):
 
 def test_without_mteb(monkeypatch):
     monkeypatch.setitem(sys.modules, "mteb", None)
-    with pytest.raises(UserError, match=r"vidore: needs mteb .*pip install 'metaembed-jax\[eval\]'"):
+    with pytest.raises(UserError, match=r"vidore needs mteb .*pip install 'metaembed-jax\[eval\]'"):
         tasks.find("vidore")
 
 

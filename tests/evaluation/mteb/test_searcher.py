@@ -190,7 +190,7 @@ def test_bad_data_is_named(model, pages):
     searcher, options = Searcher(model), dict(task_metadata=pages.metadata)
     with pytest.raises(UserError, match="NoisePages, corpus: item 1: the image cannot be read"):
         searcher.index(table([picture(0), picture(1)[:200]], id=["1", "2"]), **options)
-    with pytest.raises(UserError, match="NoisePages, corpus: item 0: has neither"):
+    with pytest.raises(UserError, match="NoisePages, corpus: item 0 has neither"):
         searcher.index(table([None], id=["1"]), **options)
     with pytest.raises(UserError, match="NoisePages, corpus: columns id, text: expected image"):
         searcher.index(Dataset.from_dict({"id": ["1"], "text": ["a"]}), **options)
