@@ -1,4 +1,4 @@
-"""The frame of every backbone: tokens and visual tokens pass the language model, and some of its last states are read.
+"""Base class of the backbones: a language model on tokens and visual tokens, whose last states are read at some positions.
 
 B rows, A axes of positions, S tokens, V positions that are read, R Meta Tokens, U units (visual tokens), D width, K head width.
 """
@@ -26,7 +26,7 @@ from metaembed_jax.sharding import constrain
 
 
 class Backbone(nnx.Module):
-    """Vision tower and language model. A call returns the last hidden states at the positions `batch.reads`.
+    """A vision tower and a language model. A call returns the last hidden states at the positions `batch.reads`.
 
     The subclass of a family sets the classes of its tower, layers and norm, and overrides the steps in which the family differs.
     """
@@ -68,18 +68,18 @@ class Backbone(nnx.Module):
         context = self.context(batch, tower_output)
         with jax.named_scope("language"):
             x_BSD = constrain(x_BSD, "batch", None, None)
-            return self.final_norm(self.read(x_BSD, batch.reads, context, loop))
+            return self.final_norm(self.run_layers(x_BSD, batch.reads, context, loop))
 
     def embed(self, batch: Batch, meta_RD: Float[Array, "R D"], dtype) -> Float[Array, "B S D"]:
         """Look up tokens and Meta Tokens."""
         return embed_tokens(self.embedding[...].astype(dtype), meta_RD.astype(dtype), batch)
 
     def insert(self, tower_output: Any, visual_BS: Int[Array, "B S"], x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Insert the output of the tower among the tokens: by default units [B, U, D]."""
+        """Insert the output of the tower, by default units [B, U, D], among the tokens."""
         return place_units(tower_output, visual_BS, x_BSD)
 
     def flags(self) -> Any:
-        """Return a flag for each layer: arrays with a leading axis of layers, or None."""
+        """Return arrays with a leading axis of layers, of which each layer gets its entry; None if layers need no flag."""
         return None
 
     def context(self, batch: Batch, tower_output: Any) -> tuple:
@@ -90,7 +90,9 @@ class Backbone(nnx.Module):
         """
         return batch.segments, *self.rotary(batch.positions)
 
-    def read(self, x_BSD: Float[Array, "B S D"], reads_BV: Int[Array, "B V"], context: tuple, loop: dict) -> Float[Array, "B V D"]:
+    def run_layers(
+        self, x_BSD: Float[Array, "B S D"], reads_BV: Int[Array, "B V"], context: tuple, loop: dict
+    ) -> Float[Array, "B V D"]:
         """Run the layers, and return the states at the positions `reads_BV`."""
         return at(scan_layers(self.layers, x_BSD, self.flags(), *context, **loop), reads_BV)
 
@@ -99,6 +101,6 @@ class Backbone(nnx.Module):
         return cos_sin(positions_BAS[:, 0][..., None].astype(jnp.float32) * self.frequencies())
 
     def frequencies(self) -> Float[Array, "K/2"]:
-        """Return the angles between neighbouring positions."""
+        """Return the angle of each frequency from one position to the next."""
         text = self.config.text_config
         return inverse_frequencies(text.head_width, text.rope_theta)

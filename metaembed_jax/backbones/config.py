@@ -17,7 +17,7 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FamilyTextConfig:
-    """Fields of Hugging Face's `text_config`, under their names there."""
+    """Fields of Hugging Face's `text_config`, with the same names."""
 
     vocab_size: int
     hidden_size: int
@@ -36,7 +36,7 @@ class FamilyTextConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FamilyVisionConfig:
-    """Fields of Hugging Face's `vision_config`, under their names there, and those of pixels in preprocessor_config.json."""
+    """Fields of Hugging Face's `vision_config`, with the same names, and the fields on pixels of preprocessor_config.json."""
 
     hidden_size: int
     intermediate_size: int

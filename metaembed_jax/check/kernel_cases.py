@@ -63,11 +63,11 @@ class AttentionKind(NamedTuple):
 
     Attributes:
       heads, key_heads, width: H, G, K.
-      reads: number of positions with queries; 0 for all.
-      crossed: number of queries of cross-attention, with one item without keys; 0 for self-attention.
-      slot: patches of a slot of windows; 0 for no windows.
+      read_positions: number of positions that have queries; 0 for all.
+      cross_queries: number of queries of cross-attention, with one item without keys; 0 for self-attention.
+      slot: patches in a slot of windows; 0 for no windows.
       window, scale, softcap: as in `attention`.
-      around_padding: only pairs of padding are masked, and a row has one item.
+      around_padding: all pairs attend, except a padding query and a padding key.
     """
 
     name: str
@@ -75,8 +75,8 @@ class AttentionKind(NamedTuple):
     key_heads: int
     width: int
     causal: bool = True
-    reads: int = 0
-    crossed: int = 0
+    read_positions: int = 0
+    cross_queries: int = 0
     slot: int = 0
     window: int | None = None
     scale: float | None = None
@@ -90,10 +90,10 @@ ATTENTION = (
     AttentionKind("full 64", 4, 4, 64, causal=False),  # SmolVLM, Qwen3-VL
     AttentionKind("windows of 64", 16, 16, 80, causal=False, slot=64),  # Qwen2.5-VL, with the rotation
     AttentionKind("around padding", 4, 4, 80, causal=False, around_padding=True),  # Llama 3.2 Vision
-    AttentionKind("cross", 4, 1, 128, causal=False, crossed=96),  # Llama 3.2 Vision
+    AttentionKind("cross", 4, 1, 128, causal=False, cross_queries=96),  # Llama 3.2 Vision
     AttentionKind("causal 128", 8, 2, 128),  # Qwen, Llama
     AttentionKind("causal 64", 6, 2, 64),  # SmolVLM
-    AttentionKind("causal at 80", 8, 1, 64, reads=80),  # PaliGemma
+    AttentionKind("causal at 80", 8, 1, 64, read_positions=80),  # PaliGemma
     AttentionKind(
         "prefix capped", 4, 2, 64, causal=False, scale=0.3, softcap=2.0
     ),  # PaliGemma 2; random scores never reach its cap of 50
@@ -129,7 +129,7 @@ def linear_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
         )
 
     def function(x, cotangent, kernel):
-        with float32_products(dtype):  # as the network
+        with float32_products(dtype):  # as in the network
             y, pull = jax.vjp(lambda x, kernel: nnx.merge(graph, {"kernel": kernel})(x), x, kernel)
             return dict(zip(("output", "d input", "d kernel"), (y, *pull(cotangent)), strict=True))
 
@@ -155,7 +155,7 @@ def linear_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
 def attention_case(mesh: Mesh, sizes: Sizes, kind: AttentionKind, dtype: str) -> Case:
     """Return the case of attention and its gradients, in a row of one item and a row of three items and padding."""
     T = kind.slot or sizes.length
-    S, H, G, K = kind.reads or kind.crossed or T, kind.heads, kind.key_heads, kind.width
+    S, H, G, K = kind.read_positions or kind.cross_queries or T, kind.heads, kind.key_heads, kind.width
     repeats = (sizes.window_rows if kind.slot else sizes.rows) // 2 * mesh.size
     query, key, value, cotangent = noise((2, S, H, K), (2, T, G, K), (2, T, G, K), (2, S, H, K))
     rows, mask_BST = packed_rows(kind, S, T)
@@ -171,7 +171,7 @@ def attention_case(mesh: Mesh, sizes: Sizes, kind: AttentionKind, dtype: str) ->
         def attend(query, key, value):
             return attend_as(kind, query, key, value, query_segments, key_segments, positions)
 
-        with float32_products(dtype):  # as the network
+        with float32_products(dtype):  # as in the network
             output, pull = jax.vjp(attend, query, key, value)
             gradients = pull(cotangent)
         output = jnp.where(sees[..., None, None], output, 0)
@@ -191,8 +191,10 @@ def attention_case(mesh: Mesh, sizes: Sizes, kind: AttentionKind, dtype: str) ->
 
     platform = mesh.devices.flat[0].platform.replace("gpu", "cuda")
     query_shape, key_shape = ((2 * repeats, length, heads, K + kind.around_padding) for length, heads in ((S, H), (T, G)))
-    is_plain = not kind.crossed and kind.softcap is None and kind.window is None
-    implementation = "xla" if kind.reads else attention_implementation(platform, query_shape, key_shape, jnp.dtype(dtype), is_plain)
+    is_plain = not kind.cross_queries and kind.softcap is None and kind.window is None
+    implementation = "xla"
+    if not kind.read_positions:
+        implementation = attention_implementation(platform, query_shape, key_shape, jnp.dtype(dtype), is_plain)
     return Case(
         f"attention {kind.name} {SHORT[dtype]}",
         jax.jit(function),
@@ -208,10 +210,10 @@ def attention_case(mesh: Mesh, sizes: Sizes, kind: AttentionKind, dtype: str) ->
 
 def packed_rows(kind: AttentionKind, S: int, T: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """Return (segments of queries [2, S], segments of keys [2, T], positions of queries [2, S]), and the mask [2, S, T]."""
-    key_segments = packed(T)
-    positions = np.tile(np.linspace(0, T - 1, S).astype(np.int32) if kind.reads else np.arange(S, dtype=np.int32), (2, 1))
-    if kind.crossed:
-        query_segments = packed(S)
+    key_segments = packed_segments(T)
+    positions = np.tile(np.linspace(0, T - 1, S).astype(np.int32) if kind.read_positions else np.arange(S, dtype=np.int32), (2, 1))
+    if kind.cross_queries:
+        query_segments = packed_segments(S)
         key_segments = np.where(key_segments == 2, 0, key_segments)
     else:
         query_segments = np.take_along_axis(key_segments, positions, axis=1)
@@ -223,7 +225,7 @@ def packed_rows(kind: AttentionKind, S: int, T: int) -> tuple[tuple[np.ndarray, 
     return (query_segments, key_segments, positions), mask_BST
 
 
-def packed(length: int) -> np.ndarray:
+def packed_segments(length: int) -> np.ndarray:
     """Return the segments of a row of one item, and of a row of three items and a third of padding."""
     positions = np.arange(length)
     ends = length // 3, length // 2, length - length // 3
@@ -232,7 +234,7 @@ def packed(length: int) -> np.ndarray:
 
 
 def attend_as(kind: AttentionKind, query, key, value, query_segments, key_segments, positions) -> jax.Array:
-    """Compute attention as the families of this kind call it."""
+    """Compute attention with the function that the families of this kind call."""
     if kind.around_padding:
         return vision.attend_around_padding(query, key, value, query_segments == 0)
     if kind.slot:
@@ -247,8 +249,8 @@ def attend_as(kind: AttentionKind, query, key, value, query_segments, key_segmen
         value,
         key_segments,
         causal=kind.causal,
-        query_segments_BS=query_segments if kind.crossed else None,
-        positions_BS=positions if kind.reads else None,
+        query_segments_BS=query_segments if kind.cross_queries else None,
+        positions_BS=positions if kind.read_positions else None,
         scale=kind.scale,
         softcap=kind.softcap,
         window=kind.window,
@@ -347,10 +349,10 @@ def loss_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
 
 
 def similar_items(pairs: int, width: int) -> tuple[np.ndarray, ...]:
-    """Return query, positive and hard negative vectors with a loss of order 1, and with no second-best close to a maximum.
+    """Return query, positive and hard negative vectors with a loss of order 1, and with every maximum clear of the second best.
 
     Items are small variations of one set of directions. A document has each query direction four times, with four strengths in
-    random order. So every block of the groups wins some maxima, and rounding decides none: the strengths are too far apart.
+    random order, and they differ by far more than rounding. So every block of the groups has some maxima, and all are clear.
     """
     (r_q, r_c), rng = GROUPS[-1], np.random.default_rng(2)
     directions, other = (unit(rng.normal(size=(count, width))) for count in (r_q, r_c))

@@ -13,7 +13,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.benchmarks import benchmark_evaluator
 from metaembed_jax.evaluation.evaluator import Evaluator, Subject
 from metaembed_jax.evaluation.held_out import HeldOut
-from metaembed_jax.evaluation.report import RUN, benchmark_names, write_report
+from metaembed_jax.evaluation.report import TEST_SPLIT, benchmark_names, write_report
 from metaembed_jax.evaluation.tables import format_tables
 from metaembed_jax.files import check_bucket
 from metaembed_jax.late_interaction.budgets import parse_budgets, parse_searches
@@ -54,7 +54,7 @@ def evaluate_checkpoint(
     subject = Subject.of_run(model, config, step)
     results = evaluator.run(subject, out, progress=hosts.is_first())
     if hosts.is_first():
-        write_report(evaluator, subject, results, out, benchmark_names(evaluator.name) if benchmark else RUN)
+        write_report(evaluator, subject, results, out, benchmark_names(evaluator.name) if benchmark else TEST_SPLIT)
         print(f"\n{checkpoint}: {benchmark or 'test split'}, best checkpoint (step {step})\n{format_tables(results)}")
     hosts.wait_for_all("evaluated")
 

@@ -22,22 +22,22 @@ class ReportNames(NamedTuple):
     figures: str
     tables: str
     plot: str
-    page: str
+    html: str
 
 
-RUN = ReportNames("results.json", "results.txt", "quality.png", "report.html")  # of a run's test split
+TEST_SPLIT = ReportNames("results.json", "results.txt", "quality.png", "report.html")
 
 
-def benchmark_names(evaluator: str) -> ReportNames:
-    """Return the names of a benchmark's report; they differ from those of the test split in the same folder."""
-    return ReportNames(*(f"{evaluator}.{kind}" for kind in ("json", "txt", "png", "html")))
+def benchmark_names(benchmark: str) -> ReportNames:
+    """Return the names of a benchmark's report; a folder may hold it and that of the test split."""
+    return ReportNames(*(f"{benchmark}.{kind}" for kind in ("json", "txt", "png", "html")))
 
 
 def write_report(evaluator: Evaluator, subject: Subject, results: Results, out: Path, names: ReportNames) -> list[Path]:
     """Write the files to `out`, and return their paths; must be called by the first host only.
 
     Raises:
-      UserError: figures that are NaN or infinite, or a path that cannot be written.
+      UserError: a figure is NaN or infinite, or a path cannot be written.
     """
     plot, versions = draw_results([results]), package_versions()
     record = to_json(results) | {"config": subject.config, "versions": versions}
@@ -45,7 +45,7 @@ def write_report(evaluator: Evaluator, subject: Subject, results: Results, out: 
         figures = files.to_json(record, sort_keys=True)
     except ValueError as error:
         raise UserError(
-            f"{out / names.figures} not written: the results hold NaN or an infinity; look for it in the metrics and the config"
+            f"{out / names.figures} is not written: a result is NaN or infinite; look for it in the metrics and the config"
         ) from error
     files.write_bytes(out / names.figures, figures)
     files.write_bytes(out / names.tables, f"{format_tables(results)}\n".encode(errors="replace"))
@@ -58,7 +58,7 @@ def write_report(evaluator: Evaluator, subject: Subject, results: Results, out: 
         "data": results.data,
     }
     failures = evaluator.show(worst_of(failure for task in results.tasks() for failure in task.failures))
-    write_html(out / names.page, f"{results.model}: {results.title}", tables(results), plot, failures, facts)
+    write_html(out / names.html, f"{results.model}: {results.title}", tables(results), plot, failures, facts)
     return [out / name for name in names if plot is not None or name != names.plot]
 
 

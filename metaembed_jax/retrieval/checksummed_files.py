@@ -1,6 +1,6 @@
 """Memory-mapped files with checksums. Each chunk is checked when it is first read.
 
-Checking all of a large index takes longer than searching it, so every `CHUNK_BYTES` bytes of a file have a CRC-32. A search checks the
+Checking a large index takes longer than a search in it. So every `CHUNK_BYTES` bytes of a file have a CRC-32. A search checks the
 chunks that it reads, once, and `ChecksummedFile.check_all` checks the whole file.
 """
 
@@ -58,8 +58,8 @@ class ChecksummedFile:
         Raises:
           UserError: they are damaged.
         """
-        first, last = start * self.row_bytes // CHUNK_BYTES, count_chunks(stop * self.row_bytes)
-        self._check(first + np.flatnonzero(~self._is_checked[first:last]))
+        first, end = start * self.row_bytes // CHUNK_BYTES, count_chunks(stop * self.row_bytes)
+        self._check(first + np.flatnonzero(~self._is_checked[first:end]))
         return self._array[start:stop]
 
     def take(self, rows: Int[np.ndarray, " n"]) -> np.ndarray:
@@ -80,7 +80,7 @@ class ChecksummedFile:
         return copy
 
     def check_all(self) -> None:
-        """Read and check all chunks again.
+        """Check all chunks, also those that were checked before.
 
         Raises:
           UserError: a chunk is damaged.
@@ -136,7 +136,7 @@ def open_regular(path: Path) -> BinaryIO:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise UserError(f"{path} cannot be read (not a file)")
+        raise UserError(f"{path} is not a file; expected a file of an index")
     return file
 
 

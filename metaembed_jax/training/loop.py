@@ -37,7 +37,7 @@ from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.held_out import HeldOut
-from metaembed_jax.evaluation.report import RUN, write_report
+from metaembed_jax.evaluation.report import TEST_SPLIT, write_report
 from metaembed_jax.evaluation.tables import format_tables
 from metaembed_jax.hosts.votes import Stop, stop_signal
 from metaembed_jax.late_interaction.budgets import budget_name
@@ -283,7 +283,7 @@ def _finish(run: _Run) -> None:
     evaluator, subject = HeldOut(config.data, "test", config.objectives.budgets), Subject.of_run(model, config, step)
     results = evaluator.run(subject, workdir, progress=hosts.is_first())
     if hosts.is_first():
-        written = write_report(evaluator, subject, results, workdir, RUN)
+        written = write_report(evaluator, subject, results, workdir, TEST_SPLIT)
         print(f"\n{workdir}: test split, best checkpoint (step {step})\n{format_tables(results)}", flush=True)
         print(f"\nwritten: {', '.join(map(str, written))}", flush=True)
         _export(config.schedule.exports, workdir)

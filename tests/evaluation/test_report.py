@@ -15,7 +15,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import metrics
 from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.plots import draw_results
-from metaembed_jax.evaluation.report import RUN, benchmark_names, write_report
+from metaembed_jax.evaluation.report import TEST_SPLIT, benchmark_names, write_report
 from metaembed_jax.evaluation.sweep import sweep
 from metaembed_jax.evaluation.tables import format_tables
 from metaembed_jax.results import Board, Interval, Results, from_json, read_results, to_json
@@ -139,7 +139,7 @@ class Nothing:
         return []
 
 
-def write(out, results, names=RUN, **config):
+def write(out, results, names=TEST_SPLIT, **config):
     return write_report(Nothing(), Subject(model=None, name="tiny", step=8, config=config), results, out, names)
 
 

@@ -1,4 +1,4 @@
-"""The architecture of Llama-3.2-Vision (arXiv 2407.21783; transformers' `mllama`), from a checkpoint's config.json and back."""
+"""The architecture of Llama-3.2-Vision (arXiv 2407.21783; `mllama` in transformers); read from and written to config.json."""
 
 import dataclasses
 from typing import Any, Self
@@ -10,9 +10,9 @@ from metaembed_jax.errors import UserError
 
 TITLE = "Llama-3.2-Vision"
 BEGIN, END, IMAGE = "<|begin_of_text|>", "<|end_of_text|>", "<|image|>"
-MORE_ROWS = 8  # rows of the embedding table beyond vocab_size; the first belongs to the image token
+EXTRA_ROWS = 8  # rows of the embedding table beyond vocab_size; the first belongs to the image token
 MOST_TILES = 64  # of an image
-# Tokens and images of a packed row. A text of 512 tokens with 80 Meta Tokens needs about 600. Two photos, as documents, and their
+# Tokens and images of a packed row. A text of 512 tokens with 80 Meta Tokens needs about 600. Two photos (documents) and their
 # queries need 270, and the tower takes as long for one photo as the language model for the whole row.
 DEFAULT_ROW = (640, 2)
 ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -20,7 +20,7 @@ ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig(FamilyVisionConfig):
-    """Fields of Hugging Face's `vision_config`, under their names there; defaults are those of its class in transformers."""
+    """Fields of Hugging Face's `vision_config`, with the same names; defaults are those of its class in transformers."""
 
     num_hidden_layers: int
     num_global_layers: int
@@ -41,7 +41,7 @@ class VisionConfig(FamilyVisionConfig):
 
     @property
     def image_patches(self) -> int:
-        """Patches of an image, always those of `max_num_tiles` tiles, because the tower computes all of them."""
+        """Patches of an image: always those of `max_num_tiles` tiles, since the tower computes all of them."""
         return self.max_num_tiles * self.tile_patches
 
     @property
@@ -53,9 +53,9 @@ class VisionConfig(FamilyVisionConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig(FamilyTextConfig):
-    """Fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers.
+    """Fields of Hugging Face's `text_config`, with the same names; defaults are those of its class in transformers.
 
-    The last four are fields of `rope_scaling` of the type "llama3"; with their defaults nothing is scaled.
+    The last four are fields of `rope_scaling` of type "llama3"; their defaults scale nothing.
     """
 
     cross_attention_layers: tuple[int, ...]
@@ -104,7 +104,7 @@ class Config(FamilyConfig):
 
     def to_huggingface(self, vocabulary: int, token_ids: dict[str, int]) -> dict:
         """Return the content of config.json; inverse of `from_huggingface`."""
-        text = dataclasses.asdict(self.text_config) | {"vocab_size": vocabulary - MORE_ROWS, "model_type": "mllama_text_model"}
+        text = dataclasses.asdict(self.text_config) | {"vocab_size": vocabulary - EXTRA_ROWS, "model_type": "mllama_text_model"}
         rope = {key: text.pop(key) for key in (*ROPE, "rope_theta")} | {"rope_type": "llama3"}
         end = token_ids[END]
         vision = self.stored_vision() | {"model_type": "mllama_vision_model"}
@@ -120,7 +120,7 @@ class Config(FamilyConfig):
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding table."""
-        return self.text_config.vocab_size + MORE_ROWS
+        return self.text_config.vocab_size + EXTRA_ROWS
 
     def default_row(self, images: Any) -> tuple[int, int]:
         """Return `DEFAULT_ROW` in tokens and patches."""
@@ -129,7 +129,7 @@ class Config(FamilyConfig):
 
     @property
     def layout(self) -> Layout:
-        """The arrays of a batch: pixels, tile after tile, and the id of the image's arrangement of tiles, 0 in padding.
+        """The arrays of a batch: the pixels of each tile, and the id of the image's arrangement of tiles (0 in padding).
 
         The sequence has no visual tokens, so `unit` has no meaning.
         """

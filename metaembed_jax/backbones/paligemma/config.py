@@ -1,4 +1,4 @@
-"""The architecture of PaliGemma 1 and 2 (arXiv 2407.07726, 2412.03555), from a checkpoint's config.json and back."""
+"""The architecture of PaliGemma 1 and 2 (arXiv 2407.07726, 2412.03555); read from and written to a checkpoint's config.json."""
 
 import dataclasses
 from typing import Any, Self
@@ -16,7 +16,7 @@ GELU = "gelu_pytorch_tanh"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig(FamilyTextConfig):
-    """Fields of Hugging Face's `text_config`, under their names there; defaults are those of its classes in transformers.
+    """Fields of Hugging Face's `text_config`, with the same names; defaults are those of its classes in transformers.
 
     Only Gemma 2, the `model_type` "gemma2", uses the last three.
     """

@@ -14,7 +14,7 @@ SMALLEST_ROW = 640  # holds a text of 512 tokens with its prompt and Meta Tokens
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenVisionConfig(FamilyVisionConfig):
-    """Fields of Hugging Face's `vision_config`, under their names there."""
+    """Fields of Hugging Face's `vision_config`, with the same names."""
 
     depth: int
     num_heads: int
@@ -24,7 +24,7 @@ class QwenVisionConfig(FamilyVisionConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenTextConfig(FamilyTextConfig):
-    """Fields of Hugging Face's `text_config`, under their names there."""
+    """Fields of Hugging Face's `text_config`, with the same names."""
 
     mrope_section: tuple[int, int, int]
 

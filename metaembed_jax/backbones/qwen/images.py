@@ -101,7 +101,7 @@ class Images:
         check_sizes(bounds | size)
         smallest = bounds["min_pixels"] or size.get("min_pixels") or size.get("shortest_edge") or 56 * 56
         largest = bounds["max_pixels"] or size.get("max_pixels") or size.get("longest_edge") or 1280 * 28 * 28
-        return cls.of(config, smallest, largest, max_visual_tokens)
+        return cls.limited(config, smallest, largest, max_visual_tokens)
 
     @classmethod
     def from_run(cls, data: PixelBounds, config: QwenConfig, max_visual_tokens: int | None) -> Self:
@@ -110,10 +110,10 @@ class Images:
         Raises:
           UserError: the bounds exclude each other.
         """
-        return cls.of(config, data.min_pixels, data.max_pixels, max_visual_tokens)
+        return cls.limited(config, data.min_pixels, data.max_pixels, max_visual_tokens)
 
     @classmethod
-    def of(cls, config: QwenConfig, smallest: int, largest: int, max_visual_tokens: int | None) -> Self:
+    def limited(cls, config: QwenConfig, smallest: int, largest: int, max_visual_tokens: int | None) -> Self:
         """Return images with these bounds of the area, and at most `max_visual_tokens` each."""
         vision = config.vision_config
         if max_visual_tokens is not None:

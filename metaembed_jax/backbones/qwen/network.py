@@ -24,7 +24,9 @@ class Backbone(backbone.Backbone):
         """Return the number of each layer."""
         return np.arange(self.config.text_config.num_hidden_layers, dtype=np.int32)
 
-    def read(self, x_BSD: Float[Array, "B S D"], reads_BV: Int[Array, "B V"], context: tuple, loop: dict) -> Float[Array, "B V D"]:
+    def run_layers(
+        self, x_BSD: Float[Array, "B S D"], reads_BV: Int[Array, "B V"], context: tuple, loop: dict
+    ) -> Float[Array, "B V D"]:
         """Run the layers, and return the states at the positions `reads_BV`."""
         return read_at(self.layers, x_BSD, self.flags(), *context, reads_BV=reads_BV, **loop)
 

@@ -1,4 +1,4 @@
-"""The architecture of Qwen2.5-VL (arXiv 2502.13923), from a checkpoint's config.json and back."""
+"""The architecture of Qwen2.5-VL (arXiv 2502.13923); read from and written to a checkpoint's config.json."""
 
 import dataclasses
 from typing import Self
@@ -13,7 +13,7 @@ TITLE = "Qwen2.5-VL"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig(QwenVisionConfig):
-    """Fields of Hugging Face's `vision_config`, under their names there."""
+    """Fields of Hugging Face's `vision_config`, with the same names."""
 
     fullatt_block_indexes: tuple[int, ...]
     patch_size: int = 14
@@ -29,7 +29,7 @@ class VisionConfig(QwenVisionConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig(QwenTextConfig):
-    """Fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers."""
+    """Fields of Hugging Face's `text_config`, with the same names; defaults are those of its class in transformers."""
 
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6

@@ -1,4 +1,4 @@
-"""The architecture of Qwen3-VL (arXiv 2511.21631), dense, from a checkpoint's config.json and back."""
+"""The architecture of dense Qwen3-VL (arXiv 2511.21631); read from and written to a checkpoint's config.json."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ TITLE = "Qwen3-VL"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig(QwenVisionConfig):
-    """Fields of Hugging Face's `vision_config`, under their names there."""
+    """Fields of Hugging Face's `vision_config`, with the same names."""
 
     deepstack_visual_indexes: tuple[int, ...]
     num_position_embeddings: int = 2304
@@ -22,13 +22,13 @@ class VisionConfig(QwenVisionConfig):
 
     @property
     def table_side(self) -> int:
-        """Rows, and columns, of the table of positions."""
+        """Number of rows, and of columns, in the table of positions."""
         return math.isqrt(self.num_position_embeddings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig(QwenTextConfig):
-    """Fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers."""
+    """Fields of Hugging Face's `text_config`, with the same names; defaults are those of its class in transformers."""
 
     head_dim: int = 128
     rope_theta: float = 5e5
@@ -49,7 +49,7 @@ class Config(QwenConfig):
 
     @classmethod
     def from_huggingface(cls, config: dict) -> Self:
-        """Read the content of a checkpoint's config.json, as released, or as transformers 5 writes it.
+        """Read the content of a checkpoint's config.json, in the released form or in that of transformers 5.
 
         Raises:
           UserError: a field is missing, or has a value that no Qwen3-VL checkpoint has.

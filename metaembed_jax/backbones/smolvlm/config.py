@@ -1,4 +1,4 @@
-"""The architecture of SmolVLM (arXiv 2504.05299; transformers' `idefics3`), from a checkpoint's config.json and back."""
+"""The architecture of SmolVLM (arXiv 2504.05299; transformers' `idefics3`); read from and written to a checkpoint's config.json."""
 
 import dataclasses
 from typing import Any, Self
@@ -39,7 +39,7 @@ class VisionConfig(SiglipConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig(FamilyTextConfig):
-    """Fields of Hugging Face's `text_config`, under their names there; defaults are those of its class in transformers."""
+    """Fields of Hugging Face's `text_config`, with the same names; defaults are those of its class in transformers."""
 
     num_attention_heads: int = 32
     num_key_value_heads: int = 32

@@ -2,7 +2,7 @@
 
 P patches, X numbers in a patch.
 
-An image is scaled such that its longest side has `longest_edge` pixels, and then resized to whole tiles. After several tiles comes
+An image is scaled so that its longest side has `longest_edge` pixels, and then resized to whole tiles. After several tiles comes
 the whole image as one more tile. An image that does not fit is scaled to fewer tiles on its longest side, as transformers does with
 a smaller `longest_edge`.
 
@@ -51,11 +51,11 @@ class Images:
         """Read the content of preprocessor_config.json.
 
         Args:
-          max_visual_tokens: most visual tokens of an image. It lowers `longest_edge` until even a square image has no more. Every
-            image has at least one tile.
+          max_visual_tokens: most visual tokens of an image: `longest_edge` is lowered until a square image has no more. Every image
+            has at least one tile.
 
         Raises:
-          UserError: the processing is not SmolVLM's, or the tiles are not the model's.
+          UserError: the processing is not SmolVLM's, or its tiles do not have the model's size.
         """
         check_processing(preprocessor, _processing(config))
         size = preprocessor.get("size") or {"longest_edge": 4 * 364}
@@ -63,21 +63,23 @@ class Images:
         if longest is None:
             raise UserError(f"preprocessor_config.json: size is {size!r}; expected longest_edge alone")
         check_sizes({"size.longest_edge": longest})
-        if longest > (most := _most(config)):
-            raise UserError(f"preprocessor_config.json: size.longest_edge is {longest}; expected at most {most}")
-        return cls.of(config, longest, max_visual_tokens)
+        if longest > (limit := _largest_side(config)):
+            raise UserError(f"preprocessor_config.json: size.longest_edge is {longest}; expected at most {limit}")
+        return cls.limited(config, longest, max_visual_tokens)
 
     @classmethod
     def from_run(cls, data: PixelBounds, config: Config, max_visual_tokens: int | None) -> Self:
-        """Read the data of a run's config: the longest side has the most tiles for which a square image is within `max_pixels`.
+        """Return the processing of a run's config: `longest_edge` is the whole tiles on the side of a square of `max_pixels`.
 
         Every image is enlarged to that size, so `min_pixels` changes nothing. `max_visual_tokens` is as in `from_preprocessor`.
         """
         tile = config.vision_config.image_size
-        return cls.of(config, tile * max(1, min(math.isqrt(data.max_pixels), _most(config)) // tile), max_visual_tokens)
+        return cls.limited(
+            config, tile * max(1, min(math.isqrt(data.max_pixels), _largest_side(config)) // tile), max_visual_tokens
+        )
 
     @classmethod
-    def of(cls, config: Config, longest: int, max_visual_tokens: int | None) -> Self:
+    def limited(cls, config: Config, longest: int, max_visual_tokens: int | None) -> Self:
         """Return images with this longest side, and at most `max_visual_tokens` each."""
         vision = config.vision_config
         if max_visual_tokens is not None:
@@ -122,8 +124,8 @@ def patchify(image: Image.Image, grid: Grid, images: Images) -> UInt8[np.ndarray
     tiles = rearrange(np.asarray(canvas), "(r y) (c x) k -> (r c) y x k", r=rows, c=columns)
     if len(tiles) > 1:
         tiles = np.concatenate([tiles, np.asarray(canvas.resize((tile, tile), lanczos))[None]])
-    read = tile // patch * patch
-    patches = rearrange(tiles[:, :read, :read], "t (i y) (j x) k -> (t i j) (k y x)", y=patch, x=patch)
+    covered = tile // patch * patch  # patches cover whole multiples of their side
+    patches = rearrange(tiles[:, :covered, :covered], "t (i y) (j x) k -> (t i j) (k y x)", y=patch, x=patch)
     return np.ascontiguousarray(patches)
 
 
@@ -153,6 +155,6 @@ def _processing(config: Config) -> dict:
     return PROCESSING | {"resample": lanczos, "max_image_size": {"longest_edge": config.vision_config.image_size}}
 
 
-def _most(config: Config) -> int:
-    """Return the most pixels on the longest side."""
+def _largest_side(config: Config) -> int:
+    """Return the largest `longest_edge`."""
     return min(MOST_TILES * config.vision_config.image_size, MOST_PIXELS)
