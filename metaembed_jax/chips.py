@@ -3,8 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SHAPES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,11 @@ CLOUD = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = {
     # The page of v4 lacks ICI (six links of 50 GB/s each way: arXiv 2304.01433) and DCN (25 GB/s for a host of four chips:
     # https://jax-ml.github.io/scaling-book/tpus). The other pages give DCN in bits, that of v5e for a pod of 256 chips.
-    "v4": Chip(275e12, 32 * GIB, 1200e9, 600e9, 6.25e9, 30.75 * GIB, CLOUD + "v4", SOLID, "v4", cores=2, config="megacore"),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 400e9, 6.4e12 / 8 / 256, 15.75 * GIB, CLOUD + "v5e", FLAT, "v5litepod"),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1200e9, 50e9 / 8, 95.73 * GIB, CLOUD + "v5p", SOLID, "v5p", cores=2),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 800e9, 100e9 / 8, 31.24 * GIB, CLOUD + "v6e", FLAT, "v6e"),
-    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 1200e9, 100e9 / 8, 94.74 * GIB, CLOUD + "tpu7x", SOLID, "tpu7x", 2, 2),
+    "v4": Chip(275e12, 32 * GIB, 1200e9, 600e9, 6.25e9, 30.75 * GIB, CLOUD + "v4", SHAPES_3D, "v4", cores=2, config="megacore"),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 400e9, 6.4e12 / 8 / 256, 15.75 * GIB, CLOUD + "v5e", SHAPES_2D, "v5litepod"),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1200e9, 50e9 / 8, 95.73 * GIB, CLOUD + "v5p", SHAPES_3D, "v5p", cores=2),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 800e9, 100e9 / 8, 31.24 * GIB, CLOUD + "v6e", SHAPES_2D, "v6e"),
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 1200e9, 100e9 / 8, 94.74 * GIB, CLOUD + "tpu7x", SHAPES_3D, "tpu7x", 2, 2),
 }
 
 
@@ -82,8 +82,8 @@ TPU_KINDS = {
     "TPU7x": "tpu7x",
 }
 NVIDIA = "https://www.nvidia.com/en-us/data-center/"
-# Words of a card's `device_kind`, special cases first; a card that names no form factor is SXM. NVIDIA mostly publishes figures
-# for sparse products, which are twice those for dense ones: these are the halves.
+# Words of a card's `device_kind`, special cases first. A card that names no form factor is SXM. NVIDIA mostly publishes figures
+# for sparse products, which are twice those for dense ones; these are for dense ones.
 CARDS = (
     (("B200",), Peak(2250e12, 8000e9, 180e9, NVIDIA + "hgx")),
     (("H200", "NVL"), Peak(835.5e12, 4800e9, 141e9, NVIDIA + "h200")),
@@ -95,9 +95,9 @@ CARDS = (
     (("A100", "80GB"), Peak(312e12, 2039e9, 80e9, NVIDIA + "a100")),
     (("A100",), Peak(312e12, 1555e9, 40e9, NVIDIA + "a100")),
     (("L4",), Peak(121e12, 300e9, 24e9, NVIDIA + "l4")),
-    # Made for Amazon, which publishes the bandwidth. Its tensor cores have half the speed of NVIDIA's A10.
+    # It is made for Amazon, which publishes the bandwidth. Its tensor cores have half the speed of NVIDIA's A10.
     (("A10G",), Peak(70e12, 600e9, 24e9, "https://aws.amazon.com/ec2/instance-types/g5/")),
-    # Has no bfloat16 units: the figure is for float16.
+    # It has no bfloat16 units: the figure is for float16.
     (("T4",), Peak(65e12, 320e9, 16e9, NVIDIA + "tesla-t4")),
     (
         ("RTX", "4090"),

@@ -290,7 +290,7 @@ def _points(ids: Sequence[str]) -> list[str]:
             raise UserError(f"id {item!r} at number {number}: expected a text that is not empty")
         if item in numbers:
             raise UserError(
-                f"id {item!r} is given twice, at numbers {numbers[item]} and {number}; expected another id for each item"
+                f"id {item!r} is given twice, at numbers {numbers[item]} and {number}; expected a unique id for each item"
             )
         numbers[item] = number
     try:

@@ -1,4 +1,4 @@
-"""Writing of segments: of new items, merged from other segments, and copied."""
+"""Write segments: from new items, by merging segments, and by copying one."""
 
 import dataclasses
 import hashlib
@@ -21,35 +21,36 @@ COPIED_BYTES = 16 * 2**20  # in memory at once, while segments are merged or cop
 
 
 class SegmentWriter:
-    """Writes a segment block by block.
+    """A segment that is written block by block.
 
     Args:
       folder: the folder of the index.
-      manifest: the manifest of the index, for its width, levels and dtype.
+      manifest: the manifest of the index, which has its width, levels and dtype.
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
-        self.manifest, self.name, self.items, self.fewest = manifest, new_name(), 0, manifest.levels[-1]
+        self.manifest, self.name = manifest, new_name()
         self.folder = folder / self.name
         self.folder.mkdir()
         self._layout = layout_of(manifest)
         self._files = {name: ChecksummedWriter(self.folder / name) for name in self._layout}
         self._hashes: list[np.ndarray] = []
+        self.item_count, self.fewest_vectors = 0, manifest.levels[-1]
 
     def add(self, items: Items) -> None:
         """Append items.
 
         Raises:
-          UserError: the vectors have another width, or an item has more vectors than the index stores.
+          UserError: the vectors do not have the width of the index, or an item has more vectors than it stores.
         """
         ends, (_, vectors, width) = self.manifest.levels, items.vectors_NRD.shape
         if width != self.manifest.width:
             raise UserError(
-                f"the vectors of item {items.ids[0]!r} have width {width}: expected {self.manifest.width}, as those of the index"
+                f"the vectors of item {items.ids[0]!r} have width {width}; expected {self.manifest.width}, the width of the index"
             )
         if vectors > ends[-1]:
             item = items.ids[int(items.counts_N.argmax())]
-            raise UserError(f"item {item!r} has {vectors} vectors: expected at most {ends[-1]}; set budget=, how many to keep")
+            raise UserError(f"item {item!r} has {vectors} vectors; expected at most {ends[-1]}; set budget= to keep fewer")
         levels, scales = [], []
         for start, end in zip((0, *ends), ends, strict=False):
             level_NwD = items.vectors_NRD[:, start:end]
@@ -76,8 +77,8 @@ class SegmentWriter:
             size = self._files[blob].size
             self._files[ends].write(size + np.cumsum([len(text) for text in encoded], dtype=np.int64))
             self._files[blob].write(b"".join(encoded))
-        self.items += len(ids)
-        self.fewest = min(self.fewest, int(counts.min()))
+        self.item_count += len(ids)
+        self.fewest_vectors = min(self.fewest_vectors, int(counts.min()))
 
     def close(self) -> manifests.Segment:
         """Close all files, and return the segment's entry for the manifest. The segment is on the disk when this returns.
@@ -90,19 +91,19 @@ class SegmentWriter:
         crcs = np.array([crc for name in sorted(self._files) for crc in self._files[name].crcs], np.uint32).tobytes()
         write_checksums(self.folder, crcs)
         sizes = {name: file.size for name, file in self._files.items()}
-        entry = manifests.Segment(self.name, self.items, self.fewest, sizes, hashlib.sha256(crcs).hexdigest())
+        entry = manifests.Segment(self.name, self.item_count, self.fewest_vectors, sizes, hashlib.sha256(crcs).hexdigest())
         self._check_duplicates(entry)
         return entry
 
     def _check_duplicates(self, entry: manifests.Segment) -> None:
-        numbers = np.concatenate([np.zeros(0, np.uint64), *self._hashes])
-        order = np.argsort(numbers, kind="stable")
-        equal = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])
+        id_hashes = np.concatenate([np.zeros(0, np.uint64), *self._hashes])
+        order = np.argsort(id_hashes, kind="stable")
+        equal = np.flatnonzero(id_hashes[order][1:] == id_hashes[order][:-1])
         if len(equal):
             files = SegmentFiles(self.folder.parent, self.manifest, entry)
             for first, second in itertools.pairwise(files.ids(order[np.union1d(equal, equal + 1)])):
                 if first == second:
-                    raise UserError(f"the id {first!r} is given twice; expected another id for each item")
+                    raise UserError(f"the id {first!r} is given twice; expected a unique id for each item")
 
 
 def write_segment(folder: Path, manifest: Manifest, first: Items, rest: Iterable[Items]) -> manifests.Segment:
@@ -131,7 +132,7 @@ def merge_segments(folder: Path, manifest: Manifest, segments: Sequence[SegmentF
     for segment in segments:
         for block in segment.items(at_once):
             writer.write(*block)
-    return (writer.close(),) if writer.items else ()
+    return (writer.close(),) if writer.item_count else ()
 
 
 def copy_segment(folder: Path, segment: SegmentFiles) -> manifests.Segment:

@@ -246,7 +246,7 @@ def test_two_processes_do_not_prepare_one_source_at_once(tmp_path):
 
 def test_a_source_without_good_rows_is_refused(tmp_path):
     write_pairs(tmp_path / "mine.jsonl", [{"query": "", "positive": "b"}] * 3)
-    with pytest.raises(UserError, match="no rows are left to train on"):
+    with pytest.raises(UserError, match="no rows are left for training"):
         prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out", skips=5)
 
 

@@ -1,6 +1,6 @@
 """PaliGemma 1 and 2 (arXiv 2407.07726, 2412.03555): SigLIP's vision tower before Gemma or Gemma 2.
 
-As transformers' `modeling_paligemma.py` computes it from the same checkpoint.
+The network computes the same as transformers' `modeling_paligemma.py` with the same checkpoint.
 
 B rows, S tokens, R Meta Tokens, I images of all rows, N patches of an image, D width, H heads, G key/value heads, K head width,
 L layers.
@@ -65,7 +65,7 @@ class Norm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        # A separate array, as in RMSNorm.
+        # The barrier makes it a separate array, as in RMSNorm.
         return jax.lax.optimization_barrier((x32 * (1 + self.scale[...])).astype(x.dtype))
 
 
@@ -89,12 +89,12 @@ class DecoderLayer(nnx.Module):
         else:
             self.mlp_norm = Norm(width, epsilon=epsilon, rngs=rngs, layers=layers)
 
-    def __call__(self, x_BSD, local, segments_BS, is_meta_BS, cos_BSK, sin_BSK):
+    def __call__(self, x_BSD, is_local, segments_BS, is_meta_BS, cos_BSK, sin_BSK):
         config, normed = self.config, self.input_norm(x_BSD)
         query_BSHK = rotate(split_heads(self.query(normed), config.num_attention_heads), cos_BSK, sin_BSK)
         key_BSGK = rotate(split_heads(self.key(normed), config.num_key_value_heads), cos_BSK, sin_BSK)
         value_BSGK = split_heads(self.value(normed), config.num_key_value_heads)
-        mixed = self.attend(query_BSHK, key_BSGK, value_BSGK, local, segments_BS, is_meta_BS)
+        mixed = self.attend(query_BSHK, key_BSGK, value_BSGK, is_local, segments_BS, is_meta_BS)
         mixed = self.output(mixed.reshape(*x_BSD.shape[:2], -1))
         if config.is_gemma2:
             x_BSD = x_BSD + self.attention_post_norm(mixed)
@@ -104,8 +104,8 @@ class DecoderLayer(nnx.Module):
             x_BSD = x_BSD + self.mlp(self.mlp_norm(x_BSD))
         return constrain(x_BSD, "batch", None, None)
 
-    def attend(self, query_BSHK, key_BSGK, value_BSGK, local, segments_BS, is_meta_BS):
-        """Attention of each prefix to itself, and of Meta Tokens to all earlier tokens of their item, or to a window of them."""
+    def attend(self, query_BSHK, key_BSGK, value_BSGK, is_local, segments_BS, is_meta_BS):
+        """Attend from each prefix to itself, and from Meta Tokens to all earlier tokens of their item, or to a window of them."""
         config, arrays = self.config, (query_BSHK, key_BSGK, value_BSGK)
         gemma2 = dict(scale=config.query_pre_attn_scalar**-0.5, softcap=config.attn_logit_softcapping) if config.is_gemma2 else {}
 
@@ -113,7 +113,7 @@ class DecoderLayer(nnx.Module):
             return lambda *arrays: attention(*arrays, causal=True, window=window, **gemma2)
 
         if config.is_gemma2 and config.sliding_window < query_BSHK.shape[1]:
-            meta_BSHK = jax.lax.cond(local, causal(config.sliding_window), causal(None), *arrays, segments_BS)
+            meta_BSHK = jax.lax.cond(is_local, causal(config.sliding_window), causal(None), *arrays, segments_BS)
         else:
             meta_BSHK = causal(None)(*arrays, segments_BS)
         # For the prefix, Meta Tokens are padding.
@@ -127,11 +127,11 @@ class Backbone(backbone.Backbone):
     tower, layer, norm = VisionTower, DecoderLayer, Norm
 
     def embed(self, batch: Batch, meta_RD: Float[Array, "R D"], dtype) -> Float[Array, "B S D"]:
-        """Look up both tables, times the root of the width, which is rounded to the dtype: 45.25 for 2048 in bfloat16."""
+        """Look up tokens and Meta Tokens, scaled by the root of the width, rounded to the dtype: 45.25 for 2048 in bfloat16."""
         return super().embed(batch, meta_RD, dtype) * jnp.asarray(self.width**0.5, dtype)
 
     def flags(self) -> Bool[Array, "L"]:
-        """Return True for the layers that are local in Gemma 2."""
+        """Return True for each layer that is local in Gemma 2."""
         return jnp.arange(self.config.text_config.num_hidden_layers) % 2 == 0
 
     def context(self, batch: Batch, tower_output: Any) -> tuple:
@@ -149,5 +149,5 @@ def language_count(config: TextConfig, S: int) -> FlopCount:
     """Count the language model on a row of S tokens."""
     heads, layers = (config.num_attention_heads, config.num_key_value_heads, config.head_width), config.num_hidden_layers
     attention = AttentionCount(layers, S, S, 2 * S, *heads)  # of prompts and of Meta Tokens, each over all positions
-    last = "" if config.is_gemma2 else "mlp.down"  # a norm of Gemma 2 reads it
+    last = "" if config.is_gemma2 else "mlp.down"  # in Gemma 2, a norm reads the output of mlp.down
     return FlopCount("layers", S, config.hidden_size, (attention,), last=last, has_meta=True)

@@ -36,7 +36,7 @@ class Corpus:
     ids: Callable[[dict], Sequence[str]]
 
     def copy(self, rows: RowFiles, folder: Path, name: str) -> "CorpusCopy":
-        """Copy the documents that rows name, if that is not done yet.
+        """Copy the documents that rows name, unless they are copied already.
 
         Args:
           rows: files with the column query_id.

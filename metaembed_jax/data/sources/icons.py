@@ -167,7 +167,7 @@ class Icons(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | Path) -> dict:
-    """Draw and write the icons and their tokenizer to `data_dir`/icons, if that is not done yet.
+    """Draw and write the icons and their tokenizer to `data_dir`/icons, unless they are prepared already.
 
     Returns:
       The marker: {"version", "fingerprint", "drawings" and "names" of each split}. It is written last: after a preparation that was

@@ -1,13 +1,13 @@
-"""Preparation of a source: rows of files become records in shards of ArrayRecord, which several processes write at the same time.
+"""Prepare a source: turn the rows of its files into records, in shards of ArrayRecord that several processes write.
 
     OUT/{source}/{version}.part/            while it is written
-        job.json                            the files that are read; a preparation of others starts from nothing
-        corpus.bin, corpus.json             the documents that rows name, if they do
+        job.json                            the files that are read; a preparation from other files starts over
+        corpus.bin, corpus.json             the documents that rows name, if they name any
         pairs-train.array_record-00007-of-00098, 00007.described-train.jsonl, 00007.json      a shard, its descriptions, its counts
     OUT/{source}/{version}/                 complete, and readable by TensorFlow Datasets
 
-A preparation that was killed goes on with the missing shards. `HELD_OUT` random rows each are the splits `validation` and `test`;
-both together are at most a tenth of the rows.
+A preparation that was killed resumes with the missing shards. The splits `validation` and `test` are `HELD_OUT` random rows each;
+together they are at most a tenth of the rows.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from metaembed_jax.files import digest, locked, replacing, write_bytes, write_js
 VERSION = "1.0.0"
 SHARD_ROWS = 1024
 HELD_OUT = 256
-FILES = "pairs"  # the name of the data set in TensorFlow Datasets, which allows no names such as A-OKVQA
+DATASET = "pairs"  # its name in TensorFlow Datasets, which does not allow names such as A-OKVQA
 TYPES = (
     ("text", lambda item: "image" not in item),
     ("image", lambda item: "text" not in item),
@@ -50,7 +50,7 @@ class RawSource:
     Attributes:
       name: name of the source, and of its folder.
       rows: its files.
-      record: turns a row into a record. Can be pickled; raises UserError, without the name of the row.
+      record: turns a row into a record. It can be pickled, and its UserErrors do not name the row.
       corpus: the documents that rows name by id. They are copied first, and `record` then takes the copy as `corpus`.
     """
 
@@ -62,7 +62,7 @@ class RawSource:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """The shards of a source. A process that writes several of them keeps the files that `source` opens."""
+    """The paths of a source's shards. A process that writes several shards keeps the files that `source` opens."""
 
     source: RawSource
     directory: Path
@@ -73,7 +73,7 @@ class _Job:
         return -(-len(self.source.rows) // SHARD_ROWS)
 
     def records(self, split: str, shard: int) -> Path:
-        return self.directory / f"{FILES}-{split}.array_record-{shard:05}-of-{self.shards:05}"
+        return self.directory / f"{DATASET}-{split}.array_record-{shard:05}-of-{self.shards:05}"
 
     def descriptions(self, split: str, shard: int) -> Path:
         return self.directory / f"{shard:05}.described-{split}.jsonl"
@@ -88,18 +88,18 @@ class _Job:
 
 
 def prepare_source(source: RawSource, out: Path, workers: int, skips: int) -> dict:
-    """Prepare a source in `out`/`source.name`, if that is not done yet.
+    """Prepare a source in `out`/`source.name`, unless it is prepared already.
 
     Args:
-      workers: processes next to this one; 0 for none.
-      skips: the number of bad rows that are left out, with a line for each; one more is an error.
+      workers: number of processes next to this one.
+      skips: the most bad rows to leave out, with a line for each; one more is an error.
 
     Returns:
-      The marker: {"version", "fingerprint", "job" (of the files that were read), "rows" of each split, "queries" and "positives" of
-      each type, "negatives", "bytes", "skipped"}.
+      The marker: {"version", "fingerprint", "job" (digest of the files that were read), "rows" of each split, "queries" and
+      "positives" of each type, "negatives", "bytes", "skipped"}.
 
     Raises:
-      UserError: too many bad rows, or an id occurs twice; names the first row. Or the source is prepared from other files.
+      UserError: too many rows are bad, an id occurs twice (both name the first row), or the source is prepared from other files.
     """
     source_dir = out / source.name
     inputs = _inputs(source)
@@ -132,7 +132,7 @@ def _write_all(source: RawSource, directory: Path, inputs: str, workers: int, sk
 
 
 def _inputs(source: RawSource) -> str:
-    """Return the files that are read, and the size of shards, as JSON."""
+    """Return the files to read, and the size of shards, as JSON."""
     read = (*source.rows.files, *(source.corpus.rows.files if source.corpus else ()))
     files = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in read]
     return json.dumps({"files": files, "rows": len(source.rows), "shard_rows": SHARD_ROWS})
@@ -153,7 +153,7 @@ def _write_shard(job: _Job, shard: int) -> dict:
     features = records.features()
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())  # pyright: ignore[reportArgumentType]
     held_out = _held_out(len(rows))
-    files = {split: job.directory / f"{shard:05}.{split}.tmp" for split in records.SPLITS}  # no other shard has these names
+    files = {split: job.directory / f"{shard:05}.{split}.tmp" for split in records.SPLITS}  # unique to the shard
     writers = {split: ArrayRecordWriter(str(file), "group_size:1") for split, file in files.items()}
     lines = {split: [] for split in records.SPLITS}
     counts = {"read": 0, "rows": dict.fromkeys(records.SPLITS, 0), "negatives": 0, "bytes": 0, "skipped": []}
@@ -198,7 +198,7 @@ def _digest(record: dict) -> bytes:
 
 
 def _held_out(rows: int) -> dict[int, str]:
-    """Return the rows that are not for training, and their split."""
+    """Return the split of each row that is not for training."""
     count = min(HELD_OUT, rows // 20)
     chosen = np.random.default_rng(0).permutation(rows)[: 2 * count].tolist()
     return {row: "validation" if index < count else "test" for index, row in enumerate(chosen)}
@@ -215,7 +215,7 @@ def _finish(job: _Job, shards: Sequence[dict]) -> dict:
     """Turn the shards into a folder of TensorFlow Datasets, and move it to its final path.
 
     Args:
-      shards: the counts of each.
+      shards: the counts of each shard.
     """
     source, directory = job.source, job.directory
     skipped = [line for counts in shards for line in counts["skipped"]]
@@ -223,8 +223,8 @@ def _finish(job: _Job, shards: Sequence[dict]) -> dict:
         print(f"left out: {line}", flush=True)
     rows = {split: [counts["rows"][split] for counts in shards] for split in records.SPLITS}
     if not any(rows["train"]):
-        raise UserError(f"{source.rows.files[0]}: no rows are left to train on")
-    template = naming.ShardedFileTemplate(data_dir=directory, dataset_name=FILES, filetype_suffix="array_record")  # pyright: ignore[reportArgumentType] (any path)
+        raise UserError(f"{source.rows.files[0]}: no rows are left for training")
+    template = naming.ShardedFileTemplate(data_dir=directory, dataset_name=DATASET, filetype_suffix="array_record")  # pyright: ignore[reportArgumentType] (any path)
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
         features=records.features(),
@@ -247,7 +247,7 @@ def _finish(job: _Job, shards: Sequence[dict]) -> dict:
     final = directory.with_name(VERSION)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(directory, final)
-    for file in shard_descriptions:  # only now: until here, a preparation that is killed goes on from them
+    for file in shard_descriptions:  # last, since a preparation that was killed resumes from them
         (final / file.name).unlink()
     records.write_marker(final.parent, marker)
     return marker
