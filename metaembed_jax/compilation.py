@@ -25,7 +25,7 @@ def keep_programs(environment: Mapping[str, str] = os.environ) -> Path | None:
     """Keep compiled programs in the user's cache folder from now on; return the folder, None if nothing is kept there.
 
     JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE=false take precedence. A folder that is not writable is
-    reported on stderr, and the run goes on.
+    reported on stderr, and the run continues.
     """
     if environment.get("JAX_COMPILATION_CACHE_DIR") or not _is_on():
         return None

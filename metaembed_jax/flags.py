@@ -104,5 +104,5 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
             raise
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)

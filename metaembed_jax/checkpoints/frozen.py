@@ -44,7 +44,7 @@ def is_kept(workdir: Path) -> bool:
 
 
 def stands_alone(workdir: Path, init_from: str) -> bool:
-    """Return whether a run that has checkpoints goes on without the weights that `config.init_from` names."""
+    """Return whether a run that has checkpoints resumes without the weights that `config.init_from` names."""
     if not files.is_bucket(workdir) or read_config(workdir).init_from != init_from:
         return False
     return read_base(workdir) is None or is_kept(workdir)

@@ -77,7 +77,7 @@ def create_workdir(workdir: Path, config: RunConfig, tokenizer: Path, base: Base
 
 
 def record_changes(workdir: Path, config: RunConfig, base: BaseWeights | None, step: int) -> str:
-    """Record the config that a run goes on with from `step`; the first host writes.
+    """Record the config with which a run resumes from `step`; the first host writes.
 
     Returns:
       The changed keys and their values, for the user; empty if nothing changed.

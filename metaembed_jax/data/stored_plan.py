@@ -1,4 +1,4 @@
-"""The row plan in a run's folder. A run that goes on reads it, instead of packing all its steps again."""
+"""The row plan in a run's folder. A run that resumes reads it, instead of packing all its steps again."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""The first weights of a run: fresh, of another run, or of a released model. A run that goes on has its own checkpoints."""
+"""The first weights of a run: fresh, of another run, or of a released model. A run that resumes has its own checkpoints."""
 
 import dataclasses
 from pathlib import Path

@@ -159,7 +159,7 @@ def _open(config: RunConfig, workdir: Path, stack: contextlib.ExitStack) -> tupl
     state = initial_state(config, trainer, checkpoints, start)
     keep(workdir, state.frozen)
     if hosts.is_first() and (changes := record_changes(workdir, config, base, int(state.step))):
-        print(f"going on with other settings: {changes}", flush=True)
+        print(f"resuming with other settings: {changes}", flush=True)
     print(describe(state), flush=True)
     model = MetaEmbed(model_config(config), state.network_parameters(), processor, mesh)
     items = hosts.first_then_others(lambda: run_items(config, processor, pairs))
@@ -240,7 +240,7 @@ def _train(run: _Run, state: TrainState, stop: Stop) -> bool:
                     stopping = stop()  # SIGTERM may have come during the validation
                 if stopping and step < schedule.steps:
                     run.checkpoints.wait()
-                    writer.print(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
+                    writer.print(f"stopped by SIGTERM after step {step}, which is saved; the same command resumes from there")
                     return False
             run.checkpoints.wait()
             hosts.wait_for_all("trained")  # from here on, SIGTERM to one host ends all without a vote

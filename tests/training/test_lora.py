@@ -166,7 +166,7 @@ def test_a_run_goes_on_with_other_microbatches_and_to_more_steps(config, finishe
         patch.setattr(loop, "_finish", lambda *_: None)
         train(config, run)
     changes = "rows.microbatch_rows from 8 to 0, rows.recompute from 'nothing' to 'layers', schedule.save_every from 1 to 2"
-    assert f"going on with other settings: {changes}\n" in capsys.readouterr().out
+    assert f"resuming with other settings: {changes}\n" in capsys.readouterr().out
     expected = losses(finished)
     assert list(losses(run)) == list(expected) == [1, 2, 3, 4]
     np.testing.assert_allclose(list(losses(run).values()), list(expected.values()), rtol=1e-6)

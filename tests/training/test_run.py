@@ -170,7 +170,7 @@ def test_sigterm_at_any_other_moment_loses_nothing(small_config, whole, tmp_path
     assert train(small_config, tmp_path / "run")
     out = capsys.readouterr().out
     assert "resuming at step 8 of 8" in out
-    assert out.count("going on with other settings: evaluation.validate_every from 3 to 8\n") == 1
+    assert out.count("resuming with other settings: evaluation.validate_every from 3 to 8\n") == 1
     assert_identical(parameters_of(small_config, whole, 8), parameters_of(small_config, tmp_path / "run", 8))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -223,7 +223,7 @@ def test_the_config_that_a_run_starts_from_is_trained_first(small_config, tmp_pa
     assert "starting from step 8 of runs/small_first" in capsys.readouterr().out
     assert json.loads(Path("runs/small_first/results.json").read_text())["config"]["model"]["embedding_dim"] == 24
 
-    # Stopped after its own first step, the second stage goes on without the first.
+    # Stopped after its own first step, the second stage resumes without the first.
     shutil.rmtree("runs/small_first")
     assert train(small_config, tmp_path / "run")
     assert "trained first" not in capsys.readouterr().out and not Path("runs").joinpath("small_first").exists()
