@@ -24,19 +24,19 @@ from metaembed_jax.training.stages import with_architecture
 
 
 def check(config: RunConfig | None, only: str = "", as_json: bool = False, devices: Sequence | None = None) -> bool:
-    """Run the cases on this machine's devices; print a line for each, and a summary.
+    """Run the cases on this machine's devices; print a line for each case, and a summary.
 
     Args:
       config: configuration of the network to run; None for small networks.
-      only: a substring of the names of the lines to run; empty for all.
+      only: a substring of the names of the cases to run; empty for all.
       as_json: print the table on stderr, and JSON on stdout at the end.
       devices: devices to run on; all by default.
 
     Returns:
-      True if all lines are right.
+      True if all cases are right.
 
     Raises:
-      UserError: a config that does not fit the devices, or no line with such a name.
+      UserError: the config does not fit the devices, or no case has such a name.
     """
     keep_cpu()
     check_devices()
@@ -52,7 +52,7 @@ def check(config: RunConfig | None, only: str = "", as_json: bool = False, devic
             results.append(run(case, case_mesh))
             print(table.line(results[-1], case_mesh.size, peaks), file=file, flush=True)
     if not results:
-        raise UserError(f"--only={only}: no line has that in its name; without --only, all run")
+        raise UserError(f"--only={only}: no case has this in its name; omit --only to run all cases")
     for line in summary(results, planned.result(), networks[-1], peaks, time.perf_counter() - start):
         print(line, file=file)
     if as_json:
@@ -68,7 +68,7 @@ def keep_cpu() -> None:
 
 
 def make_networks(config: RunConfig | None, devices: Sequence) -> list[CheckedNetwork]:
-    """Return the networks to run: the config's, or a small one for each dtype (on a CPU, which has no bfloat16, only float32).
+    """Return the networks to run: the config's, or a small one for each dtype (only float32 on a CPU, which has no bfloat16).
 
     Raises:
       UserError: the config does not fit the devices.
@@ -87,8 +87,8 @@ def make_networks(config: RunConfig | None, devices: Sequence) -> list[CheckedNe
 
 
 def cases(networks: list[CheckedNetwork], mesh: Mesh, only: str) -> Iterator[tuple[Case, Mesh]]:
-    """Yield the cases with `only` in their names, each with its mesh."""
-    data_mesh = make_mesh(devices=list(mesh.devices.flat))  # each device has rows of its own
+    """Yield each case with `only` in its name, and its mesh."""
+    data_mesh = make_mesh(devices=list(mesh.devices.flat))  # each device has its own rows
     for case in kernel_cases(data_mesh, CPU if mesh.devices.flat[0].platform == "cpu" else CHIP):
         if only in case.name:
             yield case, data_mesh
@@ -99,7 +99,7 @@ def cases(networks: list[CheckedNetwork], mesh: Mesh, only: str) -> Iterator[tup
 
 
 def summary(results: list[Result], planned: Estimate, network: CheckedNetwork, peaks: Peak | None, seconds: float) -> Iterator[str]:
-    """Yield the lines below the table: the train step next to its estimate, and the lines that are wrong."""
+    """Yield the lines below the table: the train step next to its estimate, and the cases that are wrong."""
     yield ""
     step = results[-1]
     if step.name.startswith("train step") and step.seconds:
@@ -118,7 +118,7 @@ def _step_lines(step: Result, seconds: float, planned: Estimate, network: Checke
     text += f" ({planned.source})"
     memory = [f"{table.gibibytes(step.planned_bytes)} by the compiler" if step.planned_bytes else ""]
     memory += [f"{table.gibibytes(planned.bytes)} by plan" if planned.bytes else ""]
-    memory += [f"{table.gibibytes(step.used_bytes)} used at most" if step.used_bytes else "use is not counted here"]
+    memory += [f"{table.gibibytes(step.used_bytes)} used at most" if step.used_bytes else "the runtime does not count its use"]
     return f"{text}\nmemory of a device: {', '.join(text for text in memory if text)}"
 
 

@@ -79,7 +79,7 @@ def read_kept(folder: Path, abstract: dict) -> dict:
     try:
         with ocp.Checkpointer(tree_handler()) as checkpointer:
             return checkpointer.restore(folder, args=onto(abstract))
-    except jax.errors.JaxRuntimeError:  # devices without memory say nothing about the files
+    except jax.errors.JaxRuntimeError:  # the devices are out of memory; the files may be intact
         raise
     except UNREADABLE as error:
         raise UserError(f"{folder} cannot be read ({reason_of(error)}); remove it to read the base again") from error

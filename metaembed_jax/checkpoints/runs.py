@@ -22,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from metaembed_jax import files, hosts
 from metaembed_jax.errors import UserError
 
-WHOLE_BELOW = 2**20  # bytes: writing a smaller array from one device is faster than slicing it for all that hold it
+MIN_SLICED_BYTES = 2**20  # one device writes a smaller array faster than all devices that hold it write slices
 UNREADABLE = (ValueError, OSError, KeyError, RuntimeError, json.JSONDecodeError)
 
 
@@ -86,7 +86,7 @@ class RunCheckpoints:
             self._manager.save(step, args=items, metrics=metrics, force=True)
 
     def wait(self) -> None:
-        """Wait until all saves are written. Raises UserError as `save`."""
+        """Wait until all saves are written; raise UserError as `save` does."""
         with self._writing():
             self._manager.wait_until_finished()
 
@@ -106,10 +106,10 @@ class RunCheckpoints:
                 items = ocp.args.Composite(parameters=onto(parameters), optimizer=onto(optimizer))
                 restored = self._manager.restore(step, args=items)
                 return Restored(step, restored["parameters"], restored["optimizer"])
-            except (UserError, jax.errors.JaxRuntimeError):  # devices without memory say nothing about the files
+            except (UserError, jax.errors.JaxRuntimeError):  # the devices are out of memory; the files may be intact
                 raise
             except UNREADABLE as error:
-                report(f"{self.directory / str(step)} cannot be read ({reason_of(error)}); falling back to the checkpoint before")
+                report(f"{self.directory / str(step)} cannot be read ({reason_of(error)}); trying the checkpoint before it")
         if self.steps():
             raise UserError(f"{self.directory}: none of its checkpoints can be read; move the folder away to start again")
         return None
@@ -142,13 +142,13 @@ class RunCheckpoints:
         self._manager.close()
 
     def _check_shapes(self, step: int, parameters: dict) -> None:
-        # Not by the manager: on all hosts but the first, it takes its own saves in a bucket for unfinished.
+        # Not by the manager: in a bucket, all hosts but the first take its saves for unfinished.
         stored, expected = (_shapes(tree) for tree in (stored_tree(self.directory / str(step) / "parameters"), parameters))
         for path in sorted(stored.keys() | expected.keys()):
             if stored.get(path) != expected.get(path):
-                theirs, ours = stored.get(path, "nothing"), expected.get(path, "nothing")
+                there, here = stored.get(path, "nothing"), expected.get(path, "nothing")
                 raise UserError(
-                    f"{self.directory / str(step)} is of another model: {path} has {theirs} there, and the config asks for {ours}"
+                    f"{self.directory / str(step)} is of another model: {path} has {there} there, and the config asks for {here}"
                 )
 
     @contextlib.contextmanager
@@ -163,7 +163,7 @@ class RunCheckpoints:
 
 def tree_handler() -> ocp.PyTreeCheckpointHandler:
     """Return Orbax's handler of a tree of arrays."""
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=WHOLE_BELOW)
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICED_BYTES)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
@@ -172,7 +172,7 @@ def stored_tree(folder: Path) -> dict:
     """Return the shapes and dtypes of a stored tree of arrays.
 
     Raises:
-      ValueError: they cannot be read; or another of `UNREADABLE`.
+      ValueError, or another of `UNREADABLE`: the tree cannot be read.
     """
     with ocp.Checkpointer(tree_handler()) as checkpointer:
         metadata = checkpointer.metadata(folder).item_metadata
@@ -216,6 +216,6 @@ def _shapes(tree: dict) -> dict[str, tuple[int, ...]]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return one line of an error; of a long chain the last part, which is the message of the system."""
+    """Return the first line of an error; of a long line its last part, which is the message of the system."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if len(line) < 200 else line.rsplit(": ", 1)[-1][:200]

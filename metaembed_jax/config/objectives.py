@@ -1,4 +1,4 @@
-"""Objectives: frozen classes of settings with a loss and its FLOPs. The loss of a step is the sum over all objectives.
+"""Objectives: settings with a loss and a count of its FLOPs. The loss of a step is the sum over all objectives.
 
 A new objective is a class here and a field of `ObjectivesConfig`.
 
@@ -24,8 +24,8 @@ class PairVectors(NamedTuple):
 
     Attributes:
       negatives: None if no pair has any.
-      negative_mask: false for missing negatives, which only fill the array.
-      sources: the number of each pair's source; the documents of a query are the positives of its source. None: all positives.
+      negative_mask: false for missing negatives, which pad the array.
+      sources: index of each pair's source. A query is scored against the positives of its source; None: against all positives.
     """
 
     query_BRD: Float[Array, "B Rq D"]
@@ -39,7 +39,7 @@ class Objective(Protocol):
     """A term of the loss.
 
     Attributes:
-      budgets: nested, smallest first; the loss reads no vectors beyond the last.
+      budgets: nested budgets, smallest first; the loss reads no vectors beyond the last one.
     """
 
     @property
@@ -66,7 +66,7 @@ class MatryoshkaConfig(Section):
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """Its groups."""
+        """The groups."""
         return self.groups
 
     def loss(self, vectors: PairVectors, mesh: Mesh | None) -> tuple[Array, dict[str, Array]]:
@@ -84,14 +84,14 @@ class MatryoshkaConfig(Section):
         )
 
     def flops(self, pairs: int, documents: int, width: int) -> float:
-        """Count the similarities of the largest group; those of smaller groups are among them."""
+        """Count the similarities of the largest group, which include those of the smaller groups."""
         query_vectors, document_vectors = self.groups[-1]
         return 2.0 * pairs * documents * query_vectors * document_vectors * width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectivesConfig(Section):
-    """The losses whose sum is trained, by name; None: not used."""
+    """The objectives, by name, whose losses are added; None: not used."""
 
     KEY: ClassVar[str] = "config.objectives"
 
@@ -103,7 +103,7 @@ class ObjectivesConfig(Section):
             raise UserError("config.objectives: all are None; expected at least one, such as matryoshka=MatryoshkaConfig()")
 
     def used(self) -> dict[str, Objective]:
-        """Return the objectives that are not None, by name."""
+        """Return the objectives in use, by name."""
         objectives = {name: getattr(self, name) for name in annotations(type(self))}
         return {name: objective for name, objective in objectives.items() if objective is not None}
 
@@ -114,16 +114,16 @@ class ObjectivesConfig(Section):
 
     @property
     def largest_budget(self) -> Budget:
-        """Vectors of a query and of a document that the losses read."""
+        """The most vectors of a query, and of a document, that a loss reads."""
         budgets = [budget for objective in self.used().values() for budget in objective.budgets]
         return max(r_q for r_q, _ in budgets), max(r_d for _, r_d in budgets)
 
     def loss(self, vectors: PairVectors, mesh: Mesh | None) -> tuple[Array, dict[str, Array]]:
-        """Return the sum of the losses, and the figures of all objectives; if there are several, also "objective/NAME" of each."""
+        """Return the sum of the losses, and the figures of all objectives. With several, each loss is also "objective/NAME"."""
         terms = {name: objective.loss(vectors, mesh) for name, objective in self.used().items()}
         total, figures = functools.reduce(operator.add, (value for value, _ in terms.values())), {}
-        for name, (value, own) in terms.items():
-            figures |= own | ({f"objective/{name}": value} if len(terms) > 1 else {})
+        for name, (value, objective_figures) in terms.items():
+            figures |= objective_figures | ({f"objective/{name}": value} if len(terms) > 1 else {})
         return total, figures
 
     def flops(self, pairs: int, documents: int, width: int) -> float:

@@ -1,8 +1,8 @@
-"""Compile a program for TPUs, as far as its memory and its operations are known.
+"""Compile a program for TPUs, up to the point where its memory and its operations are known.
 
-They are known once buffers are assigned: operations, layouts and their order are settled then, and the compiler dumps them. The
-machine code that follows takes most of the time and changes none of them. So the compiler runs in a separate process, which is
-killed there: libtpu 0.0.52 has no option to stop.
+They are known once buffers are assigned: operations, layouts and order are final then, and the compiler dumps them. The
+generation of machine code that follows takes most of the time, and changes none of them. libtpu 0.0.52 has no option to stop
+before it, so the compiler runs in a separate process, which is killed there.
 """
 
 import multiprocessing
@@ -32,7 +32,7 @@ class Compiled(NamedTuple):
       text: HLO of the program.
       arguments: bytes of the inputs, with padding.
       temporaries: bytes of everything else, including results that do not reuse inputs.
-      error: the compiler's; if there is one, the rest is empty.
+      error: message of the compiler; if there is one, the other fields are empty.
     """
 
     text: str = ""
@@ -42,7 +42,7 @@ class Compiled(NamedTuple):
 
 
 def compile_program(make: Callable, config: RunConfig, topology_name: str) -> Compiled:
-    """Compile a program for a slice, which need not exist.
+    """Compile a program for a slice, which this machine need not have.
 
     Args:
       make: `(config, mesh) -> programs.Program`; a function of a module, which another process can import.
@@ -61,13 +61,13 @@ def compile_program(make: Callable, config: RunConfig, topology_name: str) -> Co
         finally:
             process.kill()
             process.join()
-    return Compiled(text, *memory(buffers))
+    return Compiled(text, *buffer_bytes(buffers))
 
 
-def memory(buffers: str) -> tuple[int, int]:
-    """Return the bytes (of arguments, of everything else) of a dumped buffer assignment.
+def buffer_bytes(buffers: str) -> tuple[int, int]:
+    """Return the bytes of arguments, and those of everything else, in a dumped buffer assignment.
 
-    Buffers in memories on the chip have a color, and do not match.
+    The pattern does not match buffers in memories on the chip, which have a color.
     """
     sizes = dict.fromkeys(("parameter", "preallocated-temp", "maybe-live-out"), 0)
     for size, kind in _ALLOCATION.findall(buffers):
@@ -76,7 +76,7 @@ def memory(buffers: str) -> tuple[int, int]:
 
 
 def _wait(directory: Path, receiver: Connection) -> str:
-    """Wait until the last file is complete, and return an empty text; if the compiler fails, return its error."""
+    """Wait until the last file is complete, and return ""; if the compiler fails, return its error."""
     size = -1
     while not receiver.poll(0.5):
         last = next(directory.glob(LAST), None)

@@ -101,11 +101,11 @@ def layouts(config: RunConfig, slices: Topology) -> list[MeshLayout]:
             continue
         mesh = make_mesh(devices // (fsdp * tensor), fsdp, tensor, devices=slices.devices)
         state = _state_bytes(config, mesh)
-        all_rows = step_shape(row, typical.most, 0, shards).size
-        sizes = {step_shape(row, typical.most, shards * count, shards).size for count in range(1, MOST_AT_ONCE + 1)}
+        all_rows = step_shape(row, typical.largest, 0, shards).size
+        sizes = {step_shape(row, typical.largest, shards * count, shards).size for count in range(1, MOST_AT_ONCE + 1)}
         for at_once, recompute in itertools.product(sorted(sizes | {all_rows}), RECOMPUTE):
             if recompute in ("layers", "nothing") or at_once < all_rows:  # with one microbatch, the others equal these
-                shape = step_shape(row, typical.most, at_once, shards)
+                shape = step_shape(row, typical.largest, at_once, shards)
                 estimates.append(_estimate(config, slices, mesh, shape, recompute, row_bytes, state))
     if not estimates:
         raise UserError(f"--search: no mesh of {devices} devices divides config.rows.batch_size={config.rows.batch_size}")

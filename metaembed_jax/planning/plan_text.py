@@ -5,7 +5,7 @@ from metaembed_jax.config.run import ModelSettings
 from metaembed_jax.planning.plan import Plan, memory_advice
 from metaembed_jax.planning.topology import Topology
 
-CONTENTS = (
+MEMORY_ORDER = (
     "trained",
     "frozen",
     "optimizer",
@@ -14,22 +14,22 @@ CONTENTS = (
     "next batch",
     "padding",
     "temporaries",
-)  # in the order of the report
+)  # of the lines
 Lines = list[tuple[str, str]]  # (name, text)
 TABLE = "{:27}{:>12}{:>12}{:>12}{:>9}{:>13}{:>9}{:>8}{:>11}"
 
 
 def verdict(plan: Plan, model: ModelSettings) -> str:
-    """Return one line: whether the program fits, how much memory is spare, and if it does not fit, what to change."""
+    """Return one line: that the program fits and how much memory is spare, or that it does not fit and what to change."""
     used = f"{plan.total_bytes / GIB:.2f} of {plan.usable_bytes / GIB:.2f} GiB a device"
     if plan.fits:
         return f"fits: {used}, {plan.spare:.1%} to spare"
     return f"does not fit: {used}, {(plan.total_bytes - plan.usable_bytes) / GIB:.2f} GiB too many; {memory_advice(plan, model)}"
 
 
-def describe(plan: Plan, model: ModelSettings, slices: Topology) -> str:
+def describe(plan: Plan, model: ModelSettings, topology: Topology) -> str:
     """Return the whole report; the verdict comes first."""
-    sections = [_program(plan, slices.chip), _memory(plan), _work(plan), _speed(plan)]
+    sections = [_program(plan, topology.chip), _memory(plan), _work(plan), _speed(plan)]
     named = (("temporaries", plan.temporaries), ("collectives", plan.collectives), ("arrays, of all devices", plan.arrays))
     for title, items in named:
         lines = [f"{amount(item.bytes)}  {item.what:.100} x {item.times:g}  {item.op_name}" for item in items]
@@ -74,7 +74,7 @@ def _ring(axis: str, ring: dict[str, int]) -> str:
 
 
 def _memory(plan: Plan) -> Lines:
-    lines = [(name, f"{amount(plan.memory[name])} a device") for name in CONTENTS if name in plan.memory]
+    lines = [(name, f"{amount(plan.memory[name])} a device") for name in MEMORY_ORDER if name in plan.memory]
     usable = amount(plan.usable_bytes).strip()
     if plan.host_bytes:
         lines.append(("in the host's memory", f"{amount(plan.host_bytes)} a device, of two batches"))
@@ -86,7 +86,7 @@ def _work(plan: Plan) -> Lines:
     if extra := plan.flops["extra"]:
         useful = plan.flops["forward"] + plan.flops["backward"]
         lines.append(
-            ("", f"{useful / (useful + extra):10.1%} is the most that MFU can be, with so much recomputed or for rotations")
+            ("", f"{useful / (useful + extra):10.1%} is the largest possible MFU, since the rest is recomputed or for rotations")
         )
     if plan.hbm_bytes:
         lines.append(("bytes over HBM", f"{amount(plan.hbm_bytes)} a device"))
@@ -110,7 +110,7 @@ def describe_search(plans: list[Plan]) -> str:
     """Return a table of plans that fit, and the flags of the first, which is the fastest."""
     if not plans:
         return (
-            "does not fit: no mesh, microbatch and recompute that was tried; "
+            "does not fit with any mesh, microbatch and recompute that was tried; "
             "take a larger slice, or set config.model.frozen_dtype=int8"
         )
     flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in plans[0].mesh.items())

@@ -70,7 +70,7 @@ def train_program(config: RunConfig, mesh: Mesh) -> Program:
       UserError: `config.model.trained` or `config.rows.size` do not fit the network, or `config.rows.microbatch_rows` the mesh.
     """
     row, typical = typical_rows(config)
-    shape = step_shape(row, typical.most, config.rows.microbatch_rows, batch_shards(mesh))
+    shape = step_shape(row, typical.largest, config.rows.microbatch_rows, batch_shards(mesh))
     layout = model_config(config).architecture.layout
     batch = training.abstract(shape, config.rows.batch_size, config.data.negatives, layout, mesh)
     trainer = make_trainer(config, mesh)

@@ -1,6 +1,6 @@
 """Rows of the steps of a mixture, for items of typical sizes.
 
-N items of a step, pair by pair: the query, its document, hard negatives.
+N items of a step, pair by pair: a query, its document and its hard negatives.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,21 +18,21 @@ from metaembed_jax.data.source_schedule import balanced_schedule
 from metaembed_jax.network_config import model_config, row_limits
 from metaembed_jax.planning.typical_items import typical_document, typical_pair
 
-STEPS = 8  # to pack
-UNKNOWN_WORD = "word"
+STEPS = 8  # that are packed
+UNKNOWN = "word"
 
 
 class RowsOfSteps(NamedTuple):
     """Rows of a run's steps.
 
     Attributes:
-      mean, most: average and largest number of rows of a step.
+      mean, largest: average and largest number of rows of a step.
       fill: average fill of the rows.
       vectors: the most vectors in a row.
     """
 
     mean: float
-    most: int
+    largest: int
     fill: Fill
     vectors: int
 
@@ -73,7 +73,7 @@ def typical_rows(config: RunConfig) -> tuple[Size, RowsOfSteps]:
 
 
 def _item_size(config: RunConfig, limits: Limits) -> Callable[[dict, str], Size]:
-    """Return `(item, side) -> Size` by the family's prompts and images, with a vocabulary of whole words."""
+    """Return `(item, side) -> Size` for the family's prompts and images, with one token for each word."""
     backbone, meta = family(config.model.backbone), (limits.query_tokens, limits.document_tokens)
     words = Tokenizer(models.WordLevel({UNKNOWN_WORD: 0}, unk_token=UNKNOWN_WORD))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -82,8 +82,8 @@ def _item_size(config: RunConfig, limits: Limits) -> Callable[[dict, str], Size]
     processor, vectors = backbone.Processor(words, images, limits), config.objectives.largest_budget
 
     def size(item: dict, side: str) -> Size:
-        fitted, number = processor.size(item, side), ("query", "document").index(side)
-        return Size(fitted.tokens + meta[number], fitted.patches, vectors[number])
+        fitted, side_index = processor.size(item, side), ("query", "document").index(side)
+        return Size(fitted.tokens + meta[side_index], fitted.patches, vectors[side_index])
 
     return size
 

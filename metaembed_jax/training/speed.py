@@ -11,19 +11,19 @@ SHOWN = {"samples_per_second": "pairs/s", "flops_per_second": "FLOP/s", "mfu": "
 
 
 class Speed:
-    """Rates since the last reading.
+    """The rates of a run, between two readings.
 
     Args:
       shape: shape of the run's batches.
-      first: the step that the run resumes from.
+      first_step: the step that the run starts or resumes from.
     """
 
-    def __init__(self, config: RunConfig, shape: StepShape, mesh: Mesh, first: int):
-        self._pairs, self._steps, self._last = config.rows.batch_size, config.schedule.steps, first
+    def __init__(self, config: RunConfig, shape: StepShape, mesh: Mesh, first_step: int):
+        self._pairs, self._steps, self._last = config.rows.batch_size, config.schedule.steps, first_step
         self._flops = train_flops(config, shape).model
         peaks = [peak(device) for device in mesh.devices.flat]
-        known = [figures.flops for figures in peaks if figures is not None]
-        self._peak = sum(known) if len(known) == len(peaks) else None
+        peak_flops = [figures.flops for figures in peaks if figures is not None]
+        self._peak_flops = sum(peak_flops) if len(peak_flops) == len(peaks) else None
         self._spent, self._steps_done = 0.0, 0
 
     def read(self, step: int, spent: dict[str, float]) -> dict[str, float]:
@@ -41,11 +41,11 @@ class Speed:
         self._steps_done += steps
         flops = self._flops * steps / seconds
         rates = {"samples_per_second": self._pairs * steps / seconds, "flops_per_second": flops}
-        if self._peak:
-            rates["mfu"] = flops / self._peak
+        if self._peak_flops:
+            rates["mfu"] = flops / self._peak_flops
         return rates | {"seconds_left": self._spent / self._steps_done * (self._steps - step)}
 
 
 def shown(rates: dict[str, float]) -> dict[str, float]:
-    """Return the rates to show next to the progress bar, by short names; the bar itself shows the time left."""
+    """Return the rates to show next to the progress bar, by short name; the bar itself shows the time left."""
     return {short: rates[name] for name, short in SHOWN.items() if name in rates}

@@ -131,7 +131,7 @@ def test_what_is_too_large_is_not_run(monkeypatch, capsys):
 
 
 def test_a_name_without_a_line_is_refused(capsys):
-    with pytest.raises(run_check.UserError, match="--only=nothing: no line has that in its name"):
+    with pytest.raises(run_check.UserError, match="--only=nothing: no case has this in its name"):
         cli.main(["check", "--only=nothing"])
     with pytest.raises(run_check.UserError, match="add --config=NAME"):
         cli.main(["check", "--config.schedule.steps=3"])

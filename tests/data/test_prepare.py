@@ -184,7 +184,7 @@ def test_tables_read_from_anywhere(tmp_path, group):
 
 
 def test_a_large_row_group_is_read_once(tmp_path, monkeypatch):
-    """Each shard goes on at the end of the last; earlier rows are read from the beginning of the file."""
+    """Each shard continues at the end of the last; earlier rows are read from the beginning of the file."""
     write_parquet(tmp_path / "0.parquet", [{"n": number} for number in range(400)], 400)
     batches = []
 

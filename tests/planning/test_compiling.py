@@ -9,7 +9,7 @@ pytest.importorskip("libtpu")
 
 from metaembed_jax.config import load_config
 from metaembed_jax.planning import compiling
-from metaembed_jax.planning.compiling import compile_program, memory
+from metaembed_jax.planning.compiling import buffer_bytes, compile_program
 from metaembed_jax.planning.programs import train_program
 from metaembed_jax.planning.topology import topology
 from metaembed_jax.training.step import run_mesh
@@ -41,7 +41,7 @@ def test_buffers_elsewhere_do_not_count():
         "allocation 5: size 9, page 0, thread-local:",
         "allocation 6: size 8, page 0, constant:",
     ]
-    assert memory("\n".join(lines)) == (4096, 1300)
+    assert buffer_bytes("\n".join(lines)) == (4096, 1300)
 
 
 def test_a_compiler_that_dies_is_no_plan(monkeypatch):

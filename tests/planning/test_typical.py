@@ -37,8 +37,8 @@ def test_rows_of_the_recipe_are_filled(recipe):
     assert [len(sizes_N3) for sizes_N3 in steps] == [recipe.rows.batch_size * 3] * 4
     assert max(rows.fill) >= 0.95 and rows.fill.tokens > 0.9 and rows.fill.patches > 0.9
     assert rows.vectors <= ROW.vectors
-    assert rows.most <= 1.06 * rows.mean
-    assert rows.most == max(pack(sizes_N3, ROW)[:, 0].max() + 1 for sizes_N3 in steps)
+    assert rows.largest <= 1.06 * rows.mean
+    assert rows.largest == max(pack(sizes_N3, ROW)[:, 0].max() + 1 for sizes_N3 in steps)
     for again, sizes_N3 in zip(typical_steps(recipe, size, 2), steps, strict=False):
         np.testing.assert_array_equal(again, sizes_N3)
 

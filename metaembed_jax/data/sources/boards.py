@@ -1,6 +1,6 @@
 """Boards: page retrieval in miniature. A document is a page of icons of random sizes and positions; a query names one or two.
 
-Pages of the validation and test splits are fixed and stored. They show only icons of their split, each of them on three pages. The
+Pages of the validation and test splits are fixed and stored. They show only icons of their split, each icon on three pages. The
 stored query of a page names all its icons in order, separated by ", "; `retrieval` makes queries of one and two names from it.
 Training pages are not stored: page n of epoch e is composed when it is read, from icons of the training split, and is a pure
 function of (seed, e, n) and the curriculum at the step.
@@ -27,13 +27,13 @@ VERSION = "1.1.0"
 SIDE = 224  # pixels of a fixed page
 LARGEST = 84  # pixels of an icon's canvas on a page
 FEWEST, MOST = 4, 9  # icons of a fixed page
-ROUNDS = 3  # fixed pages that show an icon
+ROUNDS = 3  # times that each icon is dealt to a fixed page
 PAGE_SEED = 0  # of the fixed pages; another seed needs another version
 SEPARATOR = ", "
 
 
 def cells(count: int, random: np.random.Generator, page_side: int = SIDE) -> list[tuple[int, int, int, int]]:
-    """Cut a page at random into `count` cells (x, y, width, height): into strips across or down, and each strip into cells."""
+    """Cut a page at random into strips across or down, and these into cells; return `count` cells (x, y, width, height)."""
 
     def cut(count):
         """Cut the side of the page into `count` intervals (start, length)."""
@@ -94,11 +94,11 @@ class Pages(Sequence[dict]):
 
     Args:
       page_side: pixels; a smaller page than the fixed ones is cheaper while it shows few icons.
-      curriculum: ((until step, fewest icons, most icons), ...), by rising step; the last entry has no end, whatever its step.
-        Empty: 4 to 9.
+      curriculum: ((until step, fewest icons, most icons), ...), by rising step; the step of the last entry is not read, since it
+        applies until the end. Empty: 4 to 9.
 
     Raises:
-      UserError: the curriculum is malformed, or there are too few drawings for a page.
+      UserError: the curriculum is malformed, or the drawings are too few for a page.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Pages(Sequence[dict]):
             raise UserError(f"config.data.curriculum={self.curriculum}: expected rising steps (the last one does not count)")
         if len(drawings) < MOST:
             raise UserError(f"boards: {len(drawings)} training icons; expected at least {MOST}, for a page")
-        self._dealt = -1, np.empty(0, np.int64)  # an epoch, and its order of icons
+        self._dealt = -1, np.empty(0, np.int64)  # an epoch, and the order of icons in it
 
     def __len__(self) -> int:
         """Return the number of pages of an epoch."""
@@ -134,22 +134,22 @@ class Pages(Sequence[dict]):
 
     def compose(self, row: int, epoch: int, step: int) -> dict:
         """Return a page and its query."""
-        text, dealt, random = self._chosen(row, epoch, step)
-        page = compose([self.drawings[number][1] for number in dealt], random, self.page_side)
+        text, page_icons, random = self._draw(row, epoch, step)
+        page = compose([self.drawings[icon][1] for icon in page_icons], random, self.page_side)
         return self._record(text, page)
 
     def describe(self, row: int, epoch: int, step: int) -> dict:
         """Return the description of the record that `compose` returns, without drawing its page."""
-        text, _, _ = self._chosen(row, epoch, step)
+        text, _, _ = self._draw(row, epoch, step)
         return self._record(text, (self.page_side, self.page_side))
 
-    def _chosen(self, row: int, epoch: int, step: int) -> tuple[str, list[int], np.random.Generator]:
-        """Return the query of a page, the numbers of its icons, and the generator that draws it."""
+    def _draw(self, row: int, epoch: int, step: int) -> tuple[str, list[int], np.random.Generator]:
+        """Return the query of a page, the indices of its icons, and the generator that lays out the page."""
         random = np.random.default_rng([self.seed, epoch, row])
         fewest, most = self.icons_at(step)
         count = int(random.integers(fewest, most, endpoint=True))
-        dealt = self._deal(epoch)[row * MOST : row * MOST + count].tolist()
-        return name_some([self.drawings.names[number] for number in dealt], random), dealt, random
+        page_icons = self._deal(epoch)[row * MOST : row * MOST + count].tolist()
+        return name_some([self.drawings.names[icon] for icon in page_icons], random), page_icons, random
 
     def _record(self, text: str, image: Image.Image | tuple[int, int]) -> dict:
         return {"query": {"text": text}, "positive": {"image": image}, "negatives": [], "source": NAME}
@@ -183,14 +183,13 @@ def _deal_round(names: Sequence[str], random: np.random.Generator) -> list[list[
         # A page may take all remaining icons, or leave enough for another page.
         sizes = [size for size in range(FEWEST, MOST + 1) if len(remaining) == size or len(remaining) - size >= FEWEST]
         size, page = int(random.choice(sizes)) if sizes else 0, []
-        for number in remaining:
-            if len(page) < size and all(names[number] != names[other] for other in page):
-                page.append(number)
+        for icon in remaining:
+            if len(page) < size and all(names[icon] != names[other] for other in page):
+                page.append(icon)
         if not page or len(page) < size:
             return None
         pages.append(page)
-        chosen = set(page)
-        remaining = [number for number in remaining if number not in chosen]
+        remaining = [icon for icon in remaining if icon not in page]
     return pages
 
 
@@ -200,8 +199,8 @@ def fixed_pages(drawings: Sequence[tuple[str, Image.Image]], split: str) -> Iter
     names = [name for name, _ in drawings]
     for page in tqdm(deal_fixed(names, random), desc=f"boards: composing {split} pages", unit="page", mininterval=0.5):
         png = io.BytesIO()
-        compose([drawings[number][1] for number in page], random).save(png, "png")
-        text = SEPARATOR.join(names[number] for number in page)
+        compose([drawings[icon][1] for icon in page], random).save(png, "png")
+        text = SEPARATOR.join(names[icon] for icon in page)
         yield {"query": {"text": text}, "positive": {"image": png.getvalue()}, "source": NAME}
 
 
@@ -227,10 +226,10 @@ class Boards(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | Path) -> dict:
-    """Prepare the icons, and write the fixed pages to `data_dir`/boards, if that is not done yet.
+    """Prepare the icons, and write the fixed pages to `data_dir`/boards, unless they are prepared already.
 
     Returns:
-      The marker: {"version", "fingerprint", "pages"}. It is written last: after a preparation that was killed, the next call starts
+      The marker: {"version", "fingerprint", "pages"}. It is written last: if a preparation was killed, the next call starts
       again.
     """
     icons_marker = icons.prepare(data_dir)
@@ -246,7 +245,7 @@ def prepare(data_dir: str | Path) -> dict:
         "icons": icons_marker["fingerprint"],
         "pages": {split: len(split_pages) for split, split_pages in pages.items()},
     }
-    shutil.copyfile(Path(data_dir) / icons.NAME / "tokenizer.json", directory / "tokenizer.json")  # of the same words
+    shutil.copyfile(Path(data_dir) / icons.NAME / "tokenizer.json", directory / "tokenizer.json")  # boards use the words of icons
     records.write_marker(directory, marker)
     print(f"boards: pages {marker['pages']}, fingerprint {marker['fingerprint']}")
     return marker

@@ -1,7 +1,8 @@
 """Queries and corpora of mteb's retrieval tasks, as items to encode.
 
-An instruction of a single query in the data is part of the text. mteb's prompts for whole tasks are not used: they are for models
-that follow instructions. Other late-interaction models are evaluated without them too, and this model's prompts add "Query: ".
+An instruction that the data has for a query is part of the query's text. mteb's prompts for whole tasks are not used: they are for
+models that follow instructions. Other late-interaction models are evaluated without them too, and this model's
+prompts add "Query: ".
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from typing import Any
 from metaembed_jax.data.sources.image_files import LARGEST_FILE
 from metaembed_jax.errors import UserError
 
-COLUMNS = {"query": ("text", "instruction"), "document": ("text", "title")}
+TEXT_COLUMNS = {"query": ("text", "instruction"), "document": ("text", "title")}
 
 
 class TaskItems(Sequence):
@@ -33,11 +34,11 @@ class TaskItems(Sequence):
 
         present = [modality for modality in ("text", "image") if modality in modalities and modality in table.column_names]
         if not present:
-            raise UserError(f"{name}: columns {', '.join(table.column_names)}: expected {' or '.join(modalities)}")
-        columns = [column for column in COLUMNS[side] if "text" in present and column in table.column_names]
+            raise UserError(f"{name} has the columns {', '.join(table.column_names)}; expected {' or '.join(modalities)}")
+        columns = [column for column in TEXT_COLUMNS[side] if "text" in present and column in table.column_names]
         if "image" in present:
             if not isinstance(table.features["image"], Image):
-                raise UserError(f"{name}: the column image holds {table.features['image']}: expected images")
+                raise UserError(f"{name}: the column image holds {table.features['image']}; expected images")
             table, columns = table.cast_column("image", Image(decode=False)), [*columns, "image"]
         self.ids: list[str] = list(table["id"])
         self.side, self.name = side, name
@@ -68,7 +69,7 @@ class TaskItems(Sequence):
             return image["bytes"]
         file = Path(image["path"] or "")
         if not file.is_file() or file.stat().st_size > LARGEST_FILE:
-            raise UserError(f"{self.name}, {self.ids[number]}: image {file}: expected a file of at most {LARGEST_FILE} bytes")
+            raise UserError(f"{self.name}, {self.ids[number]}: image {file}; expected a file of at most {LARGEST_FILE} bytes")
         return file.read_bytes()
 
 
