@@ -258,7 +258,7 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     folder = Path(environment.get("XDG_CACHE_HOME") or "")
     return (
         folder if folder.is_absolute() else Path.home() / ".cache"
-    ) / "metaembed_jax"  # not in a bucket, nor in the working directory
+    ) / "metaembed_jax"  # neither in a bucket nor in the working directory
 
 
 def digest(content: bytes) -> str:

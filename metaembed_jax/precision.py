@@ -14,7 +14,7 @@ from jaxtyping import Array
 def float32_products(dtype) -> contextlib.AbstractContextManager:
     """Return a context for tracing a computation in `dtype`: with float32, products that name no precision get the highest.
 
-    Their gradients get it too, except those of a `custom_vjp`, which is traced later and needs a context of its own.
+    Their gradients get it too, except those of a `custom_vjp`, which is traced later and needs its own context.
     """
     if jnp.dtype(dtype) == jnp.float32:
         return jax.default_matmul_precision("highest")

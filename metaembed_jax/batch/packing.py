@@ -115,7 +115,7 @@ def _best_fit(sizes_SN3: np.ndarray, capacity_3: np.ndarray) -> np.ndarray:
     """Return the row of each item, for S steps at the same time."""
     weights_3 = _LARGEST // np.maximum(capacity_3, 1)  # integers: sums of floats could differ between machines
     shares_SN, fields_SN = sizes_SN3 @ weights_3, sizes_SN3 @ _FIELDS
-    free_shares_SR = np.full(shares_SN.shape, capacity_3 @ weights_3)  # as if every item had a row of its own
+    free_shares_SR = np.full(shares_SN.shape, capacity_3 @ weights_3)  # as if every item had its own row
     free_fields_SR = np.full(shares_SN.shape, capacity_3 @ _FIELDS + _BORROWS)
     rows_SN, rows, none, steps_S = np.zeros(shares_SN.shape, np.int64), 0, 4 * _LARGEST, np.arange(len(shares_SN))
     for items_S in np.argsort(-shares_SN, axis=1, kind="stable").T:

@@ -206,7 +206,7 @@ def _set_aside(step: Path) -> None:
     try:
         step.rename(aside)
     except OSError as error:
-        raise UserError(f"{step} cannot be read, nor renamed to {aside.name} ({reason_of(error)})") from error
+        raise UserError(f"{step} can neither be read nor renamed to {aside.name} ({reason_of(error)})") from error
     print(f"{step} is set aside as {aside.name}", flush=True)
 
 

@@ -32,7 +32,7 @@ class Vote:
 
     A thread of each host polls the store for a request. Then the hosts agree on a call that none has reached: the call after the
     largest number of calls of any host. The devices take no part, because the main thread may wait in a step. (JAX's preemption
-    service agrees on one request only, and Orbax uses it with step numbers of its own.)
+    service agrees on one request only, and Orbax uses it with its own step numbers.)
 
     Args:
       requested: returns True if this host has a request.

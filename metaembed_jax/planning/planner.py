@@ -76,7 +76,7 @@ def make_plan(config: RunConfig, what: str, slices: Topology) -> Plan:
 
 
 class _Measured(NamedTuple):
-    """A compiled program, or as much as is known of a program that the compiler refuses.
+    """Measurements of a compiled program; of a program that the compiler refuses, those that do not need it.
 
     Attributes:
       memory: bytes of a device, by content.

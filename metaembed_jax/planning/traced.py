@@ -6,7 +6,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from metaembed_jax.planning.cost import LARGEST, CostItem
 
-FREE = ("broadcast_in_dim", "jit")  # make no arrays of their own
+FREE = ("broadcast_in_dim", "jit")  # make no new arrays
 
 
 def largest_arrays(jaxpr: ClosedJaxpr) -> list[CostItem]:

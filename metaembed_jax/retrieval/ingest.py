@@ -147,7 +147,7 @@ def hashes(ids: Iterable[str]) -> UInt64[np.ndarray, " N"]:
 def to_int8(vectors_NRD: Float[np.ndarray, "N R D"]) -> tuple[np.ndarray, Float[np.ndarray, "N R"]]:
     """Round vectors to int8 [N, R, D] and a scale each; their product is close to the vector. A vector of zeros has scale 0.
 
-    A vector is scaled so that its largest number is 127, and rounded, halves to even. The scale is chosen such that the vector has
+    A vector is scaled so that its largest number is 127, and rounded, halves to even. The scale is chosen so that the vector has
     the same dot product with its rounded version as with itself. Queries that match a vector are close to it, so an error along the
     vector would change their scores most. Narrow vectors are also scaled to 126, 125, ..., and the closest result is stored.
     """

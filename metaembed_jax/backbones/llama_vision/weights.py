@@ -91,8 +91,8 @@ A document's prompt is `<|begin_of_text|>{{text}}<|end_of_text|>`, or with an im
 `<|image|><|begin_of_text|>Describe the image.<|end_of_text|>`; after it come the {query} query tokens and then
 `<|meta_document_0|>` to `<|meta_document_{last}|>`, whose states are its vectors. With an image the model also takes what
 `AutoImageProcessor.from_pretrained(DIRECTORY)` gives for `[[image]]`, and a `cross_attention_mask` [1, tokens, 1, tiles], which is
-1 for the first `num_tiles` tiles from the image token to the end, Meta Tokens included. Texts without an image belong in batches
-of their own."""
+1 for the first `num_tiles` tiles from the image token to the end, Meta Tokens included. Texts without an image need their own
+batches."""
 
 
 def canonical_key(key: str) -> str:

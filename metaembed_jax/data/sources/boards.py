@@ -48,7 +48,7 @@ def cells(count: int, random: np.random.Generator, page_side: int = SIDE) -> lis
 
 
 def compose(drawings: Sequence[Image.Image], random: np.random.Generator, page_side: int = SIDE) -> Image.Image:
-    """Return a page (mode L) of drawings (mode L), each in a cell of its own at a random size and position."""
+    """Return a page (mode L) of drawings (mode L), each in its own cell at a random size and position."""
     page = Image.new("L", (page_side, page_side), 255)
     for drawing, (x, y, width, height) in zip(drawings, cells(len(drawings), random, page_side), strict=True):
         room = min(width, height, LARGEST)

@@ -175,5 +175,5 @@ def _read_member(opened: zipfile.ZipFile, archive: Path, name: str) -> bytes:
     try:
         with opened.open(name) as file:
             return file.read(LARGEST_FILE)  # the size in an archive may be wrong
-    except Exception as error:  # broken, encrypted or of an unknown method: each has an error of its own
+    except Exception as error:  # broken, encrypted or of an unknown method: each has its own error
         raise UserError(f"the image {archive}:{name} cannot be read ({error}); fetch the archive again") from error
