@@ -61,15 +61,15 @@ class Images:
           UserError: it differs from the architecture.
         """
         check_processing(preprocessor, PROCESSING | _sizes(config))
-        return cls.of(config)
+        return cls.from_config(config)
 
     @classmethod
     def from_run(cls, data: PixelBounds, config: Config, max_visual_tokens: int | None) -> Self:
         """Return the images of the architecture; neither the data of a run's config nor a cap changes them."""
-        return cls.of(config)
+        return cls.from_config(config)
 
     @classmethod
-    def of(cls, config: Config) -> Self:
+    def from_config(cls, config: Config) -> Self:
         """Return the images of the architecture."""
         vision = config.vision_config
         return cls(vision.image_size, vision.patch_size, vision.max_num_tiles, tuple(vision.arrangements))

@@ -50,15 +50,15 @@ class Images:
         side = config.vision_config.image_size
         if (size := preprocessor.get("size") or {"height": 224, "width": 224}) != {"height": side, "width": side}:
             raise UserError(f"preprocessor_config.json: size is {size!r}; config.json has images of {side} x {side} pixels")
-        return cls.of(config)
+        return cls.from_config(config)
 
     @classmethod
     def from_run(cls, data: PixelBounds, config: Config, max_visual_tokens: int | None) -> Self:
         """Return the images of the architecture; neither the data of a run's config nor a cap changes them."""
-        return cls.of(config)
+        return cls.from_config(config)
 
     @classmethod
-    def of(cls, config: Config) -> Self:
+    def from_config(cls, config: Config) -> Self:
         """Return the images of the architecture."""
         return cls(config.vision_config.image_size, config.vision_config.patch_size)
 

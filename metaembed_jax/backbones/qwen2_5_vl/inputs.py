@@ -55,9 +55,9 @@ class Images(images.Images):
         return self.window_size // self.unit_size
 
     @classmethod
-    def of(cls, config: Any, smallest: int, largest: int, max_visual_tokens: int | None) -> Self:
+    def limited(cls, config: Any, smallest: int, largest: int, max_visual_tokens: int | None) -> Self:
         """Return images with these bounds of the area, at most `max_visual_tokens` each, and the windows of the model."""
-        bounded = super().of(config, smallest, largest, max_visual_tokens)
+        bounded = super().limited(config, smallest, largest, max_visual_tokens)
         return dataclasses.replace(bounded, window_size=config.vision_config.window_size)
 
     def patches(self, rows: int, columns: int) -> int:
