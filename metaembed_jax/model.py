@@ -19,6 +19,7 @@ from tqdm import tqdm
 from metaembed_jax.encoding.encoder import EncodedBlock, Encoder, Reduced
 from metaembed_jax.errors import UserError
 from metaembed_jax.hosts.shares import join_shares
+from metaembed_jax.inputs.processors import PromptProcessor
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import ModelConfig, make_encode
@@ -37,7 +38,7 @@ class MetaEmbed:
       mesh: all devices that encode.
     """
 
-    def __init__(self, config: ModelConfig, parameters: dict, processor: object, mesh: Mesh):
+    def __init__(self, config: ModelConfig, parameters: dict, processor: PromptProcessor, mesh: Mesh):
         self.config, self.parameters, self.processor, self.mesh = config, parameters, processor, mesh
         self._encoder = Encoder(config, processor, mesh, make_encode(config, mesh))
 

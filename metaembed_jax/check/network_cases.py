@@ -132,7 +132,8 @@ class CheckedNetwork:
     @functools.cached_property
     def batch(self) -> TrainingBatch:
         """The batch of one step: random texts, and images of random sizes."""
-        return training_batches(self._items, self.shape, self.model.architecture.layout)[0]
+        batches = training_batches(self._items, self.shape, self.model.architecture.layout)
+        return batches[0]  # pyright: ignore[reportReturnType]  an index, not a slice
 
     @functools.cached_property
     def host_parameters(self) -> dict:
@@ -185,6 +186,7 @@ def expected_loss(
     objectives: ObjectivesConfig, batch: TrainingBatch, vectors_nVD: np.ndarray
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """Return the reference of the loss, the loss of each group, and the gradient of the vectors."""
+    assert objectives.matryoshka is not None  # the only objective, and a config has at least one
     budgets, starts = objectives.largest_budget, (batch.queries, batch.documents)
     query_BR, document_NR = (starts_N[:, None] + np.arange(budget) for starts_N, budget in zip(starts, budgets, strict=True))
     vectors_TD = vectors_nVD.reshape(-1, vectors_nVD.shape[-1])

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.path:
             raise UserError(f"--from: the source {arguments.source} is generated and reads no files; remove the flag")
         markers = {arguments.source: sources.prepare(arguments.source, arguments.out)}
-    elif arguments.path is None and arguments.source in sources.READERS:
+    elif arguments.source in sources.READERS and arguments.path is None:
         raise UserError(f"--from is missing: {sources.READERS[arguments.source][-1]}")
     else:
         markers = sources.prepare_from(arguments.source, arguments.path, arguments.out, arguments.workers, arguments.skip)

@@ -101,7 +101,7 @@ class MetaEmbed(InputModule):
             revision=revision,
             local_files_only=local_files_only,
         )
-        return cls(directory, **(model_kwargs or {}))
+        return cls(directory or model_name_or_path, **(model_kwargs or {}))  # without a directory, the error names the model
 
     def _rows(self, task: str | None) -> int:
         return self.metadata["query_tokens"] + (0 if task == "query" else self.metadata["document_tokens"])
