@@ -133,7 +133,7 @@ class CheckedNetwork:
     def batch(self) -> TrainingBatch:
         """The batch of one step: random texts, and images of random sizes."""
         batches = training_batches(self._items, self.shape, self.model.architecture.layout)
-        return batches[0]  # pyright: ignore[reportReturnType]  an index, not a slice
+        return batches[0]  # pyright: ignore[reportReturnType]  only a filtered data set has None
 
     @functools.cached_property
     def host_parameters(self) -> dict:

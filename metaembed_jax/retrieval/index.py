@@ -202,7 +202,7 @@ class Index:
                         raise UserError(f"{self.folder} already has an item {item!r}; delete it first, or choose another id")
                 if items.ids:
                     new.add(items)
-            if new.items:
+            if new.item_count:
                 self._commit(segments=(*self._manifest.segments, new.close()))
 
     def delete(self, ids: Iterable[str]) -> None:
