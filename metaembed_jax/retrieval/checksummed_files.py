@@ -136,7 +136,7 @@ def open_regular(path: Path) -> BinaryIO:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise UserError(f"{path} is not a file; expected a file of an index")
+        raise UserError(f"{path} cannot be read: it is not a file")
     return file
 
 

@@ -201,7 +201,7 @@ def test_bad_rows_of_pairs(tmp_path, change, message):
     with pytest.raises(UserError) as caught:
         prepare("pairs", directory / "mine.jsonl", tmp_path / "out")
     error = str(caught.value).replace(str(directory), "IN")
-    assert error.startswith("IN/mine.jsonl, row 2: ") and message in error
+    assert error.startswith("IN/mine.jsonl, row 2") and message in error
 
 
 @pytest.mark.parametrize(

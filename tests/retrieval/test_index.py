@@ -184,7 +184,7 @@ def test_bad_changes_are_refused(index, vectors):
         index.add(vectors[:2], ["new", "id 2"])
     with pytest.raises(me.UserError, match="the id 'new' is given twice"):
         index.add(vectors[:2], ["new", "new"])
-    with pytest.raises(me.UserError, match="width 7: expected 8"):
+    with pytest.raises(me.UserError, match="width 7; expected 8"):
         index.add(np.eye(7)[None], ["new"])
     with pytest.raises(me.UserError, match="has no item 'new'"):
         index.metadata("new")
