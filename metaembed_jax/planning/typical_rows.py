@@ -19,7 +19,7 @@ from metaembed_jax.network_config import model_config, row_limits
 from metaembed_jax.planning.typical_items import typical_document, typical_pair
 
 STEPS = 8  # that are packed
-UNKNOWN = "word"
+UNKNOWN_WORD = "word"
 
 
 class RowsOfSteps(NamedTuple):

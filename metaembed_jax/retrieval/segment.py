@@ -6,7 +6,7 @@ scales-0-1, ...                  float32 [items, vectors of the level], for int8
 counts                           int32 [items]: vectors of each item
 ids, id-ends, id-hashes          concatenated texts; int64 and uint64 [items]: the end and the hash of each text
 metadata, metadata-ends          concatenated JSON objects; int64 [items]: the end of each
-checksums                        CRC-32 of every `checksummed_files.CHUNK_BYTES` bytes of all files above, in the order of their names
+checksums                        CRC-32 of each `checksummed_files.CHUNK_BYTES` bytes of all files above, in order of their names
 """
 
 import functools
