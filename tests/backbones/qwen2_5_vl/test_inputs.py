@@ -258,7 +258,7 @@ def test_sizes_are_those_of_the_examples(image, text, side, limits):
     ],
 )
 def test_bad_items_are_named(item, message):
-    with pytest.raises(UserError, match=f"^icons row 9: .*{message}"):
+    with pytest.raises(UserError, match=f"^icons row 9.*{message}"):
         PROCESSOR.query(item, name="icons row 9")
 
 
