@@ -3,6 +3,7 @@
 import argparse
 
 from metaembed_jax.config.files import load_config
+from metaembed_jax.evaluation.benchmarks import FOLDERS
 from metaembed_jax.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from metaembed_jax.flags import add_config, any_path, local_path
 from metaembed_jax.hosts.failures import fail_together
@@ -27,8 +28,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--budgets",
         help="pairs r_q:r_c, such as 1:1,4:8,16:64 (default: the trained ones); for mteb also stages, 1:1:1000>16:64",
     )
-    parser.add_argument("--benchmark", help="mmeb; vidore, or any benchmark or task of mteb (default: the test split)")
-    parser.add_argument("--from", dest="files", type=local_path, help="the folder of MMEB-eval, for --benchmark=mmeb")
+    names = "; ".join([*FOLDERS, "vidore, or any benchmark or task of mteb"])
+    parser.add_argument("--benchmark", help=f"{names} (default: the test split)")
+    folders = "; ".join(f"for --benchmark={name}, {files}" for name, (*_, files) in FOLDERS.items())
+    parser.add_argument("--from", dest="files", type=local_path, help=folders)
     add_device_flags(parser)
     add_host_flags(parser)
 

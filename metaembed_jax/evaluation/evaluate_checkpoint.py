@@ -10,7 +10,7 @@ from metaembed_jax.config.keys import with_keys
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError
-from metaembed_jax.evaluation.benchmarks import benchmark_evaluator
+from metaembed_jax.evaluation.benchmarks import FOLDERS, benchmark_evaluator
 from metaembed_jax.evaluation.evaluator import Evaluator, Subject
 from metaembed_jax.evaluation.held_out import HeldOut
 from metaembed_jax.evaluation.report import TEST_SPLIT, benchmark_names, write_report
@@ -29,8 +29,8 @@ def evaluate_checkpoint(
     """Print the table of the best checkpoint, and write the report to `out`.
 
     Args:
-      benchmark: "mmeb", or a name for `mteb.tasks.find`; None: the test split of the sources.
-      files: the folder of MMEB-eval.
+      benchmark: as for `benchmark_evaluator`; None: the test split of the sources.
+      files: the folder of the benchmark.
 
     Raises:
       UserError: no such run, a run of another model, budgets beyond the model's, or files of another benchmark.
@@ -67,10 +67,12 @@ def choose_evaluator(config: RunConfig, benchmark: str | None, files: Path | Non
     """
     largest = config.model.query_tokens, config.model.document_tokens
     if benchmark is None and files is not None:
-        raise UserError(f"--from={files}: expected with --benchmark=mmeb only; the test split is in config.data.dir")
+        raise UserError(
+            f"--from={files}: expected with --benchmark={' or '.join(FOLDERS)} only; the test split is in config.data.dir"
+        )
     if benchmark is None:
         return HeldOut(config.data, "test", config.objectives.budgets if budgets is None else parse_budgets(budgets, largest))
-    parse = parse_budgets if benchmark == "mmeb" else parse_searches
+    parse = parse_budgets if benchmark in FOLDERS else parse_searches
     try:
         evaluator = benchmark_evaluator(benchmark, files, config.objectives.budgets if budgets is None else parse(budgets, largest))
         evaluator.check()
