@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from metaembed_jax.data.sources.image_files import check_image, inline
-from metaembed_jax.data.sources.row_files import RowFiles, unique_id
+from metaembed_jax.data.sources.row_files import RowFiles, Rows, unique_id
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_bytes
 
@@ -35,11 +35,11 @@ class Corpus:
     rows: RowFiles
     ids: Callable[[dict], Sequence[str]]
 
-    def copy(self, rows: RowFiles, folder: Path, name: str) -> "CorpusCopy":
+    def copy(self, rows: Rows, folder: Path, name: str) -> "CorpusCopy":
         """Copy the documents that rows name, unless they are copied already.
 
         Args:
-          rows: files with the column query_id.
+          rows: rows with the column query_id.
           name: name of the source, for the progress bars.
 
         Raises:
@@ -50,7 +50,7 @@ class Corpus:
             write_bytes(folder / SPANS, json.dumps(self._write(named, folder / CONTENT, name)).encode())
         return CorpusCopy(folder, self.rows)
 
-    def _named(self, rows: RowFiles, name: str) -> set[str]:
+    def _named(self, rows: Rows, name: str) -> set[str]:
         named, seen = set(), {}
         for number, row in enumerate(tqdm(rows.read(0, len(rows)), f"{name}: queries", len(rows), unit="row", mininterval=0.5)):
             unique_id(row.get("query_id"), "query_id", seen, rows, number)

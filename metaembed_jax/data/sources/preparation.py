@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from metaembed_jax.data.sources import descriptions, records
 from metaembed_jax.data.sources.corpus import Corpus, remove_copy
-from metaembed_jax.data.sources.row_files import RowFiles
+from metaembed_jax.data.sources.row_files import Rows
 from metaembed_jax.data.workers import map_with
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, locked, replacing, write_bytes, write_json
@@ -49,13 +49,13 @@ class RawSource:
 
     Attributes:
       name: name of the source, and of its folder.
-      rows: its files.
+      rows: the rows of its files.
       record: turns a row into a record. It can be pickled, and its UserErrors do not name the row.
       corpus: the documents that rows name by id. They are copied first, and `record` then takes the copy as `corpus`.
     """
 
     name: str
-    rows: RowFiles
+    rows: Rows
     record: Callable[..., dict]
     corpus: Corpus | None = None
 

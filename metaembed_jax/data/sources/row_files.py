@@ -7,12 +7,36 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from metaembed_jax.errors import UserError
 
 ROWS_AT_ONCE = 16  # of Parquet, because a row may hold images
 LONGEST_LINE = 64 * 2**20  # bytes
 LINES_PER_OFFSET = 256  # the offset of every 256th line is stored
+
+
+class Rows(Protocol):
+    """Rows in a fixed order. Can be pickled, for worker processes. `RowFiles` has those of Parquet and of JSON lines."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that are read; other files, or changed ones, are other rows."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def row_name(self, row: int) -> str:
+        """Return the name of a row for errors: its file, and its number there."""
+        ...
+
+    def read(self, start: int, stop: int) -> Iterator[dict]:
+        """Yield rows start .. stop-1.
+
+        Raises:
+          UserError: a row that cannot be read; names it.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +135,7 @@ def check_columns(rows: RowFiles, names: Sequence[str]) -> None:
             raise UserError(f"{file} lacks the column {', '.join(missing)}; it has {', '.join(sorted(columns))}")
 
 
-def unique_id(value: str | int | None, column: str, seen: dict[str, int], rows: RowFiles, row: int) -> str:
+def unique_id(value: str | int | None, column: str, seen: dict[str, int], rows: Rows, row: int) -> str:
     """Return the id of a row as a string, and add it to those `seen`, with its row.
 
     Raises:
