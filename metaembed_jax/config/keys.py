@@ -17,12 +17,16 @@ def with_keys(section: S, changes: Mapping[str, object]) -> S:
     """Return a section with changed values, which are checked together.
 
     Args:
-      changes: values by key, such as `rows.batch_size`, or in a dict `model.architecture.text_config.hidden_size`.
+      changes: values by key, such as `rows.batch_size`, or in a dict `model.architecture.text_config.hidden_size`. A key of a
+        section that is None sets the section, with the defaults of its other keys.
 
     Raises:
       UserError: an unknown key, or a value that is not allowed.
     """
     values = {name: getattr(section, name) for name in annotations(type(section))}
+    for name in {key.partition(".")[0] for key in changes if "." in key}:
+        if name in values and values[name] is None:
+            values[name] = _value(section, name)
     return dataclasses.replace(section, **_merged(values, changes))
 
 
@@ -58,7 +62,7 @@ def _parse(config: RunConfig, key: str, text: str):
         if isinstance(node, dict) and name in node:
             node, annotation = node[name], type(node[name])
         elif isinstance(node, Section) and name in annotations(type(node)):
-            node, annotation = getattr(node, name), annotations(type(node))[name]
+            node, annotation = _value(node, name), annotations(type(node))[name]
         else:
             raise UserError(f"--config.{key}: no such key; {_advice(key)}")
     if isinstance(node, dict):
@@ -73,6 +77,12 @@ def _parse(config: RunConfig, key: str, text: str):
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def _value(section: Section, name: str) -> Any:
+    """Return a value of a section; of a section in it that is None, the defaults."""
+    value, kind = getattr(section, name), section_of(annotations(type(section))[name])
+    return kind() if value is None and kind else value
 
 
 def _advice(key: str) -> str:

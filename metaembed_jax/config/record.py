@@ -44,7 +44,7 @@ def from_record(record: object) -> RunConfig:
     Raises:
       UserError: a key is unknown or missing, or its value is not allowed.
     """
-    return _read(RunConfig, record, "config")
+    return read_section(RunConfig, record, "config")
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
@@ -65,17 +65,25 @@ def is_in(key: str, keys: tuple[str, ...]) -> bool:
     return any(key == entry or key.startswith(f"{entry}.") for entry in keys)
 
 
-def _read(kind: type[S], record: object, key: str) -> S:
+def read_section(kind: type[S], record: object, key: str) -> S:
+    """Return the section of a record, whose name in errors is `key`.
+
+    Raises:
+      UserError: as `from_record`.
+    """
     if not isinstance(record, dict):
         raise UserError(f"{key}={record!r}: expected keys with values")
     known = annotations(kind)
+    # A section that is None by default is absent from the records of runs from before it was added, which did not use it.
+    unset = {field.name: None for field in dataclasses.fields(kind) if field.default is None and section_of(known[field.name])}
+    record = unset | record
     for name in (*known, *record):
         if (name in known) != (name in record):
             raise UserError(f"{key}.{name} is {'missing' if name in known else 'not a key'}")
     values = {}
     for name, annotation in known.items():
         inner, value = section_of(annotation), record[name]
-        values[name] = _read(inner, value, f"{key}.{name}") if inner and isinstance(value, dict) else _tuples(value)
+        values[name] = read_section(inner, value, f"{key}.{name}") if inner and isinstance(value, dict) else _tuples(value)
     return kind(**values)
 
 

@@ -252,17 +252,18 @@ def _train(run: _Run, state: TrainState, stop: Stop) -> bool:
 
 
 class _Log:
-    """Writes the figures of a step and the speed since the last call, and shows the accuracy at the largest budget."""
+    """Writes the figures of a step and the speed since the last call, and shows the loss and the accuracy at the largest budget."""
 
     def __init__(self, run: _Run, shape: StepShape, first: int, writer: MetricsWriter):
         self._items, self._shape, self._writer = run.items, shape, writer
         self._speed = Speed(run.config, shape, run.trainer.mesh, first)
-        self._accuracy = f"accuracy/{budget_name(run.config.objectives.budgets[-1])}"
+        self._accuracy = f"accuracy/{budget_name(run.config.objectives.budgets[-1])}"  # only some objectives have it
 
     def __call__(self, step: int, figures: dict[str, float], spent: dict[str, float]) -> None:
         rates = self._speed.read(step, spent)
         self._writer.write(step, figures | self._items[step - 1].figures(self._shape) | rates | spent)
-        self._writer.show(loss=figures["loss"], accuracy=figures[self._accuracy], **shown(rates))
+        accuracy = {"accuracy": figures[self._accuracy]} if self._accuracy in figures else {}
+        self._writer.show(loss=figures["loss"], **accuracy, **shown(rates))
 
 
 def _compile(trainer: Trainer, state: TrainState, arrays: TrainingBatch, watch: Stopwatch, writer: MetricsWriter) -> Callable:

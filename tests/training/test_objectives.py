@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from metaembed_jax.config import MatryoshkaConfig, ObjectivesConfig
+from metaembed_jax.config import MatryoshkaConfig, ObjectivesConfig, RunConfig, with_keys
+from metaembed_jax.config.keys import apply_flags
 from metaembed_jax.config.objectives import PairVectors
+from metaembed_jax.config.record import read_section, to_record
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 
@@ -17,6 +19,11 @@ SECOND = MatryoshkaConfig(groups=((3, 3),), temperature=0.5, normalization="pape
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoObjectives(ObjectivesConfig):
     second: MatryoshkaConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(RunConfig):
+    objectives: TwoObjectives = TwoObjectives()
 
 
 def vectors():
@@ -43,3 +50,17 @@ def test_one_objective_is_the_loss_alone():
     assert loss == expected and figures.keys() == theirs.keys()
     with pytest.raises(UserError, match="config.objectives: all are None"):
         TwoObjectives(matryoshka=None)
+
+
+def test_a_key_sets_an_objective_that_was_not_used():
+    expected = TwoObjectives(second=MatryoshkaConfig(temperature=0.5))
+    assert with_keys(TwoObjectives(), {"second.temperature": 0.5}) == expected
+    assert apply_flags(Run(), {"objectives.second.temperature": "0.5"}).objectives == expected
+
+
+def test_runs_from_before_an_objective_did_not_use_it():
+    record = to_record(TwoObjectives())
+    assert record.pop("second", 0) is None
+    assert read_section(TwoObjectives, record, "config.objectives") == TwoObjectives()
+    with pytest.raises(UserError, match="config.objectives.matryoshka is missing"):
+        read_section(TwoObjectives, {"second": to_record(SECOND)}, "config.objectives")
