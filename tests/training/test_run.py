@@ -331,7 +331,7 @@ def metrics_of(workdir):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("select", "validation/R@3", "expected validation/R@1 or .* or validation/nDCG@10$"),
+        ("select", "validation/R@3", "expected validation/R@1 or .* or validation/nDCG@10"),
         ("select", "mmeb/Precision@1", "config.evaluation.select='mmeb/Precision@1': expected validation/R@1 or"),
         ("evaluations", (("mmeb", ""),), "config.evaluation.evaluations: 'mmeb': expected the folder"),
         ("evaluations", (("mmeb", "nowhere"),), "config.evaluation.evaluations: 'mmeb': nowhere: expected {task}/test-"),
