@@ -71,6 +71,8 @@ class FamilyConfig(abc.ABC):
     def from_huggingface(cls, config: dict) -> Self:
         """Read the content of a checkpoint's config.json, and check all of it (see `config_checks`).
 
+        Also reads the fields of this class as a dict, which is `config.model.architecture` of a run.
+
         Raises:
           UserError: a field is missing, or has a value that no checkpoint of the family has.
         """
