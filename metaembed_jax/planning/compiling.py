@@ -101,3 +101,6 @@ def _compile(make: Callable, config: RunConfig, topology_name: str, directory: s
             sender.send("")
         except jax.errors.JaxRuntimeError as error:
             sender.send(str(error))
+        except Exception as error:
+            sender.send(f"{type(error).__name__}: {error}")
+            raise

@@ -47,3 +47,11 @@ def test_buffers_elsewhere_do_not_count():
 def test_a_compiler_that_dies_is_no_plan(monkeypatch):
     monkeypatch.setattr(compiling, "_compile", exit)
     assert "process died" in compile_program(train_program, load_config(SMALL), "v5e:2x2").error
+
+
+def bad_program(config, mesh):
+    raise ValueError("no such layer")
+
+
+def test_an_error_before_the_compiler_is_named():
+    assert compile_program(bad_program, load_config(SMALL), "v5e:2x2").error == "ValueError: no such layer"
