@@ -146,9 +146,9 @@ class RunCheckpoints:
         stored, expected = (_shapes(tree) for tree in (stored_tree(self.directory / str(step) / "parameters"), parameters))
         for path in sorted(stored.keys() | expected.keys()):
             if stored.get(path) != expected.get(path):
-                there, here = stored.get(path, "nothing"), expected.get(path, "nothing")
+                saved, asked = stored.get(path, "nothing"), expected.get(path, "nothing")
                 raise UserError(
-                    f"{self.directory / str(step)} is of another model: {path} has {there} there, and the config asks for {here}"
+                    f"{self.directory / str(step)} is of another model: {path} has {saved} there, and the config asks for {asked}"
                 )
 
     @contextlib.contextmanager
