@@ -4,9 +4,19 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
-from metaembed_jax.config import DataConfig, ObjectivesConfig, RowsConfig, RunConfig, ScheduleConfig, load_config, with_keys
+from metaembed_jax.config import (
+    DataConfig,
+    ModelSettings,
+    ObjectivesConfig,
+    RowsConfig,
+    RunConfig,
+    ScheduleConfig,
+    load_config,
+    with_keys,
+)
 from metaembed_jax.config.keys import apply_flags
 from metaembed_jax.config.record import FREE_KEYS, REPLANNED_KEYS, fixed, flat, from_record, is_in, to_record
 from metaembed_jax.config.section import leaf_keys
@@ -63,7 +73,11 @@ WRONG = {
     "model.lora.dropout=1": "config.model.lora.dropout=1.0: expected a number from 0 to below 1",
     "model.dtype=fp8": "config.model.dtype='fp8': expected 'float32' or 'bfloat16'",
     "schedule.save_minutes=1e400": "config.schedule.save_minutes=inf: expected a non-negative number",
-    "optimizer.eps=1e400": "config.optimizer.eps=inf: expected a finite number",
+    "optimizer.eps=1e400": "config.optimizer.eps=inf: expected a positive number",
+    "optimizer.learning_rate=-1": "config.optimizer.learning_rate=-1.0: expected a positive number",
+    "optimizer.b1=1": "config.optimizer.b1=1.0: expected a number from 0 to below 1",
+    "seed=9223372036854775808": "config.seed=9223372036854775808: expected at most 9223372036854775807",
+    f"data.sources=(('a',1{'0' * 400},0),)": "config.data.sources[0]=('a', 1000",
     "schedule.exports=('../x',)": "config.schedule.exports[0]='../x': expected 'transformers' or",
     "schedule.trace_steps=(5,3)": "config.schedule.trace_steps=(5, 3): expected (first, last) with first <= last",
     "schedule.steps=500": "config.optimizer.warmup_steps=500: expected fewer than config.schedule.steps=500",
@@ -91,6 +105,9 @@ def test_values_that_need_each_other_change_together(config):
 def test_values_are_checked_where_they_are_made(config):
     with pytest.raises(UserError, match="config.data.sources=\\['icons'\\]: expected a tuple of"):
         DataConfig(sources=["icons"])
+    for value, misfit in ((float("nan"), "nan"), (np.int64(3), "np.int64(3)"), ({1}, "{1}"), (10**400, "1000")):
+        with pytest.raises(UserError, match=re.escape(f"config.model.architecture.text.sizes[1]={misfit}")):
+            ModelSettings(architecture={"text": {"sizes": [1, value]}})
     with pytest.raises(UserError, match="config.rows.batch_size=0"):
         dataclasses.replace(config.rows, batch_size=0)
     with pytest.raises(UserError, match="config.schedule=RowsConfig"):
@@ -111,6 +128,7 @@ def test_values_are_checked_where_they_are_made(config):
         ("RunConfig(rows=RowsConfig(bach_size=3))", "TypeError: .*bach_size"),
         ("3", "get_config returns a int; expected a metaembed_jax.config.RunConfig"),
         ("RunConfig(rows=RowsConfig(batch_size=0))", "config.rows.batch_size=0"),
+        ("exit(0)", "SystemExit: 0"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )

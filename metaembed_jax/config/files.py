@@ -36,7 +36,7 @@ def load_config(flag: str, overrides: Mapping[str, str] | None = None) -> RunCon
         config = module.get_config(argument or None)
     except UserError:
         raise
-    except Exception as error:  # a config is a program, which can raise anything
+    except (Exception, SystemExit) as error:  # a config is a program, which can raise anything
         raise UserError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not isinstance(config, RunConfig):
         raise UserError(f"{path}: get_config returns a {type(config).__name__}; expected a metaembed_jax.config.RunConfig")

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 from metaembed_jax.config.objectives import ObjectivesConfig
 from metaembed_jax.config.section import (
+    LARGEST_NUMBER,
     NonNegative,
     NonNegativeNumber,
     Positive,
@@ -23,6 +24,7 @@ Recompute = Literal["everything", "microbatches", "layers", "nothing"]  # see me
 Export = Literal["transformers", "sentence-transformers", "peft"]  # what metaembed_jax.checkpoints.export writes
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 EXPORTS: tuple[Export, ...] = get_args(Export)
+LARGEST_SEED = 2**63 - 1  # that jax.random.key takes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,8 @@ class ModelSettings(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        if misfit := not_json(self.architecture):
+            raise UserError(f"config.model.architecture{misfit}: expected a value of JSON, as in a config.json")
         if not self.trained:
             raise UserError("config.model.trained=(): expected at least one (pattern, 'full' or 'lora'), such as ('*', 'full')")
 
@@ -113,14 +117,14 @@ class OptimizerConfig(Section):
     KEY: ClassVar[str] = "config.optimizer"
 
     algorithm: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-4
+    learning_rate: PositiveNumber = 1e-4
     warmup_steps: NonNegative = 500
     decay: Literal["linear", "cosine"] = "linear"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    b1: Share = 0.9
+    b2: Share = 0.999
+    eps: PositiveNumber = 1e-8
+    weight_decay: NonNegativeNumber = 0.0
+    clip_norm: PositiveNumber = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,11 +193,29 @@ class RunConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         check_scheme(self.init_from)
-        for objective in self.objectives.used().values():
-            validate_groups(objective.budgets, self.model.query_tokens, self.model.document_tokens)
+        for name, objective in self.objectives.used().items():
+            try:
+                validate_groups(objective.budgets, self.model.query_tokens, self.model.document_tokens)
+            except UserError as error:
+                raise UserError(f"config.objectives.{name}: {error} (config.model.query_tokens, document_tokens)") from error
+        if self.seed > LARGEST_SEED:
+            raise UserError(f"config.seed={self.seed}: expected at most {LARGEST_SEED}")
         if (warmup := self.optimizer.warmup_steps) >= (steps := self.schedule.steps):
             raise UserError(f"config.optimizer.warmup_steps={warmup}: expected fewer than config.schedule.steps={steps}")
         if "peft" in self.schedule.exports and not self.model.lora_patterns:
             raise UserError(
                 "config.schedule.exports: peft stores adapters, and config.model.trained has nothing as lora; use transformers"
             )
+
+
+def not_json(value, key: str = "") -> str:
+    """Return the key and the value of the first entry that JSON, or a float, cannot hold, such as ".rope_theta=nan"; "" if none."""
+    if isinstance(value, dict):
+        misfits = (not_json(entry, f"{key}.{name}") for name, entry in value.items())
+    elif isinstance(value, list | tuple):
+        misfits = (not_json(entry, f"{key}[{number}]") for number, entry in enumerate(value))
+    elif type(value) in (int, float):
+        return "" if abs(value) < LARGEST_NUMBER else f"{key}={value!r}"
+    else:
+        return "" if value is None or type(value) in (bool, str) else f"{key}={value!r}"
+    return next(filter(None, misfits), "")

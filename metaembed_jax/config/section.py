@@ -28,6 +28,7 @@ PositiveNumber = Annotated[float, Rule("a positive number", lambda number: numbe
 NonNegativeNumber = Annotated[float, Rule("a non-negative number", lambda number: number >= 0)]
 Share = Annotated[float, Rule("a number from 0 to below 1", lambda number: 0 <= number < 1)]
 
+LARGEST_NUMBER = 2**1000  # a float holds it, and is finite
 WORDS = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false", dict: "keys with values"}
 
 
@@ -45,7 +46,7 @@ class Section:
         for name, annotation in annotations(type(self)).items():
             value = getattr(self, name)
             if plain(annotation) is float and type(value) is int:
-                value = float(value) if abs(value) < 2**1000 else math.inf
+                value = float(value) if abs(value) < LARGEST_NUMBER else math.inf
                 object.__setattr__(self, name, value)
             if misfit := _misfit(value, annotation):
                 index, entry, expected = misfit
@@ -101,7 +102,7 @@ def _fits(value, annotation) -> bool:
     if kind is tuple:
         return isinstance(value, tuple) and all(_fits(entry, arguments[0]) for entry in value)
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) < LARGEST_NUMBER
     return type(value) is kind
 
 

@@ -81,6 +81,11 @@ def _curves(model: str, board: Board, colours: Iterator[int]) -> list[Curve]:
     return curves
 
 
+def _literal(text: str) -> str:
+    """Return a text that matplotlib draws as it is: a dollar would begin a formula."""
+    return text.replace("$", r"\$")
+
+
 def _points(board: Board, means: Mapping[str, Interval]) -> list[Point]:
     points = []
     for search in board.tasks[0].searches:
@@ -103,7 +108,7 @@ def draw(rows: Sequence[Panels]) -> bytes:
         for panel, cost, unit in zip(pair, ("flops", "bytes"), ("", "B"), strict=True):
             _draw_panel(panel, row.curves, cost)
             _style_panel(panel, unit)
-        pair[0].set_title(row.title, loc="left", fontweight="bold")
+        pair[0].set_title(_literal(row.title), loc="left", fontweight="bold")
         pair[0].set_ylabel(row.quality)
     panels[-1][0].set_xlabel("MaxSim FLOPs per document")
     panels[-1][1].set_xlabel("index bytes per document (bf16)")
@@ -134,7 +139,7 @@ def _draw_panel(panel: Any, curves: Sequence[Curve], cost: str) -> None:
             markerfacecolor="white" if curve.secondary else colour,
             capsize=3,
             elinewidth=1,
-            label=curve.label,
+            label=_literal(curve.label),
         )
         for position, point, top in zip(x, points, high, strict=True):
             highest[position, point.name] = max(highest.get((position, point.name), 0), top)

@@ -181,6 +181,7 @@ def test_a_path_that_cannot_be_written(tmp_path, results):
 
 def test_plot(results, swept):
     several = results_of(board("query→document", (swept.forward, swept.forward), groups={"half": ("icons",)}, drawn=("half",)))
+    results = replace(results, model="lr$1_$2")  # not a formula
     content = draw_results([results, several])
     with Image.open(io.BytesIO(content)) as image:
         assert image.format == "PNG" and min(image.size) > 600

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import re
 import sys
 
 import pytest
@@ -71,7 +72,7 @@ def test_other_schemes_and_buckets(command, action, tmp_path, monkeypatch, capsy
 
     # The last ones: an export to a whole bucket would replace the bucket; TensorStore writes a?b to a.
     for path in ("s3://b/x", "file:///x", "runs/https://x", "gs:/b/x", "gs:///x", "gs://b", "gs://b/", "gs://b/a?b", "gs://b/a//b"):
-        assert f"{name_of(action)}: {path}: " in refused(path)
+        assert re.search(rf"{name_of(action)}: {re.escape(path)}[: ]", refused(path))
     if action.type is local_path:
         assert "gcloud storage cp -r gs://b/x DIR" in refused("gs://b/x")
     elif action.type is any_path:
