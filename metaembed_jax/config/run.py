@@ -197,7 +197,7 @@ class RunConfig(Section):
             try:
                 validate_groups(objective.budgets, self.model.query_tokens, self.model.document_tokens)
             except UserError as error:
-                raise UserError(f"config.objectives.{name}: {error} (config.model.query_tokens, document_tokens)") from error
+                raise UserError(f"config.objectives.{name}: {error}") from error
         if self.seed > LARGEST_SEED:
             raise UserError(f"config.seed={self.seed}: expected at most {LARGEST_SEED}")
         if (warmup := self.optimizer.warmup_steps) >= (steps := self.schedule.steps):
