@@ -19,7 +19,7 @@ from itertools import accumulate
 from pathlib import Path, PurePath
 
 from metaembed_jax.data.pdf import PdfReader
-from metaembed_jax.data.sources.image_files import ImageFolder, read_image_file
+from metaembed_jax.data.sources.image_files import ImageFolder, image_path, read_image_file
 from metaembed_jax.data.sources.row_files import RowFiles, open_row_files, unique_id
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
@@ -148,8 +148,8 @@ class TableDocuments(Documents):
     def metadata(self, number: int) -> dict:
         number = range(len(self))[number]
         row = self._row(number)
-        image, text = row.get("image"), row.get("text")
-        path = str(self.folder.root / image) if isinstance(image, str) and image else None
+        image, text = image_path(row.get("image")), row.get("text")
+        path = str(self.folder.root / image) if image else None
         return {"id": self.ids[number] if self.ids else str(number), "path": path, "page": None, "text": text or None}
 
     def item_name(self, number: int) -> str:
@@ -162,7 +162,7 @@ class TableDocuments(Documents):
             if unknown := row.keys() - allowed:
                 names = ", ".join(sorted(unknown))
                 raise UserError(f"unknown column {names}, which the first row lacks; allowed: {', '.join(sorted(allowed))}")
-            return self.folder.item("document", row.get("text"), row.get("image"))
+            return self.folder.item("document", row.get("text"), row.get("image"), "image")
         except UserError as error:
             raise UserError(f"{self.rows.row_name(number)}: {error}") from None
 

@@ -158,7 +158,7 @@ def test_missing_columns(tmp_path, kind):
         ("mined", {"pos_text": "", "pos_image": None}, "pos_text is empty, and has no image"),
         ("mined", {"qry": None}, "qry is empty, and has no image"),
         ("colpali", {"query": " "}, "query is ' '; expected a text"),
-        ("colpali", {"image": None}, "image: the image cannot be read"),
+        ("colpali", {"image": None}, "image is empty; expected the page that answers the query"),
     ],
 )
 def test_bad_rows_with_images_inline(tmp_path, kind, change, message):
@@ -177,7 +177,16 @@ def test_bad_rows_with_images_inline(tmp_path, kind, change, message):
         ({"positive": None}, "positive has neither text nor image"),
         ({"query": "", "query_image": ""}, "query has neither text nor image"),
         ({"query": 5}, "query: expected a string, not int"),
-        ({"query_image": 5}, "query: the image cannot be read"),
+        ({"query_image": 5}, "query_image is 5; expected the path of an image"),
+        ({"query_image": 0}, "query_image is 0; expected the path of an image"),
+        ({"positive_image": False}, "positive_image is False; expected the path of an image"),
+        ({"positive_image": []}, "positive_image is []; expected the path of an image"),
+        ({"positive_image": {}}, "positive_image is {}; expected the path of an image"),
+        ({"positive_image": {"url": "x"}}, "positive_image is {'url': 'x'}; expected the path of an image"),
+        ({"positive_image": {"bytes": None, "path": "none.png"}}, "positive_image: the image IN/none.png is missing"),
+        ({"positive_image": {"bytes": None, "path": "../secret.png"}}, "leads out of IN"),
+        ({"negatives": 0}, "negatives and negative_images: expected lists"),
+        ({"negatives": ["a"], "negative_images": [0]}, "negative_images[0] is 0; expected the path of an image"),
         ({"query_image": "a/b.png"}, "IN/a/b.png is missing"),
         ({"query_image": "other.png"}, "IN/other.png is missing, but IN/images/other.png exists: move the images"),
         ({"query_image": "x" * 300 + ".png"}, "x.png is missing"),
@@ -243,7 +252,9 @@ def test_images_one_level_off(tmp_path):
     for number in range(2):
         (tmp_path / "images" / "X" / "Train" / f"{number}.jpg").write_bytes(picture(number))
     write_parquet(tmp_path / "X" / "original-00000-of-00001.parquet", rows)
-    with pytest.raises(UserError, match=r"row 0: the image .*X/Train/0.jpg is missing, but .*images/X/Train/0.jpg exists"):
+    with pytest.raises(
+        UserError, match=r"row 0: qry_image_path: the image .*X/Train/0.jpg is missing, but .*images/X/Train/0.jpg exists"
+    ):
         prepare("mmeb", tmp_path, tmp_path / "out")
 
 

@@ -248,6 +248,19 @@ def test_tables_without_ids_and_with_images_inline(tmp_path):
     assert documents[13] == {"image": picture(13)} and documents.metadata(13)["path"] is None
 
 
+def test_images_in_structs_as_datasets_writes_them(tmp_path):
+    write(tmp_path / "in" / "a.png", picture(0, "png"))
+    images = [{"bytes": None, "path": "in/a.png"}, {"bytes": picture(1), "path": "gone.png"}, {"bytes": None, "path": None}, None]
+    write_parquet(tmp_path / "items.parquet", [{"text": "caption", "image": image} for image in images])
+    documents = open_documents(tmp_path / "items.parquet")
+    assert [document.get("image") for document in documents] == [picture(0, "png"), picture(1), None, None]
+    paths = [documents.metadata(number)["path"] for number in range(4)]
+    assert paths == [str(tmp_path / "in" / "a.png"), None, None, None]
+    write_parquet(tmp_path / "items.parquet", [{"text": "caption", "image": {"bytes": b"", "path": "in/a.png"}}])
+    with pytest.raises(UserError, match="row 0: image: the image has no bytes"):
+        open_documents(tmp_path / "items.parquet")[0]
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [
@@ -258,9 +271,14 @@ def test_tables_without_ids_and_with_images_inline(tmp_path):
         ([{"id": "x"}], "items.jsonl has the columns id; expected text or image"),
         ([{"text": "a"}, {"text": "b", "id": "x"}], "row 1: unknown column id, which the first row lacks; allowed: image, text"),
         ([{"text": "a"}, {"text": ""}], "row 1: document has neither text nor image"),
-        ([{"text": "a"}, {"image": "none.png"}], "row 1: the image .*none.png is missing"),
-        ([{"text": "a"}, {"image": "../a.png"}], "row 1: the image path '../a.png' leads out of"),
+        ([{"text": "a"}, {"image": "none.png"}], "row 1: image: the image .*none.png is missing"),
+        ([{"text": "a"}, {"image": "../a.png"}], "row 1: image: the image path '../a.png' leads out of"),
         ([{"text": "a"}, {"text": ["b"]}], "row 1: document: expected a string, not list"),
+        ([{"text": "a"}, {"text": "b", "image": 0}], "row 1: image is 0; expected the path of an image, its bytes"),
+        ([{"text": "a"}, {"text": "b", "image": False}], "row 1: image is False"),
+        ([{"text": "a"}, {"text": "b", "image": []}], r"row 1: image is \[\]"),
+        ([{"text": "a"}, {"text": "b", "image": {"path": "no.png"}}], "row 1: image: the image .*no.png is missing"),
+        ([{"text": "a"}, {"text": "b", "image": {"bytes": None, "path": "../a.png"}}], "row 1: image: .* leads out of"),
     ],
 )
 def test_bad_tables(tmp_path, rows, message):

@@ -207,11 +207,11 @@ def test_a_large_row_group_is_read_once(tmp_path, monkeypatch):
 def test_archives_stay_open_and_are_not_pickled(tmp_path):
     write_mmeb(tmp_path, "X", 2, "vqa", zipped=True)
     folder = image_files.ImageFolder(tmp_path, (tmp_path / "images_zip" / "X.zip",))
-    assert folder.read("images/X/Train/0.jpg") == picture(0)
+    assert folder.image("images/X/Train/0.jpg", "x") == picture(0)
     (tmp_path / "images_zip" / "X.zip").rename(tmp_path / "moved.zip")
-    assert folder.read("images/X/Train/1.jpg") == picture(1)
+    assert folder.image("images/X/Train/1.jpg", "x") == picture(1)
     with pytest.raises(UserError, match="X.zip is not a readable ZIP archive"):
-        pickle.loads(pickle.dumps(folder)).read("images/X/Train/1.jpg")
+        pickle.loads(pickle.dumps(folder)).image("images/X/Train/1.jpg", "x")
 
 
 def test_negatives_that_no_source_has(tmp_path):

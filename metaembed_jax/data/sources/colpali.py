@@ -3,9 +3,10 @@
 DIR/**/train-*.parquet with the columns image and query; others (image_filename, answer, source, ...) are not read.
 """
 
+from functools import partial
 from pathlib import Path
 
-from metaembed_jax.data.sources.image_files import check_inline
+from metaembed_jax.data.sources.image_files import ImageFolder
 from metaembed_jax.data.sources.preparation import RawSource
 from metaembed_jax.data.sources.row_files import check_columns, open_row_files
 from metaembed_jax.errors import UserError
@@ -24,10 +25,10 @@ def find_sources(directory: Path) -> list[RawSource]:
         raise UserError(f"{directory} has no train-*.parquet; --from is the folder that colpali_train_set was fetched to")
     rows = open_row_files(files)
     check_columns(rows, ("image", "query"))
-    return [RawSource(NAME, rows, to_record)]
+    return [RawSource(NAME, rows, partial(to_record, folder=ImageFolder(files[0].parent)))]
 
 
-def to_record(row: dict) -> dict:
+def to_record(row: dict, folder: ImageFolder) -> dict:
     """Return a row as a record.
 
     Raises:
@@ -35,5 +36,7 @@ def to_record(row: dict) -> dict:
     """
     if not isinstance(row["query"], str) or not row["query"].strip():
         raise UserError(f"query is {row['query']!r}; expected a text")
-    image = check_inline(row["image"], "image")
+    image = folder.image(row["image"], "image")
+    if not image:
+        raise UserError("image is empty; expected the page that answers the query")
     return {"query": {"text": row["query"]}, "positive": {"image": image}, "negatives": [], "source": NAME}

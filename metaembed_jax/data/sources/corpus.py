@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from metaembed_jax.data.sources.image_files import check_image, inline
+from metaembed_jax.data.sources.image_files import ImageFolder, check_image
 from metaembed_jax.data.sources.row_files import RowFiles, Rows, unique_id
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_bytes
@@ -28,7 +28,7 @@ class Corpus:
     """Rows of documents, and the ids by which other rows name them.
 
     Attributes:
-      rows: the documents, with the columns docid, image (as `inline` takes it) and text; one of the last two may be absent.
+      rows: the documents, with the columns docid, image (see `ImageFolder.load`) and text; one of the last two may be absent.
       ids: returns the ids of the documents that a row names; raises UserError for a malformed row.
     """
 
@@ -75,11 +75,13 @@ class Corpus:
         return spans
 
     def _content(self, row: dict, number: int) -> tuple[bytes, bytes]:
-        image, text = inline(row.get("image")), row.get("text") or ""
-        if not isinstance(image, bytes) or not isinstance(text, str):
-            types = f"{type(image).__name__} and {type(text).__name__}"
-            raise UserError(f"{self.rows.row_name(number)}: expected bytes as image and a string as text, not {types}")
-        return image, text.encode()
+        text = "" if row.get("text") is None else row["text"]
+        try:
+            if not isinstance(text, str):
+                raise UserError(f"text: expected a string, not {type(text).__name__}")
+            return ImageFolder(self.rows.files[0].parent).load(row.get("image"), "image")[0], text.encode()
+        except UserError as error:
+            raise UserError(f"{self.rows.row_name(number)}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)

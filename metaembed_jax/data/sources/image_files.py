@@ -32,23 +32,46 @@ class ImageFolder:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_opened": {}}
 
-    def read(self, path: str) -> bytes:
-        """Return the encoded image at a path, checked by `check_image`.
+    def image(self, value: object, column: str) -> bytes:
+        """Return the encoded image that a column holds, checked by `check_image`; empty if the value is absent.
 
         Raises:
-          UserError: as `find`; or the image is broken, or its file very large.
+          UserError: as `load`; or the image is broken.
         """
-        archive, name = self.find(path)
-        if archive:
-            return check_image(_read_member(self._open(archive), archive, name), f"{archive}:{name}")
-        return check_image(read_image_file(Path(name)), name)
+        encoded, name = self.load(value, column)
+        return check_image(encoded, name) if encoded else b""
 
-    def item(self, name: str, text: str | None, image: str | dict | None) -> dict:
-        """Return the item of a text and an image, without what is empty.
+    def load(self, value: object, column: str) -> tuple[bytes, str]:
+        """Return (encoded image, its name for errors) of the value of a column, unchecked; no bytes if the value is absent.
+
+        Args:
+          value: a path, encoded bytes, or both as `datasets` stores them, {"bytes", "path"}: its path is read if it has no bytes.
+
+        Raises:
+          UserError: the value is something else, or as `find`; or the file is very large. Names the column.
+        """
+        if is_absent(value):
+            return b"", column
+        content = value if isinstance(value, str | bytes) else _struct_content(value, column)
+        if isinstance(content, bytes):
+            if not content:
+                raise UserError(f"{column}: the image has no bytes; expected an encoded image, or null")
+            return content, column
+        try:
+            archive, name = self.find(content)
+            if archive:
+                return _read_member(self._open(archive), archive, name), f"{column}: {archive}:{name}"
+            return read_image_file(Path(name)), f"{column}: {name}"
+        except UserError as error:
+            raise UserError(f"{column}: {error}") from None
+
+    def item(self, name: str, text: str | None, image: object, column: str) -> dict:
+        """Return the item of a text and an image, without what is absent.
 
         Args:
           name: name of the item in its row, for errors.
-          image: a path, or an image inline.
+          image: as for `load`.
+          column: the column of the image, for errors.
 
         Raises:
           UserError: both are empty or one has another type, or the image is missing or broken.
@@ -56,10 +79,8 @@ class ImageFolder:
         if not isinstance(text, str | None):
             raise UserError(f"{name}: expected a string, not {type(text).__name__}")
         item: dict[str, str | bytes] = {"text": text} if text and text.strip() else {}
-        if isinstance(image, str):
-            item |= {"image": self.read(image)} if image else {}
-        elif inline(image):
-            item["image"] = check_inline(image, name)
+        if encoded := self.image(image, column):
+            item["image"] = encoded
         if not item:
             raise UserError(f"{name} has neither text nor image")
         return item
@@ -149,16 +170,30 @@ def check_image(encoded: bytes, name: str) -> bytes:
     return encoded
 
 
-def inline(image: dict | bytes | None) -> bytes:
-    """Return the bytes of an image as `datasets` stores it, {"bytes", "path"}; empty without an image."""
-    if isinstance(image, dict):
-        image = image.get("bytes")
-    return image or b""
+def is_absent(value: object) -> bool:
+    """Return True for the values of an image column that stand for no image: null, an empty string, a struct of nulls."""
+    if isinstance(value, dict):
+        return bool(value) and value.keys() <= {"bytes", "path"} and all(part is None or part == "" for part in value.values())
+    return value is None or (isinstance(value, str) and not value)
 
 
-def check_inline(image: dict | bytes | None, column: str) -> bytes:
-    """Return the bytes of an inline image, checked by `check_image`."""
-    return check_image(inline(image), column)
+def image_path(value: object) -> str | None:
+    """Return the path from which `ImageFolder.load` reads the value of a column; None if it reads no file."""
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else None
+    return value if isinstance(value, str) and value else None
+
+
+def _struct_content(value: object, column: str) -> bytes | str:
+    """Return the bytes of a struct, or its path if it has none."""
+    content = None
+    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
+        content = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if not isinstance(content, bytes | str) or (isinstance(content, str) and value.get("bytes") is not None):
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+        raise UserError(f"{column} is {shown}; expected the path of an image, its bytes, {{'bytes', 'path'}}, or null")
+    return content
 
 
 def _is_file(file: Path) -> bool:

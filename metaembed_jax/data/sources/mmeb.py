@@ -9,11 +9,11 @@ its images inline: qry, qry_image, pos_text, pos_image, neg_text, neg_image_0, n
 `<|image_1|>` marks the image in a text. Our prompts put the image first, so the mark is removed, with the blanks after it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from metaembed_jax.data.sources.image_files import ImageFolder, check_inline, inline
+from metaembed_jax.data.sources.image_files import ImageFolder, is_absent
 from metaembed_jax.data.sources.preparation import RawSource
 from metaembed_jax.data.sources.row_files import RowFiles, check_columns, open_row_files
 from metaembed_jax.errors import UserError
@@ -43,7 +43,10 @@ def find_diverse_sources(directory: Path) -> list[RawSource]:
 def find_mined_sources(directory: Path) -> list[RawSource]:
     """Return the subsets of a folder of the variant with mined negatives, DIR/{subset}/*.parquet."""
     subsets = _subsets(directory, "*.parquet", ("qry", "qry_image", "pos_text", "pos_image"))
-    return [RawSource(subset, rows, partial(mined_to_record, source=subset)) for subset, rows in subsets]
+    return [
+        RawSource(subset, rows, partial(mined_to_record, folder=ImageFolder(directory / subset), source=subset))
+        for subset, rows in subsets
+    ]
 
 
 def _subsets(directory: Path, pattern: str, columns: Sequence[str]) -> list[tuple[str, RowFiles]]:
@@ -71,14 +74,14 @@ def to_record(row: dict, folder: ImageFolder, source: str) -> dict:
     count = max(len(texts), len(paths))
     negatives = zip(texts or [""] * count, paths or [""] * count, strict=True)
     return {
-        "query": marked_item("qry", row["qry"], row["qry_image_path"], folder.read),
-        "positive": marked_item("pos_text", row["pos_text"], row["pos_image_path"], folder.read),
-        "negatives": [marked_item("neg_text", text, path, folder.read) for text, path in negatives if text or path],
+        "query": marked_item("qry", row["qry"], row["qry_image_path"], partial(folder.image, column="qry_image_path")),
+        "positive": marked_item("pos_text", row["pos_text"], row["pos_image_path"], partial(folder.image, column="pos_image_path")),
+        "negatives": _negatives(negatives, partial(folder.image, column="neg_image_path")),
         "source": source,
     }
 
 
-def mined_to_record(row: dict, source: str) -> dict:
+def mined_to_record(row: dict, folder: ImageFolder, source: str) -> dict:
     """Return a row with its images inline as a record.
 
     Raises:
@@ -88,16 +91,20 @@ def mined_to_record(row: dict, source: str) -> dict:
     texts = _as_list(row.get("neg_text"))
     count = max(len(texts), len(images))
     texts, images = texts + [""] * (count - len(texts)), images + [None] * (count - len(images))
-    negatives = [(text, image) for text, image in zip(texts, images, strict=True) if text or inline(image)]
     return {
-        "query": marked_item("qry", row["qry"], row["qry_image"], partial(check_inline, column="qry_image")),
-        "positive": marked_item("pos_text", row["pos_text"], row["pos_image"], partial(check_inline, column="pos_image")),
-        "negatives": [marked_item("neg_text", text, image, partial(check_inline, column="neg_image")) for text, image in negatives],
+        "query": marked_item("qry", row["qry"], row["qry_image"], partial(folder.image, column="qry_image")),
+        "positive": marked_item("pos_text", row["pos_text"], row["pos_image"], partial(folder.image, column="pos_image")),
+        "negatives": _negatives(zip(texts, images, strict=True), partial(folder.image, column="neg_image")),
         "source": source,
     }
 
 
-def marked_item(column: str, text: str | None, image: str | dict | None, read: Callable) -> dict:
+def _negatives(values: Iterable[tuple], read: Callable) -> list[dict]:
+    """Return the items of texts and images; a negative without both is left out, as the set pads its lists."""
+    return [marked_item("neg_text", text, image, read) for text, image in values if not (text in (None, "") and is_absent(image))]
+
+
+def marked_item(column: str, text: str | None, image: object, read: Callable) -> dict:
     """Return the item of a text, without the mark of its image, and an image.
 
     Args:
@@ -106,19 +113,20 @@ def marked_item(column: str, text: str | None, image: str | dict | None, read: C
     Raises:
       UserError: a mark without an image, an image without a mark, or neither text nor image.
     """
-    text = text or ""
+    text = "" if text is None else text
     if not isinstance(text, str):
         raise UserError(f"{column}: expected a string, not {type(text).__name__}")
-    if (MARK in text) != bool(image):
+    with_image = not is_absent(image)
+    if (MARK in text) != with_image:
         raise UserError(
             f"{column} {text[:60]!r} has {'the mark' if MARK in text else 'no mark'} {MARK}, and "
-            f"{'an' if image else 'no'} image next to it"
+            f"{'an' if with_image else 'no'} image next to it"
         )
-    item = {"image": read(image)} if image else {}
+    item = {"image": read(image)} if with_image else {}
     before, _, after = text.partition(MARK)
     if MARK in after:
         raise UserError(f"{column} {text[:60]!r} has the mark {MARK} twice; an item has one image")
-    words = before + after.lstrip() if image else text
+    words = before + after.lstrip() if with_image else text
     if words.strip():
         item["text"] = words
     if not item:

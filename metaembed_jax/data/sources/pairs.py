@@ -41,7 +41,7 @@ def to_record(row: dict, folder: ImageFolder, source: str) -> dict:
     """
     if unknown := row.keys() - COLUMNS:
         raise UserError(f"unknown column {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(COLUMNS))}")
-    texts, images = row.get("negatives") or [], row.get("negative_images") or []
+    texts, images = ([] if row.get(name) in (None, "") else row[name] for name in ("negatives", "negative_images"))
     if not isinstance(texts, list) or not isinstance(images, list):
         raise UserError("negatives and negative_images: expected lists")
     if not isinstance(row.get("source"), str | None):
@@ -51,8 +51,11 @@ def to_record(row: dict, folder: ImageFolder, source: str) -> dict:
     count = max(len(texts), len(images))
     negatives = zip(texts or [""] * count, images or [""] * count, strict=True)
     return {
-        "query": folder.item("query", row.get("query"), row.get("query_image")),
-        "positive": folder.item("positive", row.get("positive"), row.get("positive_image")),
-        "negatives": [folder.item(f"negative {number}", text, image) for number, (text, image) in enumerate(negatives)],
+        "query": folder.item("query", row.get("query"), row.get("query_image"), "query_image"),
+        "positive": folder.item("positive", row.get("positive"), row.get("positive_image"), "positive_image"),
+        "negatives": [
+            folder.item(f"negative {number}", text, image, f"negative_images[{number}]")
+            for number, (text, image) in enumerate(negatives)
+        ],
         "source": row.get("source") or source,
     }

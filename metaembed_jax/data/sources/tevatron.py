@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from metaembed_jax.data.sources.corpus import Corpus, CorpusCopy
-from metaembed_jax.data.sources.image_files import check_inline, inline
+from metaembed_jax.data.sources.image_files import ImageFolder
 from metaembed_jax.data.sources.preparation import RawSource
 from metaembed_jax.data.sources.row_files import open_row_files, read_columns
 from metaembed_jax.errors import UserError
@@ -46,7 +46,12 @@ def find_sources(directory: Path) -> list[RawSource]:
             raise UserError(f"{file} has the columns {', '.join(sorted(columns[file]))}; queries have {' and '.join(FORMS[0])}")
     source = directory.resolve().name
     return [
-        RawSource(source, open_row_files(queries), partial(to_record, source=source), Corpus(open_row_files(corpus), document_ids))
+        RawSource(
+            source,
+            open_row_files(queries),
+            partial(to_record, folder=ImageFolder(queries[0].parent), source=source),
+            Corpus(open_row_files(corpus), document_ids),
+        )
     ]
 
 
@@ -63,24 +68,24 @@ def document_ids(row: dict) -> list[str]:
     return [positives[0], *[docid for docid in negatives if docid not in positives][:NEGATIVES]]
 
 
-def to_record(row: dict, source: str, corpus: CorpusCopy) -> dict:
+def to_record(row: dict, folder: ImageFolder, source: str, corpus: CorpusCopy) -> dict:
     """Return a row of queries as a record.
 
     Raises:
       UserError: the query is empty, the corpus lacks a document, or an image is broken.
     """
     positive, *negatives = (corpus.read(docid) for docid in document_ids(row))
-    return {"query": _query(row), "positive": positive, "negatives": negatives, "source": source}
+    return {"query": _query(row, folder), "positive": positive, "negatives": negatives, "source": source}
 
 
-def _query(row: dict) -> dict:
+def _query(row: dict, folder: ImageFolder) -> dict:
     column = next((form[1] for form in FORMS if form[1] in row), FORMS[0][1])
-    text = row.get(column) or ""
+    text = "" if row.get(column) is None else row[column]
     if not isinstance(text, str):
         raise UserError(f"{column}: expected a string, not {type(text).__name__}")
     query: dict[str, str | bytes] = {"text": text} if text.strip() else {}
-    if inline(row.get("query_image")):
-        query["image"] = check_inline(row["query_image"], "query_image")
+    if image := folder.image(row.get("query_image"), "query_image"):
+        query["image"] = image
     if not query:
         raise UserError(f"{column} is empty, and there is no query_image")
     return query

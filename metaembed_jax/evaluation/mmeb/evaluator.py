@@ -170,7 +170,7 @@ class Pictured(Sequence):
 
     def __getitem__(self, number: int) -> dict:
         item = self.items[number]
-        return item | {"image": self.images.read(item["image"])} if "image" in item else item
+        return item | {"image": self.images.image(item["image"], "image")} if "image" in item else item
 
 
 def pictured(questions: Questions) -> tuple[Pictured, Pictured]:
