@@ -33,12 +33,10 @@ def reference(image):
     return np.asarray(utils.load_image(image)) if isinstance(image, str) else transforms.convert_to_rgb(image, return_numpy=True)
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "1", "P", "I;16", "palette with transparency"])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "1", "P", "palette with transparency"])
 def test_every_mode_is_converted_as_by_transformers(mode):
     image = noise(83, 47)
-    if mode == "I;16":
-        image = Image.fromarray(np.random.default_rng(0).integers(0, 600, (47, 83)).astype(np.uint16))
-    elif mode == "palette with transparency":
+    if mode == "palette with transparency":
         image = image.quantize(16)
         image.info["transparency"] = 3
     elif mode in ("1", "P"):
@@ -105,14 +103,66 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 def test_size_is_bounded_before_decoding(monkeypatch):
     data = encode(noise(50, 40))
-    monkeypatch.setattr(images, "MAX_SOURCE_PIXELS", 1999)
+    monkeypatch.setattr(images, "PIXEL_BYTES", 4 << 20)  # a pixel is as large as a megapixel
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(UserError, match="^row 3: the image is 50x40 pixels"):
-        open_image(data, "row 3")
+    message = "^row 3: the image is 50x40 pixels, 8,000 MiB in memory; expected at most 512 MiB; .* set METAEMBED_IMAGE_MIB=8000$"
+    for read in (open_image, image_size):
+        with pytest.raises(UserError, match=message):
+            read(data, "row 3")
+    monkeypatch.setenv("METAEMBED_IMAGE_MIB", "8000")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)  # Pillow's own limit, which the key lifts; restored after the test
+    assert image_size(data, "row 3") == (50, 40)
+    monkeypatch.setenv("METAEMBED_IMAGE_MIB", "many")
+    with pytest.raises(UserError, match="METAEMBED_IMAGE_MIB=many: expected a positive number of MiB"):
+        image_size(data, "row 3")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_over_the_limit_is_decoded_smaller(monkeypatch, mode):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    data = encode(noise(90, 61, mode), "JPEG", exif=turned)
+    monkeypatch.setattr(images, "PIXEL_BYTES", 4 << 20)
+    for limit, size in ((90 * 61, (61, 90)), (90 * 61 - 1, (31, 45)), (45 * 31 - 1, (16, 23)), (8 * 12, (8, 12))):
+        monkeypatch.setenv("METAEMBED_IMAGE_MIB", str(4 * limit))
+        assert open_image(data, "x").size == image_size(data, "x") == size
+    monkeypatch.setenv("METAEMBED_IMAGE_MIB", str(4 * (8 * 12 - 1)))
+    with pytest.raises(UserError, match="^x: the image is 12x8 pixels"):
+        open_image(data, "x")
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_16_bits_of_grey_are_scaled(format):
+    grey = np.array([[0, 128, 129, 600, 32896], [257, 40_000, 65_406, 65_407, 65_535]], np.uint16)
+    opened = np.asarray(open_image(encode(Image.fromarray(grey), format), "x"))
+    np.testing.assert_array_equal(opened, np.repeat(np.rint(grey / 257).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def exif_with(*fields, order="<"):
+    """EXIF data of fields (tag, type, count, four bytes)."""
+    packed = [struct.pack(order + "HHI", *field[:3]) + field[3].ljust(4, b"\0") for field in fields]
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(packed))
+    return b"Exif\0\0" + head + b"".join(packed) + bytes(4)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_metadata_never_cost_the_picture(format):
+    turned = (0x0112, 3, 1, b"\6\0")
+    for number in range(300):
+        random = np.random.default_rng(number)
+        tag, kind, count = int(random.integers(0x100, 0x9300)), int(random.integers(0, 20)), int(random.choice([0, 1, 3, 9, 2**31]))
+        field = (0x11B, 2, 3, b"72\0") if number == 0 else (tag, kind, count, random.bytes(4))
+        data = encode(noise(9, 4), format, exif=exif_with(turned, field))
+        opened = open_image(data, "x")
+        assert opened.size == image_size(data, "x") == (4, 9), field
+        assert opened.getexif().get(0x0112, 1) == 1
+    for exif in (b"Exif\0\0nonsense", exif_with((0x0112, 2, 3, b"up\0")), exif_with((0x0112, 3, 1, b"\x63\0"))):
+        data = encode(noise(9, 4), format, exif=exif)
+        assert open_image(data, "x").size == image_size(data, "x") == (9, 4)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [9_000, 60_000])
+@pytest.mark.parametrize("side", [12_000, 60_000])
 def test_a_decompression_bomb_is_refused(side):
     data = bytearray(encode(Image.new("L", (5, 5))))
     data[16:24] = struct.pack(">II", side, side)  # the size in the header of a PNG, and its checksum

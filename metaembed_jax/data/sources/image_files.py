@@ -7,11 +7,10 @@ import dataclasses
 import io
 import zipfile
 from pathlib import Path, PurePosixPath
-
-from PIL import Image
+from unicodedata import normalize
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.images import MAX_ASPECT_RATIO, check_size, image_errors
+from metaembed_jax.inputs.images import MAX_ASPECT_RATIO, image_errors, open_header
 
 LARGEST_FILE = 128 * 2**20  # bytes of an encoded image
 
@@ -96,15 +95,18 @@ class ImageFolder:
         relative = PurePosixPath(path)
         if relative.is_absolute() or ".." in relative.parts:
             raise UserError(f"the image path {path!r} leads out of {self.root}; write it relative to that folder")
-        file = self.root / relative
-        if _is_file(file):
-            if not file.resolve().is_relative_to(self.root.resolve()):
-                raise UserError(f"the image {file} is a link out of {self.root}; copy it there")
-            return None, str(file)
+        # Macs store é as two characters, most other systems as one.
+        spellings = [PurePosixPath(name) for name in dict.fromkeys([path, *(normalize(form, path) for form in ("NFC", "NFD"))])]
+        for file in (self.root / spelling for spelling in spellings):
+            if _is_file(file):
+                if not file.resolve().is_relative_to(self.root.resolve()):
+                    raise UserError(f"the image {file} is a link out of {self.root}; copy it there")
+                return None, str(file)
         for archive in self.archives:
-            if str(relative) in self._open(archive).NameToInfo:
-                return archive, str(relative)
-        raise UserError(f"the image {file} is missing{self._hint(relative)}")
+            for spelling in map(str, spellings):
+                if spelling in self._open(archive).NameToInfo:
+                    return archive, spelling
+        raise UserError(f"the image {self.root / relative} is missing{self._hint(relative)}")
 
     def stamp(self, path: str) -> tuple[int, int]:
         """Return numbers that change with an image: the size and time of its file, or the size and checksum of a member.
@@ -160,8 +162,7 @@ def check_image(encoded: bytes, name: str) -> bytes:
       UserError: names the image and what is wrong.
     """
     with image_errors(name):
-        image = Image.open(io.BytesIO(encoded))
-        check_size(image, name)
+        image = open_header(io.BytesIO(encoded), name)
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             size = f"{image.width}x{image.height}"
             raise UserError(f"{name}: the image is {size}: one side is over {MAX_ASPECT_RATIO} times the other; crop or pad it")
