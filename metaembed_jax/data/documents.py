@@ -1,7 +1,8 @@
 """Documents to search: a folder of images and PDF files, or a table of texts and images. They are read one by one when needed.
 
-    FOLDER/**              images, a document each, and PDF files, a document for each page
-    items.jsonl, .parquet  rows with id, text, image: any of them may be absent, but not text and image together
+    FOLDER/**              images, a document each, and PDF files and TIFFs of several pages, a document for each page
+    items.jsonl, .parquet  rows with id, text, image: any of them may be absent, but not text and image together;
+                           other columns are not read, and a line names them
 
 Documents of a folder are in natural order: page2 before page10, and a folder where its name is in the order of the files. Hidden
 files and folders are skipped. Other files, and links to folders or out of the folder, are left out; a line says how many.
@@ -20,12 +21,12 @@ from pathlib import Path, PurePath
 
 from metaembed_jax.data.pdf import PdfReader
 from metaembed_jax.data.sources.image_files import ImageFolder, image_path, read_image_file
-from metaembed_jax.data.sources.row_files import RowFiles, open_row_files, unique_id
+from metaembed_jax.data.sources.row_files import RowFiles, open_row_files, say_further_columns, unique_id
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
-from metaembed_jax.inputs.images import image_size, open_image
+from metaembed_jax.inputs.images import image_size, open_image, tiff_pages
 
-IMAGES = frozenset(".avif .bmp .gif .jpeg .jpg .png .tif .tiff .webp".split())  # a file with several images gives its first one
+IMAGES = frozenset(".avif .bmp .gif .jpeg .jpg .png .tif .tiff .webp".split())  # an animation gives its first image
 TABLES = frozenset((".jsonl", ".parquet"))
 COLUMNS = {"id", "text", "image"}
 
@@ -86,19 +87,29 @@ def open_documents(path: str | Path) -> Documents:
 
 
 class FolderDocuments(Documents):
-    """Images and pages of PDF files. An image's id is its path in the folder; a page's ends with #page=N, as links do."""
+    """Images and pages of PDF and TIFF files. An image's id is its path in the folder; a page's ends with #page=N, as links do."""
 
     def __init__(self, root: Path, files: Sequence[Path]):
         self.root, self.files, self.reader = root, tuple(files), PdfReader()
+        self.frames = {}  # of each TIFF that has several pages
         counts, errors = [], []
         for file in files:
             try:
-                counts.append(self.reader.count(file) if _is_pdf(file) else 1)
+                counts.append(self._count(file))
             except UserError as error:
                 errors.append(error)
         if errors:
             raise UserError(f"{errors[0]}" + (f" (and {len(errors) - 1:,} other files)" if len(errors) > 1 else ""))
         self.starts = list(accumulate(counts, initial=0))
+
+    def _count(self, file: Path) -> int:
+        """Return the number of documents in a file."""
+        if _is_pdf(file):
+            return self.reader.count(file)
+        if file.suffix.lower() in (".tif", ".tiff") and len(frames := tiff_pages(file)) > 1:
+            self.frames[file] = frames
+            return len(frames)
+        return 1
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -115,18 +126,25 @@ class FolderDocuments(Documents):
     def describe(self, number: int) -> dict:
         """Return the item with (width, height) in place of its image, which is not decoded."""
         file, page = self._find(number)
-        return {"image": self.reader.size(file, page) if page else image_size(file, str(file))}
+        if _is_pdf(file):
+            return {"image": self.reader.size(file, page or 1)}
+        return {"image": image_size(file, self.item_name(number), self._frame(file, page))}
 
     def _item(self, number: int) -> dict:
         file, page = self._find(number)
-        return {"image": self.reader.page(file, page) if page else open_image(read_image_file(file), str(file))}
+        if _is_pdf(file):
+            return {"image": self.reader.page(file, page or 1)}
+        return {"image": open_image(read_image_file(file), self.item_name(number), self._frame(file, page))}
+
+    def _frame(self, file: Path, page: int | None) -> int:
+        return self.frames[file][page - 1] if page else 0
 
     def _find(self, number: int) -> tuple[Path, int | None]:
-        """Return the file of a document, and its page if that is a PDF file."""
+        """Return the file of a document, and its page if that is a PDF file or a TIFF of several pages."""
         number = range(len(self))[number]
         index = bisect_right(self.starts, number) - 1
         file = self.files[index]
-        return file, number - self.starts[index] + 1 if _is_pdf(file) else None
+        return file, number - self.starts[index] + 1 if _is_pdf(file) or file in self.frames else None
 
 
 class TableDocuments(Documents):
@@ -134,9 +152,9 @@ class TableDocuments(Documents):
 
     def __init__(self, rows: RowFiles):
         columns = rows.columns()
-        if not columns & {"text", "image"} or columns - COLUMNS:
-            names = ", ".join(sorted(columns))
-            raise UserError(f"{rows.files[0]} has the columns {names}; expected text or image, or both; allowed: id, text, image")
+        if not columns & {"text", "image"}:
+            raise UserError(f"{rows.files[0]} has the columns {', '.join(sorted(columns))}; expected text or image, or both")
+        say_further_columns(rows, COLUMNS)
         self.rows, self.files, self.folder, self.ids = rows, rows.files, ImageFolder(rows.files[0].parent), None
         if "id" in columns:
             read, seen = rows.read(0, len(rows), columns=("id",)), {}
@@ -158,10 +176,8 @@ class TableDocuments(Documents):
     def _item(self, number: int) -> dict:
         row = self._row(number)
         try:
-            allowed = COLUMNS if self.ids else COLUMNS - {"id"}
-            if unknown := row.keys() - allowed:
-                names = ", ".join(sorted(unknown))
-                raise UserError(f"unknown column {names}, which the first row lacks; allowed: {', '.join(sorted(allowed))}")
+            if "id" in row and not self.ids:
+                raise UserError("has an id, which the first row lacks; expected an id in all rows or in none")
             return self.folder.item("document", row.get("text"), row.get("image"), "image")
         except UserError as error:
             raise UserError(f"{self.rows.row_name(number)}: {error}") from None

@@ -50,7 +50,7 @@ def huge():
 
 
 def large():
-    return white(10_000)
+    return white(12_000)
 
 
 BAD_IMAGES = {
@@ -61,8 +61,8 @@ BAD_IMAGES = {
     "jpeg without its last byte": (lambda: picture(0)[:-1], "cannot be read"),
     "png with a block of others": (lambda: overwritten(picture(0, "png")), "cannot be read"),
     "broken jpeg": (lambda: b"\xff\xd8nonsense", "cannot be read"),
-    "huge": (huge, "cannot be read (Image size (900000000 pixels) exceeds limit"),
-    "large": (large, "the image is 10000x10000 pixels"),
+    "huge": (huge, "the image has 900,000,000 pixels, 3,434 MiB in memory; expected at most 512 MiB"),
+    "large": (large, "the image is 12000x12000 pixels"),
     "no image": (lambda: b"<svg></svg>", "cannot be read (it is of no known format)"),
     "a line": (lambda: picture(0, height=201, width=1), "is 1x201: one side is over 200 times the other"),
 }
@@ -273,7 +273,11 @@ def test_bad_files(tmp_path):
     (tmp_path / "X" / "original-0.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(UserError, match="original-0.parquet is not a readable Parquet file"):
         prepare("mmeb", tmp_path, tmp_path / "out")
-    for line, message in (("{", " is not JSON"), ("[1]", ": expected an object"), ('{"querry": 1}', ": unknown column querry")):
+    for line, message in (
+        ("{", " is not JSON"),
+        ("[1]", ": expected an object"),
+        ('{"querry": 1}', ": query has neither text nor image"),
+    ):
         (tmp_path / "mine.jsonl").write_text(json.dumps({"query": "a", "positive": "b"}) + f"\n\n{line}\n")
         with pytest.raises(UserError, match=f"row 1{message}"):
             prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 from pathlib import PurePath
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -182,6 +183,27 @@ def test_links_and_pipes(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'in'}: left out {kinds}\n"
 
 
+def test_pages_of_a_tiff_are_documents(tmp_path):
+    from PIL import TiffImagePlugin
+
+    colours = ["red", "lime", "blue"]
+    pages = [Image.new("RGB", (60 + number, 84), colour) for number, colour in enumerate(colours)]
+    reduced = TiffImagePlugin.ImageFileDirectory_v2()
+    reduced[254] = 1
+    thumbnail = Image.new("RGB", (6, 8), "white")
+    thumbnail.encoderinfo = {"tiffinfo": reduced}
+    pages[0].save(tmp_path / "fax.TIF", save_all=True, append_images=[*pages[1:], thumbnail])
+    pages[1].save(tmp_path / "photo.tif")
+    write(tmp_path / "sick.tif", (tmp_path / "photo.tif").read_bytes()[:9])
+    documents = pickle.loads(pickle.dumps(open_documents(tmp_path)))
+    assert ids(documents) == ["fax.TIF#page=1", "fax.TIF#page=2", "fax.TIF#page=3", "photo.tif", "sick.tif"]
+    for number, page in enumerate([*pages, pages[1]]):
+        assert np.array_equal(documents[number]["image"], page) and documents.describe(number)["image"] == page.size
+    assert documents.item_name(1) == f"{tmp_path}/fax.TIF, page 2" and documents.metadata(1)["page"] == 2
+    with pytest.raises(UserError, match="sick.tif: the image cannot be read"):
+        documents[4]
+
+
 def test_nothing_to_read(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         open_documents(tmp_path / "none")
@@ -248,6 +270,23 @@ def test_tables_without_ids_and_with_images_inline(tmp_path):
     assert documents[13] == {"image": picture(13)} and documents.metadata(13)["path"] is None
 
 
+@pytest.mark.parametrize("ending", ["JSONL", "PARQUET"])
+def test_further_columns_and_the_index_of_pandas_are_not_read(tmp_path, capsys, ending):
+    rows = [{"text": f"text {n}", "price": n, "__index_level_0__": n} for n in range(3)]
+    (write_pairs if ending == "JSONL" else write_parquet)(tmp_path / f"ITEMS.{ending}", rows)
+    assert list(open_documents(tmp_path / f"ITEMS.{ending}")) == [{"text": f"text {n}"} for n in range(3)]
+    expected = f"{tmp_path}/ITEMS.{ending}: columns that are not read: price; read: id, image, text\n"
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("in_table, on_disk", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_found_in_either_form_of_unicode(tmp_path, in_table, on_disk):
+    name = "Übung/é.png"
+    write(tmp_path / normalize(on_disk, name), picture(0, "png"))
+    write_pairs(tmp_path / "items.jsonl", [{"image": normalize(in_table, name)}])
+    assert open_documents(tmp_path / "items.jsonl")[0] == {"image": picture(0, "png")}
+
+
 def test_images_in_structs_as_datasets_writes_them(tmp_path):
     write(tmp_path / "in" / "a.png", picture(0, "png"))
     images = [{"bytes": None, "path": "in/a.png"}, {"bytes": picture(1), "path": "gone.png"}, {"bytes": None, "path": None}, None]
@@ -267,9 +306,8 @@ def test_images_in_structs_as_datasets_writes_them(tmp_path):
         ([{"id": "x", "text": "a"}, {"id": "y", "text": "b"}, {"id": "x", "text": "c"}], "row 2: the id 'x' is taken by .*row 0"),
         ([{"id": 1, "text": "a"}, {"id": "1", "text": "b"}], "row 1: the id '1' is taken by .*row 0"),
         ([{"id": "x", "text": "a"}, {"text": "b"}], "row 1: id is None"),
-        ([{"id": "x", "title": "a", "text": "b"}], "items.jsonl has the columns id, text, title; expected text or image"),
         ([{"id": "x"}], "items.jsonl has the columns id; expected text or image"),
-        ([{"text": "a"}, {"text": "b", "id": "x"}], "row 1: unknown column id, which the first row lacks; allowed: image, text"),
+        ([{"text": "a"}, {"text": "b", "id": "x"}], "row 1: has an id, which the first row lacks"),
         ([{"text": "a"}, {"text": ""}], "row 1: document has neither text nor image"),
         ([{"text": "a"}, {"image": "none.png"}], "row 1: image: the image .*none.png is missing"),
         ([{"text": "a"}, {"image": "../a.png"}], "row 1: image: the image path '../a.png' leads out of"),

@@ -5,7 +5,8 @@
     negatives, negative_images    lists of equal length, or only one of them; may be absent
     source                        may be absent
 
-Images are paths relative to the file, or inline, as `datasets` stores them in Parquet.
+Images are paths relative to the file, or inline, as `datasets` stores them in Parquet. Other columns are not read;
+a line names them.
 """
 
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from metaembed_jax.data.sources.image_files import ImageFolder
 from metaembed_jax.data.sources.preparation import RawSource
-from metaembed_jax.data.sources.row_files import open_row_files
+from metaembed_jax.data.sources.row_files import open_row_files, say_further_columns
 from metaembed_jax.errors import UserError
 
 COLUMNS = {"query", "query_image", "positive", "positive_image", "negatives", "negative_images", "source"}
@@ -23,13 +24,12 @@ def find_sources(file: Path) -> list[RawSource]:
     """Return the one source of a file, with its name.
 
     Raises:
-      UserError: there is no such file, or it has other columns.
+      UserError: there is no such file, or it cannot be read.
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file; --from is a .jsonl or .parquet of pairs")
     rows = open_row_files([file])
-    if unknown := rows.columns() - COLUMNS:
-        raise UserError(f"{file}: unknown column {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(COLUMNS))}")
+    say_further_columns(rows, COLUMNS)
     return [RawSource(file.stem, rows, partial(to_record, folder=ImageFolder(file.parent), source=file.stem))]
 
 
@@ -39,8 +39,6 @@ def to_record(row: dict, folder: ImageFolder, source: str) -> dict:
     Raises:
       UserError: a side has neither text nor image, the lists of negatives differ in length, or an image is broken.
     """
-    if unknown := row.keys() - COLUMNS:
-        raise UserError(f"unknown column {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(COLUMNS))}")
     texts, images = ([] if row.get(name) in (None, "") else row[name] for name in ("negatives", "negative_images"))
     if not isinstance(texts, list) or not isinstance(images, list):
         raise UserError("negatives and negative_images: expected lists")

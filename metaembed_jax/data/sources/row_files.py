@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ from metaembed_jax.errors import UserError
 
 ROWS_AT_ONCE = 16  # of Parquet, because a row may hold images
 LONGEST_LINE = 64 * 2**20  # bytes
+PANDAS_INDEX = "__index_level_[0-9]+__"  # a column
 LINES_PER_OFFSET = 256  # the offset of every 256th line is stored
 
 
@@ -123,6 +125,17 @@ def read_columns(file: Path) -> set[str]:
     return set(next(_json_rows(file, 0, 1, (0,)), {}))
 
 
+def further_columns(rows: RowFiles, read: set[str]) -> list[str]:
+    """Return the columns of the first file that are not in `read`, sorted, without the index that pandas adds to a file."""
+    return sorted(name for name in rows.columns() - read if not re.fullmatch(PANDAS_INDEX, name))
+
+
+def say_further_columns(rows: RowFiles, read: set[str]) -> None:
+    """Print the columns that are not read: one of them may be a misspelled name."""
+    if further := further_columns(rows, read):
+        print(f"{rows.files[0]}: columns that are not read: {', '.join(further)}; read: {', '.join(sorted(read))}", flush=True)
+
+
 def check_columns(rows: RowFiles, names: Sequence[str]) -> None:
     """Check that each file has these columns.
 
@@ -152,7 +165,7 @@ def unique_id(value: str | int | None, column: str, seen: dict[str, int], rows: 
 
 
 def _is_parquet(file: Path) -> bool:
-    return file.suffix == ".parquet"
+    return file.suffix.lower() == ".parquet"
 
 
 def _open_parquet(file: Path):

@@ -35,7 +35,7 @@ def find_sources(directory: Path) -> list[RawSource]:
     Raises:
       UserError: the folder has no queries or no corpus, or several of them.
     """
-    files = [file for ending in ("parquet", "jsonl") for file in sorted(directory.rglob(f"*.{ending}"))]
+    files = [file for ending in (".parquet", ".jsonl") for file in sorted(directory.rglob("*")) if file.suffix.lower() == ending]
     columns = {file: read_columns(file) for file in files if not _is_hidden(file.relative_to(directory))}
     queries = [file for file, names in columns.items() if any(form[2] in names for form in FORMS)]
     corpus = [file for file, names in columns.items() if file not in queries and "docid" in names and names & {"image", "text"}]
