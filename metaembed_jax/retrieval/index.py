@@ -33,6 +33,8 @@ from metaembed_jax.retrieval.search import SegmentSearcher, count_survivors
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.retrieval.writer import SegmentWriter, copy_segment, merge_segments, write_segment
 
+RESULTS = 10  # of a search, by default
+
 
 class Index:
     """Documents by id, from `Index.build` or `Index.load`.
@@ -110,7 +112,7 @@ class Index:
             store.commit(folder, dataclasses.replace(self._manifest, segments=segments))
 
     def search(
-        self, query_QRD: Float[np.ndarray, "Q R D"], k: int = 10, budget: Budget | Sequence | None = None
+        self, query_QRD: Float[np.ndarray, "Q R D"], k: int | None = None, budget: Budget | Sequence | None = None
     ) -> tuple[Float[np.ndarray, "Q k"], np.ndarray]:
         """Return MaxSim scores, float32, and ids (an array of texts) of the k best items of each query, best first.
 
@@ -118,7 +120,7 @@ class Index:
 
         Args:
           query_QRD: unit vectors, from `MetaEmbed.encode_query`.
-          k: at most the number of items.
+          k: at most the number of items, and the survivors of each stage. By default 10, or as many as those allow.
           budget: (r_q, r_c), the vectors to use of a query and of an item; or stages [(r_q, r_c, survivors), ..., (r_q, r_c)]:
             each stage scores the survivors of the stage before. All vectors by default.
 
@@ -126,6 +128,7 @@ class Index:
           UserError: the queries or the budget do not match the stored vectors, or k is not between 1 and the number of items.
         """
         query_QRD, stages = self._validated(query_QRD, budget)
+        k = min(RESULTS, self._most(stages)) if k is None else k
         self._check_k(k, stages)
         scores, positions = self._searcher.search(query_QRD, int(k), stages)
         unique, inverse = np.unique(positions, return_inverse=True)
@@ -281,8 +284,12 @@ class Index:
         segment, row = self._searcher.locate(position)
         return segment.ids([row])[0]
 
+    def _most(self, stages: Stages) -> int:
+        """Return the most results that a search can have."""
+        return min([len(self), *(stage[2] for stage in stages[:-1])])
+
     def _check_k(self, k: int, stages: Stages) -> None:
-        fewest = min([len(self), *(stage[2] for stage in stages[:-1])])
+        fewest = self._most(stages)
         if not isinstance(k, int | np.integer) or not 1 <= k <= fewest:
             limit = "the number of items" if fewest == len(self) else "the survivors of a stage"
             raise UserError(f"k={k!r}: expected 1 to {fewest}, {limit}")

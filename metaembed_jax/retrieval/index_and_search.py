@@ -15,7 +15,6 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.build import index_documents
 from metaembed_jax.retrieval.index import Index
 
-RESULTS = 10  # of a search, by default
 TEXT_LENGTH = 100  # characters of a text that are printed
 
 
@@ -58,8 +57,6 @@ def search(folder: Path, query: str | None, image: Path | None, budget: str | No
     if others:
         raise UserError(f"--budget={budget}: expected one search")
     query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0])
-    if k is None:
-        k = min([RESULTS, len(loaded), *(stage[2] for stage in stages[:-1])])
     scores, ids = loaded.search(query_QRD, k, stages)
     for rank, (score, item_id) in enumerate(zip(scores[0].tolist(), ids[0], strict=True), 1):
         fields = loaded.metadata(item_id).items()  # of any type, by `Index.add`

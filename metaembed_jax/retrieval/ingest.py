@@ -95,10 +95,13 @@ def check_unit(vectors_NRD: Float[np.ndarray, "N R D"], counts_N: Int[np.ndarray
     if is_wrong_NR.any():
         item, vector = np.argwhere(is_wrong_NR)[0]
         length = lengths_NR[item, vector]
-        raise UserError(
-            f"vector {vector} of {names[item]} has length {length:.4g}, not 1: "
-            + ("divide each vector by its length" if np.isfinite(length) else "it holds NaN or infinities")
-        )
+        raise UserError(f"vector {vector} of {names[item]} has length {length:.4g}, not 1: " + _advice(length))
+
+
+def _advice(length: float) -> str:
+    if not np.isfinite(length):
+        return "it holds NaN or infinities"
+    return "divide each vector by its length" if length else "it is zero and has no direction; leave it out"
 
 
 def as_blocks(vectors, ids: Iterable[str] | None, metadata: Sequence | None) -> Iterator[tuple]:

@@ -37,6 +37,12 @@ def test_iterators_and_lists_give_what_arrays_give(vectors, tmp_path):
     assert len(streamed._segments) == 1 and streamed.metadata("7") == {"n": 5}
 
 
+def test_by_default_a_search_returns_ten_or_what_there_is(index, vectors):
+    assert index.search(vectors[:2])[1].shape == (2, 10)
+    assert index.search(vectors[:2], budget=[(1, 1, 5), (2, 2)])[1].shape == (2, 5)
+    assert me.Index.build(vectors[:3], mesh=ONE).search(vectors[:2])[1].shape == (2, 3)
+
+
 def test_only_the_first_vectors_are_kept(vectors):
     index = me.Index.build(vectors, budget=5, dtype="float32", mesh=ONE)
     np.testing.assert_allclose(
@@ -106,7 +112,10 @@ EYE = np.eye(8, dtype=np.float32)[None]
         ((np.repeat(EYE, 2, 0), ["a", "a"]), "the id 'a' is given twice"),
         ((iter([(["b", "a"], np.repeat(EYE, 2, 0)), (["a"], EYE)]),), "the id 'a' is given twice"),
         ((2 * EYE, ["a"]), "vector 0 of item 'a' has length 2, not 1"),
-        ((np.concatenate([EYE, 0 * EYE]), ["a", "b"]), "vector 0 of item 'b' has length 0"),
+        (
+            (np.concatenate([EYE, 0 * EYE]), ["a", "b"]),
+            "vector 0 of item 'b' has length 0, not 1: it is zero and has no direction; leave it out",
+        ),
         ((NAN, ["a"]), "item 'a' has length nan.*NaN or infinities"),
         (([EYE[0], EYE[0, :, :7]], ["a", "b"]), r"item 'b' have the shape \(8, 7\)"),
         (([EYE[0], EYE[0, :0]], ["a", "b"]), r"item 'b' have the shape \(0, 8\)"),
