@@ -1,4 +1,4 @@
-"""Images of any format, upright and in RGB, with exactly the pixels that transformers reads."""
+"""Images of any format, upright and in RGB, read alike by preparation, training, indexing, evaluation and search."""
 
 import contextlib
 import io
@@ -103,12 +103,25 @@ def open_header(file: BinaryIO, name: str, frame: int = 0) -> Image.Image:
         image.seek(frame)
     width, height = image.size
     if isinstance(image, JpegImageFile):
-        scales = (scale for scale in JPEG_SCALES if -(-width // scale) * -(-height // scale) * PIXEL_BYTES <= memory_limit())
-        scale = next(scales, JPEG_SCALES[-1])
+        whole = _coefficient_bytes(image)
+        sizes = ((scale, -(-width // scale) * -(-height // scale)) for scale in JPEG_SCALES)
+        fitting = (scale for scale, pixels in sizes if pixels * PIXEL_BYTES + whole <= memory_limit())
+        scale = next(fitting, JPEG_SCALES[-1])
         if scale > 1:
             image.draft(image.mode, (width // scale, height // scale))
-    check_size(image, name)
+        check_size(image, name, whole)
+    else:
+        check_size(image, name)
     return image
+
+
+def _coefficient_bytes(image: JpegImageFile) -> int:
+    """Return the bytes of a progressive JPEG's coefficients, which the decoder holds at full size: two for each sample."""
+    if not image.info.get("progressive"):
+        return 0
+    samplings = [(across, down) for _, across, down, *_ in image.layer]  # pyright: ignore[reportAttributeAccessIssue]
+    densest = max(across for across, _ in samplings) * max(down for _, down in samplings)
+    return 2 * image.width * image.height * sum(across * down for across, down in samplings) // densest
 
 
 def _identify(file: BinaryIO) -> Image.Image:
@@ -165,15 +178,18 @@ def image_errors(name: str) -> Iterator[None]:
         raise UserError(f"{name}: the image cannot be read ({' '.join(str(error).split())}); repair or remove it") from error
 
 
-def check_size(image: Image.Image, name: str) -> None:
+def check_size(image: Image.Image, name: str, more: int = 0) -> None:
     """Refuse an opened image without pixels, or that exceeds the memory limit, before it is decoded.
+
+    Args:
+      more: bytes that its decoder takes in addition.
 
     Raises:
       UserError: with the size of the image.
     """
     (width, height), limit = image.size, memory_limit()
-    needed = width * height * PIXEL_BYTES
-    if not needed:
+    needed = width * height * PIXEL_BYTES + more
+    if not width * height:
         raise UserError(f"{name}: the image is {width}x{height} pixels; expected at least one")
     if needed > limit:
         raise _too_large(name, f"is {width}x{height}", needed)

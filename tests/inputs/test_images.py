@@ -131,6 +131,20 @@ def test_a_jpeg_over_the_limit_is_decoded_smaller(monkeypatch, mode):
         open_image(data, "x")
 
 
+def test_the_coefficients_of_a_progressive_jpeg_count(monkeypatch):
+    monkeypatch.setattr(images, "_coefficient_bytes", lambda image, f=images._coefficient_bytes: f(image) << 20)
+    monkeypatch.setattr(images, "PIXEL_BYTES", 4 << 20)
+    for subsampling, samples in (("4:4:4", 3), ("4:2:0", 1.5)):
+        data = encode(noise(80, 60), "JPEG", progressive=True, subsampling=subsampling)
+        needed = int(2 * samples * 80 * 60)
+        for limit, size in ((needed + 4 * 80 * 60, (80, 60)), (needed + 4 * 80 * 60 - 1, (40, 30)), (needed + 4 * 10 * 8, (10, 8))):
+            monkeypatch.setenv("METAEMBED_IMAGE_MIB", str(limit))
+            assert open_image(data, "x").size == size
+        monkeypatch.setenv("METAEMBED_IMAGE_MIB", str(needed))
+        with pytest.raises(UserError, match=f"set METAEMBED_IMAGE_MIB={needed + 4 * 10 * 8}"):
+            open_image(data, "x")
+
+
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_16_bits_of_grey_are_scaled(format):
     grey = np.array([[0, 128, 129, 600, 32896], [257, 40_000, 65_406, 65_407, 65_535]], np.uint16)
@@ -145,6 +159,7 @@ def exif_with(*fields, order="<"):
     return b"Exif\0\0" + head + b"".join(packed) + bytes(4)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_metadata_never_cost_the_picture(format):
     turned = (0x0112, 3, 1, b"\6\0")

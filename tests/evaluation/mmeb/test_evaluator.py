@@ -87,11 +87,11 @@ def test_the_page_has_the_worst_of_all_tasks_and_reads_no_other_image(model, tmp
     evaluate(model, tmp_path / "in", tmp_path / "resumed")
     read = []
 
-    def counted(folder, path, original=ImageFolder.read):
+    def counted(folder, path, column, original=ImageFolder.image):
         read.append(path)
-        return original(folder, path)
+        return original(folder, path, column)
 
-    monkeypatch.setattr(ImageFolder, "read", counted)
+    monkeypatch.setattr(ImageFolder, "image", counted)
     evaluate(model, tmp_path / "in", tmp_path / "resumed")
     assert (tmp_path / "resumed" / "mmeb.html").read_bytes() == (tmp_path / "whole" / "mmeb.html").read_bytes()
     assert 0 < len(read) == len(page.images()) - 1
