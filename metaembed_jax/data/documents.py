@@ -2,7 +2,7 @@
 
     FOLDER/**              images, a document each, and PDF files and TIFFs of several pages, a document for each page
     items.jsonl, .parquet  rows with id, text, image: any of them may be absent, but not text and image together;
-                           other columns are not read, and a line names them
+                           other columns are kept as metadata, and a line names them
 
 Documents of a folder are in natural order: page2 before page10, and a folder where its name is in the order of the files. Hidden
 files and folders are skipped. Other files, and links to folders or out of the folder, are left out; a line says how many.
@@ -10,6 +10,7 @@ files and folders are skipped. Other files, and links to folders or out of the f
 A file that cannot be read is an error: an encrypted, broken or empty PDF file at once, a broken image when it is read.
 """
 
+import json
 import os
 import re
 from abc import abstractmethod
@@ -21,7 +22,7 @@ from pathlib import Path, PurePath
 
 from metaembed_jax.data.pdf import PdfReader
 from metaembed_jax.data.sources.image_files import ImageFolder, image_path, read_image_file
-from metaembed_jax.data.sources.row_files import RowFiles, open_row_files, say_further_columns, unique_id
+from metaembed_jax.data.sources.row_files import PANDAS_INDEX, RowFiles, open_row_files, say_further_columns, unique_id
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
 from metaembed_jax.inputs.images import image_size, open_image, tiff_pages
@@ -154,7 +155,7 @@ class TableDocuments(Documents):
         columns = rows.columns()
         if not columns & {"text", "image"}:
             raise UserError(f"{rows.files[0]} has the columns {', '.join(sorted(columns))}; expected text or image, or both")
-        say_further_columns(rows, COLUMNS)
+        say_further_columns(rows, COLUMNS, "kept as metadata, not encoded")
         self.rows, self.files, self.folder, self.ids = rows, rows.files, ImageFolder(rows.files[0].parent), None
         if "id" in columns:
             read, seen = rows.read(0, len(rows), columns=("id",)), {}
@@ -168,7 +169,9 @@ class TableDocuments(Documents):
         row = self._row(number)
         image, text = image_path(row.get("image")), row.get("text")
         path = str(self.folder.root / image) if image else None
-        return {"id": self.ids[number] if self.ids else str(number), "path": path, "page": None, "text": text or None}
+        further = {name: value for name, value in row.items() if _is_metadata(name, value)}
+        document = {"id": self.ids[number] if self.ids else str(number), "path": path, "page": None, "text": text or None}
+        return document | further | {name: value for name, value in document.items() if value is not None}
 
     def item_name(self, number: int) -> str:
         return self.rows.row_name(number)
@@ -229,6 +232,16 @@ def _left_out_as(file: Path, root: Path) -> str:
     except UnicodeEncodeError:
         return "files whose names are not valid Unicode"
     return ""
+
+
+def _is_metadata(column: str, value: object) -> bool:
+    """Return whether a column next to those that are encoded holds a value of JSON."""
+    if column in COLUMNS or re.fullmatch(PANDAS_INDEX, column):
+        return False
+    try:
+        return bool(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _is_pdf(file: Path) -> bool:

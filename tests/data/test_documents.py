@@ -271,11 +271,13 @@ def test_tables_without_ids_and_with_images_inline(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["JSONL", "PARQUET"])
-def test_further_columns_and_the_index_of_pandas_are_not_read(tmp_path, capsys, ending):
-    rows = [{"text": f"text {n}", "price": n, "__index_level_0__": n} for n in range(3)]
+def test_further_columns_are_metadata_and_the_index_of_pandas_is_not_read(tmp_path, capsys, ending):
+    rows = [{"text": f"text {n}", "price": n, "page": 7, "__index_level_0__": n} for n in range(3)]
     (write_pairs if ending == "JSONL" else write_parquet)(tmp_path / f"ITEMS.{ending}", rows)
-    assert list(open_documents(tmp_path / f"ITEMS.{ending}")) == [{"text": f"text {n}"} for n in range(3)]
-    expected = f"{tmp_path}/ITEMS.{ending}: columns that are not read: price; read: id, image, text\n"
+    documents = open_documents(tmp_path / f"ITEMS.{ending}")
+    assert list(documents) == [{"text": f"text {n}"} for n in range(3)]
+    assert documents.metadata(2) == {"id": "2", "path": None, "page": 7, "text": "text 2", "price": 2}
+    expected = f"{tmp_path}/ITEMS.{ending}: columns kept as metadata, not encoded: page, price; read: id, image, text\n"
     assert capsys.readouterr().out == expected
 
 

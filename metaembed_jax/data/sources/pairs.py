@@ -29,7 +29,7 @@ def find_sources(file: Path) -> list[RawSource]:
     if not file.is_file():
         raise UserError(f"{file}: no such file; --from is a .jsonl or .parquet of pairs")
     rows = open_row_files([file])
-    say_further_columns(rows, COLUMNS)
+    say_further_columns(rows, COLUMNS, "not read")
     return [RawSource(file.stem, rows, partial(to_record, folder=ImageFolder(file.parent), source=file.stem))]
 
 
