@@ -1,6 +1,6 @@
 """The batch of a training step: packed rows in microbatches, and the positions of each pair's vectors in them.
 
-M microbatches of b rows, V vectors of a row, B pairs, K negatives a pair, N documents: B positives, then B*K negatives by pair.
+M microbatches of b rows, V vectors of a row, B pairs, K negatives a pair, N documents: B positives, then B*K negatives by pair, W words of a digest.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
@@ -19,6 +20,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.sharding import HOST, put_replicated, put_rows, replicated
 
 REGISTER = (8, 128)  # of a TPU
+CONTENT_WORDS = 2  # of 32 bits: different items of a batch of a thousand pairs have the same words once in 10^12 batches
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +34,7 @@ class TrainingBatch:
         its pair's positive.
       negative_mask: false for missing negatives.
       source: the number of each pair's source.
+      contents: [M, b, W, V], W words of the digest of each item, at its first vector; the same for the same content.
     """
 
     rows: Batch
@@ -39,6 +42,7 @@ class TrainingBatch:
     documents: Int[Array, "N"]
     negative_mask: Bool[Array, "B K"]
     source: Int[Array, "B"]
+    contents: Int[Array, "M b W V"]
 
 
 class StepShape(NamedTuple):
@@ -106,19 +110,26 @@ def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh:
         documents=whole(pairs * (1 + negatives)),
         negative_mask=whole(pairs, negatives, dtype=jnp.bool_),
         source=whole(pairs),
+        contents=_abstract_contents(shape, mesh),
     )
 
 
 def put(batch: TrainingBatch, mesh: Mesh) -> TrainingBatch:
     """Send a batch to the mesh: rows to this host's devices, streamed pixels to its memory, the rest to every device."""
-    names = [field.name for field in dataclasses.fields(batch) if field.name != "rows"]
-    whole = {name: put_replicated(getattr(batch, name), mesh) for name in names}
+    names = [field.name for field in dataclasses.fields(batch) if field.name not in ("rows", "contents")]
+    others: dict[str, Any] = {name: put_replicated(getattr(batch, name), mesh) for name in names}
+    others["contents"] = put_rows(np.asarray(batch.contents), mesh, axis=1)
     pixels = _streamed_pixels(batch.rows, mesh)
     if pixels is None:
-        return TrainingBatch(rows=rows.put(batch.rows, mesh, axis=1), **whole)
-    others = rows.put(dataclasses.replace(batch.rows, patches=None), mesh, axis=1)
+        return TrainingBatch(rows=rows.put(batch.rows, mesh, axis=1), **others)
+    without_pixels = rows.put(dataclasses.replace(batch.rows, patches=None), mesh, axis=1)
     in_host = put_rows(pixels.reshape(_in_registers(pixels.shape)), mesh, axis=1, memory_kind=HOST)
-    return TrainingBatch(rows=dataclasses.replace(others, patches=in_host), **whole)
+    return TrainingBatch(rows=dataclasses.replace(without_pixels, patches=in_host), **others)
+
+
+def _abstract_contents(shape: StepShape, mesh: Mesh) -> Any:
+    axes = (shape.microbatches, shape.size, CONTENT_WORDS, shape.row.vectors)
+    return jax.ShapeDtypeStruct(axes, jnp.int32, sharding=rows.batch_sharding(mesh, len(axes), axis=1))
 
 
 def _streamed_pixels(batch: Batch, mesh: Mesh) -> Any | None:

@@ -81,12 +81,15 @@ def matryoshka(
     normalization: str = "code",
     negative_mask=None,
     sources=None,
+    contents=None,
 ) -> tuple:
     """Return the loss, its gradients, and the loss and accuracy of each group.
 
     Args:
       negative_mask: [B, K], False for negatives that do not count.
       sources: [B]; positives of another source than the query's do not count.
+      contents: (queries [B, W], positives [B, W], negatives [B, K, W]), equal for the same items: of a query's documents, its own
+        row counts, and none that is a positive of the same query.
 
     Returns:
       loss, (d_query, d_positive, d_negatives), [loss of each group], [accuracy of each group]; all float64.
@@ -99,6 +102,8 @@ def matryoshka(
     losses, accuracies = np.zeros(len(groups)), np.zeros(len(groups))
     for b in range(len(query)):
         counts = np.concatenate([sources == sources[b], negative_mask[b]])
+        if contents is not None:
+            counts &= ~_is_right(b, *contents)
         document_MJD = np.concatenate([positive, negatives[b]])
         similarity_MRJ = query[b] @ np.swapaxes(document_MJD, 1, 2)
         coefficient_MRJ = np.zeros_like(similarity_MRJ)
@@ -118,3 +123,11 @@ def matryoshka(
         gradients[2][b] += d_document_MJD[len(positive) :]
     losses, accuracies = losses / len(query), accuracies / len(query)
     return weight * losses.sum(), gradients, losses, accuracies
+
+
+def _is_right(b, queries, positives, negatives) -> Bool[np.ndarray, "M"]:
+    """Return which other documents of query b are positives of it, or of a query that is the same."""
+    right = {tuple(positive) for query, positive in zip(queries, positives, strict=True) if tuple(query) == tuple(queries[b])}
+    is_right = np.array([tuple(document) in right for document in (*positives, *negatives[b])])
+    is_right[b] = False  # its own row
+    return is_right

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from metaembed_jax.config.section import Positive, PositiveNumber, Section, annotations
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS, Budget
-from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
+from metaembed_jax.late_interaction.matryoshka import Contents, matryoshka_loss
 
 
 class PairVectors(NamedTuple):
@@ -26,6 +26,7 @@ class PairVectors(NamedTuple):
       negatives: None if no pair has any.
       negative_mask: false for missing negatives, which pad the array.
       sources: index of each pair's source. A query is scored against the positives of its source; None: against all positives.
+      contents: says which items are the same; None if no two are.
     """
 
     query_BRD: Float[Array, "B Rq D"]
@@ -33,6 +34,7 @@ class PairVectors(NamedTuple):
     negatives: Float[Array, "B K Rd D"] | None
     negative_mask: Bool[Array, "B K"] | None
     sources: Int[Array, "B"] | None
+    contents: Contents | None
 
 
 class Objective(Protocol):
@@ -81,6 +83,7 @@ class MatryoshkaConfig(Section):
             mesh=mesh,
             negative_mask=vectors.negative_mask,
             sources=vectors.sources,
+            contents=vectors.contents,
         )
 
     def flops(self, pairs: int, documents: int, width: int) -> float:

@@ -108,16 +108,20 @@ class RunItems:
 
     def row_item(self, record: dict, number: int, reference: Reference) -> RowItem:
         """Return an item of a record, by its number in the pair."""
-        name = self.item_name(reference, number)
+        name, item = self.item_name(reference, number), item_of(record, number)
         if number == 0:
-            return RowItem(self.processor.query(record["query"], name=name), self.meta[0], self.vectors[0])
-        item = record["positive"] if number == 1 else record["negatives"][number - 2]
+            return RowItem(self.processor.query(item, name=name), self.meta[0], self.vectors[0])
         return RowItem(self.processor.document(item, name=name), self.meta[1], self.vectors[1])
 
     def item_name(self, reference: Reference, number: int) -> str:
         """Return the name of an item for errors."""
         item = ("query", "positive")[number] if number < 2 else f"negative {number - 2}"
         return f"source {self.names[reference.source]!r}, row {reference.row}, {item}"
+
+
+def item_of(record: dict, number: int) -> dict:
+    """Return an item of a record, by its number in the pair: 0 is the query, 1 the positive, then negatives."""
+    return record[("query", "positive")[number]] if number < 2 else record["negatives"][number - 2]
 
 
 def run_items(config: RunConfig, processor: PromptProcessor, sources: Sequence[Sequence]) -> RunItems:

@@ -12,6 +12,7 @@ of them is contiguous. Documents are the last axis, so that the maximum over j r
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,18 @@ CHUNK_BYTES = 16 << 20
 WIDE_CHUNK_BYTES = 32 << 20
 
 
+class Contents(NamedTuple):
+    """Digests of the items of pairs, W words each: items with the same words are the same item.
+
+    Attributes:
+      queries, positives, negatives: words of each pair's items.
+    """
+
+    queries: Int[Array, "B W"]
+    positives: Int[Array, "B W"]
+    negatives: Int[Array, "B K W"]
+
+
 def matryoshka_loss(
     query_BRD: Float[Array, "B Rq D"],
     document_BRD: Float[Array, "B Rc D"],
@@ -40,10 +53,12 @@ def matryoshka_loss(
     chunk: int | None = None,
     negative_mask: Bool[Array, "B K"] | None = None,
     sources: Int[Array, "B"] | None = None,
+    contents: Contents | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Return the cross-entropy from queries to documents, for each group, averaged over the queries.
 
-    A query ranks the positives of the whole global batch, its own at its own row, and its own hard negatives.
+    A query ranks the positives of the whole global batch, its own at its own row, and its own hard negatives. The positives of all
+    queries that are the same as it are right documents of it: it ranks no other row or hard negative that holds one of them.
 
     Args:
       query_BRD: unit vectors, float32 or bfloat16; similarities and logits are float32.
@@ -55,11 +70,13 @@ def matryoshka_loss(
       chunk: queries at a time; None chooses by memory. It does not change values.
       negative_mask: False marks hard negatives that are padding; None if there is no padding.
       sources: a number for each pair. A query does not rank positives of other sources; None if it ranks all.
+      contents: says which items are the same; None if no two are.
 
     Returns:
       The loss, and for each group "loss/r_q:r_c" and "accuracy/r_q:r_c", float32 scalars. Accuracy is the share of queries whose
       positive scores strictly above every other document: a tie is a miss. If vectors tie for a maximum, the gradient goes to the
-      first.
+      first. With `contents`, also "same/documents" and "same/negatives", the numbers of other rows and of hard negatives of the
+      batch that are not ranked because they hold a right document.
 
     Raises:
       UserError: the shapes do not match, an option has an unknown value, or the batch is not a multiple of the mesh's shards.
@@ -71,6 +88,9 @@ def matryoshka_loss(
     negative_mask = jnp.ones(negatives.shape[:2], bool) if negative_mask is None else jnp.asarray(negative_mask)
     sources = jnp.zeros(query_BRD.shape[:1], jnp.int32) if sources is None else jnp.asarray(sources)
     _check_shapes(query_BRD, document_BRD, negatives, negative_mask, sources)
+    if contents is not None:
+        contents = Contents(*map(jnp.asarray, contents))
+        _check_contents(contents, negative_mask.shape)
     _check_options(normalization, temperature, chunk)
     groups = validate_groups(groups, query_BRD.shape[1], document_BRD.shape[1])
     if mesh is not None and len(query_BRD) % batch_shards(mesh):
@@ -80,9 +100,11 @@ def matryoshka_loss(
         )
     r_q, r_c = groups[-1]
     vectors = query_BRD[:, :r_q], document_BRD[:, :r_c], negatives[:, :, :r_c]
-    masks = negative_mask, sources
-    losses_G, accuracies_G = _group_losses(*vectors, *masks, jnp.float32(temperature), groups=groups, mesh=mesh, chunk=chunk)
-    metrics = {}
+    facts = negative_mask, sources, contents
+    losses_G, accuracies_G, same_2 = _group_losses(
+        *vectors, *facts, jnp.float32(temperature), groups=groups, mesh=mesh, chunk=chunk
+    )
+    metrics = {} if contents is None else {"same/documents": same_2[0], "same/negatives": same_2[1]}
     for name, values_G in (("loss", losses_G), ("accuracy", accuracies_G)):
         metrics |= {f"{name}/{r_q}:{r_c}": value for (r_q, r_c), value in zip(groups, values_G, strict=True)}
     return losses_G.mean() if normalization == "code" else losses_G.sum(), metrics
@@ -101,6 +123,15 @@ def _check_shapes(query, document, negatives, negative_mask, sources):
         raise UserError(f"matryoshka_loss: {shapes}: expected {negatives.shape[:2]} and {query.shape[:1]}")
 
 
+def _check_contents(contents, pairs_and_negatives):
+    shapes = [words.shape for words in contents]
+    words = shapes[0][-1:]
+    if shapes != [pairs_and_negatives[:1] + words, pairs_and_negatives[:1] + words, pairs_and_negatives + words]:
+        raise UserError(
+            f"matryoshka_loss: contents {shapes}: expected [B, W], [B, W] and [B, K, W] with B, K = {pairs_and_negatives}"
+        )
+
+
 def _check_options(normalization, temperature, chunk):
     if normalization not in ("code", "paper"):
         raise UserError(f"normalization={normalization!r}: expected 'code' (mean over groups) or 'paper' (sum)")
@@ -111,33 +142,76 @@ def _check_options(normalization, temperature, chunk):
 
 
 @partial(jax.jit, static_argnames=("groups", "mesh", "chunk"))
-def _group_losses(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_B, temperature, *, groups, mesh, chunk):
-    """Return losses [G] and accuracies [G] over the global batch."""
+def _group_losses(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, contents, temperature, *, groups, mesh, chunk):
+    """Return losses [G] and accuracies [G] over the global batch, and the numbers of rows and negatives that are not ranked [2]."""
+    pairs = query_BRD.shape[0]
     if mesh is None:
-        counts_BM = jnp.concatenate([source_B[:, None] == source_B, mask_BK], axis=1)
-        sums = _sums(query_BRD, document_BRD, negatives_BKRD, counts_BM, temperature, 0, groups, chunk)
+        ranked_BM, same_2 = _ranked(mask_BK, source_N, contents, 0)
+        losses_G, hits_G = _sums(query_BRD, document_BRD, negatives_BKRD, ranked_BM, temperature, 0, groups, chunk)
     else:
         split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
 
-        @partial(jax.shard_map, mesh=mesh, in_specs=(split, split, split, split, split, whole, whole), out_specs=whole)
-        def sums_of_shards(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_B, source_N, temperature):
+        @partial(jax.shard_map, mesh=mesh, in_specs=(split, split, split, split, whole, whole, whole), out_specs=whole)
+        def sums_of_shards(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, contents, temperature):
             first = jax.lax.axis_index(BATCH_AXES) * query_BRD.shape[0]
             with jax.named_scope("gather"):
                 document_NRD = jax.lax.all_gather(document_BRD, BATCH_AXES, tiled=True)
-            counts_BM = jnp.concatenate([source_B[:, None] == source_N, mask_BK], axis=1)
-            sums = _sums(query_BRD, document_NRD, negatives_BKRD, counts_BM, temperature, first, groups, chunk)
-            return jax.lax.psum(sums, BATCH_AXES)
+            ranked_BM, same_2 = _ranked(mask_BK, source_N, contents, first)
+            sums = _sums(query_BRD, document_NRD, negatives_BKRD, ranked_BM, temperature, first, groups, chunk)
+            return jax.lax.psum((*sums, same_2), BATCH_AXES)
 
-        sums = sums_of_shards(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_B, source_B, temperature)
-    return tuple(values_G / query_BRD.shape[0] for values_G in sums)
+        losses_G, hits_G, same_2 = sums_of_shards(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, contents, temperature)
+    return losses_G / pairs, hits_G / pairs, same_2
 
 
-def _sums(query_BRD, document_NRD, negatives_BKRD, counts_BM, temperature, first, groups, chunk):
+def _ranked(mask_BK, source_N, contents, first):
+    """Return which documents this device's queries rank [B, M], and how many rows and negatives are not, as right documents [2].
+
+    Its queries are those of pairs first, first + 1, ...
+    """
+    queries = mask_BK.shape[0]
+
+    def here(x_N):
+        return jax.lax.dynamic_slice_in_dim(x_N, first, queries)
+
+    of_source_BN = here(source_N)[:, None] == source_N
+    if contents is None:
+        return jnp.concatenate([of_source_BN, mask_BK], axis=1), jnp.zeros(2, jnp.float32)
+    is_own_BN = jnp.arange(source_N.shape[0]) == first + jnp.arange(queries)[:, None]
+    is_right_BN, is_right_BK = _right_documents(contents, here)
+    dropped_BN, dropped_BK = of_source_BN & is_right_BN & ~is_own_BN, mask_BK & is_right_BK
+    same_2 = jnp.stack([dropped_BN.sum(), dropped_BK.sum()]).astype(jnp.float32)
+    return jnp.concatenate([of_source_BN & ~dropped_BN, mask_BK & ~dropped_BK], axis=1), same_2
+
+
+def _right_documents(contents, here):
+    """Return which positives [B, N] and hard negatives [B, K] hold a positive of the query, or of one that is the same.
+
+    Args:
+      here: returns the rows of this device's queries.
+    """
+    query_NW, positive_NW, negative_NKW = contents
+    pairs = positive_NW.shape[0]
+    has_query_BN = _same(here(query_NW)[:, None], query_NW)
+    # The number of the first row with the same positive. A sum over rows by it takes memory for B * N; a product of matrices would
+    # take it for N * N.
+    first_N = jnp.where(_same(positive_NW[:, None], positive_NW), jnp.arange(pairs), pairs).min(axis=1)
+    is_right_NB = jnp.zeros_like(has_query_BN.T).at[first_N].max(has_query_BN.T)
+    holds_positive_BKN = _same(here(negative_NKW)[:, :, None], positive_NW)
+    return is_right_NB[first_N].T, (holds_positive_BKN & has_query_BN[:, None]).any(axis=2)
+
+
+def _same(first, second):
+    """Return which items have the same words; the last axis."""
+    return (first == second).all(axis=-1)
+
+
+def _sums(query_BRD, document_NRD, negatives_BKRD, ranked_BM, temperature, first, groups, chunk):
     """Return the sums of losses [G] and hits [G] over this device's queries. Their positives are documents first, first + 1, ..."""
     queries = query_BRD.shape[0]
     positive_B = first + jnp.arange(queries)
     margins_GBM = _margins(query_BRD, document_NRD, negatives_BKRD, positive_B, groups, chunk)
-    margins_GBM = jnp.where(counts_BM, margins_GBM, -jnp.inf)  # pyright: ignore[reportArgumentType]  custom_vjp loses the type
+    margins_GBM = jnp.where(ranked_BM, margins_GBM, -jnp.inf)  # pyright: ignore[reportArgumentType]  custom_vjp loses the type
     # The margin of the positive is 0, so the log of the sum is minus its log-probability.
     losses_G = jax.nn.logsumexp(margins_GBM / temperature, axis=2).sum(1)
     is_positive_BM = jnp.arange(margins_GBM.shape[2]) == positive_B[:, None]

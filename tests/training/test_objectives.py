@@ -29,7 +29,7 @@ class Run(RunConfig):
 def vectors():
     random = np.random.default_rng(0)
     query, document = (random.normal(size=(6, count, 8)).astype(np.float32) for count in (3, 4))
-    return PairVectors(*(x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, document)), None, None, None)
+    return PairVectors(*(x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, document)), None, None, None, None)
 
 
 def test_the_loss_is_the_sum_of_all_that_are_set():
