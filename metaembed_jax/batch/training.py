@@ -1,6 +1,7 @@
 """The batch of a training step: packed rows in microbatches, and the positions of each pair's vectors in them.
 
-M microbatches of b rows, V vectors of a row, B pairs, K negatives a pair, N documents: B positives, then B*K negatives by pair, W words of a digest.
+M microbatches of b rows, V vectors of a row, B pairs, K negatives a pair, N documents: B positives, then B*K negatives by
+pair, W words of a digest.
 """
 
 import dataclasses

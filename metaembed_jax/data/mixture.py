@@ -1,12 +1,13 @@
 """The pairs of each step, as references: step n is a pure function of (config, n), and no record is read.
 
 Each source is shuffled every epoch, repeated without a gap, and divided into sub-batches. `balanced_schedule` chooses the source of
-each sub-batch of a step.
+each sub-batch of a step. A step has no pair twice.
 
 S sources.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
@@ -33,17 +34,28 @@ def mixture(config: RunConfig, sources: Sequence[Sequence], sizes_S2: Int[np.nda
     Args:
       sources: one for each entry of `config.data.sources`, in its order; `check_mixture` accepts them.
       sizes_S2: mean tokens and patches of a source's pairs.
+
+    Raises:
+      UserError: a step takes more pairs of a source than it has.
     """
     sub_batch = config.data.sub_batch or config.rows.batch_size
-    _, weights, caps = zip(*config.data.sources, strict=True)
+    names, weights, caps = zip(*config.data.sources, strict=True)
     used = [min(cap or len(source), len(source)) for cap, source in zip(caps, sources, strict=True)]
-    references = [_references(number, len(source), used[number], config.seed) for number, source in enumerate(sources)]
     chosen = balanced_schedule(weights, sizes_S2, config.rows.batch_size // sub_batch, config.schedule.steps)
-    counts = _counts_before(chosen)
+    counts, streams = _counts_before(chosen), []
+    for number, (name, source, cap) in enumerate(zip(names, sources, used, strict=True)):
+        taken = (chosen == number).sum(axis=1) * sub_batch
+        if (most := int(taken.max(initial=0))) > cap:
+            raise UserError(
+                f"source {name!r}: a step of config.rows.batch_size={config.rows.batch_size} takes up to {most} pairs of it, by "
+                f"its weight; expected at most the {cap} that are used, or a step would have a pair twice: lower "
+                "config.rows.batch_size or the weight, or add pairs"
+            )
+        streams.append(_Stream(number, len(source), cap, config.seed, np.concatenate([[0], np.cumsum(taken)])))
 
     def step(number: int) -> list[Reference]:
         sub_batches = zip(chosen[number].tolist(), counts[number].tolist(), strict=True)
-        return [reference for source, count in sub_batches for reference in references[source](count * sub_batch, sub_batch)]
+        return [reference for source, count in sub_batches for reference in streams[source].take(count * sub_batch, sub_batch)]
 
     return grain.MapDataset.range(config.schedule.steps).map(step)
 
@@ -79,26 +91,63 @@ def _counts_before(chosen: Int[np.ndarray, "steps sub_batches"]) -> Int[np.ndarr
     return counts.reshape(chosen.shape)
 
 
-def _references(source: int, rows: int, cap: int, seed: int) -> Callable[[int, int], list[Reference]]:
-    """Return a function of a position and a count to the references of the positions that follow.
+class _Stream:
+    """The rows of a source, epoch after epoch, none of them twice in a step.
 
     Every epoch has the same `cap` rows of the source, in another order: that of grain's `MapDataset.shuffle`, without its cost for
-    each element.
-    """
-    order_seed, choice_seed = np.random.SeedSequence([seed, source]).generate_state(2).tolist()
-    chosen = np.random.default_rng(choice_seed).permutation(rows)[:cap] if cap < rows else None
+    each element. Where a step ends an epoch and starts another, rows of the new epoch that the step already has are exchanged with
+    the first ones after the step.
 
-    def references(first: int, count: int) -> list[Reference]:
+    Args:
+      starts: the position at which each step begins, then the end of the last step.
+    """
+
+    def __init__(self, source: int, rows: int, cap: int, seed: int, starts: Int[np.ndarray, " n"]):
+        self._source, self._cap, self._starts = source, cap, starts
+        self._order_seed, choice_seed = np.random.SeedSequence([seed, source]).generate_state(2).tolist()
+        self._chosen = np.random.default_rng(choice_seed).permutation(rows)[:cap] if cap < rows else None
+        self._exchanges: list[dict[int, int]] = [{}]  # of each epoch so far: the index to read in place of an index
+
+    def take(self, first: int, count: int) -> list[Reference]:
+        """Return the references of `count` positions from `first` on."""
         drawn = []
         for position in range(first, first + count):
-            epoch, index = divmod(position, cap)
-            row = _shuffled(index, cap, order_seed + epoch)
-            drawn.append(Reference(source, epoch, row if chosen is None else int(chosen[row])))
+            epoch, index = divmod(position, self._cap)
+            row = self._row(epoch, index)
+            drawn.append(Reference(self._source, epoch, row if self._chosen is None else int(self._chosen[row])))
         return drawn
 
-    return references
+    def _row(self, epoch: int, index: int) -> int:
+        exchanges = self._exchanges  # several threads may read and extend it, with the same entries
+        while len(exchanges) <= epoch:
+            exchanges = self._exchanges = [*exchanges, self._exchange(len(exchanges), exchanges[-1])]
+        return self._shuffled(epoch, exchanges[epoch].get(index, index))
+
+    def _exchange(self, epoch: int, before: dict[int, int]) -> dict[int, int]:
+        """Return the exchanged indices of an epoch.
+
+        Args:
+          before: those of the epoch before.
+        """
+        boundary = epoch * self._cap
+        step = int(np.searchsorted(self._starts, boundary)) - 1
+        if step + 1 == len(self._starts) or self._starts[step + 1] == boundary:
+            return {}
+        first, end = (int(start) - boundary for start in self._starts[step : step + 2])
+        tail = range(self._cap + first, self._cap)
+        in_step = {self._shuffled(epoch - 1, before.get(index, index)) for index in tail}
+        repeated = [index for index in range(end) if self._shuffled(epoch, index) in in_step]
+        others = (index for index in range(end, self._cap) if self._shuffled(epoch, index) not in in_step)
+        exchanges = {}
+        for index, other in zip(repeated, others, strict=False):
+            exchanges |= {index: other, other: index}
+        return exchanges
+
+    def _shuffled(self, epoch: int, index: int) -> int:
+        return _shuffled(index, self._cap, self._order_seed + epoch)
 
 
+@functools.lru_cache(maxsize=1 << 14)  # of few rows, one takes grain milliseconds
 def _shuffled(index: int, rows: int, seed: int) -> int:
     """Return the row at an index of a shuffled epoch. A function of this module can be pickled; grain's cannot."""
     return index_shuffle(index, max_index=rows - 1, seed=seed % 2**32, rounds=4)

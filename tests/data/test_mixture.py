@@ -1,9 +1,11 @@
 """The pairs of a step: sources by weight, every row of a source once an epoch."""
 
 import numpy as np
+import pytest
 
 from metaembed_jax.config import DataConfig, OptimizerConfig, RowsConfig, RunConfig, ScheduleConfig, load_config, with_keys
 from metaembed_jax.data.mixture import mixture
+from metaembed_jax.errors import UserError
 
 ALIKE = np.ones((2, 2), int)
 
@@ -42,3 +44,22 @@ def test_no_row_is_left_out_and_a_prefix_does_not_depend_on_what_follows():
     assert all(sorted(row.row for row in of_a[first : first + 7]) == list(range(7)) for first in range(0, 168, 7))
     settings = with_keys(settings, {"schedule.steps": 3})
     assert list(mixture(settings, [range(7), range(5)], ALIKE)) == steps[:3]
+
+
+@pytest.mark.parametrize("rows", [11, 25])
+def test_a_step_has_no_pair_twice(rows):
+    """Batches of 10 of fewer than twice as many rows share rows at the end of every epoch, if nothing prevents it."""
+    settings = settings_of((("a", 1.0, 0),), sub_batch=0, batch_size=10, steps=24)
+    steps = [[reference[1:] for reference in step] for step in mixture(settings, [range(rows)], ALIKE[:1])]
+    assert all(len({row for _, row in step}) == 10 for step in steps)
+    drawn = [reference for step in steps for reference in step]
+    for epoch in range(240 // rows):
+        assert sorted(drawn[epoch * rows : (epoch + 1) * rows]) == [(epoch, row) for row in range(rows)]
+    dataset = mixture(settings, [range(rows)], ALIKE[:1])
+    assert [reference[1:] for reference in dataset[23]] == steps[23]  # a run that resumes there
+
+
+def test_fewer_pairs_than_a_step_takes_are_refused():
+    settings = settings_of((("a", 1.0, 0), ("b", 1.0, 0)), sub_batch=4, batch_size=16, steps=20)
+    with pytest.raises(UserError, match="source 'b': a step of config.rows.batch_size=16 takes up to 8 pairs of it"):
+        mixture(settings, [range(90), range(6)], ALIKE)
