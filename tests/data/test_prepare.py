@@ -9,13 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pyarrow import parquet
 
 from metaembed_jax.config import DataConfig
 from metaembed_jax.data import sources
-from metaembed_jax.data.sources import image_files, preparation, records, row_files
+from metaembed_jax.data.sources import image_files, preparation, records, row_files, splits
 from metaembed_jax.errors import UserError
+from metaembed_jax.evaluation.metrics import evaluate
 from metaembed_jax.files import locked
 from tests.data.field_files import (
     MARK,
@@ -116,6 +118,41 @@ def test_held_out_rows_are_a_search_task(tmp_path):
     for query, relevant in zip(task.queries, task.relevance, strict=True):
         (document,) = relevant
         assert task.documents[document] == {"text": f"p{int(query['text'][1:]) // 2}"}
+
+
+def test_rows_that_share_lie_in_one_split(tmp_path):
+    """Chains: rows share a query with the next and a positive with the one after it, in groups of 8."""
+    rows = [{"query": f"q{number // 2}", "positive": f"p{(number + 1) // 2 + number // 8 * 100}"} for number in range(400)]
+    write_pairs(tmp_path / "mine.jsonl", rows)
+    marker = prepare("pairs", tmp_path / "mine.jsonl", tmp_path)["mine"]
+    assert marker["groups"] == 50 and marker["rows"] == {"train": 368, "validation": 16, "test": 16}
+    found = [
+        {(kind, record[kind]["text"]) for record in read(tmp_path, "mine", split) for kind in ("query", "positive")}
+        for split in records.SPLITS
+    ]
+    assert not found[0] & found[1] and not found[0] & found[2] and not found[1] & found[2]
+
+
+def test_splits_of_rows_that_share_nothing_are_random_rows():
+    order = np.random.default_rng(0).permutation(400).tolist()
+    expected = {row: "validation" if index < 20 else "test" for index, row in enumerate(order[:40])}
+    assert splits.held_out(splits.groups_of([(b"%d" % row, b"%d" % row) for row in range(400)])) == expected
+    assert splits.held_out(np.arange(19)) == {} == splits.held_out(np.arange(400) % 7)
+    eight = splits.held_out(np.arange(400) % 8)
+    assert {split: len({row % 8 for row in eight if eight[row] == split}) for split in ("validation", "test")} == {
+        "validation": 1,
+        "test": 1,
+    }
+    assert len(eight) == 100
+
+
+def test_equal_queries_search_all_their_positives():
+    texts = [("a", "x"), ("b", "y"), ("a", "y"), ("a", "x"), ("c", "z")]
+    task = records.pairs_retrieval([{"query": {"text": query}, "positive": {"text": positive}} for query, positive in texts])
+    assert [query["text"] for query in task.queries] == ["a", "b", "c"]
+    assert [document["text"] for document in task.documents] == ["x", "y", "z"] and task.relevance == [{0, 1}, {1}, {2}]
+    perfect = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 1]])
+    assert evaluate(perfect, task.relevance)["R@1"].tolist() == [1, 1, 1]
 
 
 def test_shards_resume_and_do_not_depend_on_workers(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def find_sources(file: Path) -> list[RawSource]:
         raise UserError(f"{file}: no such file; --from is a .jsonl or .parquet of pairs")
     rows = open_row_files([file])
     say_further_columns(rows, COLUMNS, "not read")
-    return [RawSource(file.stem, rows, partial(to_record, folder=ImageFolder(file.parent), source=file.stem))]
+    return [RawSource(file.stem, rows, partial(to_record, folder=ImageFolder(file.parent), source=file.stem), by_groups=True)]
 
 
 def to_record(row: dict, folder: ImageFolder, source: str) -> dict:

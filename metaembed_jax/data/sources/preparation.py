@@ -2,12 +2,13 @@
 
     OUT/{source}/{version}.part/            while it is written
         job.json                            the files that are read; a preparation from other files starts over
+        splits.json                         the rows that are not for training
         corpus.bin, corpus.json             the documents that rows name, if they name any
         pairs-train.array_record-00007-of-00098, 00007.described-train.jsonl, 00007.json      a shard, its descriptions, its counts
     OUT/{source}/{version}/                 complete, and readable by TensorFlow Datasets
 
-A preparation that was killed resumes with the missing shards. The splits `validation` and `test` are `HELD_OUT` random rows each;
-together they are at most a tenth of the rows.
+A preparation that was killed resumes with the missing shards. `splits` chooses the rows of the splits
+`validation` and `test`.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import example_serializer, naming
 from tqdm import tqdm
 
-from metaembed_jax.data.sources import descriptions, records
+from metaembed_jax.data.contents import content_digest
+from metaembed_jax.data.sources import descriptions, records, splits
 from metaembed_jax.data.sources.corpus import Corpus, remove_copy
 from metaembed_jax.data.sources.row_files import Rows
 from metaembed_jax.data.workers import map_with
@@ -34,7 +36,6 @@ from metaembed_jax.files import digest, locked, replacing, write_bytes, write_js
 
 VERSION = "1.0.0"
 SHARD_ROWS = 1024
-HELD_OUT = 256
 DATASET = "pairs"  # its name in TensorFlow Datasets, which does not allow names such as A-OKVQA
 TYPES = (
     ("text", lambda item: "image" not in item),
@@ -52,12 +53,14 @@ class RawSource:
       rows: the rows of its files.
       record: turns a row into a record. It can be pickled, and its UserErrors do not name the row.
       corpus: the documents that rows name by id. They are copied first, and `record` then takes the copy as `corpus`.
+      by_groups: rows with the same query or positive lie in one split. All rows are read once more, before the others.
     """
 
     name: str
     rows: Rows
     record: Callable[..., dict]
     corpus: Corpus | None = None
+    by_groups: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,7 @@ class _Job:
     source: RawSource
     directory: Path
     skips: int
+    held_out: dict[int, str] = dataclasses.field(default_factory=dict)
 
     @property
     def shards(self) -> int:
@@ -95,8 +99,8 @@ def prepare_source(source: RawSource, out: Path, workers: int, skips: int) -> di
       skips: the most bad rows to leave out, with a line for each; one more is an error.
 
     Returns:
-      The marker: {"version", "fingerprint", "job" (digest of the files that were read), "rows" of each split, "queries" and
-      "positives" of each type, "negatives", "bytes", "skipped"}.
+      The marker: {"version", "fingerprint", "job" (digest of the files that were read), "groups" of rows that lie in one
+      split, "rows" of each split, "queries" and "positives" of each type, "negatives", "bytes", "skipped"}.
 
     Raises:
       UserError: too many rows are bad, an id occurs twice (both name the first row), or the source is prepared from other files.
@@ -119,6 +123,8 @@ def _write_all(source: RawSource, directory: Path, inputs: str, workers: int, sk
         copy = source.corpus.copy(source.rows, directory, source.name)
         source = dataclasses.replace(source, record=functools.partial(source.record, corpus=copy), corpus=None)
     job = _Job(source, directory, skips)
+    chosen = _splits(job, workers)
+    job = dataclasses.replace(job, held_out={int(row): split for row, split in chosen["held_out"].items()})
     written = {shard: counts for shard in range(job.shards) if (counts := job.read_counts(shard)) is not None}
     missing = [shard for shard in range(job.shards) if shard not in written]
     with tqdm(total=len(source.rows), desc=source.name, unit="row", mininterval=0.5) as bar:
@@ -128,7 +134,7 @@ def _write_all(source: RawSource, directory: Path, inputs: str, workers: int, sk
             bar.update(counts["read"])
             _check_skipped(written, skips)
     _check_skipped(written, skips)
-    return _finish(job, [written[shard] for shard in range(job.shards)])
+    return _finish(job, [written[shard] for shard in range(job.shards)], chosen["groups"])
 
 
 def _inputs(source: RawSource) -> str:
@@ -152,7 +158,6 @@ def _write_shard(job: _Job, shard: int) -> dict:
     rows, first = job.source.rows, shard * SHARD_ROWS
     features = records.features()
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())  # pyright: ignore[reportArgumentType]
-    held_out = _held_out(len(rows))
     files = {split: job.directory / f"{shard:05}.{split}.tmp" for split in records.SPLITS}  # unique to the shard
     writers = {split: ArrayRecordWriter(str(file), "group_size:1") for split, file in files.items()}
     lines = {split: [] for split in records.SPLITS}
@@ -170,7 +175,7 @@ def _write_shard(job: _Job, shard: int) -> dict:
                 break
             continue
         serialized = serializer.serialize_example(features.encode_example(records.to_example(record)))
-        split = held_out.get(number, "train")
+        split = job.held_out.get(number, "train")
         writers[split].write(serialized)
         lines[split].append(line)
         content.update(_digest(record))
@@ -197,11 +202,34 @@ def _digest(record: dict) -> bytes:
     return hashlib.sha256(repr((record["source"], contents)).encode()).digest()
 
 
-def _held_out(rows: int) -> dict[int, str]:
-    """Return the split of each row that is not for training."""
-    count = min(HELD_OUT, rows // 20)
-    chosen = np.random.default_rng(0).permutation(rows)[: 2 * count].tolist()
-    return {row: "validation" if index < count else "test" for index, row in enumerate(chosen)}
+def _splits(job: _Job, workers: int) -> dict:
+    """Return the number of groups, and the split of each row that is not for training; they are chosen once a preparation."""
+    file, rows = job.directory / "splits.json", len(job.source.rows)
+    if not file.is_file():
+        groups = np.arange(rows)
+        if job.source.by_groups:
+            contents = []
+            with tqdm(total=rows, desc=f"{job.source.name}: equal items", unit="row", mininterval=0.5, delay=1) as bar:
+                for shard in map_with(job, _contents, range(job.shards), workers):
+                    contents += shard
+                    bar.update(len(shard))
+            groups = splits.groups_of(contents)
+        write_json(file, {"groups": len(np.unique(groups)), "held_out": splits.held_out(groups)})
+    return json.loads(file.read_text())
+
+
+def _contents(job: _Job, shard: int) -> list[tuple[bytes, bytes] | None]:
+    """Return digests of the query and the positive of each row of a shard; None for a bad row."""
+    rows, first = job.source.rows, shard * SHARD_ROWS
+
+    def contents(row: dict) -> tuple[bytes, bytes] | None:
+        try:
+            record = job.source.record(row)
+        except UserError:  # named when the row is written
+            return None
+        return content_digest(record["query"]), content_digest(record["positive"])
+
+    return [contents(row) for row in rows.read(first, min(first + SHARD_ROWS, len(rows)))]
 
 
 def _check_skipped(written: dict[int, dict], skips: int) -> None:
@@ -211,11 +239,12 @@ def _check_skipped(written: dict[int, dict], skips: int) -> None:
         raise UserError(f"{bad[0]}{more}")
 
 
-def _finish(job: _Job, shards: Sequence[dict]) -> dict:
+def _finish(job: _Job, shards: Sequence[dict], groups: int) -> dict:
     """Turn the shards into a folder of TensorFlow Datasets, and move it to its final path.
 
     Args:
       shards: the counts of each shard.
+      groups: the number of groups of rows that share no query and no positive.
     """
     source, directory = job.source, job.directory
     skipped = [line for counts in shards for line in counts["skipped"]]
@@ -236,6 +265,7 @@ def _finish(job: _Job, shards: Sequence[dict]) -> dict:
         "version": VERSION,
         "fingerprint": digest("".join(counts["digest"] for counts in shards).encode()),
         "job": digest((directory / "job.json").read_bytes()),
+        "groups": groups,
         "rows": {split: sum(lengths) for split, lengths in rows.items()},
         **{side: {name: sum(counts[side][name] for counts in shards) for name, _ in TYPES} for side in ("queries", "positives")},
         "negatives": sum(counts["negatives"] for counts in shards),

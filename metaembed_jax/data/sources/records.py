@@ -194,13 +194,20 @@ class Retrieval(NamedTuple):
 
 
 def pairs_retrieval(pairs: Sequence[dict]) -> Retrieval:
-    """Return pairs as a search task: each query searches its positive among all positives. Equal ones are one document."""
-    numbers, documents, relevance = {}, [], []
+    """Return pairs as a search task: each query searches its positives among all positives. Equal items are one."""
+    query_numbers, document_numbers, queries, documents, relevance = {}, {}, [], [], []
     for record in pairs:
-        positive = record["positive"]
-        key = positive.get("text"), positive.get("image")
-        if key not in numbers:
-            numbers[key] = len(documents)
+        query, positive = record["query"], record["positive"]
+        number = query_numbers.setdefault(_key(query), len(queries))
+        if number == len(queries):
+            queries.append(query)
+            relevance.append(set())
+        document = document_numbers.setdefault(_key(positive), len(documents))
+        if document == len(documents):
             documents.append(positive)
-        relevance.append({numbers[key]})
-    return Retrieval([record["query"] for record in pairs], documents, relevance)
+        relevance[number].add(document)
+    return Retrieval(queries, documents, relevance)
+
+
+def _key(item: dict) -> tuple[str | None, bytes | None]:
+    return item.get("text"), item.get("image")
