@@ -278,7 +278,7 @@ def test_two_processes_do_not_prepare_one_source_at_once(tmp_path):
     (tmp_path / "out/mine").mkdir(parents=True)
     with locked(tmp_path / "out/mine/lock", "busy"), pytest.raises(UserError, match="is being prepared by another process"):
         prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")
-    assert prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")["mine"]["rows"]["train"] == 18
+    assert prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")["mine"]["rows"]["train"] == 20  # the same pair: one group
 
 
 def test_a_source_without_good_rows_is_refused(tmp_path):
