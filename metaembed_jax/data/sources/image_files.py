@@ -187,10 +187,9 @@ def image_path(value: object) -> str | None:
 
 def _struct_content(value: object, column: str) -> bytes | str:
     """Return the bytes of a struct, or its path if it has none."""
-    content = None
-    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
-        content = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if not isinstance(content, bytes | str) or (isinstance(content, str) and value.get("bytes") is not None):
+    fields = value if isinstance(value, dict) and value.keys() <= {"bytes", "path"} else {}
+    content = fields.get("path") if fields.get("bytes") is None else fields["bytes"]
+    if not isinstance(content, bytes | str) or (isinstance(content, str) and fields.get("bytes") is not None):
         shown = repr(value)
         shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
         raise UserError(f"{column} is {shown}; expected the path of an image, its bytes, {{'bytes', 'path'}}, or null")
