@@ -7,19 +7,27 @@
 Documents of a folder are in natural order: page2 before page10, and a folder where its name is in the order of the files. Hidden
 files and folders are skipped. Other files, and links to folders or out of the folder, are left out; a line says how many.
 
-A file that cannot be read is an error: an encrypted, broken or empty PDF file at once, a broken image when it is read.
+A document that cannot be read is an error, or left out (`skip`): an encrypted, broken or empty PDF file at once, a broken image
+when it is read.
 """
 
+import hashlib
 import json
 import os
 import re
+import threading
 from abc import abstractmethod
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path, PurePath
 
+import numpy as np
+from jaxtyping import UInt64
+from tqdm import tqdm
+
+from metaembed_jax.data.left_out import LeftOut, check_left_out
 from metaembed_jax.data.pdf import PdfReader
 from metaembed_jax.data.sources.image_files import ImageFolder, image_path, read_image_file
 from metaembed_jax.data.sources.row_files import PANDAS_INDEX, RowFiles, open_row_files, say_further_columns, unique_id
@@ -37,9 +45,11 @@ class Documents(Sequence):
 
     Attributes:
       files: those that are read, without the images that a table names.
+      left_out: files that cannot be opened, whose documents are left out.
     """
 
     files: tuple[Path, ...]
+    left_out: Sequence[LeftOut] = ()
 
     def __getitem__(self, number):
         """Return {"text": str, "image": PIL image or encoded bytes}, either or both; for a slice, a list of them.
@@ -49,6 +59,17 @@ class Documents(Sequence):
         """
         numbers = range(len(self))[number]
         return [self._item(number) for number in numbers] if isinstance(numbers, range) else self._item(numbers)
+
+    @abstractmethod
+    def ids(self) -> list[str]:
+        """Return the ids of all documents."""
+
+    @abstractmethod
+    def stamps(self) -> UInt64[np.ndarray, " N"]:
+        """Return a number for each document that changes when its file, or its row or the image that it names, changes.
+
+        Files are told apart by path, size and time; no image or PDF file is opened.
+        """
 
     @abstractmethod
     def metadata(self, number: int) -> dict:
@@ -64,8 +85,11 @@ class Documents(Sequence):
     def _item(self, number: int) -> dict: ...
 
 
-def open_documents(path: str | Path) -> Documents:
+def open_documents(path: str | Path, *, skip: int = 0) -> Documents:
     """Open the documents of a folder, of an image or PDF file, or of a table.
+
+    Args:
+      skip: most files of a folder that may be left out because they cannot be opened.
 
     Raises:
       UserError: there are no documents, a PDF file or table cannot be read, or an id occurs twice; names the file, and its row.
@@ -77,31 +101,52 @@ def open_documents(path: str | Path) -> Documents:
             print(f"{path}: left out {', '.join(f'{count:,} {kind}' for kind, count in sorted(left_out.items()))}", flush=True)
         if not files:
             raise UserError(f"{path} has no images or PDF files in it")
-        return FolderDocuments(path, files)
+        return FolderDocuments(path, files, skip)
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
     if path.suffix.lower() in TABLES:
         return TableDocuments(open_row_files([path]))
     if path.suffix.lower() not in IMAGES | {".pdf"}:
         raise UserError(f"{path}: expected an image, PDF file or table ({', '.join(sorted(IMAGES | TABLES | {'.pdf'}))})")
-    return FolderDocuments(path.parent, [path])
+    return FolderDocuments(path.parent, [path], skip)
 
 
 class FolderDocuments(Documents):
     """Images and pages of PDF and TIFF files. An image's id is its path in the folder; a page's ends with #page=N, as links do."""
 
-    def __init__(self, root: Path, files: Sequence[Path]):
-        self.root, self.files, self.reader = root, tuple(files), PdfReader()
+    def __init__(self, root: Path, files: Sequence[Path], skip: int = 0):
+        self.root, self.reader = root, PdfReader()
         self.frames = {}  # of each TIFF that has several pages
-        counts, errors = [], []
-        for file in files:
+        counts, self.left_out = {}, []
+        for file in tqdm(files, desc="opening", unit="file", delay=2, leave=False, disable=None):
             try:
-                counts.append(self._count(file))
+                counts[file] = self._count(file)
             except UserError as error:
-                errors.append(error)
-        if errors:
-            raise UserError(f"{errors[0]}" + (f" (and {len(errors) - 1:,} other files)" if len(errors) > 1 else ""))
-        self.starts = list(accumulate(counts, initial=0))
+                self.left_out.append(LeftOut(self._id(file, None), str(error)))
+        check_left_out(self.left_out, skip)
+        self.files, self.starts = tuple(counts), list(accumulate(counts.values(), initial=0))
+
+    def ids(self) -> list[str]:
+        return [self._id(file, page) for file, pages in self._pages() for page in pages]
+
+    def stamps(self) -> UInt64[np.ndarray, " N"]:
+        stamps = []
+        for file, pages in tqdm(self._pages(), "reading times", len(self.files), unit="file", delay=2, leave=False, disable=None):
+            status = _file_stamp(file)
+            stamps += [_stamp((self._id(file, page), status, page)) for page in pages]
+        return np.array(stamps, np.uint64)
+
+    def _id(self, file: Path, page: int | None) -> str:
+        name = file.relative_to(self.root).as_posix()
+        return f"{name}#page={page}" if page else name
+
+    def _pages(self) -> Iterator[tuple[Path, Sequence[int | None]]]:
+        """Yield each file and the pages of its documents, None for an image."""
+        for file, start, end in zip(self.files, self.starts, self.starts[1:], strict=False):
+            yield file, range(1, end - start + 1) if self._has_pages(file) else (None,)
+
+    def _has_pages(self, file: Path) -> bool:
+        return _is_pdf(file) or file in self.frames
 
     def _count(self, file: Path) -> int:
         """Return the number of documents in a file."""
@@ -117,8 +162,7 @@ class FolderDocuments(Documents):
 
     def metadata(self, number: int) -> dict:
         file, page = self._find(number)
-        name = file.relative_to(self.root).as_posix()
-        return {"id": f"{name}#page={page}" if page else name, "path": str(file), "page": page, "text": None}
+        return {"id": self._id(file, page), "path": str(file), "page": page, "text": None}
 
     def item_name(self, number: int) -> str:
         file, page = self._find(number)
@@ -145,7 +189,7 @@ class FolderDocuments(Documents):
         number = range(len(self))[number]
         index = bisect_right(self.starts, number) - 1
         file = self.files[index]
-        return file, number - self.starts[index] + 1 if _is_pdf(file) or file in self.frames else None
+        return file, number - self.starts[index] + 1 if self._has_pages(file) else None
 
 
 class TableDocuments(Documents):
@@ -156,10 +200,33 @@ class TableDocuments(Documents):
         if not columns & {"text", "image"}:
             raise UserError(f"{rows.files[0]} has the columns {', '.join(sorted(columns))}; expected text or image, or both")
         say_further_columns(rows, COLUMNS, "kept as metadata, not encoded")
-        self.rows, self.files, self.folder, self.ids = rows, rows.files, ImageFolder(rows.files[0].parent), None
+        self.rows, self.files, self.folder, self._ids = rows, rows.files, ImageFolder(rows.files[0].parent), None
+        self._lock = threading.Lock()  # rows are read for vectors ahead of those whose metadata are read
         if "id" in columns:
             read, seen = rows.read(0, len(rows), columns=("id",)), {}
-            self.ids = [unique_id(row.get("id"), "id", seen, rows, number) for number, row in enumerate(read)]
+            self._ids = [unique_id(row.get("id"), "id", seen, rows, number) for number, row in enumerate(read)]
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def ids(self) -> list[str]:
+        return self._ids or list(map(str, range(len(self))))
+
+    def stamps(self) -> UInt64[np.ndarray, " N"]:
+        with self._lock:
+            rows = tqdm(self.rows.read(0, len(self)), "reading rows", len(self), unit="row", delay=2, leave=False, disable=None)
+            return np.array([_stamp((row, self._image_stamp(row.get("image")))) for row in rows], np.uint64)
+
+    def _image_stamp(self, image: object) -> tuple | None:
+        """Return the path, size and time of the file that the value of an image column names; None without one."""
+        path = image_path(image)
+        try:
+            return _file_stamp(Path(self.folder.find(path)[1])) if path else None
+        except UserError:  # reading the document names what is wrong
+            return None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -170,7 +237,7 @@ class TableDocuments(Documents):
         image, text = image_path(row.get("image")), row.get("text")
         path = str(self.folder.root / image) if image else None
         further = {name: value for name, value in row.items() if _is_metadata(name, value)}
-        document = {"id": self.ids[number] if self.ids else str(number), "path": path, "page": None, "text": text or None}
+        document = {"id": self._ids[number] if self._ids else str(number), "path": path, "page": None, "text": text or None}
         return document | further | {name: value for name, value in document.items() if value is not None}
 
     def item_name(self, number: int) -> str:
@@ -179,14 +246,15 @@ class TableDocuments(Documents):
     def _item(self, number: int) -> dict:
         row = self._row(number)
         try:
-            if "id" in row and not self.ids:
+            if "id" in row and not self._ids:
                 raise UserError("has an id, which the first row lacks; expected an id in all rows or in none")
             return self.folder.item("document", row.get("text"), row.get("image"), "image")
         except UserError as error:
             raise UserError(f"{self.rows.row_name(number)}: {error}") from None
 
     def _row(self, number: int) -> dict:
-        return next(self.rows.read(number, number + 1))
+        with self._lock:
+            return next(self.rows.read(number, number + 1))
 
 
 def find_files(root: Path) -> tuple[list[Path], Counter]:
@@ -242,6 +310,35 @@ def _is_metadata(column: str, value: object) -> bool:
         return bool(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
         return False
+
+
+def _file_stamp(file: Path) -> tuple | None:
+    """Return the path, size and time of a file; None if it is missing."""
+    try:
+        status = file.stat()
+        return os.path.realpath(file), status.st_size, status.st_mtime_ns
+    except OSError:
+        return None
+
+
+def _stamp(value: object) -> int:
+    """Return a hash of numbers, texts, bytes, and of lists and dicts of them."""
+    digest = hashlib.blake2b(digest_size=8)
+    _update(digest, value)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _update(digest, value: object) -> None:
+    if isinstance(value, bytes):
+        digest.update(b"b%d:" % len(value) + value)
+    elif isinstance(value, dict):
+        _update(digest, sorted(value.items()))
+    elif isinstance(value, list | tuple):
+        digest.update(b"l%d:" % len(value))
+        for part in value:
+            _update(digest, part)
+    else:
+        digest.update(f"{value!r};".encode())  # repr escapes what UTF-8 cannot encode
 
 
 def _is_pdf(file: Path) -> bool:

@@ -29,8 +29,7 @@ def index(model: str, documents: Path, out: Path, budget: int | None, dtype: str
     check_devices()
     encoder = MetaEmbed.from_pretrained(model)
     print(describe_devices(encoder.mesh), flush=True)
-    built = index_documents(encoder, items, out, name=name, budget=budget, dtype=dtype, progress=True)
-    print(f"{out}: {len(built):,} items, {built.vectors} vectors each. A search checks what it reads; Index.verify() checks all.")
+    index_documents(encoder, items, out, name=name, budget=budget, dtype=dtype, progress=True)
 
 
 def search(folder: Path, query: str | None, image: Path | None, budget: str | None, k: int | None, model: str | None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from metaembed_jax.errors import UserError
 from metaembed_jax.retrieval.checksummed_files import open_regular
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = ("bfloat16", "float32", "int8")  # of stored vectors
 LEVEL_ENDS = (1, 4, 8, 16, 64)  # the document vectors of the usual budgets
 MANIFEST_BYTES = 2**28  # largest size of the file
@@ -52,7 +52,8 @@ class Manifest:
       dtype: type of the stored vectors, one of `DTYPES`.
       segments: segments in the order of their items.
       model: {"name", "fingerprint"} of the model that encoded the items; None if it is unknown.
-      job: digest of the job of `index_documents`, which can resume; empty for other indexes.
+      job: digest of what all vectors depend on, of an index by `index_documents`; empty for other indexes.
+      left_out: (id, reason, stamp) of each document of the job that was left out.
     """
 
     width: int
@@ -61,6 +62,7 @@ class Manifest:
     segments: tuple[Segment, ...] = ()
     model: dict[str, str] | None = None
     job: str = ""
+    left_out: tuple[tuple[str, str, int], ...] = ()
 
 
 def levels_of(vectors: int) -> tuple[int, ...]:
@@ -98,7 +100,7 @@ def decode(path: Path) -> Manifest:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({_reason(error)}); remove it and build the index again") from error
     if index.pop("format", None) != FORMAT:
-        raise UserError(f"{path} is of another version of this program; remove it and build the index again")
+        raise UserError(f"{path} is of another version of this program; remove it and index again")
     try:
         return _validated(index)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -109,7 +111,8 @@ def _validated(index: dict) -> Manifest:
     """Check all fields: another program may have written a file with a matching checksum."""
     segments = tuple(_segment(**fields) for fields in index.pop("segments"))
     levels = tuple(index.pop("levels"))
-    manifest = Manifest(segments=segments, levels=levels, **index)
+    left_out = tuple((item, reason, stamp) for item, reason, stamp in index.pop("left_out"))
+    manifest = Manifest(segments=segments, levels=levels, left_out=left_out, **index)
     _require(_is_count(manifest.width) and manifest.dtype in DTYPES and isinstance(manifest.job, str), "width, dtype or job")
     model = manifest.model
     _require(levels and all(map(_is_count, levels)) and list(levels) == sorted(set(levels)), "levels")
@@ -117,6 +120,9 @@ def _validated(index: dict) -> Manifest:
     _require(is_model, "model")
     _require(len({segment.name for segment in segments}) == len(segments), "a segment is named twice")
     _require(all(segment.fewest <= levels[-1] for segment in segments), "fewest")
+    texts, stamps = [text for item, reason, _ in left_out for text in (item, reason)], [stamp for _, _, stamp in left_out]
+    _require(all(isinstance(text, str) for text in texts), "left_out")
+    _require(all(type(stamp) is int and 0 <= stamp < 2**64 for stamp in stamps), "left_out")
     return manifest
 
 

@@ -5,10 +5,13 @@ vectors-0-1, vectors-1-4, ...    [items, vectors of the level, D]: a file for ea
 scales-0-1, ...                  float32 [items, vectors of the level], for int8
 counts                           int32 [items]: vectors of each item
 ids, id-ends, id-hashes          concatenated texts; int64 and uint64 [items]: the end and the hash of each text
+stamps                           uint64 [items]: `Documents.stamps`, or zeros
 metadata, metadata-ends          concatenated JSON objects; int64 [items]: the end of each
 checksums                        CRC-32 of each `checksummed_files.CHUNK_BYTES` bytes of all files above, in order of their names
 """
 
+import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -78,6 +81,13 @@ class SegmentFiles:
         alive[list(self.entry.deleted)] = False
         return alive
 
+    def only(self, is_kept_N: Bool[np.ndarray, " N"]) -> "SegmentFiles":
+        """Return the segment with the rows of a mask, and all others deleted."""
+        segment = copy.copy(self)
+        segment.entry = dataclasses.replace(self.entry, deleted=tuple(np.flatnonzero(~is_kept_N).tolist()))
+        segment.__dict__.pop("is_alive", None)
+        return segment
+
     def ids(self, rows: Iterable[int]) -> list[str]:
         """Return the ids of rows."""
         return [self._text("ids", "id-ends", int(row)) for row in rows]
@@ -118,7 +128,9 @@ class SegmentFiles:
         for file in self.files.values():
             file.release()
 
-    def items(self, at_once: int) -> Iterator[tuple[list[str], list[np.ndarray], list[np.ndarray], np.ndarray, list[str]]]:
+    def items(
+        self, at_once: int
+    ) -> Iterator[tuple[list[str], list[np.ndarray], list[np.ndarray], np.ndarray, list[str], np.ndarray]]:
         """Yield the items that are not deleted, in blocks of `at_once` rows, as the arguments of `SegmentWriter.write`."""
         for start in range(0, len(self), at_once):
             rows = start + np.flatnonzero(self.is_alive[start : start + at_once])
@@ -129,7 +141,7 @@ class SegmentFiles:
                 raise UserError(
                     f"{self.folder / 'counts'}: an item has fewer vectors than the manifest says; build the index again"
                 )
-            yield self.ids(rows), levels, scales, counts, texts
+            yield self.ids(rows), levels, scales, counts, texts, self.files["stamps"].take(rows)
             self.release()
 
     def _text(self, blob: str, ends: str, row: int) -> str:
@@ -151,6 +163,7 @@ def layout_of(manifest: Manifest) -> dict[str, tuple]:
         "id-ends": (np.int64, ()),
         "metadata-ends": (np.int64, ()),
         "id-hashes": (np.uint64, ()),
+        "stamps": (np.uint64, ()),
         "counts": (np.int32, ()),
     }
     ends = manifest.levels

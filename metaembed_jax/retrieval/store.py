@@ -94,14 +94,12 @@ def is_index(folder: Path) -> bool:
 
 
 def read_draft(folder: Path, job: str) -> Manifest | None:
-    """Return the draft of a job; None if there is none, or if one of its segments is damaged. The caller holds the lock."""
+    """Return the draft of a job; None if there is none, or if it is damaged."""
     try:
         draft = decode(folder / DRAFT)
-        for segment in draft.segments if draft.job == job else ():
-            SegmentFiles(folder, draft, segment).check_all()  # a damaged segment would stop the job each time it resumes
-        return draft if draft.job == job else None
     except (UserError, FileNotFoundError):
         return None
+    return draft if draft.job == job else None
 
 
 def write_draft(folder: Path, manifest: Manifest) -> None:
@@ -110,8 +108,12 @@ def write_draft(folder: Path, manifest: Manifest) -> None:
 
 
 def commit(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest of the index, and remove segments that it does not name. The caller holds the lock."""
-    _replace(folder / MANIFEST, manifest)
+    """Replace the manifest of the index unless it is the same, and remove the draft and segments that it does not name.
+
+    The caller holds the lock.
+    """
+    if not (folder / MANIFEST).exists() or read_manifest(folder) != manifest:
+        _replace(folder / MANIFEST, manifest)
     (folder / DRAFT).unlink(missing_ok=True)
     clean(folder, manifest)
 

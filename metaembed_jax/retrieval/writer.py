@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt64
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import sync_folder
@@ -37,8 +38,11 @@ class SegmentWriter:
         self._hashes: list[np.ndarray] = []
         self.item_count, self.fewest_vectors = 0, manifest.levels[-1]
 
-    def add(self, items: Items) -> None:
+    def add(self, items: Items, stamps_N: UInt64[np.ndarray, " N"] | None = None) -> None:
         """Append items.
+
+        Args:
+          stamps_N: stamps of documents; zeros by default.
 
         Raises:
           UserError: the vectors do not have the width of the index, or an item has more vectors than it stores.
@@ -59,9 +63,10 @@ class SegmentWriter:
                 level_NwD, scale_Nw = to_int8(level_NwD)
                 scales.append(scale_Nw)
             levels.append(level_NwD)
-        self.write(items.ids, levels, scales, items.counts_N, items.metadata)
+        stamps_N = np.zeros(len(items.ids), np.uint64) if stamps_N is None else stamps_N
+        self.write(items.ids, levels, scales, items.counts_N, items.metadata, stamps_N)
 
-    def write(self, ids, levels, scales, counts, metadata) -> None:
+    def write(self, ids, levels, scales, counts, metadata, stamps) -> None:
         """Append items with their vectors split into levels; scales are empty unless the index is int8."""
         if not ids:
             return
@@ -69,7 +74,7 @@ class SegmentWriter:
         arrays = {f"vectors-{name}": level for name, level in zip(names, levels, strict=True)}
         arrays |= {f"scales-{name}": scale for name, scale in zip(names, scales, strict=False)}
         self._hashes.append(hashes(ids))
-        arrays |= {"counts": counts, "id-hashes": self._hashes[-1]}
+        arrays |= {"counts": counts, "id-hashes": self._hashes[-1], "stamps": stamps}
         for name, array in arrays.items():
             self._files[name].write(np.asarray(array, self._layout[name][0]))
         for blob, ends, texts in (("ids", "id-ends", ids), ("metadata", "metadata-ends", metadata)):

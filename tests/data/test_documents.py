@@ -158,8 +158,13 @@ def test_pdf_files_that_cannot_be_read_are_an_error_at_once(tmp_path, content, m
     with pytest.raises(UserError, match=f"b.pdf {message}"):
         open_documents(tmp_path)
     write(tmp_path / "c.pdf", content)
-    with pytest.raises(UserError, match=f"b.pdf {message}.* .and 1 other files.$"):
-        open_documents(tmp_path)
+    with pytest.raises(UserError, match=f"b.pdf {message}.*; 2 documents cannot be read; --skip=2 leaves out as many"):
+        open_documents(tmp_path, skip=1)
+    documents = open_documents(tmp_path, skip=2)
+    assert ids(documents) == documents.ids() == ["a.png"] and [left_out.id for left_out in documents.left_out] == ["b.pdf", "c.pdf"]
+    assert message in documents.left_out[1].reason and len(documents.stamps()) == 1
+    with pytest.raises(UserError, match="skip=-1: expected"):
+        open_documents(tmp_path, skip=-1)
 
 
 def test_broken_images_are_named_by_their_file(tmp_path):

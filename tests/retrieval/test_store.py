@@ -163,7 +163,7 @@ def test_saving_and_loading(folder, tmp_path):
 
 def test_any_flipped_byte_is_found(folder):
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock" and path.stat().st_size]
-    assert len(files) == 2 * (4 + 1 + 3 + 2 + 1) + 1
+    assert len(files) == 2 * (4 + 1 + 3 + 2 + 1 + 1) + 1
     rng = np.random.default_rng(3)
     for file in files:
         content = file.read_bytes()
@@ -200,7 +200,7 @@ def test_invalid_manifests(folder, tmp_path):
     segment = json.loads(content)["index"]["segments"][0]
     sizes = segment["sizes"]
     for changes, message in [
-        ({"format": 2}, "another version"),
+        ({"format": 1}, "another version"),
         ({"width": 16}, "another size than its items have"),
         ({"width": -1}, "is not valid"),
         ({"width": 8.0}, "is not valid"),
@@ -209,6 +209,9 @@ def test_invalid_manifests(folder, tmp_path):
         ({"levels": []}, "is not valid"),
         ({"levels": [1, 4, 8, 10]}, "names other files"),
         ({"model": "me"}, "is not valid"),
+        ({"left_out": [["a.png", "broken"]]}, "is not valid"),
+        ({"left_out": [["a.png", "broken", -1]]}, "is not valid"),
+        ({"left_out": [["a.png", None, 1]]}, "is not valid"),
         ({"more": 1}, "is not valid"),
         ({"segments": [segment, segment]}, "is not valid"),
         ({"segments": [segment | {"name": "../../other"}]}, "is not valid"),

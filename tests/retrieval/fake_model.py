@@ -1,0 +1,52 @@
+"""A model without a network, for tests of what is encoded and when. The vectors of an item are seeded by its content."""
+
+import hashlib
+import types
+
+import jax
+import numpy as np
+
+import metaembed_jax as me
+from metaembed_jax.encoding.encoder import EncodedBlock
+from metaembed_jax.mesh import make_mesh
+from tests.retrieval.reference import unit
+
+WIDTH, VECTORS = 8, 4
+
+
+class FakeModel(me.MetaEmbed):
+    """Attributes:
+    encoded: the content of each item that was encoded, in order.
+    """
+
+    fingerprint, dimension = "f" * 16, WIDTH
+
+    def __init__(self, fingerprint="f" * 16):
+        self.fingerprint, self.mesh, self.encoded = fingerprint, make_mesh(devices=jax.devices()[:1]), []
+        self.config = types.SimpleNamespace(vectors=lambda side: VECTORS)
+
+    def encode_blocks(self, items, side, *, budget, size, start=0, bar=None):
+        for first in range(start, len(items), size):
+            numbers = range(first, min(first + size, len(items)))
+            contents = [content(items[number]) for number in numbers]
+            self.encoded += contents
+            bar.update(len(numbers))
+            yield EncodedBlock(numbers, np.array(numbers), np.stack([vectors(key)[:budget] for key in contents]))
+
+    def count(self):
+        """Return the number of items that were encoded since the last call."""
+        count = len(self.encoded)
+        self.encoded.clear()
+        return count
+
+
+def content(item):
+    """Return a hash of the text and the pixels of an item."""
+    image = item.get("image", b"")
+    pixels = image if isinstance(image, bytes) else image.tobytes()
+    return hashlib.sha256(item.get("text", "").encode() + b"|" + pixels).hexdigest()[:16]
+
+
+def vectors(key):
+    """Return the vectors of an item."""
+    return unit(np.random.default_rng(int(key, 16)), VECTORS, WIDTH)
