@@ -177,7 +177,7 @@ def _metadata(description: dict) -> dict:
 
 def _summary(index: Index, work: Work) -> str:
     encoded, kept = len(work.pending), int(work.matched.is_kept_N.sum())
-    dropped = int((~np.isin(np.unique(work.matched.gone_S), work.ids)).sum())
+    dropped = len(np.unique(work.matched.gone_S))
     if not encoded + dropped:
         return f"{len(index):,} items, {index.vectors} vectors each; nothing is new, changed or gone."
     return f"{len(index):,} items ({encoded:,} encoded, {kept:,} kept, {dropped:,} dropped), {index.vectors} vectors each."

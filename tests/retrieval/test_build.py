@@ -157,7 +157,7 @@ def test_commands(directory, table, tmp_path, monkeypatch, capsys):
     load = functools.cache(functools.partial(me.MetaEmbed.from_pretrained, mesh=ONE))  # a model is loaded once, not by each command
     monkeypatch.setattr(me.MetaEmbed, "from_pretrained", load)
     flags = f"--model={directory}", f"--input={table}", f"--out={tmp_path / 'index'}", "--budget=16"
-    assert "10 items, 16 vectors each" in run(monkeypatch, capsys, "index", *flags)
+    assert "10 items (10 encoded, 0 kept, 0 dropped), 16 vectors each" in run(monkeypatch, capsys, "index", *flags)
     searched = "search", f"--index={tmp_path / 'index'}"
     lines = run(monkeypatch, capsys, *searched, "text 3", "--budget=2:4").splitlines()
     assert len(lines) == 10 and lines[0].split()[0] == "1"
