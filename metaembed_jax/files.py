@@ -131,6 +131,26 @@ def check_bucket(path: Path) -> None:
         raise UserError(f"{BUCKET}{bucket}: {reason}") from error
 
 
+def check_writable(folder: Path) -> None:
+    """Check that a folder on a disk exists and can be written, or can be made; do nothing for a path in a bucket.
+
+    Raises:
+      UserError: it cannot; names the folder that is in the way.
+    """
+    if is_bucket(folder):
+        return
+    parent = existing_parent(folder)
+    if not parent.is_dir():
+        raise UserError(f"{folder} cannot be made: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{parent} cannot be written (permission denied); choose another folder than {folder}")
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the path on a disk, or if it does not exist, the nearest of its parents that does."""
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
 def bucket_reason(error: BaseException) -> str | None:
     """Return one line that says why a request to a bucket failed; None for any other error."""
     text = " ".join(str(error).split())[:200] or type(error).__name__

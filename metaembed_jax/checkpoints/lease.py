@@ -36,7 +36,8 @@ def held(folder: Path) -> Iterator[None]:
       UserError: another run holds the lock, or the folder is not writable.
     """
     if not files.is_bucket(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        with files.write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         busy = f"{folder} is being written by another run; wait for it to end, or choose another --workdir"
         with files.locked(folder / NAME, busy):
             yield

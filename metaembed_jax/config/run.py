@@ -108,6 +108,12 @@ class DataConfig(Section):
         local_path(self.dir)
         if not self.sources:
             raise UserError("config.data.sources=(): expected at least one (name, weight, most pairs), such as ('icons', 1.0, 0)")
+        names = [name for name, *_ in self.sources]
+        if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+            raise UserError(
+                f"config.data.sources has {twice[0]!r} twice, so a step could have a pair twice; expected each source once, with "
+                "the sum of its weights"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 
 from metaembed_jax.config.run import DataConfig
 from metaembed_jax.data import sources
+from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.failures import FailedQuery, with_items
-from metaembed_jax.evaluation.metrics import METRICS
+from metaembed_jax.evaluation.metrics import METRICS, always_one
 from metaembed_jax.evaluation.result_cache import key_of
 from metaembed_jax.evaluation.scoring import score_shares
 from metaembed_jax.evaluation.sweep import MAIN, SECONDARY, Sweep, sweep
@@ -38,13 +39,51 @@ class HeldOut:
         self.name, self.budgets = split, budgets
         self._data_dir, self._sources = data.dir, list(dict.fromkeys(name for name, *_ in data.sources))
 
+    def has_pairs(self) -> bool:
+        """Return whether a source has pairs in the split.
+
+        Raises:
+          UserError: a source is not prepared.
+        """
+        return bool(sources.with_pairs(self._sources, self._data_dir, self.name))
+
     def check(self) -> None:
         """Refuse sources that are not prepared, or that all lack pairs in the split.
 
         Raises:
           UserError: names the sources.
         """
-        sources.with_pairs(self._sources, self._data_dir, self.name)
+        if not self.has_pairs():
+            raise UserError(
+                f"{', '.join(self._sources)}: no source has {self.name} pairs; add pairs (of twenty, one is for validation and one "
+                "for the test), or a source to config.data.sources"
+            )
+
+    def notes(self) -> list[str]:
+        """Return a line for each fact about the split's sizes that its figures do not show.
+
+        Raises:
+          UserError: a source is not prepared.
+        """
+        present = sources.with_pairs(self._sources, self._data_dir, self.name)
+        missing = [name for name in self._sources if name not in present]
+        notes = [f"{self.name}: without rows in this split, and left out: {', '.join(missing)}"] if present and missing else []
+        for name in present:
+            if (sizes := sources.held_out_sizes(name, self._data_dir, self.name)) and (same := always_one(sizes[1])):
+                queries, documents = f"{sizes[0]} {'query' if sizes[0] == 1 else 'queries'}", f"{sizes[1]} document"
+                counts = f"{queries} and {documents}{'s' * (sizes[1] > 1)}"
+                notes.append(f"{self.name}: source {name} has {counts}: of any model, its {', '.join(same)} is 100 %")
+        return notes
+
+    def tells_apart(self, metric: str) -> bool:
+        """Return whether a metric can differ between models: a source has more documents than the metric looks at.
+
+        Raises:
+          UserError: a source is not prepared.
+        """
+        present = sources.with_pairs(self._sources, self._data_dir, self.name)
+        sizes = [sources.held_out_sizes(name, self._data_dir, self.name) for name in present]
+        return any(size is None or metric not in always_one(size[1]) for size in sizes)
 
     def run(self, subject: Subject, cache: Path, progress: bool) -> Results:
         """Encode each source once, at the largest budget, and score every budget in both directions.

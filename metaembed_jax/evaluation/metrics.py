@@ -131,6 +131,11 @@ METRICS = {
 }
 
 
+def always_one(documents: int) -> list[str]:
+    """Return the metrics that are 1 for every ranking of so few documents."""
+    return [name for name in METRICS if documents == 1 or (name.startswith("R@") and documents <= int(name.removeprefix("R@")))]
+
+
 def evaluate(scores: np.ndarray, relevance: np.ndarray | Sequence[Iterable[int]]) -> dict[str, np.ndarray]:
     """Return every metric of METRICS, per query: {"R@1": float64 [Q], ...}. Arguments and errors are those of `gold_of`."""
     gold = gold_of(scores, relevance)

@@ -15,6 +15,7 @@ from metaembed_jax.checkpoints import lease
 from metaembed_jax.checkpoints.export import check_format, export
 from metaembed_jax.checkpoints.frozen import keep
 from metaembed_jax.checkpoints.loading import run_processor
+from metaembed_jax.checkpoints.room import check_room
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import (
     check_hosts_agree,
@@ -52,7 +53,7 @@ from metaembed_jax.training.saving import SaveSchedule
 from metaembed_jax.training.speed import Speed, shown
 from metaembed_jax.training.stages import stages
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, run_mesh
-from metaembed_jax.training.validation import Validation, validators
+from metaembed_jax.training.validation import Validation, say_held_out, validators
 
 
 def train(config: RunConfig, workdir: Path) -> bool:
@@ -75,6 +76,8 @@ def train(config: RunConfig, workdir: Path) -> bool:
             runs = _unfinished([*earlier, (config, workdir)])
             for stage, folder in runs[:-1]:
                 _check(stage, folder)
+            for stage, _ in runs[1:]:  # the first one opens its own when it starts
+                _open_sources(stage)
         for stage, folder in runs:
             if stage is not config:
                 print(f"{config.name} starts from {stage.name}, which is trained first, by its own config", flush=True)
@@ -103,12 +106,23 @@ def _check(config: RunConfig, workdir: Path) -> None:
     mesh = run_mesh(config)
     validators(config)
     files.check_bucket(workdir)
+    files.check_writable(workdir)
     check_workdir(workdir, config)
     if config.model.architecture:
-        _check_exports(config, make_trainer(config, mesh))
+        _check_trainer(config, make_trainer(config, mesh), workdir)
 
 
-def _check_exports(config: RunConfig, trainer: Trainer) -> None:
+def _open_sources(config: RunConfig) -> list[Sequence]:
+    """Open the training pairs of a run, and refuse sources that are not prepared or too small."""
+    pairs = hosts.first_then_others(lambda: sources.training_records(config.data, config.seed))
+    check_mixture(config.data, config.rows.batch_size, pairs)
+    return pairs
+
+
+def _check_trainer(config: RunConfig, trainer: Trainer, workdir: Path) -> None:
+    """Refuse exports that the model does not have, and a disk that its checkpoints do not fit."""
+    abstract, schedule = trainer.abstract, config.schedule
+    check_room(workdir, (abstract.parameters, abstract.optimizer), schedule.keep_checkpoints, schedule.steps)
     for kind in config.schedule.exports:
         check_format(kind, config.model.backbone, paths(trainer.abstract.parameters))
 
@@ -143,16 +157,16 @@ def _open(config: RunConfig, workdir: Path, stack: contextlib.ExitStack) -> tupl
       stack: holds the lock of the folder and the checkpoints open.
     """
     mesh = run_mesh(config)
-    pairs = hosts.first_then_others(lambda: sources.training_records(config.data, config.seed))
-    check_mixture(config.data, config.rows.batch_size, pairs)
-    for split_name in ("validation", "test"):
-        HeldOut(config.data, split_name, config.objectives.budgets).check()
-    if hosts.is_first():  # after the checks: the lock makes the folder, and a run that is refused must not have one
-        stack.enter_context(lease.held(workdir))
+    pairs = _open_sources(config)
+    sources.say_unused(config.data)
+    say_held_out(config)
     config, start = find_start(config, workdir)
     processor = run_processor(config, start.tokenizer)
     trainer = make_trainer(config, mesh)
-    _check_exports(config, trainer)
+    _check_trainer(config, trainer, workdir)
+    items = hosts.first_then_others(lambda: run_items(config, processor, pairs))
+    if hosts.is_first():  # after the checks: the lock makes the folder, and a run that is refused must not have one
+        stack.enter_context(lease.held(workdir))
     base = start.base if trainer.abstract.frozen else None
     hosts.first_then_others(lambda: create_workdir(workdir, config, start.tokenizer, base))
     checkpoints = stack.enter_context(contextlib.closing(RunCheckpoints(workdir, config.schedule.keep_checkpoints)))
@@ -162,7 +176,6 @@ def _open(config: RunConfig, workdir: Path, stack: contextlib.ExitStack) -> tupl
         print(f"resuming with other settings: {changes}", flush=True)
     print(describe(state), flush=True)
     model = MetaEmbed(model_config(config), state.network_parameters(), processor, mesh)
-    items = hosts.first_then_others(lambda: run_items(config, processor, pairs))
     plan = hosts.first_then_others(lambda: stored_plan(items, config, workdir, silent=not hosts.is_first()))
     return _Run(config, workdir, trainer, checkpoints, model, items, plan), state
 
@@ -275,20 +288,27 @@ def _compile(trainer: Trainer, state: TrainState, arrays: TrainingBatch, watch: 
 
 
 def _finish(run: _Run) -> None:
-    """Evaluate the best checkpoint on the test split, and export it."""
+    """Evaluate the best checkpoint on the test split, if it has pairs, and export it."""
+    evaluator = HeldOut(run.config.data, "test", run.config.objectives.budgets)
+    if evaluator.has_pairs():
+        _evaluate(run, evaluator)
+    if hosts.is_first():
+        _export(run.config.schedule.exports, run.workdir)
+    hosts.wait_for_all("finished")
+
+
+def _evaluate(run: _Run, evaluator: HeldOut) -> None:
     config, model, workdir = run.config, run.model, run.workdir
     step = run.checkpoints.best_step()
     trained = run.checkpoints.restore_parameters(step, run.trainer.abstract.parameters)
     _, frozen = split(model.parameters, paths(trained))
     model.parameters = join(trained, frozen)
-    evaluator, subject = HeldOut(config.data, "test", config.objectives.budgets), Subject.of_run(model, config, step)
+    subject = Subject.of_run(model, config, step)
     results = evaluator.run(subject, workdir, progress=hosts.is_first())
     if hosts.is_first():
         written = write_report(evaluator, subject, results, workdir, TEST_SPLIT)
         print(f"\n{workdir}: test split, best checkpoint (step {step})\n{format_tables(results)}", flush=True)
         print(f"\nwritten: {', '.join(map(str, written))}", flush=True)
-        _export(config.schedule.exports, workdir)
-    hosts.wait_for_all("finished")
 
 
 def _export(kinds: Sequence[str], workdir: Path) -> None:

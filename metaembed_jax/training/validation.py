@@ -12,7 +12,28 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.training.metrics import MetricsWriter
 from metaembed_jax.training.step import TrainState
 
+SPLIT = "validation"
 CACHE = "eval"  # the folder of a run with results of finished tasks, the same as that of `eval.py`
+
+
+def say_held_out(config: RunConfig) -> None:
+    """Print what a run cannot learn from its held-out splits, before its first step.
+
+    Raises:
+      UserError: a source is not prepared.
+    """
+    names, select = ", ".join(dict.fromkeys(name for name, *_ in config.data.sources)), config.evaluation.select
+    validation, test = (HeldOut(config.data, split, config.objectives.budgets) for split in (SPLIT, "test"))
+    figure = select.removeprefix(f"{SPLIT}/")
+    if not validation.has_pairs():
+        last = f"; {select} selects nothing, so the last checkpoint counts" if figure != select else ""
+        print(f"validation: {names} has 0 rows to validate on (of twenty rows, one is): this run goes without{last}", flush=True)
+    elif figure != select and not validation.tells_apart(figure):
+        print(f"validation: config.evaluation.select={select!r} is the same for any model: the last checkpoint counts", flush=True)
+    if not test.has_pairs():
+        print(f"test: {names} has 0 rows to test on: this run ends without results", flush=True)
+    for line in (*validation.notes(), *test.notes()):
+        print(line, flush=True)
 
 
 def validators(config: RunConfig) -> list[Evaluator]:
@@ -22,7 +43,7 @@ def validators(config: RunConfig) -> list[Evaluator]:
       UserError: a benchmark is unknown or has no data, or `config.evaluation.select` is not a figure of theirs; names the key.
     """
     budgets = config.objectives.budgets
-    evaluators: list[Evaluator] = [HeldOut(config.data, "validation", budgets)]
+    evaluators: list[Evaluator] = [HeldOut(config.data, SPLIT, budgets)]
     for benchmark, directory in config.evaluation.evaluations:
         try:
             evaluators.append(benchmark_evaluator(benchmark, Path(directory) if directory else None, budgets))
@@ -48,10 +69,11 @@ class Validation:
 
     def __init__(self, config: RunConfig, model: MetaEmbed, workdir: Path, writer: MetricsWriter):
         self._config, self._model, self._cache, self._writer = config, model, workdir / CACHE, writer
-        self._evaluators = validators(config)
+        evaluators = validators(config)
+        self._evaluators = [each for each in evaluators if not isinstance(each, HeldOut) or each.has_pairs()]
 
-    def run(self, state: TrainState, step: int) -> float:
-        """Evaluate the parameters after a step, and return the figure that selects the best checkpoint.
+    def run(self, state: TrainState, step: int) -> float | None:
+        """Evaluate the parameters after a step, and return the figure that selects the best checkpoint; None without one.
 
         Raises:
           UserError: as `Evaluator.run`.
@@ -65,9 +87,12 @@ class Validation:
             for board in results.boards:
                 means = ", ".join(f"{budget} {100 * interval.mean:.1f}" for budget, interval in board.mean().items())
                 self._writer.print(f"step {step}: {evaluator.name} {board.measure} of {board.name} at {means}")
-        self._writer.write(step, figures)
+        if figures:
+            self._writer.write(step, figures)
         select = self._config.evaluation.select
         selected = f"{select}/{budget_name(self._config.objectives.budgets[-1])}"
-        if selected not in figures:  # all data of a benchmark is private
+        if selected not in figures:
+            if select.startswith(f"{SPLIT}/"):  # it has no pairs; a benchmark lacks its figure if all its data is private
+                return None
             raise UserError(f"config.evaluation.select={select!r}: none of its tasks could be evaluated; choose another figure")
         return figures[selected]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from metaembed_jax.data.sources.records import Retrieval
 
 GENERATED = {"icons": "metaembed_jax.data.sources.icons", "boards": "metaembed_jax.data.sources.boards"}
+ONLY_OF = {"augment": "icons", "curriculum": "boards"}  # keys of config.data that one source reads
 # For each kind, its module, the function that finds its sources in a folder (or file), and the meaning of --from.
 READERS = {
     "mmeb": ("mmeb", "find_sources", "the folder of TIGER-Lab/MMEB-train: its original split"),
@@ -107,20 +108,34 @@ def training_records(data: DataConfig, seed: int) -> list[Sequence]:
     return [open_source(name) for name in names]
 
 
+def say_unused(data: DataConfig) -> None:
+    """Print the keys of `config.data` that no source of a run reads."""
+    names = [name for name, *_ in data.sources]
+    for key, name in ONLY_OF.items():
+        if (value := getattr(data, key)) and name not in names:
+            print(f"config.data.{key}={value!r} has no effect: only the source {name!r} reads it", flush=True)
+
+
 def with_pairs(names: Sequence[str], data_dir: str | Path, split: str) -> list[str]:
     """Return the sources that have pairs in a split.
 
     Raises:
-      UserError: none has, or as `prepare`.
+      UserError: as `prepare`.
     """
     # Generated sources have pairs in every split, and their markers do not count them.
-    present = [name for name in dict.fromkeys(names) if prepare(name, data_dir).get("rows", {}).get(split) != 0]
-    if not present:
-        raise UserError(
-            f"{', '.join(names)}: no source has {split} pairs, which a run is evaluated on; add pairs (of a hundred, about 5 are "
-            "for validation and 5 for the test), or a source to config.data.sources"
-        )
-    return present
+    return [name for name in dict.fromkeys(names) if prepare(name, data_dir).get("rows", {}).get(split) != 0]
+
+
+def held_out_sizes(name: str, data_dir: str | Path, split: str) -> tuple[int, int] | None:
+    """Return the numbers of queries and documents of `retrieval`; None if the source is a generated one, which has hundreds.
+
+    Raises:
+      UserError: as `prepare`.
+    """
+    if name in GENERATED:
+        return None
+    sizes = prepare(name, data_dir)["held_out"][split]
+    return sizes["queries"], sizes["documents"]
 
 
 def retrieval(name: str, data_dir: str | Path, split: str) -> "Retrieval":

@@ -34,8 +34,9 @@ from metaembed_jax.data.workers import map_with
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, locked, replacing, write_bytes, write_json
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 SHARD_ROWS = 1024
+HELD_OUT = ("validation", "test")
 DATASET = "pairs"  # its name in TensorFlow Datasets, which does not allow names such as A-OKVQA
 TYPES = (
     ("text", lambda item: "image" not in item),
@@ -100,7 +101,8 @@ def prepare_source(source: RawSource, out: Path, workers: int, skips: int) -> di
 
     Returns:
       The marker: {"version", "fingerprint", "job" (digest of the files that were read), "groups" of rows that lie in one
-      split, "rows" of each split, "queries" and "positives" of each type, "negatives", "bytes", "skipped"}.
+      split, "rows" of each split, "held_out" numbers of different items, "queries" and "positives" of each type, "negatives",
+      "bytes", "skipped"}.
 
     Raises:
       UserError: too many rows are bad, an id occurs twice (both name the first row), or the source is prepared from other files.
@@ -163,6 +165,7 @@ def _write_shard(job: _Job, shard: int) -> dict:
     lines = {split: [] for split in records.SPLITS}
     counts = {"read": 0, "rows": dict.fromkeys(records.SPLITS, 0), "negatives": 0, "bytes": 0, "skipped": []}
     counts |= {side: {name: 0 for name, _ in TYPES} for side in ("queries", "positives")}
+    counts["held_out"] = {split: {"queries": [], "documents": []} for split in HELD_OUT}
     content = hashlib.sha256()
     for number, row in enumerate(rows.read(first, min(first + SHARD_ROWS, len(rows))), first):
         counts["read"] += 1
@@ -180,6 +183,9 @@ def _write_shard(job: _Job, shard: int) -> dict:
         lines[split].append(line)
         content.update(_digest(record))
         counts["rows"][split] += 1
+        if split in HELD_OUT:
+            for side, item in (("queries", record["query"]), ("documents", record["positive"])):
+                counts["held_out"][split][side].append(content_digest(item).hex())
         counts["bytes"] += len(serialized)
         counts["negatives"] += len(record["negatives"])
         for side, item in (("queries", record["query"]), ("positives", record["positive"])):
@@ -267,6 +273,7 @@ def _finish(job: _Job, shards: Sequence[dict], groups: int) -> dict:
         "job": digest((directory / "job.json").read_bytes()),
         "groups": groups,
         "rows": {split: sum(lengths) for split, lengths in rows.items()},
+        "held_out": {split: {side: _distinct(shards, split, side) for side in ("queries", "documents")} for split in HELD_OUT},
         **{side: {name: sum(counts[side][name] for counts in shards) for name, _ in TYPES} for side in ("queries", "positives")},
         "negatives": sum(counts["negatives"] for counts in shards),
         "bytes": sum(counts["bytes"] for counts in shards),
@@ -281,6 +288,10 @@ def _finish(job: _Job, shards: Sequence[dict], groups: int) -> dict:
         (final / file.name).unlink()
     records.write_marker(final.parent, marker)
     return marker
+
+
+def _distinct(shards: Sequence[dict], split: str, side: str) -> int:
+    return len(set().union(*(counts["held_out"][split][side] for counts in shards)))
 
 
 def _join_descriptions(job: _Job) -> list[Path]:
