@@ -203,8 +203,8 @@ def overlap(processor, network, photos: list[bytes]) -> Iterator[str]:
     mesh, items = make_mesh(devices=jax.devices()[:1]), [{"image": photo} for photo in photos]
 
     def stream(encode: Callable) -> Cost:
-        encoder = Encoder(network, processor, mesh, encode)
-        return measure(lambda: list(encoder.blocks({}, items, "document", 64, start=0, size=len(items))))
+        encoder = Encoder(network, processor, mesh, encode, 2)
+        return measure(lambda: list(encoder.blocks({}, items, "document", 64)))
 
     stream(first := Accelerator(0.0))  # not timed: the first stream is the slowest
     rows, product = first.rows, measure(partial(Cores(1).compute, 300)).seconds / 300

@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from PIL import Image
 from tqdm import tqdm
 
-from metaembed_jax.encoding.encoder import EncodedBlock, Encoder, Reduced
+from metaembed_jax.encoding.blocks import EncodedBlock
+from metaembed_jax.encoding.encoder import Encoder, Reduced
 from metaembed_jax.errors import UserError
 from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.inputs.processors import PromptProcessor
@@ -40,7 +41,7 @@ class MetaEmbed:
 
     def __init__(self, config: ModelConfig, parameters: dict, processor: PromptProcessor, mesh: Mesh):
         self.config, self.parameters, self.processor, self.mesh = config, parameters, processor, mesh
-        self._encoder = Encoder(config, processor, mesh, make_encode(config, mesh))
+        self._encoder = Encoder(config, processor, mesh, make_encode(config, mesh), self.dimension)
 
     @classmethod
     def from_pretrained(
@@ -127,27 +128,40 @@ class MetaEmbed:
         """
         self._check(items, side, budget)
         with tqdm(total=len(items), desc=f"encoding {side}", unit="item", disable=not progress) as bar:
-            blocks = list(self.encode_blocks(items, side, budget=budget, size=max(len(items), 1), bar=bar))
+            blocks = list(self.encode_blocks(items, side, budget=budget, bar=bar))
         if not blocks:
             return np.zeros(0, np.int64), np.zeros((0, budget, self.dimension), np.float32)
         return blocks[0].numbers, blocks[0].vectors
 
     def encode_blocks(
-        self, items: Sequence, side: str, *, budget: int, size: int, start: int = 0, bar: tqdm | None = None
+        self,
+        items: Sequence,
+        side: str,
+        *,
+        budget: int,
+        size: int | None = None,
+        start: int = 0,
+        bar: tqdm | None = None,
+        allow_failures: bool = False,
     ) -> Iterator[EncodedBlock]:
         """Yield this host's share of each block of consecutive items, in order, as soon as it is complete.
 
+        Blocks are packed one by one: vectors of a block have the same bits whatever was encoded before it.
+
         Args:
           side: "query" or "document".
-          size: items of a block; the last may have fewer.
+          size: items of a block; the last may have fewer. By default, all items are one block.
           start: the index of the first item.
           bar: advances by the items of all hosts.
+          allow_failures: encode the other items when some cannot be, and report those in `failures` of their block.
 
         Raises:
           UserError: as `encode_query`.
         """
         self._check(items, side, budget)
-        yield from self._encoder.blocks(self.parameters, items, side, budget, start=start, size=size, bar=bar)
+        yield from self._encoder.blocks(
+            self.parameters, items, side, budget, size=size, start=start, bar=bar, allow_failures=allow_failures
+        )
 
     @property
     def reduced(self) -> Reduced:

@@ -49,6 +49,14 @@ def rows_here(mesh: Mesh, rows: int, host: int | None = None) -> Int[np.ndarray,
     return np.array(sorted(local))
 
 
+def rows_owned(mesh: Mesh, rows: int, host: int | None = None) -> Int[np.ndarray, " n"]:
+    """Return those of `rows_here` that no earlier host has, so that each row has one owner."""
+    host = jax.process_index() if host is None else host
+    hosts = {device.process_index for device in mesh.devices.flat}
+    earlier = {row for other in hosts if other < host for row in rows_here(mesh, rows, other).tolist()}
+    return np.array([row for row in rows_here(mesh, rows, host).tolist() if row not in earlier], np.int64)
+
+
 def put_rows(x: np.ndarray, mesh: Mesh, axis: int = 0, memory_kind: str | None = None) -> jax.Array:
     """Return a batch over the whole mesh, from the rows of each host.
 

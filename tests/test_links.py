@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from metaembed_jax.errors import UserError
 from metaembed_jax.links import Ring, rings
 from metaembed_jax.mesh import make_mesh
-from metaembed_jax.sharding import MESH_AXES, fetch_rows, put_rows, rows_here
+from metaembed_jax.sharding import MESH_AXES, fetch_rows, put_rows, rows_here, rows_owned
 
 
 def devices_of(name, slices=1):
@@ -130,12 +130,16 @@ SHAPES = [("v5e:4x4", 1), ("v5p:2x2x4", 1), ("tpu7x:2x2x2", 1), ("v5e:4x4", 2)]
 def test_hosts_share_rows_in_any_order(name, slices):
     """On any mesh, hosts hold equal shares of a batch that do not overlap, as `encode_share` and the loader need."""
     devices = devices_of(name, slices)
+    hosts = {device.process_index for device in devices}
     for fsdp, tensor in itertools.product((1, 2, 4, 8), (1, 2)):
         mesh = make_mesh(-1, fsdp, tensor, devices=devices)
-        hosts = {device.process_index for device in devices}
         shares = {tuple(rows_here(mesh, 64, host)) for host in hosts}
         assert len({len(share) for share in shares}) == 1
         np.testing.assert_array_equal(np.sort(np.concatenate(list(shares))), np.arange(64))
+        assert shares == {tuple(rows_owned(mesh, 64, host)) for host in hosts}
+    mesh = make_mesh(1, 1, -1, slices=1, devices=devices)
+    assert {len(rows_here(mesh, 64, host)) for host in hosts} == {64}  # all hosts have all rows
+    assert {host: len(rows_owned(mesh, 64, host)) for host in hosts} == {host: 64 * (host == 0) for host in hosts}
 
 
 def test_rows_are_placed_by_the_mesh():

@@ -1,13 +1,16 @@
 """Encoding of items. Calls of the schedule are decoded ahead, and sent before the vectors of earlier calls are fetched.
 
-N items, V vectors of a row, R vectors of an item, D width of a vector.
+Each block has calls of its own, which depend on its items alone; decoding runs ahead over the borders of blocks. An item that fails
+when its size is read is in no call. If it fails when it is decoded, its slot holds a blank item of the same size.
+
+N items, n items of this host, V vectors of a row, R vectors of an item, D width of a vector.
 """
 
 import contextlib
 import dataclasses
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, TypeVar
 
@@ -19,14 +22,16 @@ from tqdm import tqdm
 
 from metaembed_jax import hosts
 from metaembed_jax.batch import rows
-from metaembed_jax.batch.items import Size
+from metaembed_jax.batch.items import Fitted, Size
+from metaembed_jax.batch.rows import RowItem
 from metaembed_jax.compilation import announced
-from metaembed_jax.encoding.reading import Reader, as_table, results
+from metaembed_jax.encoding.blocks import Block, EncodedBlock
+from metaembed_jax.encoding.reading import FAILED, Reader, as_table
 from metaembed_jax.encoding.schedule import Call, Schedule
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.processors import PromptProcessor
 from metaembed_jax.network import ModelConfig
-from metaembed_jax.sharding import batch_shards, fetch_rows, rows_here
+from metaembed_jax.sharding import batch_shards, fetch_rows, rows_here, rows_owned
 
 CHUNK_ITEMS = 64  # items of a shard whose sizes are read together
 AHEAD = 32  # rows of a shard that are decoded ahead
@@ -47,6 +52,12 @@ class Reduced:
     cut: int = 0
     shrunk: int = 0
 
+    def add(self, sizes_N4: Int[np.ndarray, "N 4"]) -> None:
+        """Count items by their sizes, rows of `Fitted`."""
+        self.items += len(sizes_N4)
+        self.cut += int((sizes_N4[:, 2] > 0).sum())
+        self.shrunk += int(sizes_N4[:, 3].sum())
+
     def __str__(self) -> str:
         counts = [f"{self.cut:,} texts cut"] * bool(self.cut) + [f"{self.shrunk:,} images shrunk"] * bool(self.shrunk)
         return f"of {self.items:,} items, {' and '.join(counts)} to fit a row (config.rows.size, config.data.max_text_tokens)"
@@ -55,49 +66,80 @@ class Reduced:
         return bool(self.cut or self.shrunk)
 
 
-class EncodedBlock(NamedTuple):
-    """Vectors of this host's share of consecutive items.
-
-    Attributes:
-      items: the numbers of all items of the block.
-      numbers: the numbers of this host's items, ascending.
-      vectors: the vectors of each of this host's items.
-    """
-
-    items: range
-    numbers: Int[np.ndarray, "n"]
-    vectors: Float[np.ndarray, "n R D"]
-
-
 class Decoding(NamedTuple):
     """A call whose items are being decoded.
 
     Attributes:
       call: the call.
-      here: the items of each of this host's rows.
-      rows: a future of the arrays of each of these items.
+      block: the block of its items.
+      here: the numbers of the items of each of this host's rows.
+      items: a future `RowItem` of each of them.
     """
 
     call: Call
+    block: Block
     here: list[list[int]]
-    rows: list[list[Future]]
+    items: list[list[Future]]
 
 
 class Running(NamedTuple):
     """A call that the devices compute.
 
     Attributes:
-      call: the call.
-      here: the items of each of this host's rows.
+      call, block, here: as in `Decoding`.
       vectors: the vectors of all rows.
     """
 
     call: Call
+    block: Block
     here: list[list[int]]
     vectors: Float[jax.Array, "B V D"]
 
 
+S = TypeVar("S")
+T = TypeVar("T")
 Started = TypeVar("Started", Decoding, Running)
+
+
+@dataclasses.dataclass
+class _Stream:
+    """The items of a call of `Encoder.blocks`.
+
+    Attributes:
+      reader: reads them.
+      side, budget, size, allow_failures: as for `Encoder.blocks`.
+      blocks: the blocks that have started and are not yielded yet.
+    """
+
+    reader: Reader
+    side: str
+    budget: int
+    size: int | None
+    allow_failures: bool
+    blocks: deque[Block] = dataclasses.field(default_factory=deque)
+
+    def complete(self) -> Iterator[EncodedBlock]:
+        """Yield the next blocks that are complete."""
+        while self.blocks and self.blocks[0].is_complete:
+            block = self.blocks.popleft()
+            yield block.join_good() if self.allow_failures else block.join()
+
+    def results(self, block: Block, numbers: Sequence[int], futures: Sequence[Future], instead: Callable[[int], T]) -> list[T]:
+        """Return the results of futures of items. If failures are allowed, they are recorded, and `instead` replaces the result.
+
+        Raises:
+          UserError: the first failure, if they are not allowed.
+        """
+        results = []
+        for number, future in zip(numbers, futures, strict=True):
+            try:
+                results.append(future.result())
+            except UserError as error:
+                if not self.allow_failures:
+                    raise
+                block.failures[int(number)] = str(error)
+                results.append(instead(number))
+        return results
 
 
 class Encoder:
@@ -108,19 +150,29 @@ class Encoder:
       processor: processor of the family; its limits are those of a row.
       mesh: devices that encode.
       encode: the result of `network.make_encode`.
+      width: D.
 
     Attributes:
       programs: (rows, capacity of a row) of each program that has run.
       reduced: counts of the last call of `blocks`.
     """
 
-    def __init__(self, config: ModelConfig, processor: PromptProcessor, mesh: Mesh, encode: Callable):
-        self._config, self._processor, self._mesh, self._encode = config, processor, mesh, encode
+    def __init__(self, config: ModelConfig, processor: PromptProcessor, mesh: Mesh, encode: Callable, width: int):
+        self._config, self._processor, self._mesh, self._encode, self._width = config, processor, mesh, encode, width
         self.programs: set[tuple[int, Size]] = set()
         self.reduced, self._printed = Reduced(), set()
 
     def blocks(
-        self, parameters: dict, items: Sequence, side: str, budget: int, *, start: int, size: int, bar: tqdm | None = None
+        self,
+        parameters: dict,
+        items: Sequence,
+        side: str,
+        budget: int,
+        *,
+        size: int | None = None,
+        start: int = 0,
+        bar: tqdm | None = None,
+        allow_failures: bool = False,
     ) -> Iterator[EncodedBlock]:
         """Encode items from `start` on, and yield blocks of consecutive items, in order, each as soon as it is complete.
 
@@ -129,41 +181,43 @@ class Encoder:
         Args:
           side: "query" or "document".
           budget: vectors of each item.
+          size: items of a block; the last may have fewer. By default, all items are one block.
           start: number of the first item.
-          size: items of a block.
           bar: advances by the items of all hosts.
+          allow_failures: report items that cannot be encoded in `failures` of their block, and encode the others.
 
         Raises:
-          UserError: an item cannot be encoded, which the error names.
+          UserError: an item cannot be encoded, which the error names; or its vectors are not finite.
         """
         self.reduced = Reduced()
-        blocks = _Blocks(range(start, len(items)), size)
         with contextlib.closing(Reader(self._processor, items, side, self._config.meta_tokens(side, budget), budget)) as reader:
-            calls = self._calls(reader, range(start, len(items)), side, budget)
-            for numbers, here, vectors_nRD in self._run(parameters, calls, reader, budget):
-                if bar is not None:
-                    bar.update(len(numbers))
-                yield from blocks.add(numbers, here, vectors_nRD)
+            stream = _Stream(reader, side, budget, size, allow_failures)
+            for running in self._run(parameters, self._calls(stream, range(start, len(items)), bar), stream):
+                self._fetch(running, budget)
+                _advance(bar, sum(map(len, running.call.rows)))
+                yield from stream.complete()
+            yield from stream.complete()
         if self.reduced and str(self.reduced) not in self._printed and hosts.is_first():
             self._printed.add(str(self.reduced))
             tqdm.write(f"{side}: {self.reduced}", file=sys.stderr)
 
-    def _calls(self, reader: Reader, numbers: range, side: str, budget: int) -> Iterator[Call]:
-        meta = self._config.meta_tokens(side, budget)
-        tokens, patches = self._row(side)
+    def _calls(self, stream: _Stream, numbers: range, bar: tqdm | None) -> Iterator[tuple[Call, Block]]:
+        """Yield the calls of all blocks. The sizes of the next chunk of items are read meanwhile."""
+        meta, row = self._config.meta_tokens(stream.side, stream.budget), self._row(stream.side)
         shards = batch_shards(self._mesh)
-        schedule, size = Schedule(tokens, patches, meta, budget, shards), CHUNK_ITEMS * shards
-        chunks = [numbers[first : first + size] for first in range(0, len(numbers), size)]
-        started = self._start_sizes(reader, chunks[0]) if chunks else []
-        for number, chunk in enumerate(chunks):
-            table_N4 = _gather_sizes(results(started), len(chunk))
-            started = self._start_sizes(reader, chunks[number + 1]) if number + 1 < len(chunks) else []
-            self.reduced.items += len(chunk)
-            self.reduced.cut += int((table_N4[:, 2] > 0).sum())
-            self.reduced.shrunk += int(table_N4[:, 3].sum())
-            schedule.add(np.array(chunk), table_N4[:, :2])
-            if schedule.is_full or number + 1 == len(chunks):
-                yield from schedule.take(is_last=number + 1 == len(chunks))
+        chunks = _chunks(numbers, stream.size or max(len(numbers), 1), CHUNK_ITEMS * shards)
+        for (items, chunk), futures in _one_ahead(chunks, lambda chunk: _start_sizes(stream.reader, chunk[1])):
+            if chunk.start == items.start:
+                stream.blocks.append(Block(items, (stream.budget, self._width)))
+                schedule = Schedule(*row, meta, stream.budget, shards, is_long=len(items) == stream.size)
+            block, is_last = stream.blocks[-1], chunk.stop == items.stop
+            sizes = stream.results(block, _share(chunk), futures, lambda _: FAILED)
+            numbers_N, sizes_N4 = block.add_sizes(chunk, _gather_sizes(sizes, len(chunk)))
+            _advance(bar, len(chunk) - len(numbers_N))
+            self.reduced.add(sizes_N4)
+            schedule.add(numbers_N, sizes_N4[:, :2])
+            if schedule.is_full or is_last:
+                yield from ((call, block) for call in schedule.take(is_last))
 
     def _row(self, side: str) -> tuple[int, int]:
         """Return the tokens and patches of a row. They are the same for every budget, and the processor makes items that fit."""
@@ -173,31 +227,67 @@ class Encoder:
         meta = self._config.meta_tokens(side, self._config.vectors(side))
         return max(limits.tokens, limits.prompt(side) + meta), limits.patches
 
-    def _start_sizes(self, reader: Reader, chunk: range) -> list[Future]:
-        return reader.sizes(chunk[jax.process_index() :: hosts.count_hosts()])
-
-    def _run(self, parameters: dict, calls: Iterator[Call], reader: Reader, budget: int) -> Iterator[tuple]:
-        """Yield (numbers of a call's items, numbers of this host's items, their vectors) for each call."""
+    def _run(self, parameters: dict, calls: Iterator[tuple[Call, Block]], stream: _Stream) -> Iterator[Running]:
+        """Yield calls whose vectors are due."""
         shards = batch_shards(self._mesh)
-        decoding = _ahead((self._decode(call, reader) for call in calls), AHEAD * shards)
-        running = _ahead((self._send(parameters, call) for call in decoding), IN_FLIGHT * shards)
-        for call in running:
-            yield _fetch(call, budget)
+        decoding = _ahead((self._decode(call, block, stream.reader) for call, block in calls), AHEAD * shards)
+        return _ahead((self._send(parameters, call, stream) for call in decoding), IN_FLIGHT * shards)
 
-    def _decode(self, call: Call, reader: Reader) -> Decoding:
+    def _decode(self, call: Call, block: Block, reader: Reader) -> Decoding:
         here = [call.rows[row] if row < len(call.rows) else [] for row in rows_here(self._mesh, call.size)]
-        return Decoding(call, here, [reader.row_items(numbers) for numbers in here])
+        return Decoding(call, block, here, [[reader.row_item(number, block.prompt(number)) for number in row] for row in here])
 
-    def _send(self, parameters: dict, decoding: Decoding) -> Running:
-        call = decoding.call
+    def _send(self, parameters: dict, decoding: Decoding, stream: _Stream) -> Running:
+        call, block, here, futures = decoding
         layout, program = self._config.architecture.layout, (call.size, call.row)
-        batch = rows.collate([results(row) for row in decoding.rows], call.row, layout)
+
+        def blank(number: int) -> RowItem:
+            return stream.reader.blank_item(block.prompt(number), layout)
+
+        items = [stream.results(block, numbers, row, blank) for numbers, row in zip(here, futures, strict=True)]
+        batch = rows.collate(items, call.row, layout)
         with jax.set_mesh(self._mesh):
             batch = rows.put(batch, self._mesh)
             with contextlib.nullcontext() if program in self.programs else announced("the encoder"):
                 vectors_BVD = self._encode(parameters, batch)
         self.programs.add(program)
-        return Running(call, decoding.here, vectors_BVD)
+        return Running(call, block, here, vectors_BVD)
+
+    def _fetch(self, running: Running, budget: int) -> None:
+        """Put the vectors of a call into its block."""
+        call, block, here, vectors = running
+        vectors_bVD, rows_b = fetch_rows(vectors), rows_here(self._mesh, call.size)
+        owned = set(rows_owned(self._mesh, call.size).tolist())
+        slots = [
+            (number, row, rank * budget)
+            for row, items in enumerate(here)
+            for rank, number in enumerate(items)
+            if rows_b[row] in owned and number not in block.failures
+        ]
+        vectors_nRD = np.empty((len(slots), budget, vectors_bVD.shape[2]), np.float32)
+        for item, (_, row, first) in enumerate(slots):
+            vectors_nRD[item] = vectors_bVD[row, first : first + budget]
+        numbers_n = np.array([number for number, _, _ in slots], np.int64)
+        if len(bad := numbers_n[~np.isfinite(vectors_nRD).all(axis=(1, 2))]):  # a maximum may hide NaN
+            raise UserError(f"item {bad.min()}: its vectors hold NaN or infinities; check the checkpoint")
+        block.add_vectors(sum(map(len, call.rows)), numbers_n, vectors_nRD)
+
+
+def _chunks(numbers: range, size: int, count: int) -> Iterator[tuple[range, range]]:
+    """Yield (items of a block, at most `count` of them whose sizes are read together), in order."""
+    for first in range(0, len(numbers), size):
+        items = numbers[first : first + size]
+        yield from ((items, items[start : start + count]) for start in range(0, len(items), count))
+
+
+def _one_ahead(inputs: Iterable[S], begin: Callable[[S], T]) -> Iterator[tuple[S, T]]:
+    """Yield (input, what `begin` returns for it). It has then begun for the next input."""
+    begun = deque()
+    for value in inputs:
+        begun.append((value, begin(value)))
+        if len(begun) > 1:
+            yield begun.popleft()
+    yield from begun
 
 
 def _ahead(calls: Iterator[Started], rows: int) -> Iterator[Started]:
@@ -212,63 +302,22 @@ def _ahead(calls: Iterator[Started], rows: int) -> Iterator[Started]:
     yield from started
 
 
-def _fetch(running: Running, budget: int) -> tuple[list[int], list[int], np.ndarray]:
-    vectors_bVD = fetch_rows(running.vectors)
-    numbers = [number for row in running.here for number in row]
-    slots = [(row, rank * budget) for row, items in enumerate(running.here) for rank in range(len(items))]
-    vectors_nRD = np.empty((len(numbers), budget, vectors_bVD.shape[2]), np.float32)
-    for item, (row, first) in enumerate(slots):
-        vectors_nRD[item] = vectors_bVD[row, first : first + budget]
-    if len(bad := np.flatnonzero(~np.isfinite(vectors_nRD).all(axis=(1, 2)))):  # a maximum may hide NaN
-        raise UserError(f"item {min(numbers[item] for item in bad)}: its vectors hold NaN or infinities; check the checkpoint")
-    return [number for row in running.call.rows for number in row], numbers, vectors_nRD
+def _share(chunk: range) -> range:
+    """Return the items of a chunk whose sizes this host reads."""
+    return chunk[jax.process_index() :: hosts.count_hosts()]
 
 
-def _gather_sizes(sizes: list, count: int) -> Int[np.ndarray, "N 4"]:
+def _start_sizes(reader: Reader, chunk: range) -> list[Future]:
+    return reader.sizes(_share(chunk))
+
+
+def _gather_sizes(sizes: Sequence[Fitted], count: int) -> Int[np.ndarray, "N 4"]:
     """Gather the sizes of a chunk's items; every host has read a share."""
     each = -(-count // hosts.count_hosts())
     table_HN4 = hosts.gather(as_table(sizes, each))
     return table_HN4.swapaxes(0, 1).reshape(-1, table_HN4.shape[2])[:count]
 
 
-class _Blocks:
-    """Collects vectors in the order of calls into blocks of consecutive items."""
-
-    def __init__(self, numbers: range, size: int):
-        self._start, self._size = numbers.start, size
-        self._waiting = deque(numbers[first : first + size] for first in range(0, len(numbers), size))
-        self._missing = [len(block) for block in self._waiting]
-        self._arrays: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in self._waiting]
-        self._next = 0
-
-    def add(self, numbers: list[int], here: list[int], vectors_nRD: np.ndarray) -> Iterator[EncodedBlock]:
-        """Add the vectors of a call, and yield the blocks that are complete.
-
-        Args:
-          numbers: numbers of the call's items on all hosts.
-          here: numbers of this host's items.
-          vectors_nRD: vectors of this host's items.
-        """
-        for block, count in zip(*np.unique(self._block(numbers), return_counts=True), strict=True):
-            self._missing[block] -= count
-        blocks_n = self._block(here)
-        for block in np.unique(blocks_n):
-            is_in_n = blocks_n == block
-            self._arrays[block].append((np.array(here)[is_in_n], vectors_nRD[is_in_n]))
-        while self._waiting and not self._missing[self._next]:
-            yield self._join(self._waiting.popleft(), self._arrays[self._next], vectors_nRD.shape[1:])
-            self._next += 1
-
-    def _join(self, block: range, arrays: list[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]) -> EncodedBlock:
-        numbers_n = np.concatenate([numbers for numbers, _ in arrays] or [np.zeros(0, np.int64)])
-        order_n = np.argsort(numbers_n)
-        slots_n = np.argsort(order_n)
-        vectors_nRD, last = np.empty((len(numbers_n), *shape), np.float32), len(numbers_n)
-        while arrays:  # an array is dropped as soon as it is copied, so that memory never holds all vectors twice
-            numbers, vectors = arrays.pop()
-            vectors_nRD[slots_n[last - len(numbers) : last]] = vectors
-            last -= len(numbers)
-        return EncodedBlock(block, numbers_n[order_n], vectors_nRD)
-
-    def _block(self, numbers: list[int]) -> np.ndarray:
-        return (np.array(numbers, np.int64) - self._start) // self._size
+def _advance(bar: tqdm | None, items: int) -> None:
+    if bar is not None:
+        bar.update(items)

@@ -14,12 +14,13 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from metaembed_jax.batch.items import Example, Fitted
+from metaembed_jax.batch.items import Example, Fitted, Layout
 from metaembed_jax.batch.rows import RowItem
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.processors import PromptProcessor
 
 MOST_THREADS = 8
+FAILED = Fitted(-1, 0)  # of an item whose size cannot be read
 
 
 class Reader:
@@ -55,9 +56,20 @@ class Reader:
         """Start to read the sizes of items, and return a future `Fitted` for each."""
         return [self._size_threads.submit(self._size, int(number)) for number in numbers]
 
-    def row_items(self, numbers: Sequence[int]) -> list[Future]:
-        """Start to make the arrays of items, and return a future `RowItem` for each."""
-        return [self._threads.submit(self._row_item, int(number)) for number in numbers]
+    def row_item(self, number: int, prompt: tuple[int, int]) -> Future:
+        """Start to make the arrays of an item, and return a future `RowItem`.
+
+        Args:
+          prompt: tokens (without Meta Tokens) and patches of the item, by its size.
+        """
+        return self._threads.submit(self._row_item, int(number), prompt)
+
+    def blank_item(self, prompt: tuple[int, int], layout: Layout) -> RowItem:
+        """Return an item of the same size as another, of a text without meaning and an image without patches."""
+        tokens, patches = prompt
+        positions, visual = np.tile(np.arange(tokens, dtype=np.int32), (layout.position_axes, 1)), np.full(tokens, -1, np.int32)
+        example = Example(np.zeros(tokens, np.int32), positions, visual, {}, np.zeros(patches, bool))
+        return RowItem(example, self._meta, self._budget)
 
     def _size(self, number: int) -> Fitted:
         if self._describe:
@@ -69,20 +81,17 @@ class Reader:
         example = self._held[number] = self._make(item, name=self._name(number))
         return Fitted(len(example.tokens), 0, example.cut)
 
-    def _row_item(self, number: int) -> RowItem:
+    def _row_item(self, number: int, prompt: tuple[int, int]) -> RowItem:
         held = self._held.pop(number, None)
         if not isinstance(held, Example):
             held = self._make(self._read(number) if held is None else held, name=self._name(number))
+        if (len(held.tokens), held.patches) != prompt:  # its slot has room for the size that was read before
+            raise UserError(f"{self._name(number)}: was changed while it was read; try again when it is complete")
         return RowItem(held, self._meta, self._budget)
 
     def _read(self, number: int) -> dict:
         with self._lock:
             return as_item(self._items[number], self._name(number))
-
-
-def results(futures: Sequence[Future]) -> list:
-    """Return the results of futures, or raise the first error."""
-    return [future.result() for future in futures]
 
 
 def as_table(sizes: Sequence[Fitted], rows: int) -> Int[np.ndarray, "N 4"]:

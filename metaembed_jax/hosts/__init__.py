@@ -63,6 +63,17 @@ def from_first(text: str) -> str:
     return store.blocking_key_value_get(key, BROADCAST_MILLISECONDS)
 
 
+def gather_texts(text: str) -> list[str]:
+    """Return the texts of all hosts, on every host."""
+    if count_hosts() == 1:
+        return [text]
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    lengths = gather(np.array(len(encoded), np.int32))
+    padded = int(lengths.max() and 2 ** int(lengths.max() - 1).bit_length())  # few shapes: each is a program
+    rows = gather(np.pad(encoded, (0, padded - len(encoded)))) if padded else np.zeros((len(lengths), 0), np.uint8)
+    return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
+
+
 def gather(x: np.ndarray) -> np.ndarray:
     """Stack the arrays of all hosts, which have the same shape, along a new first axis; return the result on every host."""
     return x[None] if count_hosts() == 1 else multihost_utils.process_allgather(x)

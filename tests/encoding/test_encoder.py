@@ -1,48 +1,23 @@
 """Encoding of items in order, with a network that sums the tokens of each item."""
 
+import io
+import json
 import threading
+from collections import defaultdict
 from concurrent.futures import wait
 from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from tqdm import tqdm
 
-from metaembed_jax.batch.items import ArraySpec, Example, Fitted, Layout, Limits
 from metaembed_jax.encoding import encoder as module
 from metaembed_jax.encoding import schedule
-from metaembed_jax.encoding.encoder import Encoder
-from metaembed_jax.encoding.reading import Reader, results
+from metaembed_jax.encoding.reading import Reader
 from metaembed_jax.errors import UserError
 from metaembed_jax.mesh import make_mesh
-from metaembed_jax.sharding import named_sharding
-
-LAYOUT = Layout({"patches": ArraySpec((2,), "uint8")}, 1, 4, 4)
-CONFIG = SimpleNamespace(
-    architecture=SimpleNamespace(layout=LAYOUT), vectors=lambda side: 4, meta_tokens=lambda side, budget: budget
-)
-
-
-class Processor:
-    """Texts of digits: a token each; images are (width, height): a patch a pixel."""
-
-    limits = Limits(48, 32, 40, 4, 4)
-
-    def size(self, item, side, *, name):
-        if item.get("text") == "bad":
-            raise UserError(f"{name}: is bad")
-        width, height = item.get("image", (0, 0))
-        return Fitted(len(item["text"]), width * height, cut=int(len(item["text"]) == 9), shrunk=False)
-
-    def query(self, item, *, name):
-        fitted = self.size(item, "query", name=name)
-        tokens = np.array([int(x) for x in item["text"]], np.int32)
-        arrays = {"patches": np.full((fitted.patches, 2), len(tokens), np.uint8)} if fitted.patches else {}
-        visual = np.full(len(tokens), -1, np.int32)
-        return Example(tokens, np.arange(len(tokens))[None], visual, arrays, np.ones(fitted.patches, bool), fitted.cut)
-
-    document = query
+from tests.encoding.digits import Processor, digit_encoder, expected, items_of
+from tests.several_hosts import Hosts
 
 
 class Described(list):
@@ -62,19 +37,7 @@ class Described(list):
 
 @pytest.fixture(scope="module")
 def encoder():
-    mesh = make_mesh(4, 2, 1)
-
-    def encode(_, batch):
-        segments_BV = jnp.take_along_axis(batch.segments, batch.reads, axis=1)
-        is_own_BVS = segments_BV[:, :, None] == batch.segments[:, None]
-        sums_BV = jnp.sum(is_own_BVS * batch.tokens[:, None], axis=-1)
-        pixels_BV = jnp.zeros_like(sums_BV)
-        if batch.patches is not None:
-            pixels_BV = jnp.sum((segments_BV[:, :, None] == batch.patch_segments[:, None]) * batch.patches[:, None, :, 0], axis=-1)
-        meta_BV = jnp.take_along_axis(batch.meta, batch.reads, axis=1)
-        return jnp.stack([sums_BV, pixels_BV, meta_BV], axis=-1).astype(jnp.float32)
-
-    return Encoder(CONFIG, Processor(), mesh, jax.jit(encode, out_shardings=named_sharding(mesh, ("batch", None, None))))
+    return digit_encoder(make_mesh(4, 2, 1))
 
 
 @pytest.fixture
@@ -84,22 +47,8 @@ def small_windows(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ITEMS", 5)
 
 
-def items_of(count, seed=0):
-    rng = np.random.default_rng(seed)
-    texts = ["".join(map(str, rng.integers(0, 10, rng.integers(1, 20)))) for _ in range(count)]
-    return [{"text": text} | ({"image": (4, int(rng.integers(1, 8)))} if rng.random() < 0.7 else {}) for text in texts]
-
-
-def expected(items, budget):
-    def of(item):
-        width, height = item.get("image", (0, 0))
-        return [[sum(map(int, item["text"])), len(item["text"]) * width * height, vector] for vector in range(budget)]
-
-    return np.array([of(item) for item in items], np.float32).reshape(len(items), budget, 3)
-
-
-def run(encoder, items, budget=3, size=1000, start=0):
-    return list(encoder.blocks({}, items, "query", budget, start=start, size=size))
+def run(encoder, items, budget=3, size=1000, start=0, **options):
+    return list(encoder.blocks({}, items, "query", budget, start=start, size=size, **options))
 
 
 @pytest.mark.parametrize("count", [1, 7, 900])
@@ -139,10 +88,11 @@ def test_sizes_do_not_wait_for_items():
             return super().query(item, name=name)
 
     reader = Reader(Slow(), Described(items_of(100)), "query", 3, 3)
-    items, sizes = reader.row_items(range(100)), reader.sizes(range(100))
+    items = [reader.row_item(number, Processor().size(item, "query", name="")[:2]) for number, item in enumerate(items_of(100))]
+    sizes = reader.sizes(range(100))
     unknown = wait(sizes, timeout=20).not_done
     may_read.set()
-    assert not unknown and len(results(items)) == 100
+    assert not unknown and all(item.result() for item in items)
     reader.close()
 
 
@@ -169,3 +119,80 @@ def test_what_was_cut_is_printed_once(encoder, capsys):
     for _ in range(2):
         run(encoder, ["123456789", "1"])
     assert capsys.readouterr().err.count("query: of 2 items, 1 texts cut to fit a row") == 1
+
+
+KINDS = {"bad": {"text": "bad"}, "torn": {"text": "123", "image": (4, 3), "torn": True}, "bad type": 7}
+REASONS = {"bad": "is bad", "torn": "is torn", "bad type": "expected a text, a PIL image or a dict of both, not int"}
+
+
+def with_failures(items, failures):
+    """Return the items with a failure of a kind at each of these numbers."""
+    return [KINDS[failures[number]] if number in failures else item for number, item in enumerate(items)]
+
+
+@pytest.mark.parametrize("kind", [list, Described])
+@pytest.mark.parametrize("size", [1, 40, 300])
+def test_items_that_fail_are_left_out(encoder, small_windows, kind, size):
+    """At the first, middle and last place, two blocks of 40 in whole, and blocks of one item."""
+    items, bar = items_of(300), tqdm(total=300, file=io.StringIO())
+    failures = {0: "bad", 1: "torn", 150: "torn", 151: "bad", 152: "bad type", 298: "bad", 299: "torn"}
+    failures |= dict.fromkeys(range(40, 80), "bad") | dict.fromkeys(range(80, 120), "torn")
+    blocks = run(encoder, kind(with_failures(items, failures)), size=size, bar=bar, allow_failures=True)
+    assert [block.items for block in blocks] == [range(first, min(first + size, 300)) for first in range(0, 300, size)]
+    for block in blocks:
+        reasons = {number: f"item {number}: {REASONS[failures[number]]}" for number in block.items if number in failures}
+        good = [number for number in block.items if number not in failures]
+        assert block.failures == reasons and list(block.failures) == list(reasons) and block.numbers.tolist() == good
+        np.testing.assert_array_equal(block.vectors, expected([items[number] for number in good], 3))
+    assert bar.n == 300 and encoder.reduced.items == 300 - sum(kind != "torn" for kind in failures.values())
+
+
+def test_a_failure_is_an_error_unless_allowed(encoder):
+    with pytest.raises(UserError, match="item 2: is torn"):
+        run(encoder, with_failures(items_of(9), {2: "torn", 5: "torn"}))
+
+
+def test_an_item_that_changes_after_its_size_was_read_fails(encoder):
+    class Growing(Described):
+        def __getitem__(self, number):
+            return super().__getitem__(number) | ({"text": "1" * 30} if number == 4 else {})
+
+    items = items_of(9)
+    (block,) = run(encoder, Growing(items), allow_failures=True)
+    assert block.failures == {4: "item 4: was changed while it was read; try again when it is complete"}
+    np.testing.assert_array_equal(block.vectors, expected(items[:4] + items[5:], 3))
+
+
+def test_the_calls_of_a_block_depend_on_its_items_alone(encoder, small_windows, monkeypatch):
+    items, calls = items_of(2000), defaultdict(list)
+    decode = module.Encoder._decode
+    monkeypatch.setattr(
+        module.Encoder,
+        "_decode",
+        lambda self, call, block, reader: (calls[block.items].append(call), decode(self, call, block, reader))[1],
+    )
+    run(encoder, items, size=600)
+    together = dict(calls)
+    assert list(together) == [range(600), range(600, 1200), range(1200, 1800), range(1800, 2000)]
+    for numbers, expected_calls in together.items():
+        calls.clear()
+        run(encoder, items[: numbers.stop], size=600, start=numbers.start)
+        assert calls == {numbers: expected_calls}
+        assert {number for call in expected_calls for row in call.rows for number in row} == {*numbers}
+    assert max(call.size for call in together[range(600)]) == 16 * 8  # full blocks of a long stream
+    assert max(call.size for call in together[range(1800, 2000)]) == 4 * 8
+
+
+def test_two_hosts_report_the_same_failures(tmp_path):
+    items = items_of(300)
+    failures = dict.fromkeys(range(0, 300, 7), "torn") | dict.fromkeys(range(3, 300, 11), "bad") | {299: "torn"}
+    (tmp_path / "items.json").write_text(json.dumps(with_failures(items, failures)))
+    with Hosts(2, ["-m", "tests.encoding.hosts_program", f"--items={tmp_path / 'items.json'}", f"--out={tmp_path}"]) as hosts:
+        hosts.wait()
+    good = [number for number in range(300) if number not in failures]
+    shares = [np.load(tmp_path / f"{host}.npz") for host in (0, 1)]
+    assert sorted(np.concatenate([share["numbers"] for share in shares])) == good
+    for host, share in enumerate(shares):
+        np.testing.assert_array_equal(share["vectors"], expected([items[number] for number in share["numbers"]], 3))
+        reasons = {str(number): f"item {number}: {REASONS[kind]}" for number, kind in sorted(failures.items())}
+        assert json.loads((tmp_path / f"{host}.json").read_text()) == reasons
