@@ -1,4 +1,4 @@
-"""Encode documents into an index. After a kill, the same command continues."""
+"""Encode documents into an index, or what is new or changed since. After a kill, the same command continues."""
 
 import argparse
 
@@ -17,13 +17,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("--model", type=model_name, required=True, help="a run, a Hugging Face directory, or a hub id")
     parser.add_argument("--input", type=local_path, required=True, help="a folder of images and PDF files, or a .jsonl or .parquet")
-    parser.add_argument("--out", type=local_path, required=True, help="the index; an existing one is replaced at the end")
+    parser.add_argument(
+        "--out", type=local_path, required=True, help="the index; one of the same model, budget and dtype follows the input"
+    )
     parser.add_argument("--budget", type=int, help="vectors to keep of each document (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the vectors on disk (default: bfloat16)")
+    parser.add_argument("--skip", type=int, default=0, help="most documents to leave out if they cannot be read (default: 0)")
     add_device_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Build an index."""
     start(arguments)
-    index_and_search.index(arguments.model, arguments.input, arguments.out, arguments.budget, arguments.dtype)
+    index_and_search.index(arguments.model, arguments.input, arguments.out, arguments.budget, arguments.dtype, arguments.skip)

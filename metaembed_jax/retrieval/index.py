@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from metaembed_jax.data.left_out import LeftOut
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
 from metaembed_jax.late_interaction.groups import Budget
@@ -255,6 +256,11 @@ class Index:
     def vectors(self) -> int:
         """Largest number of vectors that are stored of an item."""
         return self._manifest.levels[-1]
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """Documents that `index_documents` left out, (id, reason) each."""
+        return [LeftOut(item, reason) for item, reason, _ in self._manifest.left_out]
 
     def __repr__(self) -> str:
         return f"<Index of {len(self):,} items, {self.vectors} x {self._manifest.width} {self._manifest.dtype}, in {self.folder}>"

@@ -18,18 +18,18 @@ from metaembed_jax.retrieval.index import Index
 TEXT_LENGTH = 100  # characters of a text that are printed
 
 
-def index(model: str, documents: Path, out: Path, budget: int | None, dtype: str) -> None:
-    """Encode documents into an index.
+def index(model: str, documents: Path, out: Path, budget: int | None, dtype: str, skip: int) -> None:
+    """Let an index follow documents, up to `skip` of which are left out if they cannot be read.
 
     Raises:
       UserError: as `open_documents`, `MetaEmbed.from_pretrained` and `index_documents`.
     """
-    items, path = open_documents(documents), None if is_bucket(model) else Path(model).expanduser()
+    items, path = open_documents(documents, skip=skip), None if is_bucket(model) else Path(model).expanduser()
     name = str(path.absolute()) if path and path.exists() else model
     check_devices()
     encoder = MetaEmbed.from_pretrained(model)
     print(describe_devices(encoder.mesh), flush=True)
-    index_documents(encoder, items, out, name=name, budget=budget, dtype=dtype, progress=True)
+    index_documents(encoder, items, out, name=name, budget=budget, dtype=dtype, skip=skip, progress=True)
 
 
 def search(folder: Path, query: str | None, image: Path | None, budget: str | None, k: int | None, model: str | None) -> None:

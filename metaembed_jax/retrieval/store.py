@@ -107,15 +107,18 @@ def write_draft(folder: Path, manifest: Manifest) -> None:
     _replace(folder / DRAFT, manifest)
 
 
-def commit(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest of the index unless it is the same, and remove the draft and segments that it does not name.
+def commit(folder: Path, manifest: Manifest) -> bool:
+    """Replace the manifest of the index, and remove the draft and segments that it does not name. The caller holds the lock.
 
-    The caller holds the lock.
+    Returns:
+      False if the manifest is the same as before, which is not written again.
     """
-    if not (folder / MANIFEST).exists() or read_manifest(folder) != manifest:
+    is_changed = not (folder / MANIFEST).exists() or read_manifest(folder) != manifest
+    if is_changed:
         _replace(folder / MANIFEST, manifest)
     (folder / DRAFT).unlink(missing_ok=True)
     clean(folder, manifest)
+    return is_changed
 
 
 def clean(folder: Path, *manifests: Manifest | None) -> None:

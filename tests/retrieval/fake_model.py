@@ -25,13 +25,19 @@ class FakeModel(me.MetaEmbed):
         self.fingerprint, self.mesh, self.encoded = fingerprint, make_mesh(devices=jax.devices()[:1]), []
         self.config = types.SimpleNamespace(vectors=lambda side: VECTORS)
 
-    def encode_blocks(self, items, side, *, budget, size, start=0, bar=None):
+    def encode_blocks(self, items, side, *, budget, size, start=0, bar=None, allow_failures=False):
+        assert allow_failures
         for first in range(start, len(items), size):
-            numbers = range(first, min(first + size, len(items)))
-            contents = [content(items[number]) for number in numbers]
-            self.encoded += contents
+            numbers, contents, failures = range(first, min(first + size, len(items))), {}, {}
+            for number in numbers:
+                try:
+                    contents[number] = content(items[number])
+                except me.UserError as error:
+                    failures[number] = str(error)
+            self.encoded += contents.values()
             bar.update(len(numbers))
-            yield EncodedBlock(numbers, np.array(numbers), np.stack([vectors(key)[:budget] for key in contents]))
+            vectors_nRD = np.array([vectors(key)[:budget] for key in contents.values()]).reshape(-1, budget, WIDTH)
+            yield EncodedBlock(numbers, np.array([*contents], int), vectors_nRD.astype(np.float32), failures)
 
     def count(self):
         """Return the number of items that were encoded since the last call."""

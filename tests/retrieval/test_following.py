@@ -38,7 +38,7 @@ save.seconds = 1_700_000_000
 
 def index(model, path, **options):
     """Index what `path` holds in a folder next to it, check that it is what the documents give, and return it."""
-    documents = me.open_documents(path)
+    documents = me.open_documents(path, skip=options.get("skip", 0))
     built = me.index_documents(model, documents, path.parent / "index", dtype="float32", **options)
     check(built, documents)
     return built
@@ -46,8 +46,11 @@ def index(model, path, **options):
 
 def check(built, documents):
     stored = stored_vectors(built)
-    assert stored.keys() == {*documents.ids()} and len(built) == len(documents)
+    left_out = {item for item, _ in built.left_out}
+    assert stored.keys() == {*documents.ids()} - left_out and len(built) == len(stored)
     for number, item in enumerate(documents.ids()):
+        if item in left_out:
+            continue
         np.testing.assert_array_equal(stored[item], vectors(content(documents[number])))
         expected = {key: value for key, value in documents.metadata(number).items() if key != "id" and value is not None}
         assert built.metadata(item) == expected
@@ -101,7 +104,7 @@ def test_a_folder(model, tmp_path, capsys):
     assert model.count() == 11
     assert capsys.readouterr().out == f"{tmp_path}/index: 11 items (11 encoded, 0 kept, 0 dropped), 4 vectors each.\n"
     before = files(index(model, folder, progress=True))
-    assert capsys.readouterr().out == f"{tmp_path}/index: 11 items, 4 vectors each; nothing is new, changed or gone.\n"
+    assert capsys.readouterr().out == f"{tmp_path}/index: 11 items, nothing new, changed or gone, 4 vectors each.\n"
     assert before == files(index(model, folder)) and model.count() == 0
     save(folder / "2.png", (9, 9, 9))
     (folder / "4.png").unlink()
@@ -273,3 +276,100 @@ def test_everything_replaced(model, tmp_path):
     (tmp_path / "in" / "a.png").unlink()
     save(tmp_path / "in" / "b.png", "red")
     assert len(index(model, tmp_path / "in")._segments) == 1
+
+
+def spoil(path):
+    """Cut an image, and return its whole content."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    return whole
+
+
+def test_a_bad_document(model, tmp_path, capsys):
+    folder = tmp_path / "in"
+    for number in range(10):
+        save(folder / f"{number}.png", (number, 0, 0))
+    whole = spoil(folder / "9.png")
+    message = f"{folder}/9.png: the image cannot be read .*; --skip=1 leaves out as many"
+    for encoded in (9, 0):
+        with pytest.raises(me.UserError, match=message):
+            index(model, folder)
+        assert model.count() == encoded
+    built = index(model, folder, skip=1, progress=True)
+    assert model.count() == 0
+    (left_out,) = built.left_out
+    assert left_out.id == "9.png" and left_out.reason.startswith(f"{folder}/9.png: the image cannot be read")
+    counts = "9 items (0 encoded, 9 kept, 0 dropped, 1 left out), 4 vectors each."
+    assert capsys.readouterr().out == f"{tmp_path}/index: {counts}\n  left out 9.png: {left_out.reason}\n"
+    before = files(built)
+    assert before == files(index(model, folder, skip=1)) and me.Index.load(built.folder).left_out == built.left_out
+    with pytest.raises(me.UserError, match=message):
+        index(model, folder)
+    assert model.count() == 0
+    (folder / "9.png").write_bytes(whole)
+    assert not index(model, folder).left_out and model.count() == 1
+
+
+def test_bad_documents_in_the_middle(model, tmp_path):
+    """More than are skipped: one error, after which nothing that was encoded is encoded again."""
+    folder = tmp_path / "in"
+    for number in range(20):
+        save(folder / f"{number}.png", (number, 0, 0))
+    for number in (1, 9, 10, 17):
+        spoil(folder / f"{number}.png")
+    with pytest.raises(me.UserError, match=f"{folder}/1.png: .*; 3 documents cannot be read; --skip=3 leaves"):
+        index(model, folder, skip=2)
+    assert model.count() == 9
+    with pytest.raises(me.UserError, match=f"{folder}/1.png: .*; 4 documents cannot be read; --skip=4 leaves"):
+        index(model, folder, skip=3)
+    assert model.count() == 7
+    built = index(model, folder, skip=4)
+    assert model.count() == 0 and [item for item, _ in built.left_out] == ["1.png", "9.png", "10.png", "17.png"]
+
+
+def test_a_resumed_job_does_not_try_again_what_it_left_out(model, tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    for number in range(11):
+        save(folder / f"{number}.png", (number, 0, 0))
+    spoil(folder / "2.png")
+    (folder / "a.pdf").write_bytes(b"")
+    whole = me.index_documents(model, me.open_documents(folder, skip=2), tmp_path / "whole", dtype="float32", skip=2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die(patch, store, "write_draft", 2)
+        index(model, folder, skip=2)
+    built = index(model, folder, skip=2)
+    assert content_of_segments(built) == content_of_segments(whole) and built.left_out == whole.left_out
+    assert [item for item, _ in built.left_out] == ["a.pdf", "2.png"]
+    assert model.count() == 10 + 10 + 3  # the last part, of three, was lost
+
+
+def test_a_document_that_breaks_is_dropped(model, tmp_path):
+    for name in "ab":
+        save(tmp_path / "in" / f"{name}.png", "red")
+    index(model, tmp_path / "in")
+    spoil(tmp_path / "in" / "b.png")
+    with pytest.raises(me.UserError, match="b.png: the image"):
+        index(model, tmp_path / "in")
+    assert len(me.Index.load(tmp_path / "index")) == 2
+    assert len(index(model, tmp_path / "in", skip=1)) == 1 and model.count() == 2
+
+
+def test_nothing_that_can_be_read(model, tmp_path):
+    save(tmp_path / "in" / "a.png", "red")
+    spoil(tmp_path / "in" / "a.png")
+    with pytest.raises(me.UserError, match="nothing to index: none of 1 documents can be read"):
+        index(model, tmp_path / "in", skip=3)
+    (tmp_path / "in" / "a.png").rename(tmp_path / "in" / "a.pdf")
+    with pytest.raises(me.UserError, match="nothing to index: expected at least one document"):
+        index(model, tmp_path / "in", skip=3)
+    with pytest.raises(me.UserError, match="skip=None: expected"):
+        index(model, tmp_path / "in", skip=None)
+
+
+def test_a_bad_row(model, tmp_path):
+    rows = [{"id": "a", "text": "x"}, {"id": "b", "image": "none.png"}, {"id": "c", "text": "y"}]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    built = index(model, tmp_path / "items.jsonl", skip=1)
+    assert [item for item, _ in built.left_out] == ["b"] and "row 1: image: the image" in built.left_out[0].reason
+    save(tmp_path / "none.png", "red")
+    assert not index(model, tmp_path / "items.jsonl").left_out and model.count() == 3
