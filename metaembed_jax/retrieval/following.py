@@ -3,6 +3,7 @@
 N documents, S stored items.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, UInt64
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.retrieval.manifest import Manifest
+from metaembed_jax.retrieval.manifest import Manifest, Segment
 from metaembed_jax.retrieval.segment import SegmentFiles
 
 
@@ -21,54 +22,68 @@ class Match(NamedTuple):
 
     Attributes:
       is_kept_N: mask of the documents that are stored.
-      segments: the stored segments, without the items that the job does not keep.
-      gone_S: hashes of the ids of the items that it does not keep.
+      segments: the stored segments; the items that the job does not keep are deleted.
+      dropped: the number of ids of these items.
     """
 
     is_kept_N: Bool[np.ndarray, " N"]
-    segments: list[SegmentFiles]
-    gone_S: UInt64[np.ndarray, " S"]
+    segments: list[Segment]
+    dropped: int
 
 
-def open_sound(folder: Path, manifest: Manifest) -> tuple[list[SegmentFiles], dict[str, str]]:
-    """Open the segments of a manifest and check all of their files.
-
-    Returns:
-      The segments that are sound, and what is wrong with each of the others, by name.
-    """
-    segments, damage = [], {}
-    for entry in manifest.segments:
+def find_damage(folder: Path, manifest: Manifest, segments: Sequence[Segment]) -> dict[str, str]:
+    """Check all files of segments, and return what is wrong with each damaged segment, by its name."""
+    damage = {}
+    for entry in segments:
         try:
             segment = SegmentFiles(folder, manifest, entry)
             with ThreadPoolExecutor() as threads:  # checksums are computed without Python's lock
                 list(threads.map(lambda file: (file.check_all(), file.release()), segment.files.values()))
-            segments.append(segment)
         except (UserError, FileNotFoundError) as error:
             damage[entry.name] = str(error)
-    return segments, damage
+    return damage
 
 
-def match(ids_N: UInt64[np.ndarray, " N"], stamps_N: UInt64[np.ndarray, " N"], segments: Sequence[SegmentFiles]) -> Match:
+def match(
+    ids_N: UInt64[np.ndarray, " N"],
+    stamps_N: UInt64[np.ndarray, " N"],
+    folder: Path,
+    manifest: Manifest,
+    segments: Sequence[Segment],
+) -> Match:
     """Find the stored item of each document.
 
     Args:
       ids_N: hashes of the ids of the documents, which are all different.
       stamps_N: their stamps.
       segments: an item that several of them have is kept in the first.
+
+    Raises:
+      UserError: a segment is damaged.
     """
-    stored_ids, stored_stamps = (
-        np.concatenate([np.zeros(0, np.uint64), *(segment.files[name].read(0, len(segment)) for segment in segments)])
-        for name in ("id-hashes", "stamps")
-    )
-    is_alive = np.concatenate([np.zeros(0, bool), *(segment.is_alive for segment in segments)])
-    rows = np.flatnonzero(is_alive)
-    id_hashes, stamps = np.concatenate([ids_N, stored_ids[rows]]), np.concatenate([stamps_N, stored_stamps[rows]])
-    order = np.lexsort((stamps, id_hashes))  # is stable: a document is before the stored items that equal it
-    equals_previous = (np.diff(id_hashes[order]) == 0) & (np.diff(stamps[order]) == 0)
-    is_pair = equals_previous & (order[:-1] < len(ids_N))
-    is_kept_N, is_stored = np.zeros(len(ids_N), bool), np.zeros(len(stored_ids), bool)
+    ids_S, stamps_S, is_alive_S = _read_keys(folder, manifest, segments)
+    rows = np.flatnonzero(is_alive_S)
+    ids, stamps = np.concatenate([ids_N, ids_S[rows]]), np.concatenate([stamps_N, stamps_S[rows]])
+    order = np.lexsort((stamps, ids))  # is stable: a document is before the stored items that equal it
+    equals_next = (np.diff(ids[order]) == 0) & (np.diff(stamps[order]) == 0)
+    is_pair = equals_next & (order[:-1] < len(ids_N))
+    is_kept_N, is_kept_S = np.zeros(len(ids_N), bool), np.zeros(len(ids_S), bool)
     is_kept_N[order[:-1][is_pair]] = True
-    is_stored[rows[order[1:][is_pair] - len(ids_N)]] = True
-    ends = np.cumsum([len(segment) for segment in segments])[:-1]
-    kept = [segment.only(mask) for segment, mask in zip(segments, np.split(is_stored, ends), strict=True)] if segments else []
-    return Match(is_kept_N, kept, stored_ids[is_alive & ~is_stored])
+    is_kept_S[rows[order[1:][is_pair] - len(ids_N)]] = True
+    kept, first = [], 0
+    for entry in segments:
+        deleted = np.flatnonzero(~is_kept_S[first : first + entry.items])
+        kept.append(dataclasses.replace(entry, deleted=tuple(deleted.tolist())))
+        first += entry.items
+    return Match(is_kept_N, kept, len(np.unique(ids_S[is_alive_S & ~is_kept_S])))
+
+
+def _read_keys(folder: Path, manifest: Manifest, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the hash of the id of each stored item, its stamp, and whether it is not deleted."""
+    keys = [(np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, bool))]
+    for entry in segments:  # one is open at a time: a process may have some 65,000 mapped files
+        segment = SegmentFiles(folder, manifest, entry)
+        ids, stamps = (segment.files[name].read(0, len(segment)).copy() for name in ("id-hashes", "stamps"))
+        keys.append((ids, stamps, segment.is_alive))
+    ids_S, stamps_S, is_alive_S = (np.concatenate(arrays) for arrays in zip(*keys, strict=True))
+    return ids_S, stamps_S, is_alive_S

@@ -109,7 +109,7 @@ def decode(path: Path) -> Manifest:
 
 def _validated(index: dict) -> Manifest:
     """Check all fields: another program may have written a file with a matching checksum."""
-    segments = tuple(_segment(**fields) for fields in index.pop("segments"))
+    segments = tuple(as_segment(**fields) for fields in index.pop("segments"))
     levels = tuple(index.pop("levels"))
     left_out = tuple((item, reason, stamp) for item, reason, stamp in index.pop("left_out"))
     manifest = Manifest(segments=segments, levels=levels, left_out=left_out, **index)
@@ -126,7 +126,12 @@ def _validated(index: dict) -> Manifest:
     return manifest
 
 
-def _segment(name, items, fewest, sizes, checksums, deleted) -> Segment:
+def as_segment(name, items, fewest, sizes, checksums, deleted) -> Segment:
+    """Return the segment of the fields of its JSON object; inverse of `dataclasses.asdict`.
+
+    Raises:
+      ValueError: a field is not valid.
+    """
     _require(isinstance(name, str) and NAME.fullmatch(name), "the name of a segment")
     _require(isinstance(checksums, str) and DIGEST.fullmatch(checksums), "checksums")
     _require(_is_count(items) and _is_count(fewest), "items or fewest")

@@ -10,8 +10,6 @@ metadata, metadata-ends          concatenated JSON objects; int64 [items]: the e
 checksums                        CRC-32 of each `checksummed_files.CHUNK_BYTES` bytes of all files above, in order of their names
 """
 
-import copy
-import dataclasses
 import functools
 import hashlib
 import json
@@ -80,13 +78,6 @@ class SegmentFiles:
         alive = np.ones(len(self), bool)
         alive[list(self.entry.deleted)] = False
         return alive
-
-    def only(self, is_kept_N: Bool[np.ndarray, " N"]) -> "SegmentFiles":
-        """Return the segment with the rows of a mask, and all others deleted."""
-        segment = copy.copy(self)
-        segment.entry = dataclasses.replace(self.entry, deleted=tuple(np.flatnonzero(~is_kept_N).tolist()))
-        segment.__dict__.pop("is_alive", None)
-        return segment
 
     def ids(self, rows: Iterable[int]) -> list[str]:
         """Return the ids of rows."""

@@ -145,6 +145,11 @@ def manifests_in(folder: Path) -> list[Manifest]:
     return manifests
 
 
+def unfinished(folder: Path, name: str) -> Path:
+    """Return the path of a file that `clean` removes."""
+    return folder / f".{DRAFT}.{name}{PART}"
+
+
 def _is_segment(path: Path) -> bool:
     return bool(NAME.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
 

@@ -1,45 +1,53 @@
 """Merge small segments, so that an index that follows its documents for years has few of them.
 
-From first to last, each segment has at least twice the items of the next: N items have at most log2(N) + 1 segments, and an item is
-copied O(log N) times. The order of items is kept.
+New items become one segment, which absorbs the segments before it that have less than twice its items. So an index of N items has
+O(log N) segments, and an item is copied O(log N) times. The order of items is kept.
+
+Several hosts divide the new segment: each writes a share of its items.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
+from metaembed_jax import hosts
+from metaembed_jax.retrieval.host_segments import gather_segments
 from metaembed_jax.retrieval.manifest import Manifest, Segment
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.retrieval.writer import merge_segments
 
 
-def tiers(kept: Sequence[SegmentFiles], new: Sequence[SegmentFiles]) -> list[list[SegmentFiles]]:
-    """Return the segments that become one segment each. Segments without items are left out.
+def tiers(kept: Sequence[Segment], new: Sequence[Segment], shares: int = 1) -> list[list[Segment]]:
+    """Return groups of segments that become one segment each, in order. Segments without items are left out.
 
     Args:
-      kept: segments of the index, in order.
-      new: segments of one job, which are merged.
+      kept: segments of the index.
+      new: segments of one job.
+      shares: number of segments that the new items become.
     """
-    groups = []
-    for group in (*([segment] for segment in kept), list(new)):
-        if not _items(group):
-            continue
-        while groups and _items(groups[-1]) < 2 * _items(group):
-            group = groups.pop() + group
-        groups.append(group)
-    return groups
+    kept, group = list(filter(_count, kept)), list(filter(_count, new))
+    while group and kept and _count(kept[-1]) < 2 * sum(map(_count, group)):
+        group.insert(0, kept.pop())
+    return [[segment] for segment in kept] + [share for first in range(shares) if (share := group[first::shares])]
 
 
-def merge_tier(folder: Path, manifest: Manifest, group: Sequence[SegmentFiles]) -> tuple[Segment, ...]:
-    """Write a group of segments as one segment; a single segment is written again only if over half of its items are deleted.
+def merge_tiers(folder: Path, manifest: Manifest, groups: Sequence[Sequence[Segment]]) -> tuple[Segment, ...]:
+    """Write each group as one segment, and return all of them. Each host writes some groups.
+
+    A single segment is written again only if over half of its items are deleted.
 
     Raises:
       UserError: a file is damaged.
     """
-    first, *others = group
-    if others or 2 * len(first.entry.deleted) > len(first):
-        return merge_segments(folder, manifest, group)
-    return (first.entry,)
+    rewritten = [number for number, group in enumerate(groups) if len(group) > 1 or 2 * len(group[0].deleted) > group[0].items]
+    merged = {}
+    for number in rewritten[jax.process_index() :: hosts.count_hosts()]:
+        opened = (SegmentFiles(folder, manifest, segment) for segment in groups[number])
+        (merged[number],) = merge_segments(folder, manifest, opened)
+    merged = gather_segments(merged)
+    return tuple(merged.get(number, group[0]) for number, group in enumerate(groups))
 
 
-def _items(group: Sequence[SegmentFiles]) -> int:
-    return sum(len(segment) - len(segment.entry.deleted) for segment in group)
+def _count(segment: Segment) -> int:
+    return segment.items - len(segment.deleted)

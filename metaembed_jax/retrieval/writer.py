@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +126,7 @@ def write_segment(folder: Path, manifest: Manifest, first: Items, rest: Iterable
     return writer.close()
 
 
-def merge_segments(folder: Path, manifest: Manifest, segments: Sequence[SegmentFiles]) -> tuple[manifests.Segment, ...]:
+def merge_segments(folder: Path, manifest: Manifest, segments: Iterable[SegmentFiles]) -> tuple[manifests.Segment, ...]:
     """Write all items that are not deleted as one new segment; no segment if all are deleted.
 
     Raises:

@@ -12,7 +12,7 @@ import metaembed_jax as me
 from metaembed_jax import cli
 from metaembed_jax.flags import run_main
 from metaembed_jax.mesh import make_mesh
-from metaembed_jax.retrieval import build, store
+from metaembed_jax.retrieval import parts, store
 from tests.backbones.qwen2_5_vl.reference import noise
 from tests.checkpoints.huggingface_files import random_tensors, write
 from tests.encoding.small_rows import with_small_rows
@@ -41,7 +41,7 @@ def table(tmp_path):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(build, "BLOCK_DOCUMENTS", 4)
+    monkeypatch.setattr(parts, "PART_DOCUMENTS", 4)
 
 
 def counted(documents):

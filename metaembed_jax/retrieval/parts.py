@@ -1,0 +1,111 @@
+"""Encode documents in parts. Each part is on the disk before the next is encoded, so a killed job loses at most one."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Int, UInt64
+from tqdm import tqdm
+
+from metaembed_jax import hosts
+from metaembed_jax.data.documents import Documents
+from metaembed_jax.data.left_out import LeftOut, check_left_out
+from metaembed_jax.encoding.encoder import EncodedBlock
+from metaembed_jax.model import MetaEmbed
+from metaembed_jax.retrieval import store
+from metaembed_jax.retrieval.host_segments import gather_segments
+from metaembed_jax.retrieval.ingest import make_items
+from metaembed_jax.retrieval.manifest import Manifest, Segment
+from metaembed_jax.retrieval.writer import SegmentWriter
+from metaembed_jax.sharding import batch_shards
+
+PART_DOCUMENTS = 256  # of a device
+
+
+class Selected(Sequence):
+    """Some documents, for the encoder.
+
+    Args:
+      documents: all documents.
+      numbers: the numbers of those that are selected.
+    """
+
+    def __init__(self, documents: Documents, numbers: Int[np.ndarray, " P"]):
+        self._documents, self._numbers = documents, numbers.tolist()
+        if describe := getattr(documents, "describe", None):  # without it, the encoder reads an item once
+            self.describe = lambda number: describe(self._numbers[number])
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, number):
+        return self._documents[self._numbers[number]]
+
+    def item_name(self, number: int) -> str:
+        """Return the name of a document in errors."""
+        return self._documents.item_name(self._numbers[number])
+
+
+def encode_parts(
+    model: MetaEmbed,
+    documents: Documents,
+    pending: Int[np.ndarray, " P"],
+    stamps: UInt64[np.ndarray, " N"],
+    folder: Path,
+    draft: Manifest,
+    skip: int,
+    progress: bool,
+) -> Manifest:
+    """Encode documents, and return the draft with the segments of their parts, and with those that cannot be read.
+
+    All hosts call this. Each writes the vectors of its share of a part, and the first writes the draft.
+
+    Args:
+      pending: numbers of the documents.
+      stamps: stamps of all documents.
+      folder: the folder of the index.
+      skip: most documents that may be left out.
+
+    Raises:
+      UserError: more documents than `skip` cannot be read. The draft in the folder has all that were encoded before.
+    """
+    size, count = PART_DOCUMENTS * batch_shards(model.mesh), len(documents)
+    items, silent = Selected(documents, pending), not (progress and hosts.is_first())
+    with tqdm(total=count, initial=count - len(pending), desc="indexing", unit="item", disable=silent) as bar:
+        blocks = model.encode_blocks(items, "document", budget=draft.levels[-1], size=size, bar=bar, allow_failures=True)
+        for block in blocks if len(pending) else ():
+            failed = [(int(pending[number]), reason) for number, reason in sorted(block.failures.items())]
+            left_out = [(documents.metadata(number)["id"], reason, int(stamps[number])) for number, reason in failed]
+            segments = _write(folder, draft, documents, pending, stamps, block)
+            draft = dataclasses.replace(draft, segments=draft.segments + segments, left_out=(*draft.left_out, *left_out))
+            if hosts.is_first():
+                store.write_draft(folder, draft)
+            check_left_out([*documents.left_out, *(LeftOut(item, reason) for item, reason, _ in draft.left_out)], skip)
+    return draft
+
+
+def _write(
+    folder: Path,
+    draft: Manifest,
+    documents: Documents,
+    pending: Int[np.ndarray, " P"],
+    stamps: UInt64[np.ndarray, " N"],
+    block: EncodedBlock,
+) -> tuple[Segment, ...]:
+    """Write this host's documents of a part as a segment, and return the segments of all hosts."""
+    segments, numbers = {}, pending[block.numbers]
+    if len(numbers):
+        descriptions = [documents.metadata(number) for number in numbers.tolist()]
+        ids = [description["id"] for description in descriptions]
+        writer = SegmentWriter(folder, draft)
+        writer.add(make_items(block.vectors, ids, [_metadata(description) for description in descriptions], None), stamps[numbers])
+        segments[jax.process_index()] = writer.close()
+    return tuple(segment for _, segment in sorted(gather_segments(segments).items()))
+
+
+def _metadata(description: dict) -> dict:
+    path = description["path"] and os.path.abspath(description["path"])  # the index may be searched from another folder
+    return {key: value for key, value in (description | {"path": path}).items() if key != "id" and value is not None}
