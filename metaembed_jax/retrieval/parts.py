@@ -13,7 +13,7 @@ from tqdm import tqdm
 from metaembed_jax import hosts
 from metaembed_jax.data.documents import Documents
 from metaembed_jax.data.left_out import LeftOut, check_left_out
-from metaembed_jax.encoding.encoder import EncodedBlock
+from metaembed_jax.encoding.blocks import EncodedBlock
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.host_segments import gather_segments

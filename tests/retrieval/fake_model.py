@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 import metaembed_jax as me
-from metaembed_jax.encoding.encoder import EncodedBlock
+from metaembed_jax import hosts
+from metaembed_jax.encoding.blocks import EncodedBlock
 from metaembed_jax.mesh import make_mesh
 from tests.retrieval.reference import unit
 
@@ -15,14 +16,13 @@ WIDTH, VECTORS = 8, 4
 
 
 class FakeModel(me.MetaEmbed):
-    """Attributes:
-    encoded: the content of each item that was encoded, in order.
-    """
+    """A model that lists the content of each item that it has encoded, in `encoded`. Hosts take turns."""
 
     fingerprint, dimension = "f" * 16, WIDTH
 
-    def __init__(self, fingerprint="f" * 16):
-        self.fingerprint, self.mesh, self.encoded = fingerprint, make_mesh(devices=jax.devices()[:1]), []
+    def __init__(self, fingerprint="f" * 16, mesh=None):
+        self.fingerprint, self.encoded = fingerprint, []
+        self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
         self.config = types.SimpleNamespace(vectors=lambda side: VECTORS)
 
     def encode_blocks(self, items, side, *, budget, size, start=0, bar=None, allow_failures=False):
@@ -34,6 +34,7 @@ class FakeModel(me.MetaEmbed):
                     contents[number] = content(items[number])
                 except me.UserError as error:
                     failures[number] = str(error)
+            contents = dict([*contents.items()][jax.process_index() :: hosts.count_hosts()])
             self.encoded += contents.values()
             bar.update(len(numbers))
             vectors_nRD = np.array([vectors(key)[:budget] for key in contents.values()]).reshape(-1, budget, WIDTH)

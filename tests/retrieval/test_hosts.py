@@ -1,9 +1,12 @@
-"""Search of an index by several hosts, each with its own devices."""
+"""Indexing and search by several hosts, each with its own devices."""
+
+import re
 
 import numpy as np
 
 import metaembed_jax as me
 from tests.retrieval.reference import unit
+from tests.retrieval.test_following import check, save, spoil
 from tests.several_hosts import Hosts
 
 
@@ -23,3 +26,32 @@ def test_any_number_of_hosts_finds_the_same_bits(tmp_path):
         for results in together:
             for key in ("scores", "ids"):
                 np.testing.assert_array_equal(results[key], alone[key])
+
+
+def test_hosts_write_one_index(tmp_path):
+    folder, index = tmp_path / "in", tmp_path / "index"
+    for number in range(41):
+        save(folder / f"{number}.png", (number, 0, 0))
+    spoil(folder / "2.png")
+    (folder / "a.pdf").write_bytes(b"")
+
+    def run(*jobs):
+        """Return what each of two hosts prints, and the items that it encodes in each job."""
+        command = ["-m", "tests.retrieval.index_program", f"--input={folder}"]
+        with Hosts(2, command, lambda host: ["--jobs", *(job.format(host=host) for job in jobs)]) as hosts:
+            outputs = [output for output, _ in hosts.wait()]
+        return outputs, np.array([[*map(int, re.findall("encoded ([0-9]+)", output))] for output in outputs])
+
+    (first, second), encoded = run(f"1={index}", f"2={index}", f"2={index}", f"2={tmp_path}/of host {{host}}")
+    assert encoded.sum(0).tolist() == [7, 33, 0, 0] and encoded[:, 1].min() > 10
+    assert "a.pdf is not a readable PDF file" in first and "2 documents cannot be read; --skip=2" in second
+    assert "40 items (33 encoded, 7 kept, 0 dropped, 2 left out)" in first and "left out" not in second
+    assert "host 1 does not see the files of the first host; expected a folder that all hosts share" in second
+    built = me.Index.load(index)
+    check(built, me.open_documents(folder, skip=1))
+    assert len(built._segments) == 2
+    (folder / "5.png").unlink()
+    for name in ("6", "new"):
+        save(folder / f"{name}.png", "red")
+    assert run(f"2={index}")[1].sum() == 2
+    check(me.Index.load(index), me.open_documents(folder, skip=1))
