@@ -157,7 +157,11 @@ def test_commands(directory, table, tmp_path, monkeypatch, capsys):
     load = functools.cache(functools.partial(me.MetaEmbed.from_pretrained, mesh=ONE))  # a model is loaded once, not by each command
     monkeypatch.setattr(me.MetaEmbed, "from_pretrained", load)
     flags = f"--model={directory}", f"--input={table}", f"--out={tmp_path / 'index'}", "--budget=16"
-    assert "10 items (10 encoded, 0 kept, 0 dropped), 16 vectors each" in run(monkeypatch, capsys, "index", *flags)
+    with table.open("a") as file:
+        file.write(json.dumps({"id": "bad", "image": "none.png"}) + "\n")
+    assert "error: " in (output := run(monkeypatch, capsys, "index", *flags)) and "none.png is missing; --skip=1" in output
+    output = run(monkeypatch, capsys, "index", *flags, "--skip=1")
+    assert "10 items (0 encoded, 10 kept, 0 dropped, 1 left out), 16 vectors each.\n  left out bad: " in output
     searched = "search", f"--index={tmp_path / 'index'}"
     lines = run(monkeypatch, capsys, *searched, "text 3", "--budget=2:4").splitlines()
     assert len(lines) == 10 and lines[0].split()[0] == "1"
