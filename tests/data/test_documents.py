@@ -324,9 +324,11 @@ def test_images_in_structs_as_datasets_writes_them(tmp_path):
         ([{"text": "a"}, {"text": "b", "image": []}], r"row 1: image is \[\]"),
         ([{"text": "a"}, {"text": "b", "image": {"path": "no.png"}}], "row 1: image: the image .*no.png is missing"),
         ([{"text": "a"}, {"text": "b", "image": {"bytes": None, "path": "../a.png"}}], "row 1: image: .* leads out of"),
+        ([{"text": "a"}, {"text": "b", "image": "empty.png"}], "row 1: image: .*empty.png: the image has no bytes"),
     ],
 )
 def test_bad_tables(tmp_path, rows, message):
+    (tmp_path / "empty.png").touch()
     write_pairs(tmp_path / "items.jsonl", rows)
     with pytest.raises(UserError, match=message):
         list(open_documents(tmp_path / "items.jsonl"))

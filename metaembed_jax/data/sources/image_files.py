@@ -52,12 +52,14 @@ class ImageFolder:
         if is_absent(value):
             return b"", column
         content = value if isinstance(value, str | bytes) else _struct_content(value, column)
-        if isinstance(content, bytes):
-            if not content:
-                raise UserError(f"{column}: the image has no bytes; expected an encoded image, or null")
-            return content, column
+        encoded, name = (content, column) if isinstance(content, bytes) else self._read(content, column)
+        if not encoded:
+            raise UserError(f"{name}: the image has no bytes; expected an encoded image, or null")
+        return encoded, name
+
+    def _read(self, path: str, column: str) -> tuple[bytes, str]:
         try:
-            archive, name = self.find(content)
+            archive, name = self.find(path)
             if archive:
                 return _read_member(self._open(archive), archive, name), f"{column}: {archive}:{name}"
             return read_image_file(Path(name)), f"{column}: {name}"
