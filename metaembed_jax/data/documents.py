@@ -15,11 +15,13 @@ import hashlib
 import json
 import os
 import re
+import stat
 import threading
 from abc import abstractmethod
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path, PurePath
 
@@ -130,9 +132,9 @@ class FolderDocuments(Documents):
         return [self._id(file, page) for file, pages in self._pages() for page in pages]
 
     def stamps(self) -> UInt64[np.ndarray, " N"]:
-        stamps = []
+        stamps, real = [], lru_cache(os.path.realpath)
         for file, pages in tqdm(self._pages(), "reading times", len(self.files), unit="file", delay=2, leave=False, disable=None):
-            status = _file_stamp(file)
+            status = _file_stamp(file, real)
             stamps += [_stamp((self._id(file, page), status, page)) for page in pages]
         return np.array(stamps, np.uint64)
 
@@ -216,15 +218,16 @@ class TableDocuments(Documents):
         return self._ids or list(map(str, range(len(self))))
 
     def stamps(self) -> UInt64[np.ndarray, " N"]:
+        real = lru_cache(os.path.realpath)
         with self._lock:
             rows = tqdm(self.rows.read(0, len(self)), "reading rows", len(self), unit="row", delay=2, leave=False, disable=None)
-            return np.array([_stamp((row, self._image_stamp(row.get("image")))) for row in rows], np.uint64)
+            return np.array([_stamp((row, self._image_stamp(row.get("image"), real))) for row in rows], np.uint64)
 
-    def _image_stamp(self, image: object) -> tuple | None:
+    def _image_stamp(self, image: object, real: Callable) -> tuple | None:
         """Return the path, size and time of the file that the value of an image column names; None without one."""
         path = image_path(image)
         try:
-            return _file_stamp(Path(self.folder.find(path)[1])) if path else None
+            return _file_stamp(Path(self.folder.find(path)[1]), real) if path else None
         except UserError:  # reading the document names what is wrong
             return None
 
@@ -267,7 +270,7 @@ def find_files(root: Path) -> tuple[list[Path], Counter]:
     def refuse(error: OSError):
         raise UserError(f"{error.filename} cannot be read ({error.strerror})")
 
-    files, left_out = [], Counter()
+    files, left_out, real = [], Counter(), root.resolve()
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
@@ -275,7 +278,7 @@ def find_files(root: Path) -> tuple[list[Path], Counter]:
         for name in names:
             if not name.startswith("."):
                 file = Path(folder, name)
-                kind = _left_out_as(file, root)
+                kind = _left_out_as(file, real)
                 files += [] if kind else [file]
                 left_out.update([kind] if kind else [])
     return sorted(files, key=lambda file: natural_order(file.relative_to(root))), left_out
@@ -288,12 +291,17 @@ def natural_order(path: PurePath) -> tuple:
 
 
 def _left_out_as(file: Path, root: Path) -> str:
-    """Return the kind of file that a file is left out as; empty if it is a document."""
+    """Return the kind of file that a file is left out as; empty if it is a document.
+
+    Args:
+      root: the folder of all documents, without links.
+    """
     if file.suffix.lower() not in IMAGES | {".pdf"}:
         return f"files with the ending {file.suffix.lower()}" if file.suffix else "files without an ending"
+    is_link = file.is_symlink()
     if not file.is_file():
         return "links and pipes that lead to no file"
-    if not file.resolve().is_relative_to(root.resolve()):
+    if is_link and not file.resolve().is_relative_to(root):
         return "links out of the folder"
     try:
         file.name.encode()
@@ -312,13 +320,21 @@ def _is_metadata(column: str, value: object) -> bool:
         return False
 
 
-def _file_stamp(file: Path) -> tuple | None:
-    """Return the path, size and time of a file; None if it is missing."""
+def _file_stamp(file: Path, real: Callable[[Path], str]) -> tuple | None:
+    """Return the path, size and time of a file; None if it is missing.
+
+    Args:
+      real: `os.path.realpath` with a cache, because it asks the system for each folder of a path.
+    """
     try:
-        status = file.stat()
-        return os.path.realpath(file), status.st_size, status.st_mtime_ns
+        status = file.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            status, path = file.stat(), os.path.realpath(file)
+        else:
+            path = os.path.join(real(file.parent), file.name)
     except OSError:
         return None
+    return path, status.st_size, status.st_mtime_ns
 
 
 def _stamp(value: object) -> int:

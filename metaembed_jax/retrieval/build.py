@@ -21,7 +21,7 @@ from metaembed_jax.flags import printable
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.following import Match, find_damage, match
-from metaembed_jax.retrieval.host_segments import check_equal, check_shared
+from metaembed_jax.retrieval.host_segments import check_equal
 from metaembed_jax.retrieval.index import Index, check_dtype
 from metaembed_jax.retrieval.ingest import hashes
 from metaembed_jax.retrieval.manifest import Manifest, Segment, levels_of
@@ -89,7 +89,7 @@ def index_documents(
     origin, job = {"name": name, "fingerprint": model.fingerprint}, digest(repr((model.fingerprint, budget, dtype)).encode())
     empty = Manifest(model.dimension, levels_of(budget), dtype, model=origin, job=job)
     with store.writing(folder) if hosts.is_first() else contextlib.nullcontext():
-        check_shared(folder)
+        store.check_shared(folder)
         work = _plan(folder, documents, empty, skip)
         draft = encode_parts(model, documents, work.pending, work.stamps, folder, work.draft, skip, progress)
         is_changed = _commit(folder, documents, empty, work.kept, draft)

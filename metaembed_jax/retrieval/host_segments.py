@@ -2,40 +2,11 @@
 
 import dataclasses
 import json
-import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from metaembed_jax import hosts
 from metaembed_jax.errors import UserError
-from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.manifest import Segment, as_segment
-from metaembed_jax.retrieval.writer import new_name
-
-SHARED_SECONDS = 30  # until a host sees a file that another has written, on a network's file system
-
-
-def check_shared(folder: Path) -> None:
-    """Check that all hosts see the folder of the first, which writes a file there and removes it.
-
-    Raises:
-      UserError: the folder is not shared; names a host.
-    """
-    if hosts.count_hosts() == 1:
-        return
-    file = store.unfinished(folder, hosts.from_first(new_name()))
-    if hosts.is_first():
-        file.touch()
-    hosts.wait_for_all("shared")
-    deadline = time.monotonic() + SHARED_SECONDS
-    while not file.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    seen = hosts.gather_texts("seen" if file.exists() else "")
-    if hosts.is_first():
-        file.unlink()
-    if "" in seen:
-        host = seen.index("")
-        raise UserError(f"{folder}: host {host} does not see the files of the first host; expected a folder that all hosts share")
 
 
 def gather_segments(segments: Mapping[int, Segment]) -> dict[int, Segment]:

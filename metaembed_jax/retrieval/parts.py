@@ -1,6 +1,7 @@
 """Encode documents in parts. Each part is on the disk before the next is encoded, so a killed job loses at most one."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,12 @@ from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.host_segments import gather_segments
 from metaembed_jax.retrieval.ingest import make_items
 from metaembed_jax.retrieval.manifest import Manifest, Segment
+from metaembed_jax.retrieval.tiers import count_items, merge_tiers
 from metaembed_jax.retrieval.writer import SegmentWriter
 from metaembed_jax.sharding import batch_shards
 
 PART_DOCUMENTS = 256  # of a device
+SIMILAR_PARTS = 64  # that a host writes before it merges them: each has a dozen files, and the draft names them all
 
 
 class Selected(Sequence):
@@ -83,6 +86,7 @@ def encode_parts(
             draft = dataclasses.replace(draft, segments=draft.segments + segments, left_out=(*draft.left_out, *left_out))
             if hosts.is_first():
                 store.write_draft(folder, draft)
+            draft = _merge_parts(folder, draft)
             check_left_out([*documents.left_out, *(LeftOut(item, reason) for item, reason, _ in draft.left_out)], skip)
     return draft
 
@@ -104,6 +108,22 @@ def _write(
         writer.add(make_items(block.vectors, ids, [_metadata(description) for description in descriptions], None), stamps[numbers])
         segments[jax.process_index()] = writer.close()
     return tuple(segment for _, segment in sorted(gather_segments(segments).items()))
+
+
+def _merge_parts(folder: Path, draft: Manifest) -> Manifest:
+    """Merge the last segments of a draft while there are many of similar size, and return the draft that is in the folder."""
+    while True:
+        segments = [*filter(count_items, draft.segments)]
+        limit = 2 * segments[-1].items if segments else 0
+        similar = [*itertools.takewhile(lambda segment, limit=limit: segment.items <= limit, reversed(segments))][::-1]
+        if len(similar) < SIMILAR_PARTS * hosts.count_hosts():
+            return draft
+        shares = [similar[first :: hosts.count_hosts()] for first in range(hosts.count_hosts())]
+        merged = merge_tiers(folder, draft, shares)
+        draft = dataclasses.replace(draft, segments=(*segments[: -len(similar)], *merged))
+        if hosts.is_first():
+            store.write_draft(folder, draft)
+            store.remove(folder, similar)
 
 
 def _metadata(description: dict) -> dict:

@@ -10,16 +10,20 @@ Segments that no manifest names are removed; a reader that has opened them can s
 """
 
 import contextlib
+import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from metaembed_jax import hosts
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import PART, locked, sync_folder, write_bytes
-from metaembed_jax.retrieval.manifest import NAME, Manifest, decode, encode
+from metaembed_jax.retrieval.manifest import NAME, Manifest, Segment, decode, encode
 from metaembed_jax.retrieval.segment import SegmentFiles
 
 MANIFEST, DRAFT, LOCK = "manifest.json", "draft.json", "lock"
+SHARED_SECONDS = 30  # until a host sees a file that another has written, on a network's file system
 TRIES = 5  # to open an index that another process replaces meanwhile
 
 
@@ -67,6 +71,29 @@ def writing(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another folder") from error
     with locked(folder / LOCK, f"{folder} is being written by another process; wait for it to end"):
         yield folder
+
+
+def check_shared(folder: Path) -> None:
+    """Check that all hosts see the folder of the first, which writes a file there and removes it.
+
+    Raises:
+      UserError: the folder is not shared; names a host.
+    """
+    if hosts.count_hosts() == 1:
+        return
+    file = folder / f".{DRAFT}.{hosts.from_first(os.urandom(8).hex())}{PART}"  # `clean` removes it after a crash
+    if hosts.is_first():
+        file.touch()
+    hosts.wait_for_all("shared")
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = hosts.gather_texts("seen" if file.exists() else "")
+    if hosts.is_first():
+        file.unlink()
+    if "" in seen:
+        host = seen.index("")
+        raise UserError(f"{folder}: host {host} does not see the files of the first host; expected a folder that all hosts share")
 
 
 @contextlib.contextmanager
@@ -131,6 +158,12 @@ def clean(folder: Path, *manifests: Manifest | None) -> None:
             path.unlink()
 
 
+def remove(folder: Path, segments: Iterable[Segment]) -> None:
+    """Remove segments that no manifest names."""
+    for segment in segments:
+        shutil.rmtree(folder / segment.name)
+
+
 def manifests_in(folder: Path) -> list[Manifest]:
     """Return the manifest and the draft of an index, those that exist.
 
@@ -143,11 +176,6 @@ def manifests_in(folder: Path) -> list[Manifest]:
     with contextlib.suppress(FileNotFoundError, UserError):  # a job with a damaged draft starts again
         manifests.append(decode(folder / DRAFT))
     return manifests
-
-
-def unfinished(folder: Path, name: str) -> Path:
-    """Return the path of a file that `clean` removes."""
-    return folder / f".{DRAFT}.{name}{PART}"
 
 
 def _is_segment(path: Path) -> bool:

@@ -26,8 +26,8 @@ def tiers(kept: Sequence[Segment], new: Sequence[Segment], shares: int = 1) -> l
       new: segments of one job.
       shares: number of segments that the new items become.
     """
-    kept, group = list(filter(_count, kept)), list(filter(_count, new))
-    while group and kept and _count(kept[-1]) < 2 * sum(map(_count, group)):
+    kept, group = list(filter(count_items, kept)), list(filter(count_items, new))
+    while group and kept and count_items(kept[-1]) < 2 * sum(map(count_items, group)):
         group.insert(0, kept.pop())
     return [[segment] for segment in kept] + [share for first in range(shares) if (share := group[first::shares])]
 
@@ -49,5 +49,6 @@ def merge_tiers(folder: Path, manifest: Manifest, groups: Sequence[Sequence[Segm
     return tuple(merged.get(number, group[0]) for number, group in enumerate(groups))
 
 
-def _count(segment: Segment) -> int:
+def count_items(segment: Segment) -> int:
+    """Return the number of items that are not deleted."""
     return segment.items - len(segment.deleted)

@@ -216,6 +216,20 @@ def test_thirty_follow_ups_leave_few_segments(model, tmp_path):
     assert model.count() == 30 and 1 < most <= 5
 
 
+def test_a_long_job_has_few_parts(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "PART_DOCUMENTS", 1)
+    monkeypatch.setattr(parts, "SIMILAR_PARTS", 3)
+    for number in range(20):
+        save(tmp_path / "in" / f"{number}.png", (number, 0, 0))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die(patch, store, "commit", 0)
+        index(model, tmp_path / "in")
+    assert [segment.items for segment in store.decode(tmp_path / "index" / "draft.json").segments] == [9, 9, 1, 1]
+    assert len([path for path in (tmp_path / "index").iterdir() if path.is_dir()]) == 4 + 1  # the merged one
+    built = index(model, tmp_path / "in")
+    assert model.count() == 20 and built._segments[0].ids(range(20)) == me.open_documents(tmp_path / "in").ids()
+
+
 def test_the_order_of_items_is_kept(model, tmp_path):
     for name in ("c", "d", "a"):
         save(tmp_path / "in" / f"{name}.png", "red")
