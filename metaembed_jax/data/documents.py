@@ -132,7 +132,7 @@ class FolderDocuments(Documents):
         return [self._id(file, page) for file, pages in self._pages() for page in pages]
 
     def stamps(self) -> UInt64[np.ndarray, " N"]:
-        stamps, real = [], lru_cache(os.path.realpath)
+        stamps, real = [], lru_cache(_real_path)
         for file, pages in tqdm(self._pages(), "reading times", len(self.files), unit="file", delay=2, leave=False, disable=None):
             status = _file_stamp(file, real)
             stamps += [_stamp((self._id(file, page), status, page)) for page in pages]
@@ -218,7 +218,7 @@ class TableDocuments(Documents):
         return self._ids or list(map(str, range(len(self))))
 
     def stamps(self) -> UInt64[np.ndarray, " N"]:
-        real = lru_cache(os.path.realpath)
+        real = lru_cache(_real_path)
         with self._lock:
             rows = tqdm(self.rows.read(0, len(self)), "reading rows", len(self), unit="row", delay=2, leave=False, disable=None)
             return np.array([_stamp((row, self._image_stamp(row.get("image"), real))) for row in rows], np.uint64)
@@ -320,16 +320,20 @@ def _is_metadata(column: str, value: object) -> bool:
         return False
 
 
+def _real_path(path: Path) -> str:
+    return os.path.realpath(path)
+
+
 def _file_stamp(file: Path, real: Callable[[Path], str]) -> tuple | None:
     """Return the path, size and time of a file; None if it is missing.
 
     Args:
-      real: `os.path.realpath` with a cache, because it asks the system for each folder of a path.
+      real: `_real_path` with a cache, because it asks the system for each folder of a path.
     """
     try:
         status = file.lstat()
         if stat.S_ISLNK(status.st_mode):
-            status, path = file.stat(), os.path.realpath(file)
+            status, path = file.stat(), _real_path(file)
         else:
             path = os.path.join(real(file.parent), file.name)
     except OSError:
