@@ -8,6 +8,7 @@ from metaembed_jax.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from metaembed_jax.flags import add_config, any_path, local_path
 from metaembed_jax.hosts.failures import fail_together
 from metaembed_jax.hosts.votes import stop_signal
+from metaembed_jax.inputs.image_flags import add_image_flag, limit_images
 from metaembed_jax.startup import add_device_flags, add_host_flags, start
 
 EXAMPLES = """
@@ -32,12 +33,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benchmark", help=f"{names} (default: the test split)")
     folders = "; ".join(f"for --benchmark={name}, {files}" for name, (*_, files) in FOLDERS.items())
     parser.add_argument("--from", dest="files", type=local_path, help=folders)
+    add_image_flag(parser)
     add_device_flags(parser)
     add_host_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table of the best checkpoint, and write its results."""
+    limit_images(arguments)
     start(arguments)
     with fail_together(), stop_signal() as stop, stop.at_once():
         config = load_config(arguments.config, arguments.overrides)

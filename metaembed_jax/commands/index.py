@@ -3,6 +3,7 @@
 import argparse
 
 from metaembed_jax.flags import local_path, model_name
+from metaembed_jax.inputs.image_flags import add_image_flag, limit_images
 from metaembed_jax.retrieval import index_and_search
 from metaembed_jax.retrieval.manifest import DTYPES
 from metaembed_jax.startup import add_device_flags, start
@@ -23,10 +24,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=int, help="vectors to keep of each document (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the vectors on disk (default: bfloat16)")
     parser.add_argument("--skip", type=int, default=0, help="most documents to leave out if they cannot be read (default: 0)")
+    add_image_flag(parser)
     add_device_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Build an index."""
+    limit_images(arguments)
     start(arguments)
     index_and_search.index(arguments.model, arguments.input, arguments.out, arguments.budget, arguments.dtype, arguments.skip)

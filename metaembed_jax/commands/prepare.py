@@ -7,6 +7,7 @@ from pathlib import Path
 from metaembed_jax.data import sources
 from metaembed_jax.errors import UserError
 from metaembed_jax.flags import count, local_path
+from metaembed_jax.inputs.image_flags import add_image_flag, limit_images
 
 EXAMPLES = """
   metaembed prepare --source=pairs --from=mine.jsonl --out=data        your own pairs; the source is called mine
@@ -22,10 +23,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=local_path, default=Path("data"), help="the folder of all sources (default: data)")
     parser.add_argument("--workers", type=count, default=os.cpu_count(), help="processes that read (default: one for each core)")
     parser.add_argument("--skip", type=count, default=0, help="most bad rows of a source to leave out (default: 0)")
+    add_image_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prepare a source, and print its counts."""
+    limit_images(arguments)
     if arguments.source in sources.GENERATED:
         if arguments.path:
             raise UserError(f"--from: the source {arguments.source} is generated and reads no files; remove the flag")

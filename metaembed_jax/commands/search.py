@@ -3,6 +3,7 @@
 import argparse
 
 from metaembed_jax.flags import local_path, model_name
+from metaembed_jax.inputs.image_flags import add_image_flag, limit_images
 from metaembed_jax.retrieval import index_and_search
 from metaembed_jax.startup import add_device_flags, start
 
@@ -20,10 +21,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", help="such as 4:8, or stages, 1:1:1000>16:64 (default: all vectors)")
     parser.add_argument("-k", type=int, help="the number of documents to show (default: 10)")
     parser.add_argument("--model", type=model_name, help="the path or id of the index's model, if it has moved")
+    add_image_flag(parser)
     add_device_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the documents that fit a query best."""
+    limit_images(arguments)
     start(arguments)
     index_and_search.search(arguments.index, arguments.query, arguments.image, arguments.budget, arguments.k, arguments.model)

@@ -10,6 +10,7 @@ from metaembed_jax.config.files import load_config
 from metaembed_jax.flags import add_config, any_path
 from metaembed_jax.hosts.failures import fail_together, leave
 from metaembed_jax.hosts.votes import TERMINATED
+from metaembed_jax.inputs.image_flags import add_image_flag, limit_images
 from metaembed_jax.startup import add_device_flags, add_host_flags, start
 from metaembed_jax.training.loop import train
 
@@ -24,12 +25,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add_config(parser)
     parser.add_argument("--workdir", type=any_path, help="the folder of the run (default: runs/<config.name>)")
+    add_image_flag(parser)
     add_device_flags(parser)
     add_host_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train until the last step or a signal."""
+    limit_images(arguments)
     start(arguments)
     with fail_together():
         config = load_config(arguments.config, arguments.overrides)

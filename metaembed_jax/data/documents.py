@@ -11,6 +11,7 @@ A document that cannot be read is an error, or left out (`skip`): an encrypted, 
 when it is read.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path, PurePath
+from typing import Self
 
 import numpy as np
 from jaxtyping import UInt64
@@ -31,13 +33,13 @@ from tqdm import tqdm
 
 from metaembed_jax.data.left_out import LeftOut, check_left_out
 from metaembed_jax.data.pdf import PdfReader
-from metaembed_jax.data.sources.image_files import ImageFolder, image_path, read_image_file
+from metaembed_jax.data.sources.image_files import ImageFolder, image_path, read_image_file, unread_pages
 from metaembed_jax.data.sources.row_files import PANDAS_INDEX, RowFiles, open_row_files, say_further_columns, unique_id
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
-from metaembed_jax.inputs.images import image_size, open_image, tiff_pages
+from metaembed_jax.inputs.image_formats import ENDINGS, tiff_pages
+from metaembed_jax.inputs.images import image_size, open_image
 
-IMAGES = frozenset(".avif .bmp .gif .jpeg .jpg .png .tif .tiff .webp".split())  # an animation gives its first image
 TABLES = frozenset((".jsonl", ".parquet"))
 COLUMNS = {"id", "text", "image"}
 
@@ -61,6 +63,15 @@ class Documents(Sequence):
         """
         numbers = range(len(self))[number]
         return [self._item(number) for number in numbers] if isinstance(numbers, range) else self._item(numbers)
+
+    def drawn_at(self, pixels: int) -> Self:
+        """Return these documents with pages of PDF files drawn at about so many pixels, as `PromptProcessor.page_pixels` gives."""
+        return self
+
+    @property
+    def unread_pages(self) -> int:
+        """The number of pages that are no documents: all but the first of a TIFF that a table names, of the rows read so far."""
+        return 0
 
     @abstractmethod
     def ids(self) -> list[str]:
@@ -90,6 +101,8 @@ class Documents(Sequence):
 def open_documents(path: str | Path, *, skip: int = 0) -> Documents:
     """Open the documents of a folder, of an image or PDF file, or of a table.
 
+    Pages of PDF files are drawn at the size that the model reads where one encodes them, and at 1024 * 28 * 28 pixels elsewhere.
+
     Args:
       skip: most files of a folder that may be left out because they cannot be opened.
 
@@ -108,8 +121,8 @@ def open_documents(path: str | Path, *, skip: int = 0) -> Documents:
         raise UserError(f"{path}: no such file or folder")
     if path.suffix.lower() in TABLES:
         return TableDocuments(open_row_files([path]))
-    if path.suffix.lower() not in IMAGES | {".pdf"}:
-        raise UserError(f"{path}: expected an image, PDF file or table ({', '.join(sorted(IMAGES | TABLES | {'.pdf'}))})")
+    if path.suffix.lower() not in ENDINGS | {".pdf"}:
+        raise UserError(f"{path}: expected an image, PDF file or table ({', '.join(sorted(ENDINGS | TABLES | {'.pdf'}))})")
     return FolderDocuments(path.parent, [path], skip)
 
 
@@ -159,6 +172,11 @@ class FolderDocuments(Documents):
             return len(frames)
         return 1
 
+    def drawn_at(self, pixels: int) -> Self:
+        other = copy.copy(self)
+        other.reader = PdfReader(pixels)
+        return other
+
     def __len__(self) -> int:
         return self.starts[-1]
 
@@ -204,6 +222,7 @@ class TableDocuments(Documents):
         say_further_columns(rows, COLUMNS, "kept as metadata, not encoded")
         self.rows, self.files, self.folder, self._ids = rows, rows.files, ImageFolder(rows.files[0].parent), None
         self._lock = threading.Lock()  # rows are read for vectors ahead of those whose metadata are read
+        self._unread: dict[int, int] = {}  # pages of the rows that have some
         if "id" in columns:
             read, seen = rows.read(0, len(rows), columns=("id",)), {}
             self._ids = [unique_id(row.get("id"), "id", seen, rows, number) for number, row in enumerate(read)]
@@ -243,6 +262,10 @@ class TableDocuments(Documents):
         document = {"id": self._ids[number] if self._ids else str(number), "path": path, "page": None, "text": text or None}
         return document | further | {name: value for name, value in document.items() if value is not None}
 
+    @property
+    def unread_pages(self) -> int:
+        return sum(self._unread.values())
+
     def item_name(self, number: int) -> str:
         return self.rows.row_name(number)
 
@@ -251,9 +274,12 @@ class TableDocuments(Documents):
         try:
             if "id" in row and not self._ids:
                 raise UserError("has an id, which the first row lacks; expected an id in all rows or in none")
-            return self.folder.item("document", row.get("text"), row.get("image"), "image")
+            item = self.folder.item("document", row.get("text"), row.get("image"), "image")
         except UserError as error:
             raise UserError(f"{self.rows.row_name(number)}: {error}") from None
+        if unread := unread_pages(item):
+            self._unread[number] = unread
+        return item
 
     def _row(self, number: int) -> dict:
         with self._lock:
@@ -296,7 +322,7 @@ def _left_out_as(file: Path, root: Path) -> str:
     Args:
       root: the folder of all documents, without links.
     """
-    if file.suffix.lower() not in IMAGES | {".pdf"}:
+    if file.suffix.lower() not in ENDINGS | {".pdf"}:
         return f"files with the ending {file.suffix.lower()}" if file.suffix else "files without an ending"
     is_link = file.is_symlink()
     if not file.is_file():

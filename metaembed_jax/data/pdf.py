@@ -10,20 +10,25 @@ from pathlib import Path
 from PIL import Image
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.images import MAX_ASPECT_RATIO
+from metaembed_jax.inputs.images import MAX_ASPECT_RATIO, PIXEL_BYTES, memory_limit
 
-PAGE_PIXELS = 1024 * 28 * 28  # of a drawn page: about 1,024 visual tokens
+PAGE_PIXELS = 1024 * 28 * 28  # of a page that is drawn for no model: 1,024 visual tokens of Qwen2.5-VL
 _pdfium = threading.Lock()  # PDFium allows one thread of a process at a time
 
 
 class PdfReader:
-    """Reads pages, and keeps one file open. Can be pickled and forked: every process opens files for itself."""
+    """Reads pages, and keeps one file open. Can be pickled and forked: every process opens files for itself.
 
-    def __init__(self):
+    Args:
+      pixels: of a drawn page, about; fewer if they exceed the memory limit of images.
+    """
+
+    def __init__(self, pixels: int = PAGE_PIXELS):
+        self.pixels = pixels
         self._opened = None  # ((process, file), document)
 
     def __getstate__(self) -> dict:
-        return {"_opened": None}
+        return self.__dict__ | {"_opened": None}
 
     def count(self, file: Path) -> int:
         """Return the number of pages.
@@ -35,7 +40,7 @@ class PdfReader:
             return len(self._open(file))
 
     def page(self, file: Path, number: int) -> Image.Image:
-        """Draw a page, numbered from 1, in RGB on white, with about `PAGE_PIXELS`.
+        """Draw a page, numbered from 1, in RGB on white.
 
         Raises:
           UserError: the page cannot be read, or one of its sides is far longer than the other.
@@ -45,7 +50,7 @@ class PdfReader:
             document = self._open(file)
             with _page_errors(name, "drawn"):
                 page = document[number - 1]
-                bitmap = page.render(scale=_scale(*page.get_size(), name))  # pyright: ignore[reportArgumentType] (documented as float)
+                bitmap = page.render(scale=self._scale(*page.get_size(), name))  # pyright: ignore[reportArgumentType] (documented as float)
                 image = bitmap.to_pil()  # a copy, because the order of channels changes
                 bitmap.close()
                 page.close()
@@ -60,7 +65,7 @@ class PdfReader:
         name = f"{file}, page {number}"
         with _pdfium, _page_errors(name, "read"):
             width, height = self._open(file).get_page_size(number - 1)
-        scale = _scale(width, height, name)
+        scale = self._scale(width, height, name)
         return math.ceil(width * scale), math.ceil(height * scale)
 
     def _open(self, file: Path):
@@ -71,6 +76,14 @@ class PdfReader:
                 self._opened = None
             self._opened = key, _open_document(file)
         return self._opened[1]
+
+    def _scale(self, width: float, height: float, name: str) -> float:
+        """Return the pixels of a point."""
+        if not (0 < width < math.inf and 0 < height < math.inf):
+            raise UserError(f"{name} is {width:g} x {height:g} points; expected positive numbers; repair or remove it")
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise UserError(f"{name} is {width:g} x {height:g} points; one side is over {MAX_ASPECT_RATIO} times the other")
+        return math.sqrt(min(self.pixels, memory_limit() // PIXEL_BYTES) / (width * height))
 
 
 @contextlib.contextmanager
@@ -101,12 +114,3 @@ def _open_document(file: Path):
     if not len(document):
         raise UserError(f"{file} has no pages; repair or remove it")
     return document
-
-
-def _scale(width: float, height: float, name: str) -> float:
-    """Return the pixels of a point."""
-    if not (0 < width < math.inf and 0 < height < math.inf):
-        raise UserError(f"{name} is {width:g} x {height:g} points; expected positive numbers; repair or remove it")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise UserError(f"{name} is {width:g} x {height:g} points; one side is over {MAX_ASPECT_RATIO} times the other")
-    return math.sqrt(PAGE_PIXELS / (width * height))

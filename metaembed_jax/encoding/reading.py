@@ -16,8 +16,10 @@ from PIL import Image
 
 from metaembed_jax.batch.items import Example, Fitted, Layout
 from metaembed_jax.batch.rows import RowItem
+from metaembed_jax.encoding.memory import SharedMemory
 from metaembed_jax.errors import UserError
-from metaembed_jax.inputs.processors import PromptProcessor
+from metaembed_jax.inputs.images import decoded_bytes, image_size, memory_limit
+from metaembed_jax.inputs.processors import ImageSize, PromptProcessor
 
 MOST_THREADS = 8
 FAILED = Fitted(-1, 0)  # of an item whose size cannot be read
@@ -29,6 +31,9 @@ class Reader:
     A sequence may have `describe(number)`, which returns the item with (width, height) in place of its image. Then several threads
     read the sequence, and an image is opened only for its arrays. Without it, an item is read once and kept until then.
     A sequence may have `item_name(number)`, which returns the name of an item in errors.
+    A sequence may have `drawn_at(pixels)`, which returns it with pages of PDF files drawn at `processor.page_pixels`.
+
+    The images that threads decode at the same time have together at most the memory of the largest that may be read.
 
     Args:
       processor: processor of the family.
@@ -38,11 +43,15 @@ class Reader:
     """
 
     def __init__(self, processor: PromptProcessor, items: Sequence, side: str, meta: int, budget: int):
+        if draw := getattr(items, "drawn_at", None):
+            items = draw(processor.page_pixels)
         self._processor, self._items, self._side, self._meta, self._budget = processor, items, side, meta, budget
         self._make = {"query": processor.query, "document": processor.document}[side]
         self._describe, self._name = getattr(items, "describe", None), getattr(items, "item_name", _name)
         self._lock = contextlib.nullcontext() if self._describe else threading.Lock()
         self._held: dict[int, dict | Example] = {}
+        self._image_sizes: dict[int, ImageSize] = {}
+        self._memory = SharedMemory(memory_limit())
         count = min(os.cpu_count() or 1, MOST_THREADS)
         # Sizes have separate threads: queued after the items of several calls, they would delay the next calls.
         self._threads, self._size_threads = ThreadPoolExecutor(count, "encode"), ThreadPoolExecutor(count, "encode sizes")
@@ -72,22 +81,37 @@ class Reader:
         return RowItem(example, self._meta, self._budget)
 
     def _size(self, number: int) -> Fitted:
-        if self._describe:
-            return self._processor.size(as_item(self._describe(number), self._name(number)), self._side, name=self._name(number))
-        item = self._read(number)
-        if item.get("image") is not None:
+        name = self._name(number)
+        item = as_item(self._describe(number), name) if self._describe else self._read(number)
+        if self._describe is None and item.get("image") is None:
+            example = self._held[number] = self._make(item, name=name)
+            return Fitted(len(example.tokens), 0, example.cut)
+        if self._describe is None:
             self._held[number] = item
-            return self._processor.size(item, self._side, name=self._name(number))
-        example = self._held[number] = self._make(item, name=self._name(number))
-        return Fitted(len(example.tokens), 0, example.cut)
+        size = self._image_sizes[number] = self._size_of_image(item, number)
+        return self._processor.size(item | {"image": size} if size[0] else item, self._side, name=name)
 
     def _row_item(self, number: int, prompt: tuple[int, int]) -> RowItem:
         held = self._held.pop(number, None)
         if not isinstance(held, Example):
-            held = self._make(self._read(number) if held is None else held, name=self._name(number))
+            if held is None and self._describe is None:  # another host has read its size
+                held = self._read(number)
+            with self._memory.hold(self._image_bytes(number, held)):
+                held = self._make(self._read(number) if held is None else held, name=self._name(number))
         if (len(held.tokens), held.patches) != prompt:  # its slot has room for the size that was read before
             raise UserError(f"{self._name(number)}: was changed while it was read; try again when it is complete")
         return RowItem(held, self._meta, self._budget)
+
+    def _image_bytes(self, number: int, held: dict | None) -> int:
+        """Return the bytes of an item's image when it is decoded."""
+        if number not in self._image_sizes:
+            item = held if self._describe is None else as_item(self._describe(number), self._name(number))
+            self._image_sizes[number] = self._size_of_image(item or {}, number)
+        return decoded_bytes(self._image_sizes.pop(number))
+
+    def _size_of_image(self, item: dict, number: int) -> ImageSize:
+        """Return the size of an item's image; (0, 0) if it has none."""
+        return (0, 0) if item.get("image") is None else image_size(item["image"], self._name(number))
 
     def _read(self, number: int) -> dict:
         with self._lock:

@@ -15,13 +15,14 @@ from metaembed_jax.inputs.images import image_size, open_image
 from metaembed_jax.inputs.texts import QUERY, PromptTokenizer, read_item
 
 ImageSize = tuple[int, int]  # (width, height)
+LARGE = (10**5, 10**5)  # an image that every family makes as large as it can
 
 
 class Grid(NamedTuple):
     """The grid by which a family cuts an image into patches.
 
     Attributes:
-      rows, columns: numbers of units or tiles, as the family counts.
+      rows, columns: numbers of units or tiles, as the family counts; their side is `Images.cell_size`.
       patches: number of patches, with padding.
       shrunk: the image was made smaller to fit.
     """
@@ -73,6 +74,15 @@ class PromptProcessor:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the family, the tokenizer, the processing of images and the limits."""
         return digest(repr([self.title, self.images, self.limits, self._tokenizer.to_str()]).encode())
+
+    @property
+    def page_pixels(self) -> int:
+        """Pixels at which a page of a PDF file is drawn: those that are read of the largest square image in a row."""
+        if self.limits is not None and not self.limits.patches:
+            return 1  # an image is refused when its size is read
+        grid, *_ = self._plan("", LARGE, "document", "page")
+        assert grid is not None
+        return grid.rows * grid.columns * self.images.cell_size**2
 
     def query(self, item: dict, *, name: str = "query") -> Example:
         """Convert an item of the query side: {"text": str, "image": PIL image or encoded bytes}, either or both.

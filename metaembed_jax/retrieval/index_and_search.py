@@ -30,6 +30,8 @@ def index(model: str, documents: Path, out: Path, budget: int | None, dtype: str
     encoder = MetaEmbed.from_pretrained(model)
     print(describe_devices(encoder.mesh), flush=True)
     index_documents(encoder, items, out, name=name, budget=budget, dtype=dtype, skip=skip, progress=True)
+    if pages := items.unread_pages:
+        print(f"{documents}: {pages:,} pages of TIFFs were not read; of a TIFF in a table, the first page is; index their folder")
 
 
 def search(folder: Path, query: str | None, image: Path | None, budget: str | None, k: int | None, model: str | None) -> None:

@@ -116,6 +116,21 @@ def test_pages_are_drawn_at_a_bounded_size(tmp_path, box):
         assert abs(width / height - 595 / 842) < 0.002
 
 
+def test_pages_are_drawn_at_what_a_model_reads(tmp_path, monkeypatch):
+    write(tmp_path / "a.pdf", pdf_of(A4, b"0 0 842 595"))
+    write(tmp_path / "b.png", picture(0, "png"))
+    documents = open_documents(tmp_path)
+    drawn = pickle.loads(pickle.dumps(documents.drawn_at(50_000)))
+    sizes = [drawn[number]["image"].size for number in range(3)]
+    assert sizes == [drawn.describe(number)["image"] for number in range(3)]
+    assert all(50_000 <= width * height < 51_000 for width, height in sizes[:2]) and sizes[2] == (84, 56)
+    assert documents[0]["image"].width > 2 * sizes[0][0]
+    monkeypatch.setattr(pdf, "PIXEL_BYTES", 4 << 20)
+    monkeypatch.setenv("METAEMBED_IMAGE_MIB", "40000")
+    width, height = drawn.describe(0)["image"]
+    assert 10_000 <= width * height < 10_300
+
+
 def test_text_in_a_form_is_drawn(tmp_path):
     font = b"/DR << /Font << /Helv 5 0 R >> >>"
     field = b"/Type /Annot /Subtype /Widget /FT /Tx /T (name) /V (hello) /DA (/Helv 24 Tf 0 g) /Rect [20 20 180 80] /F 4 /P 3 0 R"
@@ -207,6 +222,32 @@ def test_pages_of_a_tiff_are_documents(tmp_path):
     assert documents.item_name(1) == f"{tmp_path}/fax.TIF, page 2" and documents.metadata(1)["page"] == 2
     with pytest.raises(UserError, match="sick.tif: the image cannot be read"):
         documents[4]
+
+
+def test_unread_pages_of_tiffs_in_a_table_are_counted(tmp_path):
+    pages = [Image.new("RGB", (60, 84), colour) for colour in ("red", "lime", "blue")]
+    pages[0].save(tmp_path / "fax.tif", save_all=True, append_images=pages[1:])
+    pages[1].save(tmp_path / "photo.tif")
+    images = ["fax.tif", "photo.tif", "fax.tif"]
+    write_pairs(tmp_path / "items.jsonl", [{"text": "scan", "image": image} for image in images])
+    documents = open_documents(tmp_path / "items.jsonl")
+    assert documents.unread_pages == 0
+    first, *_ = [documents[number] for number in (0, 1, 2, 0)]
+    assert documents.unread_pages == 4 and first["image"] == (tmp_path / "fax.tif").read_bytes()
+    assert open_documents(tmp_path / "fax.tif").unread_pages == 0
+
+
+def test_every_ending_of_a_folder_is_read_or_left_out(tmp_path, capsys):
+    for ending in ("bmp", "gif", "jfif", "jp2", "pgm", "ppm", "webp", "ico", "tga"):
+        image = Image.new("L" if ending == "pgm" else "RGB", (32, 32), "gray")
+        image.save(tmp_path / f"a.{ending}", {"pgm": "PPM", "jfif": "JPEG", "jp2": "JPEG2000"}.get(ending))
+    write(tmp_path / "a.heic", b"")
+    documents = open_documents(tmp_path)
+    assert ids(documents) == ["a.bmp", "a.gif", "a.jfif", "a.jp2", "a.pgm", "a.ppm", "a.webp"]
+    for item in documents:
+        assert item["image"].size == (32, 32) and np.abs(np.asarray(item["image"]) - 128.0).max() < 3
+    endings = [f"1 files with the ending .{ending}" for ending in ("heic", "ico", "tga")]
+    assert capsys.readouterr().out == f"{tmp_path}: left out {', '.join(endings)}\n"
 
 
 def test_nothing_to_read(tmp_path):

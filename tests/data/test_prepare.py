@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
+from metaembed_jax import cli
 from metaembed_jax.config import DataConfig
 from metaembed_jax.data import sources
 from metaembed_jax.data.sources import image_files, preparation, records, row_files, splits
@@ -104,6 +106,28 @@ def test_own_pairs(tmp_path, ending):
     first, second = read(tmp_path / "out", "mine")
     assert first["query"] == {"text": "Grün 🌱"} and first["positive"] == {"image": picture(1, "png")}
     assert second["negatives"] == [{"text": "n"}, {"image": picture(1, "png")}] and second["source"] == "mine"
+
+
+def test_one_page_of_a_tiff_is_read_and_the_others_are_counted(tmp_path, capsys):
+    pages = [Image.new("RGB", (60, 84), colour) for colour in ("red", "lime", "blue")]
+    pages[0].save(tmp_path / "fax.tif", save_all=True, append_images=pages[1:])
+    rows = [{"query": f"page {number}", "positive_image": "fax.tif"} for number in range(3)]
+    write_pairs(tmp_path / "mine.jsonl", rows)
+    prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")
+    assert "mine: 6 pages of TIFFs were not read; of each TIFF, the first page is\n" in capsys.readouterr().out
+
+
+def test_images_over_the_flag_are_bad_rows_in_every_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("METAEMBED_IMAGE_MIB", "512")
+    Image.new("L", (600, 600)).save(tmp_path / "large.png")
+    write_pairs(tmp_path / "mine.jsonl", [{"query": "large", "positive_image": "large.png"}])
+    command = ["prepare", "--source=pairs", f"--from={tmp_path}/mine.jsonl", f"--out={tmp_path}/out", "--workers=1"]
+    with pytest.raises(UserError, match="large.png: the image is 600x600 pixels, 2 MiB in memory; expected at most 1 MiB"):
+        cli.main([*command, "--image-mib=1"])
+    for number in ("0", "x", "-1", "1048576"):
+        with pytest.raises(UserError, match="--image-mib: .* expected the MiB of a decoded image"):
+            cli.main([*command, f"--image-mib={number}"])
+    cli.main([*command, "--image-mib=2"])
 
 
 def test_held_out_rows_are_a_search_task(tmp_path):

@@ -1,10 +1,11 @@
 """Encoding of items in order, with a network that sums the tokens of each item."""
 
+import contextlib
 import io
 import json
 import threading
 from collections import defaultdict
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from metaembed_jax.encoding import encoder as module
 from metaembed_jax.encoding import schedule
+from metaembed_jax.encoding.memory import SharedMemory
 from metaembed_jax.encoding.reading import Reader
 from metaembed_jax.errors import UserError
 from metaembed_jax.mesh import make_mesh
@@ -94,6 +96,56 @@ def test_sizes_do_not_wait_for_items():
     may_read.set()
     assert not unknown and all(item.result() for item in items)
     reader.close()
+
+
+def test_threads_share_the_memory_of_an_image():
+    memory, held, most = SharedMemory(100), [], []
+
+    def hold(size):
+        with memory.hold(size):
+            held.append(min(size, 100))
+            most.append(sum(held))
+            held.remove(min(size, 100))
+
+    sizes = np.random.default_rng(0).integers(1, 150, 300).tolist()
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(hold, sizes))
+    assert len(most) == 300 and max(most) <= 100
+    with ThreadPoolExecutor(2) as threads:
+        with memory.hold(60):
+            assert threads.submit(hold, 40).result(timeout=60) is None
+            waiting = threads.submit(hold, 41)
+            assert not waiting.done()
+        assert waiting.result(timeout=60) is None
+
+
+def test_images_are_held_while_they_are_decoded(monkeypatch):
+    """Their sizes come from `describe`, from the item, or are read again where another host has read them."""
+    sizes, held = [(3, 4), (0, 0), (2, 2)], []
+    items = [{"text": "12", "image": size} if size[0] else {"text": "12"} for size in sizes]
+    monkeypatch.setattr(SharedMemory, "hold", lambda self, size: held.append(size) or contextlib.nullcontext())
+    for given, texts in ((items, []), (Described(items), [0])):
+        for is_read in (True, False):
+            held.clear()
+            with contextlib.closing(Reader(Processor(), given, "document", 4, 4)) as reader:
+                wait(reader.sizes(range(3)) if is_read else [])
+                for number, (width, height) in enumerate(sizes):
+                    assert reader.row_item(number, (2, width * height)).result()
+            assert sorted(held) == sorted([48, 16, *(texts if is_read and not texts else [0])])
+
+
+def test_pages_are_drawn_at_the_pixels_of_the_processor(monkeypatch):
+    class Pages(Described):
+        pixels = None
+
+        def drawn_at(self, pixels):
+            self.pixels = pixels
+            return self
+
+    pages = Pages([{"text": "1"}])
+    monkeypatch.setattr(Processor, "page_pixels", 77, raising=False)
+    Reader(Processor(), pages, "document", 4, 4).close()
+    assert pages.pixels == 77
 
 
 def test_nothing_to_encode(encoder):

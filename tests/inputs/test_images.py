@@ -105,15 +105,15 @@ def test_size_is_bounded_before_decoding(monkeypatch):
     data = encode(noise(50, 40))
     monkeypatch.setattr(images, "PIXEL_BYTES", 4 << 20)  # a pixel is as large as a megapixel
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    message = "^row 3: the image is 50x40 pixels, 8,000 MiB in memory; expected at most 512 MiB; .* set METAEMBED_IMAGE_MIB=8000$"
+    message = "^row 3: the image is 50x40 pixels, 8,000 MiB in memory; expected at most 512 MiB; .* set --image-mib=8000 "
     for read in (open_image, image_size):
         with pytest.raises(UserError, match=message):
             read(data, "row 3")
     monkeypatch.setenv("METAEMBED_IMAGE_MIB", "8000")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)  # Pillow's own limit, which the key lifts; restored after the test
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)  # Pillow's own limit is of no concern
     assert image_size(data, "row 3") == (50, 40)
     monkeypatch.setenv("METAEMBED_IMAGE_MIB", "many")
-    with pytest.raises(UserError, match="METAEMBED_IMAGE_MIB=many: expected a positive number of MiB"):
+    with pytest.raises(UserError, match="'many': expected the MiB of a decoded image, 1 to 1048575"):
         image_size(data, "row 3")
 
 
@@ -141,7 +141,7 @@ def test_the_coefficients_of_a_progressive_jpeg_count(monkeypatch):
             monkeypatch.setenv("METAEMBED_IMAGE_MIB", str(limit))
             assert open_image(data, "x").size == size
         monkeypatch.setenv("METAEMBED_IMAGE_MIB", str(needed))
-        with pytest.raises(UserError, match=f"set METAEMBED_IMAGE_MIB={needed + 4 * 10 * 8}"):
+        with pytest.raises(UserError, match=f"set --image-mib={needed + 4 * 10 * 8} "):
             open_image(data, "x")
 
 
@@ -157,6 +157,39 @@ def exif_with(*fields, order="<"):
     packed = [struct.pack(order + "HHI", *field[:3]) + field[3].ljust(4, b"\0") for field in fields]
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(packed))
     return b"Exif\0\0" + head + b"".join(packed) + bytes(4)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "YCbCr", "1", "P", "I;16", "I"])
+def test_strips_are_converted_as_the_whole(monkeypatch, mode):
+    if mode.startswith("I"):
+        image = Image.fromarray(
+            np.random.default_rng(0).integers(0, 65_536, (31, 23)).astype(np.uint16 if ";" in mode else np.int32)
+        )
+    else:
+        image = noise(23, 31).convert(mode) if mode in "1P" else noise(23, 31, mode)
+    image.info["transparency"] = 3 if mode in ("L", "P") else None
+    whole = open_image(image, "x")
+    monkeypatch.setattr(images, "STRIP_PIXELS", 23 * 4)
+    np.testing.assert_array_equal(open_image(image, "x"), whole)
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF", "WEBP", "AVIF", "TIFF", "MPO"])
+def test_the_first_frame_is_read(format):
+    if format not in Image.SAVE and not Image.init() and format not in Image.SAVE:
+        pytest.skip(f"Pillow is built without {format}")
+    colours = [Image.new("RGB", (40, 30), colour) for colour in ("red", "lime", "blue")]
+    data = encode(colours[0], format, save_all=True, append_images=colours[1:])
+    opened = open_image(data, "x")
+    assert opened.size == image_size(data, "x") == (40, 30) and np.abs(np.asarray(opened).mean((0, 1)) - (255, 0, 0)).max() < 3
+
+
+@pytest.mark.parametrize("format", ["ICO", "TGA", "EPS", "PCX", "HEIC"])
+def test_other_formats_are_named_as_such(format):
+    data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" if format == "HEIC" else encode(noise(32, 32), format)
+    expected = "it is HEIC, which is not read; convert it to JPEG" if format == "HEIC" else "its format is none of JPEG, PNG, WEBP"
+    for read in (open_image, image_size):
+        with pytest.raises(UserError, match=f"^row 3: the image cannot be read: {expected}"):
+            read(data, "row 3")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

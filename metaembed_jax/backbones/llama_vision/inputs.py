@@ -49,6 +49,11 @@ class Images:
     arrangements: tuple[tuple[int, int], ...]
 
     @property
+    def cell_size(self) -> int:
+        """Side of a cell of a grid, in pixels."""
+        return self.tile_size
+
+    @property
     def image_patches(self) -> int:
         """Patches of an image of any size: those of `max_tiles` tiles."""
         return self.max_tiles * (self.tile_size // self.patch_size) ** 2

@@ -39,6 +39,11 @@ class Images:
     image_size: int
     patch_size: int
 
+    @property
+    def cell_size(self) -> int:
+        """Side of a cell of a grid, in pixels."""
+        return self.patch_size
+
     @classmethod
     def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> Self:
         """Read the content of preprocessor_config.json. The model has one size of images, so the cap changes nothing.
@@ -86,6 +91,11 @@ class Processor(PromptProcessor):
 
     title, special_tokens, filler = TITLE, SPECIAL_TOKENS, PAD_TOKEN
     images: Images
+
+    @property
+    def page_pixels(self) -> int:
+        """Pixels at which a page is drawn: twice those of the square, so that a page up to 2:1 covers it on both sides."""
+        return 2 * super().page_pixels
 
     def _prompt(self, grid: Grid | None, side: str, has_text: bool, with_image: bool) -> Prompt:
         ids, prefix = self._tokenizer.ids, self._prefix(side)

@@ -50,6 +50,11 @@ class Images:
         """Side of a unit, in pixels."""
         return self.patch_size * self.merge_size
 
+    @property
+    def cell_size(self) -> int:
+        """Side of a cell of a grid, in pixels."""
+        return self.unit_size
+
     def patches(self, rows: int, columns: int) -> int:
         """Return the number of patches of a grid of units, with the padding that a family needs."""
         return rows * columns * self.merge_size**2

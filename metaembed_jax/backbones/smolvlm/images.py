@@ -46,6 +46,11 @@ class Images:
     patch_size: int
     tile_units: int
 
+    @property
+    def cell_size(self) -> int:
+        """Side of a cell of a grid, in pixels."""
+        return self.tile_size
+
     @classmethod
     def from_preprocessor(cls, preprocessor: dict, config: Config, max_visual_tokens: int) -> Self:
         """Read the content of preprocessor_config.json.

@@ -10,9 +10,11 @@ from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.inputs.image_formats import tiff_pages
 from metaembed_jax.inputs.images import MAX_ASPECT_RATIO, image_errors, open_header
 
 LARGEST_FILE = 128 * 2**20  # bytes of an encoded image
+SHOWN = 60  # characters of a value in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ImageFolder:
         """
         if is_absent(value):
             return b"", column
-        content = value if isinstance(value, str | bytes) else _struct_content(value, column)
+        content = image_content(value, column)
         encoded, name = (content, column) if isinstance(content, bytes) else self._read(content, column)
         if not encoded:
             raise UserError(f"{name}: the image has no bytes; expected an encoded image, or null")
@@ -173,6 +175,12 @@ def check_image(encoded: bytes, name: str) -> bytes:
     return encoded
 
 
+def unread_pages(item: dict) -> int:
+    """Return the number of pages of an item's image that are not read: all but the first of a TIFF."""
+    image = item.get("image")
+    return len(tiff_pages(image)) - 1 if isinstance(image, bytes) else 0
+
+
 def is_absent(value: object) -> bool:
     """Return True for the values of an image column that stand for no image: null, an empty string, a struct of nulls."""
     if isinstance(value, dict):
@@ -187,15 +195,26 @@ def image_path(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _struct_content(value: object, column: str) -> bytes | str:
-    """Return the bytes of a struct, or its path if it has none."""
-    fields = value if isinstance(value, dict) and value.keys() <= {"bytes", "path"} else {}
-    content = fields.get("path") if fields.get("bytes") is None else fields["bytes"]
-    if not isinstance(content, bytes | str) or (isinstance(content, str) and fields.get("bytes") is not None):
-        shown = repr(value)
-        shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
-        raise UserError(f"{column} is {shown}; expected the path of an image, its bytes, {{'bytes', 'path'}}, or null")
+def image_content(value: object, column: str) -> bytes | str:
+    """Return the bytes that the value of an image column holds, or the path if it has none.
+
+    Raises:
+      UserError: the value is something else. Names the column.
+    """
+    content = value
+    if isinstance(value, dict):
+        fields = value if value.keys() <= {"bytes", "path"} else {}
+        content = fields.get("path") if fields.get("bytes") is None else fields["bytes"]
+        content = None if isinstance(content, str) and fields.get("bytes") is not None else content
+    if not isinstance(content, bytes | str):
+        raise UserError(f"{column} is {shorten(value)}; expected the path of an image, its bytes, {{'bytes', 'path'}}, or null")
     return content
+
+
+def shorten(value: object) -> str:
+    """Return a value for an error."""
+    shown = repr(value)
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
 
 
 def _is_file(file: Path) -> bool:

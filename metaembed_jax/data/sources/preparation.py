@@ -29,6 +29,7 @@ from tqdm import tqdm
 from metaembed_jax.data.contents import content_digest
 from metaembed_jax.data.sources import descriptions, records, splits
 from metaembed_jax.data.sources.corpus import Corpus, remove_copy
+from metaembed_jax.data.sources.image_files import unread_pages
 from metaembed_jax.data.sources.row_files import Rows
 from metaembed_jax.data.workers import map_with
 from metaembed_jax.errors import UserError
@@ -163,7 +164,8 @@ def _write_shard(job: _Job, shard: int) -> dict:
     files = {split: job.directory / f"{shard:05}.{split}.tmp" for split in records.SPLITS}  # unique to the shard
     writers = {split: ArrayRecordWriter(str(file), "group_size:1") for split, file in files.items()}
     lines = {split: [] for split in records.SPLITS}
-    counts = {"read": 0, "rows": dict.fromkeys(records.SPLITS, 0), "negatives": 0, "bytes": 0, "skipped": []}
+    counts = {"read": 0, "rows": dict.fromkeys(records.SPLITS, 0), "negatives": 0, "bytes": 0}
+    counts |= {"unread_pages": 0, "skipped": []}
     counts |= {side: {name: 0 for name, _ in TYPES} for side in ("queries", "positives")}
     counts["held_out"] = {split: {"queries": [], "documents": []} for split in HELD_OUT}
     content = hashlib.sha256()
@@ -188,6 +190,8 @@ def _write_shard(job: _Job, shard: int) -> dict:
                 counts["held_out"][split][side].append(content_digest(item).hex())
         counts["bytes"] += len(serialized)
         counts["negatives"] += len(record["negatives"])
+        items = record["query"], record["positive"], *record["negatives"]
+        counts["unread_pages"] += sum(map(unread_pages, items))
         for side, item in (("queries", record["query"]), ("positives", record["positive"])):
             counts[side][next(name for name, fits in TYPES if fits(item))] += 1
     for writer in writers.values():
@@ -256,6 +260,8 @@ def _finish(job: _Job, shards: Sequence[dict], groups: int) -> dict:
     skipped = [line for counts in shards for line in counts["skipped"]]
     for line in skipped:
         print(f"left out: {line}", flush=True)
+    if pages := sum(counts["unread_pages"] for counts in shards):
+        print(f"{source.name}: {pages:,} pages of TIFFs were not read; of each TIFF, the first page is", flush=True)
     rows = {split: [counts["rows"][split] for counts in shards] for split in records.SPLITS}
     if not any(rows["train"]):
         raise UserError(f"{source.rows.files[0]}: no rows are left for training")

@@ -7,10 +7,11 @@ DIR/eval_images.zip               or the archive of that folder, as published
 """
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from metaembed_jax.data.sources.image_files import ImageFolder
+from metaembed_jax.data.sources.image_files import ImageFolder, shorten
 from metaembed_jax.data.sources.mmeb import marked_item
 from metaembed_jax.data.sources.row_files import check_columns, open_row_files
 from metaembed_jax.errors import UserError
@@ -88,15 +89,15 @@ def _images(directory: Path) -> ImageFolder:
 
 
 def _query(task: Task, row: dict) -> dict:
-    text = row["qry_text"] or ""
+    text = _string(row, "qry_text")
     if "qry_inst" in row:
-        text = query_string(task, row["qry_inst"] or "", text)
-    return marked_item("qry_text", text, row["qry_img_path"], str)
+        text = query_string(task, _string(row, "qry_inst"), text)
+    return marked_item("qry_text", text, row["qry_img_path"], partial(_path, column="qry_img_path"))
 
 
 def _targets(task: Task, row: dict) -> list[tuple[str, dict]]:
     """Return (key, item) of each target; targets of equal keys are one document."""
-    texts, paths = list(row["tgt_text"] or ()), list(row["tgt_img_path"] or ())
+    texts, paths = _strings(row, "tgt_text"), _strings(row, "tgt_img_path")
     count = max(len(texts), len(paths))
     if not count:
         raise UserError("tgt_text and tgt_img_path are empty: a query needs targets, the right one first")
@@ -106,11 +107,32 @@ def _targets(task: Task, row: dict) -> list[tuple[str, dict]]:
         paths = paths or [""] * count
     if len(texts) != len(paths):
         raise UserError(f"tgt_text has {len(texts)} entries and tgt_img_path {len(paths)}: expected equal numbers")
-    captioned = bool((texts[0] or "").strip())
+    captioned = bool(texts[0].strip())
     targets = []
     for text, path in zip(texts, paths, strict=True):
-        text = text or ""
         key = {"t2i": path, "i2i": f"{path}:" + text.strip('"')}.get(task.kind, text)
-        string = target_string(task, row["tgt_inst"] or "", text, captioned) if "tgt_inst" in row else text
-        targets.append((key, marked_item("tgt_text", string, path, str)))
+        string = target_string(task, _string(row, "tgt_inst"), text, captioned) if "tgt_inst" in row else text
+        targets.append((key, marked_item("tgt_text", string, path, partial(_path, column="tgt_img_path"))))
     return targets
+
+
+def _string(row: dict, column: str) -> str:
+    """Return the string of a column; empty for null."""
+    value = row[column]
+    if not isinstance(value, str | None):
+        raise UserError(f"{column} is {shorten(value)}; expected a string or null")
+    return value or ""
+
+
+def _strings(row: dict, column: str) -> list[str]:
+    """Return the strings of a column, a list of them, or none for null."""
+    values = [] if row[column] is None else row[column]
+    if not isinstance(values, list) or not all(isinstance(value, str | None) for value in values):
+        raise UserError(f"{column} is {shorten(values)}; expected a list of strings, or null")
+    return [value or "" for value in values]
+
+
+def _path(value: object, column: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{column} is {shorten(value)}; expected the path of an image, or null")
+    return value

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metaembed_jax.data.sources.image_files import LARGEST_FILE
+from metaembed_jax.data.sources.image_files import image_content, is_absent, read_image_file
 from metaembed_jax.errors import UserError
 
 TEXT_COLUMNS = {"query": ("text", "instruction"), "document": ("text", "title")}
@@ -51,9 +51,13 @@ class TaskItems(Sequence):
         row, item = self._table[int(number)], {}
         if row.get("text") is not None:
             item["text"] = text_of(row, self.side)
-        if row.get("image") is not None:
+        if not is_absent(row.get("image")):
             item["image"] = self._image(row["image"], number)
         return item
+
+    def item_name(self, number: int) -> str:
+        """Return the name of an item for errors."""
+        return f"item {self.ids[number]}"
 
     def fingerprint(self) -> str:
         """Return a digest of the content of all items in order, without their ids."""
@@ -63,14 +67,13 @@ class TaskItems(Sequence):
                 digest.update(len(content).to_bytes(8) + content)
         return digest.hexdigest()
 
-    def _image(self, image: dict, number: int) -> bytes:
+    def _image(self, image: object, number: int) -> bytes:
         """Return the bytes of an image, which `datasets` stores in the row or in a file."""
-        if image["bytes"] is not None:
-            return image["bytes"]
-        file = Path(image["path"] or "")
-        if not file.is_file() or file.stat().st_size > LARGEST_FILE:
-            raise UserError(f"{self.name}, {self.ids[number]}: image {file}; expected a file of at most {LARGEST_FILE} bytes")
-        return file.read_bytes()
+        try:
+            content = image_content(image, "image")
+            return content if isinstance(content, bytes) else read_image_file(Path(content))
+        except UserError as error:
+            raise UserError(f"{self.name}, {self.item_name(number)}: {error}") from None
 
 
 def items_of(table: Any, side: str, metadata: Any) -> TaskItems:

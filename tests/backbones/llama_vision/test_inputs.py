@@ -52,6 +52,10 @@ def theirs(side, tiles):
     return module.MllamaImageProcessorPil(size=size, max_image_tiles=tiles, image_mean=MEAN, image_std=STD)
 
 
+def test_pages_are_drawn_at_the_size_of_a_canvas(processor):
+    assert processor.page_pixels == 4 * 42**2
+
+
 @pytest.mark.parametrize("side, tiles, patch", [(42, 4, 14), (560, 4, 14), (40, 3, 10), (28, 6, 14)])
 @pytest.mark.parametrize("size", [(37, 91), (203, 301), (28, 28), (1, 1), (1, 200), (199, 1), (61, 800), (1130, 560), (2000, 1999)])
 def test_tiles_equal_the_pillow_processor_of_transformers(side, tiles, patch, size):

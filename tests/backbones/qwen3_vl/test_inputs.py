@@ -6,7 +6,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from metaembed_jax.backbones.qwen3_vl import FAMILY as QWEN3_VL
-from metaembed_jax.batch.items import Size
+from metaembed_jax.batch.items import Limits, Size
 from metaembed_jax.batch.rows import RowItem, collate
 from tests.backbones.qwen2_5_vl.reference import string, write_tokenizer
 from tests.backbones.qwen3_vl.test_config import RELEASED
@@ -50,6 +50,12 @@ def test_prompts_are_the_strings_of_the_recipe(processor, tokenizer, text):
         ):
             expected = tokenizer.encode(string(given, side, iter([8])), add_special_tokens=False).ids
             assert process(known).tokens.tolist() == expected
+
+
+def test_pages_are_drawn_at_what_fits_the_image_and_the_row(processor, tokenizer):
+    assert processor.page_pixels == 6**2 * 32**2  # the largest square within 40 units
+    for limits, units in ((Limits(500, 64, 9, 0, 0), 16), (Limits(40, 400, 5, 0, 0), 25), (Limits(500, 400, 9, 0, 0), 36)):
+        assert QWEN3_VL.Processor(tokenizer, processor.images, limits).page_pixels == units * 32**2
 
 
 def test_units_are_in_raster_order(processor):

@@ -244,3 +244,10 @@ def test_tokenizers_of_other_families_are_refused(case):
     with pytest.raises(UserError, match="lacks <image>; use a SmolVLM tokenizer.json"):
         Processor(other, case.ours.images)
     assert set(SPECIAL_TOKENS) == {*NEEDED, *MARKERS}
+
+
+def test_pages_are_drawn_at_the_size_of_all_tiles(case):
+    tile = case.largest.tile_size
+    assert Processor(case.tokenizer, case.largest).page_pixels == (6 * tile) ** 2
+    patches = (tile // case.largest.patch_size) ** 2
+    assert Processor(case.tokenizer, case.largest, Limits(10**5, 5 * patches, 9, 0, 0)).page_pixels == (2 * tile) ** 2

@@ -9,6 +9,7 @@ import pytest
 
 from metaembed_jax.check.references import maxsim_scores
 from metaembed_jax.data.sources.image_files import ImageFolder
+from metaembed_jax.data.sources.row_files import RowFiles
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.mmeb import evaluator
@@ -182,6 +183,22 @@ def test_bad_rows(tmp_path, change, message):
     with pytest.raises(UserError) as caught:
         read_task(BY_NAME["ChartQA"], tmp_path)
     assert f"{file}, row 2: " in str(caught.value) and message in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0, False, [], 0.0, {"path": 1}])
+@pytest.mark.parametrize("column", ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"])
+def test_values_of_other_types(tmp_path, monkeypatch, column, value):
+    """A value that is no string is not read as an absent one."""
+    write_mmeb_test(tmp_path, [BY_NAME["ChartQA"]])
+    listed = column.startswith("tgt")
+    rows = [row | {column: [value] * 3 if listed else value} for row in mmeb_test_rows(BY_NAME["ChartQA"], 4, False)]
+    monkeypatch.setattr(RowFiles, "read", lambda *_: iter(rows))
+    with pytest.raises(UserError, match=rf"row 0: {column} (is|.* has)"):
+        read_task(BY_NAME["ChartQA"], tmp_path)
+    rows[0][column] = value
+    if value != [] or not listed:
+        with pytest.raises(UserError, match=rf"row 0: {column} (is|.* has)"):
+            read_task(BY_NAME["ChartQA"], tmp_path)
 
 
 def test_missing_columns(tmp_path):

@@ -182,15 +182,15 @@ def test_images_in_files(tmp_path):
     rows = Dataset.from_dict({"id": ["1", "2"], "image": images}, Features({"id": Value("string"), "image": Image()}))
     items = TaskItems(rows, "query", ["image"], "rows")
     assert items[0]["image"] == picture(3)
-    with pytest.raises(UserError, match="rows, 2: image .*b.png; expected a file"):
+    with pytest.raises(UserError, match="rows, item 2: the image .*b.png cannot be read .No such file"):
         items[1]
 
 
 def test_bad_data_is_named(model, pages):
     searcher, options = Searcher(model), dict(task_metadata=pages.metadata)
-    with pytest.raises(UserError, match="NoisePages, corpus: item 1: the image cannot be read"):
+    with pytest.raises(UserError, match="NoisePages, corpus: item 2: the image cannot be read"):
         searcher.index(table([picture(0), picture(1)[:200]], id=["1", "2"]), **options)
-    with pytest.raises(UserError, match="NoisePages, corpus: item 0 has neither"):
+    with pytest.raises(UserError, match="NoisePages, corpus: item 1 has neither"):
         searcher.index(table([None], id=["1"]), **options)
     with pytest.raises(UserError, match="NoisePages, corpus has the columns id, text; expected image"):
         searcher.index(Dataset.from_dict({"id": ["1"], "text": ["a"]}), **options)
