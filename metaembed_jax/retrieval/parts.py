@@ -36,8 +36,8 @@ class Selected(Sequence):
       numbers: the numbers of those that are selected.
     """
 
-    def __init__(self, documents: Documents, numbers: Int[np.ndarray, " P"]):
-        self._documents, self._numbers = documents, numbers.tolist()
+    def __init__(self, documents: Documents, numbers: Sequence[int]):
+        self._documents, self._numbers = documents, numbers
         if describe := getattr(documents, "describe", None):  # without it, the encoder reads an item once
             self.describe = lambda number: describe(self._numbers[number])
 
@@ -46,6 +46,10 @@ class Selected(Sequence):
 
     def __getitem__(self, number):
         return self._documents[self._numbers[number]]
+
+    def drawn_at(self, pixels: int) -> "Selected":
+        """Return the same documents with pages of PDF files drawn at about so many pixels."""
+        return Selected(self._documents.drawn_at(pixels), self._numbers)
 
     def item_name(self, number: int) -> str:
         """Return the name of a document in errors."""
@@ -76,7 +80,7 @@ def encode_parts(
       UserError: more documents than `skip` cannot be read. The draft in the folder has all that were encoded before.
     """
     size, count = PART_DOCUMENTS * batch_shards(model.mesh), len(documents)
-    items, silent = Selected(documents, pending), not (progress and hosts.is_first())
+    items, silent = Selected(documents, pending.tolist()), not (progress and hosts.is_first())
     with tqdm(total=count, initial=count - len(pending), desc="indexing", unit="item", disable=silent) as bar:
         blocks = model.encode_blocks(items, "document", budget=draft.levels[-1], size=size, bar=bar, allow_failures=True)
         for block in blocks if len(pending) else ():

@@ -18,6 +18,7 @@ add_host_flags(parser)
 flags = parser.parse_args()
 connect_hosts(flags.coordinator, flags.hosts, flags.host)
 items = json.loads(flags.items.read_text())
+items = [item | {"image": tuple(item["image"])} if isinstance(item, dict) and "image" in item else item for item in items]
 encoder = digit_encoder(make_mesh(2, 2, 2))
 blocks = list(encoder.blocks({}, items, "query", 3, size=100, allow_failures=True))
 numbers, vectors = (np.concatenate([getattr(block, name) for block in blocks]) for name in ("numbers", "vectors"))
