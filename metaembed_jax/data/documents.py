@@ -12,6 +12,7 @@ when it is read.
 """
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -221,7 +222,8 @@ class TableDocuments(Documents):
             raise UserError(f"{rows.files[0]} has the columns {', '.join(sorted(columns))}; expected text or image, or both")
         say_further_columns(rows, COLUMNS, "kept as metadata, not encoded")
         self.rows, self.files, self.folder, self._ids = rows, rows.files, ImageFolder(rows.files[0].parent), None
-        self._lock = threading.Lock()  # rows are read for vectors ahead of those whose metadata are read
+        # Rows are read for vectors ahead of those whose metadata are read. From one open file each turn reads a row group again.
+        self._described, self._lock = dataclasses.replace(rows), threading.Lock()
         self._unread: dict[int, int] = {}  # pages of the rows that have some
         if "id" in columns:
             read, seen = rows.read(0, len(rows), columns=("id",)), {}
@@ -255,7 +257,7 @@ class TableDocuments(Documents):
 
     def metadata(self, number: int) -> dict:
         number = range(len(self))[number]
-        row = self._row(number)
+        row = self._row(self._described, number)
         image, text = image_path(row.get("image")), row.get("text")
         path = str(self.folder.root / image) if image else None
         further = {name: value for name, value in row.items() if _is_metadata(name, value)}
@@ -270,7 +272,7 @@ class TableDocuments(Documents):
         return self.rows.row_name(number)
 
     def _item(self, number: int) -> dict:
-        row = self._row(number)
+        row = self._row(self.rows, number)
         try:
             if "id" in row and not self._ids:
                 raise UserError("has an id, which the first row lacks; expected an id in all rows or in none")
@@ -281,9 +283,9 @@ class TableDocuments(Documents):
             self._unread[number] = unread
         return item
 
-    def _row(self, number: int) -> dict:
+    def _row(self, rows: RowFiles, number: int) -> dict:
         with self._lock:
-            return next(self.rows.read(number, number + 1))
+            return next(rows.read(number, number + 1))
 
 
 def find_files(root: Path) -> tuple[list[Path], Counter]:
