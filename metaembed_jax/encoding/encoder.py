@@ -209,7 +209,7 @@ class Encoder:
         for (items, chunk), futures in _one_ahead(chunks, lambda chunk: _start_sizes(stream.reader, chunk[1])):
             if chunk.start == items.start:
                 stream.blocks.append(Block(items, (stream.budget, self._width)))
-                schedule = Schedule(*row, meta, stream.budget, shards, is_long=len(items) == stream.size)
+                schedule = Schedule(*row, meta, stream.budget, shards)
             block, is_last = stream.blocks[-1], chunk.stop == items.stop
             sizes = stream.results(block, _share(chunk), futures, lambda _: FAILED)
             numbers_N, sizes_N4 = block.add_sizes(chunk, _gather_sizes(sizes, len(chunk)))
