@@ -66,13 +66,23 @@ def check_devices(environment: Mapping[str, str] = os.environ, root: Path = Path
             )
 
 
-def describe_devices(mesh: Mesh) -> str:
-    """Return the first line of a run: its devices, hosts and mesh, and the versions of JAX and its plugins."""
+def device_memory() -> int | None:
+    """Return the bytes that a program may use on a device; None if the devices are CPUs, which share the machine's memory."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def describe_devices(mesh: Mesh, weights: int | None = None) -> str:
+    """Return the first line of a run: its devices, hosts and mesh, and the versions of JAX and its plugins.
+
+    Args:
+      weights: bytes of the weights on a device, to name them too.
+    """
     devices = list(mesh.devices.flat)
     kind, hosts = devices[0].device_kind, {device.process_index for device in devices}
     if devices[0].platform == "cpu":
         kind = f"CPU {_plural('device', devices)}, {os.cpu_count()} cores"
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    axes += "" if weights is None else f", {weights / 2**30:.1f} GiB of weights on each device"
     versions = [f"{name} {version}" for name in ("jax", "jaxlib", *PLUGINS) if (version := _version(name))]
     return f"{len(devices)} x {kind} on {len(hosts)} {_plural('host', hosts)}; mesh: {axes}; {', '.join(versions)}"
 

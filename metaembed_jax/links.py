@@ -110,6 +110,13 @@ def _count_slices(devices: Sequence, sizes: tuple[int, int, int], slices: int) -
     return slices
 
 
+def slice_size(devices: Sequence) -> int:
+    """Return the number of devices that fsdp and tensor may go over: those of a slice, and all on other platforms than TPUs."""
+    if devices[0].platform != "tpu":
+        return len(devices)
+    return sum(_slice_index(device) == _slice_index(devices[0]) for device in devices)
+
+
 def _slice_index(device) -> int:
     """Return the slice of a device; if JAX reports none, 0 for a TPU (compile-only devices of one slice), else the host."""
     return getattr(device, "slice_index", 0 if device.platform == "tpu" else device.process_index)

@@ -22,9 +22,8 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.inputs.processors import PromptProcessor
 from metaembed_jax.late_interaction.maxsim import maxsim
-from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import ModelConfig, make_encode
-from metaembed_jax.sharding import replicated
+from metaembed_jax.sharding import replicated, shard_bytes
 
 SAMPLES = 16  # of a parameter along each axis, at most, that the fingerprint reads
 
@@ -52,18 +51,19 @@ class MetaEmbed:
         Args:
           path: the directory, or a hub id.
           dtype: type of activations and matmuls, "bfloat16" or "float32".
-          mesh: result of `mesh.make_mesh`; by default all devices, along the data axis.
+          mesh: result of `mesh.make_mesh`; by default all devices along the data axis, with the smallest fsdp axis at which the
+            weights fit.
           seed: seed of fresh Meta Tokens.
           max_visual_tokens: cap on the visual tokens of an image.
 
         Raises:
           UserError: names the file, key or shape that is wrong.
         """
-        from metaembed_jax.checkpoints.loading import load
+        from metaembed_jax.checkpoints.loading import default_mesh, load
 
         if dtype not in ("bfloat16", "float32"):
             raise UserError(f"dtype={dtype!r}: expected 'bfloat16' or 'float32'")
-        mesh = make_mesh() if mesh is None else mesh
+        mesh = default_mesh(path, dtype) if mesh is None else mesh
         return cls(*load(path, dtype, mesh, seed, max_visual_tokens), mesh)
 
     @functools.cached_property
@@ -162,6 +162,11 @@ class MetaEmbed:
         yield from self._encoder.blocks(
             self.parameters, items, side, budget, size=size, start=start, bar=bar, allow_failures=allow_failures
         )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters on a device."""
+        return shard_bytes(self.parameters)
 
     @property
     def reduced(self) -> Reduced:

@@ -24,6 +24,23 @@ def add_host_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_argument("--host", type=int, help="the number of this host, from 0")
 
 
+def add_mesh_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `mesh_sizes` reads."""
+    flags = parser.add_argument_group(
+        "mesh", "sizes of its axes; -1: all remaining devices (default: data, with the smallest fsdp at which the weights fit)"
+    )
+    flags.add_argument("--mesh.data", dest="mesh_data", metavar="N", type=int, help="devices that encode different items")
+    flags.add_argument("--mesh.fsdp", dest="mesh_fsdp", metavar="N", type=int, help="devices that also share the weights")
+    flags.add_argument("--mesh.tensor", dest="mesh_tensor", metavar="N", type=int, help="devices that share each layer's work")
+    flags.add_argument("--mesh.slices", dest="mesh_slices", metavar="N", type=int, help="TPU slices (default: all that there are)")
+
+
+def mesh_sizes(arguments: argparse.Namespace) -> dict[str, int]:
+    """Return the sizes that the flags of `add_mesh_flags` give, by axis."""
+    flags = {axis: getattr(arguments, f"mesh_{axis}") for axis in ("data", "fsdp", "tensor", "slices")}
+    return {axis: size for axis, size in flags.items() if size is not None}
+
+
 def start(arguments: argparse.Namespace) -> None:
     """Set up JAX by the flags of `add_device_flags`, and join the other hosts if the command has `add_host_flags`.
 

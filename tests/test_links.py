@@ -13,8 +13,8 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import Mesh
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.links import Ring, rings
-from metaembed_jax.mesh import make_mesh
+from metaembed_jax.links import Ring, rings, slice_size
+from metaembed_jax.mesh import make_mesh, smallest_fsdp
 from metaembed_jax.sharding import MESH_AXES, fetch_rows, put_rows, rows_here, rows_owned
 
 
@@ -121,6 +121,30 @@ def test_a_part_of_a_slice_keeps_its_order():
     with pytest.warns(UserWarning, match="keeps the order of its devices"):
         mesh = make_mesh(devices=devices)
     assert list(mesh.devices.flat) == list(devices)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    "weights, memory, devices, fsdp",
+    [
+        (7.5 * GIB, 15.75 * GIB, 8, 1),  # 3b on v5e
+        (15.1 * GIB, 15.75 * GIB, 8, 2),  # 7b
+        (9.5 * GIB, 15.75 * GIB, 1, 1),  # there is no other device
+        (21 * GIB, 15.75 * GIB, 12, 3),
+        (21 * GIB, 15.75 * GIB, 10, 5),  # 3 does not divide 10
+        (400 * GIB, 15.75 * GIB, 8, 8),  # more than all have
+        (15.1 * GIB, 95 * GIB, 4, 1),
+    ],
+)
+def test_weights_are_divided_over_the_fewest_devices(weights, memory, devices, fsdp):
+    assert smallest_fsdp(int(weights), int(memory), devices) == fsdp
+
+
+def test_weights_stay_in_a_slice():
+    assert slice_size(devices_of("v5e:4x4", 2)) == 16 and slice_size(devices_of("v5e:2x4")) == 8
+    assert slice_size(jax.devices()) == 8
 
 
 SHAPES = [("v5e:4x4", 1), ("v5p:2x2x4", 1), ("tpu7x:2x2x2", 1), ("v5e:4x4", 2)]

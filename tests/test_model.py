@@ -15,7 +15,7 @@ from PIL import Image
 
 import metaembed_jax as me
 from metaembed_jax.backbones import layers
-from metaembed_jax.checkpoints import base_weights
+from metaembed_jax.checkpoints import base_weights, loading
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.config import MatryoshkaConfig, ModelSettings, ObjectivesConfig, RunConfig
 from metaembed_jax.config.record import to_record
@@ -61,6 +61,14 @@ def test_items_keep_their_order_and_do_not_see_each_other(model):
     backwards = model.encode_document([*ITEMS[::-1], ITEMS[0]])
     np.testing.assert_allclose(backwards[:-1][::-1], together, rtol=0, atol=1e-6)
     np.testing.assert_allclose(backwards[-1], together[0], rtol=0, atol=1e-6)
+
+
+def test_weights_that_do_not_fit_are_divided(directory, model, monkeypatch):
+    for share, fsdp in ((0.5, 1), (1, 2), (2, 4), (100, 8)):
+        monkeypatch.setattr(loading, "device_memory", lambda share=share: int(model.weight_bytes / share))
+        assert loading.default_mesh(directory, "float32").shape == {"data": 8 // fsdp, "fsdp": fsdp, "tensor": 1}
+    divided = me.MetaEmbed.from_pretrained(directory, dtype="float32")
+    assert divided.mesh.shape["fsdp"] == 8 and divided.weight_bytes < model.weight_bytes / 4
 
 
 def test_eight_devices_give_what_one_gives(directory, model):

@@ -20,12 +20,16 @@ from metaembed_jax.checkpoints.huggingface import HEAD, METADATA, read_backbone,
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config.run import DataConfig, ModelSettings, RunConfig
+from metaembed_jax.devices import device_memory
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json
 from metaembed_jax.inputs.processors import PromptProcessor
 from metaembed_jax.inputs.texts import meta_token_names
+from metaembed_jax.links import slice_size
+from metaembed_jax.mesh import make_mesh, smallest_fsdp
 from metaembed_jax.network import SIDES, ModelConfig, abstract_parameters
 from metaembed_jax.network_config import architecture_of, model_config, row_limits
+from metaembed_jax.sharding import shard_bytes
 from metaembed_jax.trainable import join, paths, split, trainable_paths
 
 
@@ -59,6 +63,25 @@ def load(path: str | Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens:
     if (directory / "run.json").is_file():
         return _load_run(directory, dtype, mesh, max_visual_tokens)
     return _load_huggingface(directory, dtype, mesh, seed, max_visual_tokens)
+
+
+def default_mesh(path: str | Path, dtype: str) -> Mesh:
+    """Return the mesh that encodes with a network by default: data parallel, with the smallest fsdp axis that leaves room.
+
+    Args:
+      path, dtype: as for `load`.
+
+    Raises:
+      UserError: as `load`.
+    """
+    mesh, memory = make_mesh(), device_memory()
+    if memory is None or mesh.size == 1:
+        return mesh
+    directory = find(path)
+    is_run = (directory / "run.json").is_file()
+    config = _run_config(directory, dtype) if is_run else _huggingface_config(directory, dtype)[0]
+    weights = shard_bytes(abstract_parameters(config, mesh))
+    return make_mesh(fsdp=smallest_fsdp(weights, memory, slice_size(jax.devices())))
 
 
 def run_processor(run: RunConfig, tokenizer: Path, max_visual_tokens: int | None = None) -> PromptProcessor:
@@ -178,18 +201,27 @@ def exported_parameters(directory: Path, backbone: str, metadata: dict, abstract
     return parameters
 
 
+def _run_config(directory: Path, dtype: str) -> ModelConfig:
+    return dataclasses.replace(model_config(read_config(directory)), dtype=dtype)
+
+
 def _load_run(directory: Path, dtype: str, mesh: Mesh, max_visual_tokens: int) -> Loaded:
-    run = read_config(directory)
-    config = dataclasses.replace(model_config(run), dtype=dtype)
+    run, config = read_config(directory), _run_config(directory, dtype)
     processor = run_processor(run, directory / "tokenizer.json", max_visual_tokens)
     return Loaded(config, run_parameters(directory, run.model, abstract_parameters(config, mesh))[1], processor)
 
 
-def _load_huggingface(directory: Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int) -> Loaded:
+def _huggingface_config(directory: Path, dtype: str) -> tuple[ModelConfig, dict, dict]:
+    """Return the config of a network, its metadata, and the content of the preprocessor's config."""
     backbone, architecture, preprocessor = base_architecture(directory)
     metadata = read_metadata(directory)
     sizes = {key: metadata[key] for key in ("query_tokens", "document_tokens", "embedding_dim") if metadata}
-    config = ModelConfig(backbone, architecture, dtype=dtype, **sizes)
+    return ModelConfig(backbone, architecture, dtype=dtype, **sizes), metadata, preprocessor
+
+
+def _load_huggingface(directory: Path, dtype: str, mesh: Mesh, seed: int, max_visual_tokens: int) -> Loaded:
+    config, metadata, preprocessor = _huggingface_config(directory, dtype)
+    backbone, architecture = config.backbone, config.architecture
     images = family(backbone).Images.from_preprocessor(preprocessor, architecture, max_visual_tokens)
     query_tokens, document_tokens = (config.meta_tokens(side, config.vectors(side)) for side in SIDES)
     limits = Limits(*architecture.default_row(images), DataConfig().max_text_tokens, query_tokens, document_tokens)

@@ -3,14 +3,17 @@
 import argparse
 
 from metaembed_jax.flags import local_path, model_name
+from metaembed_jax.hosts.failures import fail_together
+from metaembed_jax.hosts.votes import stop_signal
 from metaembed_jax.inputs.image_flags import add_image_flag, limit_images
 from metaembed_jax.retrieval import index_and_search
 from metaembed_jax.retrieval.manifest import DTYPES
-from metaembed_jax.startup import add_device_flags, start
+from metaembed_jax.startup import add_device_flags, add_host_flags, add_mesh_flags, mesh_sizes, start
 
 EXAMPLES = """
   metaembed index --model=runs/tiny --input=FOLDER --out=INDEX         a folder of images and PDF files
   metaembed index --model=runs/tiny --input=rows.jsonl --out=INDEX --budget=16 --dtype=int8
+  metaembed index --model=runs/7b --input=FOLDER --out=INDEX           on every host of a slice; all share FOLDER and INDEX
 """
 
 
@@ -26,10 +29,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip", type=int, default=0, help="most documents to leave out if they cannot be read (default: 0)")
     add_image_flag(parser)
     add_device_flags(parser)
+    add_mesh_flags(parser)
+    add_host_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Build an index."""
     limit_images(arguments)
     start(arguments)
-    index_and_search.index(arguments.model, arguments.input, arguments.out, arguments.budget, arguments.dtype, arguments.skip)
+    with fail_together(), stop_signal() as stop, stop.at_once():
+        index_and_search.index(
+            arguments.model,
+            arguments.input,
+            arguments.out,
+            arguments.budget,
+            arguments.dtype,
+            arguments.skip,
+            mesh_sizes(arguments),
+        )

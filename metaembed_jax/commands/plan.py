@@ -25,5 +25,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print a plan."""
     config = load_config(arguments.config, arguments.overrides)
-    if not print_plan.plan(config, arguments.topology, arguments.what, arguments.search, arguments.json):
+    has_mesh = any(key.startswith("mesh.") for key in arguments.overrides)
+    if not print_plan.plan(config, arguments.topology, arguments.what, arguments.search, arguments.json, has_mesh):
         sys.exit(1)

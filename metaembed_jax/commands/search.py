@@ -3,9 +3,11 @@
 import argparse
 
 from metaembed_jax.flags import local_path, model_name
+from metaembed_jax.hosts.failures import fail_together
+from metaembed_jax.hosts.votes import stop_signal
 from metaembed_jax.inputs.image_flags import add_image_flag, limit_images
 from metaembed_jax.retrieval import index_and_search
-from metaembed_jax.startup import add_device_flags, start
+from metaembed_jax.startup import add_device_flags, add_host_flags, add_mesh_flags, mesh_sizes, start
 
 EXAMPLES = """
   metaembed search --index=INDEX "a red car" -k 5
@@ -23,10 +25,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=model_name, help="the path or id of the index's model, if it has moved")
     add_image_flag(parser)
     add_device_flags(parser)
+    add_mesh_flags(parser)
+    add_host_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the documents that fit a query best."""
     limit_images(arguments)
     start(arguments)
-    index_and_search.search(arguments.index, arguments.query, arguments.image, arguments.budget, arguments.k, arguments.model)
+    with fail_together(), stop_signal() as stop, stop.at_once():
+        index_and_search.search(
+            arguments.index,
+            arguments.query,
+            arguments.image,
+            arguments.budget,
+            arguments.k,
+            arguments.model,
+            mesh_sizes(arguments),
+        )

@@ -4,8 +4,8 @@ and a block is encoded by the same calls whatever was encoded before it.
 Items wait in a pool until they fill `WINDOW` rows of each device, and packing chooses among all of them. A call has 16, 4 or 1 rows
 for each device, so three programs encode everything. A few short texts have a smaller row. The first call of a stream waits for its
 items to be decoded, nothing is decoded during the last call, and where decoding is as slow as computing, the first call of 16 rows
-waits for as many. So there are none in the first `LONG` rows of a block: 300 photos take 15 % longer with them. Indexing, whose blocks
-are shorter, needs two programs.
+waits for as many. So there are none in the first `LONG` rows of a block: 300 photos take 15 % longer with them. Indexing has
+shorter blocks, and two programs.
 
 N items, D shards of the batch axis (a device, or several that share rows).
 """

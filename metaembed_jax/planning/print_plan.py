@@ -10,12 +10,16 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.planning import plan_text
 from metaembed_jax.planning.layout_search import search
 from metaembed_jax.planning.planner import make_plan
+from metaembed_jax.planning.programs import with_index_mesh
 from metaembed_jax.planning.topology import topology
 from metaembed_jax.training.stages import with_architecture
 
 
-def plan(config: RunConfig, slice_name: str, what: str, is_search: bool, as_json: bool) -> bool:
+def plan(config: RunConfig, slice_name: str, what: str, is_search: bool, as_json: bool, has_mesh: bool = True) -> bool:
     """Print the plan of a program; with `is_search`, those of the train step with the most promising layouts.
+
+    Args:
+      has_mesh: encode on the mesh of the config; otherwise, on that of `metaembed index`.
 
     Returns:
       True if the program fits; of a search, if any layout does.
@@ -32,6 +36,8 @@ def plan(config: RunConfig, slice_name: str, what: str, is_search: bool, as_json
         plans = search(config, slices)
         print(json.dumps([plan.to_json() for plan in plans]) if as_json else plan_text.describe_search(plans))
         return bool(plans)
+    if what == "encode" and not has_mesh:
+        config = with_index_mesh(config, slices)
     print(f"compiling {config.name} for {slices.name}; the largest take a minute or two", file=sys.stderr)
     plan = make_plan(config, what, slices)
     if as_json:

@@ -10,14 +10,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from metaembed_jax.batch import training
 from metaembed_jax.batch.rows import abstract
 from metaembed_jax.batch.training import step_shape
+from metaembed_jax.config.keys import with_keys
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.encoding.schedule import CALL_ROWS
 from metaembed_jax.flops import Flops, encode_flops, search_flops, train_flops
 from metaembed_jax.late_interaction.topk import top_k
+from metaembed_jax.links import slice_size
+from metaembed_jax.mesh import make_mesh, smallest_fsdp
 from metaembed_jax.network import abstract_parameters, make_encode
 from metaembed_jax.network_config import model_config
+from metaembed_jax.planning.topology import Topology
 from metaembed_jax.planning.typical_rows import typical_rows
-from metaembed_jax.sharding import batch_shards, replicated
+from metaembed_jax.sharding import batch_shards, replicated, shard_bytes
 from metaembed_jax.training.step import make_trainer
 
 SEARCH_QUERIES, SEARCH_DOCUMENTS, SEARCH_K = 32, 100_000, 10
@@ -105,6 +109,13 @@ def encode_program(config: RunConfig, mesh: Mesh) -> Program:
         "items",
         rows=CallRows(*row, rows, rows, typical.fill.tokens, typical.fill.patches),
     )
+
+
+def with_index_mesh(config: RunConfig, slices: Topology) -> RunConfig:
+    """Return the config with the mesh that `metaembed index` has by default."""
+    weights = shard_bytes(abstract_parameters(model_config(config), make_mesh(devices=slices.devices)))
+    fsdp = smallest_fsdp(weights, int(slices.chip.usable_bytes), slice_size(slices.devices))
+    return with_keys(config, {"mesh.data": -1, "mesh.fsdp": fsdp, "mesh.tensor": 1, "mesh.slices": 0})
 
 
 def search_program(config: RunConfig, mesh: Mesh) -> Program:

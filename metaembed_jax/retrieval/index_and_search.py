@@ -1,5 +1,6 @@
 """The commands `index` and `search`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from metaembed_jax.data.documents import open_documents
@@ -11,6 +12,7 @@ from metaembed_jax.flags import printable
 from metaembed_jax.inputs.images import open_image
 from metaembed_jax.late_interaction.budgets import parse_searches
 from metaembed_jax.late_interaction.stages import largest_budget
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.build import index_documents
 from metaembed_jax.retrieval.index import Index
@@ -18,24 +20,45 @@ from metaembed_jax.retrieval.index import Index
 TEXT_LENGTH = 100  # characters of a text that are printed
 
 
-def index(model: str, documents: Path, out: Path, budget: int | None, dtype: str, skip: int) -> None:
+def index(
+    model: str,
+    documents: Path,
+    out: Path,
+    budget: int | None,
+    dtype: str,
+    skip: int,
+    mesh: Mapping[str, int] | None = None,
+) -> None:
     """Let an index follow documents, up to `skip` of which are left out if they cannot be read.
+
+    Args:
+      mesh: sizes of its axes; without any, the default of `MetaEmbed.from_pretrained`.
 
     Raises:
       UserError: as `open_documents`, `MetaEmbed.from_pretrained` and `index_documents`.
     """
     items, path = open_documents(documents, skip=skip), None if is_bucket(model) else Path(model).expanduser()
     name = str(path.absolute()) if path and path.exists() else model
-    check_devices()
-    encoder = MetaEmbed.from_pretrained(model)
-    print(describe_devices(encoder.mesh), flush=True)
+    encoder = _load(model, mesh)
+    print(describe_devices(encoder.mesh, encoder.weight_bytes), flush=True)
     index_documents(encoder, items, out, name=name, budget=budget, dtype=dtype, skip=skip, progress=True)
     if pages := items.unread_pages:
         print(f"{documents}: {pages:,} pages of TIFFs were not read; of a TIFF in a table, the first page is; index their folder")
 
 
-def search(folder: Path, query: str | None, image: Path | None, budget: str | None, k: int | None, model: str | None) -> None:
+def search(
+    folder: Path,
+    query: str | None,
+    image: Path | None,
+    budget: str | None,
+    k: int | None,
+    model: str | None,
+    mesh: Mapping[str, int] | None = None,
+) -> None:
     """Print the best documents of a query.
+
+    Args:
+      mesh: as for `index`, of the encoder; the search uses all devices as one axis.
 
     Raises:
       UserError: the query is empty, the folder is not an index or holds vectors of another model, or the budget is larger than the
@@ -50,8 +73,7 @@ def search(folder: Path, query: str | None, image: Path | None, budget: str | No
     name = model or loaded.model
     if not name:
         raise UserError(f"{folder} does not record its model; name the model with --model")
-    check_devices()
-    encoder = MetaEmbed.from_pretrained(name)
+    encoder = _load(name, mesh)
     loaded.check_model(encoder)
     largest = encoder.config.vectors("query"), loaded.vectors
     stages, *others = [(largest,)] if budget is None else parse_searches(budget, largest)
@@ -66,3 +88,15 @@ def search(folder: Path, query: str | None, image: Path | None, budget: str | No
         source = ", ".join(filter(None, (metadata.get("path", ""), page)))
         columns = filter(None, (item_id, source, metadata.get("text", "")[:TEXT_LENGTH]))
         print(f"{rank:3}  {score:8.4f}  " + "  ".join(map(printable, columns)))
+
+
+def _load(name: str, sizes: Mapping[str, int] | None) -> MetaEmbed:
+    """Load a model on a mesh of some sizes."""
+    check_devices()
+    mesh = None
+    if sizes:
+        try:
+            mesh = make_mesh(sizes.get("data", -1), sizes.get("fsdp", 1), sizes.get("tensor", 1), sizes.get("slices", 0))
+        except UserError as error:
+            raise UserError(str(error).replace("config.mesh", "--mesh")) from error
+    return MetaEmbed.from_pretrained(name, mesh=mesh)

@@ -12,8 +12,10 @@ from metaembed_jax import cli
 from metaembed_jax.chips import CHIPS
 from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.errors import UserError
+from metaembed_jax.mesh import make_mesh
 from metaembed_jax.planning import layout_search, plan_text
 from metaembed_jax.planning.planner import make_plan
+from metaembed_jax.planning.programs import with_index_mesh
 from metaembed_jax.planning.topology import topology
 from metaembed_jax.sharding import MESH_AXES
 
@@ -129,6 +131,15 @@ def test_other_programs(config, slices, what, unit):
     assert plan.fits and plan.unit == unit and plan.calls == 0
     lowest = 0.7 if "splash" in plan.missing else 0.9  # as in test_flops
     assert lowest * plan.flops["forward"] < plan.flops["compiled"] < 1.1 * plan.flops["forward"]
+
+
+@pytest.mark.parametrize(
+    "name, sizes", [("v5e:2x4", (4, 2, 1)), ("v5e:1x1", (1, 1, 1)), ("v5p:2x2x2", (8, 1, 1)), ("2xv5e:2x2", (4, 2, 1))]
+)
+def test_encoding_has_the_mesh_of_index(name, sizes):
+    slices = topology(name)
+    config = with_index_mesh(load_config(str(ROOT / "configs" / "7b.py")), slices)
+    assert tuple(make_mesh(**dataclasses.asdict(config.mesh), devices=slices.devices).shape.values()) == sizes
 
 
 def test_what_does_not_fit_exits_with_1(capsys):

@@ -155,13 +155,18 @@ def run(monkeypatch, capsys, *arguments) -> str:
 
 def test_commands(directory, table, tmp_path, monkeypatch, capsys):
     load = functools.cache(functools.partial(me.MetaEmbed.from_pretrained, mesh=ONE))  # a model is loaded once, not by each command
-    monkeypatch.setattr(me.MetaEmbed, "from_pretrained", load)
+    meshes = []
+    monkeypatch.setattr(me.MetaEmbed, "from_pretrained", lambda name, mesh: (meshes.append(mesh), load(name))[1])
     flags = f"--model={directory}", f"--input={table}", f"--out={tmp_path / 'index'}", "--budget=16"
     with table.open("a") as file:
         file.write(json.dumps({"id": "bad", "image": "none.png"}) + "\n")
     assert "error: " in (output := run(monkeypatch, capsys, "index", *flags)) and "none.png is missing; --skip=1" in output
     output = run(monkeypatch, capsys, "index", *flags, "--skip=1")
     assert "10 items (0 encoded, 10 kept, 0 dropped, 1 left out), 16 vectors each.\n  left out bad: " in output
+    assert meshes == [None, None] and "GiB of weights on each device; jax" in output
+    run(monkeypatch, capsys, "index", *flags, "--skip=1", "--mesh.fsdp=2")
+    assert meshes[-1].shape == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert "--mesh (data=-1, fsdp=3, tensor=1) does not fit 8 devices" in run(monkeypatch, capsys, "index", *flags, "--mesh.fsdp=3")
     searched = "search", f"--index={tmp_path / 'index'}"
     lines = run(monkeypatch, capsys, *searched, "text 3", "--budget=2:4").splitlines()
     assert len(lines) == 10 and lines[0].split()[0] == "1"
