@@ -13,11 +13,9 @@ when it is read.
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 import re
-import stat
 import threading
 from abc import abstractmethod
 from bisect import bisect_right
@@ -36,6 +34,7 @@ from metaembed_jax.data.left_out import LeftOut, check_left_out
 from metaembed_jax.data.pdf import PdfReader
 from metaembed_jax.data.sources.image_files import ImageFolder, image_path, read_image_file, unread_pages
 from metaembed_jax.data.sources.row_files import PANDAS_INDEX, RowFiles, open_row_files, say_further_columns, unique_id
+from metaembed_jax.data.stamps import file_stamp, real_path, stamp_of
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
 from metaembed_jax.inputs.image_formats import ENDINGS, tiff_pages
@@ -86,6 +85,10 @@ class Documents(Sequence):
         """
 
     @abstractmethod
+    def id_of(self, number: int) -> str:
+        """Return the id of a document."""
+
+    @abstractmethod
     def metadata(self, number: int) -> dict:
         """Return {"id": str, different for each document, "path": str of the file that shows it, or None, "page": int from 1, or
         None, "text": str or None}.
@@ -105,7 +108,7 @@ def open_documents(path: str | Path, *, skip: int = 0) -> Documents:
     Pages of PDF files are drawn at the size that the model reads where one encodes them, and at 1024 * 28 * 28 pixels elsewhere.
 
     Args:
-      skip: most files of a folder that may be left out because they cannot be opened.
+      skip: most files of a folder that may be left out because they cannot be opened, or rows of a table that cannot be read.
 
     Raises:
       UserError: there are no documents, a PDF file or table cannot be read, or an id occurs twice; names the file, and its row.
@@ -121,7 +124,7 @@ def open_documents(path: str | Path, *, skip: int = 0) -> Documents:
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
     if path.suffix.lower() in TABLES:
-        return TableDocuments(open_row_files([path]))
+        return TableDocuments(open_row_files([path]), skip)
     if path.suffix.lower() not in ENDINGS | {".pdf"}:
         raise UserError(f"{path}: expected an image, PDF file or table ({', '.join(sorted(ENDINGS | TABLES | {'.pdf'}))})")
     return FolderDocuments(path.parent, [path], skip)
@@ -146,10 +149,10 @@ class FolderDocuments(Documents):
         return [self._id(file, page) for file, pages in self._pages() for page in pages]
 
     def stamps(self) -> UInt64[np.ndarray, " N"]:
-        stamps, real = [], lru_cache(_real_path)
+        stamps, real = [], lru_cache(real_path)
         for file, pages in tqdm(self._pages(), "reading times", len(self.files), unit="file", delay=2, leave=False, disable=None):
-            status = _file_stamp(file, real)
-            stamps += [_stamp((self._id(file, page), status, page)) for page in pages]
+            status = file_stamp(file, real)
+            stamps += [stamp_of((self._id(file, page), status, page)) for page in pages]
         return np.array(stamps, np.uint64)
 
     def _id(self, file: Path, page: int | None) -> str:
@@ -180,6 +183,9 @@ class FolderDocuments(Documents):
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    def id_of(self, number: int) -> str:
+        return self._id(*self._find(number))
 
     def metadata(self, number: int) -> dict:
         file, page = self._find(number)
@@ -214,9 +220,12 @@ class FolderDocuments(Documents):
 
 
 class TableDocuments(Documents):
-    """Rows of a table. A row's id is in its column `id`; in a table without that column, it is the row's number from 0."""
+    """Rows of a table. A row's id is in its column `id`; in a table without that column, it is the row's number from 0.
 
-    def __init__(self, rows: RowFiles):
+    A row that cannot be read, up to `skip` of them, is a document that cannot be read, with the id "row N".
+    """
+
+    def __init__(self, rows: RowFiles, skip: int = 0):
         columns = rows.columns()
         if not columns & {"text", "image"}:
             raise UserError(f"{rows.files[0]} has the columns {', '.join(sorted(columns))}; expected text or image, or both")
@@ -226,8 +235,7 @@ class TableDocuments(Documents):
         self._described, self._lock = dataclasses.replace(rows), threading.Lock()
         self._unread: dict[int, int] = {}  # pages of the rows that have some
         if "id" in columns:
-            read, seen = rows.read(0, len(rows), columns=("id",)), {}
-            self._ids = [unique_id(row.get("id"), "id", seen, rows, number) for number, row in enumerate(read)]
+            self._ids = self._read_ids(skip)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -235,25 +243,50 @@ class TableDocuments(Documents):
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
+    def _read_ids(self, skip: int) -> list[str]:
+        ids, seen, left_out = [], {}, []
+        for number, row in enumerate(self._read_all(("id",))):
+            if isinstance(row, UserError):
+                left_out.append(LeftOut(f"row {number}", str(row)))
+                check_left_out(left_out[:1], skip)  # without skip, at once
+            value = f"row {number}" if isinstance(row, UserError) else row.get("id")
+            ids.append(unique_id(value, "id", seen, self.rows, number))
+        check_left_out(left_out, skip)
+        return ids
+
+    def _read_all(self, columns: tuple[str, ...] | None = None) -> Iterator[dict | UserError]:
+        """Yield all rows; in place of one that cannot be read, its error."""
+        rows = self.rows.read(0, len(self), columns)
+        for number in range(len(self)):
+            try:
+                yield _next(rows, self.rows, number)
+            except UserError as error:
+                yield error
+                rows = self.rows.read(number + 1, len(self), columns)
+
     def ids(self) -> list[str]:
         return self._ids or list(map(str, range(len(self))))
 
     def stamps(self) -> UInt64[np.ndarray, " N"]:
-        real = lru_cache(_real_path)
+        real = lru_cache(real_path)
         with self._lock:
-            rows = tqdm(self.rows.read(0, len(self)), "reading rows", len(self), unit="row", delay=2, leave=False, disable=None)
-            return np.array([_stamp((row, self._image_stamp(row.get("image"), real))) for row in rows], np.uint64)
+            rows = tqdm(self._read_all(), "reading rows", len(self), unit="row", delay=2, leave=False, disable=None)
+            return np.array([stamp_of((row, self._image_stamp(row, real))) for row in rows], np.uint64)
 
-    def _image_stamp(self, image: object, real: Callable) -> tuple | None:
-        """Return the path, size and time of the file that the value of an image column names; None without one."""
-        path = image_path(image)
+    def _image_stamp(self, row: dict | UserError, real: Callable) -> tuple | None:
+        """Return the path, size and time of the image file that a row names; None without one."""
+        path = None if isinstance(row, UserError) else image_path(row.get("image"))
         try:
-            return _file_stamp(Path(self.folder.find(path)[1]), real) if path else None
+            return file_stamp(Path(self.folder.find(path)[1]), real) if path else None
         except UserError:  # reading the document names what is wrong
             return None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def id_of(self, number: int) -> str:
+        number = range(len(self))[number]
+        return self._ids[number] if self._ids else str(number)
 
     def metadata(self, number: int) -> dict:
         number = range(len(self))[number]
@@ -261,7 +294,7 @@ class TableDocuments(Documents):
         image, text = image_path(row.get("image")), row.get("text")
         path = str(self.folder.root / image) if image else None
         further = {name: value for name, value in row.items() if _is_metadata(name, value)}
-        document = {"id": self._ids[number] if self._ids else str(number), "path": path, "page": None, "text": text or None}
+        document = {"id": self.id_of(number), "path": path, "page": None, "text": text or None}
         return document | further | {name: value for name, value in document.items() if value is not None}
 
     @property
@@ -285,7 +318,7 @@ class TableDocuments(Documents):
 
     def _row(self, rows: RowFiles, number: int) -> dict:
         with self._lock:
-            return next(rows.read(number, number + 1))
+            return _next(rows.read(number, number + 1), rows, number)
 
 
 def find_files(root: Path) -> tuple[list[Path], Counter]:
@@ -348,45 +381,16 @@ def _is_metadata(column: str, value: object) -> bool:
         return False
 
 
-def _real_path(path: Path) -> str:
-    return os.path.realpath(path)
+def _next(read: Iterator[dict], rows: RowFiles, number: int) -> dict:
+    """Return the next of the rows that are read.
 
-
-def _file_stamp(file: Path, real: Callable[[Path], str]) -> tuple | None:
-    """Return the path, size and time of a file; None if it is missing.
-
-    Args:
-      real: `_real_path` with a cache, because it asks the system for each folder of a path.
+    Raises:
+      UserError: it cannot be read.
     """
-    try:
-        status = file.lstat()
-        if stat.S_ISLNK(status.st_mode):
-            status, path = file.stat(), _real_path(file)
-        else:
-            path = os.path.join(real(file.parent), file.name)
-    except OSError:
-        return None
-    return path, status.st_size, status.st_mtime_ns
-
-
-def _stamp(value: object) -> int:
-    """Return a hash of numbers, texts, bytes, and of lists and dicts of them."""
-    digest = hashlib.blake2b(digest_size=8)
-    _update(digest, value)
-    return int.from_bytes(digest.digest(), "little")
-
-
-def _update(digest, value: object) -> None:
-    if isinstance(value, bytes):
-        digest.update(b"b%d:" % len(value) + value)
-    elif isinstance(value, dict):
-        _update(digest, sorted(value.items()))
-    elif isinstance(value, list | tuple):
-        digest.update(b"l%d:" % len(value))
-        for part in value:
-            _update(digest, part)
-    else:
-        digest.update(f"{value!r};".encode())  # repr escapes what UTF-8 cannot encode
+    row = next(read, None)
+    if row is None:
+        raise UserError(f"{rows.row_name(number)} is gone: the file has changed meanwhile; start again")
+    return row
 
 
 def _is_pdf(file: Path) -> bool:

@@ -85,7 +85,7 @@ def encode_parts(
         blocks = model.encode_blocks(items, "document", budget=draft.levels[-1], size=size, bar=bar, allow_failures=True)
         for block in blocks if len(pending) else ():
             failed = [(int(pending[number]), reason) for number, reason in sorted(block.failures.items())]
-            left_out = [(documents.metadata(number)["id"], reason, int(stamps[number])) for number, reason in failed]
+            left_out = [(documents.id_of(number), reason, int(stamps[number])) for number, reason in failed]
             segments = _write(folder, draft, documents, pending, stamps, block)
             draft = dataclasses.replace(draft, segments=draft.segments + segments, left_out=(*draft.left_out, *left_out))
             if hosts.is_first():

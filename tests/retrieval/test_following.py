@@ -377,6 +377,22 @@ def test_nothing_that_can_be_read(model, tmp_path):
         index(model, tmp_path / "in", skip=None)
 
 
+@pytest.mark.parametrize("ids", [("a", "row 1", "c"), ("0", "1", "2")])
+def test_a_row_that_cannot_be_read(model, tmp_path, ids):
+    rows = [{"text": "x"}, None, {"text": "y"}]
+    if ids[0] == "a":
+        rows = [row and row | {"id": item} for row, item in zip(rows, ids, strict=True)]
+    lines = [json.dumps(row) if row else '{"text": "cut' for row in rows]
+    path = tmp_path / "items.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(me.UserError, match=f"{path}, row 1 is not JSON .*; --skip=1 leaves out as many"):
+        index(model, path)
+    built = index(model, path, skip=1)
+    assert [item for item, _ in built.left_out] == [ids[1]] and model.count() == 2
+    path.write_text("\n".join([lines[0], json.dumps({"text": "z"} | ({"id": "b"} if ids[0] == "a" else {})), lines[2]]))
+    assert not index(model, path).left_out and model.count() == 1
+
+
 def test_a_bad_row(model, tmp_path):
     rows = [{"id": "a", "text": "x"}, {"id": "b", "image": "none.png"}, {"id": "c", "text": "y"}]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
