@@ -118,7 +118,7 @@ def _merge_parts(folder: Path, draft: Manifest) -> Manifest:
     """Merge the last segments of a draft while there are many of similar size, and return the draft that is in the folder."""
     while True:
         segments = [*filter(count_items, draft.segments)]
-        limit = 2 * segments[-1].items if segments else 0
+        limit = 2 * max((segment.items for segment in segments[-hosts.count_hosts() :]), default=0)
         similar = [*itertools.takewhile(lambda segment, limit=limit: segment.items <= limit, reversed(segments))][::-1]
         if len(similar) < SIMILAR_PARTS * hosts.count_hosts():
             return draft
