@@ -1,6 +1,6 @@
 """Base classes of architectures: the fields of a config.json that every family has, and the methods that the library calls.
 
-The subclasses of a family add fields, and have the defaults of its classes in transformers.
+The subclasses of a family add fields, and have the defaults of its classes in transformers, which need not write what equals them.
 """
 
 import abc
@@ -60,7 +60,7 @@ class FamilyConfig(abc.ABC):
         """Read the content of `text_config` and `vision_config` in a config.json.
 
         Raises:
-          UserError: a field is missing, or has an invalid value.
+          UserError: a field has an invalid value.
         """
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
         sections = {"text_config": text, "vision_config": vision}

@@ -6,7 +6,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, shortened
 
 MOST_LAYERS = 1000  # of a stack
 
@@ -40,7 +40,7 @@ def section(config: dict, key: str) -> dict:
     """
     value = config.get(key)
     if value is not None and not isinstance(value, dict):
-        raise UserError(f"config.json: {key} is {value!r}; expected an object of keys and values")
+        raise UserError(f"config.json: {key} is {shortened(value)}; expected an object of keys and values")
     return value or {}
 
 
@@ -58,7 +58,7 @@ def rotary(text: dict) -> dict:
 
 
 def pick(kind: Any, values: dict, name: str, title: str) -> Any:
-    """Create a dataclass from the values of its fields; a field that is absent or null has its default.
+    """Create a dataclass from the values of its fields; a field that is absent has its default.
 
     Args:
       kind: the dataclass.
@@ -66,17 +66,19 @@ def pick(kind: Any, values: dict, name: str, title: str) -> Any:
       title: name of the family, for errors.
 
     Raises:
-      UserError: a field without a default is missing, or has a value of another type.
+      UserError: a field has a value of another type.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    missing = [field for field, spec in fields.items() if values.get(field) is None and spec.default is dataclasses.MISSING]
-    if missing:
-        raise UserError(f"{name} of a {title} config lacks {', '.join(missing)}")
-    present = {field: values[field] for field in fields if values.get(field) is not None}
+    present = {field: values[field] for field in fields if field in values}
     for field, value in present.items():
         if not _fits(value, fields[field].type):
-            raise UserError(f"{name} of a {title} config: {field} is {value!r}; expected {_expected(fields[field].type)}")
+            raise UserError(f"{name} of a {title} config: {field} is {shortened(value)}; expected {_expected(fields[field].type)}")
     return kind(**{field: tuple(value) if isinstance(value, list) else value for field, value in present.items()})
+
+
+def without_null(values: dict, *keys: str) -> dict:
+    """Return the values of a config.json without those of `keys` that are null, which means unset."""
+    return {key: value for key, value in values.items() if value is not None or key not in keys}
 
 
 def require(name: str, value: object, known: tuple, title: str) -> None:
@@ -86,7 +88,7 @@ def require(name: str, value: object, known: tuple, title: str) -> None:
       UserError: it is not.
     """
     if value not in known:
-        raise UserError(f"config.json: {name} is {value!r}; {title} has {known[0]!r}")
+        raise UserError(f"config.json: {name} is {shortened(value)}; {title} has {known[0]!r}")
 
 
 def check_depth(*layers: int) -> None:
@@ -144,7 +146,7 @@ def initializer_range(config: dict) -> float:
     if value is None:
         return 0.02
     if not _fits(value, float):
-        raise UserError(f"config.json: initializer_range is {value!r}; expected {_expected(float)}")
+        raise UserError(f"config.json: initializer_range is {shortened(value)}; expected {_expected(float)}")
     return value
 
 
@@ -156,7 +158,7 @@ def check_processing(preprocessor: dict, known: dict) -> None:
     """
     for key, value in known.items():
         if preprocessor.get(key, value) != value:
-            raise UserError(f"preprocessor_config.json: {key}={preprocessor[key]!r} is not supported; expected {value!r}")
+            raise UserError(f"preprocessor_config.json: {key}={shortened(preprocessor[key])} is not supported; expected {value!r}")
 
 
 def check_sizes(sizes: dict) -> None:
@@ -167,7 +169,7 @@ def check_sizes(sizes: dict) -> None:
     """
     for key, value in sizes.items():
         if value is not None and (type(value) is not int or value < 1):
-            raise UserError(f"preprocessor_config.json: {key} is {value!r}; expected a positive integer")
+            raise UserError(f"preprocessor_config.json: {key} is {shortened(value)}; expected a positive integer")
 
 
 def normalisation(preprocessor: dict, file: Path, title: str) -> dict[str, tuple[float, ...]]:
@@ -184,10 +186,10 @@ def normalisation(preprocessor: dict, file: Path, title: str) -> dict[str, tuple
         are_numbers = isinstance(values, list) and all(type(value) in (int, float) and math.isfinite(value) for value in values)
         if not are_numbers or len(values) != 3 or (key == "image_std" and min(values) <= 0):
             expected = "three positive numbers" if key == "image_std" else "three numbers"
-            raise UserError(f"{file}: the preprocessor's {key} is {values!r}; expected {expected}")
+            raise UserError(f"{file}: the preprocessor's {key} is {shortened(values)}; expected {expected}")
     factor = preprocessor.get("rescale_factor", 1 / 255)
     if type(factor) is not float or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise UserError(f"{file}: the preprocessor's rescale_factor is {factor!r}; {title} has 1/255")
+        raise UserError(f"{file}: the preprocessor's rescale_factor is {shortened(factor)}; {title} has 1/255")
     return {key: tuple(map(float, values)) for key, values in pixels.items()}
 
 

@@ -24,8 +24,10 @@ from metaembed_jax.sharding import constrain
 class SiglipConfig(FamilyVisionConfig):
     """Fields of Hugging Face's `vision_config`; defaults are those of its `SiglipVisionConfig`."""
 
-    num_hidden_layers: int
-    num_attention_heads: int
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
     image_size: int = 224
     patch_size: int = 16
     layer_norm_eps: float = 1e-6

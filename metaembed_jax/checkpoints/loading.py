@@ -21,7 +21,7 @@ from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.workdir import read_base, read_config
 from metaembed_jax.config.run import DataConfig, ModelSettings, RunConfig
 from metaembed_jax.devices import device_memory
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, shortened
 from metaembed_jax.files import read_json
 from metaembed_jax.inputs.processors import PromptProcessor
 from metaembed_jax.inputs.texts import meta_token_names
@@ -171,7 +171,7 @@ def read_metadata(directory: Path) -> dict:
     keys = ("query_tokens", "document_tokens", "first_token", "embedding_dim")
     numbers = {key: metadata.get(key) for key in keys} if isinstance(metadata, dict) else metadata
     if not isinstance(numbers, dict) or not all(type(number) is int and number >= 0 for number in numbers.values()):
-        raise UserError(f"{directory / 'config.json'}: {METADATA}={numbers!r}: expected non-negative integers {', '.join(keys)}")
+        raise UserError(f"{directory / 'config.json'}: {METADATA}={shortened(numbers)}: expected non-negative integers {', '.join(keys)}")
     if bool(metadata["embedding_dim"]) != head:
         width, state = metadata["embedding_dim"], "is" if head else "is not"
         raise UserError(
@@ -246,7 +246,7 @@ def _read_preprocessor(directory: Path) -> dict:
         raise UserError(f"{directory} has no preprocessor_config.json, which says how images are read; download it again")
     content = read_json(directory / "processor_config.json").get("image_processor")
     if not isinstance(content, dict):
-        raise UserError(f"{directory / 'processor_config.json'}: image_processor={content!r}: expected a JSON object")
+        raise UserError(f"{directory / 'processor_config.json'}: image_processor={shortened(content)}: expected a JSON object")
     return content
 
 

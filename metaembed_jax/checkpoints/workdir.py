@@ -1,6 +1,6 @@
 """The folder of a run, which records its config so that no run of another config writes to it.
 
-run.json          the config, its changes by step, and the base weights if parameters are frozen
+run.json          the config, fingerprints of the data, their changes by step, and the base weights if parameters are frozen
 tokenizer.json    the vocabulary
 checkpoints/      see metaembed_jax.checkpoints.runs
 metrics.jsonl     a line every few steps
@@ -10,7 +10,9 @@ results.json, results.txt, quality.png, report.html    the evaluation on the tes
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
@@ -19,9 +21,10 @@ from metaembed_jax.checkpoints import lease
 from metaembed_jax.checkpoints.base_weights import BaseRecord, BaseWeights
 from metaembed_jax.config.record import FREE_KEYS, REPLANNED_KEYS, flat, from_record, is_in, to_record
 from metaembed_jax.config.run import ModelSettings, RunConfig
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, shortened
 from metaembed_jax.files import read_json
 
+T = TypeVar("T")
 BEFORE_RECORD = ("tokenizer.json", lease.NAME)  # files that are written before run.json
 COMMITTED = "commit_success.txt"  # the file that Orbax writes last into a folder in a bucket
 # Keys of config.model that determine the meaning of a checkpoint's numbers.
@@ -51,11 +54,14 @@ def default_workdir(name: str, later: Path | None = None) -> Path:
     return (later.parent if later and files.is_bucket(later) else Path("runs")) / name
 
 
-def create_workdir(workdir: Path, config: RunConfig, tokenizer: Path, base: BaseWeights | None) -> None:
+def create_workdir(
+    workdir: Path, config: RunConfig, tokenizer: Path, base: BaseWeights | None, data: Mapping[str, str]
+) -> None:
     """Create the folder of a run, or check that it is the folder of this run. All hosts call it, the first host before the others.
 
     Args:
       base: the base weights, if parameters are frozen.
+      data: fingerprints of the sources, by name.
 
     Raises:
       UserError: the folder is of another config (names the keys) or base, is not a run, or is not shared by all hosts.
@@ -73,28 +79,33 @@ def create_workdir(workdir: Path, config: RunConfig, tokenizer: Path, base: Base
             )
         return
     files.write_bytes(workdir / "tokenizer.json", tokenizer.read_bytes())
-    files.write_json(record, _record(config, base))
+    files.write_json(record, _record(config, base, data))
 
 
-def record_changes(workdir: Path, config: RunConfig, base: BaseWeights | None, step: int) -> str:
-    """Record the config with which a run resumes from `step`; the first host writes.
+def record_changes(workdir: Path, config: RunConfig, base: BaseWeights | None, data: Mapping[str, str], step: int) -> str:
+    """Record the config and the data with which a run resumes from `step`; the first host writes.
+
+    Args:
+      data: fingerprints of the sources, by name.
 
     Returns:
       The changed keys and their values, for the user; empty if nothing changed.
 
     Raises:
-      UserError: `config.schedule.steps` is less than `step`.
+      UserError: `config.schedule.steps` is less than `step`, or run.json is malformed.
     """
     if step > config.schedule.steps:
         raise UserError(
             f"config.schedule.steps={config.schedule.steps}: {workdir} is at step {step} already; expected at least that many"
         )
     record = read_json(workdir / "run.json")
+    earlier, before = _entry(workdir, record, "changes", []), _entry(workdir, record, "data", {})
     ours, theirs = flat(to_record(config)), flat(record["config"])
     changed = {key: [theirs.get(key), value] for key, value in ours.items() if theirs.get(key) != value}
+    changed |= {f"the rows of {name}": [before[name], now] for name, now in data.items() if before.get(name, now) != now}
     if not changed:
         return ""
-    record |= _record(config, base) | {"changes": [*record.get("changes", ()), {"step": step, "keys": changed}]}
+    record |= _record(config, base, data) | {"changes": [*earlier, {"step": step, "keys": changed}]}
     if hosts.is_first():
         files.write_json(workdir / "run.json", record)
     text = ", ".join(f"{key} from {before!r} to {after!r}" for key, (before, after) in changed.items())
@@ -193,12 +204,20 @@ def read_base(workdir: Path) -> BaseRecord | None:
     if base is None:
         return None
     if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in BaseRecord._fields):
-        raise UserError(f"{record}: base={base!r}: expected a name and a fingerprint")
+        raise UserError(f"{record}: base={shortened(base)}: expected a name and a fingerprint")
     return BaseRecord(base["name"], base["fingerprint"])
 
 
-def _record(config: RunConfig, base: BaseWeights | None) -> dict:
-    return {"config": to_record(config)} | ({"base": {"name": base.name, "fingerprint": base.fingerprint}} if base else {})
+def _entry(workdir: Path, record: dict, key: str, default: T) -> T:
+    """Return an optional entry of run.json, of the type of its default."""
+    value = record.get(key, default)
+    if not isinstance(value, type(default)):
+        raise UserError(f"{workdir / 'run.json'}: {key}={shortened(value)}: expected a {type(default).__name__}")
+    return value
+
+
+def _record(config: RunConfig, base: BaseWeights | None, data: Mapping[str, str]) -> dict:
+    return {"config": to_record(config), "data": dict(data)} | ({"base": {"name": base.name, "fingerprint": base.fingerprint}} if base else {})
 
 
 def _different(ours: dict, theirs: dict, free: tuple[str, ...], only: tuple[str, ...] = ()) -> str:
@@ -209,4 +228,4 @@ def _different(ours: dict, theirs: dict, free: tuple[str, ...], only: tuple[str,
     if not different:
         return ""
     key, more = different[0], f", and {len(different) - 1} more keys differ" if different[1:] else ""
-    return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here{more}"
+    return f"{key} is {shortened(theirs.get(key))} there and {shortened(ours.get(key))} here{more}"

@@ -1,4 +1,7 @@
-"""Write a source of pairs as ArrayRecord, for training and evaluation. After a kill, the same command continues."""
+"""Write a source of pairs as ArrayRecord, for training and evaluation. After a kill, the same command continues.
+
+After a change of the files, the same command prepares what changed: rows, and pictures that were replaced under their names.
+"""
 
 import argparse
 import os
@@ -38,5 +41,6 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         markers = sources.prepare_from(arguments.source, arguments.path, arguments.out, arguments.workers, arguments.skip)
     for name, marker in markers.items():
-        print(f"{arguments.out / name}: " + ", ".join(f"{key} {value}" for key, value in marker.items()))
+        shown = {key: len(value) if key == "left_out" else value for key, value in marker.items() if key != "files"}
+        print(f"{arguments.out / name}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
         print(f"{arguments.out / name}: {sources.summary(name, arguments.out)}")

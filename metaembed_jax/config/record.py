@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.config.section import Section, annotations, section_of
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, shortened
 
 # Keys, or groups of keys, that each start may change. They change speed, memory, files and reports, and the order of float sums;
 # `validate_every` also changes which steps can be the best. All other keys determine the numbers of a run, and stay.
@@ -72,7 +72,7 @@ def read_section(kind: type[S], record: object, key: str) -> S:
       UserError: as `from_record`.
     """
     if not isinstance(record, dict):
-        raise UserError(f"{key}={record!r}: expected keys with values")
+        raise UserError(f"{key}={shortened(record)}: expected keys with values")
     known = annotations(kind)
     # A section that is None by default is absent from the records of runs from before it was added, which did not use it.
     unset = {field.name: None for field in dataclasses.fields(kind) if field.default is None and section_of(known[field.name])}

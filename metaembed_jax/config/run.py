@@ -16,7 +16,7 @@ from metaembed_jax.config.section import (
     Section,
     Share,
 )
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, shortened
 from metaembed_jax.files import check_scheme, local_path
 from metaembed_jax.late_interaction.groups import validate_groups
 
@@ -221,7 +221,7 @@ def not_json(value, key: str = "") -> str:
     elif isinstance(value, list | tuple):
         misfits = (not_json(entry, f"{key}[{number}]") for number, entry in enumerate(value))
     elif type(value) in (int, float):
-        return "" if abs(value) < LARGEST_NUMBER else f"{key}={value!r}"
+        return "" if abs(value) < LARGEST_NUMBER else f"{key}={shortened(value)}"
     else:
-        return "" if value is None or type(value) in (bool, str) else f"{key}={value!r}"
+        return "" if value is None or type(value) in (bool, str) else f"{key}={shortened(value)}"
     return next(filter(None, misfits), "")

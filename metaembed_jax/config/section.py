@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, shortened
 
 
 class Rule(NamedTuple):
@@ -50,7 +50,7 @@ class Section:
                 object.__setattr__(self, name, value)
             if misfit := _misfit(value, annotation):
                 index, entry, expected = misfit
-                raise UserError(f"{self.KEY}.{name}{index}={entry!r}: expected {expected}")
+                raise UserError(f"{self.KEY}.{name}{index}={shortened(entry)}: expected {expected}")
 
 
 @functools.cache

@@ -10,11 +10,12 @@ from metaembed_jax.late_interaction.stages import Stages, as_stages
 SEARCH = re.compile(r"\s*(?:[0-9]{1,6}:[0-9]{1,6}:[0-9]{1,9}\s*>\s*)*[0-9]{1,6}:[0-9]{1,6}\s*")
 
 
-def parse_searches(text: str, largest: Budget) -> tuple[Stages, ...]:
+def parse_searches(text: str, largest: Budget, flag: str = "--budgets") -> tuple[Stages, ...]:
     """Return the searches of a flag: "1:1,1:1:1000>16:64" -> (((1, 1),), ((1, 1, 1000), (16, 64))).
 
     Args:
       largest: the vectors that a query and a document have.
+      flag: the flag, for errors.
 
     Raises:
       UserError: the text has another form, or a search is given twice or is larger than `largest`.
@@ -23,12 +24,15 @@ def parse_searches(text: str, largest: Budget) -> tuple[Stages, ...]:
     for name in text.split(","):
         if not SEARCH.fullmatch(name):
             raise UserError(
-                f"budgets {text!r}: {name!r} is not a pair r_q:r_c; expected for example 1:1,4:8,16:64 "
+                f"{flag}={text}: {name!r} is not a pair r_q:r_c; expected for example 1:1,4:8,16:64 "
                 "(or stages, r_q:r_c:survivors>r_q:r_c)"
             )
-        search = as_stages(parse_name(name), *largest)
+        try:
+            search = as_stages(parse_name(name), *largest)
+        except UserError as error:
+            raise UserError(f"{flag}={text}: {error}") from error
         if search in searches:
-            raise UserError(f"budget {search_name(search)} is given twice; leave one out")
+            raise UserError(f"{flag}={text}: {search_name(search)} is given twice; leave one out")
         searches.append(search)
     return tuple(searches)
 
@@ -42,7 +46,7 @@ def parse_budgets(text: str, largest: Budget) -> tuple[Budget, ...]:
     searches = parse_searches(text, largest)
     for search in searches:
         if len(search) > 1:
-            raise UserError(f"budgets {text!r}: {search_name(search)} has stages, which only mteb's benchmarks take; leave it out")
+            raise UserError(f"--budgets={text}: {search_name(search)} has stages, which only mteb's benchmarks take; leave it out")
     return tuple((search[0][0], search[0][1]) for search in searches)
 
 

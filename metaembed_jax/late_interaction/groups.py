@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, shortened
 
 Budget = tuple[int, int]
 
@@ -20,7 +20,7 @@ def validate_groups(groups: Sequence[Sequence[int]], query_vectors: int, documen
         items.
     """
     if not isinstance(groups, Sequence) or isinstance(groups, str) or not groups:
-        raise UserError(f"groups={groups!r}: expected at least one pair (r_q, r_c), such as ((1, 1), (16, 64))")
+        raise UserError(f"groups={shortened(groups)}: expected at least one pair (r_q, r_c), such as ((1, 1), (16, 64))")
     pairs = tuple(validate_budget(group, query_vectors, document_vectors) for group in groups)
     for smaller, larger in itertools.pairwise(pairs):
         if smaller == larger or smaller[0] > larger[0] or smaller[1] > larger[1]:
@@ -40,7 +40,7 @@ def validate_budget(budget: Sequence[int], query_vectors: int, document_vectors:
     except (TypeError, ValueError, OverflowError):
         is_valid = False
     if not is_valid:
-        raise UserError(f"budget {budget!r}: expected a pair (r_q, r_c) of positive integers")
+        raise UserError(f"budget {shortened(budget)}: expected a pair (r_q, r_c) of positive integers")
     if query > query_vectors or document > document_vectors:
         raise UserError(
             f"budget ({query}, {document}) goes beyond the vectors given; "

@@ -76,7 +76,7 @@ def search(
     encoder = _load(name, mesh)
     loaded.check_model(encoder)
     largest = encoder.config.vectors("query"), loaded.vectors
-    stages, *others = [(largest,)] if budget is None else parse_searches(budget, largest)
+    stages, *others = [(largest,)] if budget is None else parse_searches(budget, largest, "--budget")
     if others:
         raise UserError(f"--budget={budget}: expected one search")
     query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0])

@@ -167,12 +167,13 @@ def _open(config: RunConfig, workdir: Path, stack: contextlib.ExitStack) -> tupl
     items = hosts.first_then_others(lambda: run_items(config, processor, pairs))
     if hosts.is_first():  # after the checks: the lock makes the folder, and a run that is refused must not have one
         stack.enter_context(lease.held(workdir))
+    data = sources.fingerprints(config.data)
     base = start.base if trainer.abstract.frozen else None
-    hosts.first_then_others(lambda: create_workdir(workdir, config, start.tokenizer, base))
+    hosts.first_then_others(lambda: create_workdir(workdir, config, start.tokenizer, base, data))
     checkpoints = stack.enter_context(contextlib.closing(RunCheckpoints(workdir, config.schedule.keep_checkpoints)))
     state = initial_state(config, trainer, checkpoints, start)
     keep(workdir, state.frozen)
-    if hosts.is_first() and (changes := record_changes(workdir, config, base, int(state.step))):
+    if hosts.is_first() and (changes := record_changes(workdir, config, base, data, int(state.step))):
         print(f"resuming with other settings: {changes}", flush=True)
     print(describe(state), flush=True)
     model = MetaEmbed(model_config(config), state.network_parameters(), processor, mesh)

@@ -14,7 +14,7 @@ def save_noise(config, workdir):
     """A run's folder after one step that put noise into all that trains."""
     config, start = find_start(config)
     trainer = make_trainer(config, make_mesh())
-    create_workdir(workdir, config, start.tokenizer, start.base)
+    create_workdir(workdir, config, start.tokenizer, start.base, {})
     checkpoints, noise = RunCheckpoints(workdir), np.random.default_rng(0)
     state = initial_state(config, trainer, checkpoints, start)
     parameters = jax.tree.map(lambda leaf: leaf + 0.05 * noise.normal(size=leaf.shape).astype(leaf.dtype), state.parameters)

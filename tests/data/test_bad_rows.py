@@ -238,7 +238,7 @@ def test_bad_rows_of_mmeb(tmp_path, change, message):
         prepare("mmeb", tmp_path, tmp_path / "out")
     assert f"{file}, row 2: " in str(caught.value) and message in str(caught.value)
     marker = prepare("mmeb", tmp_path, tmp_path / "out", skips=1)["X"]
-    assert marker["rows"]["train"] == 2 and marker["skipped"] == 1
+    assert marker["rows"]["train"] == 2 and len(marker["left_out"]) == 1
 
 
 def test_images_one_level_off(tmp_path):

@@ -38,7 +38,7 @@ def prepared(tmp_path_factory):
 def copied(prepared, tmp_path):
     """A copy of the source without its descriptions, and the descriptions."""
     folder = tmp_path / "mine"
-    sources_files = {path.name: path.read_bytes() for path in (prepared / "mine" / preparation.VERSION).iterdir()}
+    sources_files = {path.name: path.read_bytes() for path in (prepared / "mine" / preparation.VERSION).glob("*.*")}
     (folder / preparation.VERSION).mkdir(parents=True)
     for name, content in sources_files.items():
         if not name.startswith("described"):

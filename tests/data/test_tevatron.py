@@ -3,7 +3,7 @@
 import pytest
 
 from metaembed_jax.data import sources
-from metaembed_jax.data.sources import corpus, preparation, records, tevatron
+from metaembed_jax.data.sources import corpus, preparation, records, shards, tevatron
 from metaembed_jax.errors import UserError
 from tests.data.field_files import (
     inline,
@@ -71,7 +71,7 @@ def test_workers_and_a_resumed_job_write_the_same(tmp_path, monkeypatch):
     write = corpus.Corpus._write
     monkeypatch.setattr(corpus.Corpus, "_write", lambda *arguments: copies.append(1) or write(*arguments))
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "_write_shard", killed)
+        patch.setattr(shards, "write_shard", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "pages", tmp_path / "three")
     assert prepare(tmp_path / "pages", tmp_path / "three") == marker and len(copies) == 1
@@ -124,7 +124,9 @@ def test_a_bad_page_can_be_skipped_with_the_rows_that_name_it(tmp_path):
     documents[0]["image"] = inline(b"no image")  # the page 8, which is near the queries 4 to 8
     write_tevatron(tmp_path / "pages", tevatron_queries(9), documents)
     marker = prepare(tmp_path / "pages", tmp_path / "out", skips=5)["pages"]
-    assert marker["skipped"] == 5 and [r["query"]["text"] for r in read(tmp_path / "out")] == [f"where is {n}?" for n in range(4)]
+    assert len(marker["left_out"]) == 5 and [r["query"]["text"] for r in read(tmp_path / "out")] == [
+        f"where is {n}?" for n in range(4)
+    ]
 
 
 def test_folders_without_a_set(tmp_path):

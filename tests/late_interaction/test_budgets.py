@@ -32,7 +32,7 @@ def test_plain_budgets_come_first_by_cost_and_stages_as_they_are_given():
 def test_refused(text):
     with pytest.raises(UserError) as caught:
         parse_searches(text, LARGEST)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"--budgets={text}: ")
 
 
 def test_stages_are_no_budget():

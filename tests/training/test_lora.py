@@ -193,7 +193,7 @@ def test_a_run_needs_its_own_base(config, base, finished, tmp_path):
     run, moved = shutil.copytree(finished, tmp_path / "run"), shutil.copytree(base, tmp_path / "moved")
     config = with_keys(config, {"init_from": str(moved)})  # the same weights in another place
     config, start = find_start(config)
-    create_workdir(run, config, start.tokenizer, start.base)
+    create_workdir(run, config, start.tokenizer, start.base, {})
 
     def record(name):
         stored = json.loads((run / "run.json").read_text())

@@ -22,12 +22,14 @@ ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_
 class VisionConfig(FamilyVisionConfig):
     """Fields of Hugging Face's `vision_config`, with the same names; defaults are those of its class in transformers."""
 
-    num_hidden_layers: int
-    num_global_layers: int
-    attention_heads: int
-    vision_output_dim: int
-    image_size: int
-    intermediate_layers_indices: tuple[int, ...]
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_global_layers: int = 8
+    attention_heads: int = 16
+    vision_output_dim: int = 7680
+    image_size: int = 448
+    intermediate_layers_indices: tuple[int, ...] = (3, 7, 15, 23, 30)
     max_num_tiles: int = 4
     patch_size: int = 14
     norm_eps: float = 1e-5
@@ -58,7 +60,13 @@ class TextConfig(FamilyTextConfig):
     The last four are fields of `rope_scaling` of type "llama3"; their defaults scale nothing.
     """
 
-    cross_attention_layers: tuple[int, ...]
+    vocab_size: int = 128256
+    hidden_size: int = 4096
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    intermediate_size: int = 14336
+    cross_attention_layers: tuple[int, ...] = (3, 8, 13, 18, 23, 28, 33, 38)
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     factor: float = 1.0
@@ -80,14 +88,14 @@ class Config(FamilyConfig):
         """Read the content of a checkpoint's config.json.
 
         Raises:
-          UserError: a field is missing, or has a value that no Llama-3.2-Vision checkpoint has.
+          UserError: a field has a value that no Llama-3.2-Vision checkpoint has.
         """
         text, vision = config_checks.section(config, "text_config"), config_checks.section(config, "vision_config")
         rope = config_checks.rotary(text)
         kind = rope["rope_type"]
         if kind == "llama3" and (missing := [key for key in ROPE if rope.get(key) is None]):
             raise UserError(f"text_config of a {TITLE} config: rope_scaling lacks {', '.join(missing)}")
-        text = text | {"rope_theta": rope["rope_theta"]}
+        text = config_checks.without_null(text | {"rope_theta": rope["rope_theta"]}, "rope_theta")
         text |= {key: rope[key] for key in ROPE if kind == "llama3"}
         architecture = cls.pick(text, vision)
         architecture.check()

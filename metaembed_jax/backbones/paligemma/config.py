@@ -12,6 +12,12 @@ from metaembed_jax.errors import UserError
 TITLE = "PaliGemma"
 PAD_TOKEN, START_TOKEN, IMAGE_TOKEN = "<pad>", "<bos>", "<image>"
 GELU = "gelu_pytorch_tanh"
+# Defaults of Gemma 2, where they are not Gemma's, and of sections that are absent.
+GEMMA2 = dict(hidden_size=2304, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, intermediate_size=9216)
+UNSET_TEXT = dict(vocab_size=257152, hidden_size=2048, num_hidden_layers=18, num_attention_heads=8) | dict(
+    num_key_value_heads=1, intermediate_size=16384
+)
+UNSET_VISION = dict(hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, intermediate_size=4096, patch_size=14)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +27,13 @@ class TextConfig(FamilyTextConfig):
     Only Gemma 2, the `model_type` "gemma2", uses the last three.
     """
 
-    model_type: str
+    model_type: str = "gemma"
+    vocab_size: int = 256000
+    hidden_size: int = 3072
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 16
+    intermediate_size: int = 24576
     head_dim: int = 256
     query_pre_attn_scalar: float = 256
     attn_logit_softcapping: float = 50.0
@@ -51,11 +63,13 @@ class Config(FamilyConfig):
         """Read the content of a checkpoint's config.json.
 
         Raises:
-          UserError: a field is missing, or has a value that no PaliGemma checkpoint has.
+          UserError: a field has a value that no PaliGemma checkpoint has.
         """
         text, vision = config_checks.section(config, "text_config"), config_checks.section(config, "vision_config")
         rope = config_checks.rotary(text)
-        text = {"model_type": "gemma"} | text | {"rope_theta": rope["rope_theta"]}
+        text = {"model_type": "gemma"} | (text or UNSET_TEXT) | {"rope_theta": rope["rope_theta"]}
+        text = config_checks.without_null((GEMMA2 if text["model_type"] == "gemma2" else {}) | text, "rope_theta")
+        vision = vision or UNSET_VISION
         architecture = cls.pick(text, vision)
         for name, value, known in (
             ("model_type of text", text["model_type"], ("gemma", "gemma2")),

@@ -79,6 +79,12 @@ class QwenConfig(FamilyConfig):
             )
 
 
+def with_heads(text: dict) -> dict:
+    """Return a text_config with as many key-value heads as attention heads, if their number is null."""
+    heads = text.get("num_key_value_heads", 0)
+    return text if heads is not None else {**text, "num_key_value_heads": text.get("num_attention_heads")}
+
+
 def token_fields(token_ids: dict[str, int], vocabulary: int) -> dict[str, int]:
     """Return the fields of a config.json that name the tokens of images."""
     return {

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Self
 
 from metaembed_jax.backbones.config import CLIP_MEAN, CLIP_STD
-from metaembed_jax.backbones.config_checks import check_heads, free, require, rotary, section
-from metaembed_jax.backbones.qwen.config import QwenConfig, QwenTextConfig, QwenVisionConfig, token_fields
+from metaembed_jax.backbones.config_checks import check_heads, free, require, rotary, section, without_null
+from metaembed_jax.backbones.qwen.config import QwenConfig, QwenTextConfig, QwenVisionConfig, token_fields, with_heads
 from metaembed_jax.batch.items import ArraySpec, Layout
 
 TITLE = "Qwen2.5-VL"
@@ -13,9 +13,14 @@ TITLE = "Qwen2.5-VL"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig(QwenVisionConfig):
-    """Fields of Hugging Face's `vision_config`, with the same names."""
+    """Fields of Hugging Face's `vision_config`, with the same names; defaults are those of its class in transformers."""
 
-    fullatt_block_indexes: tuple[int, ...]
+    hidden_size: int = 3584
+    intermediate_size: int = 3420
+    depth: int = 32
+    num_heads: int = 16
+    out_hidden_size: int = 3584
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
     patch_size: int = 14
     window_size: int = free(112)  # configs/boards.py has larger pages than the icons of the run it starts from
     image_mean: tuple[float, float, float] = CLIP_MEAN
@@ -31,6 +36,13 @@ class VisionConfig(QwenVisionConfig):
 class TextConfig(QwenTextConfig):
     """Fields of Hugging Face's `text_config`, with the same names; defaults are those of its class in transformers."""
 
+    vocab_size: int = 152064
+    hidden_size: int = 8192
+    num_hidden_layers: int = 80
+    num_attention_heads: int = 64
+    num_key_value_heads: int = 8
+    intermediate_size: int = 29568
+    mrope_section: tuple[int, int, int] = (16, 24, 24)
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
 
@@ -48,11 +60,12 @@ class Config(QwenConfig):
         """Read the content of a checkpoint's config.json, flat or with `text_config`.
 
         Raises:
-          UserError: a field is missing, or has a value that no Qwen2.5-VL checkpoint has.
+          UserError: a field has a value that no Qwen2.5-VL checkpoint has.
         """
         text = {**config, **section(config, "text_config")}
         rope = rotary(text)
         text |= {"rope_theta": rope["rope_theta"], "mrope_section": rope.get("mrope_section", text.get("mrope_section"))}
+        text = with_heads(without_null(text, "rope_theta", "mrope_section"))
         vision = section(config, "vision_config")
         fixed = (
             ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),

@@ -4,8 +4,8 @@ import dataclasses
 import math
 from typing import Self
 
-from metaembed_jax.backbones.config_checks import check_ascending, require, rotary, section
-from metaembed_jax.backbones.qwen.config import QwenConfig, QwenTextConfig, QwenVisionConfig, token_fields
+from metaembed_jax.backbones.config_checks import check_ascending, require, rotary, section, without_null
+from metaembed_jax.backbones.qwen.config import QwenConfig, QwenTextConfig, QwenVisionConfig, token_fields, with_heads
 from metaembed_jax.batch.items import ArraySpec, Layout
 from metaembed_jax.errors import UserError
 
@@ -14,9 +14,14 @@ TITLE = "Qwen3-VL"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig(QwenVisionConfig):
-    """Fields of Hugging Face's `vision_config`, with the same names."""
+    """Fields of Hugging Face's `vision_config`, with the same names; defaults are those of its class in transformers."""
 
-    deepstack_visual_indexes: tuple[int, ...]
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    depth: int = 27
+    num_heads: int = 16
+    out_hidden_size: int = 3584
+    deepstack_visual_indexes: tuple[int, ...] = (8, 16, 24)
     num_position_embeddings: int = 2304
     patch_size: int = 16
 
@@ -30,6 +35,13 @@ class VisionConfig(QwenVisionConfig):
 class TextConfig(QwenTextConfig):
     """Fields of Hugging Face's `text_config`, with the same names; defaults are those of its class in transformers."""
 
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    intermediate_size: int = 22016
+    mrope_section: tuple[int, int, int] = (24, 20, 20)
     head_dim: int = 128
     rope_theta: float = 5e5
 
@@ -52,11 +64,12 @@ class Config(QwenConfig):
         """Read the content of a checkpoint's config.json, in the released form or in that of transformers 5.
 
         Raises:
-          UserError: a field is missing, or has a value that no Qwen3-VL checkpoint has.
+          UserError: a field has a value that no Qwen3-VL checkpoint has.
         """
         text, vision = dict(section(config, "text_config")), section(config, "vision_config")
         rope = rotary(text)
         text |= {"rope_theta": rope["rope_theta"], "mrope_section": rope.get("mrope_section", text.get("mrope_section"))}
+        text = with_heads(without_null(text, "rope_theta", "mrope_section"))
         vision_rope = section(vision, "rope_parameters")
         fixed = (
             ("attention_bias of text", text.get("attention_bias") or False, False),

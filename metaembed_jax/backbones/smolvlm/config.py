@@ -12,6 +12,7 @@ from metaembed_jax.errors import UserError
 TITLE = "SmolVLM"
 START, PAD, END, FRAME, IMAGE = "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>"
 GELU = "gelu_pytorch_tanh"
+UNSET_TEXT = {"rms_norm_eps": 1e-5}  # what transformers' default text_config has in place of its class's defaults
 ROW_TILES = 21
 MOST_PATCHES = 32  # on a side of a tile, as released
 SHARED = (19, 25, 29, 31)  # patches on a side for which transformers' rounding gives two patches the same position
@@ -41,8 +42,12 @@ class VisionConfig(SiglipConfig):
 class TextConfig(FamilyTextConfig):
     """Fields of Hugging Face's `text_config`, with the same names; defaults are those of its class in transformers."""
 
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int = 32
+    intermediate_size: int = 11008
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +63,15 @@ class Config(FamilyConfig):
         """Read the content of a checkpoint's config.json.
 
         Raises:
-          UserError: a field is missing, or has a value that no SmolVLM checkpoint has.
+          UserError: a field has a value that no SmolVLM checkpoint has.
         """
         text, vision = config_checks.section(config, "text_config"), config_checks.section(config, "vision_config")
         rope = config_checks.rotary(text)
-        text = {key: value for key, value in text.items() if value is not None}
-        text = {"num_key_value_heads": text.get("num_attention_heads")} | text | {"rope_theta": rope["rope_theta"]}
-        vision = {"scale_factor": config.get("scale_factor")} | vision
+        heads = text.get("num_attention_heads", TextConfig.num_attention_heads)
+        text = config_checks.without_null(text or UNSET_TEXT, "num_key_value_heads", "head_dim")
+        text = {"num_key_value_heads": heads} | text | {"rope_theta": rope["rope_theta"]}
+        text = config_checks.without_null(text, "rope_theta")
+        vision = config_checks.without_null({"scale_factor": config.get("scale_factor")} | vision, "scale_factor")
         architecture = cls.pick(text, vision)
         architecture.check()
         head_width = architecture.text_config.head_width

@@ -108,6 +108,15 @@ def training_records(data: DataConfig, seed: int) -> list[Sequence]:
     return [open_source(name) for name in names]
 
 
+def fingerprints(data: DataConfig) -> dict[str, str]:
+    """Return the fingerprint of each source of a run, by name.
+
+    Raises:
+      UserError: as `prepare`.
+    """
+    return {name: prepare(name, data.dir)["fingerprint"] for name, *_ in data.sources}
+
+
 def say_unused(data: DataConfig) -> None:
     """Print the keys of `config.data` that no source of a run reads."""
     names = [name for name, *_ in data.sources]

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from metaembed_jax.data.sources.image_files import ImageFolder
-from metaembed_jax.data.sources.preparation import RawSource
 from metaembed_jax.data.sources.row_files import check_columns, open_row_files
+from metaembed_jax.data.sources.shards import RawSource
 from metaembed_jax.errors import UserError
 
 NAME = "colpali"
@@ -25,7 +25,13 @@ def find_sources(directory: Path) -> list[RawSource]:
         raise UserError(f"{directory} has no train-*.parquet; --from is the folder that colpali_train_set was fetched to")
     rows = open_row_files(files)
     check_columns(rows, ("image", "query"))
-    return [RawSource(NAME, rows, partial(to_record, folder=ImageFolder(files[0].parent)))]
+    folder = ImageFolder(files[0].parent)
+    return [RawSource(NAME, rows, partial(to_record, folder=folder), partial(image_stamps, folder=folder))]
+
+
+def image_stamps(row: dict, folder: ImageFolder) -> list[tuple]:
+    """Return the stamp of the image file that a row names, if it names one."""
+    return folder.stamps([row["image"]])
 
 
 def to_record(row: dict, folder: ImageFolder) -> dict:

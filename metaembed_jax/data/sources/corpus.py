@@ -2,6 +2,7 @@
 
     corpus.bin        an image, then a text, document by document
     corpus.json       {id: [row in the corpus, first byte, bytes of the image, bytes of the text]}; written last
+    corpus-images.json    the paths of image files that documents name; stays in the complete source
 
 The rows of a shard name documents from all over a corpus, which is larger than memory. Parquet reads a document only together with
 its row group, so each shard would read most of the corpus. The copy reads it once, in order.
@@ -15,12 +16,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from metaembed_jax.data.sources.image_files import ImageFolder, check_image
-from metaembed_jax.data.sources.row_files import RowFiles, Rows, unique_id
+from metaembed_jax.data.contents import stamp_of
+from metaembed_jax.data.sources.image_files import ImageFolder, check_image, image_path
+from metaembed_jax.data.sources.row_files import RowFiles, Rows, read_each, unique_id
 from metaembed_jax.errors import UserError
-from metaembed_jax.files import write_bytes
+from metaembed_jax.files import write_bytes, write_json
 
-CONTENT, SPANS = "corpus.bin", "corpus.json"
+CONTENT, SPANS, IMAGES = "corpus.bin", "corpus.json", "corpus-images.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +49,26 @@ class Corpus:
         """
         if not (folder / SPANS).is_file():
             named = self._named(rows, name)
-            write_bytes(folder / SPANS, json.dumps(self._write(named, folder / CONTENT, name)).encode())
+            spans, paths = self._write(named, folder / CONTENT, name)
+            write_json(folder / IMAGES, paths)
+            write_bytes(folder / SPANS, json.dumps(spans).encode())
         return CorpusCopy(folder, self.rows)
+
+    def stamp(self, folder: Path) -> str:
+        """Return a stamp of the files that were copied to a folder, as they are now; empty if the folder does not name them.
+
+        It depends on size and time of the corpus's files and of the image files that copied documents name.
+        """
+        if not (folder / IMAGES).is_file():
+            return ""
+        files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.rows.files]
+        return stamp_of((files, self._folder.stamps(json.loads((folder / IMAGES).read_text()))))
 
     def _named(self, rows: Rows, name: str) -> set[str]:
         named, seen = set(), {}
-        for number, row in enumerate(tqdm(rows.read(0, len(rows)), f"{name}: queries", len(rows), unit="row", mininterval=0.5)):
+        for number, row in tqdm(read_each(rows, 0, len(rows)), f"{name}: queries", len(rows), unit="row", mininterval=0.5):
+            if isinstance(row, UserError):  # raised again, or skipped, when the row is written
+                continue
             unique_id(row.get("query_id"), "query_id", seen, rows, number)
             try:
                 named.update(self.ids(row))
@@ -60,8 +76,9 @@ class Corpus:
                 continue
         return named
 
-    def _write(self, named: set[str], path: Path, name: str) -> dict[str, tuple[int, int, int, int]]:
-        spans, seen, rows = {}, {}, self.rows.read(0, len(self.rows))
+    def _write(self, named: set[str], path: Path, name: str) -> tuple[dict[str, tuple[int, int, int, int]], list[str]]:
+        """Copy documents, and return their spans and the paths of the image files that they name."""
+        spans, paths, seen, rows = {}, [], {}, self.rows.read(0, len(self.rows))
         try:
             with path.open("wb") as file:
                 for number, row in enumerate(tqdm(rows, f"{name}: corpus", len(self.rows), unit="row", mininterval=0.5)):
@@ -69,17 +86,22 @@ class Corpus:
                     if docid in named:
                         image, text = self._content(row, number)
                         spans[docid] = number, file.tell(), len(image), len(text)
+                        paths += filter(None, [image_path(row.get("image"))])
                         file.write(image + text)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another --out") from error
-        return spans
+        return spans, paths
+
+    @property
+    def _folder(self) -> ImageFolder:
+        return ImageFolder(self.rows.files[0].parent)
 
     def _content(self, row: dict, number: int) -> tuple[bytes, bytes]:
         text = "" if row.get("text") is None else row["text"]
         try:
             if not isinstance(text, str):
                 raise UserError(f"text: expected a string, not {type(text).__name__}")
-            return ImageFolder(self.rows.files[0].parent).load(row.get("image"), "image")[0], text.encode()
+            return self._folder.load(row.get("image"), "image")[0], text.encode()
         except UserError as error:
             raise UserError(f"{self.rows.row_name(number)}: {error}") from None
 

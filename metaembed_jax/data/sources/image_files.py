@@ -6,6 +6,7 @@ No path leads out of the folder. Images are checked before they are copied: they
 import dataclasses
 import io
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
@@ -124,6 +125,19 @@ class ImageFolder:
             return member.file_size, member.CRC
         status = Path(name).stat()
         return status.st_size, status.st_mtime_ns
+
+    def stamps(self, values: Iterable[object]) -> list[tuple]:
+        """Return (path, *stamp) of each file from which values of image columns, or lists of them, are read; (path,) if missing."""
+        stamps = []
+        for value in values:
+            if isinstance(value, list):
+                stamps += self.stamps(value)
+            elif path := image_path(value):
+                try:
+                    stamps.append((path, *self.stamp(path)))
+                except (UserError, OSError):  # named when the image is read
+                    stamps.append((path,))
+        return stamps
 
     def _open(self, archive: Path) -> zipfile.ZipFile:
         if archive not in self._opened:

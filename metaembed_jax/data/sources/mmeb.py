@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from metaembed_jax.data.sources.image_files import ImageFolder, is_absent
-from metaembed_jax.data.sources.preparation import RawSource
 from metaembed_jax.data.sources.row_files import RowFiles, check_columns, open_row_files
+from metaembed_jax.data.sources.shards import RawSource
 from metaembed_jax.errors import UserError
 
 MARK = "<|image_1|>"
@@ -31,7 +31,8 @@ def find_sources(directory: Path, split: str = "original") -> list[RawSource]:
     for subset, rows in _subsets(directory, f"{split}-*.parquet", ("qry", "qry_image_path", "pos_text", "pos_image_path")):
         archive = directory / "images_zip" / f"{subset}.zip"
         folder = ImageFolder(directory, (archive,) if archive.is_file() else ())
-        sources.append(RawSource(subset, rows, partial(to_record, folder=folder, source=subset)))
+        record = partial(to_record, folder=folder, source=subset)
+        sources.append(RawSource(subset, rows, record, partial(image_stamps, folder=folder)))
     return sources
 
 
@@ -43,10 +44,17 @@ def find_diverse_sources(directory: Path) -> list[RawSource]:
 def find_mined_sources(directory: Path) -> list[RawSource]:
     """Return the subsets of a folder of the variant with mined negatives, DIR/{subset}/*.parquet."""
     subsets = _subsets(directory, "*.parquet", ("qry", "qry_image", "pos_text", "pos_image"))
-    return [
-        RawSource(subset, rows, partial(mined_to_record, folder=ImageFolder(directory / subset), source=subset))
-        for subset, rows in subsets
-    ]
+    sources = []
+    for subset, rows in subsets:
+        folder = ImageFolder(directory / subset)
+        record = partial(mined_to_record, folder=folder, source=subset)
+        sources.append(RawSource(subset, rows, record, partial(image_stamps, folder=folder)))
+    return sources
+
+
+def image_stamps(row: dict, folder: ImageFolder) -> list[tuple]:
+    """Return the stamps of the image files that a row names, in any of its columns of images."""
+    return folder.stamps(value for column, value in row.items() if "image" in column)
 
 
 def _subsets(directory: Path, pattern: str, columns: Sequence[str]) -> list[tuple[str, RowFiles]]:

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from metaembed_jax.data.sources.image_files import ImageFolder
-from metaembed_jax.data.sources.preparation import RawSource
 from metaembed_jax.data.sources.row_files import open_row_files, say_further_columns
+from metaembed_jax.data.sources.shards import RawSource
 from metaembed_jax.errors import UserError
 
 COLUMNS = {"query", "query_image", "positive", "positive_image", "negatives", "negative_images", "source"}
@@ -30,7 +30,14 @@ def find_sources(file: Path) -> list[RawSource]:
         raise UserError(f"{file}: no such file; --from is a .jsonl or .parquet of pairs")
     rows = open_row_files([file])
     say_further_columns(rows, COLUMNS, "not read")
-    return [RawSource(file.stem, rows, partial(to_record, folder=ImageFolder(file.parent), source=file.stem), by_groups=True)]
+    folder = ImageFolder(file.parent)
+    record, images = partial(to_record, folder=folder, source=file.stem), partial(image_stamps, folder=folder)
+    return [RawSource(file.stem, rows, record, images, by_groups=True)]
+
+
+def image_stamps(row: dict, folder: ImageFolder) -> list[tuple]:
+    """Return the stamps of the image files that a row names."""
+    return folder.stamps(row.get(column) for column in ("query_image", "positive_image", "negative_images"))
 
 
 def to_record(row: dict, folder: ImageFolder, source: str) -> dict:

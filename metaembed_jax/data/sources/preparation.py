@@ -1,270 +1,258 @@
 """Prepare a source: turn the rows of its files into records, in shards of ArrayRecord that several processes write.
 
     OUT/{source}/{version}.part/            while it is written
-        job.json                            the files that are read; a preparation from other files starts over
-        splits.json                         the rows that are not for training
+        job.json                            the files that the copy of the corpus is of
         corpus.bin, corpus.json             the documents that rows name, if they name any
-        pairs-train.array_record-00007-of-00098, 00007.described-train.jsonl, 00007.json      a shard, its descriptions, its counts
+        shards/...                          see `shards`
     OUT/{source}/{version}/                 complete, and readable by TensorFlow Datasets
+        pairs-train.array_record-00007-of-00098, described-train.jsonl, shards/..., prepared.json (the marker)
 
-A preparation that was killed resumes with the missing shards. `splits` chooses the rows of the splits
-`validation` and `test`.
+A shard is kept while its rows, the image files that they name and their splits are the same: a preparation that was killed resumes
+with the missing shards, and a source whose files changed is prepared again where they did. `splits` chooses the rows of the splits
+`validation` and `test`. Rows of a user's own source that share an item lie in one split, for which all images are read twice; the
+published sets, which are 100 times as large and have test sets of their own, are divided row by row.
 """
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
-from tensorflow_datasets.core import example_serializer, naming
+from jaxtyping import Int
+from tensorflow_datasets.core import naming
 from tqdm import tqdm
 
-from metaembed_jax.data.contents import content_digest
-from metaembed_jax.data.sources import descriptions, records, splits
-from metaembed_jax.data.sources.corpus import Corpus, remove_copy
-from metaembed_jax.data.sources.image_files import unread_pages
-from metaembed_jax.data.sources.row_files import Rows
+from metaembed_jax import files
+from metaembed_jax.data.sources import descriptions, records, shards, splits
+from metaembed_jax.data.sources.corpus import IMAGES, remove_copy
+from metaembed_jax.data.sources.shards import DATASET, HELD_OUT, TYPES, Job, RawSource
 from metaembed_jax.data.workers import map_with
 from metaembed_jax.errors import UserError
-from metaembed_jax.files import digest, locked, replacing, write_bytes, write_json
+from metaembed_jax.files import digest, locked, replacing
+from metaembed_jax.inputs.images import memory_limit
 
 VERSION = "2.0.0"
-SHARD_ROWS = 1024
-HELD_OUT = ("validation", "test")
-DATASET = "pairs"  # its name in TensorFlow Datasets, which does not allow names such as A-OKVQA
-TYPES = (
-    ("text", lambda item: "image" not in item),
-    ("image", lambda item: "text" not in item),
-    ("image and text", lambda item: True),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class RawSource:
-    """A source before its preparation.
-
-    Attributes:
-      name: name of the source, and of its folder.
-      rows: the rows of its files.
-      record: turns a row into a record. It can be pickled, and its UserErrors do not name the row.
-      corpus: the documents that rows name by id. They are copied first, and `record` then takes the copy as `corpus`.
-      by_groups: rows with the same query or positive lie in one split. All rows are read once more, before the others.
-    """
-
-    name: str
-    rows: Rows
-    record: Callable[..., dict]
-    corpus: Corpus | None = None
-    by_groups: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """The paths of a source's shards. A process that writes several shards keeps the files that `source` opens."""
-
-    source: RawSource
-    directory: Path
-    skips: int
-    held_out: dict[int, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def shards(self) -> int:
-        return -(-len(self.source.rows) // SHARD_ROWS)
-
-    def records(self, split: str, shard: int) -> Path:
-        return self.directory / f"{DATASET}-{split}.array_record-{shard:05}-of-{self.shards:05}"
-
-    def descriptions(self, split: str, shard: int) -> Path:
-        return self.directory / f"{shard:05}.described-{split}.jsonl"
-
-    def counts(self, shard: int) -> Path:
-        return self.directory / f"{shard:05}.json"
-
-    def read_counts(self, shard: int) -> dict | None:
-        """Return the counts of a written shard; None if one of its files is missing."""
-        is_written = self.counts(shard).is_file() and self.descriptions("train", shard).is_file()
-        return json.loads(self.counts(shard).read_text()) if is_written else None
+Result = TypeVar("Result")
 
 
 def prepare_source(source: RawSource, out: Path, workers: int, skips: int) -> dict:
-    """Prepare a source in `out`/`source.name`, unless it is prepared already.
+    """Prepare a source in `out`/`source.name`; of one that is prepared already, the shards whose rows or images changed.
 
     Args:
       workers: number of processes next to this one.
       skips: the most bad rows to leave out, with a line for each; one more is an error.
 
     Returns:
-      The marker: {"version", "fingerprint", "job" (digest of the files that were read), "groups" of rows that lie in one
-      split, "rows" of each split, "held_out" numbers of different items, "queries" and "positives" of each type, "negatives",
-      "bytes", "skipped"}.
+      The marker: {"version", "fingerprint", "inputs" (digest of the files that were read), "files", "images" that rows name by
+      path, "groups" of rows that lie in one split, "rows" of each split, "held_out" numbers of different items, "queries" and
+      "positives" of each type, "negatives", "bytes", "left_out" ([name of a row, reason], ...)}.
 
     Raises:
       UserError: too many rows are bad, an id occurs twice (both name the first row), or the source is prepared from other files.
     """
-    source_dir = out / source.name
-    inputs = _inputs(source)
-    if marker := records.read_marker(source_dir, VERSION):
-        if marker["job"] != digest(inputs.encode()):
-            file = source.rows.files[0]
-            raise UserError(f"{source_dir} is prepared already, from other files than {file}; remove it, or choose another --out")
+    source_dir, inputs = out / source.name, _inputs(source)
+    marker = records.read_marker(source_dir, VERSION)
+    if marker and marker["inputs"] == inputs and not marker["images"]:
         return marker
     source_dir.mkdir(parents=True, exist_ok=True)
     with locked(source_dir / "lock", f"{source_dir} is being prepared by another process; wait for it to end"):
-        return _write_all(source, source_dir / f"{VERSION}.part", inputs, workers, skips)
-
-
-def _write_all(source: RawSource, directory: Path, inputs: str, workers: int, skips: int) -> dict:
-    _make_directory(directory, inputs)
-    if source.corpus:
-        copy = source.corpus.copy(source.rows, directory, source.name)
-        source = dataclasses.replace(source, record=functools.partial(source.record, corpus=copy), corpus=None)
-    job = _Job(source, directory, skips)
-    chosen = _splits(job, workers)
-    job = dataclasses.replace(job, held_out={int(row): split for row, split in chosen["held_out"].items()})
-    written = {shard: counts for shard in range(job.shards) if (counts := job.read_counts(shard)) is not None}
-    missing = [shard for shard in range(job.shards) if shard not in written]
-    with tqdm(total=len(source.rows), desc=source.name, unit="row", mininterval=0.5) as bar:
-        bar.update(sum(counts["read"] for counts in written.values()))
-        for shard, counts in zip(missing, map_with(job, _write_shard, missing, workers), strict=True):
-            written[shard] = counts
-            bar.update(counts["read"])
-            _check_skipped(written, skips)
-    _check_skipped(written, skips)
-    return _finish(job, [written[shard] for shard in range(job.shards)], chosen["groups"])
+        return _Preparation(source, source_dir, inputs, workers, skips).run(marker)
 
 
 def _inputs(source: RawSource) -> str:
-    """Return the files to read, and the size of shards, as JSON."""
+    """Return a digest of the path, size and time of the files to read, but for images that they name, and of settings."""
     read = (*source.rows.files, *(source.corpus.rows.files if source.corpus else ()))
-    files = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in read]
-    return json.dumps({"files": files, "rows": len(source.rows), "shard_rows": SHARD_ROWS})
+    stats = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in read]
+    return digest(json.dumps([stats, len(source.rows), shards.SHARD_ROWS, memory_limit()]).encode())
 
 
-def _make_directory(directory: Path, inputs: str) -> None:
-    """Make the folder of a preparation, empty unless it holds shards of the same inputs."""
-    file = directory / "job.json"
-    if not file.is_file() or file.read_text() != inputs:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        file.write_text(inputs)
+class _Preparation:
+    """The steps of a preparation."""
+
+    def __init__(self, source: RawSource, source_dir: Path, inputs: str, workers: int, skips: int):
+        self.final, self.part = source_dir / VERSION, source_dir / f"{VERSION}.part"
+        self.workers, self.job = workers, Job(source, self.part, skips, inputs)
+
+    def run(self, marker: dict | None) -> dict:
+        """Prepare what is not prepared, and return the marker.
+
+        Args:
+          marker: that of the source, if it is complete.
+        """
+        corpus = self.job.source.corpus
+        stamp = next(filter(None, map(corpus.stamp, (self.part, self.final))), "") if corpus else ""
+        self.job = dataclasses.replace(self.job, corpus=stamp)
+        counts = self._stored(shards.read_counts) if stamp or not corpus else {}
+        contents = self._stored(shards.read_contents) if self.job.source.by_groups else {}
+        stamps = self._stamps(counts, contents)
+        current = {shard for shard, stored in counts.items() if stored["stamps"] == stamps[shard]}
+        if marker and len(current) == self.job.shards and _rows_before(marker) == len(self.job.source.rows):
+            marker |= {"inputs": self.job.inputs, "files": _names(self.job.source)}
+            records.write_marker(self.final.parent, marker)
+            return marker
+        if marker:
+            self._say_changes(marker, counts, stamps, current)
+        if self._copy_corpus(stamp):
+            current = set()
+        self._adopt(current)
+        groups = self._groups({shard: stored for shard, stored in contents.items() if stored["stamps"] == stamps[shard]})
+        self.job = dataclasses.replace(self.job, held_out=splits.held_out(groups))
+        written = {shard: counts[shard] for shard in current if counts[shard]["held_out_rows"] == self.job.held_out_in(shard)}
+        self._write(written, known=bool(marker))
+        return _finish(self.job, self.final, [written[shard] for shard in range(self.job.shards)], len(np.unique(groups)))
+
+    def _stored(self, read: Callable[[Path, int], dict | None]) -> dict[int, dict]:
+        """Return the files of shards that exist, of a preparation that was killed or of the complete source."""
+        found = {shard: read(self.part, shard) or read(self.final, shard) for shard in range(self.job.shards)}
+        return {shard: content for shard, content in found.items() if content is not None}
+
+    def _stamps(self, *stored: dict[int, dict]) -> dict[int, list[str]]:
+        """Return the stamps, as they are now, of the rows of all shards that are stored.
+
+        Shards that name no image file, and whose files have the same size and time, are not read.
+        """
+        stamps, read = {}, []
+        for shard in sorted(set().union(*stored)):
+            contents = [shards_of[shard] for shards_of in stored if shard in shards_of]
+            if all(content["inputs"] == self.job.whole_inputs and not content["images"] for content in contents):
+                stamps[shard] = contents[0]["stamps"]
+            else:
+                read.append(shard)
+        return stamps | self._map(shards.read_stamps, read, "looking for changes", len)
+
+    def _map(
+        self, function: Callable[[Job, int], Result], chosen: Sequence[int], what: str, rows: Callable[[Result], int]
+    ) -> dict[int, Result]:
+        """Return a function's result for each shard, with a bar if it takes long."""
+        results, total = {}, sum(stop - start for start, stop in map(self.job.bounds, chosen))
+        with tqdm(total=total, desc=f"{self.job.source.name}: {what}", unit="row", mininterval=0.5, delay=1) as bar:
+            for shard, result in zip(chosen, map_with(self.job, function, chosen, self.workers), strict=True):
+                results[shard] = result
+                bar.update(rows(result))
+        return results
+
+    def _say_changes(self, marker: dict, counts: dict[int, dict], stamps: dict[int, list[str]], current: set[int]) -> None:
+        """Print how many rows changed, and name the first of them.
+
+        Raises:
+          UserError: nothing is the same, and the source is prepared from files of other names.
+        """
+        rows, source = self.job.source.rows, self.final.parent
+        if not current and not set(marker["files"]) & set(_names(self.job.source)):
+            raise UserError(
+                f"{source} is prepared already, from other files than {rows.files[0]}: {marker['files'][0]}; remove it, or choose "
+                "another --out"
+            )
+        changed = []
+        for shard in range(self.job.shards):
+            start, stop = self.job.bounds(shard)
+            now = stamps.get(shard, [""] * (stop - start))
+            changed += [start + index for index in shards.changed_rows(counts.get(shard, {}).get("stamps", []), now)]
+        inside = [row for row in changed if row < len(rows)]
+        number = len(inside) + max(_rows_before(marker) - len(rows), 0)
+        first = f", from {rows.row_name(inside[0])} on" if inside else ""
+        print(f"{source}: {number:,} rows or their images changed since it was prepared{first}", flush=True)
+
+    def _copy_corpus(self, stamp: str) -> bool:
+        """Make the folder and the copy of the corpus, and return whether that changes the stamps of all rows.
+
+        Args:
+          stamp: that of the corpus, if it was copied before.
+        """
+        (self.part / shards.FOLDER).mkdir(parents=True, exist_ok=True)
+        source, corpus = self.job.source, self.job.source.corpus
+        if corpus is None:
+            return False
+        file, current = self.part / "job.json", {"inputs": self.job.inputs, "corpus": stamp}
+        if not file.is_file() or files.read_json(file) != current:
+            remove_copy(self.part)
+        copy = corpus.copy(source.rows, self.part, source.name)
+        source = dataclasses.replace(source, record=functools.partial(source.record, corpus=copy), corpus=None)
+        now = corpus.stamp(self.part)
+        files.write_json(file, current | {"corpus": now})
+        self.job = dataclasses.replace(self.job, source=source, corpus=now)
+        return now != stamp
+
+    def _adopt(self, current: set[int]) -> None:
+        """Take the shards that are the same from the complete source."""
+        for shard in current:
+            if shards.read_counts(self.part, shard) is None:
+                shards.adopt(self.final, self.part, shard)
+
+    def _groups(self, contents: dict[int, dict]) -> Int[np.ndarray, "R"]:
+        """Return the number of each row's group.
+
+        Args:
+          contents: those of shards that are the same.
+        """
+        if not self.job.source.by_groups:
+            return np.arange(len(self.job.source.rows))
+        missing = [shard for shard in range(self.job.shards) if shard not in contents]
+        contents |= self._map(shards.write_contents, missing, "equal items", lambda content: len(content["stamps"]))
+        digests = [pair for shard in range(self.job.shards) for pair in contents[shard]["contents"]]
+        return splits.groups_of([pair and (bytes.fromhex(pair[0]), bytes.fromhex(pair[1])) for pair in digests])
+
+    def _write(self, written: dict[int, dict], known: bool) -> None:
+        """Write the shards that are not in `written`, and add their counts to it.
+
+        Args:
+          known: say how many are kept.
+        """
+        job, missing = self.job, [shard for shard in range(self.job.shards) if shard not in written]
+        if known:
+            print(f"{self.final.parent}: {len(written)} of {job.shards} shards are kept", flush=True)
+        with tqdm(total=len(job.source.rows), desc=job.source.name, unit="row", mininterval=0.5) as bar:
+            bar.update(sum(counts["read"] for counts in written.values()))
+            for shard, counts in zip(missing, map_with(job, shards.write_shard, missing, self.workers), strict=True):
+                written[shard] = counts
+                bar.update(counts["read"])
+                _check_left_out(written, job.skips)
+        _check_left_out(written, job.skips)
 
 
-def _write_shard(job: _Job, shard: int) -> dict:
-    """Write the records of a shard, then their descriptions and counts."""
-    rows, first = job.source.rows, shard * SHARD_ROWS
-    features = records.features()
-    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())  # pyright: ignore[reportArgumentType]
-    files = {split: job.directory / f"{shard:05}.{split}.tmp" for split in records.SPLITS}  # unique to the shard
-    writers = {split: ArrayRecordWriter(str(file), "group_size:1") for split, file in files.items()}
-    lines = {split: [] for split in records.SPLITS}
-    counts = {"read": 0, "rows": dict.fromkeys(records.SPLITS, 0), "negatives": 0, "bytes": 0}
-    counts |= {"unread_pages": 0, "skipped": []}
-    counts |= {side: {name: 0 for name, _ in TYPES} for side in ("queries", "positives")}
-    counts["held_out"] = {split: {"queries": [], "documents": []} for split in HELD_OUT}
-    content = hashlib.sha256()
-    for number, row in enumerate(rows.read(first, min(first + SHARD_ROWS, len(rows))), first):
-        counts["read"] += 1
-        try:
-            record = job.source.record(row)
-            line = descriptions.to_line(descriptions.describe(record, "record"))
-        except UserError as error:
-            counts["skipped"].append(f"{rows.row_name(number)}: {error}")
-            if len(counts["skipped"]) > job.skips:
-                break
-            continue
-        serialized = serializer.serialize_example(features.encode_example(records.to_example(record)))
-        split = job.held_out.get(number, "train")
-        writers[split].write(serialized)
-        lines[split].append(line)
-        content.update(_digest(record))
-        counts["rows"][split] += 1
-        if split in HELD_OUT:
-            for side, item in (("queries", record["query"]), ("documents", record["positive"])):
-                counts["held_out"][split][side].append(content_digest(item).hex())
-        counts["bytes"] += len(serialized)
-        counts["negatives"] += len(record["negatives"])
-        items = record["query"], record["positive"], *record["negatives"]
-        counts["unread_pages"] += sum(map(unread_pages, items))
-        for side, item in (("queries", record["query"]), ("positives", record["positive"])):
-            counts[side][next(name for name, fits in TYPES if fits(item))] += 1
-    for writer in writers.values():
-        writer.close()
-    counts["digest"] = content.hexdigest()
-    if len(counts["skipped"]) <= job.skips:
-        for split, file in files.items():
-            os.replace(file, job.records(split, shard))
-            write_bytes(job.descriptions(split, shard), b"".join(lines[split]))
-        write_json(job.counts(shard), counts)
-    return counts
+def _rows_before(marker: dict) -> int:
+    return sum(marker["rows"].values()) + len(marker["left_out"])
 
 
-def _digest(record: dict) -> bytes:
-    """Return a digest of the texts and images of a record; its bytes on disk may have their keys in any order."""
-    items = [record["query"], record["positive"], *record["negatives"]]
-    contents = [(item.get("text", ""), hashlib.sha256(item.get("image", b"")).hexdigest()) for item in items]
-    return hashlib.sha256(repr((record["source"], contents)).encode()).digest()
+def _names(source: RawSource) -> list[str]:
+    return [str(file.resolve()) for file in source.rows.files]
 
 
-def _splits(job: _Job, workers: int) -> dict:
-    """Return the number of groups, and the split of each row that is not for training; they are chosen once a preparation."""
-    file, rows = job.directory / "splits.json", len(job.source.rows)
-    if not file.is_file():
-        groups = np.arange(rows)
-        if job.source.by_groups:
-            contents = []
-            with tqdm(total=rows, desc=f"{job.source.name}: equal items", unit="row", mininterval=0.5, delay=1) as bar:
-                for shard in map_with(job, _contents, range(job.shards), workers):
-                    contents += shard
-                    bar.update(len(shard))
-            groups = splits.groups_of(contents)
-        write_json(file, {"groups": len(np.unique(groups)), "held_out": splits.held_out(groups)})
-    return json.loads(file.read_text())
+def _line(left_out: Sequence[str]) -> str:
+    """Return a line about a row that is left out; what is wrong with a row that cannot be read names the row already."""
+    row, reason = left_out
+    return reason if reason.startswith(row) else f"{row}: {reason}"
 
 
-def _contents(job: _Job, shard: int) -> list[tuple[bytes, bytes] | None]:
-    """Return digests of the query and the positive of each row of a shard; None for a bad row."""
-    rows, first = job.source.rows, shard * SHARD_ROWS
-
-    def contents(row: dict) -> tuple[bytes, bytes] | None:
-        try:
-            record = job.source.record(row)
-        except UserError:  # named when the row is written
-            return None
-        return content_digest(record["query"]), content_digest(record["positive"])
-
-    return [contents(row) for row in rows.read(first, min(first + SHARD_ROWS, len(rows)))]
-
-
-def _check_skipped(written: dict[int, dict], skips: int) -> None:
-    bad = [line for _, counts in sorted(written.items()) for line in counts["skipped"]]
+def _check_left_out(written: dict[int, dict], skips: int) -> None:
+    bad = [entry for _, counts in sorted(written.items()) for entry in counts["left_out"]]
     if len(bad) > skips:
         more = f" (and {len(bad) - 1} more so far; --skip allows {skips})" if len(bad) > 1 else "; --skip=N leaves out N bad rows"
-        raise UserError(f"{bad[0]}{more}")
+        raise UserError(f"{_line(bad[0])}{more}")
 
 
-def _finish(job: _Job, shards: Sequence[dict], groups: int) -> dict:
+def _finish(job: Job, final: Path, counts: Sequence[dict], groups: int) -> dict:
     """Turn the shards into a folder of TensorFlow Datasets, and move it to its final path.
 
     Args:
-      shards: the counts of each shard.
+      counts: those of each shard.
       groups: the number of groups of rows that share no query and no positive.
     """
     source, directory = job.source, job.directory
-    skipped = [line for counts in shards for line in counts["skipped"]]
-    for line in skipped:
-        print(f"left out: {line}", flush=True)
-    if pages := sum(counts["unread_pages"] for counts in shards):
+    left_out = [entry for shard in counts for entry in shard["left_out"]]
+    for entry in left_out:
+        print(f"left out: {_line(entry)}", flush=True)
+    if pages := sum(shard["unread_pages"] for shard in counts):
         print(f"{source.name}: {pages:,} pages of TIFFs were not read; of each TIFF, the first page is", flush=True)
-    rows = {split: [counts["rows"][split] for counts in shards] for split in records.SPLITS}
+    rows = {split: [shard["rows"][split] for shard in counts] for split in records.SPLITS}
     if not any(rows["train"]):
         raise UserError(f"{source.rows.files[0]}: no rows are left for training")
+    _join(job)
     template = naming.ShardedFileTemplate(data_dir=directory, dataset_name=DATASET, filetype_suffix="array_record")  # pyright: ignore[reportArgumentType] (any path)
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
@@ -273,38 +261,47 @@ def _finish(job: _Job, shards: Sequence[dict], groups: int) -> dict:
         filename_template=template,
         check_data=False,
     )
+    images = directory / IMAGES
     marker = {
         "version": VERSION,
-        "fingerprint": digest("".join(counts["digest"] for counts in shards).encode()),
-        "job": digest((directory / "job.json").read_bytes()),
+        "fingerprint": digest("".join(shard["digest"] for shard in counts).encode()),
+        "inputs": job.inputs,
+        "files": _names(source),
+        "images": sum(shard["images"] for shard in counts) + (len(json.loads(images.read_text())) if images.is_file() else 0),
         "groups": groups,
         "rows": {split: sum(lengths) for split, lengths in rows.items()},
-        "held_out": {split: {side: _distinct(shards, split, side) for side in ("queries", "documents")} for split in HELD_OUT},
-        **{side: {name: sum(counts[side][name] for counts in shards) for name, _ in TYPES} for side in ("queries", "positives")},
-        "negatives": sum(counts["negatives"] for counts in shards),
-        "bytes": sum(counts["bytes"] for counts in shards),
-        "skipped": len(skipped),
+        "held_out": {split: {side: _distinct(counts, split, side) for side in ("queries", "documents")} for split in HELD_OUT},
+        **{side: {name: sum(shard[side][name] for shard in counts) for name, _ in TYPES} for side in ("queries", "positives")},
+        "negatives": sum(shard["negatives"] for shard in counts),
+        "bytes": sum(shard["bytes"] for shard in counts),
+        "left_out": left_out,
     }
     remove_copy(directory)
-    shard_descriptions = _join_descriptions(job)
-    final = directory.with_name(VERSION)
-    shutil.rmtree(final, ignore_errors=True)
+    files.remove_folder(final)
     os.replace(directory, final)
-    for file in shard_descriptions:  # last, since a preparation that was killed resumes from them
-        (final / file.name).unlink()
     records.write_marker(final.parent, marker)
     return marker
 
 
-def _distinct(shards: Sequence[dict], split: str, side: str) -> int:
-    return len(set().union(*(counts["held_out"][split][side] for counts in shards)))
+def _distinct(counts: Sequence[dict], split: str, side: str) -> int:
+    return len(set().union(*(shard["held_out"][split][side] for shard in counts)))
 
 
-def _join_descriptions(job: _Job) -> list[Path]:
-    """Write one file of descriptions for each split, and return the files of the shards."""
-    shard_files = {split: [job.descriptions(split, shard) for shard in range(job.shards)] for split in records.SPLITS}
-    for split, files in shard_files.items():
-        with replacing(descriptions.file_of(job.directory, split)) as target:
-            for file in files:
-                target.write(file.read_bytes())
-    return [file for files in shard_files.values() for file in files]
+def _join(job: Job) -> None:
+    """Write one file of descriptions for each split, and give the records of all shards the names of TensorFlow Datasets."""
+    directory, expected = job.directory, set()
+    for split in records.SPLITS:
+        with replacing(descriptions.file_of(directory, split)) as target:
+            for shard in range(job.shards):
+                target.write(shards.described(directory, split, shard).read_bytes())
+        for shard in range(job.shards):
+            name = f"{DATASET}-{split}.array_record-{shard:05}-of-{job.shards:05}"
+            if stored := shards.stored_records(directory, split, shard):
+                os.replace(stored, directory / name)
+            expected.add(name)
+    for file in directory.glob(f"{DATASET}-*"):  # of a preparation of another number of rows
+        if file.name not in expected:
+            file.unlink()
+    for file in (directory / shards.FOLDER).iterdir():
+        if int(file.name.partition(".")[0]) >= job.shards or file.suffix == ".tmp":
+            file.unlink()

@@ -98,6 +98,19 @@ class RowFiles:
         return self._opened[key]
 
 
+def read_each(rows: Rows, start: int, stop: int) -> Iterator[tuple[int, dict | UserError]]:
+    """Yield (number, row) of rows start .. stop-1; in place of a row that cannot be read, what is wrong with it."""
+    while start < stop:
+        try:
+            for row in rows.read(start, stop):
+                yield start, row
+                start += 1
+            return
+        except UserError as error:
+            yield start, error
+            start += 1  # the rows after it are read anew
+
+
 def open_row_files(files: Sequence[Path]) -> RowFiles:
     """Count the rows of files, in the given order.
 

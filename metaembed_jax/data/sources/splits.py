@@ -34,7 +34,8 @@ def held_out(groups: Int[np.ndarray, "R"]) -> dict[int, str]:
     if not count:
         return {}
     _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    order = np.random.default_rng(0).permutation(len(groups))
+    # The first random numbers do not depend on how many follow: rows that are added later leave most others where they are.
+    order = np.argsort(np.random.default_rng(0).random(len(groups)), kind="stable")
     _, first = np.unique(numbers[order], return_index=True)
     waiting, splits = numbers[order][np.sort(first)].tolist(), {}  # groups, by their first rows in a random order
     for split in ("validation", "test"):

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from metaembed_jax.data.sources.corpus import Corpus, CorpusCopy
 from metaembed_jax.data.sources.image_files import ImageFolder
-from metaembed_jax.data.sources.preparation import RawSource
 from metaembed_jax.data.sources.row_files import open_row_files, read_columns
+from metaembed_jax.data.sources.shards import RawSource
 from metaembed_jax.errors import UserError
 
 NEGATIVES = 4
@@ -45,14 +45,14 @@ def find_sources(directory: Path) -> list[RawSource]:
         if not any(columns[file].issuperset(form[:3]) for form in FORMS):
             raise UserError(f"{file} has the columns {', '.join(sorted(columns[file]))}; queries have {' and '.join(FORMS[0])}")
     source = directory.resolve().name
-    return [
-        RawSource(
-            source,
-            open_row_files(queries),
-            partial(to_record, folder=ImageFolder(queries[0].parent), source=source),
-            Corpus(open_row_files(corpus), document_ids),
-        )
-    ]
+    folder, rows = ImageFolder(queries[0].parent), open_row_files(queries)
+    record, images = partial(to_record, folder=folder, source=source), partial(image_stamps, folder=folder)
+    return [RawSource(source, rows, record, images, Corpus(open_row_files(corpus), document_ids))]
+
+
+def image_stamps(row: dict, folder: ImageFolder) -> list[tuple]:
+    """Return the stamp of the image file that a query names, if it names one."""
+    return folder.stamps([row.get("query_image")])
 
 
 def document_ids(row: dict) -> list[str]:
