@@ -15,6 +15,8 @@ import numpy as np
 from metaembed_jax import files
 from metaembed_jax.errors import UserError
 
+ROUNDING = 1e-9  # of a mean of fractions
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -222,17 +224,53 @@ def from_json(kind: Any, content: Any) -> Any:
     return content
 
 
+def misfit(results: Results) -> str:
+    """Return what is wrong in results that were read from JSON: parts that do not fit each other, or numbers that no metric has."""
+    if not results.boards:
+        return "boards is empty"
+    for board in results.boards:
+        names = [task.name for task in board.tasks]
+        for group in board.drawn if names else ():
+            if not set(board.groups.get(group, ())) & set(names):
+                return f"board {board.name!r}: drawn has {group!r}; expected a group with tasks of the board"
+        for task in board.tasks:
+            if wrong := _misfit_of_task(task, board):
+                return f"board {board.name!r}, task {task.name!r}: {wrong}"
+    return ""
+
+
+def _misfit_of_task(task: TaskResults, board: Board) -> str:
+    budgets = [search.budget for search in task.searches]
+    if not budgets or budgets != [search.budget for search in board.tasks[0].searches]:
+        return "its searches are not those of the board's first task"
+    for search in task.searches:
+        for metric in filter(None, (task.metric, board.secondary)):
+            if metric not in search.metrics:
+                return f"budget {search.budget}: metrics lacks {metric!r}"
+        for name, interval in search.metrics.items():
+            numbers = [number for number in dataclasses.astuple(interval) if number is not None]
+            if not all(-ROUNDING <= number <= 1 + ROUNDING for number in numbers):
+                return f"budget {search.budget}: {name} is {numbers}; expected numbers from 0 to 1"
+        for cost in (search.flops_per_document, search.bytes_per_document):
+            if cost is not None and cost <= 0:
+                return f"budget {search.budget}: a cost is {cost}; expected a positive integer"
+    return ""
+
+
 def read_results(path: str | os.PathLike) -> Results:
     """Read the results.json of a run.
 
     Raises:
-      UserError: the file is missing, or is not results of this version.
+      UserError: the file is missing, or is not results of this version, or was damaged; names what does not fit.
     """
     try:
         content = files.read_json(files.any_path(path))
     except UserError as error:
         raise UserError(f"{error}; train.py and eval.py write such files") from error
     try:
-        return from_json(Results, content)
+        results = from_json(Results, content)
     except TypeError as error:
         raise UserError(f"{path} is not a results.json of this version; write it again with train.py or eval.py") from error
+    if wrong := misfit(results):
+        raise UserError(f"{path}: {wrong}; write it again with train.py or eval.py")
+    return results

@@ -174,3 +174,32 @@ def test_a_run_keeps_each_key_that_no_start_may_change(config):
     kept = set(fixed(config))
     assert kept < set(flat(to_record(config))) and {"seed", "rows.size", "model.architecture.scale", "data.sources"} <= kept
     assert not kept & {"name", "schedule.steps", "mesh.data", "evaluation.validate_every"}
+
+
+def test_a_relative_start_is_found_next_to_its_config(tmp_path, monkeypatch):
+    """From any folder; one in the folder of the command comes first."""
+    body = "from metaembed_jax.config import RunConfig\n\ndef get_config(arg=None):\n    return RunConfig(init_from={!r})\n"
+    (tmp_path / "mine/model").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for start in ("first.py:arg", "model", "tiny:base", "no/model", "../mine", "gs://b/mine"):
+        (tmp_path / "mine/config.py").write_text(body.format(start))
+        (tmp_path / "mine/first.py").touch()
+        found = {"first.py:arg": f"{tmp_path}/mine/first.py:arg", "model": f"{tmp_path}/mine/model"}.get(start, start)
+        assert load_config(f"{tmp_path}/mine/config.py").init_from == found
+    (tmp_path / "elsewhere/model").mkdir()
+    (tmp_path / "mine/config.py").write_text(body.format("model"))
+    assert load_config("../mine/config.py").init_from == "model"
+    with pytest.raises(
+        UserError, match=f"mine.py: no such file or config; expected .*, or a file .{tmp_path}/elsewhere/mine.py does"
+    ):
+        load_config("mine.py")
+
+
+def test_the_middle_of_a_long_value_is_left_out():
+    with pytest.raises(UserError) as caught:
+        RunConfig(name="x" * 5, data=DataConfig(sources=(("a", 1.0, "b" * 9999),)))
+    assert len(str(caught.value)) < 300 and " ... " in str(caught.value) and "expected" in str(caught.value)
+    assert len(str(UserError("a" * 3000 + "; remove it"))) <= 1000 and str(UserError("a" * 3000 + "; remove it")).endswith(
+        "remove it"
+    )

@@ -249,9 +249,9 @@ def test_what_does_not_fit_together_is_refused(directory, tmp_path):
         shutil.rmtree(changed)
 
     text, vision = SMALL["text_config"], SMALL["vision_config"]
-    refused("unknown backbone 'llama'", "config.json", model_type="llama")
+    refused("model_type is 'llama'; expected that of a known family: idefics3, mllama", "config.json", model_type="llama")
     refused("token 301, .* 100 rows", "config.json", text_config=text | {"vocab_size": 100})
-    refused("lacks num_hidden_layers", "config.json", text_config=text | {"num_hidden_layers": None})
+    refused("num_hidden_layers is None; expected a positive integer", "config.json", text_config=text | {"num_hidden_layers": None})
     refused("mrope_section", "config.json", text_config=text | {"rope_parameters": {"mrope_section": [1, 1, 1]}})
     refused(
         "rope_type is 'yarn'",
@@ -269,7 +269,8 @@ def test_what_does_not_fit_together_is_refused(directory, tmp_path):
     refused("size is 'large'; expected an object", "preprocessor_config.json", size="large")
     refused("size is 784; expected an object", "preprocessor_config.json", size=784)
     refused("shortest_edge is -1; expected a positive integer", "preprocessor_config.json", size={"shortest_edge": -1})
-    refused("unknown backbone \\['llama'\\]", "config.json", model_type=["llama"])
+    refused("config.json: model_type is \\['llama'\\]; expected", "config.json", model_type=["llama"])
+    refused("config.json: model_type is \\['llamallama.* \\.\\.\\. .*'\\]; expected", "config.json", model_type=["llama" * 9999])
     refused("vision_config is 'x'; expected an object", "config.json", vision_config="x")
     refused("num_hidden_layers is 0; expected a positive integer", "config.json", text_config=text | {"num_hidden_layers": 0})
     refused("hidden_size is 32.0; expected a positive integer", "config.json", text_config=text | {"hidden_size": 32.0})

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from metaembed_jax.backbones.config_checks import normalisation, pick
+from metaembed_jax.backbones.config_checks import normalisation, pick, section
 from metaembed_jax.batch.items import Layout
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -53,6 +53,7 @@ class FamilyConfig(abc.ABC):
     vision_config: FamilyVisionConfig
 
     title: ClassVar[str]  # the family's name in messages
+    ties_output: ClassVar[bool] = False  # transformers' default for `tie_word_embeddings`
     unset_pixels: ClassVar[dict] = {"image_mean": HALF, "image_std": HALF}  # transformers' defaults for a preprocessor_config.json
 
     @classmethod
@@ -65,6 +66,13 @@ class FamilyConfig(abc.ABC):
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
         sections = {"text_config": text, "vision_config": vision}
         return cls(**{name: pick(kinds[name], values, name, cls.title) for name, values in sections.items()})
+
+    @classmethod
+    def is_tied(cls, config: dict) -> bool:
+        """Return whether the output layer of a checkpoint is its embedding table, by the content of its config.json."""
+        values = [part.get("tie_word_embeddings") for part in (config, section(config, "text_config"))]
+        stored = [value for value in values if value is not None]
+        return any(stored) if stored else cls.ties_output
 
     @classmethod
     @abc.abstractmethod

@@ -10,7 +10,7 @@ from metaembed_jax.backbones.config import FamilyConfig
 from metaembed_jax.backbones.flop_counts import FlopCount
 from metaembed_jax.backbones.weight_map import Source
 from metaembed_jax.batch.items import Size
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, shortened
 from metaembed_jax.inputs.processors import PromptProcessor
 
 # The package of each `model_type` of a config.json; each has its `Family` under the name `FAMILY`.
@@ -108,5 +108,5 @@ def family(name: str) -> Family:
       UserError: the family is unknown.
     """
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"unknown backbone {name!r}; known: {', '.join(sorted(FAMILIES))}")
+        raise UserError(f"config.model.backbone={shortened(name)}: expected {', '.join(sorted(FAMILIES))}")
     return importlib.import_module(f"metaembed_jax.backbones.{FAMILIES[name]}").FAMILY

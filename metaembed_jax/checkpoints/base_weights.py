@@ -65,7 +65,8 @@ def find(name: str | Path) -> Path:
             directory = Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*"]))
     except Exception as error:  # paths raise errors of the system, and the hub's client those of any library below it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: no such directory, and no such model on the hub ({reason})") from error
+        where = "" if Path(name).is_absolute() else f" ({Path(name).absolute()} does not exist)"
+        raise UserError(f"{name}: no such directory{where}, and no such model on the hub ({reason})") from error
     return _check_kind(directory)
 
 

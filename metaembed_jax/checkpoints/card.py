@@ -71,7 +71,8 @@ def model_card(kind: str, config: ModelConfig, metadata: dict, results: Results 
     if "groups" in metadata:
         lines += [f"- budgets (query vectors : document vectors): {', '.join(f'{q}:{c}' for q, c in metadata['groups'])}"]
         sources = ", ".join(str(source[0]) for source in metadata["sources"])
-        lines += [f"- trained for {metadata['steps']:,} steps at temperature {metadata['temperature']} on: {sources}"]
+        temperature = f" at temperature {metadata['temperature']}" if "temperature" in metadata else ""
+        lines += [f"- trained for {metadata['steps']:,} steps{temperature} on: {sources}"]
     return "\n".join([*lines, "", "## Load", "", load, "", *_results(results)])
 
 

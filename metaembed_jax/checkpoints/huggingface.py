@@ -62,7 +62,7 @@ def read_backbone(directory: Path, family: Family, architecture: FamilyConfig, a
     """
     backbone = nnx.eval_shape(lambda: family.Backbone(architecture, rngs=nnx.Rngs(0)))
     parameters: dict[str, Any] = flatten_dict(nnx.to_pure_dict(nnx.state(backbone)), sep=".")
-    stored = _open_tensors(directory, family.canonical_key)
+    stored = _open_tensors(directory, family)
     used = set(family.unused_keys)
     for path, leaf in parameters.items():
         used |= _check(directory, stored, path, leaf.shape, family.weight_map[path], architecture)
@@ -107,7 +107,7 @@ def read_vocabulary_rows(directory: Path, family: Family, first: int, count: int
     Raises:
       UserError: the table has too few rows.
     """
-    tensor = _open_tensors(directory, family.canonical_key).get(family.embedding_key)
+    tensor = _open_tensors(directory, family).get(family.embedding_key)
     if tensor is None or len(tensor.shape) != 2 or tensor.shape[0] < first + count:
         shape = tensor and tensor.shape
         raise UserError(f"{directory}: {family.embedding_key} has shape {shape}: expected at least {first + count} rows")
@@ -172,8 +172,11 @@ def _put_layer(stack: jax.Array, value: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
 
 
-def _open_tensors(directory: Path, canonical_key: Callable[[str], str]) -> dict[str, StoredTensor]:
-    """Return the tensors of all files, by canonical key."""
+def _open_tensors(directory: Path, family: Family) -> dict[str, StoredTensor]:
+    """Return the tensors of all files, by canonical key.
+
+    Of a checkpoint that stores its embedding table as its output layer only, which config.json ties, that tensor has both keys.
+    """
     files, index = _files(directory)
     stored: dict[str, StoredTensor] = {}
     for file in files:
@@ -182,7 +185,7 @@ def _open_tensors(directory: Path, canonical_key: Callable[[str], str]) -> dict[
                 raise UserError(
                     f"{file}: {INDEX} does not list {tensor.key} {tensor.shape} for this file; download the directory again"
                 )
-            other = stored.setdefault(canonical_key(tensor.key), tensor)
+            other = stored.setdefault(family.canonical_key(tensor.key), tensor)
             if other is not tensor:
                 shapes = f"shapes {other.shape} and {tensor.shape}"
                 raise UserError(
@@ -190,6 +193,9 @@ def _open_tensors(directory: Path, canonical_key: Callable[[str], str]) -> dict[
                 )
     for key, name in (index or {}).items():
         raise UserError(f"{directory / name} lacks {key}, which {INDEX} lists for it; download the directory again")
+    output = next((stored[key] for key in family.unused_keys if key in stored), None)
+    if output and family.embedding_key not in stored and family.Config.is_tied(read_json(directory / "config.json")):
+        stored[family.embedding_key] = output
     return stored
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from metaembed_jax.backbones.config import FamilyConfig
 from metaembed_jax.backbones.config_checks import initializer_range
-from metaembed_jax.backbones.family import FamilyImages, family
+from metaembed_jax.backbones.family import FAMILIES, FamilyImages, family
 from metaembed_jax.batch.items import Limits
 from metaembed_jax.checkpoints.base_weights import find, open_recorded
 from metaembed_jax.checkpoints.frozen import BASE, fits, is_kept, read_kept
@@ -154,7 +154,12 @@ def base_architecture(directory: Path) -> tuple[str, FamilyConfig, dict]:
       UserError: no such family, or a config that its checkpoints do not have.
     """
     stored = read_json(directory / "config.json")
-    backbone = stored.get("model_type", "")
+    backbone = stored.get("model_type")
+    if not isinstance(backbone, str) or backbone not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(
+            f"{directory / 'config.json'}: model_type is {shortened(backbone)}; expected that of a known family: {known}"
+        )
     architecture, preprocessor = family(backbone).Config.from_huggingface(stored), _read_preprocessor(directory)
     return backbone, architecture.with_preprocessor(preprocessor, directory), preprocessor
 
@@ -171,7 +176,9 @@ def read_metadata(directory: Path) -> dict:
     keys = ("query_tokens", "document_tokens", "first_token", "embedding_dim")
     numbers = {key: metadata.get(key) for key in keys} if isinstance(metadata, dict) else metadata
     if not isinstance(numbers, dict) or not all(type(number) is int and number >= 0 for number in numbers.values()):
-        raise UserError(f"{directory / 'config.json'}: {METADATA}={shortened(numbers)}: expected non-negative integers {', '.join(keys)}")
+        raise UserError(
+            f"{directory / 'config.json'}: {METADATA}={shortened(numbers)}: expected non-negative integers {', '.join(keys)}"
+        )
     if bool(metadata["embedding_dim"]) != head:
         width, state = metadata["embedding_dim"], "is" if head else "is not"
         raise UserError(

@@ -54,9 +54,7 @@ def default_workdir(name: str, later: Path | None = None) -> Path:
     return (later.parent if later and files.is_bucket(later) else Path("runs")) / name
 
 
-def create_workdir(
-    workdir: Path, config: RunConfig, tokenizer: Path, base: BaseWeights | None, data: Mapping[str, str]
-) -> None:
+def create_workdir(workdir: Path, config: RunConfig, tokenizer: Path, base: BaseWeights | None, data: Mapping[str, str]) -> None:
     """Create the folder of a run, or check that it is the folder of this run. All hosts call it, the first host before the others.
 
     Args:
@@ -186,7 +184,7 @@ def read_config(workdir: Path) -> RunConfig:
     """
     record = workdir / "run.json"
     if not record.exists():
-        raise UserError(f"{workdir} is not a run: it has no run.json")
+        raise UserError(f"{files.absolute(workdir)} is not a run: it has no run.json")
     try:
         return from_record(read_json(record).get("config"))
     except UserError as error:
@@ -217,7 +215,9 @@ def _entry(workdir: Path, record: dict, key: str, default: T) -> T:
 
 
 def _record(config: RunConfig, base: BaseWeights | None, data: Mapping[str, str]) -> dict:
-    return {"config": to_record(config), "data": dict(data)} | ({"base": {"name": base.name, "fingerprint": base.fingerprint}} if base else {})
+    return {"config": to_record(config), "data": dict(data)} | (
+        {"base": {"name": base.name, "fingerprint": base.fingerprint}} if base else {}
+    )
 
 
 def _different(ours: dict, theirs: dict, free: tuple[str, ...], only: tuple[str, ...] = ()) -> str:

@@ -4,9 +4,10 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
-from metaembed_jax.config.keys import apply_flags
+from metaembed_jax.config.keys import apply_flags, with_keys
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
+from metaembed_jax.files import is_bucket
 
 # The configs of the package: inside it if it is installed, next to it in a checkout.
 CONFIGS = next(folder for root in Path(__file__).parents[1:3] if (folder := root / "configs").is_dir())
@@ -26,7 +27,9 @@ def load_config(flag: str, overrides: Mapping[str, str] | None = None) -> RunCon
     if path in known:
         path = str(CONFIGS / f"{path}.py")
     elif not Path(path).is_file():
-        raise UserError(f"{path}: no such file or config; expected {', '.join(known)}, or a file")
+        raise UserError(
+            f"{path}: no such file or config; expected {', '.join(known)}, or a file ({Path(path).absolute()} does not exist)"
+        )
     spec = importlib.util.spec_from_file_location("metaembed_config", path) if names_config(path) else None
     if spec is None or spec.loader is None:
         raise UserError(f"{path}: expected a Python file with get_config(arg), such as {CONFIGS / 'tiny.py'}")
@@ -40,7 +43,16 @@ def load_config(flag: str, overrides: Mapping[str, str] | None = None) -> RunCon
         raise UserError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not isinstance(config, RunConfig):
         raise UserError(f"{path}: get_config returns a {type(config).__name__}; expected a metaembed_jax.config.RunConfig")
-    return apply_flags(config, overrides or {})
+    return apply_flags(_with_start(config, Path(path)), overrides or {})
+
+
+def _with_start(config: RunConfig, file: Path) -> RunConfig:
+    """Return a config whose relative `init_from` is the absolute path next to its file, if only that exists."""
+    path, colon, argument = config.init_from.partition(":")
+    beside = file.absolute().parent / path
+    if not path or is_bucket(config.init_from) or path in config_names() or Path(path).exists() or not beside.exists():
+        return config
+    return with_keys(config, {"init_from": f"{beside}{colon}{argument}"})
 
 
 def config_names() -> list[str]:

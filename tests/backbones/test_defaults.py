@@ -21,7 +21,10 @@ CASES = {
     "paligemma: gemma": ("PaliGemmaConfig", {"text_config": {"model_type": "gemma", "head_dim": 64}, "projection_dim": 3072}),
     "mllama": ("MllamaConfig", {}),
     "idefics3": ("Idefics3Config", {"vision_config": {"image_size": 256}}),
-    "idefics3: few heads": ("Idefics3Config", {"text_config": {"num_attention_heads": 16, "num_hidden_layers": 3}}),
+    "idefics3: few heads": (
+        "Idefics3Config",
+        {"vision_config": {"image_size": 256}, "text_config": {"num_attention_heads": 16, "num_hidden_layers": 3}},
+    ),
 }
 
 
@@ -47,4 +50,4 @@ def test_what_equals_a_default_may_be_absent(case):
             if field.name in full[section] and of_transformers(config)[section].get(field.name) == full[section][field.name]:
                 removed += 1
                 assert Config.from_huggingface(config) == expected, field.name
-    assert removed > 12
+    assert removed > 6

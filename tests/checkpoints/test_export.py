@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from metaembed_jax.checkpoints.card import model_card
 from metaembed_jax.checkpoints.export import export
 from metaembed_jax.checkpoints.runs import RunCheckpoints
 from metaembed_jax.checkpoints.torch_export import write_model
@@ -15,6 +16,7 @@ from metaembed_jax.config import load_config, with_keys
 from metaembed_jax.errors import UserError
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
+from metaembed_jax.network_config import model_config
 from metaembed_jax.training.initialize import find_start, initial_state
 from metaembed_jax.training.loop import train
 from metaembed_jax.training.step import make_trainer
@@ -218,3 +220,10 @@ def test_what_cannot_be_exported_is_refused(run, tmp_path):
     assert not list(tmp_path.glob("adapter*"))
     with pytest.raises(UserError, match="--format=onnx"):
         export(run["head"], tmp_path / "other", "onnx")
+
+
+def test_a_card_of_a_run_without_a_temperature():
+    metadata = {"name": "x", "groups": [[1, 1]], "steps": 1234, "sources": [["icons", 1.0, 0]]}
+    network = model_config(load_config("tests/training/small.py"))
+    assert "- trained for 1,234 steps on: icons\n" in model_card("transformers", network, metadata, None)
+    assert "1,234 steps at temperature 0.1 on: icons" in model_card("peft", network, metadata | {"temperature": 0.1}, None)

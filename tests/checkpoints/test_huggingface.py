@@ -112,6 +112,20 @@ def test_a_missing_tensor(tmp_path):
     refused(write(tmp_path, without(key)), str(tmp_path), key, "(96,)", "vision.blocks.key.bias", "(3, 32)")
 
 
+def test_a_tied_table_that_is_stored_as_the_output_layer(tmp_path):
+    """As `safetensors` leaves it of two names of one tensor."""
+    table = "model.embed_tokens.weight"
+    tensors = without(table) | {"lm_head.weight": TENSORS[table]}
+    refused(write(tmp_path / "untied", tensors), str(tmp_path), table, "is in none of its safetensors files")
+    for name, where in (("root", {"tie_word_embeddings": True}), ("text", {"text_config": {"tie_word_embeddings": True}})):
+        directory = write(tmp_path / name, tensors)
+        config = json.loads((directory / "config.json").read_text())
+        where = where if name == "root" else {"text_config": config["text_config"] | where["text_config"]}
+        stored = {**config, "tie_word_embeddings": False} if name == "text" else config
+        (directory / "config.json").write_text(json.dumps(stored | where))
+        assert_equal_trees(read(directory), read(write(tmp_path / "whole", TENSORS)))
+
+
 @pytest.mark.parametrize("extra", ["model.layers.2.input_layernorm.weight", "visual.merger.mlp.1.weight", "something"])
 def test_a_tensor_too_many(tmp_path, extra):
     refused(write(tmp_path, TENSORS | {extra: np.zeros((5, 7), np.float32)}), "model.safetensors", extra, "(5, 7)")

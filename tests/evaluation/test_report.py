@@ -216,6 +216,33 @@ def test_the_plot_command_draws_several_runs(tmp_path, results, capsys):
             cli.main(["plot", *paths])
 
 
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda board: board["tasks"][0]["searches"][0]["metrics"]["R@10"].update(mean=float("nan")), "R@10 is .nan"),
+        (lambda board: board["tasks"][0]["searches"][2]["metrics"]["R@1"].update(mean=31.5), r"R@1 is \[31.5, .*from 0 to 1"),
+        (lambda board: board["tasks"][0]["searches"][0]["metrics"]["R@5"].update(low=-0.5), "R@5 is"),
+        (lambda board: board["tasks"][0]["searches"][1]["metrics"].pop("R@1"), "budget 2:3: metrics lacks 'R@1'"),
+        (lambda board: board["tasks"][0]["searches"][1].update(flops_per_document=0), "budget 2:3: a cost is 0"),
+        (lambda board: board["tasks"][0].update(metric="R@3"), "budget 1:1: metrics lacks 'R@3'"),
+        (lambda board: board["tasks"][0].update(searches=[]), "its searches are not those of the board's first task"),
+        (lambda board: board["tasks"].append(board["tasks"][0] | {"searches": board["tasks"][0]["searches"][:2]}), "its searches"),
+        (lambda board: board.update(drawn=["half"]), "drawn has 'half'; expected a group with tasks"),
+        (lambda board: board.update(drawn=["half"], groups={"half": ["none"]}), "drawn has 'half'; expected a group with tasks"),
+    ],
+)
+def test_edited_results_are_refused(tmp_path, results, edit, message):
+    path = write(tmp_path, results)[0]
+    content = json.loads(path.read_text())
+    edit(content["boards"][0])
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"results.json: board 'text→image'.*{message}.*write it again"):
+        cli.main(["plot", str(path), f"--out={tmp_path / 'x.png'}"])
+    path.write_text(json.dumps(content | {"boards": []}))
+    with pytest.raises(UserError, match="results.json: boards is empty"):
+        read_results(path)
+
+
 def test_an_interval_without_ends_is_written_without_them():
     assert to_json(Interval(0.5)) == {"mean": 0.5} and from_json(Interval, {"mean": 1}) == Interval(1)
     for content in ({}, {"mean": "x"}, [0.5], {"mean": 0.5, "low": "x"}):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -47,8 +48,27 @@ def test_without_rows_to_validate_and_test_a_run_goes_without(tiny_config, tmp_p
     assert (run / "export/transformers/README.md").is_file()
     with pytest.raises(UserError, match="nine: no source has test pairs; add pairs"):
         evaluate_checkpoint(tiny_config, run, tmp_path / "eval", None)
-    assert train(tiny_config, run)
-    assert "resuming at step 2 of 2" in capsys.readouterr().out
+
+    # The same run on a source that was prepared again, of a row that changed; a record that was edited.
+    data = tmp_path / "data"
+    shutil.copytree(tiny_config.data.dir, data)
+    rows = Path(tiny_config.data.dir).parent / "nine.jsonl"
+    write_pairs(tmp_path / "nine.jsonl", [*map(json.loads, rows.read_text().splitlines()[:-1]), {"query": "a", "positive": "new"}])
+    shutil.rmtree(data / "nine")
+    (fingerprint,) = (
+        marker["fingerprint"] for marker in sources.prepare_from("pairs", tmp_path / "nine.jsonl", data, 0, 0).values()
+    )
+    assert train(with_keys(tiny_config, {"data.dir": str(data)}), run)
+    out = capsys.readouterr().out
+    assert (
+        "resuming at step 2 of 2" in out
+        and f", the rows of nine from '{before_fingerprint(tiny_config)}' to '{fingerprint}'\n" in out
+    )
+    record = json.loads((run / "run.json").read_text())
+    assert record["data"] == {"nine": fingerprint} and "the rows of nine" in record["changes"][0]["keys"]
+    (run / "run.json").write_text(json.dumps(record | {"changes": "none"}))
+    with pytest.raises(UserError, match="run.json: changes='none': expected a list"):
+        train(tiny_config, run)
 
 
 def test_a_single_held_out_row_cannot_choose_a_checkpoint(tiny_config, tmp_path, capsys):
@@ -64,6 +84,10 @@ def test_a_single_held_out_row_cannot_choose_a_checkpoint(tiny_config, tmp_path,
         assert f"{line}\n" in out[: out.index("rows: ")]
     results = read_results(tmp_path / "run/results.json")
     assert results.step == 2 and results.boards[0].tasks[0].values("R@1")["1:1"].mean == 1
+
+
+def before_fingerprint(config):
+    return sources.prepare("nine", config.data.dir)["fingerprint"]
 
 
 @pytest.mark.parametrize(

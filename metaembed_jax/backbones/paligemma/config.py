@@ -55,6 +55,7 @@ class Config(FamilyConfig):
     """The architecture: the fields of a config.json that define the network."""
 
     title = TITLE
+    ties_output = True
     text_config: TextConfig
     vision_config: SiglipConfig
 

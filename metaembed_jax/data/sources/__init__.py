@@ -50,7 +50,7 @@ def prepare(name: str, data_dir: str | Path) -> dict:
     marker = records.read_marker(Path(data_dir) / name, preparation.VERSION)
     if marker is None:
         raise UserError(
-            f"{Path(data_dir) / name} holds no complete preparation of a source {name!r}: "
+            f"{(Path(data_dir) / name).absolute()} holds no complete preparation of a source {name!r}: "
             f"run `python -m metaembed_jax prepare --source=KIND --from=PATH --out={data_dir}` (--help lists the kinds)"
         )
     return marker

@@ -81,7 +81,7 @@ def test_transformers_reads_what_is_written(name):
 @pytest.mark.parametrize(
     "part, values, message",
     [
-        ("text_config", {"hidden_size": None}, "lacks hidden_size"),
+        ("text_config", {"hidden_size": None}, "hidden_size is None; expected a positive integer"),
         ("text_config", {"cross_attention_layers": [3, 40]}, "cross_attention_layers"),
         ("text_config", {"cross_attention_layers": [8, 3]}, "cross_attention_layers"),
         ("text_config", {"cross_attention_layers": []}, "cross_attention_layers"),

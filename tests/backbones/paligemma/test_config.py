@@ -43,8 +43,8 @@ WRONG = [
     ("text_config", "attention_bias", True, "attention_bias is True"),
     ("text_config", "hidden_activation", "silu", "hidden_activation is 'silu'"),
     ("text_config", "layer_types", ["full_attention"] * 5, "layer_types is"),
-    ("text_config", "sliding_window", None, "sliding_window is None; PaliGemma has 4096"),
-    ("text_config", "attn_logit_softcapping", None, "attn_logit_softcapping is None; PaliGemma has 50.0"),
+    ("text_config", "sliding_window", None, "sliding_window is None; expected a positive integer"),
+    ("text_config", "attn_logit_softcapping", None, "attn_logit_softcapping is None; expected a positive number"),
     ("text_config", "attn_logit_softcapping", 0, "attn_logit_softcapping is 0; expected a positive number"),
     ("text_config", "num_key_value_heads", 4, "6 attention heads cannot share 4 key-value heads"),
     ("text_config", "head_dim", 7, "head_dim 7 is odd"),
@@ -53,7 +53,7 @@ WRONG = [
     ("vision_config", "hidden_act", "gelu", "hidden_act of vision is 'gelu'"),
     ("vision_config", "image_size", 51, "image_size is 51; expected a multiple of patch_size, 10"),
     ("vision_config", "num_attention_heads", 5, "a hidden_size of 36 cannot be split over 5 heads"),
-    ("vision_config", "hidden_size", None, "vision_config of a PaliGemma config lacks hidden_size"),
+    ("vision_config", "hidden_size", None, "vision_config of a PaliGemma config: hidden_size is None; expected a positive integer"),
 ]
 
 

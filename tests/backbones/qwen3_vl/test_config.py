@@ -54,7 +54,7 @@ def test_out_and_in_again(stored):
 @pytest.mark.parametrize(
     "part, key, value, message",
     [
-        ("text_config", "hidden_size", None, "text_config of a Qwen3-VL config lacks hidden_size"),
+        ("text_config", "hidden_size", None, "text_config of a Qwen3-VL config: hidden_size is None; expected a positive integer"),
         ("text_config", "hidden_act", "gelu", "hidden_act of text is 'gelu'; Qwen3-VL has 'silu'"),
         ("text_config", "attention_bias", True, "attention_bias of text is True"),
         ("text_config", "rope_scaling", {"rope_type": "yarn", "mrope_section": [24, 20, 20]}, "rope_type of text is 'yarn'"),

@@ -53,7 +53,7 @@ def test_transformers_reads_what_is_written(name):
 
 
 WRONG = [
-    ("text_config", "hidden_size", None, "text_config of a SmolVLM config lacks hidden_size"),
+    ("text_config", "hidden_size", None, "text_config of a SmolVLM config: hidden_size is None; expected a positive integer"),
     ("text_config", "model_type", "qwen2", "model_type of text is 'qwen2'; SmolVLM has 'llama'"),
     ("text_config", "num_key_value_heads", 3, "4 attention heads cannot share 3 key-value heads"),
     ("text_config", "head_dim", 14, "head_dim is 14; SmolVLM has 12"),
