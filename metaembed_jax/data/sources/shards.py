@@ -182,7 +182,16 @@ def write_shard(job: Job, shard: int) -> dict:
 
 
 def _no_counts(job: Job, shard: int) -> dict:
-    counts = {"inputs": job.whole_inputs, "read": 0, "images": 0, "negatives": 0, "bytes": 0, "unread_pages": 0, "left_out": [], "stamps": []}
+    counts = {
+        "inputs": job.whole_inputs,
+        "read": 0,
+        "images": 0,
+        "negatives": 0,
+        "bytes": 0,
+        "unread_pages": 0,
+        "left_out": [],
+        "stamps": [],
+    }
     counts |= {"rows": dict.fromkeys(records.SPLITS, 0), "held_out_rows": job.held_out_in(shard)}
     counts |= {side: {name: 0 for name, _ in TYPES} for side in ("queries", "positives")}
     return counts | {"held_out": {split: {"queries": [], "documents": []} for split in HELD_OUT}}
