@@ -1,4 +1,4 @@
-"""Digests of items, to find those with the same content, and of rows, to find those that changed."""
+"""Digests of items, to find those with the same content."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 from metaembed_jax.batch.training import CONTENT_WORDS
 
-DIGEST_BYTES, STAMP_BYTES = 16, 8
+DIGEST_BYTES = 16
 
 
 def content_digest(item: dict) -> bytes:
@@ -19,26 +19,6 @@ def content_digest(item: dict) -> bytes:
     digest = hashlib.blake2b(len(text).to_bytes(8, "little") + text, digest_size=DIGEST_BYTES)
     digest.update(image)
     return digest.digest()
-
-
-def stamp_of(value: object) -> str:
-    """Return 16 hexadecimal digits of a value: numbers, texts, bytes, None, and lists and dicts of them."""
-    digest = hashlib.blake2b(digest_size=STAMP_BYTES)
-    _update(digest, value)
-    return digest.hexdigest()
-
-
-def _update(digest, value: object) -> None:
-    if isinstance(value, bytes):
-        digest.update(b"b%d:" % len(value) + value)
-    elif isinstance(value, dict):
-        _update(digest, sorted(value.items()))
-    elif isinstance(value, list | tuple):
-        digest.update(b"l%d:" % len(value))
-        for entry in value:
-            _update(digest, entry)
-    else:
-        digest.update(f"{value!r};".encode())  # repr escapes what UTF-8 cannot encode
 
 
 def content_words(item: dict) -> Int[np.ndarray, "W"]:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from metaembed_jax.data.contents import stamp_of
 from metaembed_jax.data.sources.image_files import ImageFolder, check_image, image_path
 from metaembed_jax.data.sources.row_files import RowFiles, Rows, read_each, unique_id
+from metaembed_jax.data.stamps import stamp_of
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_bytes, write_json
 
@@ -62,7 +62,7 @@ class Corpus:
         if not (folder / IMAGES).is_file():
             return ""
         files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.rows.files]
-        return stamp_of((files, self._folder.stamps(json.loads((folder / IMAGES).read_text()))))
+        return f"{stamp_of((files, self._folder.stamps(json.loads((folder / IMAGES).read_text())))):016x}"
 
     def _named(self, rows: Rows, name: str) -> set[str]:
         named, seen = set(), {}

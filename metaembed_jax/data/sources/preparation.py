@@ -111,7 +111,7 @@ class _Preparation:
         found = {shard: read(self.part, shard) or read(self.final, shard) for shard in range(self.job.shards)}
         return {shard: content for shard, content in found.items() if content is not None}
 
-    def _stamps(self, *stored: dict[int, dict]) -> dict[int, list[str]]:
+    def _stamps(self, *stored: dict[int, dict]) -> dict[int, list[int]]:
         """Return the stamps, as they are now, of the rows of all shards that are stored.
 
         Shards that name no image file, and whose files have the same size and time, are not read.
@@ -136,7 +136,7 @@ class _Preparation:
                 bar.update(rows(result))
         return results
 
-    def _say_changes(self, marker: dict, counts: dict[int, dict], stamps: dict[int, list[str]], current: set[int]) -> None:
+    def _say_changes(self, marker: dict, counts: dict[int, dict], stamps: dict[int, list[int]], current: set[int]) -> None:
         """Print how many rows changed, and name the first of them.
 
         Raises:
@@ -151,7 +151,7 @@ class _Preparation:
         changed = []
         for shard in range(self.job.shards):
             start, stop = self.job.bounds(shard)
-            now = stamps.get(shard, [""] * (stop - start))
+            now = stamps.get(shard, [-1] * (stop - start))
             changed += [start + index for index in shards.changed_rows(counts.get(shard, {}).get("stamps", []), now)]
         inside = [row for row in changed if row < len(rows)]
         number = len(inside) + max(_rows_before(marker) - len(rows), 0)

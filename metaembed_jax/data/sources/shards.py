@@ -21,11 +21,12 @@ from pathlib import Path
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import example_serializer
 
-from metaembed_jax.data.contents import content_digest, stamp_of
+from metaembed_jax.data.contents import content_digest
 from metaembed_jax.data.sources import descriptions, records
 from metaembed_jax.data.sources.corpus import Corpus
 from metaembed_jax.data.sources.image_files import unread_pages
 from metaembed_jax.data.sources.row_files import Rows, read_each
+from metaembed_jax.data.stamps import stamp_of
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_bytes, write_json
 from metaembed_jax.inputs.images import memory_limit
@@ -101,7 +102,7 @@ class Job:
         """Return the first row of a shard, and the row after its last one."""
         return shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(self.source.rows))
 
-    def read(self, shard: int) -> Iterator[tuple[int, dict | UserError, str, int]]:
+    def read(self, shard: int) -> Iterator[tuple[int, dict | UserError, int, int]]:
         """Yield (number, row or what is wrong with it, stamp, number of image files that it names) of each row of a shard.
 
         The stamp is taken before the images are read: of one that changes meanwhile it is out of date, and is noticed next time.
@@ -116,7 +117,7 @@ class Job:
         return {str(row): self.held_out[row] for row in range(*self.bounds(shard)) if row in self.held_out}
 
 
-def read_stamps(job: Job, shard: int) -> list[str]:
+def read_stamps(job: Job, shard: int) -> list[int]:
     """Return the stamps of the rows of a shard as they are now."""
     return [stamp for _, _, stamp, _ in job.read(shard)]
 
@@ -271,6 +272,6 @@ def adopt(source: Path, target: Path, shard: int) -> None:
                 shutil.copyfile(old, new)
 
 
-def changed_rows(before: list[str], now: list[str]) -> list[int]:
+def changed_rows(before: list[int], now: list[int]) -> list[int]:
     """Return the indices at which stamps differ, or only one list has one."""
     return [index for index, pair in enumerate(itertools.zip_longest(before, now)) if pair[0] != pair[1]]
