@@ -39,7 +39,7 @@ class NoEncoder(me.MetaEmbed):
 
     def __init__(self):
         self.config, self.mesh = types.SimpleNamespace(vectors=lambda side: VECTORS), make_mesh()
-        self.count = 0
+        self.processor, self.count = types.SimpleNamespace(fingerprint="0" * 16), 0
 
     def encode_blocks(self, items, side, *, budget, size, bar, **_):
         """Yield blocks as `MetaEmbed.encode_blocks`."""

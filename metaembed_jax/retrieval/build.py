@@ -61,9 +61,9 @@ def index_documents(
     """Index documents in a folder, or let the index in it follow them.
 
     Documents that are new or changed are encoded; items of documents that are gone, and items added by hand, are dropped. A killed
-    job resumes when it is called again. An index of another model, budget or dtype is replaced when the new one is complete. The
-    metadata of an item are those of its path, page and text that it has. `Index.left_out` lists the documents that cannot be read;
-    the next job tries them again. All hosts encode and write, in a folder that they share, and the first one commits.
+    job resumes when it is called again. An index of another model, budget, dtype or size of images is replaced when the new one is
+    complete. The metadata of an item are those of its path, page and text that it has. `Index.left_out` lists the documents that
+    cannot be read; the next job tries them again. All hosts write, in a folder that they share, and the first one commits.
 
     Args:
       documents: from `open_documents`.
@@ -86,7 +86,8 @@ def index_documents(
     check_left_out(documents.left_out, skip)
     if not len(documents):
         raise UserError("nothing to index: expected at least one document")
-    origin, job = {"name": name, "fingerprint": model.fingerprint}, digest(repr((model.fingerprint, budget, dtype)).encode())
+    origin = {"name": name, "fingerprint": model.fingerprint}
+    job = digest(repr((model.fingerprint, model.processor.fingerprint, budget, dtype)).encode())
     empty = Manifest(model.dimension, levels_of(budget), dtype, model=origin, job=job)
     with store.writing(folder) if hosts.is_first() else contextlib.nullcontext():
         store.check_shared(folder)

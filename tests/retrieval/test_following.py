@@ -266,7 +266,11 @@ def test_another_budget_or_model_replaces_all(model, tmp_path):
     assert model.count() == 4 and me.Index.load(tmp_path / "index").vectors == 2
     index(model, tmp_path / "in")
     assert model.count() == 2
-    index(FakeModel("e" * 16), tmp_path / "in")
+    index(other := FakeModel("e" * 16), tmp_path / "in")
+    assert other.count() == 2
+    other.processor.fingerprint = "images of 64 tokens"
+    index(other, tmp_path / "in")
+    assert other.count() == 2
     assert len(me.Index.load(tmp_path / "index")._segments) == 1
 
 
