@@ -117,7 +117,7 @@ def open_documents(path: str | Path, *, skip: int = 0) -> Documents:
     if path.is_dir():
         files, left_out = find_files(path)
         if left_out:
-            print(f"{path}: left out {', '.join(f'{count:,} {kind}' for kind, count in sorted(left_out.items()))}", flush=True)
+            print(f"{path}: not read: {', '.join(f'{kind} ({count:,})' for kind, count in sorted(left_out.items()))}", flush=True)
         if not files:
             raise UserError(f"{path} has no images or PDF files in it")
         return FolderDocuments(path, files, skip)

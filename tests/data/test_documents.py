@@ -81,7 +81,7 @@ def test_a_folder_in_natural_order(tmp_path, capsys):
     assert np.array_equal(documents[-1]["image"], documents[4:][1]["image"])
     with pytest.raises(IndexError):
         documents[6]
-    assert capsys.readouterr().out == f"{tmp_path}: left out 1 files with the ending .txt, 1 files without an ending\n"
+    assert capsys.readouterr().out == f"{tmp_path}: not read: files with the ending .txt (1), files without an ending (1)\n"
 
 
 def test_natural_order_is_total():
@@ -199,8 +199,8 @@ def test_links_and_pipes(tmp_path, capsys):
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
     os.mkfifo(tmp_path / "in" / "e.pdf")
     assert ids(open_documents(tmp_path / "in")) == ["a.png", "b.png"]
-    kinds = "2 links and pipes that lead to no file, 1 links out of the folder, 2 links to folders"
-    assert capsys.readouterr().out == f"{tmp_path / 'in'}: left out {kinds}\n"
+    kinds = "links and pipes that lead to no file (2), links out of the folder (1), links to folders (2)"
+    assert capsys.readouterr().out == f"{tmp_path / 'in'}: not read: {kinds}\n"
 
 
 def test_pages_of_a_tiff_are_documents(tmp_path):
@@ -246,8 +246,8 @@ def test_every_ending_of_a_folder_is_read_or_left_out(tmp_path, capsys):
     assert ids(documents) == ["a.bmp", "a.gif", "a.jfif", "a.jp2", "a.pgm", "a.ppm", "a.webp"]
     for item in documents:
         assert item["image"].size == (32, 32) and np.abs(np.asarray(item["image"]) - 128.0).max() < 3
-    endings = [f"1 files with the ending .{ending}" for ending in ("heic", "ico", "tga")]
-    assert capsys.readouterr().out == f"{tmp_path}: left out {', '.join(endings)}\n"
+    endings = [f"files with the ending .{ending} (1)" for ending in ("heic", "ico", "tga")]
+    assert capsys.readouterr().out == f"{tmp_path}: not read: {', '.join(endings)}\n"
 
 
 def test_nothing_to_read(tmp_path):
