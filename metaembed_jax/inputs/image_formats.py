@@ -90,8 +90,10 @@ def orientation(image: Image.Image, is_late: bool) -> int:
       is_late: a PNG has it after its pixels, so that it must be decoded first.
     """
     try:
+        if is_late:
+            image.load()
         # The method of PNG images decodes the image first.
-        exif = image.getexif() if image.format != "PNG" or is_late else Image.Image.getexif(image)
+        exif = image.getexif() if image.format != "PNG" else Image.Image.getexif(image)
         turn = exif.get(ORIENTATION, 1)
     except Exception:  # parsers of broken metadata raise errors of every kind
         return 1

@@ -12,7 +12,7 @@ from unicodedata import normalize
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.image_formats import tiff_pages
-from metaembed_jax.inputs.images import MAX_ASPECT_RATIO, image_errors, open_header
+from metaembed_jax.inputs.images import MAX_ASPECT_RATIO, image_errors, open_header, open_image
 
 LARGEST_FILE = 128 * 2**20  # bytes of an encoded image
 SHOWN = 60  # characters of a value in an error
@@ -173,8 +173,9 @@ def read_image_file(file: Path) -> bytes:
 def check_image(encoded: bytes, name: str) -> bytes:
     """Return the same bytes if they are a complete image of bounded size.
 
-    JPEGs are decoded at an eighth of their size, which finds every truncation, as full size does. Changed bytes in the middle are
-    found where they break the decoder: mostly in PNG, rarely in JPEG and WebP, which have no checksum, never in plain pixels.
+    JPEGs are decoded at an eighth of their size, which finds every truncation, as full size does; one that fails is decoded whole,
+    which is what readers do. Changed bytes in the middle are found where they break the decoder: mostly in PNG, rarely in JPEG and
+    WebP, which have no checksum, never in plain pixels.
 
     Raises:
       UserError: names the image and what is wrong.
@@ -185,7 +186,10 @@ def check_image(encoded: bytes, name: str) -> bytes:
             size = f"{image.width}x{image.height}"
             raise UserError(f"{name}: the image is {size}: one side is over {MAX_ASPECT_RATIO} times the other; crop or pad it")
         image.draft("RGB", (1, 1))
-        image.load()
+        try:
+            image.load()
+        except Exception:  # decoders of broken bytes raise errors of every kind
+            open_image(encoded, name)
     return encoded
 
 
