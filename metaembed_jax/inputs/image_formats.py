@@ -88,10 +88,13 @@ def orientation(image: Image.Image, is_late: bool) -> int:
 
     Args:
       is_late: a PNG has it after its pixels, so that it must be decoded first.
+
+    Raises:
+      Exception: as the decoder, if `is_late`.
     """
+    if is_late:
+        image.load()  # outside of the next lines: after an error, Pillow gives broken pixels without one
     try:
-        if is_late:
-            image.load()
         # The method of PNG images decodes the image first.
         exif = image.getexif() if image.format != "PNG" else Image.Image.getexif(image)
         turn = exif.get(ORIENTATION, 1)

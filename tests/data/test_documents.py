@@ -327,6 +327,13 @@ def test_further_columns_are_metadata_and_the_index_of_pandas_is_not_read(tmp_pa
     assert capsys.readouterr().out == expected
 
 
+def test_names_of_columns_that_are_not_text(tmp_path):
+    write_parquet(tmp_path / "items.parquet", [{"text": "a", "price": 3}])
+    write(tmp_path / "broken.parquet", (tmp_path / "items.parquet").read_bytes().replace(b"price", b"pri\xffe"))
+    with pytest.raises(UserError, match="broken.parquet is not a readable Parquet file"):
+        open_documents(tmp_path / "broken.parquet")
+
+
 @pytest.mark.parametrize("in_table, on_disk", [("NFC", "NFD"), ("NFD", "NFC")])
 def test_names_are_found_in_either_form_of_unicode(tmp_path, in_table, on_disk):
     name = "Übung/é.png"

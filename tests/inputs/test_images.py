@@ -93,6 +93,20 @@ def test_a_png_may_say_behind_its_pixels_that_it_is_turned():
         assert image_size(image, "x") == open_image(image, "x").size == size
 
 
+def test_broken_pixels_before_late_metadata_are_an_error():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data, late = encode(noise(60, 40)), b"eXIf" + exif.tobytes()[6:]
+    end, middle = data.index(b"IEND") - 4, len(data) // 2
+    late = struct.pack(">I", len(late) - 4) + late + struct.pack(">I", zlib.crc32(late))
+    for broken in (
+        data[:middle] + bytes(8) + data[middle + 8 : end] + late + data[end:],
+        data[:60] + bytes(9) + data[69:end] + late,
+    ):
+        with pytest.raises(UserError, match="^x: the image cannot be read"):
+            open_image(broken, "x")
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     whole = encode(noise(200, 100), "JPEG")
     for image in (whole[: len(whole) // 2], b"", b"not an image", tmp_path / "absent.png", encode(noise(99, 99))[:3000]):

@@ -186,8 +186,10 @@ def _open_parquet(file: Path):
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(file, buffer_size=2**20)  # streams a row group, instead of holding it
-    except (OSError, pyarrow.ArrowException) as error:
+        opened = parquet.ParquetFile(file, buffer_size=2**20)  # streams a row group, instead of holding it
+        set(opened.schema_arrow.names)
+        return opened
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: names that are not UTF-8
         raise UserError(f"{file} is not a readable Parquet file ({_one_line(error)})") from error
 
 
