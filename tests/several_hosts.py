@@ -18,9 +18,9 @@ def free_port():
 class Hosts:
     """Processes that run one command, with eight devices in all; they end with the block."""
 
-    def __init__(self, count, command, flags_of_host=lambda host: []):
+    def __init__(self, count, command, flags_of_host=lambda host: [], devices=8):
         port = free_port()
-        environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={8 // count}")}
+        environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices // count}")}
         self.processes = []
         for host in range(count):
             joined = [f"--coordinator=localhost:{port}", f"--hosts={count}", f"--host={host}"] if count > 1 else []

@@ -17,6 +17,7 @@ from metaembed_jax.hosts.votes import POLL, TERMINATED, Terminated
 
 FAILED, SEEN = "metaembed/failed", "metaembed/seen/"  # keys of the store: the first failure; the hosts that have read it
 GRACE = 10  # seconds for the other hosts to read the first failure
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "refused", "heartbeat", "UNAVAILABLE")  # in errors of collectives
 _ending = threading.Lock()  # held by the thread that ends the process
 
 
@@ -33,13 +34,14 @@ def fail_together() -> Iterator[None]:
         with silence:
             yield
         finished.set()
-    except BaseException as error:
+    except BaseException as reason:
         finished.set()
+        error = _lost_host(reason) or reason
         code = TERMINATED if isinstance(error, Terminated) else 2 if isinstance(error, UserError | OSError) else 1
         _report(error, code)
         # At exit, JAX would wait for the other hosts, which do not end.
         atexit.register(_end, code)
-        raise
+        raise error from (None if error is reason else reason)
 
 
 def leave(code: int) -> NoReturn:
@@ -52,6 +54,14 @@ def leave(code: int) -> NoReturn:
     jax.distributed.shutdown()
     sys.stdout.flush()
     os._exit(code)
+
+
+def _lost_host(error: BaseException) -> UserError | None:
+    """Return the error to report if a collective failed because another host is gone; None for other errors."""
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not any(mark in str(error) for mark in LOST):
+        return None
+    reason = str(error).splitlines()[0]
+    return UserError(f"another host has died or cannot be reached ({reason}); start the same command on all hosts again")
 
 
 def _report(error: BaseException, code: int) -> None:
