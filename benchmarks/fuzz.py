@@ -49,7 +49,7 @@ def main() -> None:
         return
     start, jobs = time.time(), inputs(flags.inputs, flags.only)
     results = run(jobs, flags.seed, flags.workers, flags.save)
-    faults = print_table(results)
+    faults = print_table(results, flags.seed)
     print(f"{len(jobs):,} inputs of seed {flags.seed} in {time.time() - start:,.0f} s")
     sys.exit(1 if faults else 0)
 
@@ -152,9 +152,9 @@ def work(seed: int) -> None:
                 result |= {"outcome": "accepted" if (answer := check(folder, content)) is None else "refused", "text": answer or ""}
             except UserError as error:
                 result |= {"outcome": "refused", "text": str(error)}
-            grown = (_memory("VmHWM") - before) >> 10
-            if grown > GROWTH_MIB:
-                result |= {"outcome": "fault", "text": f"memory grew by {grown} MiB: {result['text']}"}
+            result["grown"] = (_memory("VmHWM") - before) >> 10
+            if result["grown"] > GROWTH_MIB:
+                result |= {"outcome": "fault", "text": f"memory grew by {result['grown']} MiB: {result['text']}"}
             sys.stderr.flush()
             with Path("stderr").open(errors="replace") as file:
                 file.seek(printed)
@@ -182,18 +182,19 @@ def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def print_table(results: list[dict]) -> int:
-    """Print the counts of each kind, and its faults; return the number of faults."""
+def print_table(results: list[dict], seed: int) -> int:
+    """Print the counts of each kind, the most that an input grew the process by, and the faults; return their number."""
     counts = collections.Counter((result["kind"], result["outcome"]) for result in results)
-    print(f"{'kind':10}{'inputs':>8}{'accepted':>10}{'refused':>9}{'faults':>8}")
+    print(f"{'kind':10}{'inputs':>8}{'accepted':>10}{'refused':>9}{'faults':>8}{'MiB':>6}")
     kinds = [kind for kind in SHARES if any(name == kind for name, _ in counts)]
     rows = [(kind, *(counts[kind, outcome] for outcome in ("accepted", "refused", "fault"))) for kind in kinds]
     rows.append(("all", *(sum(row[column] for row in rows) for column in (1, 2, 3))))
     for kind, accepted, refused, faults in rows:
-        print(f"{kind:10}{accepted + refused + faults:8,}{accepted:10,}{refused:9,}{faults:8,}")
+        grown = max((result.get("grown", 0) for result in results if kind in (result["kind"], "all")), default=0)
+        print(f"{kind:10}{accepted + refused + faults:8,}{accepted:10,}{refused:9,}{faults:8,}{grown:6,}")
     for result in results:
         if result["outcome"] == "fault":
-            print(f"--only={result['kind']}:{result['number']}  {result['text']}")
+            print(f"--seed={seed} --only={result['kind']}:{result['number']}  {result['text']}")
     return rows[-1][-1]
 
 
