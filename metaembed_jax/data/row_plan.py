@@ -65,7 +65,7 @@ class RowPlan:
         microbatches = f" in {shape.microbatches} microbatches" if shape.microbatches > 1 else ""
         return (
             f"rows: {shape.rows} of {size} a step{microbatches}, {fill} used; the longest item takes {self.longest} tokens; "
-            f"{100 * self.cut:.2g} % of texts are cut, {100 * self.shrunk:.2g} % of images shrunk"
+            f"{100 * self.cut:.3g} % of texts are cut, {100 * self.shrunk:.3g} % of images shrunk"
         )
 
 

@@ -293,6 +293,11 @@ def _finish(run: _Run) -> None:
     evaluator = HeldOut(run.config.data, "test", run.config.objectives.budgets)
     if evaluator.has_pairs():
         _evaluate(run, evaluator)
+    else:
+        print(
+            f"{run.workdir}: step {run.checkpoints.best_step()} is the run's checkpoint; not evaluated, without test pairs",
+            flush=True,
+        )
     if hosts.is_first():
         _export(run.config.schedule.exports, run.workdir)
     hosts.wait_for_all("finished")

@@ -248,7 +248,7 @@ def test_rows_hold_every_step_and_their_use_is_known(processor):
     line = plan.describe(shape)
     assert line.startswith(f"rows: {plan.rows} of 288 tokens and 128 patches a step, {100 * mean:.0f} % of tokens and ")
     assert (
-        f"{100 * plan.cut:.2g} % of texts are cut, {100 * plan.shrunk:.2g} % of images shrunk" in line
+        f"{100 * plan.cut:.3g} % of texts are cut, {100 * plan.shrunk:.3g} % of images shrunk" in line
         and plan.cut > 0 < plan.shrunk
     )
 

@@ -72,7 +72,7 @@ def test_a_picture_replaced_under_its_name_is_prepared_again(tmp_path, written, 
     marker = prepare(file, out)
     assert written == [3] and marker["fingerprint"] != first["fingerprint"]
     printed = capsys.readouterr().out
-    assert f"{out}/mine: 1 rows or their images changed since it was prepared, from {file}, row 36 on\n" in printed
+    assert f"{out}/mine: 1 row or their images changed since it was prepared, from {file}, row 36 on\n" in printed
     assert f"{out}/mine: 11 of 12 shards are kept\n" in printed
     fresh = prepare(file, tmp_path / "fresh")
     assert fresh == marker and content(tmp_path / "fresh") == content(out)

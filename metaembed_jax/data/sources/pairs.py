@@ -27,7 +27,7 @@ def find_sources(file: Path) -> list[RawSource]:
       UserError: there is no such file, or it cannot be read.
     """
     if not file.is_file():
-        raise UserError(f"{file}: no such file; --from is a .jsonl or .parquet of pairs")
+        raise UserError(f"{file.absolute()}: no such file; --from is a .jsonl or .parquet of pairs")
     rows = open_row_files([file])
     say_further_columns(rows, COLUMNS, "not read")
     folder = ImageFolder(file.parent)

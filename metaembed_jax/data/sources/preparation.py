@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -131,10 +131,13 @@ class _Preparation:
         """Return a function's result for each shard, with a bar if it takes long."""
         results, total = {}, sum(stop - start for start, stop in map(self.job.bounds, chosen))
         with tqdm(total=total, desc=f"{self.job.source.name}: {what}", unit="row", mininterval=0.5, delay=1) as bar:
-            for shard, result in zip(chosen, map_with(self.job, function, chosen, self.workers), strict=True):
+            for shard, result in zip(chosen, self._each(function, chosen), strict=True):
                 results[shard] = result
                 bar.update(rows(result))
         return results
+
+    def _each(self, function: Callable[[Job, int], Result], chosen: Sequence[int]) -> Iterator[Result]:
+        return map_with(self.job, function, chosen, min(self.workers, len(chosen)) if len(chosen) > 1 else 0)
 
     def _say_changes(self, marker: dict, counts: dict[int, dict], stamps: dict[int, list[int]], current: set[int]) -> None:
         """Print how many rows changed, and name the first of them.
@@ -156,7 +159,7 @@ class _Preparation:
         inside = [row for row in changed if row < len(rows)]
         number = len(inside) + max(_rows_before(marker) - len(rows), 0)
         first = f", from {rows.row_name(inside[0])} on" if inside else ""
-        print(f"{source}: {number:,} rows or their images changed since it was prepared{first}", flush=True)
+        print(f"{source}: {number:,} row{'s' * (number != 1)} or their images changed since it was prepared{first}", flush=True)
 
     def _copy_corpus(self, stamp: str) -> bool:
         """Make the folder and the copy of the corpus, and return whether that changes the stamps of all rows.
@@ -208,7 +211,7 @@ class _Preparation:
             print(f"{self.final.parent}: {len(written)} of {job.shards} shards are kept", flush=True)
         with tqdm(total=len(job.source.rows), desc=job.source.name, unit="row", mininterval=0.5) as bar:
             bar.update(sum(counts["read"] for counts in written.values()))
-            for shard, counts in zip(missing, map_with(job, shards.write_shard, missing, self.workers), strict=True):
+            for shard, counts in zip(missing, self._each(shards.write_shard, missing), strict=True):
                 written[shard] = counts
                 bar.update(counts["read"])
                 _check_left_out(written, job.skips)
