@@ -170,6 +170,7 @@ def test_kaggle_reaches_its_config(program):
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert (process.returncode, process.stderr.splitlines()[-1]) == (
         2,
-        f"error: configs/missing.py: no such file or config; expected {', '.join(config_names())}, or a file",
+        f"error: configs/missing.py: no such file or config; expected {', '.join(config_names())}, or a file "
+        f"({ROOT / 'configs' / 'missing.py'} does not exist)",
     )
     assert "Traceback" not in process.stderr and not Path("nowhere").exists()
