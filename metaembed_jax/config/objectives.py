@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 from metaembed_jax.config.section import Positive, PositiveNumber, Section, annotations
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS, Budget
-from metaembed_jax.late_interaction.matryoshka import Contents, matryoshka_loss
+from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
+from metaembed_jax.late_interaction.right_documents import Contents
 
 
 class PairVectors(NamedTuple):

@@ -12,7 +12,6 @@ of them is contiguous. Documents are the last axis, so that the maximum over j r
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS, Budget, validate_groups
+from metaembed_jax.late_interaction.right_documents import Contents, check_contents, ranked_documents
 from metaembed_jax.precision import float32_einsum
 from metaembed_jax.sharding import BATCH_AXES, batch_shards
 
@@ -28,18 +28,6 @@ from metaembed_jax.sharding import BATCH_AXES, batch_shards
 # has as many query vectors as the width, up to the larger size.
 CHUNK_BYTES = 16 << 20
 WIDE_CHUNK_BYTES = 32 << 20
-
-
-class Contents(NamedTuple):
-    """Digests of the items of pairs, W words each: items with the same words are the same item.
-
-    Attributes:
-      queries, positives, negatives: words of each pair's items.
-    """
-
-    queries: Int[Array, "B W"]
-    positives: Int[Array, "B W"]
-    negatives: Int[Array, "B K W"]
 
 
 def matryoshka_loss(
@@ -90,14 +78,10 @@ def matryoshka_loss(
     _check_shapes(query_BRD, document_BRD, negatives, negative_mask, sources)
     if contents is not None:
         contents = Contents(*map(jnp.asarray, contents))
-        _check_contents(contents, negative_mask.shape)
+        check_contents(contents, negative_mask.shape)
     _check_options(normalization, temperature, chunk)
+    _check_mesh(len(query_BRD), mesh)
     groups = validate_groups(groups, query_BRD.shape[1], document_BRD.shape[1])
-    if mesh is not None and len(query_BRD) % batch_shards(mesh):
-        raise UserError(
-            f"batch of {len(query_BRD)} pairs does not divide over {batch_shards(mesh)} shards of the mesh axes "
-            f"{', '.join(BATCH_AXES)}; expected a multiple of that"
-        )
     r_q, r_c = groups[-1]
     vectors = query_BRD[:, :r_q], document_BRD[:, :r_c], negatives[:, :, :r_c]
     facts = negative_mask, sources, contents
@@ -123,12 +107,11 @@ def _check_shapes(query, document, negatives, negative_mask, sources):
         raise UserError(f"matryoshka_loss: {shapes}: expected {negatives.shape[:2]} and {query.shape[:1]}")
 
 
-def _check_contents(contents, pairs_and_negatives):
-    shapes = [words.shape for words in contents]
-    words = shapes[0][-1:]
-    if shapes != [pairs_and_negatives[:1] + words, pairs_and_negatives[:1] + words, pairs_and_negatives + words]:
+def _check_mesh(pairs, mesh):
+    if mesh is not None and pairs % batch_shards(mesh):
         raise UserError(
-            f"matryoshka_loss: contents {shapes}: expected [B, W], [B, W] and [B, K, W] with B, K = {pairs_and_negatives}"
+            f"batch of {pairs} pairs does not divide over {batch_shards(mesh)} shards of the mesh axes "
+            f"{', '.join(BATCH_AXES)}; expected a multiple of that"
         )
 
 
@@ -146,7 +129,7 @@ def _group_losses(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, co
     """Return losses [G] and accuracies [G] over the global batch, and the numbers of rows and negatives that are not ranked [2]."""
     pairs = query_BRD.shape[0]
     if mesh is None:
-        ranked_BM, same_2 = _ranked(mask_BK, source_N, contents, 0)
+        ranked_BM, same_2 = ranked_documents(mask_BK, source_N, contents, 0)
         losses_G, hits_G = _sums(query_BRD, document_BRD, negatives_BKRD, ranked_BM, temperature, 0, groups, chunk)
     else:
         split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
@@ -156,54 +139,12 @@ def _group_losses(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, co
             first = jax.lax.axis_index(BATCH_AXES) * query_BRD.shape[0]
             with jax.named_scope("gather"):
                 document_NRD = jax.lax.all_gather(document_BRD, BATCH_AXES, tiled=True)
-            ranked_BM, same_2 = _ranked(mask_BK, source_N, contents, first)
+            ranked_BM, same_2 = ranked_documents(mask_BK, source_N, contents, first)
             sums = _sums(query_BRD, document_NRD, negatives_BKRD, ranked_BM, temperature, first, groups, chunk)
             return jax.lax.psum((*sums, same_2), BATCH_AXES)
 
         losses_G, hits_G, same_2 = sums_of_shards(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, contents, temperature)
     return losses_G / pairs, hits_G / pairs, same_2
-
-
-def _ranked(mask_BK, source_N, contents, first):
-    """Return which documents this device's queries rank [B, M], and how many rows and negatives are not, as right documents [2].
-
-    Its queries are those of pairs first, first + 1, ...
-    """
-    queries = mask_BK.shape[0]
-
-    def here(x_N):
-        return jax.lax.dynamic_slice_in_dim(x_N, first, queries)
-
-    of_source_BN = here(source_N)[:, None] == source_N
-    if contents is None:
-        return jnp.concatenate([of_source_BN, mask_BK], axis=1), jnp.zeros(2, jnp.float32)
-    is_own_BN = jnp.arange(source_N.shape[0]) == first + jnp.arange(queries)[:, None]
-    is_right_BN, is_right_BK = _right_documents(contents, here)
-    dropped_BN, dropped_BK = of_source_BN & is_right_BN & ~is_own_BN, mask_BK & is_right_BK
-    same_2 = jnp.stack([dropped_BN.sum(), dropped_BK.sum()]).astype(jnp.float32)
-    return jnp.concatenate([of_source_BN & ~dropped_BN, mask_BK & ~dropped_BK], axis=1), same_2
-
-
-def _right_documents(contents, here):
-    """Return which positives [B, N] and hard negatives [B, K] hold a positive of the query, or of one that is the same.
-
-    Args:
-      here: returns the rows of this device's queries.
-    """
-    query_NW, positive_NW, negative_NKW = contents
-    pairs = positive_NW.shape[0]
-    has_query_BN = _same(here(query_NW)[:, None], query_NW)
-    # The number of the first row with the same positive. A sum over rows by it takes memory for B * N; a product of matrices would
-    # take it for N * N.
-    first_N = jnp.where(_same(positive_NW[:, None], positive_NW), jnp.arange(pairs), pairs).min(axis=1)
-    is_right_NB = jnp.zeros_like(has_query_BN.T).at[first_N].max(has_query_BN.T)
-    holds_positive_BKN = _same(here(negative_NKW)[:, :, None], positive_NW)
-    return is_right_NB[first_N].T, (holds_positive_BKN & has_query_BN[:, None]).any(axis=2)
-
-
-def _same(first, second):
-    """Return which items have the same words; the last axis."""
-    return (first == second).all(axis=-1)
 
 
 def _sums(query_BRD, document_NRD, negatives_BKRD, ranked_BM, temperature, first, groups, chunk):

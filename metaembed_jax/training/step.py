@@ -21,7 +21,7 @@ from metaembed_jax.batch.training import TrainingBatch, check_microbatch
 from metaembed_jax.config.objectives import PairVectors
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
-from metaembed_jax.late_interaction.matryoshka import Contents
+from metaembed_jax.late_interaction.right_documents import Contents
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import ModelConfig, abstract_network, abstract_parameters, init_parameters
 from metaembed_jax.network_config import model_config

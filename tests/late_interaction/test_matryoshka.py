@@ -9,7 +9,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from metaembed_jax.check.references import matryoshka
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS, validate_groups
-from metaembed_jax.late_interaction.matryoshka import Contents, matryoshka_loss
+from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
+from metaembed_jax.late_interaction.right_documents import Contents
 
 TOLERANCE = 5e-5
 GROUP_SETS = [
