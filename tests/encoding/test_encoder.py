@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import threading
+import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import SimpleNamespace
@@ -105,6 +106,7 @@ def test_threads_share_the_memory_of_an_image():
         with memory.hold(size):
             held.append(min(size, 100))
             most.append(sum(held))
+            time.sleep(0.001)  # so that threads meet here
             held.remove(min(size, 100))
 
     sizes = np.random.default_rng(0).integers(1, 150, 300).tolist()
@@ -115,23 +117,40 @@ def test_threads_share_the_memory_of_an_image():
         with memory.hold(60):
             assert threads.submit(hold, 40).result(timeout=60) is None
             waiting = threads.submit(hold, 41)
-            assert not waiting.done()
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
         assert waiting.result(timeout=60) is None
 
 
 def test_images_are_held_while_they_are_decoded(monkeypatch):
     """Their sizes come from `describe`, from the item, or are read again where another host has read them."""
-    sizes, held = [(3, 4), (0, 0), (2, 2)], []
+    sizes, held, holding = [(3, 4), (0, 0), (2, 2)], [], threading.local()
     items = [{"text": "12", "image": size} if size[0] else {"text": "12"} for size in sizes]
-    monkeypatch.setattr(SharedMemory, "hold", lambda self, size: held.append(size) or contextlib.nullcontext())
-    for given, texts in ((items, []), (Described(items), [0])):
+
+    @contextlib.contextmanager
+    def hold(_, size):
+        held.append(size)
+        holding.size = size
+        yield
+        del holding.size
+
+    class Held(Processor):
+        """A processor that decodes images only while their memory is held."""
+
+        def document(self, item, *, name):
+            width, height = item.get("image", (0, 0))
+            assert not width or holding.size == 4 * width * height
+            return super().document(item, name=name)
+
+    monkeypatch.setattr(SharedMemory, "hold", hold)
+    for given in (items, Described(items)):
         for is_read in (True, False):
             held.clear()
-            with contextlib.closing(Reader(Processor(), given, "document", 4, 4)) as reader:
+            with contextlib.closing(Reader(Held(), given, "document", 4, 4)) as reader:
                 wait(reader.sizes(range(3)) if is_read else [])
                 for number, (width, height) in enumerate(sizes):
                     assert reader.row_item(number, (2, width * height)).result()
-            assert sorted(held) == sorted([48, 16, *(texts if is_read and not texts else [0])])
+            assert sorted(held) == ([16, 48] if given is items and is_read else [0, 16, 48])
 
 
 def test_pages_are_drawn_at_the_pixels_of_the_processor(monkeypatch):
