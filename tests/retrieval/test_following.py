@@ -5,12 +5,12 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import metaembed_jax as me
 from metaembed_jax.retrieval import build, parts, store
 from tests.data.field_files import inline, picture, write_parquet
 from tests.retrieval.fake_model import FakeModel, content, vectors
+from tests.retrieval.following_files import check, save, spoil, stored_vectors
 
 
 @pytest.fixture
@@ -23,47 +23,12 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(parts, "PART_DOCUMENTS", 4)
 
 
-def save(path, *colours):
-    """Write an image of a colour, or a PDF or TIFF file with a page of each; its time is later than that of the last."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pages = [Image.new("RGB", (28, 28), colour) for colour in colours]
-    pages[0].save(path, **(dict(save_all=True, append_images=pages[1:]) if path.suffix in (".pdf", ".tif") else {}))
-    save.seconds += 10
-    os.utime(path, (save.seconds, save.seconds))
-
-
-save.seconds = 1_700_000_000
-
-
 def index(model, path, **options):
     """Index what `path` holds in a folder next to it, check that it is what the documents give, and return it."""
     documents = me.open_documents(path, skip=options.get("skip", 0))
     built = me.index_documents(model, documents, path.parent / "index", dtype="float32", **options)
     check(built, documents)
     return built
-
-
-def check(built, documents):
-    stored = stored_vectors(built)
-    left_out = {item for item, _ in built.left_out}
-    assert stored.keys() == {*documents.ids()} - left_out and len(built) == len(stored)
-    for number, item in enumerate(documents.ids()):
-        if item in left_out:
-            continue
-        np.testing.assert_array_equal(stored[item], vectors(content(documents[number])))
-        expected = {key: value for key, value in documents.metadata(number).items() if key != "id" and value is not None}
-        assert built.metadata(item) == expected
-    named = {segment.entry.name for segment in built._segments}
-    assert {path.name for path in built.folder.iterdir()} == {"manifest.json", "lock", *named}
-
-
-def stored_vectors(built):
-    """Return the vectors of each item."""
-    items = {}
-    for segment in built._segments:
-        for ids, levels, *_ in segment.items(100):
-            items |= dict(zip(ids, np.concatenate(levels, axis=1), strict=True))
-    return items
 
 
 def files(built):
@@ -291,13 +256,6 @@ def test_everything_replaced(model, tmp_path):
     (tmp_path / "in" / "a.png").unlink()
     save(tmp_path / "in" / "b.png", "red")
     assert len(index(model, tmp_path / "in")._segments) == 1
-
-
-def spoil(path):
-    """Cut an image, and return its whole content."""
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    return whole
 
 
 def test_a_bad_document(model, tmp_path, capsys):

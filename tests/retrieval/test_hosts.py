@@ -5,8 +5,8 @@ import re
 import numpy as np
 
 import metaembed_jax as me
+from tests.retrieval.following_files import check, save, spoil
 from tests.retrieval.reference import unit
-from tests.retrieval.test_following import check, save, spoil
 from tests.several_hosts import Hosts
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import metaembed_jax as me
 from tests.checkpoints.huggingface_files import random_tensors, write
-from tests.retrieval.test_following import stored_vectors
+from tests.retrieval.following_files import stored_vectors
 from tests.several_hosts import Hosts
 
 FILES, PART = 2000, 64 * 8

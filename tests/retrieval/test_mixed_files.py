@@ -14,8 +14,8 @@ import pytest
 from pyarrow import parquet
 
 import metaembed_jax as me
-from metaembed_jax.retrieval import store
 from tests.checkpoints.huggingface_files import random_tensors, write
+from tests.retrieval.following_files import stored_vectors
 from tests.retrieval.mixed_files import change_files, whole_images, write_mixed_files
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def test_killed_at_random_moments_and_changed(kind, model, tmp_path):
     print(f"{kind}: {kills} of {KILLS} killed in {duration:.0f} s\n{whole[-300:]}\n{last[-300:]}")
 
     assert kills >= KILLS // 4
-    expected, vectors = stored(tmp_path / "whole"), stored(tmp_path / "killed")
+    expected, vectors = stored_vectors(me.Index.load(tmp_path / "whole")), stored_vectors(me.Index.load(tmp_path / "killed"))
     assert vectors.keys() == expected.keys() and len(expected) > (FILES if kind == "folder" else ROWS) / 2
     for item in expected:
         np.testing.assert_array_equal(vectors[item], expected[item], err_msg=item)
@@ -86,7 +86,7 @@ def test_killed_at_random_moments_and_changed(kind, model, tmp_path):
     output = finish("killed")
     assert re.search(rf"\({encoded} encoded, [0-9,]+ kept, {dropped} dropped", output), output[-500:]
     finish("new")
-    expected, vectors = stored(tmp_path / "new"), stored(tmp_path / "killed")
+    expected, vectors = stored_vectors(me.Index.load(tmp_path / "new")), stored_vectors(me.Index.load(tmp_path / "killed"))
     assert vectors.keys() == expected.keys()
     for item in expected:
         np.testing.assert_allclose(vectors[item], expected[item], atol=2e-2, err_msg=item)
@@ -122,12 +122,3 @@ def write_table(file: Path, numbers: range, broken: set[str], changed: int = 0) 
     else:
         parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=100)
     return bad
-
-
-def stored(folder: Path) -> dict[str, np.ndarray]:
-    """Return the stored vectors of each item, as bits of bfloat16."""
-    vectors = {}
-    for segment in store.open_index(folder)[1]:
-        for ids, levels, *_ in segment.items(256):
-            vectors |= zip(ids, np.concatenate(levels, axis=1).astype(np.float32), strict=True)
-    return vectors
