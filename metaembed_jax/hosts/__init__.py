@@ -4,6 +4,7 @@ Every host runs the same command. The first host writes files and prints for all
 """
 
 import itertools
+import json
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -72,6 +73,12 @@ def gather_texts(text: str) -> list[str]:
     padded = int(lengths.max() and 2 ** int(lengths.max() - 1).bit_length())  # few shapes: each is a program
     rows = gather(np.pad(encoded, (0, padded - len(encoded)))) if padded else np.zeros((len(lengths), 0), np.uint8)
     return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def gather_dicts(entries: dict) -> dict:
+    """Merge the JSON dicts of all hosts; keys become texts."""
+    texts = gather_texts(json.dumps(entries) if entries else "")  # if all are empty, only their lengths are sent
+    return {key: value for text in texts if text for key, value in json.loads(text).items()}
 
 
 def gather(x: np.ndarray) -> np.ndarray:
