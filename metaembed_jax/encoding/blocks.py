@@ -3,7 +3,6 @@
 N items of a block, n of this host, R vectors of an item, D width of a vector.
 """
 
-import json
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +28,8 @@ class EncodedBlock(NamedTuple):
     failures: dict[int, str]
 
 
-class Block:
-    """A block whose sizes and vectors arrive in parts.
+class PendingBlock:
+    """A block that is being encoded; sizes and vectors arrive in any order.
 
     Args:
       items: the numbers of its items.
@@ -86,12 +85,11 @@ class Block:
             last -= len(numbers)
         return EncodedBlock(self.items, numbers_n[order_n], vectors_nRD, {})
 
-    def join_good(self) -> EncodedBlock:
+    def join_without_failures(self) -> EncodedBlock:
         """Return the vectors in the order of items, without items that failed on any host. All hosts must call this."""
-        texts = hosts.gather_texts(json.dumps(self.failures) if self.failures else "")
-        found = {int(number): reason for text in texts if text for number, reason in json.loads(text).items()}
-        failures, block = dict(sorted(found.items())), self.join()
+        reasons = {int(number): reason for number, reason in hosts.gather_dicts(self.failures).items()}
+        failures, block = dict(sorted(reasons.items())), self.join()
         is_good_n = ~np.isin(block.numbers, list(failures))
-        if is_good_n.all():  # another host failed to read an item of a row that both have
+        if is_good_n.all():  # no copy; false only where another host failed on an item of a row that both have
             return block._replace(failures=failures)
         return EncodedBlock(block.items, block.numbers[is_good_n], block.vectors[is_good_n], failures)

@@ -25,10 +25,11 @@ from metaembed_jax.batch import rows
 from metaembed_jax.batch.items import Fitted, Size
 from metaembed_jax.batch.rows import RowItem
 from metaembed_jax.compilation import announced
-from metaembed_jax.encoding.blocks import Block, EncodedBlock
+from metaembed_jax.encoding.blocks import EncodedBlock, PendingBlock
 from metaembed_jax.encoding.reading import FAILED, Reader, as_table
 from metaembed_jax.encoding.schedule import Call, Schedule
 from metaembed_jax.errors import UserError
+from metaembed_jax.hosts.shares import share
 from metaembed_jax.inputs.processors import PromptProcessor
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.sharding import batch_shards, fetch_rows, rows_here, rows_owned
@@ -77,7 +78,7 @@ class Decoding(NamedTuple):
     """
 
     call: Call
-    block: Block
+    block: PendingBlock
     here: list[list[int]]
     items: list[list[Future]]
 
@@ -91,7 +92,7 @@ class Running(NamedTuple):
     """
 
     call: Call
-    block: Block
+    block: PendingBlock
     here: list[list[int]]
     vectors: Float[jax.Array, "B V D"]
 
@@ -102,7 +103,7 @@ Started = TypeVar("Started", Decoding, Running)
 
 
 @dataclasses.dataclass
-class _Stream:
+class _ItemStream:
     """The items of a call of `Encoder.blocks`.
 
     Attributes:
@@ -116,15 +117,17 @@ class _Stream:
     budget: int
     size: int | None
     allow_failures: bool
-    blocks: deque[Block] = dataclasses.field(default_factory=deque)
+    blocks: deque[PendingBlock] = dataclasses.field(default_factory=deque)
 
     def complete(self) -> Iterator[EncodedBlock]:
         """Yield the next blocks that are complete."""
         while self.blocks and self.blocks[0].is_complete:
             block = self.blocks.popleft()
-            yield block.join_good() if self.allow_failures else block.join()
+            yield block.join_without_failures() if self.allow_failures else block.join()
 
-    def results(self, block: Block, numbers: Sequence[int], futures: Sequence[Future], instead: Callable[[int], T]) -> list[T]:
+    def results(
+        self, block: PendingBlock, numbers: Sequence[int], futures: Sequence[Future], instead: Callable[[int], T]
+    ) -> list[T]:
         """Return the results of futures of items. If failures are allowed, they are recorded, and `instead` replaces the result.
 
         Raises:
@@ -191,7 +194,7 @@ class Encoder:
         """
         self.reduced = Reduced()
         with contextlib.closing(Reader(self._processor, items, side, self._config.meta_tokens(side, budget), budget)) as reader:
-            stream = _Stream(reader, side, budget, size, allow_failures)
+            stream = _ItemStream(reader, side, budget, size, allow_failures)
             for running in self._run(parameters, self._calls(stream, range(start, len(items)), bar), stream):
                 self._fetch(running, budget)
                 _advance(bar, sum(map(len, running.call.rows)))
@@ -201,17 +204,17 @@ class Encoder:
             self._printed.add(str(self.reduced))
             tqdm.write(f"{side}: {self.reduced}", file=sys.stderr)
 
-    def _calls(self, stream: _Stream, numbers: range, bar: tqdm | None) -> Iterator[tuple[Call, Block]]:
+    def _calls(self, stream: _ItemStream, numbers: range, bar: tqdm | None) -> Iterator[tuple[Call, PendingBlock]]:
         """Yield the calls of all blocks. The sizes of the next chunk of items are read meanwhile."""
         meta, row = self._config.meta_tokens(stream.side, stream.budget), self._row(stream.side)
         shards = batch_shards(self._mesh)
         chunks = _chunks(numbers, stream.size or max(len(numbers), 1), CHUNK_ITEMS * shards)
-        for (items, chunk), futures in _one_ahead(chunks, lambda chunk: _start_sizes(stream.reader, chunk[1])):
+        for (items, chunk), futures in _one_ahead(chunks, lambda ahead: stream.reader.sizes(share(ahead[1]))):
             if chunk.start == items.start:
-                stream.blocks.append(Block(items, (stream.budget, self._width)))
+                stream.blocks.append(PendingBlock(items, (stream.budget, self._width)))
                 schedule = Schedule(*row, meta, stream.budget, shards)
             block, is_last = stream.blocks[-1], chunk.stop == items.stop
-            sizes = stream.results(block, _share(chunk), futures, lambda _: FAILED)
+            sizes = stream.results(block, share(chunk), futures, lambda _: FAILED)
             numbers_N, sizes_N4 = block.add_sizes(chunk, _gather_sizes(sizes, len(chunk)))
             _advance(bar, len(chunk) - len(numbers_N))
             self.reduced.add(sizes_N4)
@@ -227,17 +230,17 @@ class Encoder:
         meta = self._config.meta_tokens(side, self._config.vectors(side))
         return max(limits.tokens, limits.prompt(side) + meta), limits.patches
 
-    def _run(self, parameters: dict, calls: Iterator[tuple[Call, Block]], stream: _Stream) -> Iterator[Running]:
+    def _run(self, parameters: dict, calls: Iterator[tuple[Call, PendingBlock]], stream: _ItemStream) -> Iterator[Running]:
         """Yield calls whose vectors are due."""
         shards = batch_shards(self._mesh)
         decoding = _ahead((self._decode(call, block, stream.reader) for call, block in calls), AHEAD * shards)
         return _ahead((self._send(parameters, call, stream) for call in decoding), IN_FLIGHT * shards)
 
-    def _decode(self, call: Call, block: Block, reader: Reader) -> Decoding:
+    def _decode(self, call: Call, block: PendingBlock, reader: Reader) -> Decoding:
         here = [call.rows[row] if row < len(call.rows) else [] for row in rows_here(self._mesh, call.size)]
         return Decoding(call, block, here, [[reader.row_item(number, block.prompt(number)) for number in row] for row in here])
 
-    def _send(self, parameters: dict, decoding: Decoding, stream: _Stream) -> Running:
+    def _send(self, parameters: dict, decoding: Decoding, stream: _ItemStream) -> Running:
         call, block, here, futures = decoding
         layout, program = self._config.architecture.layout, (call.size, call.row)
 
@@ -300,15 +303,6 @@ def _ahead(calls: Iterator[Started], rows: int) -> Iterator[Started]:
             waiting -= started[0].call.size
             yield started.popleft()
     yield from started
-
-
-def _share(chunk: range) -> range:
-    """Return the items of a chunk whose sizes this host reads."""
-    return chunk[jax.process_index() :: hosts.count_hosts()]
-
-
-def _start_sizes(reader: Reader, chunk: range) -> list[Future]:
-    return reader.sizes(_share(chunk))
 
 
 def _gather_sizes(sizes: Sequence[Fitted], count: int) -> Int[np.ndarray, "N 4"]:

@@ -74,7 +74,7 @@ class Reader:
         return self._threads.submit(self._row_item, int(number), prompt)
 
     def blank_item(self, prompt: tuple[int, int], layout: Layout) -> RowItem:
-        """Return an item of the same size as another, of a text without meaning and an image without patches."""
+        """Return a placeholder of this size, for the slot of an item that failed."""
         tokens, patches = prompt
         positions, visual = np.tile(np.arange(tokens, dtype=np.int32), (layout.position_axes, 1)), np.full(tokens, -1, np.int32)
         example = Example(np.zeros(tokens, np.int32), positions, visual, {}, np.zeros(patches, bool))
