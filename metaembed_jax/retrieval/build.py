@@ -2,14 +2,11 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Bool, Int, UInt64
+from jaxtyping import Bool, UInt64
 from tqdm import tqdm
 
 from metaembed_jax import hosts
@@ -18,33 +15,16 @@ from metaembed_jax.data.left_out import check_left_out
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, local_path
 from metaembed_jax.flags import printable
+from metaembed_jax.hosts.shares import share
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
-from metaembed_jax.retrieval.following import Match, find_damage, match
-from metaembed_jax.retrieval.host_segments import check_equal
+from metaembed_jax.retrieval.following import Match, Plan, find_damage, match
+from metaembed_jax.retrieval.host_segments import check_equal, check_shared
 from metaembed_jax.retrieval.index import Index, check_dtype
 from metaembed_jax.retrieval.ingest import hashes
 from metaembed_jax.retrieval.manifest import Manifest, Segment, levels_of
 from metaembed_jax.retrieval.parts import encode_parts
 from metaembed_jax.retrieval.tiers import merge_tiers, tiers
-
-
-class Work(NamedTuple):
-    """A job to do.
-
-    Attributes:
-      kept: segments of the index.
-      draft: the manifest of the parts that are encoded already, and of the documents that were left out.
-      matched: which documents are stored.
-      stamps: stamps of all documents.
-      pending: numbers of the documents to encode, ascending.
-    """
-
-    kept: list[Segment]
-    draft: Manifest
-    matched: Match
-    stamps: UInt64[np.ndarray, " N"]
-    pending: Int[np.ndarray, " P"]
 
 
 def index_documents(
@@ -62,8 +42,9 @@ def index_documents(
 
     Documents that are new or changed are encoded; items of documents that are gone, and items added by hand, are dropped. A killed
     job resumes when it is called again. An index of another model, budget, dtype or size of images is replaced when the new one is
-    complete. The metadata of an item are those of its path, page and text that it has. `Index.left_out` lists the documents that
-    cannot be read; the next job tries them again. All hosts write, in a folder that they share, and the first one commits.
+    complete. An item has the metadata of its document, without nulls, and with an absolute path. `Index.left_out` lists the
+    documents that cannot be read; the next job tries them again. All hosts write, in a folder that they share, and the first one
+    commits.
 
     Args:
       documents: from `open_documents`.
@@ -87,61 +68,60 @@ def index_documents(
     if not len(documents):
         raise UserError("nothing to index: expected at least one document")
     origin = {"name": name, "fingerprint": model.fingerprint}
-    job = digest(repr((model.fingerprint, model.processor.fingerprint, budget, dtype)).encode())
-    empty = Manifest(model.dimension, levels_of(budget), dtype, model=origin, job=job)
+    settings = digest(repr((model.fingerprint, model.processor.fingerprint, budget, dtype)).encode())
+    empty = Manifest(model.dimension, levels_of(budget), dtype, model=origin, settings=settings)
     with store.writing(folder) if hosts.is_first() else contextlib.nullcontext():
-        store.check_shared(folder)
-        work = _plan(folder, documents, empty, skip)
-        draft = encode_parts(model, documents, work.pending, work.stamps, folder, work.draft, skip, progress)
-        is_changed = _commit(folder, documents, empty, work.kept, draft)
+        check_shared(folder)
+        plan = _plan(folder, documents, empty, skip)
+        draft = encode_parts(model, documents, plan, folder, skip, progress)
+        is_changed = _commit(folder, documents, empty, plan.committed, draft)
         hosts.wait_for_all("indexed")
     index = Index(folder)
     if progress and hosts.is_first():
-        print(f"{path}: {_summary(index, work.matched, is_changed)}", flush=True)
+        print(f"{path}: {_summary(index, plan.matched, is_changed)}", flush=True)
     return index
 
 
-def _plan(folder: Path, documents: Documents, empty: Manifest, skip: int) -> Work:
+def _plan(folder: Path, documents: Documents, empty: Manifest, skip: int) -> Plan:
     """Find the documents that are stored. Files of other unfinished jobs are removed."""
-    committed, draft = hosts.first_then_others(lambda: _stored(folder, empty))
-    segments = (*committed, *draft.segments)
-    damage = _find_damage(folder, empty, segments)
+    stored, draft = hosts.first_then_others(lambda: _read_committed(folder, empty))
+    segments = (*stored, *draft.segments)
+    damage = _damaged_names(folder, empty, segments)
     sound = [segment for segment in segments if segment.name not in damage]
     ids_N, stamps_N = hashes(documents.ids()), documents.stamps()
     check_equal(digest(ids_N.tobytes() + stamps_N.tobytes()), "the documents")
     matched = match(ids_N, stamps_N, folder, empty, sound)
-    is_tried_N, left_out = _tried(draft, ids_N, stamps_N)
+    is_tried_N, left_out = _left_out_before(draft, ids_N, stamps_N)
     if len(documents.left_out) + len(left_out) > skip:  # the job has stopped at them: they may be readable by now
         is_tried_N, left_out = np.zeros(len(ids_N), bool), ()
     drafted = {segment.name for segment in draft.segments}
-    kept = [segment for segment in matched.segments if segment.name not in drafted]
+    committed = [segment for segment in matched.segments if segment.name not in drafted]
     parts = tuple(segment for segment in matched.segments if segment.name in drafted)
     draft = dataclasses.replace(empty, segments=parts, left_out=left_out)
-    return Work(kept, draft, matched, stamps_N, np.flatnonzero(~matched.is_kept_N & ~is_tried_N))
+    return Plan(committed, draft, matched, stamps_N, np.flatnonzero(~matched.is_kept_N & ~is_tried_N))
 
 
-def _stored(folder: Path, empty: Manifest) -> tuple[tuple[Segment, ...], Manifest]:
+def _read_committed(folder: Path, empty: Manifest) -> tuple[tuple[Segment, ...], Manifest]:
     """Return the segments of the index that the job can keep, and its draft. The first host removes files of other jobs."""
-    present = store.read_manifest(folder) if (folder / store.MANIFEST).exists() else None
-    draft = store.read_draft(folder, empty.job) or empty
+    manifest, draft = store.read_manifests(folder)
+    draft = draft if draft and draft.settings == empty.settings else empty
     if hosts.is_first():
-        store.clean(folder, present, draft)
-    committed = present.segments if present and present.job == empty.job else ()
+        store.clean(folder, manifest, draft)
+    committed = manifest.segments if manifest and manifest.settings == empty.settings else ()
     names = {segment.name for segment in committed}  # a job that was killed after its commit may have left its draft
     return committed, dataclasses.replace(draft, segments=tuple(segment for segment in draft.segments if segment.name not in names))
 
 
-def _find_damage(folder: Path, empty: Manifest, segments: tuple[Segment, ...]) -> set[str]:
+def _damaged_names(folder: Path, empty: Manifest, segments: tuple[Segment, ...]) -> set[str]:
     """Return the names of damaged segments; each host checks some, and the first prints what is wrong."""
-    here = find_damage(folder, empty, segments[jax.process_index() :: hosts.count_hosts()])
-    damage = {name: reason for text in hosts.gather_texts(json.dumps(here)) for name, reason in json.loads(text).items()}
+    damage = hosts.gather_dicts(find_damage(folder, empty, share(segments)))
     if damage and hosts.is_first():
         items = sum(segment.items - len(segment.deleted) for segment in segments if segment.name in damage)
         tqdm.write(f"{next(iter(damage.values()))}\n{folder}: {items:,} items are damaged; their documents are encoded again")
     return {*damage}
 
 
-def _tried(
+def _left_out_before(
     draft: Manifest, ids_N: UInt64[np.ndarray, " N"], stamps_N: UInt64[np.ndarray, " N"]
 ) -> tuple[Bool[np.ndarray, " N"], tuple[tuple[str, str, int], ...]]:
     """Return a mask of the documents that a draft leaves out and that have not changed since, and their entries."""
@@ -153,13 +133,13 @@ def _tried(
     return is_tried_N, tuple(entries)
 
 
-def _commit(folder: Path, documents: Documents, empty: Manifest, kept: list[Segment], draft: Manifest) -> bool:
+def _commit(folder: Path, documents: Documents, empty: Manifest, committed: list[Segment], draft: Manifest) -> bool:
     """Merge small segments, and replace the index. Returns False if it is the same as before.
 
     Raises:
       UserError: no document could be read.
     """
-    groups = tiers(kept, draft.segments, hosts.count_hosts())
+    groups = tiers(committed, draft.segments, hosts.count_hosts())
     if not groups:
         raise UserError(f"nothing to index: none of {len(documents):,} documents can be read")
     segments = merge_tiers(folder, empty, groups)

@@ -1,16 +1,15 @@
 """The stored items that a job keeps: those whose document has the same id and stamp. All other documents are pending.
 
-N documents, S stored items.
+N documents, S stored items, P documents to encode.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, UInt64
+from jaxtyping import Bool, Int, UInt64
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.retrieval.manifest import Manifest, Segment
@@ -31,14 +30,30 @@ class Match(NamedTuple):
     dropped: int
 
 
+class Plan(NamedTuple):
+    """The segments that a job keeps, and the documents that it encodes.
+
+    Attributes:
+      committed: segments of the index.
+      draft: the manifest of the parts that are encoded already, and of the documents that were left out.
+      matched: which documents are stored.
+      stamps: stamps of all documents.
+      pending: numbers of the documents to encode, ascending.
+    """
+
+    committed: list[Segment]
+    draft: Manifest
+    matched: Match
+    stamps: UInt64[np.ndarray, " N"]
+    pending: Int[np.ndarray, " P"]
+
+
 def find_damage(folder: Path, manifest: Manifest, segments: Sequence[Segment]) -> dict[str, str]:
     """Check all files of segments, and return what is wrong with each damaged segment, by its name."""
     damage = {}
     for entry in segments:
         try:
-            segment = SegmentFiles(folder, manifest, entry)
-            with ThreadPoolExecutor() as threads:  # checksums are computed without Python's lock
-                list(threads.map(lambda file: (file.check_all(), file.release()), segment.files.values()))
+            SegmentFiles(folder, manifest, entry).check_all()
         except (UserError, FileNotFoundError) as error:
             damage[entry.name] = str(error)
     return damage
@@ -79,7 +94,7 @@ def match(
 
 
 def _read_keys(folder: Path, manifest: Manifest, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the hash of the id of each stored item, its stamp, and whether it is not deleted."""
+    """Return [S] of all stored items: id hashes and stamps, uint64, and a mask of those not deleted."""
     keys = [(np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, bool))]
     for entry in segments:  # one is open at a time: a process may have some 65,000 mapped files
         segment = SegmentFiles(folder, manifest, entry)

@@ -52,7 +52,7 @@ class Manifest:
       dtype: type of the stored vectors, one of `DTYPES`.
       segments: segments in the order of their items.
       model: {"name", "fingerprint"} of the model that encoded the items; None if it is unknown.
-      job: digest of what all vectors depend on, of an index by `index_documents`; empty for other indexes.
+      settings: digest of the model, processor, budget and dtype of an index by `index_documents`; empty for other indexes.
       left_out: (id, reason, stamp) of each document of the job that was left out.
     """
 
@@ -61,7 +61,7 @@ class Manifest:
     dtype: str
     segments: tuple[Segment, ...] = ()
     model: dict[str, str] | None = None
-    job: str = ""
+    settings: str = ""
     left_out: tuple[tuple[str, str, int], ...] = ()
 
 
@@ -113,16 +113,16 @@ def _validated(index: dict) -> Manifest:
     levels = tuple(index.pop("levels"))
     left_out = tuple((item, reason, stamp) for item, reason, stamp in index.pop("left_out"))
     manifest = Manifest(segments=segments, levels=levels, left_out=left_out, **index)
-    _require(_is_count(manifest.width) and manifest.dtype in DTYPES and isinstance(manifest.job, str), "width, dtype or job")
+    is_described = _is_count(manifest.width) and manifest.dtype in DTYPES and isinstance(manifest.settings, str)
+    _require(is_described, "width, dtype or settings")
     model = manifest.model
     _require(levels and all(map(_is_count, levels)) and list(levels) == sorted(set(levels)), "levels")
     is_model = model is None or (model.keys() == {"name", "fingerprint"} and all(isinstance(text, str) for text in model.values()))
     _require(is_model, "model")
     _require(len({segment.name for segment in segments}) == len(segments), "a segment is named twice")
     _require(all(segment.fewest <= levels[-1] for segment in segments), "fewest")
-    texts, stamps = [text for item, reason, _ in left_out for text in (item, reason)], [stamp for _, _, stamp in left_out]
-    _require(all(isinstance(text, str) for text in texts), "left_out")
-    _require(all(type(stamp) is int and 0 <= stamp < 2**64 for stamp in stamps), "left_out")
+    are_texts = all(isinstance(item, str) and isinstance(reason, str) for item, reason, _ in left_out)
+    _require(are_texts and all(type(stamp) is int and 0 <= stamp < 2**64 for *_, stamp in left_out), "left_out")
     return manifest
 
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
-from jaxtyping import Int, UInt64
 from tqdm import tqdm
 
 from metaembed_jax import hosts
@@ -17,10 +15,11 @@ from metaembed_jax.data.left_out import LeftOut, check_left_out
 from metaembed_jax.encoding.blocks import EncodedBlock
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
+from metaembed_jax.retrieval.following import Plan
 from metaembed_jax.retrieval.host_segments import gather_segments
 from metaembed_jax.retrieval.ingest import make_items
 from metaembed_jax.retrieval.manifest import Manifest, Segment
-from metaembed_jax.retrieval.tiers import count_items, merge_tiers
+from metaembed_jax.retrieval.tiers import count_items, divide, merge_tiers
 from metaembed_jax.retrieval.writer import SegmentWriter
 from metaembed_jax.sharding import batch_shards
 
@@ -59,34 +58,30 @@ class Selected(Sequence):
 def encode_parts(
     model: MetaEmbed,
     documents: Documents,
-    pending: Int[np.ndarray, " P"],
-    stamps: UInt64[np.ndarray, " N"],
+    plan: Plan,
     folder: Path,
-    draft: Manifest,
     skip: int,
     progress: bool,
 ) -> Manifest:
-    """Encode documents, and return the draft with the segments of their parts, and with those that cannot be read.
+    """Encode the pending documents, and return the draft with the segments of their parts, and with those that cannot be read.
 
     All hosts call this. Each writes the vectors of its share of a part, and the first writes the draft.
 
     Args:
-      pending: numbers of the documents.
-      stamps: stamps of all documents.
       folder: the folder of the index.
       skip: most documents that may be left out.
 
     Raises:
       UserError: more documents than `skip` cannot be read. The draft in the folder has all that were encoded before.
     """
-    size, count = PART_DOCUMENTS * batch_shards(model.mesh), len(documents)
-    items, silent = Selected(documents, pending.tolist()), not (progress and hosts.is_first())
-    with tqdm(total=count, initial=count - len(pending), desc="indexing", unit="item", disable=silent) as bar:
+    draft, size, count = plan.draft, PART_DOCUMENTS * batch_shards(model.mesh), len(documents)
+    items, silent = Selected(documents, plan.pending.tolist()), not (progress and hosts.is_first())
+    with tqdm(total=count, initial=count - len(items), desc="indexing", unit="item", disable=silent) as bar:
         blocks = model.encode_blocks(items, "document", budget=draft.levels[-1], size=size, bar=bar, allow_failures=True)
-        for block in blocks if len(pending) else ():
-            failed = [(int(pending[number]), reason) for number, reason in sorted(block.failures.items())]
-            left_out = [(documents.id_of(number), reason, int(stamps[number])) for number, reason in failed]
-            segments = _write(folder, draft, documents, pending, stamps, block)
+        for block in blocks:
+            failed = [(int(plan.pending[number]), reason) for number, reason in sorted(block.failures.items())]
+            left_out = [(documents.id_of(number), reason, int(plan.stamps[number])) for number, reason in failed]
+            segments = _write(folder, documents, plan, block)
             draft = dataclasses.replace(draft, segments=draft.segments + segments, left_out=(*draft.left_out, *left_out))
             if hosts.is_first():
                 store.write_draft(folder, draft)
@@ -95,21 +90,15 @@ def encode_parts(
     return draft
 
 
-def _write(
-    folder: Path,
-    draft: Manifest,
-    documents: Documents,
-    pending: Int[np.ndarray, " P"],
-    stamps: UInt64[np.ndarray, " N"],
-    block: EncodedBlock,
-) -> tuple[Segment, ...]:
+def _write(folder: Path, documents: Documents, plan: Plan, block: EncodedBlock) -> tuple[Segment, ...]:
     """Write this host's documents of a part as a segment, and return the segments of all hosts."""
-    segments, numbers = {}, pending[block.numbers]
+    segments, numbers = {}, plan.pending[block.numbers]
     if len(numbers):
         descriptions = [documents.metadata(number) for number in numbers.tolist()]
         ids = [description["id"] for description in descriptions]
-        writer = SegmentWriter(folder, draft)
-        writer.add(make_items(block.vectors, ids, [_metadata(description) for description in descriptions], None), stamps[numbers])
+        writer = SegmentWriter(folder, plan.draft)
+        items = make_items(block.vectors, ids, [_metadata(description) for description in descriptions], None)
+        writer.add(items, plan.stamps[numbers])
         segments[jax.process_index()] = writer.close()
     return tuple(segment for _, segment in sorted(gather_segments(segments).items()))
 
@@ -122,8 +111,7 @@ def _merge_parts(folder: Path, draft: Manifest) -> Manifest:
         similar = [*itertools.takewhile(lambda segment, limit=limit: segment.items <= limit, reversed(segments))][::-1]
         if len(similar) < SIMILAR_PARTS * hosts.count_hosts():
             return draft
-        shares = [similar[first :: hosts.count_hosts()] for first in range(hosts.count_hosts())]
-        merged = merge_tiers(folder, draft, shares)
+        merged = merge_tiers(folder, draft, divide(similar, hosts.count_hosts()))
         draft = dataclasses.replace(draft, segments=(*segments[: -len(similar)], *merged))
         if hosts.is_first():
             store.write_draft(folder, draft)

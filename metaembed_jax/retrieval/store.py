@@ -10,20 +10,16 @@ Segments that no manifest names are removed; a reader that has opened them can s
 """
 
 import contextlib
-import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from metaembed_jax import hosts
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import PART, locked, sync_folder, write_bytes
 from metaembed_jax.retrieval.manifest import NAME, Manifest, Segment, decode, encode
 from metaembed_jax.retrieval.segment import SegmentFiles
 
 MANIFEST, DRAFT, LOCK = "manifest.json", "draft.json", "lock"
-SHARED_SECONDS = 30  # until a host sees a file that another has written, on a network's file system
 TRIES = 5  # to open an index that another process replaces meanwhile
 
 
@@ -37,6 +33,20 @@ def read_manifest(folder: Path) -> Manifest:
         return decode(folder / MANIFEST)
     except FileNotFoundError:
         raise UserError(f"{folder} is not an index: it has no {MANIFEST}") from None
+
+
+def read_manifests(folder: Path) -> tuple[Manifest | None, Manifest | None]:
+    """Read the manifest and the draft of an index; None for one that does not exist, and for a damaged draft.
+
+    Raises:
+      UserError: the manifest is damaged.
+    """
+    manifest = draft = None
+    with contextlib.suppress(FileNotFoundError):
+        manifest = decode(folder / MANIFEST)
+    with contextlib.suppress(FileNotFoundError, UserError):  # a job with a damaged draft starts again
+        draft = decode(folder / DRAFT)
+    return manifest, draft
 
 
 def open_index(folder: Path) -> tuple[Manifest, list[SegmentFiles]]:
@@ -73,29 +83,6 @@ def writing(folder: Path) -> Iterator[Path]:
         yield folder
 
 
-def check_shared(folder: Path) -> None:
-    """Check that all hosts see the folder of the first, which writes a file there and removes it.
-
-    Raises:
-      UserError: the folder is not shared; names a host.
-    """
-    if hosts.count_hosts() == 1:
-        return
-    file = folder / f".{DRAFT}.{hosts.from_first(os.urandom(8).hex())}{PART}"  # `clean` removes it after a crash
-    if hosts.is_first():
-        file.touch()
-    hosts.wait_for_all("shared")
-    deadline = time.monotonic() + SHARED_SECONDS
-    while not file.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    seen = hosts.gather_texts("seen" if file.exists() else "")
-    if hosts.is_first():
-        file.unlink()
-    if "" in seen:
-        host = seen.index("")
-        raise UserError(f"{folder}: host {host} does not see the files of the first host; expected a folder that all hosts share")
-
-
 @contextlib.contextmanager
 def changing(folder: Path) -> Iterator[Path]:
     """Hold the lock of a folder as `writing`, and remove uncommitted segments before and after the change.
@@ -104,11 +91,11 @@ def changing(folder: Path) -> Iterator[Path]:
       UserError: as `writing`, or the index in the folder is damaged.
     """
     with writing(folder):
-        clean(folder, *manifests_in(folder))
+        clean(folder, *read_manifests(folder))
         try:
             yield folder
         finally:
-            clean(folder, *manifests_in(folder))
+            clean(folder, *read_manifests(folder))
 
 
 def is_index(folder: Path) -> bool:
@@ -118,15 +105,6 @@ def is_index(folder: Path) -> bool:
     # Other programs also have files called "lock".
     is_ours = (path.name == LOCK or _is_segment(path) or _is_unfinished(path) for path in folder.iterdir())
     return (folder / LOCK).is_file() and all(is_ours)
-
-
-def read_draft(folder: Path, job: str) -> Manifest | None:
-    """Return the draft of a job; None if there is none, or if it is damaged."""
-    try:
-        draft = decode(folder / DRAFT)
-    except (UserError, FileNotFoundError):
-        return None
-    return draft if draft.job == job else None
 
 
 def write_draft(folder: Path, manifest: Manifest) -> None:
@@ -162,20 +140,6 @@ def remove(folder: Path, segments: Iterable[Segment]) -> None:
     """Remove segments that no manifest names."""
     for segment in segments:
         shutil.rmtree(folder / segment.name)
-
-
-def manifests_in(folder: Path) -> list[Manifest]:
-    """Return the manifest and the draft of an index, those that exist.
-
-    Raises:
-      UserError: the manifest is damaged.
-    """
-    manifests = []
-    with contextlib.suppress(FileNotFoundError):
-        manifests.append(decode(folder / MANIFEST))
-    with contextlib.suppress(FileNotFoundError, UserError):  # a job with a damaged draft starts again
-        manifests.append(decode(folder / DRAFT))
-    return manifests
 
 
 def _is_segment(path: Path) -> bool:

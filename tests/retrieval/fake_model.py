@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 import metaembed_jax as me
-from metaembed_jax import hosts
 from metaembed_jax.encoding.blocks import EncodedBlock
+from metaembed_jax.hosts.shares import share
 from metaembed_jax.mesh import make_mesh
 from tests.retrieval.reference import unit
 
@@ -35,7 +35,7 @@ class FakeModel(me.MetaEmbed):
                     contents[number] = content(items[number])
                 except me.UserError as error:
                     failures[number] = str(error)
-            contents = dict([*contents.items()][jax.process_index() :: hosts.count_hosts()])
+            contents = dict(share([*contents.items()]))
             self.encoded += contents.values()
             bar.update(len(numbers))
             vectors_nRD = np.array([vectors(key)[:budget] for key in contents.values()]).reshape(-1, budget, WIDTH)
