@@ -129,6 +129,7 @@ def work(seed: int) -> None:
     import resource
 
     import fuzz_kinds
+    from memory import memory, reset_peak
 
     from metaembed_jax.errors import UserError
 
@@ -147,13 +148,13 @@ def work(seed: int) -> None:
             content = make(fuzz_kinds.generator(seed, kind, int(number)), folder)
             printed = Path("stderr").stat().st_size
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # its default action ends the process, also in a library
-            before = _memory("VmRSS")
-            _reset_peak()
+            before = memory("VmRSS")
+            reset_peak()
             try:
                 result |= {"outcome": "accepted" if (answer := check(folder, content)) is None else "refused", "text": answer or ""}
             except UserError as error:
                 result |= {"outcome": "refused", "text": str(error)}
-            result["grown"] = (_memory("VmHWM") - before) >> 10
+            result["grown"] = (memory("VmHWM") - before) >> 20
             if result["grown"] > GROWTH_MIB:
                 result |= {"outcome": "fault", "text": f"memory grew by {result['grown']} MiB: {result['text']}"}
             sys.stderr.flush()
@@ -166,21 +167,11 @@ def work(seed: int) -> None:
                 result |= {"outcome": "fault", "text": f"an error of several lines, or none: {result['text'][:300]!r}"}
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
-            place = next((frame for frame in reversed(frames) if "metaembed_jax" in frame.filename), frames[-1])
-            text = f"{type(error).__name__}: {str(error)[:300]} ({Path(place.filename).name}:{place.lineno})"
+            frame = next((frame for frame in reversed(frames) if "metaembed_jax" in frame.filename), frames[-1])
+            text = f"{type(error).__name__}: {str(error)[:300]} ({Path(frame.filename).name}:{frame.lineno})"
             result |= {"outcome": "fault", "text": text}
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(result), file=answers, flush=True)
-
-
-def _memory(field: str) -> int:
-    """Return a size of this process, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def print_table(results: list[dict], seed: int) -> int:

@@ -16,28 +16,8 @@ from metaembed_jax import Index
 from metaembed_jax.errors import UserError
 from metaembed_jax.retrieval.checksummed_files import CHUNK_BYTES
 
-VALUES: tuple = (
-    None,
-    0,
-    -1,
-    1,
-    2,
-    3.5,
-    2**31,
-    2**40,
-    10**30,
-    True,
-    "",
-    "x",
-    "../x",
-    [],
-    [0],
-    [5, 3],
-    {},
-    {"a": 1},
-    "float32",
-    "int8",
-)
+VALUES: tuple = (None, 0, -1, 1, 2, 3.5, 2**31, 2**40, 10**30, True, "", "x")
+VALUES += ("../x", [], [0], [5, 3], {}, {"a": 1}, "float32", "int8")
 ITEMS, VECTORS, WIDTH = 12, 4, 8
 
 
@@ -92,7 +72,7 @@ def _answers(index: Index) -> list:
     """Return what an index answers to two queries, at two budgets."""
     answers: list = [len(index), index.vectors, index.model, list(index.left_out)]
     for budget in (None, [(1, 1, 4), (2, 2)]):
-        scores, ids = index.search(_vectors(3, 2)[:, :2], budget=budget and budget)
+        scores, ids = index.search(_vectors(3, 2)[:, :2], budget=budget)
         answers += [scores.tolist(), ids.tolist(), [index.metadata(item) for item in ids[0]]]
     return answers
 
@@ -104,21 +84,21 @@ def _change_manifest(random: random.Random, folder: Path, is_signed: bool) -> No
         return
     try:
         stored = json.loads(file.read_bytes())
-        place = stored["index"]
+        node = stored["index"]
         while True:
-            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
             key = random.choice(keys)
-            if not isinstance(place[key], dict | list) or not place[key] or random.random() < 0.1:
+            if not isinstance(node[key], dict | list) or not node[key] or random.random() < 0.1:
                 break
-            place = place[key]
+            node = node[key]
     except (ValueError, TypeError, KeyError):  # damaged before
         return
     if random.random() < 0.2:
-        del place[key]
-    elif type(place[key]) is int and random.random() < 0.7:
-        place[key] = random.choice((place[key] + 1, place[key] - 1, *EXTREMES))
+        del node[key]
+    elif type(node[key]) is int and random.random() < 0.7:
+        node[key] = random.choice((node[key] + 1, node[key] - 1, *EXTREMES))
     else:
-        place[key] = random.choice(VALUES)
+        node[key] = random.choice(VALUES)
     _sign(file, stored)
 
 

@@ -28,23 +28,23 @@ def damage(random: random.Random, data: bytes, other: bytes = b"") -> bytes:
     """Change bytes in one of several ways; `other` is another file of the kind."""
     content = bytearray(data)
     way = random.choice(("flip", "flip", "number", "number", "cut", "drop", "repeat", "noise", "splice", "append"))
-    place = min(int(random.expovariate(4) * len(content)), len(content) - 1) if content else 0  # headers are at the start
+    offset = min(int(random.expovariate(4) * len(content)), len(content) - 1) if content else 0  # headers are at the start
     if way == "flip" and content:
         for _ in range(random.randint(1, 8)):
             content[min(int(random.expovariate(3) * len(content)), len(content) - 1)] ^= 1 << random.randrange(8)
     elif way == "number":
         width, order = random.choice((1, 2, 4, 8)), random.choice(("big", "little"))
-        content[place : place + width] = (random.choice(EXTREMES) % 256**width).to_bytes(width, order)
+        content[offset : offset + width] = (random.choice(EXTREMES) % 256**width).to_bytes(width, order)
     elif way == "cut":
         del content[random.randrange(len(content) + 1) :]
     elif way == "drop":
-        del content[place : place + random.randint(1, 64)]
+        del content[offset : offset + random.randint(1, 64)]
     elif way == "repeat":
-        content[place:place] = content[place : place + random.randint(1, 64)] * random.randint(1, 5)
+        content[offset:offset] = content[offset : offset + random.randint(1, 64)] * random.randint(1, 5)
     elif way == "noise":
-        content[place : place + random.randint(1, 64)] = random.randbytes(random.randint(1, 64))
+        content[offset : offset + random.randint(1, 64)] = random.randbytes(random.randint(1, 64))
     elif way == "splice" and other:
-        content[: place + 1] = other[: random.randrange(min(len(other), 200))]
+        content[: offset + 1] = other[: random.randrange(min(len(other), 200))]
     elif way == "append":
         content += random.randbytes(random.randint(1, 64))
     return bytes(content)

@@ -22,13 +22,13 @@ BOX = b"0 0 200 300"
 
 def make_pdf(random: random.Random, folder: Path) -> bytes:
     """Write a PDF file, most often damaged."""
-    data = random.choice((scanned, drawn, made))(random)
+    data = random.choice((scanned, drawn, empty_pages))(random)
     for _ in range(random.choice((0, 1, 1, 2, 3))):
         if random.random() < 0.6:
             data = damage(random, data, scanned(random))
         else:
-            places = [match.span() for match in re.finditer(rb"-?[0-9.]+", data)]
-            start, end = random.choice(places)
+            spans = [match.span() for match in re.finditer(rb"-?[0-9.]+", data)]
+            start, end = random.choice(spans)
             data = data[:start] + random.choice(NUMBERS) + data[end:]
     (folder / "file.pdf").write_bytes(data)
     return data
@@ -68,7 +68,7 @@ def scanned(random: random.Random) -> bytes:
     return file.getvalue()
 
 
-def made(random: random.Random) -> bytes:
+def empty_pages(random: random.Random) -> bytes:
     """Return a PDF file of empty pages that are turned."""
     document, file = pypdfium2.PdfDocument.new(), io.BytesIO()
     for _ in range(random.randint(1, 4)):

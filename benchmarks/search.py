@@ -22,12 +22,12 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from memory import memory, reset_peak
 
 import metaembed_jax as me
 from metaembed_jax.late_interaction.maxsim import maxsim
@@ -71,7 +71,7 @@ def main() -> None:
     for name in arguments.cases:
         case = CASES[name]
         command = [sys.executable, __file__, f"--memory={name}"]  # first, before this process holds vectors
-        memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        megabytes = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         query, document = vectors(case)
         sides = contenders(query, document)
         expected = sides["metaembed_jax"]()
@@ -87,7 +87,7 @@ def main() -> None:
         sizes = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in case._asdict().items())
         print(
             f"{name}: {sizes}; {case.flops / 1e9:.1f} GFLOP, a matmul at {peak / 1e9:.0f} GFLOP/s, "
-            f"extra memory {memory[0]:.0f} MB, of the index {memory[1]:.0f} MB"
+            f"extra memory {megabytes[0]:.0f} MB, of the index {megabytes[1]:.0f} MB"
         )
         for side, value in seconds.items():
             rate, ratio = case.flops / value, value / seconds["metaembed_jax"]
@@ -196,18 +196,12 @@ def extra_memory(case: Case) -> tuple[float, float]:
 
     def peak(call: Callable) -> float:
         call()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        start = resident("VmHWM")
+        reset_peak()
+        start = memory("VmHWM")
         call()
-        return (resident("VmHWM") - start) / 1e6
+        return (memory("VmHWM") - start) / 1e6
 
     return peak(lambda: np.asarray(maxsim(query, on_device))), peak(lambda: index.search(query, K))
-
-
-def resident(key: str) -> int:
-    """Return a value of /proc/self/status in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return 1024 * int(line.split()[1])
 
 
 if __name__ == "__main__":
