@@ -18,6 +18,11 @@ def shortened(value: object) -> str:
     return _cut(repr(value), LONGEST_VALUE)
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's text on one line; the name of its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _cut(text: str, most: int) -> str:
     half = (most - len(" ... ")) // 2
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"

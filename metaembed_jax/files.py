@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, one_line
 
 BUCKET, PART = "gs://", ".part"
 LAST = ("README.md", "config.json", "adapter_config.json")  # mark a folder as a model, so they are uploaded last
@@ -141,9 +141,9 @@ def check_writable(folder: Path) -> None:
         return
     parent = existing_parent(folder)
     if not parent.is_dir():
-        raise UserError(f"{folder} cannot be made: {parent} is a file")
+        raise UserError(f"{parent} is a file; expected a folder, or choose another path than {folder}")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{parent} cannot be written (permission denied); choose another folder than {folder}")
+        raise UserError(f"no permission to write to {parent}; choose another folder than {folder}")
 
 
 def existing_parent(path: Path) -> Path:
@@ -153,7 +153,7 @@ def existing_parent(path: Path) -> Path:
 
 def bucket_reason(error: BaseException) -> str | None:
     """Return one line that says why a request to a bucket failed; None for any other error."""
-    text = " ".join(str(error).split())[:200] or type(error).__name__
+    text = one_line(error)[:200]
     is_request = isinstance(error, OSError) and error.errno is None  # gcsfs sets no errno, the system does
     if type(error).__module__.partition(".")[0] not in REMOTE and not is_request:
         return None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from metaembed_jax.config.keys import apply_flags, with_keys
 from metaembed_jax.config.run import RunConfig
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, one_line
 from metaembed_jax.files import is_bucket
 
 # The configs of the package: inside it if it is installed, next to it in a checkout.
@@ -40,7 +40,7 @@ def load_config(flag: str, overrides: Mapping[str, str] | None = None) -> RunCon
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a config is a program, which can raise anything
-        raise UserError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(config, RunConfig):
         raise UserError(f"{path}: get_config returns a {type(config).__name__}; expected a metaembed_jax.config.RunConfig")
     return apply_flags(_with_start(config, Path(path)), overrides or {})

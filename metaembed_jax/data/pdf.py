@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, one_line
 from metaembed_jax.inputs.images import MAX_ASPECT_RATIO, PIXEL_BYTES, memory_limit
 
 PAGE_PIXELS = 1024 * 28 * 28  # of a page that is drawn for no model: 1,024 visual tokens of Qwen2.5-VL
@@ -94,7 +94,7 @@ def _page_errors(name: str, verb: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name} cannot be {verb} ({' '.join(str(error).split())}); repair or remove it") from error
+        raise UserError(f"{name} cannot be {verb} ({one_line(error)}); repair or remove it") from error
 
 
 def _open_document(file: Path):

@@ -34,7 +34,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SUBFILE, IS_NO_PAGE = 0x00FE, 0b101  # the tag of a TIFF's frame, and its bits for a reduced copy and for a mask
+SUBFILE, NOT_A_PAGE = 0x00FE, 0b101  # the tag of a TIFF's frame, and its bits for a reduced copy and for a mask
 
 # Pillow warns of metadata that it cannot parse and of sizes that are checked here. Filters for a single call are not safe in
 # threads. This one is the last, so every filter of the program has precedence.
@@ -67,7 +67,7 @@ def open_file(image: bytes | str | Path) -> BinaryIO:
 
 
 def tiff_pages(image: bytes | Path) -> tuple[int, ...]:
-    """Return the frames of a TIFF that are pages, not reduced copies or masks; frame 0 alone if it is no TIFF, or broken."""
+    """Return the frames of a TIFF that are pages, not reduced copies or masks; frame 0 alone if the file is not a TIFF, or is broken."""
     pages = []
     try:
         with open_file(image) as file:
@@ -77,7 +77,7 @@ def tiff_pages(image: bytes | Path) -> tuple[int, ...]:
             opened = TiffImageFile(file)
             for frame in range(opened.n_frames):
                 opened.seek(frame)
-                pages += [] if frame and int(opened.tag_v2.get(SUBFILE, 0)) & IS_NO_PAGE else [frame]
+                pages += [] if frame and int(opened.tag_v2.get(SUBFILE, 0)) & NOT_A_PAGE else [frame]
     except Exception:  # parsers of broken files raise errors of every kind; reading the image names it
         return tuple(pages) or (0,)
     return tuple(pages)

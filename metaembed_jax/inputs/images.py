@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, one_line
 from metaembed_jax.inputs.image_formats import QUARTER_TURNS, TURNS, has_late_exif, identify, open_file, orientation
 
 MEMORY_KEY = "METAEMBED_IMAGE_MIB"  # environment variable, so that worker processes have it: the most memory of a decoded image
@@ -92,13 +92,13 @@ def open_header(file: BinaryIO, name: str, frame: int = 0) -> Image.Image:
         image.seek(frame)
     width, height = image.size
     if isinstance(image, JpegImageFile):
-        whole = _coefficient_bytes(image)
+        coefficients = _coefficient_bytes(image)
         sizes = ((scale, -(-width // scale) * -(-height // scale)) for scale in JPEG_SCALES)
-        fitting = (scale for scale, pixels in sizes if pixels * PIXEL_BYTES + whole <= memory_limit())
+        fitting = (scale for scale, pixels in sizes if pixels * PIXEL_BYTES + coefficients <= memory_limit())
         scale = next(fitting, JPEG_SCALES[-1])
         if scale > 1:
             image.draft(image.mode, (width // scale, height // scale))
-        check_size(image, name, whole)
+        check_size(image, name, coefficients)
     else:
         check_size(image, name)
     return image
@@ -123,8 +123,7 @@ def image_errors(name: str) -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise UserError(f"{name}: the image cannot be read: {error}") from error
     except Exception as error:  # decoders of broken bytes raise errors of every kind
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name}: the image cannot be read ({reason}); repair or remove it") from error
+        raise UserError(f"{name}: the image cannot be read ({one_line(error)}); repair or remove it") from error
 
 
 def check_size(image: Image.Image, name: str, more: int = 0) -> None:
@@ -165,7 +164,7 @@ def parse_mib(text: str) -> int:
     """Parse a memory limit in MiB.
 
     Raises:
-      UserError: it is no number from 1 to 2**20 - 1.
+      UserError: expected an integer from 1 to 2**20 - 1.
     """
     if not (text.isascii() and text.isdigit() and len(text) < 8 and 0 < int(text) < 2**20):
         raise UserError(f"{text!r}: expected the MiB of a decoded image, 1 to {2**20 - 1}")

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, one_line
 from metaembed_jax.retrieval.checksummed_files import open_regular
 
 FORMAT = 2
@@ -98,13 +98,13 @@ def decode(path: Path) -> Manifest:
         _require(digest == _digest(index), "its checksum does not match")
         _require(isinstance(index, dict), "no index")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({_reason(error)}); remove it and build the index again") from error
+        raise UserError(f"{path} is damaged ({one_line(error)[:100]}); remove it and build the index again") from error
     if index.pop("format", None) != FORMAT:
         raise UserError(f"{path} is of another version of this program; remove it and index again")
     try:
         return _validated(index)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not valid ({_reason(error)}); remove it and build the index again") from error
+        raise UserError(f"{path} is not valid ({one_line(error)[:100]}); remove it and build the index again") from error
 
 
 def _validated(index: dict) -> Manifest:
@@ -151,7 +151,3 @@ def _require(condition, reason: str) -> None:
 
 def _digest(index: dict) -> str:
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:100] or type(error).__name__

@@ -132,7 +132,7 @@ def record_of(config):
 
 def test_a_disk_without_room_and_a_folder_that_cannot_be_are_refused(tiny_config, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/run cannot be made: .*file is a file"):
+    with pytest.raises(UserError, match="file is a file; expected a folder, or choose another path than .*file/run"):
         train(tiny_config, tmp_path / "file/run")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=10**5))
     message = "run: up to 2 checkpoints are on the disk at once, .* GB each, and its disk has 0.0001 GB free: free space"

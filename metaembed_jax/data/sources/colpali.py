@@ -6,7 +6,7 @@ DIR/**/train-*.parquet with the columns image and query; others (image_filename,
 from functools import partial
 from pathlib import Path
 
-from metaembed_jax.data.sources.image_files import ImageFolder
+from metaembed_jax.data.sources.image_files import ImageFolder, image_stamps
 from metaembed_jax.data.sources.row_files import check_columns, open_row_files
 from metaembed_jax.data.sources.shards import RawSource
 from metaembed_jax.errors import UserError
@@ -26,12 +26,8 @@ def find_sources(directory: Path) -> list[RawSource]:
     rows = open_row_files(files)
     check_columns(rows, ("image", "query"))
     folder = ImageFolder(files[0].parent)
-    return [RawSource(NAME, rows, partial(to_record, folder=folder), partial(image_stamps, folder=folder))]
-
-
-def image_stamps(row: dict, folder: ImageFolder) -> list[tuple]:
-    """Return the stamp of the image file that a row names, if it names one."""
-    return folder.stamps([row["image"]])
+    images = partial(image_stamps, folder=folder, columns=("image",))
+    return [RawSource(NAME, rows, partial(to_record, folder=folder), images)]
 
 
 def to_record(row: dict, folder: ImageFolder) -> dict:

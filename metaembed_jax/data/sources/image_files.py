@@ -6,16 +6,15 @@ No path leads out of the folder. Images are checked before they are copied: they
 import dataclasses
 import io
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, shortened
 from metaembed_jax.inputs.image_formats import tiff_pages
 from metaembed_jax.inputs.images import MAX_ASPECT_RATIO, image_errors, open_header, open_image
 
 LARGEST_FILE = 128 * 2**20  # bytes of an encoded image
-SHOWN = 60  # characters of a value in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +212,11 @@ def image_path(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def image_stamps(row: dict, folder: ImageFolder, columns: Sequence[str]) -> list[tuple]:
+    """Return the stamps of the image files that a row names in some columns."""
+    return folder.stamps(row.get(column) for column in columns)
+
+
 def image_content(value: object, column: str) -> bytes | str:
     """Return the bytes that the value of an image column holds, or the path if it has none.
 
@@ -225,14 +229,8 @@ def image_content(value: object, column: str) -> bytes | str:
         content = fields.get("path") if fields.get("bytes") is None else fields["bytes"]
         content = None if isinstance(content, str) and fields.get("bytes") is not None else content
     if not isinstance(content, bytes | str):
-        raise UserError(f"{column} is {shorten(value)}; expected the path of an image, its bytes, {{'bytes', 'path'}}, or null")
+        raise UserError(f"{column} is {shortened(value)}; expected the path of an image, its bytes, {{'bytes', 'path'}}, or null")
     return content
-
-
-def shorten(value: object) -> str:
-    """Return a value for an error."""
-    shown = repr(value)
-    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
 
 
 def _is_file(file: Path) -> bool:

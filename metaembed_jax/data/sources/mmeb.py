@@ -16,7 +16,7 @@ from pathlib import Path
 from metaembed_jax.data.sources.image_files import ImageFolder, is_absent
 from metaembed_jax.data.sources.row_files import RowFiles, check_columns, open_row_files
 from metaembed_jax.data.sources.shards import RawSource
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, shortened
 
 MARK = "<|image_1|>"
 
@@ -127,13 +127,13 @@ def marked_item(column: str, text: str | None, image: object, read: Callable) ->
     with_image = not is_absent(image)
     if (MARK in text) != with_image:
         raise UserError(
-            f"{column} {text[:60]!r} has {'the mark' if MARK in text else 'no mark'} {MARK}, and "
+            f"{column} {shortened(text)} has {'the mark' if MARK in text else 'no mark'} {MARK}, and "
             f"{'an' if with_image else 'no'} image next to it"
         )
     item = {"image": read(image)} if with_image else {}
     before, _, after = text.partition(MARK)
     if MARK in after:
-        raise UserError(f"{column} {text[:60]!r} has the mark {MARK} twice; an item has one image")
+        raise UserError(f"{column} {shortened(text)} has the mark {MARK} twice; an item has one image")
     words = before + after.lstrip() if with_image else text
     if words.strip():
         item["text"] = words

@@ -12,12 +12,13 @@ a line names them.
 from functools import partial
 from pathlib import Path
 
-from metaembed_jax.data.sources.image_files import ImageFolder
+from metaembed_jax.data.sources.image_files import ImageFolder, image_stamps
 from metaembed_jax.data.sources.row_files import open_row_files, say_further_columns
 from metaembed_jax.data.sources.shards import RawSource
 from metaembed_jax.errors import UserError
 
-COLUMNS = {"query", "query_image", "positive", "positive_image", "negatives", "negative_images", "source"}
+IMAGE_COLUMNS = ("query_image", "positive_image", "negative_images")
+COLUMNS = {"query", "positive", "negatives", *IMAGE_COLUMNS, "source"}
 
 
 def find_sources(file: Path) -> list[RawSource]:
@@ -31,13 +32,9 @@ def find_sources(file: Path) -> list[RawSource]:
     rows = open_row_files([file])
     say_further_columns(rows, COLUMNS, "not read")
     folder = ImageFolder(file.parent)
-    record, images = partial(to_record, folder=folder, source=file.stem), partial(image_stamps, folder=folder)
+    record = partial(to_record, folder=folder, source=file.stem)
+    images = partial(image_stamps, folder=folder, columns=IMAGE_COLUMNS)
     return [RawSource(file.stem, rows, record, images, by_groups=True)]
-
-
-def image_stamps(row: dict, folder: ImageFolder) -> list[tuple]:
-    """Return the stamps of the image files that a row names."""
-    return folder.stamps(row.get(column) for column in ("query_image", "positive_image", "negative_images"))
 
 
 def to_record(row: dict, folder: ImageFolder, source: str) -> dict:

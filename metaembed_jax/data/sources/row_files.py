@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, one_line
 
 ROWS_AT_ONCE = 16  # of Parquet, because a row may hold images
 LONGEST_LINE = 64 * 2**20  # bytes
@@ -108,7 +108,7 @@ def read_each(rows: Rows, start: int, stop: int) -> Iterator[tuple[int, dict | U
             return
         except UserError as error:
             yield start, error
-            start += 1  # the rows after it are read anew
+            start += 1  # the rows after it are read again
 
 
 def open_row_files(files: Sequence[Path]) -> RowFiles:
@@ -190,7 +190,7 @@ def _open_parquet(file: Path):
         set(opened.schema_arrow.names)
         return opened
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: names that are not UTF-8
-        raise UserError(f"{file} is not a readable Parquet file ({_one_line(error)})") from error
+        raise UserError(f"{file} is not a readable Parquet file ({one_line(error)})") from error
 
 
 class _ParquetRows:
@@ -211,7 +211,7 @@ class _ParquetRows:
                 batch = self._batch_of(start)
                 rows = batch.slice(start - self.first, stop - start).to_pylist()
             except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: bytes that are not UTF-8
-                message = f"{self.file}, row {start} cannot be read ({_one_line(error)}); fetch the file again"
+                message = f"{self.file}, row {start} cannot be read ({one_line(error)}); fetch the file again"
                 raise UserError(message) from error
             yield from rows
             start += len(rows)
@@ -250,7 +250,7 @@ def _json_rows(file: Path, start: int, stop: int, offsets: Sequence[int]) -> Ite
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}, row {number} is not JSON ({_one_line(error)})") from error
+                raise UserError(f"{file}, row {number} is not JSON ({one_line(error)})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{file}, row {number}: expected an object of columns and values, not a {type(row).__name__}")
             if b"\\u" in line and not _is_unicode(row):
@@ -278,7 +278,3 @@ def _lines(file: Path, start: int) -> Iterator[tuple[int, bytes]]:
                 offset += len(line)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -42,11 +42,6 @@ TYPES = (
 )
 
 
-def no_images(row: dict) -> list[tuple]:
-    """Return the stamps of the image files of a row that names none."""
-    return []
-
-
 @dataclasses.dataclass(frozen=True)
 class RawSource:
     """A source before its preparation. The functions can be pickled.
@@ -64,7 +59,7 @@ class RawSource:
     name: str
     rows: Rows
     record: Callable[..., dict]
-    images: Callable[[dict], list[tuple]] = no_images
+    images: Callable[[dict], list[tuple]]
     corpus: Corpus | None = None
     by_groups: bool = False
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from metaembed_jax.data.sources.corpus import Corpus, CorpusCopy
-from metaembed_jax.data.sources.image_files import ImageFolder
+from metaembed_jax.data.sources.image_files import ImageFolder, image_stamps
 from metaembed_jax.data.sources.row_files import open_row_files, read_columns
 from metaembed_jax.data.sources.shards import RawSource
 from metaembed_jax.errors import UserError
@@ -46,13 +46,9 @@ def find_sources(directory: Path) -> list[RawSource]:
             raise UserError(f"{file} has the columns {', '.join(sorted(columns[file]))}; queries have {' and '.join(FORMS[0])}")
     source = directory.resolve().name
     folder, rows = ImageFolder(queries[0].parent), open_row_files(queries)
-    record, images = partial(to_record, folder=folder, source=source), partial(image_stamps, folder=folder)
+    record = partial(to_record, folder=folder, source=source)
+    images = partial(image_stamps, folder=folder, columns=("query_image",))
     return [RawSource(source, rows, record, images, Corpus(open_row_files(corpus), document_ids))]
-
-
-def image_stamps(row: dict, folder: ImageFolder) -> list[tuple]:
-    """Return the stamp of the image file that a query names, if it names one."""
-    return folder.stamps([row.get("query_image")])
 
 
 def document_ids(row: dict) -> list[str]:

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from metaembed_jax.data.sources.image_files import ImageFolder, shorten
+from metaembed_jax.data.sources.image_files import ImageFolder
 from metaembed_jax.data.sources.mmeb import marked_item
 from metaembed_jax.data.sources.row_files import check_columns, open_row_files
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, shortened
 from metaembed_jax.evaluation.mmeb.strings import query_string, target_string
 from metaembed_jax.evaluation.mmeb.tasks import Task
 
@@ -120,7 +120,7 @@ def _string(row: dict, column: str) -> str:
     """Return the string of a column; empty for null."""
     value = row[column]
     if not isinstance(value, str | None):
-        raise UserError(f"{column} is {shorten(value)}; expected a string or null")
+        raise UserError(f"{column} is {shortened(value)}; expected a string or null")
     return value or ""
 
 
@@ -128,11 +128,11 @@ def _strings(row: dict, column: str) -> list[str]:
     """Return the strings of a column, a list of them, or none for null."""
     values = [] if row[column] is None else row[column]
     if not isinstance(values, list) or not all(isinstance(value, str | None) for value in values):
-        raise UserError(f"{column} is {shorten(values)}; expected a list of strings, or null")
+        raise UserError(f"{column} is {shortened(values)}; expected a list of strings, or null")
     return [value or "" for value in values]
 
 
 def _path(value: object, column: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{column} is {shorten(value)}; expected the path of an image, or null")
+        raise UserError(f"{column} is {shortened(value)}; expected the path of an image, or null")
     return value
