@@ -249,7 +249,7 @@ def test_what_does_not_fit_together_is_refused(directory, tmp_path):
         shutil.rmtree(changed)
 
     text, vision = SMALL["text_config"], SMALL["vision_config"]
-    refused("model_type is 'llama'; expected that of a known family: idefics3, mllama", "config.json", model_type="llama")
+    refused("model_type='llama': expected idefics3, mllama", "config.json", model_type="llama")
     refused("token 301, .* 100 rows", "config.json", text_config=text | {"vocab_size": 100})
     refused("num_hidden_layers is None; expected a positive integer", "config.json", text_config=text | {"num_hidden_layers": None})
     refused("mrope_section", "config.json", text_config=text | {"rope_parameters": {"mrope_section": [1, 1, 1]}})

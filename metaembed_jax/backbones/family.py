@@ -101,12 +101,15 @@ class Family:
         return self.weight_map["embedding"].key
 
 
-def family(name: str) -> Family:
+def family(name: object, key: str = "config.model.backbone") -> Family:
     """Return the family of a `model_type`.
+
+    Args:
+      key: the key that holds the name, for errors.
 
     Raises:
       UserError: the family is unknown.
     """
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"config.model.backbone={shortened(name)}: expected {', '.join(sorted(FAMILIES))}")
+        raise UserError(f"{key}={shortened(name)}: expected {', '.join(sorted(FAMILIES))}")
     return importlib.import_module(f"metaembed_jax.backbones.{FAMILIES[name]}").FAMILY

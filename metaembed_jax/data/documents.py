@@ -21,7 +21,7 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path, PurePath
 from typing import Self
@@ -33,8 +33,8 @@ from tqdm import tqdm
 from metaembed_jax.data.left_out import LeftOut, check_left_out
 from metaembed_jax.data.pdf import PdfReader
 from metaembed_jax.data.sources.image_files import ImageFolder, image_path, read_image_file, unread_pages
-from metaembed_jax.data.sources.row_files import PANDAS_INDEX, RowFiles, open_row_files, say_further_columns, unique_id
-from metaembed_jax.data.stamps import file_stamp, real_path, stamp_of
+from metaembed_jax.data.sources.row_files import PANDAS_INDEX, RowFiles, open_row_files, read_each, say_further_columns, unique_id
+from metaembed_jax.data.stamps import file_stamp, stamp_of
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
 from metaembed_jax.inputs.image_formats import ENDINGS, tiff_pages
@@ -90,8 +90,9 @@ class Documents(Sequence):
 
     @abstractmethod
     def metadata(self, number: int) -> dict:
-        """Return {"id": str, different for each document, "path": str of the file that shows it, or None, "page": int from 1, or
-        None, "text": str or None}.
+        """Return the document's id, path (of the file that shows it), page (from 1) and text, None where absent.
+
+        Of a table, also return its further columns.
         """
 
     @abstractmethod
@@ -149,7 +150,7 @@ class FolderDocuments(Documents):
         return [self._id(file, page) for file, pages in self._pages() for page in pages]
 
     def stamps(self) -> UInt64[np.ndarray, " N"]:
-        stamps, real = [], lru_cache(real_path)
+        stamps, real = [], lru_cache(os.path.realpath)
         for file, pages in tqdm(self._pages(), "reading times", len(self.files), unit="file", delay=2, leave=False, disable=None):
             status = file_stamp(file, real)
             stamps += [stamp_of((self._id(file, page), status, page)) for page in pages]
@@ -256,19 +257,13 @@ class TableDocuments(Documents):
 
     def _read_all(self, columns: tuple[str, ...] | None = None) -> Iterator[dict | UserError]:
         """Yield all rows; in place of one that cannot be read, its error."""
-        rows = self.rows.read(0, len(self), columns)
-        for number in range(len(self)):
-            try:
-                yield _next(rows, self.rows, number)
-            except UserError as error:
-                yield error
-                rows = self.rows.read(number + 1, len(self), columns)
+        return (row for _, row in read_each(partial(_read, self.rows, columns=columns), 0, len(self)))
 
     def ids(self) -> list[str]:
         return self._ids or list(map(str, range(len(self))))
 
     def stamps(self) -> UInt64[np.ndarray, " N"]:
-        real = lru_cache(real_path)
+        real = lru_cache(os.path.realpath)
         with self._lock:
             rows = tqdm(self._read_all(), "reading rows", len(self), unit="row", delay=2, leave=False, disable=None)
             return np.array([stamp_of((row, self._image_stamp(row, real))) for row in rows], np.uint64)
@@ -318,7 +313,7 @@ class TableDocuments(Documents):
 
     def _row(self, rows: RowFiles, number: int) -> dict:
         with self._lock:
-            return _next(rows.read(number, number + 1), rows, number)
+            return next(_read(rows, number, number + 1))
 
 
 def find_files(root: Path) -> tuple[list[Path], Counter]:
@@ -381,16 +376,17 @@ def _is_metadata(column: str, value: object) -> bool:
         return False
 
 
-def _next(read: Iterator[dict], rows: RowFiles, number: int) -> dict:
-    """Return the next of the rows that are read.
+def _read(rows: RowFiles, start: int, stop: int, columns: tuple[str, ...] | None = None) -> Iterator[dict]:
+    """Yield rows start .. stop-1.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: a row cannot be read, or is no longer there.
     """
-    row = next(read, None)
-    if row is None:
-        raise UserError(f"{rows.row_name(number)} is gone: the file has changed meanwhile; start again")
-    return row
+    for row in rows.read(start, stop, columns):
+        yield row
+        start += 1
+    if start < stop:
+        raise UserError(f"{rows.row_name(start)} is gone: the file has changed meanwhile; start again")
 
 
 def _is_pdf(file: Path) -> bool:

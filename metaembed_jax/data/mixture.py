@@ -40,7 +40,7 @@ def mixture(config: RunConfig, sources: Sequence[Sequence], sizes_S2: Int[np.nda
     """
     sub_batch = config.data.sub_batch or config.rows.batch_size
     names, weights, caps = zip(*config.data.sources, strict=True)
-    used = [min(cap or len(source), len(source)) for cap, source in zip(caps, sources, strict=True)]
+    used = [_used_pairs(source, cap) for source, cap in zip(sources, caps, strict=True)]
     chosen = balanced_schedule(weights, sizes_S2, config.rows.batch_size // sub_batch, config.schedule.steps)
     counts, streams = _counts_before(chosen), []
     for number, (name, source, cap) in enumerate(zip(names, sources, used, strict=True)):
@@ -51,7 +51,7 @@ def mixture(config: RunConfig, sources: Sequence[Sequence], sizes_S2: Int[np.nda
                 f"its weight; expected at most the {cap} that are used, or a step would have a pair twice: lower "
                 "config.rows.batch_size or the weight, or add pairs"
             )
-        streams.append(_Stream(number, len(source), cap, config.seed, np.concatenate([[0], np.cumsum(taken)])))
+        streams.append(_SourceRows(number, len(source), cap, config.seed, np.concatenate([[0], np.cumsum(taken)])))
 
     def step(number: int) -> list[Reference]:
         sub_batches = zip(chosen[number].tolist(), counts[number].tolist(), strict=True)
@@ -72,13 +72,17 @@ def check_mixture(data: DataConfig, batch_size: int, sources: Sequence[Sequence]
     for (name, _, cap), source in zip(data.sources, sources, strict=True):
         if not len(source):
             raise UserError(f"source {name!r} has no training records")
-        if (pairs := min(cap or len(source), len(source))) < sub_batch:
+        if (pairs := _used_pairs(source, cap)) < sub_batch:
             key = "data.sub_batch" if data.sub_batch else "rows.batch_size"
             used = f"uses {pairs} training pairs" if cap and cap < len(source) else f"has {pairs} training pairs"
             raise UserError(
                 f"source {name!r} {used}; expected at least config.{key}={sub_batch}, or a pair would be its own negative: "
                 f"lower config.{key}, or add pairs"
             )
+
+
+def _used_pairs(source: Sequence, cap: int | None) -> int:
+    return min(cap or len(source), len(source))
 
 
 def _counts_before(chosen: Int[np.ndarray, "steps sub_batches"]) -> Int[np.ndarray, "steps sub_batches"]:
@@ -91,7 +95,7 @@ def _counts_before(chosen: Int[np.ndarray, "steps sub_batches"]) -> Int[np.ndarr
     return counts.reshape(chosen.shape)
 
 
-class _Stream:
+class _SourceRows:
     """The rows of a source, epoch after epoch, none of them twice in a step.
 
     Every epoch has the same `cap` rows of the source, in another order: that of grain's `MapDataset.shuffle`, without its cost for
@@ -144,10 +148,10 @@ class _Stream:
         return exchanges
 
     def _shuffled(self, epoch: int, index: int) -> int:
-        return _shuffled(index, self._cap, self._order_seed + epoch)
+        return _shuffled_row(index, self._cap, self._order_seed + epoch)
 
 
 @functools.lru_cache(maxsize=1 << 14)  # of few rows, one takes grain milliseconds
-def _shuffled(index: int, rows: int, seed: int) -> int:
+def _shuffled_row(index: int, rows: int, seed: int) -> int:
     """Return the row at an index of a shuffled epoch. A function of this module can be pickled; grain's cannot."""
     return index_shuffle(index, max_index=rows - 1, seed=seed % 2**32, rounds=4)

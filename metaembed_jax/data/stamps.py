@@ -1,4 +1,4 @@
-"""Numbers that change with files and values, so that what was made of them can follow."""
+"""Stamps: hashes of values, and of the path, size and time of files."""
 
 import hashlib
 import os
@@ -7,21 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def real_path(path: Path) -> str:
-    """Return the path of a file or folder without links."""
-    return os.path.realpath(path)
-
-
-def file_stamp(file: Path, real: Callable[[Path], str]) -> tuple | None:
+def file_stamp(file: Path, real: Callable = os.path.realpath) -> tuple | None:
     """Return the path, size and time of a file; None if it is missing.
 
     Args:
-      real: `real_path` with a cache, because it asks the system for each folder of a path.
+      real: for many files, `os.path.realpath` with a cache, because it asks the system for each folder of a path.
     """
     try:
         status = file.lstat()
         if stat.S_ISLNK(status.st_mode):
-            status, path = file.stat(), real_path(file)
+            status, path = file.stat(), os.path.realpath(file)
         else:
             path = os.path.join(real(file.parent), file.name)
     except OSError:

@@ -67,7 +67,10 @@ def open_file(image: bytes | str | Path) -> BinaryIO:
 
 
 def tiff_pages(image: bytes | Path) -> tuple[int, ...]:
-    """Return the frames of a TIFF that are pages, not reduced copies or masks; frame 0 alone if the file is not a TIFF, or is broken."""
+    """Return the frames of a TIFF that are pages, not reduced copies or masks.
+
+    Frame 0 alone is returned if the file is not a TIFF, or is broken.
+    """
     pages = []
     try:
         with open_file(image) as file:

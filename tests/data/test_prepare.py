@@ -148,7 +148,7 @@ def test_rows_that_share_lie_in_one_split(tmp_path):
     rows = [{"query": f"q{number // 2}", "positive": f"p{(number + 1) // 2 + number // 8 * 100}"} for number in range(400)]
     write_pairs(tmp_path / "mine.jsonl", rows)
     marker = prepare("pairs", tmp_path / "mine.jsonl", tmp_path)["mine"]
-    assert marker["groups"] == 50 and marker["rows"] == {"train": 368, "validation": 16, "test": 16}
+    assert marker["components"] == 50 and marker["rows"] == {"train": 368, "validation": 16, "test": 16}
     found = [
         {(kind, record[kind]["text"]) for record in read(tmp_path, "mine", split) for kind in ("query", "positive")}
         for split in records.SPLITS
@@ -159,7 +159,7 @@ def test_rows_that_share_lie_in_one_split(tmp_path):
 def test_splits_of_rows_that_share_nothing_are_random_rows():
     order = np.argsort(np.random.default_rng(0).random(400)).tolist()
     expected = {row: "validation" if index < 20 else "test" for index, row in enumerate(order[:40])}
-    assert splits.held_out(splits.groups_of([(b"%d" % row, b"%d" % row) for row in range(400)])) == expected
+    assert splits.held_out(splits.components_of([(b"%d" % row, b"%d" % row) for row in range(400)])) == expected
     assert splits.held_out(np.arange(19)) == {} == splits.held_out(np.arange(400) % 7)
     eight = splits.held_out(np.arange(400) % 8)
     assert {split: len({row % 8 for row in eight if eight[row] == split}) for split in ("validation", "test")} == {

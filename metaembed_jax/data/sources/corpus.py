@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from metaembed_jax.data.sources.image_files import ImageFolder, check_image, image_path
 from metaembed_jax.data.sources.row_files import RowFiles, Rows, read_each, unique_id
-from metaembed_jax.data.stamps import stamp_of
+from metaembed_jax.data.stamps import file_stamp, stamp_of
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_bytes, write_json
 
@@ -61,12 +61,12 @@ class Corpus:
         """
         if not (folder / IMAGES).is_file():
             return ""
-        files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.rows.files]
+        files = [file_stamp(file) for file in self.rows.files]
         return f"{stamp_of((files, self._folder.stamps(json.loads((folder / IMAGES).read_text())))):016x}"
 
     def _named(self, rows: Rows, name: str) -> set[str]:
         named, seen = set(), {}
-        for number, row in tqdm(read_each(rows, 0, len(rows)), f"{name}: queries", len(rows), unit="row", mininterval=0.5):
+        for number, row in tqdm(read_each(rows.read, 0, len(rows)), f"{name}: queries", len(rows), unit="row", mininterval=0.5):
             if isinstance(row, UserError):  # raised again, or skipped, when the row is written
                 continue
             unique_id(row.get("query_id"), "query_id", seen, rows, number)

@@ -34,7 +34,7 @@ def find_sources(file: Path) -> list[RawSource]:
     folder = ImageFolder(file.parent)
     record = partial(to_record, folder=folder, source=file.stem)
     images = partial(image_stamps, folder=folder, columns=IMAGE_COLUMNS)
-    return [RawSource(file.stem, rows, record, images, by_groups=True)]
+    return [RawSource(file.stem, rows, record, images, keep_components_together=True)]
 
 
 def to_record(row: dict, folder: ImageFolder, source: str) -> dict:

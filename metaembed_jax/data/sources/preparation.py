@@ -9,8 +9,8 @@
 
 A shard is kept while its rows, the image files that they name and their splits are the same: a preparation that was killed resumes
 with the missing shards, and a source whose files changed is prepared again where they did. `splits` chooses the rows of the splits
-`validation` and `test`. Rows of a user's own source that share an item lie in one split, for which all images are read twice; the
-published sets, which are 100 times as large and have test sets of their own, are divided row by row.
+`validation` and `test`. Rows of a user's own source that share an item are in the same split, for which all images are read twice;
+the published sets, which are 100 times as large and have test sets of their own, are divided row by row.
 """
 
 import dataclasses
@@ -30,7 +30,8 @@ from tqdm import tqdm
 from metaembed_jax import files
 from metaembed_jax.data.sources import descriptions, records, shards, splits
 from metaembed_jax.data.sources.corpus import IMAGES, remove_copy
-from metaembed_jax.data.sources.shards import DATASET, HELD_OUT, TYPES, Job, RawSource
+from metaembed_jax.data.sources.shards import DATASET, TYPES, Job, RawSource
+from metaembed_jax.data.stamps import file_stamp
 from metaembed_jax.data.workers import map_with
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, locked, replacing
@@ -49,8 +50,8 @@ def prepare_source(source: RawSource, out: Path, workers: int, skips: int) -> di
 
     Returns:
       The marker: {"version", "fingerprint", "inputs" (digest of the files that were read), "files", "images" that rows name by
-      path, "groups" of rows that lie in one split, "rows" of each split, "held_out" numbers of different items, "queries" and
-      "positives" of each type, "negatives", "bytes", "left_out" ([name of a row, reason], ...)}.
+      path, "components" of rows that are in the same split, "rows" of each split, "held_out" numbers of different items,
+      "queries" and "positives" of each type, "negatives", "bytes", "left_out" ([name of a row, reason], ...)}.
 
     Raises:
       UserError: too many rows are bad, an id occurs twice (both name the first row), or the source is prepared from other files.
@@ -67,8 +68,7 @@ def prepare_source(source: RawSource, out: Path, workers: int, skips: int) -> di
 def _inputs(source: RawSource) -> str:
     """Return a digest of the path, size and time of the files to read, but for images that they name, and of settings."""
     read = (*source.rows.files, *(source.corpus.rows.files if source.corpus else ()))
-    stats = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in read]
-    return digest(json.dumps([stats, len(source.rows), shards.SHARD_ROWS, memory_limit()]).encode())
+    return digest(json.dumps([list(map(file_stamp, read)), len(source.rows), shards.SHARD_ROWS, memory_limit()]).encode())
 
 
 class _Preparation:
@@ -88,7 +88,7 @@ class _Preparation:
         stamp = next(filter(None, map(corpus.stamp, (self.part, self.final))), "") if corpus else ""
         self.job = dataclasses.replace(self.job, corpus=stamp)
         counts = self._stored(shards.read_counts) if stamp or not corpus else {}
-        contents = self._stored(shards.read_contents) if self.job.source.by_groups else {}
+        contents = self._stored(shards.read_contents) if self.job.source.keep_components_together else {}
         stamps = self._stamps(counts, contents)
         current = {shard for shard, stored in counts.items() if stored["stamps"] == stamps[shard]}
         if marker and len(current) == self.job.shards and _rows_before(marker) == len(self.job.source.rows):
@@ -100,11 +100,11 @@ class _Preparation:
         if self._copy_corpus(stamp):
             current = set()
         self._adopt(current)
-        groups = self._groups({shard: stored for shard, stored in contents.items() if stored["stamps"] == stamps[shard]})
-        self.job = dataclasses.replace(self.job, held_out=splits.held_out(groups))
+        components = self._components({shard: stored for shard, stored in contents.items() if stored["stamps"] == stamps[shard]})
+        self.job = dataclasses.replace(self.job, held_out=splits.held_out(components))
         written = {shard: counts[shard] for shard in current if counts[shard]["held_out_rows"] == self.job.held_out_in(shard)}
         self._write(written, known=bool(marker))
-        return _finish(self.job, self.final, [written[shard] for shard in range(self.job.shards)], len(np.unique(groups)))
+        return _finish(self.job, self.final, [written[shard] for shard in range(self.job.shards)], len(np.unique(components)))
 
     def _stored(self, read: Callable[[Path, int], dict | None]) -> dict[int, dict]:
         """Return the files of shards that exist, of a preparation that was killed or of the complete source."""
@@ -187,18 +187,18 @@ class _Preparation:
             if shards.read_counts(self.part, shard) is None:
                 shards.adopt(self.final, self.part, shard)
 
-    def _groups(self, contents: dict[int, dict]) -> Int[np.ndarray, "R"]:
-        """Return the number of each row's group.
+    def _components(self, contents: dict[int, dict]) -> Int[np.ndarray, "R"]:
+        """Return the number of each row's component.
 
         Args:
           contents: those of shards that are the same.
         """
-        if not self.job.source.by_groups:
+        if not self.job.source.keep_components_together:
             return np.arange(len(self.job.source.rows))
         missing = [shard for shard in range(self.job.shards) if shard not in contents]
         contents |= self._map(shards.write_contents, missing, "equal items", lambda content: len(content["stamps"]))
         digests = [pair for shard in range(self.job.shards) for pair in contents[shard]["contents"]]
-        return splits.groups_of([pair and (bytes.fromhex(pair[0]), bytes.fromhex(pair[1])) for pair in digests])
+        return splits.components_of([pair and (bytes.fromhex(pair[0]), bytes.fromhex(pair[1])) for pair in digests])
 
     def _write(self, written: dict[int, dict], known: bool) -> None:
         """Write the shards that are not in `written`, and add their counts to it.
@@ -239,12 +239,12 @@ def _check_left_out(written: dict[int, dict], skips: int) -> None:
         raise UserError(f"{_line(bad[0])}{more}")
 
 
-def _finish(job: Job, final: Path, counts: Sequence[dict], groups: int) -> dict:
+def _finish(job: Job, final: Path, counts: Sequence[dict], components: int) -> dict:
     """Turn the shards into a folder of TensorFlow Datasets, and move it to its final path.
 
     Args:
       counts: those of each shard.
-      groups: the number of groups of rows that share no query and no positive.
+      components: the number of sets of rows that share a query or a positive, directly or through other rows.
     """
     source, directory = job.source, job.directory
     left_out = [entry for shard in counts for entry in shard["left_out"]]
@@ -271,9 +271,11 @@ def _finish(job: Job, final: Path, counts: Sequence[dict], groups: int) -> dict:
         "inputs": job.inputs,
         "files": _names(source),
         "images": sum(shard["images"] for shard in counts) + (len(json.loads(images.read_text())) if images.is_file() else 0),
-        "groups": groups,
+        "components": components,
         "rows": {split: sum(lengths) for split, lengths in rows.items()},
-        "held_out": {split: {side: _distinct(counts, split, side) for side in ("queries", "documents")} for split in HELD_OUT},
+        "held_out": {
+            split: {side: _distinct(counts, split, side) for side in ("queries", "documents")} for split in records.HELD_OUT_SPLITS
+        },
         **{side: {name: sum(shard[side][name] for shard in counts) for name, _ in TYPES} for side in ("queries", "positives")},
         "negatives": sum(shard["negatives"] for shard in counts),
         "bytes": sum(shard["bytes"] for shard in counts),

@@ -26,6 +26,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.files import write_json
 
 SPLITS = ("train", "validation", "test")
+HELD_OUT_SPLITS = SPLITS[1:]
 MARKER = "prepared.json"  # written last: a source that has it is complete
 
 

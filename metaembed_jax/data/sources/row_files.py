@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -98,11 +98,15 @@ class RowFiles:
         return self._opened[key]
 
 
-def read_each(rows: Rows, start: int, stop: int) -> Iterator[tuple[int, dict | UserError]]:
-    """Yield (number, row) of rows start .. stop-1; in place of a row that cannot be read, what is wrong with it."""
+def read_each(read: Callable[[int, int], Iterator[dict]], start: int, stop: int) -> Iterator[tuple[int, dict | UserError]]:
+    """Yield (number, row) of rows start .. stop-1; in place of a row that cannot be read, what is wrong with it.
+
+    Args:
+      read: as `Rows.read`.
+    """
     while start < stop:
         try:
-            for row in rows.read(start, stop):
+            for row in read(start, stop):
                 yield start, row
                 start += 1
             return

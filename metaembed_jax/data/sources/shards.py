@@ -34,7 +34,6 @@ from metaembed_jax.inputs.images import memory_limit
 SHARD_ROWS = 1024
 FOLDER = "shards"
 DATASET = "pairs"  # name of a source in TensorFlow Datasets, which does not allow names such as A-OKVQA
-HELD_OUT = ("validation", "test")
 TYPES = (
     ("text", lambda item: "image" not in item),
     ("image", lambda item: "text" not in item),
@@ -52,8 +51,8 @@ class RawSource:
       record: turns a row into a record. Its UserErrors do not name the row.
       images: returns the stamps of the image files that a row names, as `ImageFolder.stamps` does.
       corpus: the documents that rows name by id. They are copied first, and `record` then takes the copy as `corpus`.
-      by_groups: rows with the same query or positive lie in one split. All rows and their images are read once more, before the
-        others.
+      keep_components_together: rows with the same query or positive are in the same split. All rows and their images are read
+        once more, before the others.
     """
 
     name: str
@@ -61,7 +60,7 @@ class RawSource:
     record: Callable[..., dict]
     images: Callable[[dict], list[tuple]]
     corpus: Corpus | None = None
-    by_groups: bool = False
+    keep_components_together: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Job:
 
         The stamp is taken before the images are read: of one that changes meanwhile it is out of date, and is noticed next time.
         """
-        for number, row in read_each(self.source.rows, *self.bounds(shard)):
+        for number, row in read_each(self.source.rows.read, *self.bounds(shard)):
             images = self.source.images(row) if isinstance(row, dict) else []
             content = row if isinstance(row, dict) else str(row)
             yield number, row, stamp_of((memory_limit(), self.corpus, content, images)), len(images)
@@ -190,7 +189,7 @@ def _no_counts(job: Job, shard: int) -> dict:
     }
     counts |= {"rows": dict.fromkeys(records.SPLITS, 0), "held_out_rows": job.held_out_in(shard)}
     counts |= {side: {name: 0 for name, _ in TYPES} for side in ("queries", "positives")}
-    return counts | {"held_out": {split: {"queries": [], "documents": []} for split in HELD_OUT}}
+    return counts | {"held_out": {split: {"queries": [], "documents": []} for split in records.HELD_OUT_SPLITS}}
 
 
 def _count(counts: dict, record: dict, split: str) -> None:
@@ -199,15 +198,14 @@ def _count(counts: dict, record: dict, split: str) -> None:
     counts["unread_pages"] += sum(map(unread_pages, (record["query"], record["positive"], *record["negatives"])))
     for side, held_out, item in (("queries", "queries", record["query"]), ("positives", "documents", record["positive"])):
         counts[side][next(name for name, fits in TYPES if fits(item))] += 1
-        if split in HELD_OUT:
+        if split in records.HELD_OUT_SPLITS:
             counts["held_out"][split][held_out].append(content_digest(item).hex())
 
 
 def _digest(record: dict) -> bytes:
     """Return a digest of the texts and images of a record; its bytes on disk may have their keys in any order."""
     items = [record["query"], record["positive"], *record["negatives"]]
-    contents = [(item.get("text", ""), hashlib.sha256(item.get("image", b"")).hexdigest()) for item in items]
-    return hashlib.sha256(repr((record["source"], contents)).encode()).digest()
+    return hashlib.sha256(repr((record["source"], [content_digest(item) for item in items])).encode()).digest()
 
 
 def counts_file(directory: Path, shard: int) -> Path:

@@ -1,4 +1,7 @@
-"""The split of each row of a source: rows that share a query or a positive, directly or through other rows, lie in one."""
+"""The split of each row of a source.
+
+Rows that share a query or a positive, directly or through other rows, are in the same split.
+"""
 
 from collections.abc import Sequence
 
@@ -6,12 +9,14 @@ import numpy as np
 import scipy.sparse.csgraph
 from jaxtyping import Int
 
-HELD_OUT = 256
-LARGEST_SHARE = 8  # a group of more than an eighth of the rows is always for training
+from metaembed_jax.data.sources.records import HELD_OUT_SPLITS
+
+MOST_HELD_OUT_ROWS = 256
+LARGEST_SHARE = 8  # a component of more than an eighth of the rows is always for training
 
 
-def groups_of(contents: Sequence[tuple[bytes, bytes] | None]) -> Int[np.ndarray, "R"]:
-    """Return the number of each row's group.
+def components_of(contents: Sequence[tuple[bytes, bytes] | None]) -> Int[np.ndarray, "R"]:
+    """Return the number of each row's component.
 
     Args:
       contents: digests of each row's query and positive; None for a row that shares nothing.
@@ -25,30 +30,31 @@ def groups_of(contents: Sequence[tuple[bytes, bytes] | None]) -> Int[np.ndarray,
     return scipy.sparse.csgraph.connected_components(graph, directed=False)[1][:rows]
 
 
-def held_out(groups: Int[np.ndarray, "R"]) -> dict[int, str]:
-    """Return the split of each row that is not for training: random groups, of at most `HELD_OUT` rows and a twentieth a split.
+def held_out(components: Int[np.ndarray, "R"]) -> dict[int, str]:
+    """Return the split of each row that is not for training: random components.
 
-    If no group is as small, a split takes one of the smallest, unless that is over `1 / LARGEST_SHARE` of the rows.
+    A split has at most `MOST_HELD_OUT_ROWS` rows, and at most a twentieth of all. If no component is as small, a split takes one of
+    the smallest, unless that is over `1 / LARGEST_SHARE` of the rows.
     """
-    count = min(HELD_OUT, len(groups) // 20)
+    count = min(MOST_HELD_OUT_ROWS, len(components) // 20)
     if not count:
         return {}
-    _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    _, numbers, sizes = np.unique(components, return_inverse=True, return_counts=True)
     # The first random numbers do not depend on how many follow: rows that are added later leave most others where they are.
-    order = np.argsort(np.random.default_rng(0).random(len(groups)), kind="stable")
+    order = np.argsort(np.random.default_rng(0).random(len(components)), kind="stable")
     _, first = np.unique(numbers[order], return_index=True)
-    waiting, splits = numbers[order][np.sort(first)].tolist(), {}  # groups, by their first rows in a random order
-    for split in ("validation", "test"):
+    waiting, splits = numbers[order][np.sort(first)].tolist(), {}  # components, by their first rows in a random order
+    for split in HELD_OUT_SPLITS:
         room, chosen = count, set()
-        for group in waiting:
-            if sizes[group] <= room:
-                room -= int(sizes[group])
-                chosen.add(group)
+        for component in waiting:
+            if sizes[component] <= room:
+                room -= int(sizes[component])
+                chosen.add(component)
             if not room:
                 break
         if not chosen and waiting:
-            smallest = min(waiting, key=lambda group: sizes[group])
-            chosen = {smallest} if sizes[smallest] * LARGEST_SHARE <= len(groups) else set()
+            smallest = min(waiting, key=lambda component: sizes[component])
+            chosen = {smallest} if sizes[smallest] * LARGEST_SHARE <= len(components) else set()
         splits |= dict.fromkeys(chosen, split)
-        waiting = [group for group in waiting if group not in chosen]
-    return {row: splits[group] for row, group in enumerate(numbers.tolist()) if group in splits}
+        waiting = [component for component in waiting if component not in chosen]
+    return {row: splits[component] for row, component in enumerate(numbers.tolist()) if component in splits}
