@@ -139,8 +139,8 @@ def make_batch(config, pairs: list[tuple[Example, Example]]) -> TrainingBatch:
     items = [[RowItem(document, 80, 64), RowItem(query, 16, 16)] for query, document in pairs]
     rows = collate(items, row, model_config(config).architecture.layout).map(lambda x: x[None])
     no_negatives, source = np.ones((PAIRS, 0), bool), np.zeros(PAIRS, np.int32)
-    contents = np.arange(PAIRS * 2 * row.vectors, dtype=np.int32).reshape(1, PAIRS, 2, row.vectors)  # no two are the same
-    return TrainingBatch(rows, vectors + 64, vectors, no_negatives, source, contents)
+    digests = np.arange(PAIRS * 2 * row.vectors, dtype=np.int32).reshape(1, PAIRS, 2, row.vectors)  # no two are the same
+    return TrainingBatch(rows, vectors + 64, vectors, no_negatives, source, digests)
 
 
 class Ours:

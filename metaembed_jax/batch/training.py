@@ -21,7 +21,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.sharding import HOST, put_replicated, put_rows, replicated
 
 REGISTER = (8, 128)  # of a TPU
-CONTENT_WORDS = 2  # of 32 bits: different items of a batch of a thousand pairs have the same words once in 10^12 batches
+DIGEST_WORDS = 2  # of 32 bits: different items of a batch of a thousand pairs have the same words once in 10^12 batches
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +35,7 @@ class TrainingBatch:
         its pair's positive.
       negative_mask: false for missing negatives.
       source: the number of each pair's source.
-      contents: [M, b, W, V], W words of the digest of each item, at its first vector; the same for the same content.
+      digests: [M, b, W, V], W words of the digest of each item, at its first vector; the same for the same content.
     """
 
     rows: Batch
@@ -43,7 +43,7 @@ class TrainingBatch:
     documents: Int[Array, "N"]
     negative_mask: Bool[Array, "B K"]
     source: Int[Array, "B"]
-    contents: Int[Array, "M b W V"]
+    digests: Int[Array, "M b W V"]
 
 
 class StepShape(NamedTuple):
@@ -111,15 +111,15 @@ def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh:
         documents=whole(pairs * (1 + negatives)),
         negative_mask=whole(pairs, negatives, dtype=jnp.bool_),
         source=whole(pairs),
-        contents=_abstract_contents(shape, mesh),
+        digests=_abstract_digests(shape, mesh),
     )
 
 
 def put(batch: TrainingBatch, mesh: Mesh) -> TrainingBatch:
     """Send a batch to the mesh: rows to this host's devices, streamed pixels to its memory, the rest to every device."""
-    names = [field.name for field in dataclasses.fields(batch) if field.name not in ("rows", "contents")]
+    names = [field.name for field in dataclasses.fields(batch) if field.name not in ("rows", "digests")]
     others: dict[str, Any] = {name: put_replicated(getattr(batch, name), mesh) for name in names}
-    others["contents"] = put_rows(np.asarray(batch.contents), mesh, axis=1)
+    others["digests"] = put_rows(np.asarray(batch.digests), mesh, axis=1)
     pixels = _streamed_pixels(batch.rows, mesh)
     if pixels is None:
         return TrainingBatch(rows=rows.put(batch.rows, mesh, axis=1), **others)
@@ -128,8 +128,8 @@ def put(batch: TrainingBatch, mesh: Mesh) -> TrainingBatch:
     return TrainingBatch(rows=dataclasses.replace(without_pixels, patches=in_host), **others)
 
 
-def _abstract_contents(shape: StepShape, mesh: Mesh) -> Any:
-    axes = (shape.microbatches, shape.size, CONTENT_WORDS, shape.row.vectors)
+def _abstract_digests(shape: StepShape, mesh: Mesh) -> Any:
+    axes = (shape.microbatches, shape.size, DIGEST_WORDS, shape.row.vectors)
     return jax.ShapeDtypeStruct(axes, jnp.int32, sharding=rows.batch_sharding(mesh, len(axes), axis=1))
 
 

@@ -81,14 +81,14 @@ def matryoshka(
     normalization: str = "code",
     negative_mask=None,
     sources=None,
-    contents=None,
+    digests=None,
 ) -> tuple:
     """Return the loss, its gradients, and the loss and accuracy of each group.
 
     Args:
       negative_mask: [B, K], False for negatives that do not count.
       sources: [B]; positives of another source than the query's do not count.
-      contents: (queries [B, W], positives [B, W], negatives [B, K, W]), equal for the same items: of a query's documents, its own
+      digests: (queries [B, W], positives [B, W], negatives [B, K, W]), equal for the same items: of a query's documents, its own
         row counts, and none that is a positive of the same query.
 
     Returns:
@@ -102,8 +102,8 @@ def matryoshka(
     losses, accuracies = np.zeros(len(groups)), np.zeros(len(groups))
     for b in range(len(query)):
         counts = np.concatenate([sources == sources[b], negative_mask[b]])
-        if contents is not None:
-            counts &= ~_is_right(b, *contents)
+        if digests is not None:
+            counts &= ~_is_right(b, *digests)
         document_MJD = np.concatenate([positive, negatives[b]])
         similarity_MRJ = query[b] @ np.swapaxes(document_MJD, 1, 2)
         coefficient_MRJ = np.zeros_like(similarity_MRJ)

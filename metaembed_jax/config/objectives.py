@@ -17,7 +17,7 @@ from metaembed_jax.config.section import Positive, PositiveNumber, Section, anno
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS, Budget
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
-from metaembed_jax.late_interaction.right_documents import Contents
+from metaembed_jax.late_interaction.right_documents import ItemDigests
 
 
 class PairVectors(NamedTuple):
@@ -27,7 +27,7 @@ class PairVectors(NamedTuple):
       negatives: None if no pair has any.
       negative_mask: false for missing negatives, which pad the array.
       sources: index of each pair's source. A query is scored against the positives of its source; None: against all positives.
-      contents: says which items are the same; None if no two are.
+      digests: says which items are the same; None if no two are.
     """
 
     query_BRD: Float[Array, "B Rq D"]
@@ -35,7 +35,7 @@ class PairVectors(NamedTuple):
     negatives: Float[Array, "B K Rd D"] | None
     negative_mask: Bool[Array, "B K"] | None
     sources: Int[Array, "B"] | None
-    contents: Contents | None
+    digests: ItemDigests | None
 
 
 class Objective(Protocol):
@@ -84,7 +84,7 @@ class MatryoshkaConfig(Section):
             mesh=mesh,
             negative_mask=vectors.negative_mask,
             sources=vectors.sources,
-            contents=vectors.contents,
+            digests=vectors.digests,
         )
 
     def flops(self, pairs: int, documents: int, width: int) -> float:

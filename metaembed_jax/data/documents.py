@@ -33,7 +33,7 @@ from tqdm import tqdm
 from metaembed_jax.data.left_out import LeftOut, check_left_out
 from metaembed_jax.data.pdf import PdfReader
 from metaembed_jax.data.sources.image_files import ImageFolder, image_path, read_image_file, unread_pages
-from metaembed_jax.data.sources.row_files import PANDAS_INDEX, RowFiles, open_row_files, read_each, say_further_columns, unique_id
+from metaembed_jax.data.sources.row_files import PANDAS_INDEX, RowFiles, open_row_files, print_further_columns, read_each, unique_id
 from metaembed_jax.data.stamps import file_stamp, stamp_of
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
@@ -230,7 +230,7 @@ class TableDocuments(Documents):
         columns = rows.columns()
         if not columns & {"text", "image"}:
             raise UserError(f"{rows.files[0]} has the columns {', '.join(sorted(columns))}; expected text or image, or both")
-        say_further_columns(rows, COLUMNS, "kept as metadata, not encoded")
+        print_further_columns(rows, COLUMNS, "kept as metadata, not encoded")
         self.rows, self.files, self.folder, self._ids = rows, rows.files, ImageFolder(rows.files[0].parent), None
         # Rows are read for vectors ahead of those whose metadata are read. From one open file each turn reads a row group again.
         self._described, self._lock = dataclasses.replace(rows), threading.Lock()

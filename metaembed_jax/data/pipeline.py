@@ -20,8 +20,8 @@ from jaxtyping import Bool, Int
 from metaembed_jax.batch.items import Layout, Size
 from metaembed_jax.batch.packing import pack
 from metaembed_jax.batch.rows import RowItem, collate
-from metaembed_jax.batch.training import CONTENT_WORDS, StepShape, TrainingBatch
-from metaembed_jax.data.contents import content_words
+from metaembed_jax.batch.training import DIGEST_WORDS, StepShape, TrainingBatch
+from metaembed_jax.data.digests import digest_words
 from metaembed_jax.data.mixture import Reference
 from metaembed_jax.data.run_items import RunItems, StepItems, item_of
 from metaembed_jax.data.workers import end_with_parent
@@ -99,7 +99,7 @@ class _BatchMaker:
         row, microbatches, size = self.shape
         slots_N2 = pack(items.sizes_N3, row)
         numbers = (np.arange(microbatches)[:, None] * size + self.here).ravel().tolist()
-        rows, contents = self._rows(step, items, slots_N2[:, 0], numbers)
+        rows, digests = self._rows(step, items, slots_N2[:, 0], numbers)
         batch = collate([rows[number] for number in numbers], row, self.layout, numbers)
         queries, documents, negative_mask = _vectors_of_pairs(items, slots_N2[:, 0], row.vectors)
         arrays: dict[str, Any] = {  # the fields of a batch name JAX's arrays
@@ -108,16 +108,16 @@ class _BatchMaker:
             "documents": documents,
             "negative_mask": negative_mask,
             "source": np.array([reference.source for reference in references], np.int32),
-            "contents": contents.reshape(microbatches, len(self.here), *contents.shape[1:]),
+            "digests": digests.reshape(microbatches, len(self.here), *digests.shape[1:]),
         }
         return TrainingBatch(**arrays)
 
     def _rows(
         self, step: int, items: StepItems, rows_N: Int[np.ndarray, "N"], numbers: list[int]
     ) -> tuple[dict[int, list[RowItem]], Int[np.ndarray, "n W V"]]:
-        """Return the items of each row of `numbers`, in order, and their contents, each at its first vector."""
+        """Return the items of each row of `numbers`, in order, and their digests, each at its first vector."""
         records, rows = {}, {number: [] for number in numbers}
-        contents = np.zeros((len(numbers), CONTENT_WORDS, self.shape.row.vectors), np.int32)
+        digests = np.zeros((len(numbers), DIGEST_WORDS, self.shape.row.vectors), np.int32)
         index = {number: position for position, number in enumerate(numbers)}
         for item in np.flatnonzero(np.isin(rows_N, numbers)).tolist():
             pair, number = divmod(int(items.numbers_N[item]), items.items_per_pair)
@@ -132,9 +132,9 @@ class _BatchMaker:
                 )
             row = int(rows_N[item])
             first_vector = sum(earlier.read for earlier in rows[row])
-            contents[index[row], :, first_vector] = content_words(item_of(records[pair], number))
+            digests[index[row], :, first_vector] = digest_words(item_of(records[pair], number))
             rows[row].append(row_item)  # items of a row are ranked in item order
-        return rows, contents
+        return rows, digests
 
 
 def _vectors_of_pairs(

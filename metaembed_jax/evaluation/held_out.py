@@ -12,7 +12,7 @@ from metaembed_jax.data import sources
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.failures import FailedQuery, with_items
-from metaembed_jax.evaluation.metrics import METRICS, always_one
+from metaembed_jax.evaluation.metrics import METRICS, saturated_metrics
 from metaembed_jax.evaluation.result_cache import key_of
 from metaembed_jax.evaluation.scoring import score_shares
 from metaembed_jax.evaluation.sweep import MAIN, SECONDARY, Sweep, sweep
@@ -69,7 +69,7 @@ class HeldOut:
         missing = [name for name in self._sources if name not in present]
         notes = [f"{self.name}: without rows in this split, and left out: {', '.join(missing)}"] if present and missing else []
         for name in present:
-            if (sizes := sources.held_out_sizes(name, self._data_dir, self.name)) and (same := always_one(sizes[1])):
+            if (sizes := sources.held_out_sizes(name, self._data_dir, self.name)) and (same := saturated_metrics(sizes[1])):
                 queries, documents = f"{sizes[0]} {'query' if sizes[0] == 1 else 'queries'}", f"{sizes[1]} document"
                 counts = f"{queries} and {documents}{'s' * (sizes[1] > 1)}"
                 notes.append(f"{self.name}: source {name} has {counts}: of any model, its {', '.join(same)} is 100 %")
@@ -83,7 +83,7 @@ class HeldOut:
         """
         present = sources.with_pairs(self._sources, self._data_dir, self.name)
         sizes = [sources.held_out_sizes(name, self._data_dir, self.name) for name in present]
-        return any(size is None or metric not in always_one(size[1]) for size in sizes)
+        return any(size is None or metric not in saturated_metrics(size[1]) for size in sizes)
 
     def run(self, subject: Subject, cache: Path, progress: bool) -> Results:
         """Encode each source once, at the largest budget, and score every budget in both directions.

@@ -131,7 +131,7 @@ METRICS = {
 }
 
 
-def always_one(documents: int) -> list[str]:
+def saturated_metrics(documents: int) -> list[str]:
     """Return the metrics that are 1 for every ranking of so few documents."""
     return [name for name in METRICS if documents == 1 or (name.startswith("R@") and documents <= int(name.removeprefix("R@")))]
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS, Budget, validate_groups
-from metaembed_jax.late_interaction.right_documents import Contents, check_contents, ranked_documents
+from metaembed_jax.late_interaction.right_documents import ItemDigests, check_digests, ranked_documents
 from metaembed_jax.precision import float32_einsum
 from metaembed_jax.sharding import BATCH_AXES, batch_shards
 
@@ -41,7 +41,7 @@ def matryoshka_loss(
     chunk: int | None = None,
     negative_mask: Bool[Array, "B K"] | None = None,
     sources: Int[Array, "B"] | None = None,
-    contents: Contents | None = None,
+    digests: ItemDigests | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Return the cross-entropy from queries to documents, for each group, averaged over the queries.
 
@@ -58,12 +58,12 @@ def matryoshka_loss(
       chunk: queries at a time; None chooses by memory. It does not change values.
       negative_mask: False marks hard negatives that are padding; None if there is no padding.
       sources: a number for each pair. A query does not rank positives of other sources; None if it ranks all.
-      contents: says which items are the same; None if no two are.
+      digests: says which items are the same; None if no two are.
 
     Returns:
       The loss, and for each group "loss/r_q:r_c" and "accuracy/r_q:r_c", float32 scalars. Accuracy is the share of queries whose
       positive scores strictly above every other document: a tie is a miss. If vectors tie for a maximum, the gradient goes to the
-      first. With `contents`, also "same/documents" and "same/negatives", the numbers of other rows and of hard negatives of the
+      first. With `digests`, also "same/documents" and "same/negatives", the numbers of other rows and of hard negatives of the
       batch that are not ranked because they hold a right document.
 
     Raises:
@@ -76,19 +76,19 @@ def matryoshka_loss(
     negative_mask = jnp.ones(negatives.shape[:2], bool) if negative_mask is None else jnp.asarray(negative_mask)
     sources = jnp.zeros(query_BRD.shape[:1], jnp.int32) if sources is None else jnp.asarray(sources)
     _check_shapes(query_BRD, document_BRD, negatives, negative_mask, sources)
-    if contents is not None:
-        contents = Contents(*map(jnp.asarray, contents))
-        check_contents(contents, negative_mask.shape)
+    if digests is not None:
+        digests = ItemDigests(*map(jnp.asarray, digests))
+        check_digests(digests, negative_mask.shape)
     _check_options(normalization, temperature, chunk)
     _check_mesh(len(query_BRD), mesh)
     groups = validate_groups(groups, query_BRD.shape[1], document_BRD.shape[1])
     r_q, r_c = groups[-1]
     vectors = query_BRD[:, :r_q], document_BRD[:, :r_c], negatives[:, :, :r_c]
-    facts = negative_mask, sources, contents
+    facts = negative_mask, sources, digests
     losses_G, accuracies_G, same_2 = _group_losses(
         *vectors, *facts, jnp.float32(temperature), groups=groups, mesh=mesh, chunk=chunk
     )
-    metrics = {} if contents is None else {"same/documents": same_2[0], "same/negatives": same_2[1]}
+    metrics = {} if digests is None else {"same/documents": same_2[0], "same/negatives": same_2[1]}
     for name, values_G in (("loss", losses_G), ("accuracy", accuracies_G)):
         metrics |= {f"{name}/{r_q}:{r_c}": value for (r_q, r_c), value in zip(groups, values_G, strict=True)}
     return losses_G.mean() if normalization == "code" else losses_G.sum(), metrics
@@ -125,25 +125,25 @@ def _check_options(normalization, temperature, chunk):
 
 
 @partial(jax.jit, static_argnames=("groups", "mesh", "chunk"))
-def _group_losses(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, contents, temperature, *, groups, mesh, chunk):
+def _group_losses(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, digests, temperature, *, groups, mesh, chunk):
     """Return losses [G] and accuracies [G] over the global batch, and the numbers of rows and negatives that are not ranked [2]."""
     pairs = query_BRD.shape[0]
     if mesh is None:
-        ranked_BM, same_2 = ranked_documents(mask_BK, source_N, contents, 0)
+        ranked_BM, same_2 = ranked_documents(mask_BK, source_N, digests, 0)
         losses_G, hits_G = _sums(query_BRD, document_BRD, negatives_BKRD, ranked_BM, temperature, 0, groups, chunk)
     else:
         split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
 
         @partial(jax.shard_map, mesh=mesh, in_specs=(split, split, split, split, whole, whole, whole), out_specs=whole)
-        def sums_of_shards(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, contents, temperature):
+        def sums_of_shards(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, digests, temperature):
             first = jax.lax.axis_index(BATCH_AXES) * query_BRD.shape[0]
             with jax.named_scope("gather"):
                 document_NRD = jax.lax.all_gather(document_BRD, BATCH_AXES, tiled=True)
-            ranked_BM, same_2 = ranked_documents(mask_BK, source_N, contents, first)
+            ranked_BM, same_2 = ranked_documents(mask_BK, source_N, digests, first)
             sums = _sums(query_BRD, document_NRD, negatives_BKRD, ranked_BM, temperature, first, groups, chunk)
             return jax.lax.psum((*sums, same_2), BATCH_AXES)
 
-        losses_G, hits_G, same_2 = sums_of_shards(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, contents, temperature)
+        losses_G, hits_G, same_2 = sums_of_shards(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, digests, temperature)
     return losses_G / pairs, hits_G / pairs, same_2
 
 

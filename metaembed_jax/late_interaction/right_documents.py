@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from metaembed_jax.errors import UserError
 
 
-class Contents(NamedTuple):
+class ItemDigests(NamedTuple):
     """Digests of the items of pairs, W words each: items with the same words are the same item.
 
     Attributes:
@@ -24,29 +24,29 @@ class Contents(NamedTuple):
     negatives: Int[Array, "B K W"]
 
 
-def check_contents(contents: Contents, pairs_and_negatives: tuple[int, ...]) -> None:
+def check_digests(digests: ItemDigests, pairs_and_negatives: tuple[int, ...]) -> None:
     """Check the shapes of digests of B pairs with K hard negatives.
 
     Raises:
       UserError: they do not match (B, K).
     """
-    shapes = [words.shape for words in contents]
+    shapes = [words.shape for words in digests]
     words = shapes[0][-1:]
     if shapes != [pairs_and_negatives[:1] + words, pairs_and_negatives[:1] + words, pairs_and_negatives + words]:
         raise UserError(
-            f"matryoshka_loss: contents {shapes}: expected [B, W], [B, W] and [B, K, W] with B, K = {pairs_and_negatives}"
+            f"matryoshka_loss: digests {shapes}: expected [B, W], [B, W] and [B, K, W] with B, K = {pairs_and_negatives}"
         )
 
 
 def ranked_documents(
-    mask_bK: Bool[Array, "b K"], source_B: Int[Array, " B"], contents: Contents | None, first: int | Int[Array, ""]
+    mask_bK: Bool[Array, "b K"], source_B: Int[Array, " B"], digests: ItemDigests | None, first: int | Int[Array, ""]
 ) -> tuple[Bool[Array, "b M"], Float[Array, "2"]]:
     """Return which documents a device's queries rank, and how many rows and hard negatives they do not, as right documents.
 
     Args:
       mask_bK: False marks hard negatives that are padding.
       source_B: a query ranks the positives of its source only.
-      contents: says which items are the same; None if no two are.
+      digests: says which items are the same; None if no two are.
       first: the queries are those of the pairs first, first + 1, ...
     """
     queries = mask_bK.shape[0]
@@ -55,22 +55,22 @@ def ranked_documents(
         return jax.lax.dynamic_slice_in_dim(x_B, first, queries)
 
     of_source_bB = here(source_B)[:, None] == source_B
-    if contents is None:
+    if digests is None:
         return jnp.concatenate([of_source_bB, mask_bK], axis=1), jnp.zeros(2, jnp.float32)
     is_own_bB = jnp.arange(source_B.shape[0]) == first + jnp.arange(queries)[:, None]
-    is_right_bB, is_right_bK = _right_documents(contents, here)
+    is_right_bB, is_right_bK = _right_documents(digests, here)
     dropped_bB, dropped_bK = of_source_bB & is_right_bB & ~is_own_bB, mask_bK & is_right_bK
     same_2 = jnp.stack([dropped_bB.sum(), dropped_bK.sum()]).astype(jnp.float32)
     return jnp.concatenate([of_source_bB & ~dropped_bB, mask_bK & ~dropped_bK], axis=1), same_2
 
 
-def _right_documents(contents, here):
+def _right_documents(digests, here):
     """Return which positives [b, B] and hard negatives [b, K] hold a positive of the query, or of one that is the same.
 
     Args:
       here: returns the rows of this device's queries.
     """
-    query_BW, positive_BW, negative_BKW = contents
+    query_BW, positive_BW, negative_BKW = digests
     pairs = positive_BW.shape[0]
     has_query_bB = _same(here(query_BW)[:, None], query_BW)
     # The number of the first row with the same positive. A sum over rows by it takes memory for b * B; a product of matrices would

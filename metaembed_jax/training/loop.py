@@ -53,7 +53,7 @@ from metaembed_jax.training.saving import SaveSchedule
 from metaembed_jax.training.speed import Speed, shown
 from metaembed_jax.training.stages import stages
 from metaembed_jax.training.step import Trainer, TrainState, make_trainer, run_mesh
-from metaembed_jax.training.validation import Validation, say_held_out, validators
+from metaembed_jax.training.validation import Validation, print_held_out, validators
 
 
 def train(config: RunConfig, workdir: Path) -> bool:
@@ -158,8 +158,8 @@ def _open(config: RunConfig, workdir: Path, stack: contextlib.ExitStack) -> tupl
     """
     mesh = run_mesh(config)
     pairs = _open_sources(config)
-    sources.say_unused(config.data)
-    say_held_out(config)
+    sources.print_unused(config.data)
+    print_held_out(config)
     config, start = find_start(config, workdir)
     processor = run_processor(config, start.tokenizer)
     trainer = make_trainer(config, mesh)

@@ -21,7 +21,7 @@ from metaembed_jax.batch.training import TrainingBatch, check_microbatch
 from metaembed_jax.config.objectives import PairVectors
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
-from metaembed_jax.late_interaction.right_documents import Contents
+from metaembed_jax.late_interaction.right_documents import ItemDigests
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import ModelConfig, abstract_network, abstract_parameters, init_parameters
 from metaembed_jax.network_config import model_config
@@ -59,12 +59,12 @@ def gather(vectors_TD: Float[Array, "T D"], starts_N: Int[Array, "N"], count: in
     return jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(vectors_TD, start, count))(starts_N)
 
 
-def contents_of_pairs(batch: TrainingBatch) -> Contents:
+def digests_of_pairs(batch: TrainingBatch) -> ItemDigests:
     """Return the digests of a batch's items, by pair; those of a missing negative are its positive's."""
-    content_TW = jnp.moveaxis(batch.contents, 2, 3).reshape(-1, batch.contents.shape[2])
-    pairs, words = batch.queries.shape[0], content_TW.shape[1]
-    document_NW = content_TW[batch.documents]
-    return Contents(content_TW[batch.queries], document_NW[:pairs], document_NW[pairs:].reshape(pairs, -1, words))
+    digest_TW = jnp.moveaxis(batch.digests, 2, 3).reshape(-1, batch.digests.shape[2])
+    pairs, words = batch.queries.shape[0], digest_TW.shape[1]
+    document_NW = digest_TW[batch.documents]
+    return ItemDigests(digest_TW[batch.queries], document_NW[:pairs], document_NW[pairs:].reshape(pairs, -1, words))
 
 
 def make_loss(config: RunConfig, mesh: Mesh) -> Callable:
@@ -91,9 +91,9 @@ def make_loss(config: RunConfig, mesh: Mesh) -> Callable:
         if document_NRD.shape[0] > pairs:
             negatives = document_NRD[pairs:].reshape(pairs, -1, *document_NRD.shape[1:])
         source_B = batch.source if config.data.within_source else None
-        contents = contents_of_pairs(batch)
+        digests = digests_of_pairs(batch)
         with jax.named_scope("loss"):
-            vectors = PairVectors(query_BRD, document_NRD[:pairs], negatives, batch.negative_mask, source_B, contents)
+            vectors = PairVectors(query_BRD, document_NRD[:pairs], negatives, batch.negative_mask, source_B, digests)
             return config.objectives.loss(vectors, mesh)
 
     return loss

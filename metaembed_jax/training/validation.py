@@ -16,7 +16,7 @@ SPLIT = "validation"
 CACHE = "eval"  # the folder of a run with results of finished tasks, the same as that of `eval.py`
 
 
-def say_held_out(config: RunConfig) -> None:
+def print_held_out(config: RunConfig) -> None:
     """Print what a run cannot learn from its held-out splits, before its first step.
 
     Raises:

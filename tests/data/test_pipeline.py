@@ -25,7 +25,7 @@ from metaembed_jax.data.sources.descriptions import describe
 from metaembed_jax.data.stored_plan import NAME, stored_plan
 from metaembed_jax.errors import UserError
 from metaembed_jax.network_config import model_config, row_limits
-from metaembed_jax.training.step import contents_of_pairs
+from metaembed_jax.training.step import digests_of_pairs
 
 WORDS = [f"word{number}" for number in range(200)]
 
@@ -296,8 +296,8 @@ def test_two_hosts_make_the_rows_of_the_batch_and_read_only_their_records(proces
     )
     joined = jax.tree.map(lambda x, y: np.stack([x, y], axis=2).reshape(x.shape[0], -1, *x.shape[2:]), *(x.rows for x in shares))
     assert equal(joined, whole.rows)
-    contents = np.stack([share.contents for share in shares], axis=2).reshape(whole.contents.shape)
-    assert equal(contents, whole.contents) and (contents != 0).any()
+    digests = np.stack([share.digests for share in shares], axis=2).reshape(whole.digests.shape)
+    assert equal(digests, whole.digests) and (digests != 0).any()
     for share in shares:
         assert all(equal(getattr(share, key), getattr(whole, key)) for key in ("queries", "documents", "negative_mask", "source"))
     pairs = [row for _, _, row in watched[0].asked]
@@ -334,11 +334,11 @@ def test_items_of_the_same_content_have_the_same_words(processor):
     source = Watched(records)
     batch = dataset_of(config(negatives=1), processor, [source])[0]
     drawn = [row for _, _, row in source.asked]
-    contents = contents_of_pairs(batch)
-    queries, positives = ({row: tuple(words.tolist()) for row, words in zip(drawn, x, strict=True)} for x in contents[:2])
+    digests = digests_of_pairs(batch)
+    queries, positives = ({row: tuple(words.tolist()) for row, words in zip(drawn, x, strict=True)} for x in digests[:2])
     assert queries[0] == queries[4] and len(set(queries.values())) == 7
     assert positives[1] == positives[5] and len(set(positives.values())) == 7
-    negatives = {row: tuple(words.tolist()) for row, words in zip(drawn, contents.negatives[:, 0], strict=True)}
+    negatives = {row: tuple(words.tolist()) for row, words in zip(drawn, digests.negatives[:, 0], strict=True)}
     assert negatives[2] == positives[3] and negatives[3] == positives[3]
 
 

@@ -72,7 +72,7 @@ def test_a_picture_replaced_under_its_name_is_prepared_again(tmp_path, written, 
     marker = prepare(file, out)
     assert written == [3] and marker["fingerprint"] != first["fingerprint"]
     printed = capsys.readouterr().out
-    assert f"{out}/mine: 1 row or their images changed since it was prepared, from {file}, row 36 on\n" in printed
+    assert f"{out}/mine: 1 row changed since it was prepared (values or images), from {file}, row 36 on\n" in printed
     assert f"{out}/mine: 11 of 12 shards are kept\n" in printed
     fresh = prepare(file, tmp_path / "fresh")
     assert fresh == marker and content(tmp_path / "fresh") == content(out)
@@ -95,7 +95,7 @@ def test_a_changed_table_keeps_the_shards_that_are_the_same(tmp_path, written, c
     written.clear()
     write_pairs(file, change(rows))
     marker = prepare(file, out)
-    assert 0 < len(written) <= most and "or their images changed" in capsys.readouterr().out
+    assert 0 < len(written) <= most and "changed since it was prepared (values or images)" in capsys.readouterr().out
     fresh = prepare(file, tmp_path / "fresh")
     assert fresh == marker and content(tmp_path / "fresh") == content(out)
 

@@ -10,7 +10,7 @@ from metaembed_jax.check.references import matryoshka
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS, validate_groups
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
-from metaembed_jax.late_interaction.right_documents import Contents
+from metaembed_jax.late_interaction.right_documents import ItemDigests
 
 TOLERANCE = 5e-5
 GROUP_SETS = [
@@ -65,8 +65,8 @@ def relative(actual, expected):
     return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
-def assert_matches(vectors, groups, normalization="code", negative_mask=None, sources=None, contents=None, **options):
-    counts = {"negative_mask": negative_mask, "sources": sources, "contents": contents}
+def assert_matches(vectors, groups, normalization="code", negative_mask=None, sources=None, digests=None, **options):
+    counts = {"negative_mask": negative_mask, "sources": sources, "digests": digests}
     expected, expected_gradients, losses, accuracies = matryoshka(*vectors, groups, normalization=normalization, **counts)
     options |= counts
     (value, metrics), gradients = value_and_gradients(*vectors, groups=groups, normalization=normalization, **options)
@@ -115,22 +115,22 @@ def test_masked_negatives_and_other_sources_do_not_count(sharded):
     assert masked_by_source < masked < assert_matches(batch, GROUPS, mesh=mesh)
 
 
-def contents_of(queries, positives, negatives):
+def digests_of(queries, positives, negatives):
     """Two words for each number; the first is the same for all."""
-    return Contents(*(np.stack([np.zeros_like(x), x], axis=-1).astype(np.int32) for x in (queries, positives, negatives)))
+    return ItemDigests(*(np.stack([np.zeros_like(x), x], axis=-1).astype(np.int32) for x in (queries, positives, negatives)))
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_right_documents_of_a_query_are_not_its_negatives(sharded):
     batch, rng = make_batch(16, 3), np.random.default_rng(3)
-    contents = contents_of(rng.integers(0, 9, 16), rng.integers(0, 9, 16), rng.integers(0, 12, (16, 3)))
+    digests = digests_of(rng.integers(0, 9, 16), rng.integers(0, 9, 16), rng.integers(0, 12, (16, 3)))
     mask, sources = rng.random((16, 3)) < 0.7, rng.integers(0, 2, 16)
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "fsdp")) if sharded else None
-    masked = assert_matches(batch, GROUPS, mesh=mesh, negative_mask=mask, contents=contents)
+    masked = assert_matches(batch, GROUPS, mesh=mesh, negative_mask=mask, digests=digests)
     assert masked < assert_matches(batch, GROUPS, mesh=mesh, negative_mask=mask)
-    assert_matches(batch, GROUPS, mesh=mesh, negative_mask=mask, sources=sources, contents=contents)
-    different = contents_of(np.arange(16), np.arange(16), np.arange(16, 64).reshape(16, 3))
-    value, metrics = matryoshka_loss(*batch, mesh=mesh, contents=different)
+    assert_matches(batch, GROUPS, mesh=mesh, negative_mask=mask, sources=sources, digests=digests)
+    different = digests_of(np.arange(16), np.arange(16), np.arange(16, 64).reshape(16, 3))
+    value, metrics = matryoshka_loss(*batch, mesh=mesh, digests=different)
     assert value == matryoshka_loss(*batch, mesh=mesh)[0] and metrics["same/documents"] == metrics["same/negatives"] == 0
 
 
@@ -144,7 +144,7 @@ def test_a_perfect_model_has_no_loss_whatever_pairs_share(sharded):
     vectors = directions[topics], directions[topics], directions[np.where(negatives == 9, 7, topics[:, None])]
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "fsdp")) if sharded else None
     options = {"groups": ((1, 1),), "mesh": mesh, "negative_mask": negatives < 9}
-    value, metrics = matryoshka_loss(*vectors, contents=contents_of(queries, positives, negatives), **options)
+    value, metrics = matryoshka_loss(*vectors, digests=digests_of(queries, positives, negatives), **options)
     assert value < 1e-12 and metrics["accuracy/1:1"] == 1
     assert metrics["same/documents"] == 6 and metrics["same/negatives"] == 3
     value, metrics = matryoshka_loss(*vectors, **options)

@@ -64,7 +64,7 @@ def alone(config, items, step):
         documents=starts_BI[:, 1].copy(),
         negative_mask=np.zeros((len(starts_BI), 0), bool),
         source=np.zeros(len(starts_BI), np.int32),
-        contents=np.arange(len(row_items) * 2 * row.vectors, dtype=np.int32).reshape(1, -1, 2, row.vectors),
+        digests=np.arange(len(row_items) * 2 * row.vectors, dtype=np.int32).reshape(1, -1, 2, row.vectors),
     )
 
 

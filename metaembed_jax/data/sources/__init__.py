@@ -57,7 +57,7 @@ def prepare(name: str, data_dir: str | Path) -> dict:
 
 
 def prepare_from(kind: str, path: str | Path, out: str | Path, workers: int, skips: int) -> dict[str, dict]:
-    """Prepare all sources that files hold, but for those that are prepared already.
+    """Prepare all sources that files hold, except those that are prepared.
 
     Returns:
       The marker of each source, by name.
@@ -117,7 +117,7 @@ def fingerprints(data: DataConfig) -> dict[str, str]:
     return {name: prepare(name, data.dir)["fingerprint"] for name, *_ in data.sources}
 
 
-def say_unused(data: DataConfig) -> None:
+def print_unused(data: DataConfig) -> None:
     """Print the keys of `config.data` that no source of a run reads."""
     names = [name for name, *_ in data.sources]
     for key, name in ONLY_OF.items():

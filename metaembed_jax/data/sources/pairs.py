@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from metaembed_jax.data.sources.image_files import ImageFolder, image_stamps
-from metaembed_jax.data.sources.row_files import open_row_files, say_further_columns
+from metaembed_jax.data.sources.row_files import open_row_files, print_further_columns
 from metaembed_jax.data.sources.shards import RawSource
 from metaembed_jax.errors import UserError
 
@@ -30,7 +30,7 @@ def find_sources(file: Path) -> list[RawSource]:
     if not file.is_file():
         raise UserError(f"{file.absolute()}: no such file; --from is a .jsonl or .parquet of pairs")
     rows = open_row_files([file])
-    say_further_columns(rows, COLUMNS, "not read")
+    print_further_columns(rows, COLUMNS, "not read")
     folder = ImageFolder(file.parent)
     record = partial(to_record, folder=folder, source=file.stem)
     images = partial(image_stamps, folder=folder, columns=IMAGE_COLUMNS)

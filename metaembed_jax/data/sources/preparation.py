@@ -88,28 +88,28 @@ class _Preparation:
         stamp = next(filter(None, map(corpus.stamp, (self.part, self.final))), "") if corpus else ""
         self.job = dataclasses.replace(self.job, corpus=stamp)
         counts = self._stored(shards.read_counts) if stamp or not corpus else {}
-        contents = self._stored(shards.read_contents) if self.job.source.keep_components_together else {}
-        stamps = self._stamps(counts, contents)
-        current = {shard for shard, stored in counts.items() if stored["stamps"] == stamps[shard]}
-        if marker and len(current) == self.job.shards and _rows_before(marker) == len(self.job.source.rows):
+        digests = self._stored(shards.read_digests) if self.job.source.keep_components_together else {}
+        stamps = self._stamps(counts, digests)
+        unchanged = {shard for shard, stored in counts.items() if stored["stamps"] == stamps[shard]}
+        if marker and len(unchanged) == self.job.shards and _rows_before(marker) == len(self.job.source.rows):
             marker |= {"inputs": self.job.inputs, "files": _names(self.job.source)}
             records.write_marker(self.final.parent, marker)
             return marker
         if marker:
-            self._say_changes(marker, counts, stamps, current)
+            self._print_changes(marker, counts, stamps, unchanged)
         if self._copy_corpus(stamp):
-            current = set()
-        self._adopt(current)
-        components = self._components({shard: stored for shard, stored in contents.items() if stored["stamps"] == stamps[shard]})
+            unchanged = set()
+        self._link_shards(unchanged)
+        components = self._components({shard: stored for shard, stored in digests.items() if stored["stamps"] == stamps[shard]})
         self.job = dataclasses.replace(self.job, held_out=splits.held_out(components))
-        written = {shard: counts[shard] for shard in current if counts[shard]["held_out_rows"] == self.job.held_out_in(shard)}
+        written = {shard: counts[shard] for shard in unchanged if counts[shard]["held_out_rows"] == self.job.held_out_in(shard)}
         self._write(written, known=bool(marker))
         return _finish(self.job, self.final, [written[shard] for shard in range(self.job.shards)], len(np.unique(components)))
 
     def _stored(self, read: Callable[[Path, int], dict | None]) -> dict[int, dict]:
         """Return the files of shards that exist, of a preparation that was killed or of the complete source."""
-        found = {shard: read(self.part, shard) or read(self.final, shard) for shard in range(self.job.shards)}
-        return {shard: content for shard, content in found.items() if content is not None}
+        stored = {shard: read(self.part, shard) or read(self.final, shard) for shard in range(self.job.shards)}
+        return {shard: content for shard, content in stored.items() if content is not None}
 
     def _stamps(self, *stored: dict[int, dict]) -> dict[int, list[int]]:
         """Return the stamps, as they are now, of the rows of all shards that are stored.
@@ -139,14 +139,14 @@ class _Preparation:
     def _each(self, function: Callable[[Job, int], Result], chosen: Sequence[int]) -> Iterator[Result]:
         return map_with(self.job, function, chosen, min(self.workers, len(chosen)) if len(chosen) > 1 else 0)
 
-    def _say_changes(self, marker: dict, counts: dict[int, dict], stamps: dict[int, list[int]], current: set[int]) -> None:
+    def _print_changes(self, marker: dict, counts: dict[int, dict], stamps: dict[int, list[int]], unchanged: set[int]) -> None:
         """Print how many rows changed, and name the first of them.
 
         Raises:
           UserError: nothing is the same, and the source is prepared from files of other names.
         """
         rows, source = self.job.source.rows, self.final.parent
-        if not current and not set(marker["files"]) & set(_names(self.job.source)):
+        if not unchanged and not set(marker["files"]) & set(_names(self.job.source)):
             raise UserError(
                 f"{source} is prepared already, from other files than {rows.files[0]}: {marker['files'][0]}; remove it, or choose "
                 "another --out"
@@ -159,7 +159,7 @@ class _Preparation:
         inside = [row for row in changed if row < len(rows)]
         number = len(inside) + max(_rows_before(marker) - len(rows), 0)
         first = f", from {rows.row_name(inside[0])} on" if inside else ""
-        print(f"{source}: {number:,} row{'s' * (number != 1)} or their images changed since it was prepared{first}", flush=True)
+        print(f"{source}: {number:,} row{'s' * (number != 1)} changed since it was prepared (values or images){first}", flush=True)
 
     def _copy_corpus(self, stamp: str) -> bool:
         """Make the folder and the copy of the corpus, and return whether that changes the stamps of all rows.
@@ -171,34 +171,34 @@ class _Preparation:
         source, corpus = self.job.source, self.job.source.corpus
         if corpus is None:
             return False
-        file, current = self.part / "job.json", {"inputs": self.job.inputs, "corpus": stamp}
-        if not file.is_file() or files.read_json(file) != current:
+        file, recorded = self.part / "job.json", {"inputs": self.job.inputs, "corpus": stamp}
+        if not file.is_file() or files.read_json(file) != recorded:
             remove_copy(self.part)
         copy = corpus.copy(source.rows, self.part, source.name)
         source = dataclasses.replace(source, record=functools.partial(source.record, corpus=copy), corpus=None)
-        now = corpus.stamp(self.part)
-        files.write_json(file, current | {"corpus": now})
-        self.job = dataclasses.replace(self.job, source=source, corpus=now)
-        return now != stamp
+        new_stamp = corpus.stamp(self.part)
+        files.write_json(file, recorded | {"corpus": new_stamp})
+        self.job = dataclasses.replace(self.job, source=source, corpus=new_stamp)
+        return new_stamp != stamp
 
-    def _adopt(self, current: set[int]) -> None:
+    def _link_shards(self, unchanged: set[int]) -> None:
         """Take the shards that are the same from the complete source."""
-        for shard in current:
+        for shard in unchanged:
             if shards.read_counts(self.part, shard) is None:
-                shards.adopt(self.final, self.part, shard)
+                shards.link_shard(self.final, self.part, shard)
 
-    def _components(self, contents: dict[int, dict]) -> Int[np.ndarray, "R"]:
+    def _components(self, digests: dict[int, dict]) -> Int[np.ndarray, "R"]:
         """Return the number of each row's component.
 
         Args:
-          contents: those of shards that are the same.
+          digests: those of shards that are the same.
         """
         if not self.job.source.keep_components_together:
             return np.arange(len(self.job.source.rows))
-        missing = [shard for shard in range(self.job.shards) if shard not in contents]
-        contents |= self._map(shards.write_contents, missing, "equal items", lambda content: len(content["stamps"]))
-        digests = [pair for shard in range(self.job.shards) for pair in contents[shard]["contents"]]
-        return splits.components_of([pair and (bytes.fromhex(pair[0]), bytes.fromhex(pair[1])) for pair in digests])
+        missing = [shard for shard in range(self.job.shards) if shard not in digests]
+        digests |= self._map(shards.write_digests, missing, "equal items", lambda content: len(content["stamps"]))
+        pairs = [pair for shard in range(self.job.shards) for pair in digests[shard]["digests"]]
+        return splits.components_of([pair and (bytes.fromhex(pair[0]), bytes.fromhex(pair[1])) for pair in pairs])
 
     def _write(self, written: dict[int, dict], known: bool) -> None:
         """Write the shards that are not in `written`, and add their counts to it.
@@ -298,10 +298,10 @@ def _join(job: Job) -> None:
     for split in records.SPLITS:
         with replacing(descriptions.file_of(directory, split)) as target:
             for shard in range(job.shards):
-                target.write(shards.described(directory, split, shard).read_bytes())
+                target.write(shards.descriptions_file(directory, split, shard).read_bytes())
         for shard in range(job.shards):
             name = f"{DATASET}-{split}.array_record-{shard:05}-of-{job.shards:05}"
-            if stored := shards.stored_records(directory, split, shard):
+            if stored := shards.stored_file(directory, split, shard):
                 os.replace(stored, directory / name)
             expected.add(name)
     for file in directory.glob(f"{DATASET}-*"):  # of a preparation of another number of rows

@@ -147,7 +147,7 @@ def further_columns(rows: RowFiles, read: set[str]) -> list[str]:
     return sorted(name for name in rows.columns() - read if not re.fullmatch(PANDAS_INDEX, name))
 
 
-def say_further_columns(rows: RowFiles, read: set[str], use: str) -> None:
+def print_further_columns(rows: RowFiles, read: set[str], use: str) -> None:
     """Print the columns that are not in `read`, with what becomes of them: one of them may be a misspelled name."""
     if further := further_columns(rows, read):
         print(f"{rows.files[0]}: columns {use}: {', '.join(further)}; read: {', '.join(sorted(read))}", flush=True)

@@ -2,7 +2,7 @@
 
     shards/00007.train.array_record         its records in a split, until the source is complete
     shards/00007.described-train.jsonl      their descriptions
-    shards/00007.contents.json              the stamps of its rows, and digests of their queries and positives, for the splits
+    shards/00007.digests.json               the stamps of its rows, and digests of their queries and positives, for the splits
     shards/00007.json                       the stamps of its rows, and counts; written last
 
 The stamp of a row depends on its values, on size and time of each image file that it names, which is not opened for it, and on the
@@ -21,7 +21,7 @@ from pathlib import Path
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import example_serializer
 
-from metaembed_jax.data.contents import content_digest
+from metaembed_jax.data.digests import content_digest
 from metaembed_jax.data.sources import descriptions, records
 from metaembed_jax.data.sources.corpus import Corpus
 from metaembed_jax.data.sources.image_files import unread_pages
@@ -116,9 +116,9 @@ def read_stamps(job: Job, shard: int) -> list[int]:
     return [stamp for _, _, stamp, _ in job.read(shard)]
 
 
-def write_contents(job: Job, shard: int) -> dict:
+def write_digests(job: Job, shard: int) -> dict:
     """Write digests of the query and the positive of each row of a shard (null for a bad row), and return the file's content."""
-    content = {"inputs": job.whole_inputs, "images": 0, "stamps": [], "contents": []}
+    content = {"inputs": job.whole_inputs, "images": 0, "stamps": [], "digests": []}
     for _, row, stamp, images in job.read(shard):
         digests = None
         if isinstance(row, dict):
@@ -129,8 +129,8 @@ def write_contents(job: Job, shard: int) -> dict:
                 pass
         content["images"] += images
         content["stamps"].append(stamp)
-        content["contents"].append(digests)
-    write_json(contents_file(job.directory, shard), content)
+        content["digests"].append(digests)
+    write_json(digests_file(job.directory, shard), content)
     return content
 
 
@@ -139,7 +139,7 @@ def write_shard(job: Job, shard: int) -> dict:
     features = records.features()
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())  # pyright: ignore[reportArgumentType]
     counts_file(job.directory, shard).unlink(missing_ok=True)
-    files = {split: staged_records(job.directory, split, shard).with_suffix(".tmp") for split in records.SPLITS}
+    files = {split: staged_file(job.directory, split, shard).with_suffix(".tmp") for split in records.SPLITS}
     writers = {split: ArrayRecordWriter(str(file), "group_size:1") for split, file in files.items()}
     lines = {split: [] for split in records.SPLITS}
     counts = _no_counts(job, shard)
@@ -170,8 +170,8 @@ def write_shard(job: Job, shard: int) -> dict:
     counts["digest"] = content.hexdigest()
     if len(counts["left_out"]) <= job.skips:
         for split, file in files.items():
-            os.replace(file, staged_records(job.directory, split, shard))
-            write_bytes(described(job.directory, split, shard), b"".join(lines[split]))
+            os.replace(file, staged_file(job.directory, split, shard))
+            write_bytes(descriptions_file(job.directory, split, shard), b"".join(lines[split]))
         write_json(counts_file(job.directory, shard), counts)
     return counts
 
@@ -213,24 +213,24 @@ def counts_file(directory: Path, shard: int) -> Path:
     return directory / FOLDER / f"{shard:05}.json"
 
 
-def contents_file(directory: Path, shard: int) -> Path:
+def digests_file(directory: Path, shard: int) -> Path:
     """Return the file of the digests of a shard's items."""
-    return directory / FOLDER / f"{shard:05}.contents.json"
+    return directory / FOLDER / f"{shard:05}.digests.json"
 
 
-def described(directory: Path, split: str, shard: int) -> Path:
+def descriptions_file(directory: Path, split: str, shard: int) -> Path:
     """Return the file of a shard's descriptions."""
     return directory / FOLDER / f"{shard:05}.described-{split}.jsonl"
 
 
-def staged_records(directory: Path, split: str, shard: int) -> Path:
+def staged_file(directory: Path, split: str, shard: int) -> Path:
     """Return the file of a shard's records while the source is prepared."""
     return directory / FOLDER / f"{shard:05}.{split}.array_record"
 
 
-def stored_records(directory: Path, split: str, shard: int) -> Path | None:
+def stored_file(directory: Path, split: str, shard: int) -> Path | None:
     """Return the file of a shard's records, staged or in a complete source; None if it is missing."""
-    staged = staged_records(directory, split, shard)
+    staged = staged_file(directory, split, shard)
     names = f"{DATASET}-{split}.array_record-{shard:05}-of-*"
     return staged if staged.is_file() else next(iter(sorted(directory.glob(names))), None)
 
@@ -238,25 +238,25 @@ def stored_records(directory: Path, split: str, shard: int) -> Path | None:
 def read_counts(directory: Path, shard: int) -> dict | None:
     """Return the counts of a written shard; None if one of its files is missing."""
     file = counts_file(directory, shard)
-    parts = [(stored_records(directory, split, shard), described(directory, split, shard)) for split in records.SPLITS]
+    parts = [(stored_file(directory, split, shard), descriptions_file(directory, split, shard)) for split in records.SPLITS]
     if not file.is_file() or not all(content and lines.is_file() for content, lines in parts):
         return None
     return json.loads(file.read_text())
 
 
-def read_contents(directory: Path, shard: int) -> dict | None:
-    """Return the content of the file that `write_contents` writes; None if it is missing."""
-    file = contents_file(directory, shard)
+def read_digests(directory: Path, shard: int) -> dict | None:
+    """Return the content of the file that `write_digests` writes; None if it is missing."""
+    file = digests_file(directory, shard)
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def adopt(source: Path, target: Path, shard: int) -> None:
+def link_shard(source: Path, target: Path, shard: int) -> None:
     """Add a shard of one folder to another, its counts last. Both then share its files."""
-    pairs: list[tuple[Path | None, Path]] = [(contents_file(source, shard), contents_file(target, shard))]
+    files: list[tuple[Path | None, Path]] = [(digests_file(source, shard), digests_file(target, shard))]
     for split in records.SPLITS:
-        pairs.append((stored_records(source, split, shard), staged_records(target, split, shard)))
-        pairs.append((described(source, split, shard), described(target, split, shard)))
-    for old, new in (*pairs, (counts_file(source, shard), counts_file(target, shard))):
+        files.append((stored_file(source, split, shard), staged_file(target, split, shard)))
+        files.append((descriptions_file(source, split, shard), descriptions_file(target, split, shard)))
+    for old, new in (*files, (counts_file(source, shard), counts_file(target, shard))):
         if old and old.is_file():
             new.unlink(missing_ok=True)
             try:

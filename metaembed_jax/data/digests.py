@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from metaembed_jax.batch.training import CONTENT_WORDS
+from metaembed_jax.batch.training import DIGEST_WORDS
 
 DIGEST_BYTES = 16
 
@@ -21,6 +21,6 @@ def content_digest(item: dict) -> bytes:
     return digest.digest()
 
 
-def content_words(item: dict) -> Int[np.ndarray, "W"]:
+def digest_words(item: dict) -> Int[np.ndarray, "W"]:
     """Return the first words of an item's digest, for a `TrainingBatch`."""
-    return np.frombuffer(content_digest(item), np.int32, CONTENT_WORDS)
+    return np.frombuffer(content_digest(item), np.int32, DIGEST_WORDS)
