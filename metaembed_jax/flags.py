@@ -58,24 +58,24 @@ def count(text: str) -> int:
 
 def any_path(text: str) -> Path:
     """Parse a flag's path on a disk or in a bucket, gs://BUCKET/PATH."""
-    with _argument_errors():
+    with argument_errors():
         return files.any_path(text)
 
 
 def local_path(text: str) -> Path:
     """Parse a flag's path on a disk."""
-    with _argument_errors():
+    with argument_errors():
         return files.local_path(text)
 
 
 def model_name(text: str) -> str:
     """Parse a flag's model: a path on a disk or in a bucket, or an id on the hub."""
-    with _argument_errors():
+    with argument_errors():
         return files.check_scheme(text)
 
 
 @contextlib.contextmanager
-def _argument_errors() -> Iterator[None]:
+def argument_errors() -> Iterator[None]:
     """Turn a `UserError` into an error of argparse, which names the flag."""
     try:
         yield

@@ -5,6 +5,14 @@ import argparse
 from metaembed_jax.compilation import keep_no_programs, keep_programs
 from metaembed_jax.devices import use_cpu
 from metaembed_jax.hosts.connect import connect_hosts
+from metaembed_jax.inputs.image_flags import limit_images
+
+MESH_FLAGS = {
+    "data": "devices that encode different items",
+    "fsdp": "devices that also share the weights",
+    "tensor": "devices that share each layer's work",
+    "slices": "TPU slices (default: all that there are)",
+}
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,24 +37,26 @@ def add_mesh_flags(parser: argparse.ArgumentParser) -> None:
     flags = parser.add_argument_group(
         "mesh", "sizes of its axes; -1: all remaining devices (default: data, with the smallest fsdp at which the weights fit)"
     )
-    flags.add_argument("--mesh.data", dest="mesh_data", metavar="N", type=int, help="devices that encode different items")
-    flags.add_argument("--mesh.fsdp", dest="mesh_fsdp", metavar="N", type=int, help="devices that also share the weights")
-    flags.add_argument("--mesh.tensor", dest="mesh_tensor", metavar="N", type=int, help="devices that share each layer's work")
-    flags.add_argument("--mesh.slices", dest="mesh_slices", metavar="N", type=int, help="TPU slices (default: all that there are)")
+    for axis, meaning in MESH_FLAGS.items():
+        flags.add_argument(f"--mesh.{axis}", dest=f"mesh_{axis}", metavar="N", type=int, help=meaning)
 
 
 def mesh_sizes(arguments: argparse.Namespace) -> dict[str, int]:
     """Return the sizes that the flags of `add_mesh_flags` give, by axis."""
-    flags = {axis: getattr(arguments, f"mesh_{axis}") for axis in ("data", "fsdp", "tensor", "slices")}
+    flags = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_FLAGS}
     return {axis: size for axis, size in flags.items() if size is not None}
 
 
 def start(arguments: argparse.Namespace) -> None:
-    """Set up JAX by the flags of `add_device_flags`, and join the other hosts if the command has `add_host_flags`.
+    """Set up JAX by the flags of `add_device_flags`.
+
+    Also limit images and join the other hosts, if the command has `add_image_flag` and `add_host_flags`.
 
     Raises:
       UserError: as `connect_hosts`.
     """
+    if "image_mib" in arguments:
+        limit_images(arguments)
     if arguments.cpu:
         use_cpu()
     if arguments.no_compile_cache:

@@ -8,7 +8,7 @@ from metaembed_jax.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from metaembed_jax.flags import add_config, any_path, local_path
 from metaembed_jax.hosts.failures import fail_together
 from metaembed_jax.hosts.votes import stop_signal
-from metaembed_jax.inputs.image_flags import add_image_flag, limit_images
+from metaembed_jax.inputs.image_flags import add_image_flag
 from metaembed_jax.startup import add_device_flags, add_host_flags, start
 
 EXAMPLES = """
@@ -40,7 +40,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table of the best checkpoint, and write its results."""
-    limit_images(arguments)
     start(arguments)
     with fail_together(), stop_signal() as stop, stop.at_once():
         config = load_config(arguments.config, arguments.overrides)

@@ -2,10 +2,10 @@
 
 import argparse
 
-from metaembed_jax.flags import local_path, model_name
+from metaembed_jax.flags import count, local_path, model_name
 from metaembed_jax.hosts.failures import fail_together
 from metaembed_jax.hosts.votes import stop_signal
-from metaembed_jax.inputs.image_flags import add_image_flag, limit_images
+from metaembed_jax.inputs.image_flags import add_image_flag
 from metaembed_jax.retrieval import index_and_search
 from metaembed_jax.retrieval.manifest import DTYPES
 from metaembed_jax.startup import add_device_flags, add_host_flags, add_mesh_flags, mesh_sizes, start
@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--budget", type=int, help="vectors to keep of each document (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the vectors on disk (default: bfloat16)")
-    parser.add_argument("--skip", type=int, default=0, help="most documents to leave out if they cannot be read (default: 0)")
+    parser.add_argument("--skip", type=count, default=0, help="most documents to leave out if they cannot be read (default: 0)")
     add_image_flag(parser)
     add_device_flags(parser)
     add_mesh_flags(parser)
@@ -35,7 +35,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Build an index."""
-    limit_images(arguments)
     start(arguments)
     with fail_together(), stop_signal() as stop, stop.at_once():
         index_and_search.index(

@@ -5,7 +5,7 @@ import argparse
 from metaembed_jax.flags import local_path, model_name
 from metaembed_jax.hosts.failures import fail_together
 from metaembed_jax.hosts.votes import stop_signal
-from metaembed_jax.inputs.image_flags import add_image_flag, limit_images
+from metaembed_jax.inputs.image_flags import add_image_flag
 from metaembed_jax.retrieval import index_and_search
 from metaembed_jax.startup import add_device_flags, add_host_flags, add_mesh_flags, mesh_sizes, start
 
@@ -31,7 +31,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the documents that fit a query best."""
-    limit_images(arguments)
     start(arguments)
     with fail_together(), stop_signal() as stop, stop.at_once():
         index_and_search.search(

@@ -10,7 +10,7 @@ from metaembed_jax.config.files import load_config
 from metaembed_jax.flags import add_config, any_path
 from metaembed_jax.hosts.failures import fail_together, leave
 from metaembed_jax.hosts.votes import TERMINATED
-from metaembed_jax.inputs.image_flags import add_image_flag, limit_images
+from metaembed_jax.inputs.image_flags import add_image_flag
 from metaembed_jax.startup import add_device_flags, add_host_flags, start
 from metaembed_jax.training.loop import train
 
@@ -32,7 +32,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train until the last step or a signal."""
-    limit_images(arguments)
     start(arguments)
     with fail_together():
         config = load_config(arguments.config, arguments.overrides)

@@ -25,7 +25,7 @@ def check_left_out(left_out: Sequence[LeftOut], skip: int) -> None:
       UserError: there are more; names the first, and their number.
     """
     if type(skip) is not int or skip < 0:
-        raise UserError(f"skip={skip!r}: expected the number of documents that may be left out, 0 or more")
+        raise UserError(f"skip={skip!r}: expected a non-negative integer")
     if len(left_out) > skip:
         number = f"; {len(left_out):,} documents cannot be read" if len(left_out) > 1 else ""
         raise UserError(f"{left_out[0].reason}{number}; --skip={len(left_out)} leaves out as many, and lists them")

@@ -69,10 +69,10 @@ class HeldOut:
         missing = [name for name in self._sources if name not in present]
         notes = [f"{self.name}: without rows in this split, and left out: {', '.join(missing)}"] if present and missing else []
         for name in present:
-            if (sizes := sources.held_out_sizes(name, self._data_dir, self.name)) and (same := saturated_metrics(sizes[1])):
-                queries, documents = f"{sizes[0]} {'query' if sizes[0] == 1 else 'queries'}", f"{sizes[1]} document"
-                counts = f"{queries} and {documents}{'s' * (sizes[1] > 1)}"
-                notes.append(f"{self.name}: source {name} has {counts}: of any model, its {', '.join(same)} is 100 %")
+            sizes = sources.held_out_sizes(name, self._data_dir, self.name)
+            if sizes and (metrics := saturated_metrics(sizes[1])):
+                counts = f"{sizes[0]:,} queries and {sizes[1]:,} documents"
+                notes.append(f"{self.name}: {name} has {counts}; {', '.join(metrics)} is 100 % for any model")
         return notes
 
     def tells_apart(self, metric: str) -> bool:

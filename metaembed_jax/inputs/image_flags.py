@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from metaembed_jax.errors import UserError
+from metaembed_jax.flags import argument_errors
 from metaembed_jax.inputs.images import MEMORY_KEY, MEMORY_MIB, parse_mib
 
 
@@ -25,7 +25,5 @@ def limit_images(arguments: argparse.Namespace) -> None:
 
 
 def _mib(text: str) -> int:
-    try:
+    with argument_errors():
         return parse_mib(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

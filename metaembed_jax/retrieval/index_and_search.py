@@ -22,7 +22,7 @@ TEXT_LENGTH = 100  # characters of a text that are printed
 
 def index(
     model: str,
-    documents: Path,
+    path: Path,
     out: Path,
     budget: int | None,
     dtype: str,
@@ -37,13 +37,14 @@ def index(
     Raises:
       UserError: as `open_documents`, `MetaEmbed.from_pretrained` and `index_documents`.
     """
-    items, path = open_documents(documents, skip=skip), None if is_bucket(model) else Path(model).expanduser()
-    name = str(path.absolute()) if path and path.exists() else model
+    documents = open_documents(path, skip=skip)
+    model_path = None if is_bucket(model) else Path(model).expanduser()
+    name = str(model_path.absolute()) if model_path and model_path.exists() else model
     encoder = _load(model, mesh)
     print(describe_devices(encoder.mesh, encoder.weight_bytes), flush=True)
-    index_documents(encoder, items, out, name=name, budget=budget, dtype=dtype, skip=skip, progress=True)
-    if pages := items.unread_pages:
-        print(f"{documents}: {pages:,} pages of TIFFs were not read; of a TIFF in a table, the first page is; index their folder")
+    index_documents(encoder, documents, out, name=name, budget=budget, dtype=dtype, skip=skip, progress=True)
+    if pages := documents.unread_pages:
+        print(f"{path}: {pages:,} pages of TIFFs were not read; of a TIFF in a table, the first page is; index their folder")
 
 
 def search(

@@ -123,8 +123,8 @@ def _check_trainer(config: RunConfig, trainer: Trainer, workdir: Path) -> None:
     """Refuse exports that the model does not have, and a disk that its checkpoints do not fit."""
     abstract, schedule = trainer.abstract, config.schedule
     check_room(workdir, (abstract.parameters, abstract.optimizer), schedule.keep_checkpoints, schedule.steps)
-    for kind in config.schedule.exports:
-        check_format(kind, config.model.backbone, paths(trainer.abstract.parameters))
+    for kind in schedule.exports:
+        check_format(kind, config.model.backbone, paths(abstract.parameters))
 
 
 class _Run(NamedTuple):

@@ -26,12 +26,15 @@ def print_held_out(config: RunConfig) -> None:
     validation, test = (HeldOut(config.data, split, config.objectives.budgets) for split in (SPLIT, "test"))
     figure = select.removeprefix(f"{SPLIT}/")
     if not validation.has_pairs():
-        last = f"; {select} selects nothing, so the last checkpoint counts" if figure != select else ""
-        print(f"validation: {names} has 0 rows to validate on (of twenty rows, one is): this run goes without{last}", flush=True)
+        best = "; the last checkpoint is the best" if figure != select else ""
+        print(f"validation: {names} has no validation rows (a twentieth of a source is held out){best}", flush=True)
     elif figure != select and not validation.tells_apart(figure):
-        print(f"validation: config.evaluation.select={select!r} is the same for any model: the last checkpoint counts", flush=True)
+        print(
+            f"validation: config.evaluation.select={select!r} is the same for every model; the last checkpoint is the best",
+            flush=True,
+        )
     if not test.has_pairs():
-        print(f"test: {names} has 0 rows to test on: this run ends without results", flush=True)
+        print(f"test: {names} has no test rows; the run writes no results", flush=True)
     for line in (*validation.notes(), *test.notes()):
         print(line, flush=True)
 

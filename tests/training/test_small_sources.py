@@ -38,11 +38,9 @@ def test_without_rows_to_validate_and_test_a_run_goes_without(tiny_config, tmp_p
     assert train(tiny_config, run)
     out = capsys.readouterr().out
     before = out[: out.index("rows: ")]
-    assert (
-        "validation: nine has 0 rows to validate on (of twenty rows, one is): this run goes without; validation/R@10 selects "
-        "nothing, so the last checkpoint counts\n" in before
-    )
-    assert "test: nine has 0 rows to test on: this run ends without results\n" in before
+    line = "validation: nine has no validation rows (a twentieth of a source is held out); the last checkpoint is the best\n"
+    assert line in before
+    assert "test: nine has no test rows; the run writes no results\n" in before
     assert "config.data.augment=True has no effect: only the source 'icons' reads it\n" in before
     assert (run / "checkpoints/2").is_dir() and not (run / "results.json").exists()
     assert (run / "export/transformers/README.md").is_file()
@@ -77,9 +75,9 @@ def test_a_single_held_out_row_cannot_choose_a_checkpoint(tiny_config, tmp_path,
     assert train(config, tmp_path / "run")
     out = capsys.readouterr().out
     for line in (
-        "validation: config.evaluation.select='validation/R@10' is the same for any model: the last checkpoint counts",
+        "validation: config.evaluation.select='validation/R@10' is the same for every model; the last checkpoint is the best",
         "validation: without rows in this split, and left out: nine",
-        "test: source twenty has 1 query and 1 document: of any model, its R@1, R@5, R@10, nDCG@10 is 100 %",
+        "test: twenty has 1 queries and 1 documents; R@1, R@5, R@10, nDCG@10 is 100 % for any model",
     ):
         assert f"{line}\n" in out[: out.index("rows: ")]
     results = read_results(tmp_path / "run/results.json")

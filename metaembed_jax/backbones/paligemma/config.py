@@ -14,8 +14,8 @@ PAD_TOKEN, START_TOKEN, IMAGE_TOKEN = "<pad>", "<bos>", "<image>"
 GELU = "gelu_pytorch_tanh"
 # Defaults of Gemma 2, where they are not Gemma's, and of sections that are absent.
 GEMMA2 = dict(hidden_size=2304, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, intermediate_size=9216)
-UNSET_TEXT = dict(vocab_size=257152, hidden_size=2048, num_hidden_layers=18, num_attention_heads=8) | dict(
-    num_key_value_heads=1, intermediate_size=16384
+UNSET_TEXT = dict(
+    vocab_size=257152, hidden_size=2048, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1, intermediate_size=16384
 )
 UNSET_VISION = dict(hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, intermediate_size=4096, patch_size=14)
 
