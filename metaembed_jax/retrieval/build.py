@@ -10,7 +10,7 @@ from jaxtyping import Bool, UInt64
 from tqdm import tqdm
 
 from metaembed_jax import hosts
-from metaembed_jax.data.documents import Documents
+from metaembed_jax.data.document_sequence import Documents
 from metaembed_jax.data.left_out import check_left_out
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, local_path

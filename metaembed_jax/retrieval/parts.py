@@ -10,7 +10,7 @@ import jax
 from tqdm import tqdm
 
 from metaembed_jax import hosts
-from metaembed_jax.data.documents import Documents
+from metaembed_jax.data.document_sequence import Documents
 from metaembed_jax.data.left_out import LeftOut, check_left_out
 from metaembed_jax.encoding.blocks import EncodedBlock
 from metaembed_jax.model import MetaEmbed

@@ -13,7 +13,7 @@ from PIL import Image
 
 from metaembed_jax import open_documents
 from metaembed_jax.data import pdf
-from metaembed_jax.data.documents import natural_order
+from metaembed_jax.data.folder_files import natural_order
 from metaembed_jax.errors import UserError
 from tests.data.field_files import inline, picture, write_pairs, write_parquet
 
