@@ -164,10 +164,70 @@ def test_left_out_rows_are_listed_and_tried_again_when_they_change(tmp_path, wri
     assert sum(marker["rows"].values()) == 28 and f"left out: {file}, row 17 is not JSON" in capsys.readouterr().out
     assert json.loads((out / "mine" / preparation.VERSION / "prepared.json").read_text())["left_out"] == marker["left_out"]
     written.clear()
-    assert prepare(file, out) == marker and written == []
+    assert prepare(file, out, skips=2) == marker and written == []
     (tmp_path / "in/3.png").write_bytes(picture(3, "png", 28, 28))
     marker = prepare(file, out, skips=1)
     assert [row for row, _ in marker["left_out"]] == [cut] and 0 in written
+
+
+def test_rows_left_out_before_are_refused_where_they_are_too_many(tmp_path, written, capsys):
+    rows = rows_of(30)
+    write_all(tmp_path / "in", rows)
+    file, out = tmp_path / "in/mine.jsonl", tmp_path / "out"
+    (tmp_path / "in/3.png").write_bytes(b"broken")
+    marker = prepare(file, out, skips=1)
+    printed = capsys.readouterr().out
+    for touched in (False, True):
+        if touched:
+            os.utime(file)
+        with pytest.raises(sources.UserError, match=f"^{file}, row 3: .*; --skip=N leaves out N bad rows$"):
+            prepare(file, out)
+        again = prepare(file, out, skips=1)
+        assert again["left_out"] == marker["left_out"] and again["fingerprint"] == marker["fingerprint"]
+        assert f"left out: {file}, row 3: " in printed and capsys.readouterr().out == printed
+
+    # The same where nothing but texts is read, which is known from the files' times alone.
+    write_pairs(file, [{"query": f"a {n}", "positive": f"b {n}" if n != 7 else ""} for n in range(30)])
+    prepare(file, out, skips=1)
+    with pytest.raises(sources.UserError, match=f"^{file}, row 7: positive has neither"):
+        prepare(file, out)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_shards_of_an_unfinished_preparation_are_not_the_complete_source(tmp_path, written, monkeypatch, capsys, killed):
+    write_all(tmp_path / "in", rows_of(30))
+    file, out = tmp_path / "in/mine.jsonl", tmp_path / "out"
+    first = prepare(file, out)
+    for number in (0, 6, 21):
+        (tmp_path / f"in/{number}.png").write_bytes(b"broken" if number != 6 else picture(1006, "png", 28, 28))
+    os.utime(tmp_path / "in/6.png", ns=(0, 0))
+    if killed:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(preparation, "_join", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            prepare(file, out, skips=2)
+    for _ in range(2):  # each shard has one bad row or none, so all of them are written
+        with pytest.raises(sources.UserError, match=r"row 0: .* \(and 1 more so far; --skip allows 1\)"):
+            prepare(file, out, skips=1)
+    assert records.read_marker(out / "mine", preparation.VERSION) == first
+    capsys.readouterr()
+    written.clear()
+    marker = prepare(file, out, skips=2)
+    assert f"{out}/mine: 3 rows changed since it was prepared" in capsys.readouterr().out and written == []
+    assert len(marker["left_out"]) == 2 and not (out / "mine" / f"{preparation.VERSION}.part").exists()
+    fresh = prepare(file, tmp_path / "fresh", skips=2)
+    assert fresh == marker and content(tmp_path / "fresh") == content(out)
+
+
+def test_pictures_put_back_end_an_unfinished_preparation(tmp_path, written):
+    write_all(tmp_path / "in", rows_of(30))
+    file, out, image = tmp_path / "in/mine.jsonl", tmp_path / "out", tmp_path / "in/3.png"
+    first, before, times = prepare(file, out), image.read_bytes(), image.stat()
+    image.write_bytes(b"broken")
+    with pytest.raises(sources.UserError, match="row 3: "):
+        prepare(file, out)
+    image.write_bytes(before)
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert prepare(file, out) == first and not (out / "mine" / f"{preparation.VERSION}.part").exists()
 
 
 def test_images_in_archives_and_of_a_corpus_are_noticed(tmp_path, written):

@@ -59,7 +59,7 @@ def prepare_source(source: RawSource, out: Path, workers: int, skips: int) -> di
     source_dir, inputs = out / source.name, _inputs(source)
     marker = records.read_marker(source_dir, VERSION)
     if marker and marker["inputs"] == inputs and not marker["images"]:
-        return marker
+        return _accept(marker, skips)
     source_dir.mkdir(parents=True, exist_ok=True)
     with locked(source_dir / "lock", f"{source_dir} is being prepared by another process; wait for it to end"):
         return _Preparation(source, source_dir, inputs, workers, skips).run(marker)
@@ -87,16 +87,17 @@ class _Preparation:
         corpus = self.job.source.corpus
         stamp = next(filter(None, map(corpus.stamp, (self.part, self.final))), "") if corpus else ""
         self.job = dataclasses.replace(self.job, corpus=stamp)
-        counts = self._stored(shards.read_counts) if stamp or not corpus else {}
-        digests = self._stored(shards.read_digests) if self.job.source.keep_components_together else {}
-        stamps = self._stamps(counts, digests)
+        complete = self._stored(shards.read_counts, self.final) if marker and (stamp or not corpus) else {}
+        counts = self._stored(shards.read_counts, self.part, self.final) if stamp or not corpus else {}
+        digests = self._stored(shards.read_digests, self.part, self.final) if self.job.source.keep_components_together else {}
+        stamps = self._stamps(complete, counts, digests)
+        if marker and _rows_before(marker) == len(self.job.source.rows) and len(complete) == self.job.shards:
+            # Shards of a later preparation that was killed do not count: the complete source lacks them.
+            if all(stored["stamps"] == stamps[shard] for shard, stored in complete.items()):
+                return self._keep_complete(marker)
         unchanged = {shard for shard, stored in counts.items() if stored["stamps"] == stamps[shard]}
-        if marker and len(unchanged) == self.job.shards and _rows_before(marker) == len(self.job.source.rows):
-            marker |= {"inputs": self.job.inputs, "files": _names(self.job.source)}
-            records.write_marker(self.final.parent, marker)
-            return marker
         if marker:
-            self._print_changes(marker, counts, stamps, unchanged)
+            self._print_changes(marker, complete, stamps, unchanged)
         if self._copy_corpus(stamp):
             unchanged = set()
         self._link_shards(unchanged)
@@ -106,9 +107,21 @@ class _Preparation:
         self._write(written, known=bool(marker))
         return _finish(self.job, self.final, [written[shard] for shard in range(self.job.shards)], len(np.unique(components)))
 
-    def _stored(self, read: Callable[[Path, int], dict | None]) -> dict[int, dict]:
-        """Return the files of shards that exist, of a preparation that was killed or of the complete source."""
-        stored = {shard: read(self.part, shard) or read(self.final, shard) for shard in range(self.job.shards)}
+    def _keep_complete(self, marker: dict) -> dict:
+        """Return the marker of a source whose rows are the same, with the files as they are now.
+
+        Raises:
+          UserError: more rows were left out than may be.
+        """
+        _accept(marker, self.job.skips)
+        marker |= {"inputs": self.job.inputs, "files": _names(self.job.source)}
+        records.write_marker(self.final.parent, marker)
+        files.remove_folder(self.part)
+        return marker
+
+    def _stored(self, read: Callable[[Path, int], dict | None], *folders: Path) -> dict[int, dict]:
+        """Return the content of a file of each shard, from the first folder that has it; without shards that none has."""
+        stored = {shard: next(filter(None, (read(folder, shard) for folder in folders)), None) for shard in range(self.job.shards)}
         return {shard: content for shard, content in stored.items() if content is not None}
 
     def _stamps(self, *stored: dict[int, dict]) -> dict[int, list[int]]:
@@ -139,8 +152,11 @@ class _Preparation:
     def _each(self, function: Callable[[Job, int], Result], chosen: Sequence[int]) -> Iterator[Result]:
         return map_with(self.job, function, chosen, min(self.workers, len(chosen)) if len(chosen) > 1 else 0)
 
-    def _print_changes(self, marker: dict, counts: dict[int, dict], stamps: dict[int, list[int]], unchanged: set[int]) -> None:
+    def _print_changes(self, marker: dict, complete: dict[int, dict], stamps: dict[int, list[int]], unchanged: set[int]) -> None:
         """Print how many rows changed, and name the first of them.
+
+        Args:
+          complete: counts of the shards of the complete source.
 
         Raises:
           UserError: nothing is the same, and the source is prepared from files of other names.
@@ -155,7 +171,7 @@ class _Preparation:
         for shard in range(self.job.shards):
             start, stop = self.job.bounds(shard)
             now = stamps.get(shard, [-1] * (stop - start))
-            changed += [start + index for index in shards.changed_rows(counts.get(shard, {}).get("stamps", []), now)]
+            changed += [start + index for index in shards.changed_rows(complete.get(shard, {}).get("stamps", []), now)]
         inside = [row for row in changed if row < len(rows)]
         number = len(inside) + max(_rows_before(marker) - len(rows), 0)
         first = f", from {rows.row_name(inside[0])} on" if inside else ""
@@ -232,6 +248,22 @@ def _line(left_out: Sequence[str]) -> str:
     return reason if reason.startswith(row) else f"{row}: {reason}"
 
 
+def _print_left_out(left_out: Sequence[Sequence[str]]) -> None:
+    for entry in left_out:
+        print(f"left out: {_line(entry)}", flush=True)
+
+
+def _accept(marker: dict, skips: int) -> dict:
+    """Print the rows that a complete source leaves out, and return its marker.
+
+    Raises:
+      UserError: they are more than `skips`.
+    """
+    _check_left_out({0: marker}, skips)
+    _print_left_out(marker["left_out"])
+    return marker
+
+
 def _check_left_out(written: dict[int, dict], skips: int) -> None:
     bad = [entry for _, counts in sorted(written.items()) for entry in counts["left_out"]]
     if len(bad) > skips:
@@ -248,8 +280,7 @@ def _finish(job: Job, final: Path, counts: Sequence[dict], components: int) -> d
     """
     source, directory = job.source, job.directory
     left_out = [entry for shard in counts for entry in shard["left_out"]]
-    for entry in left_out:
-        print(f"left out: {_line(entry)}", flush=True)
+    _print_left_out(left_out)
     if pages := sum(shard["unread_pages"] for shard in counts):
         print(f"{source.name}: {pages:,} pages of TIFFs were not read; of each TIFF, the first page is", flush=True)
     rows = {split: [shard["rows"][split] for shard in counts] for split in records.SPLITS}
