@@ -4,6 +4,7 @@ import functools
 import io
 import json
 
+import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
@@ -191,6 +192,8 @@ def test_bad_rows_with_images_inline(tmp_path, kind, change, message):
         ({"query_image": "other.png"}, "IN/other.png is missing, but IN/images/other.png exists: move the images"),
         ({"query_image": "x" * 300 + ".png"}, "x.png is missing"),
         ({"query_image": "../in/a.png"}, "leads out of IN"),
+        ({"query_image": "https://x.org/a.png"}, "query_image: 'https://x.org/a.png' is an address, which is not read; download"),
+        ({"query_image": {"bytes": None, "path": "gs://x/a.png"}}, "query_image: 'gs://x/a.png' is an address, which is not read"),
         ({"query_image": "link.png"}, "IN/link.png is a link out of IN"),
         ({"negatives": "abc"}, "negatives and negative_images: expected lists"),
         ({"negatives": [5]}, "negative 0: expected a string, not int"),
@@ -284,3 +287,41 @@ def test_bad_files(tmp_path):
     (tmp_path / "mine.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no rows to read"):
         prepare("pairs", tmp_path / "mine.jsonl", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("picture.png", "picture.png: expected .jsonl or .parquet$"),
+        ("mine", "mine: expected .jsonl or .parquet$"),
+        (".jsonl", ".jsonl: expected .jsonl or .parquet with a name before its ending"),
+        ("..parquet", "..parquet: expected .jsonl or .parquet with a name before its ending"),
+    ],
+)
+def test_files_of_pairs_have_a_name_and_a_known_ending(tmp_path, name, message):
+    write_pairs(tmp_path / name, [{"query": "a", "positive": "b"}])
+    with pytest.raises(UserError, match=f"^{tmp_path}/{message}"):
+        prepare("pairs", tmp_path / name, tmp_path / "out")
+
+
+def test_json_lines_are_in_utf_8(tmp_path):
+    file, line = tmp_path / "mine.jsonl", json.dumps({"query": "Grün", "positive": "b"}, ensure_ascii=False)
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        file.write_bytes(f"{line}\r\n".encode(encoding))
+        with pytest.raises(UserError, match=f"^{file} is in UTF-16; save it as UTF-8$"):
+            prepare("pairs", file, tmp_path / "out")
+    for content in (line.encode("latin-1"), b'{"query": "\xed\xa0\x80", "positive": "b"}'):  # the last is a surrogate
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"{file}, row 0 is not JSON .*utf-8"):
+            prepare("pairs", file, tmp_path / "out")
+    for first in ("", "\r\n"):
+        file.write_bytes(f"{first}{line}\r\n{line}\r\n".encode("utf-8-sig"))
+        (marker,) = prepare("pairs", file, tmp_path / f"out{len(first)}").values()
+        assert marker["rows"]["train"] == 2
+
+
+def test_columns_of_one_name(tmp_path):
+    columns = [pyarrow.array(values) for values in (["a"], ["b"], ["c"])]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, ["query", "positive", "query"]), tmp_path / "mine.parquet")
+    with pytest.raises(UserError, match="mine.parquet has two columns of the name 'query'; rename or remove one"):
+        prepare("pairs", tmp_path / "mine.parquet", tmp_path / "out")

@@ -230,6 +230,34 @@ def test_pictures_put_back_end_an_unfinished_preparation(tmp_path, written):
     assert prepare(file, out) == first and not (out / "mine" / f"{preparation.VERSION}.part").exists()
 
 
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}"])
+def test_a_damaged_marker_is_written_again(tmp_path, written, capsys, damaged):
+    write_all(tmp_path / "in", rows_of(30))
+    file, out = tmp_path / "in/mine.jsonl", tmp_path / "out"
+    first, marker = prepare(file, out), out / "mine" / preparation.VERSION / "prepared.json"
+    marker.write_text(damaged)
+    with pytest.raises(sources.UserError, match="holds no complete preparation"):
+        sources.prepare("mine", out)
+    written.clear()
+    capsys.readouterr()
+    assert prepare(file, out) == first and written == []
+    assert capsys.readouterr().out == f"{marker} is damaged; the source is prepared again\n"
+    assert prepare(file, out) == first and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["precious.json", "a folder/x", None])
+def test_a_folder_of_other_files_is_not_replaced(tmp_path, written, name):
+    write_all(tmp_path / "in", rows_of(30))
+    folder = tmp_path / "out/mine" / preparation.VERSION
+    file = folder / name if name else folder
+    file.parent.mkdir(parents=True)
+    file.write_text("kept")
+    for _ in range(2):
+        with pytest.raises(sources.UserError, match=f"^{folder} exists and is not a prepared source; choose another --out"):
+            prepare(tmp_path / "in/mine.jsonl", tmp_path / "out")
+    assert file.read_text() == "kept" and written == []
+
+
 def test_images_in_archives_and_of_a_corpus_are_noticed(tmp_path, written):
     write_mmeb(tmp_path / "mmeb", "X", 20, "vqa", zipped=True)
     prepare(tmp_path / "mmeb", tmp_path / "out", "mmeb")

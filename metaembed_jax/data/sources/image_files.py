@@ -96,6 +96,8 @@ class ImageFolder:
         """
         if not isinstance(path, str):
             raise UserError(f"expected a string as the path of an image, not {type(path).__name__}")
+        if "://" in path:
+            raise UserError(f"{shortened(path)} is an address, which is not read; download the image, and write its path here")
         relative = PurePosixPath(path)
         if relative.is_absolute() or ".." in relative.parts:
             raise UserError(f"the image path {path!r} leads out of {self.root}; write it relative to that folder")

@@ -1,4 +1,4 @@
-"""Pairs of a user's own: JSON lines or Parquet, an object or row for each.
+"""Pairs of a user's own: JSON lines (`.jsonl`, in UTF-8) or Parquet, an object or row for each.
 
     query, query_image            either or both
     positive, positive_image      either or both
@@ -18,6 +18,7 @@ from metaembed_jax.data.sources.shards import RawSource
 from metaembed_jax.errors import UserError
 
 IMAGE_COLUMNS = ("query_image", "positive_image", "negative_images")
+ENDINGS = (".jsonl", ".parquet")
 COLUMNS = {"query", "positive", "negatives", *IMAGE_COLUMNS, "source"}
 
 
@@ -25,10 +26,13 @@ def find_sources(file: Path) -> list[RawSource]:
     """Return the one source of a file, with its name.
 
     Raises:
-      UserError: there is no such file, or it cannot be read.
+      UserError: there is no such file, it has another ending, or it cannot be read.
     """
     if not file.is_file():
         raise UserError(f"{file.absolute()}: no such file; --from is a .jsonl or .parquet of pairs")
+    if file.suffix.lower() not in ENDINGS or file.name.startswith("."):
+        expected = " with a name before its ending, which names the source" if file.name.startswith(".") else ""
+        raise UserError(f"{file.absolute()}: expected .jsonl or .parquet{expected}")
     rows = open_row_files([file])
     print_further_columns(rows, COLUMNS, "not read")
     folder = ImageFolder(file.parent)

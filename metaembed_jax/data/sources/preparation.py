@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from metaembed_jax import files
 from metaembed_jax.data.sources import descriptions, records, shards, splits
-from metaembed_jax.data.sources.corpus import IMAGES, remove_copy
+from metaembed_jax.data.sources.corpus import CONTENT, IMAGES, SPANS, remove_copy
 from metaembed_jax.data.sources.shards import DATASET, TYPES, Job, RawSource
 from metaembed_jax.data.stamps import file_stamp
 from metaembed_jax.data.workers import map_with
@@ -38,6 +38,11 @@ from metaembed_jax.files import digest, locked, replacing
 from metaembed_jax.inputs.images import memory_limit
 
 VERSION = "2.0.0"
+# Files in the folder of a source. Runs store the sizes of items there.
+OWN = (
+    *("dataset_info.json", "features.json", "job.json", records.MARKER, CONTENT, SPANS, IMAGES, shards.FOLDER),
+    *(f"{DATASET}-*.array_record-*", "described-*.jsonl", "sizes-*.npy", "sizes.lock"),
+)
 Result = TypeVar("Result")
 
 
@@ -54,7 +59,8 @@ def prepare_source(source: RawSource, out: Path, workers: int, skips: int) -> di
       "queries" and "positives" of each type, "negatives", "bytes", "left_out" ([name of a row, reason], ...)}.
 
     Raises:
-      UserError: too many rows are bad, an id occurs twice (both name the first row), or the source is prepared from other files.
+      UserError: too many rows are bad, an id occurs twice (both name the first row), the source is prepared from other files, or
+        its folder has files that are not of a source.
     """
     source_dir, inputs = out / source.name, _inputs(source)
     marker = records.read_marker(source_dir, VERSION)
@@ -62,6 +68,7 @@ def prepare_source(source: RawSource, out: Path, workers: int, skips: int) -> di
         return _accept(marker, skips)
     source_dir.mkdir(parents=True, exist_ok=True)
     with locked(source_dir / "lock", f"{source_dir} is being prepared by another process; wait for it to end"):
+        marker = records.read_marker(source_dir, VERSION)  # another process may have completed it
         return _Preparation(source, source_dir, inputs, workers, skips).run(marker)
 
 
@@ -84,6 +91,8 @@ class _Preparation:
         Args:
           marker: that of the source, if it is complete.
         """
+        if not marker:
+            _check_replaceable(self.final)
         corpus = self.job.source.corpus
         stamp = next(filter(None, map(corpus.stamp, (self.part, self.final))), "") if corpus else ""
         self.job = dataclasses.replace(self.job, corpus=stamp)
@@ -91,11 +100,11 @@ class _Preparation:
         counts = self._stored(shards.read_counts, self.part, self.final) if stamp or not corpus else {}
         digests = self._stored(shards.read_digests, self.part, self.final) if self.job.source.keep_components_together else {}
         stamps = self._stamps(complete, counts, digests)
-        if marker and _rows_before(marker) == len(self.job.source.rows) and len(complete) == self.job.shards:
-            # Shards of a later preparation that was killed do not count: the complete source lacks them.
-            if all(stored["stamps"] == stamps[shard] for shard, stored in complete.items()):
-                return self._keep_complete(marker)
-        unchanged = {shard for shard, stored in counts.items() if stored["stamps"] == stamps[shard]}
+        # Shards of a later preparation that was killed do not count here: the complete source lacks them.
+        is_current = len(_unchanged(complete, stamps)) == self.job.shards
+        if marker and is_current and _rows_before(marker) == len(self.job.source.rows):
+            return self._keep_complete(marker)
+        unchanged = _unchanged(counts, stamps)
         if marker:
             self._print_changes(marker, complete, stamps, unchanged)
         if self._copy_corpus(stamp):
@@ -232,6 +241,24 @@ class _Preparation:
                 bar.update(counts["read"])
                 _check_left_out(written, job.skips)
         _check_left_out(written, job.skips)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Check that the folder of an incomplete source holds nothing else, because a complete one replaces it.
+
+    Raises:
+      UserError: it has other files, or is a file.
+    """
+    entries = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() or folder.is_symlink() else []
+    if not all(files.is_unfinished(entry) or any(map(entry.match, OWN)) for entry in entries):
+        raise UserError(f"{folder} exists and is not a prepared source; choose another --out or remove it")
+    if (folder / records.MARKER).exists():
+        print(f"{folder / records.MARKER} is damaged; the source is prepared again", flush=True)
+
+
+def _unchanged(counts: dict[int, dict], stamps: dict[int, list[int]]) -> set[int]:
+    """Return the shards whose rows have the same stamps as when they were written."""
+    return {shard for shard, stored in counts.items() if stored["stamps"] == stamps[shard]}
 
 
 def _rows_before(marker: dict) -> int:

@@ -10,7 +10,6 @@ text or image is the empty string there. Images stay encoded until a batch needs
 import contextlib
 import hashlib
 import io
-import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from metaembed_jax.data.sources import descriptions
 from metaembed_jax.errors import UserError
-from metaembed_jax.files import write_json
+from metaembed_jax.files import read_json, write_json
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT_SPLITS = SPLITS[1:]
@@ -146,9 +145,12 @@ def fingerprint(contents: Iterable[tuple[str, bytes]]) -> str:
 
 
 def read_marker(source_dir: str | Path, version: str) -> dict | None:
-    """Return the marker of a source; None if this version is not completely prepared."""
-    path = Path(source_dir) / version / MARKER
-    return json.loads(path.read_text()) if path.is_file() else None
+    """Return the marker of a source; None if this version is not completely prepared, or its marker is damaged."""
+    with contextlib.suppress(UserError):
+        marker = read_json(Path(source_dir) / version / MARKER)
+        if marker.get("version") == version:
+            return marker
+    return None
 
 
 def write_marker(source_dir: str | Path, marker: dict) -> None:

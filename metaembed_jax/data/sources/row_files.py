@@ -1,11 +1,13 @@
 """Rows of Parquet files and of JSON lines, read in order from any row on."""
 
 import bisect
+import codecs
 import dataclasses
 import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +15,7 @@ from typing import Protocol
 from metaembed_jax.errors import UserError, one_line
 
 ROWS_AT_ONCE = 16  # of Parquet, because a row may hold images
+UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")  # the first bytes of a file, with and without a byte order mark
 LONGEST_LINE = 64 * 2**20  # bytes
 PANDAS_INDEX = "__index_level_[0-9]+__"  # a column
 LINES_PER_OFFSET = 256  # the offset of every 256th line is stored
@@ -191,10 +194,12 @@ def _open_parquet(file: Path):
 
     try:
         opened = parquet.ParquetFile(file, buffer_size=2**20)  # streams a row group, instead of holding it
-        set(opened.schema_arrow.names)
-        return opened
+        names = opened.schema_arrow.names
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: names that are not UTF-8
         raise UserError(f"{file} is not a readable Parquet file ({one_line(error)})") from error
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{file} has two columns of the name {twice[0]!r}; rename or remove one")
+    return opened
 
 
 class _ParquetRows:
@@ -252,7 +257,7 @@ def _json_rows(file: Path, start: int, stop: int, offsets: Sequence[int]) -> Ite
             return
         if number >= start:
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}, row {number} is not JSON ({one_line(error)})") from error
             if not isinstance(row, dict):
@@ -275,10 +280,13 @@ def _lines(file: Path, start: int) -> Iterator[tuple[int, bytes]]:
         with file.open("rb") as opened:
             offset = opened.seek(start)
             while line := opened.readline(LONGEST_LINE):
+                if offset == 0 and line.startswith(UTF_16):
+                    raise UserError(f"{file} is in UTF-16; save it as UTF-8")
                 if len(line) == LONGEST_LINE:
                     raise UserError(f"{file} has a line of {LONGEST_LINE} bytes or more; expected one JSON object a line")
-                if line.strip():
-                    yield offset, line
+                text = line if offset else line.removeprefix(codecs.BOM_UTF8)
+                if text.strip():
+                    yield offset, text
                 offset += len(line)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})") from error
