@@ -27,5 +27,5 @@ def check_left_out(left_out: Sequence[LeftOut], skip: int) -> None:
     if type(skip) is not int or skip < 0:
         raise UserError(f"skip={skip!r}: expected a non-negative integer")
     if len(left_out) > skip:
-        number = f"; {len(left_out):,} documents cannot be read" if len(left_out) > 1 else ""
-        raise UserError(f"{left_out[0].reason}{number}; --skip={len(left_out)} leaves out as many, and lists them")
+        count = f"; {len(left_out):,} documents so far cannot be read" if len(left_out) > 1 else ""
+        raise UserError(f"{left_out[0].reason}{count}; --skip={len(left_out)} leaves out as many, and lists them")

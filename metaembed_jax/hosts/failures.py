@@ -58,7 +58,7 @@ def leave(code: int) -> NoReturn:
 
 def _lost_host(error: BaseException) -> UserError | None:
     """Return the error to report if a collective failed because another host is gone; None for other errors."""
-    if not isinstance(error, jax.errors.JaxRuntimeError) or not any(mark in str(error) for mark in LOST):
+    if not isinstance(error, RuntimeError | ValueError) or not any(mark in str(error) for mark in LOST):
         return None
     reason = str(error).splitlines()[0]
     return UserError(f"another host has died or cannot be reached ({reason}); start the same command on all hosts again")

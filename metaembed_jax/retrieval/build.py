@@ -70,6 +70,7 @@ def index_documents(
     origin = {"name": name, "fingerprint": model.fingerprint}
     settings = digest(repr((model.fingerprint, model.processor.fingerprint, budget, dtype)).encode())
     empty = Manifest(model.dimension, levels_of(budget), dtype, model=origin, settings=settings)
+    check_equal(f"{settings} {skip}", "the model, budget, dtype or skip")
     with store.writing(folder) if hosts.is_first() else contextlib.nullcontext():
         check_shared(folder)
         plan = _plan(folder, documents, empty, skip)

@@ -22,7 +22,7 @@ class Match(NamedTuple):
     Attributes:
       is_kept_N: mask of the documents that are stored.
       segments: the stored segments; the items that the job does not keep are deleted.
-      dropped: the number of ids of these items.
+      dropped: the number of them whose documents are gone; the other documents have changed.
     """
 
     is_kept_N: Bool[np.ndarray, " N"]
@@ -90,7 +90,7 @@ def match(
         deleted = np.flatnonzero(~is_kept_S[first : first + entry.items])
         kept.append(dataclasses.replace(entry, deleted=tuple(deleted.tolist())))
         first += entry.items
-    return Match(is_kept_N, kept, len(np.unique(ids_S[is_alive_S & ~is_kept_S])))
+    return Match(is_kept_N, kept, len(np.setdiff1d(ids_S[is_alive_S], ids_N)))
 
 
 def _read_keys(folder: Path, manifest: Manifest, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

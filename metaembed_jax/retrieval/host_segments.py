@@ -30,7 +30,9 @@ def check_equal(value: str, name: str) -> None:
     first, *others = hosts.gather_texts(value)
     for host, other in enumerate(others, 1):
         if other != first:
-            raise UserError(f"{name} of host {host} are not those of the first host; expected the same files on every host")
+            raise UserError(
+                f"{name} of host {host}: expected those of the first host; start the same command on every host, on the same files"
+            )
 
 
 def check_shared(folder: Path) -> None:

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import PART, locked, sync_folder, write_bytes
+from metaembed_jax.retrieval.checksummed_files import open_regular
 from metaembed_jax.retrieval.manifest import NAME, Manifest, Segment, decode, encode
 from metaembed_jax.retrieval.segment import SegmentFiles
 
 MANIFEST, DRAFT, LOCK = "manifest.json", "draft.json", "lock"
+START = b'{"sha256"'  # of a manifest
 TRIES = 5  # to open an index that another process replaces meanwhile
 
 
@@ -100,11 +102,22 @@ def changing(folder: Path) -> Iterator[Path]:
 
 def is_index(folder: Path) -> bool:
     """Return whether a folder holds an index, or an unfinished one."""
-    if any((folder / name).is_file() for name in (MANIFEST, DRAFT)):
+    has_lock = (folder / LOCK).is_file()
+    if any(_is_manifest(folder / name, has_lock) for name in (MANIFEST, DRAFT)):
         return True
     # Other programs also have files called "lock".
     is_ours = (path.name == LOCK or _is_segment(path) or _is_unfinished(path) for path in folder.iterdir())
-    return (folder / LOCK).is_file() and all(is_ours)
+    return has_lock and all(is_ours)
+
+
+def _is_manifest(path: Path, has_lock: bool) -> bool:
+    """Return whether a file begins as a manifest does: other programs also have a manifest.json. Next to a lock it may be empty."""
+    try:
+        with open_regular(path) as file:
+            start = b"".join(file.read(32).split())
+    except (OSError, UserError):
+        return False
+    return start.startswith(START) or (has_lock and START.startswith(start))
 
 
 def write_draft(folder: Path, manifest: Manifest) -> None:

@@ -173,7 +173,7 @@ def test_pdf_files_that_cannot_be_read_are_an_error_at_once(tmp_path, content, m
     with pytest.raises(UserError, match=f"b.pdf {message}"):
         open_documents(tmp_path)
     write(tmp_path / "c.pdf", content)
-    with pytest.raises(UserError, match=f"b.pdf {message}.*; 2 documents cannot be read; --skip=2 leaves out as many"):
+    with pytest.raises(UserError, match=f"b.pdf {message}.*; 2 documents so far cannot be read; --skip=2 leaves out as many"):
         open_documents(tmp_path, skip=1)
     documents = open_documents(tmp_path, skip=2)
     assert ids(documents) == documents.ids() == ["a.png"] and [left_out.id for left_out in documents.left_out] == ["b.pdf", "c.pdf"]

@@ -77,7 +77,7 @@ def test_a_folder(model, tmp_path, capsys):
     save(folder / "b.tif", "blue", "white")
     index(model, folder, progress=True)
     assert model.count() == 1 + 1 + 3 + 2
-    assert capsys.readouterr().out == f"{tmp_path}/index: 11 items (7 encoded, 4 kept, 7 dropped), 4 vectors each.\n"
+    assert capsys.readouterr().out == f"{tmp_path}/index: 11 items (7 encoded, 4 kept, 2 dropped), 4 vectors each.\n"
     status = (folder / "2.png").stat()
     save(folder / "2.png", (8, 8, 8))  # of the same size
     os.utime(folder / "2.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
@@ -290,7 +290,7 @@ def test_bad_documents_in_the_middle(model, tmp_path):
         save(folder / f"{number}.png", (number, 0, 0))
     for number in (1, 9, 10, 17):
         spoil(folder / f"{number}.png")
-    with pytest.raises(me.UserError, match=f"{folder}/1.png: .*; 3 documents cannot be read; --skip=3 leaves"):
+    with pytest.raises(me.UserError, match=f"{folder}/1.png: .*; 3 documents so far cannot be read; --skip=3 leaves"):
         index(model, folder, skip=2)
     assert model.count() == 9
     with pytest.raises(me.UserError, match=f"{folder}/1.png: .*; 4 documents cannot be read; --skip=4 leaves"):

@@ -42,11 +42,15 @@ def test_hosts_write_one_index(tmp_path):
             outputs = [output for output, _ in hosts.wait()]
         return outputs, np.array([[*map(int, re.findall("encoded ([0-9]+)", output))] for output in outputs])
 
-    (first, second), encoded = run(f"1={index}", f"2={index}", f"2={index}", f"2={tmp_path}/of host {{host}}")
-    assert encoded.sum(0).tolist() == [7, 33, 0, 0] and encoded[:, 1].min() > 10
-    assert "a.pdf is not a readable PDF file" in first and "2 documents cannot be read; --skip=2" in second
+    (first, second), encoded = run(
+        f"1={index}", f"2={index}", f"2={index}", f"2={tmp_path}/of host {{host}}", f"{{host}}={tmp_path}/none"
+    )
+    assert encoded.sum(0).tolist() == [7, 33, 0, 0, 0] and encoded[:, 1].min() > 10
+    assert "a.pdf is not a readable PDF file" in first and "2 documents so far cannot be read; --skip=2" in second
     assert "40 items (33 encoded, 7 kept, 0 dropped, 2 left out)" in first and "left out" not in second
     assert "host 1 does not see the files of the first host; expected a folder that all hosts share" in second
+    assert "the model, budget, dtype or skip of host 1: expected those of the first host" in second
+    assert not (tmp_path / "none").exists()
     built = me.Index.load(index)
     check(built, me.open_documents(folder, skip=1))
     assert len(built._segments) == 2

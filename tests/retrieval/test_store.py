@@ -360,3 +360,15 @@ def test_a_temporary_index_is_removed_with_its_last_user():
     assert folder.is_dir()
     del index
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "files", [("manifest.json", "index.html"), ("draft.json", "0123456789abcdef/precious"), ("lock", "manifest.json")]
+)
+def test_folders_of_other_programs_are_not_taken_for_indexes(tmp_path, files):
+    for name in files:
+        (tmp_path / "web" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "web" / name).write_text('{"name": "an app"}')
+    with pytest.raises(me.UserError, match="web exists and is not an index; choose another folder"):
+        me.Index.build(np.ones((1, 1, 1), np.float32), path=tmp_path / "web")
+    assert {str(path.relative_to(tmp_path / "web")) for path in (tmp_path / "web").rglob("*") if path.is_file()} == {*files}
