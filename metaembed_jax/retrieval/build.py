@@ -64,13 +64,13 @@ def index_documents(
     budget = limit if budget is None else budget
     if type(budget) is not int or not 1 <= budget <= limit:
         raise UserError(f"budget={budget!r}: expected 1 to {limit} document vectors, which this model has")
+    origin = {"name": name, "fingerprint": model.fingerprint}
+    settings = digest(repr((model.fingerprint, model.processor.fingerprint, budget, dtype)).encode())
+    check_equal(f"{settings} {skip}", "the model, budget, dtype or skip")
     check_left_out(documents.left_out, skip)
     if not len(documents):
         raise UserError("nothing to index: expected at least one document")
-    origin = {"name": name, "fingerprint": model.fingerprint}
-    settings = digest(repr((model.fingerprint, model.processor.fingerprint, budget, dtype)).encode())
     empty = Manifest(model.dimension, levels_of(budget), dtype, model=origin, settings=settings)
-    check_equal(f"{settings} {skip}", "the model, budget, dtype or skip")
     with store.writing(folder) if hosts.is_first() else contextlib.nullcontext():
         check_shared(folder)
         plan = _plan(folder, documents, empty, skip)

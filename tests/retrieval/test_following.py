@@ -293,7 +293,7 @@ def test_bad_documents_in_the_middle(model, tmp_path):
     with pytest.raises(me.UserError, match=f"{folder}/1.png: .*; 3 documents so far cannot be read; --skip=3 leaves"):
         index(model, folder, skip=2)
     assert model.count() == 9
-    with pytest.raises(me.UserError, match=f"{folder}/1.png: .*; 4 documents cannot be read; --skip=4 leaves"):
+    with pytest.raises(me.UserError, match=f"{folder}/1.png: .*; 4 documents so far cannot be read; --skip=4 leaves"):
         index(model, folder, skip=3)
     assert model.count() == 7
     built = index(model, folder, skip=4)
