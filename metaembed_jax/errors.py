@@ -1,4 +1,4 @@
-"""The exception for mistakes that the user can correct, and the values that it names."""
+"""The exception for mistakes that the user can correct, and texts for one line of a terminal."""
 
 LONGEST, LONGEST_VALUE = 1000, 100  # characters of an error, and of a value in it
 
@@ -21,6 +21,11 @@ def shortened(value: object) -> str:
 def one_line(error: BaseException) -> str:
     """Return an error's text on one line; the name of its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return a text for one line of a terminal, with special characters escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _cut(text: str, most: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from metaembed_jax import files
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,11 +81,6 @@ def argument_errors() -> Iterator[None]:
         yield
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def printable(text: str) -> str:
-    """Return a text for one line of a terminal, with special characters escaped."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:

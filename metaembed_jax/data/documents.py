@@ -14,6 +14,7 @@ when it is read.
 import copy
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -32,11 +33,12 @@ from metaembed_jax.data.sources.image_files import read_image_file
 from metaembed_jax.data.sources.row_files import open_row_files
 from metaembed_jax.data.stamps import file_stamp, stamp_of
 from metaembed_jax.data.table_documents import TableDocuments
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, printable
 from metaembed_jax.files import local_path
 from metaembed_jax.inputs.image_formats import tiff_pages
 from metaembed_jax.inputs.images import image_size, open_image
 
+MOST_KINDS = 10  # of files that are not read, in the line that counts them
 TABLES = frozenset((".jsonl", ".parquet"))
 
 
@@ -55,7 +57,7 @@ def open_documents(path: str | Path, *, skip: int = 0) -> Documents:
     if path.is_dir():
         files, not_read = find_files(path)
         if not_read:
-            print(f"{path}: not read: {', '.join(f'{kind} ({count:,})' for kind, count in sorted(not_read.items()))}", flush=True)
+            print(f"{path}: not read: {_summary(not_read)}", flush=True)
         if not files:
             raise UserError(f"{path} has no images or PDF files in it")
         return FolderDocuments(path, files, skip)
@@ -66,6 +68,13 @@ def open_documents(path: str | Path, *, skip: int = 0) -> Documents:
     if path.suffix.lower() not in DOCUMENT_ENDINGS:
         raise UserError(f"{path}: expected an image, PDF file or table ({', '.join(sorted(DOCUMENT_ENDINGS | TABLES))})")
     return FolderDocuments(path.parent, [path], skip)
+
+
+def _summary(not_read: Counter) -> str:
+    """Return the most frequent kinds of files that are not read, with their numbers."""
+    kinds = [f"{printable(kind)} ({count:,})" for kind, count in sorted(not_read.most_common(MOST_KINDS))]
+    rest = not_read.total() - sum(count for _, count in not_read.most_common(MOST_KINDS))
+    return ", ".join(kinds + [f"files with other endings ({rest:,})"] * bool(rest))
 
 
 class FolderDocuments(Documents):
@@ -127,7 +136,7 @@ class FolderDocuments(Documents):
 
     def metadata(self, number: int) -> dict:
         file, page = self._find(number)
-        return {"id": self._id(file, page), "path": str(file), "page": page, "text": None}
+        return {"id": self._id(file, page), "path": os.path.abspath(file), "page": page, "text": None}
 
     def item_name(self, number: int) -> str:
         file, page = self._find(number)

@@ -26,7 +26,7 @@ COLUMNS = {"id", "text", "image"}
 class TableDocuments(Documents):
     """Rows of a table. A row's id is in its column `id`; in a table without that column, it is the row's number from 0.
 
-    A row that cannot be read, up to `skip` of them, is a document that cannot be read, with the id "row N".
+    A row that cannot be read, up to `skip` of them, is a document that cannot be read, with the id "row N of FILE".
     """
 
     def __init__(self, rows: RowFiles, skip: int = 0):
@@ -51,9 +51,9 @@ class TableDocuments(Documents):
         ids, seen, left_out = [], {}, []
         for number, row in enumerate(self._read_all(("id",))):
             if isinstance(row, UserError):
-                left_out.append(LeftOut(f"row {number}", str(row)))
+                left_out.append(LeftOut(f"row {number} of {self.rows.files[0].name}", str(row)))
                 check_left_out(left_out[:1], skip)  # without skip, at once
-            value = f"row {number}" if isinstance(row, UserError) else row.get("id")
+            value = left_out[-1].id if isinstance(row, UserError) else row.get("id")
             ids.append(unique_id(value, "id", seen, self.rows, number))
         check_left_out(left_out, skip)
         return ids
@@ -90,8 +90,8 @@ class TableDocuments(Documents):
         number = range(len(self))[number]
         row = self._row(self._described, number)
         image, text = image_path(row.get("image")), row.get("text")
-        path = str(self.folder.root / image) if image else None
-        further = {name: value for name, value in row.items() if _is_metadata(name, value)}
+        path = os.path.abspath(self.folder.root / image) if image else None  # the index may be searched from another folder
+        further = {name: _json_value(value) for name, value in row.items() if _is_metadata(name)}
         document = {"id": self.id_of(number), "path": path, "page": None, "text": text or None}
         return document | further | {name: value for name, value in document.items() if value is not None}
 
@@ -119,14 +119,23 @@ class TableDocuments(Documents):
             return next(_read(rows, number, number + 1))
 
 
-def _is_metadata(column: str, value: object) -> bool:
-    """Return whether a column next to those that are encoded holds a value of JSON."""
-    if column in COLUMNS or re.fullmatch(PANDAS_INDEX, column):
-        return False
+def _is_metadata(column: str) -> bool:
+    """Return whether a column is kept next to those that are encoded."""
+    return column not in COLUMNS and not re.fullmatch(PANDAS_INDEX, column)
+
+
+def _json_value(value: object) -> object:
+    """Return a value of JSON: dates, decimals and others that JSON lacks as text; None for NaN and bytes, which are not kept."""
     try:
-        return bool(json.dumps(value, allow_nan=False))
+        return json.loads(json.dumps(value, allow_nan=False, default=_as_text))
     except (TypeError, ValueError, RecursionError):
-        return False
+        return None
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, bytes):
+        raise TypeError("bytes are not text")
+    return str(value)
 
 
 def _read(rows: RowFiles, start: int, stop: int, columns: tuple[str, ...] | None = None) -> Iterator[dict]:

@@ -12,14 +12,13 @@ from tqdm import tqdm
 from metaembed_jax import hosts
 from metaembed_jax.data.document_sequence import Documents
 from metaembed_jax.data.left_out import check_left_out
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, printable
 from metaembed_jax.files import digest, local_path
-from metaembed_jax.flags import printable
 from metaembed_jax.hosts.shares import share
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.following import Match, Plan, find_damage, match
-from metaembed_jax.retrieval.host_segments import check_equal, check_shared
+from metaembed_jax.retrieval.host_segments import check_equal
 from metaembed_jax.retrieval.index import Index, check_dtype
 from metaembed_jax.retrieval.ingest import hashes
 from metaembed_jax.retrieval.manifest import Manifest, Segment, levels_of
@@ -72,7 +71,7 @@ def index_documents(
         raise UserError("nothing to index: expected at least one document")
     empty = Manifest(model.dimension, levels_of(budget), dtype, model=origin, settings=settings)
     with store.writing(folder) if hosts.is_first() else contextlib.nullcontext():
-        check_shared(folder)
+        store.check_shared(folder)
         plan = _plan(folder, documents, empty, skip)
         draft = encode_parts(model, documents, plan, folder, skip, progress)
         is_changed = _commit(folder, documents, empty, plan.committed, draft)

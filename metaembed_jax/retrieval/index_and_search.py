@@ -6,9 +6,8 @@ from pathlib import Path
 from metaembed_jax.data.documents import open_documents
 from metaembed_jax.data.sources.image_files import read_image_file
 from metaembed_jax.devices import check_devices, describe_devices
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, printable
 from metaembed_jax.files import is_bucket
-from metaembed_jax.flags import printable
 from metaembed_jax.inputs.images import open_image
 from metaembed_jax.late_interaction.budgets import parse_searches
 from metaembed_jax.late_interaction.stages import largest_budget

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -119,5 +118,4 @@ def _merge_parts(folder: Path, draft: Manifest) -> Manifest:
 
 
 def _metadata(description: dict) -> dict:
-    path = description["path"] and os.path.abspath(description["path"])  # the index may be searched from another folder
-    return {key: value for key, value in (description | {"path": path}).items() if key != "id" and value is not None}
+    return {key: value for key, value in description.items() if key != "id" and value is not None}

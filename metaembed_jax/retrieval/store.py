@@ -10,10 +10,13 @@ Segments that no manifest names are removed; a reader that has opened them can s
 """
 
 import contextlib
+import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from metaembed_jax import hosts
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import PART, locked, sync_folder, write_bytes
 from metaembed_jax.retrieval.checksummed_files import open_regular
@@ -22,6 +25,7 @@ from metaembed_jax.retrieval.segment import SegmentFiles
 
 MANIFEST, DRAFT, LOCK = "manifest.json", "draft.json", "lock"
 START = b'{"sha256"'  # of a manifest
+SHARED_SECONDS = 30  # until a host sees a file that another has written, on a network's file system
 TRIES = 5  # to open an index that another process replaces meanwhile
 
 
@@ -98,6 +102,29 @@ def changing(folder: Path) -> Iterator[Path]:
             yield folder
         finally:
             clean(folder, *read_manifests(folder))
+
+
+def check_shared(folder: Path) -> None:
+    """Check that all hosts see the folder of the first, which writes a file there and removes it.
+
+    Raises:
+      UserError: the folder is not shared; names a host.
+    """
+    if hosts.count_hosts() == 1:
+        return
+    file = folder / f".{DRAFT}.{hosts.from_first(os.urandom(8).hex())}{PART}"  # `store.clean` removes it after a crash
+    if hosts.is_first():
+        file.touch()
+    hosts.wait_for_all("shared")
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = hosts.gather_texts("seen" if file.exists() else "")
+    if hosts.is_first():
+        file.unlink()
+    if "" in seen:
+        host = seen.index("")
+        raise UserError(f"{folder}: host {host} does not see the files of the first host; expected a folder that all hosts share")
 
 
 def is_index(folder: Path) -> bool:

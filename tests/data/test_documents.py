@@ -1,5 +1,7 @@
 """Folders of images and PDF files, and tables, as documents: their order, their ids, and other files in such folders."""
 
+import datetime
+import decimal
 import io
 import multiprocessing
 import os
@@ -8,8 +10,10 @@ from pathlib import PurePath
 from unicodedata import normalize
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from metaembed_jax import open_documents
 from metaembed_jax.data import pdf
@@ -393,3 +397,21 @@ def test_a_folder_describes_its_images_and_pages(tmp_path):
     documents = open_documents(tmp_path)
     assert len(documents) == 4
     assert [documents.describe(n)["image"] for n in range(4)] == [documents[n]["image"].size for n in range(4)]
+
+
+def test_values_of_other_columns_as_json(tmp_path):
+    row = {"text": "a", "path": 5, "page": [1, 2], "day": datetime.date(2026, 11, 28), "price": decimal.Decimal("1.50")}
+    table = pyarrow.Table.from_pylist([row | {"nan": float("nan"), "bytes": b"x", "nested": {"at": datetime.time(12, 30)}}])
+    parquet.write_table(table, tmp_path / "items.parquet")
+    metadata = open_documents(tmp_path / "items.parquet").metadata(0)
+    kept = {"path": 5, "page": [1, 2], "day": "2026-11-28", "price": "1.50", "nested": {"at": "12:30:00"}}
+    assert {name: value for name, value in metadata.items() if value is not None} == {"id": "0", "text": "a"} | kept
+
+
+def test_endings_are_printed_on_one_short_line(tmp_path, capsys):
+    write(tmp_path / "a.png", picture(0, "png"))
+    for number in range(30):
+        write(tmp_path / f"x.\x1b[31m{number}\nerror", b"")
+    open_documents(tmp_path)
+    output = capsys.readouterr().out
+    assert len(output.splitlines()) == 1 and "\x1b" not in output and "files with other endings (20)" in output

@@ -5,7 +5,7 @@ import argparse
 import metaembed_jax as me
 from metaembed_jax.hosts.connect import connect_hosts
 from metaembed_jax.mesh import make_mesh
-from metaembed_jax.retrieval import host_segments, parts
+from metaembed_jax.retrieval import parts, store
 from metaembed_jax.startup import add_host_flags
 from tests.retrieval.fake_model import FakeModel
 
@@ -16,7 +16,7 @@ add_host_flags(parser)
 flags = parser.parse_args()
 connect_hosts(flags.coordinator, flags.hosts, flags.host)
 parts.PART_DOCUMENTS = 1  # of each of eight devices
-parts.SIMILAR_PARTS, host_segments.SHARED_SECONDS = 2, 0.1
+parts.SIMILAR_PARTS, store.SHARED_SECONDS = 2, 0.1
 model = FakeModel(mesh=make_mesh())
 for skip, _, out in (job.partition("=") for job in flags.jobs):
     try:

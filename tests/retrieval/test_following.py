@@ -339,7 +339,7 @@ def test_nothing_that_can_be_read(model, tmp_path):
         index(model, tmp_path / "in", skip=None)
 
 
-@pytest.mark.parametrize("ids", [("a", "row 1", "c"), ("0", "1", "2")])
+@pytest.mark.parametrize("ids", [("a", "row 1 of items.jsonl", "c"), ("0", "1", "2")])
 def test_a_row_that_cannot_be_read(model, tmp_path, ids):
     rows = [{"text": "x"}, None, {"text": "y"}]
     if ids[0] == "a":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from metaembed_jax.errors import UserError, one_line
+from metaembed_jax.errors import UserError, one_line, printable
 
 ROWS_AT_ONCE = 16  # of Parquet, because a row may hold images
 UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")  # the first bytes of a file, with and without a byte order mark
@@ -153,7 +153,7 @@ def further_columns(rows: RowFiles, read: set[str]) -> list[str]:
 def print_further_columns(rows: RowFiles, read: set[str], use: str) -> None:
     """Print the columns that are not in `read`, with what becomes of them: one of them may be a misspelled name."""
     if further := further_columns(rows, read):
-        print(f"{rows.files[0]}: columns {use}: {', '.join(further)}; read: {', '.join(sorted(read))}", flush=True)
+        print(f"{rows.files[0]}: columns {use}: {', '.join(map(printable, further))}; read: {', '.join(sorted(read))}", flush=True)
 
 
 def check_columns(rows: RowFiles, names: Sequence[str]) -> None:
