@@ -93,7 +93,7 @@ def _serve(waiting: queue.SimpleQueue, seed: int, save: Path, results: list[dict
             result = json.loads(line) if line else _death(worker, kind, number, Path(folder, "stderr"))
             if not line:
                 worker = None
-            if result["outcome"] == "fault":
+            if result["outcome"] == "fault" and Path(folder, "input").exists():  # not if the worker could not start
                 (save / f"{kind}-{seed}-{number}").parent.mkdir(parents=True, exist_ok=True)
                 shutil.copytree(Path(folder, "input"), save / f"{kind}-{seed}-{number}", dirs_exist_ok=True)
             results.append(result)

@@ -1,6 +1,7 @@
 """The command that fuzzes everything that reads files, and what it makes of readers that are wrong."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,10 @@ def test_each_fault_is_found_and_its_input_saved(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     copied = tmp_path / "benchmarks" / "fuzz.py"
     copied.write_text(COMMAND.read_text().replace("CPU_SECONDS = 20", "CPU_SECONDS = 1"))
+    copied.with_name("fuzz_kinds.py").write_text("raise SystemExit(3)")
+    code, output = fuzz(copied, "--inputs=14", "--workers=1", folder=tmp_path)
+    assert code == 1 and "the process ended with" in output
+    shutil.copy(COMMAND.with_name("memory.py"), copied.parent)
     copied.with_name("fuzz_kinds.py").write_text(WRONG)
     code, output = fuzz(copied, "--inputs=14", "--workers=1", folder=tmp_path)
     lines = [line for line in output.splitlines() if line.startswith("--seed=0 --only")]
