@@ -230,14 +230,18 @@ class _ParquetRows:
         group, batch = bisect.bisect_right(self.starts, row) - 1, self.batch
         if batch is None or group != self.group or row < self.first:
             self.batches = self.opened.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=self.columns)
-            batch = next(self.batches)
+            batch = self._next_batch()
             self.group, self.first, self.batch = group, self.starts[group], batch
         while row >= self.first + batch.num_rows:
-            following = next(self.batches, None)
-            if following is None:
-                raise OSError("the file has fewer rows than it says")
+            following = self._next_batch()
             self.first, self.batch = self.first + batch.num_rows, following
             batch = following
+        return batch
+
+    def _next_batch(self):
+        batch = next(self.batches, None)
+        if batch is None:
+            raise OSError("the file has fewer rows than it says")
         return batch
 
 
