@@ -24,17 +24,17 @@ from metaembed_jax.data.left_out import LeftOut
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
 from metaembed_jax.late_interaction.groups import Budget
-from metaembed_jax.late_interaction.stages import Stages, as_stages
+from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
-from metaembed_jax.retrieval.ingest import as_array, as_blocks, as_ids, check_unit, make_items, most_vectors
+from metaembed_jax.retrieval.hits import Hits, make_hits
+from metaembed_jax.retrieval.ingest import as_blocks, as_ids, make_items, most_vectors
 from metaembed_jax.retrieval.manifest import DTYPES, Manifest, Segment, levels_of
+from metaembed_jax.retrieval.queries import RESULTS, as_queries, check_k, most_results, stages_of
 from metaembed_jax.retrieval.search import SegmentSearcher, count_survivors
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.retrieval.writer import SegmentWriter, copy_segment, merge_segments, write_segment
-
-RESULTS = 10  # of a search, by default
 
 
 class Index:
@@ -112,12 +112,10 @@ class Index:
             segments = tuple(copy_segment(folder, segment) for segment in self._segments)
             store.commit(folder, dataclasses.replace(self._manifest, segments=segments))
 
-    def search(
-        self, query_QRD: Float[np.ndarray, "Q R D"], k: int | None = None, budget: Budget | Sequence | None = None
-    ) -> tuple[Float[np.ndarray, "Q k"], np.ndarray]:
-        """Return MaxSim scores, float32, and ids (an array of texts) of the k best items of each query, best first.
+    def search(self, query_QRD: Float[np.ndarray, "Q R D"], k: int | None = None, budget: Budget | Sequence | None = None) -> Hits:
+        """Return the k best items of each query: their MaxSim scores and ids, and on demand their metadata.
 
-        Items with equal scores are in the order in which they were added.
+        `scores, ids = index.search(q)` takes the hits apart. Items with equal scores are in the order in which they were added.
 
         Args:
           query_QRD: unit vectors, from `MetaEmbed.encode_query`.
@@ -129,12 +127,10 @@ class Index:
           UserError: the queries or the budget do not match the stored vectors, or k is not between 1 and the number of items.
         """
         query_QRD, stages = self._validated(query_QRD, budget)
-        k = min(RESULTS, self._most(stages)) if k is None else k
-        self._check_k(k, stages)
-        scores, positions = self._searcher.search(query_QRD, int(k), stages)
-        unique, inverse = np.unique(positions, return_inverse=True)
-        ids = np.array([*map(self._id, unique.tolist()), None], object)[:-1]  # with None, the array is of objects
-        return scores, ids[inverse.reshape(positions.shape)]
+        k = min(RESULTS, most_results(len(self), stages)) if k is None else k
+        check_k(k, len(self), stages)
+        searcher = self._searcher
+        return make_hits(searcher.segments, *searcher.search(query_QRD, int(k), stages))
 
     def survivors(
         self,
@@ -162,7 +158,7 @@ class Index:
             raise UserError(f"recall={recall!r} of {len(query_QRD)} queries: expected a share above 0 and at most 1, and a query")
         if len(first_stage) > 1 or len(last_stage) > 1:
             raise UserError(f"first={first!r}, last={last!r}: expected a budget (r_q, r_c) each, without survivors")
-        self._check_k(k, last_stage)
+        check_k(k, len(self), last_stage)
         return count_survivors(self._searcher, query_QRD, first_stage, last_stage, int(k), float(recall))
 
     def check_model(self, model: MetaEmbed) -> None:
@@ -286,36 +282,12 @@ class Index:
         mesh = make_mesh() if self._mesh is None else self._mesh
         return SegmentSearcher(self._segments, self._manifest.levels, self._manifest.width, mesh)
 
-    def _id(self, position: int) -> str:
-        segment, row = self._searcher.locate(position)
-        return segment.ids([row])[0]
-
-    def _most(self, stages: Stages) -> int:
-        """Return the most results that a search can have."""
-        return min([len(self), *(stage[2] for stage in stages[:-1])])
-
-    def _check_k(self, k: int, stages: Stages) -> None:
-        fewest = self._most(stages)
-        if not isinstance(k, int | np.integer) or not 1 <= k <= fewest:
-            limit = "the number of items" if fewest == len(self) else "the survivors of a stage"
-            raise UserError(f"k={k!r}: expected 1 to {fewest}, {limit}")
-
     def _validated(self, query_QRD, budget) -> tuple[np.ndarray, Stages]:
         """Check queries and a budget, and return the queries as float32 and the stages."""
-        query_QRD = as_array(query_QRD, "queries")
-        if query_QRD.ndim != 3 or query_QRD.shape[2] != self._manifest.width or not query_QRD.shape[1]:
-            raise UserError(
-                f"queries have the shape {query_QRD.shape}: expected [queries, vectors, {self._manifest.width}] for this index"
-            )
-        query_QRD = query_QRD.astype(np.float32)
-        queries, vectors, _ = query_QRD.shape
-        check_unit(query_QRD, np.full(queries, vectors), [f"query {number}" for number in range(queries)])
+        query_QRD = as_queries(query_QRD, self._manifest.width)
         if not len(self):
             raise UserError(f"{self.folder} is an empty index; add items first")
-        try:
-            return query_QRD, as_stages((vectors, self.vectors) if budget is None else budget, vectors, self.vectors)
-        except UserError as error:
-            raise UserError(f"{error} (this index stores {self.vectors} vectors an item)") from None
+        return query_QRD, stages_of(budget, query_QRD.shape[1], self.vectors)
 
 
 def _create(path: str | os.PathLike | None, mesh: Mesh | None, write: Callable[[Path], Manifest]) -> Index:

@@ -14,6 +14,7 @@ from metaembed_jax.late_interaction.stages import largest_budget
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.build import index_documents
+from metaembed_jax.retrieval.hits import Hits
 from metaembed_jax.retrieval.index import Index
 
 TEXT_LENGTH = 100  # characters of a text that are printed
@@ -80,13 +81,17 @@ def search(
     if others:
         raise UserError(f"--budget={budget}: expected one search")
     query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0])
-    scores, ids = loaded.search(query_QRD, k, stages)
-    for rank, (score, item_id) in enumerate(zip(scores[0].tolist(), ids[0], strict=True), 1):
-        fields = loaded.metadata(item_id).items()  # of any type, by `Index.add`
-        metadata = {key: str(value) for key, value in fields if value is not None}
+    _print_hits(loaded.search(query_QRD, k, stages))
+
+
+def _print_hits(hits: Hits) -> None:
+    """Print the hits of a single query, one on a line."""
+    rows = zip(hits.scores[0].tolist(), hits.ids[0], hits.metadata(0), strict=True)
+    for rank, (score, item, fields) in enumerate(rows, 1):
+        metadata = {key: str(value) for key, value in fields.items() if value is not None}  # of any type, by `Index.add`
         page = f"page {metadata['page']}" if "page" in metadata else ""
         source = ", ".join(filter(None, (metadata.get("path", ""), page)))
-        columns = filter(None, (item_id, source, metadata.get("text", "")[:TEXT_LENGTH]))
+        columns = filter(None, (item, source, metadata.get("text", "")[:TEXT_LENGTH]))
         print(f"{rank:3}  {score:8.4f}  " + "  ".join(map(printable, columns)))
 
 

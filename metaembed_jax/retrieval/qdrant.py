@@ -7,6 +7,7 @@ twice is stored once.
 Q queries, N items, R vectors of an item, D width of a vector, k results.
 """
 
+import functools
 import json
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,11 @@ from tqdm import tqdm
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.stages import Stages, as_stages
+from metaembed_jax.model import MetaEmbed
+from metaembed_jax.retrieval.hits import Hits
 from metaembed_jax.retrieval.ingest import as_array, check_unit
 from metaembed_jax.retrieval.qdrant_collection import clear_errors, connect, is_folder, stored_facts, vectors_config
+from metaembed_jax.retrieval.queries import RESULTS
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -119,6 +123,11 @@ class QdrantIndex:
             )
         return index
 
+    @property
+    def vectors(self) -> int:
+        """Number of vectors that are stored of an item."""
+        return self.document_vectors
+
     def __len__(self) -> int:
         with clear_errors(self.server):
             return self.client.count(self.name, exact=True).count
@@ -198,16 +207,35 @@ class QdrantIndex:
                     self.client.upsert(self.name, [self._point(points[n], vectors_NRD[n], payloads[n]) for n in rows])
                 bar.update(len(rows))
 
-    def search(
-        self, query_QRD: Float[np.ndarray, "Q R D"], k: int = 10, budget: Sequence | None = None, exact: bool = False
-    ) -> tuple[Float[np.ndarray, "Q k"], np.ndarray]:
-        """Return MaxSim scores, float32, and ids (an array of objects) of the k best items of each query, best first.
+    def check_model(self, model: MetaEmbed) -> None:
+        """Check that this model encoded the items.
 
-        Qdrant runs all stages in one query. If it returns fewer than k items, the rest are -inf and None. Ties have no fixed order.
+        Raises:
+          UserError: another model did, or the collection does not record its model.
+        """
+        if self.fingerprint != model.fingerprint:
+            recorded = f"records the model {self.fingerprint!r}" if self.fingerprint else "does not record its model"
+            raise UserError(
+                f"{self.server}: collection {self.name!r} {recorded}, expected this one, {model.fingerprint!r}; "
+                "search with the model that encoded the items, or create another collection with fingerprint=model.fingerprint"
+            )
+
+    def search(
+        self,
+        query_QRD: Float[np.ndarray, "Q R D"],
+        k: int | None = None,
+        budget: Sequence | None = None,
+        *,
+        exact: bool = False,
+    ) -> Hits:
+        """Return the k best items of each query: their MaxSim scores and ids, and on demand their metadata, without the id.
+
+        Qdrant runs all stages in one query. If it returns fewer than k items for every query, there are fewer columns; if only for
+        some, their rest is -inf and None. Ties have no fixed order.
 
         Args:
           query_QRD: unit vectors.
-          k: number of items, at most the survivors of every stage.
+          k: number of items, at most the survivors of every stage. By default 10, or as many as those allow.
           budget: (r_q, r_c), or stages [(1, 1, 1000), (16, 64)], where each r_c is 1 or `document_vectors`. None is all vectors.
           exact: scan every first vector instead of using its graph (an embedded collection always scans).
 
@@ -223,8 +251,9 @@ class QdrantIndex:
                 f"budget with {not_stored[0]} document vectors: expected 1 or {self.document_vectors}, which collection "
                 f"{self.name!r} stores; or create another with document_vectors={not_stored[0]}"
             )
-        limit = min((stage[2] for stage in stages[:-1]), default=k)
-        if not isinstance(k, int | np.integer) or not 1 <= k <= limit:
+        survivors = [stage[2] for stage in stages[:-1]]
+        k = min([RESULTS, *survivors]) if k is None else k
+        if not isinstance(k, int | np.integer) or not 1 <= k <= min(survivors, default=k):
             raise UserError(f"k={k!r}: expected a positive integer, at most the survivors of a stage")
         k = int(k)
         scores_Qk = np.full((len(query_QRD), k), -np.inf, np.float32)
@@ -238,7 +267,13 @@ class QdrantIndex:
                     # The request asks for the payload's id, and `add` writes one.
                     item = point.payload["id"]  # pyright: ignore[reportOptionalSubscript]
                     scores_Qk[row, rank], ids_Qk[row, rank] = point.score, item
-        return scores_Qk, ids_Qk
+        is_filled_k = np.isfinite(scores_Qk).any(axis=0) | (len(scores_Qk) == 0)
+        return Hits(scores_Qk[:, is_filled_k], ids_Qk[:, is_filled_k], functools.partial(self._metadata_of, ids_Qk))
+
+    def _metadata_of(self, ids_Qk: np.ndarray, query: int) -> list[dict]:
+        """Return the metadata of the hits of a query, without their ids."""
+        hits = self.metadata([item for item in ids_Qk[query] if item is not None])
+        return [{key: value for key, value in fields.items() if key != "id"} for fields in hits]
 
     def _point(self, point: str, vectors_RD: Float[np.ndarray, "R D"], payload: bytes):
         from qdrant_client.models import PointStruct

@@ -68,11 +68,6 @@ class SegmentSearcher:
         scores_Qk, positions_Qk = (np.concatenate(arrays) for arrays in zip(empty, *results, strict=True))
         return scores_Qk, positions_Qk
 
-    def locate(self, position: int) -> tuple[SegmentFiles, int]:
-        """Return the segment of a document, and its row in the segment."""
-        number = int(np.searchsorted(self.starts, position, side="right")) - 1
-        return self.segments[number], int(position - self.starts[number])
-
     def _search(self, query_QRD: np.ndarray, k: int, stages: Stages) -> tuple[np.ndarray, np.ndarray]:
         survivors_QK = None
         for query_vectors, document_vectors, *survivors in stages:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.retrieval import manifest as manifests
@@ -97,13 +97,19 @@ class SegmentFiles:
 
     def find(self, ids: Sequence[str]) -> dict[str, int]:
         """Return the row of each id that the segment has and that is not deleted."""
-        ids_by_hash: dict[int, list[str]] = {}
-        for number, item in zip(hashes(ids).tolist(), ids, strict=True):
-            ids_by_hash.setdefault(number, []).append(item)
-        stored = self.files["id-hashes"].read(0, len(self))
-        rows = np.flatnonzero(np.isin(stored, np.fromiter(ids_by_hash, np.uint64)) & self.is_alive)
-        matches = zip(self.ids(rows), stored[rows].tolist(), rows.tolist(), strict=True)
-        return {item: row for item, number, row in matches if item in ids_by_hash[number]}
+        hashes_n, stored = hashes(ids), self.files["id-hashes"].read(0, len(self))
+        first_n, last_n = (np.searchsorted(stored, hashes_n, side, self._order) for side in ("left", "right"))
+        rows = {}
+        for number in np.flatnonzero(last_n > first_n).tolist():
+            for row in self._order[first_n[number] : last_n[number]].tolist():  # several if their ids have the same hash
+                if self.is_alive[row] and self.ids([row]) == [ids[number]]:
+                    rows[ids[number]] = row
+        return rows
+
+    @functools.cached_property
+    def _order(self) -> Int[np.ndarray, " N"]:
+        """Rows in the order of the hashes of their ids."""
+        return np.argsort(self.files["id-hashes"].read(0, len(self)))
 
     def check_all(self) -> None:
         """Read and check every file.

@@ -10,6 +10,8 @@ import pytest
 import metaembed_jax as me
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.mesh import make_mesh
+from metaembed_jax.retrieval import segment, writer
+from metaembed_jax.retrieval.segment import SegmentFiles
 from tests.retrieval.reference import unit
 
 ONE = make_mesh(devices=jax.devices()[:1])
@@ -86,6 +88,28 @@ def test_everything_deleted(index, vectors):
 def test_no_queries(index):
     scores, ids = index.search(np.zeros((0, 2, 8), np.float32), 3)
     assert scores.shape == ids.shape == (0, 3)
+
+
+def test_hits_carry_metadata_of_the_index_that_was_searched(vectors, monkeypatch):
+    index = me.Index.build(vectors, [f"id {n}" for n in range(12)], metadata=[{"n": n} for n in range(12)], mesh=ONE)
+    index.add(vectors[:3] * -1, ["id 12", "id 13", "id 14"], metadata=[{"n": 12}, None, {"n": 14}])
+    monkeypatch.setattr(SegmentFiles, "find", None)  # no id is looked up
+    hits = index.search(vectors[:2, :3], 15)
+    expected = [[{"n": int(item[3:])} if item != "id 13" else {} for item in row] for row in hits.ids]
+    index.compact()
+    assert [hits.metadata(0), hits.metadata(1)] == expected
+    assert hits[0] is hits.scores and hits[1] is hits.ids
+
+
+def test_ids_with_the_same_hash(vectors, monkeypatch):
+    for module in (writer, segment):
+        monkeypatch.setattr(module, "hashes", lambda ids: np.array([len(item) for item in ids], np.uint64))
+    index = me.Index.build(vectors, [f"{n:02}" for n in range(12)], metadata=[{"n": n} for n in range(12)], mesh=ONE)
+    assert [index.metadata(f"{n:02}")["n"] for n in range(12)] == list(range(12))
+    index.delete(["03", "11"])
+    assert len(index) == 10 and index.metadata("04") == {"n": 4}
+    with pytest.raises(me.UserError, match="has no item '03'"):
+        index.metadata("03")
 
 
 def test_bfloat16_vectors_are_of_length_one(vectors):

@@ -17,6 +17,7 @@ from metaembed_jax.late_interaction.stages import as_stages, search_in_stages
 from metaembed_jax.retrieval import qdrant
 from metaembed_jax.retrieval.qdrant import QdrantIndex
 from tests.retrieval import fake_qdrant
+from tests.retrieval.fake_model import FakeModel
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "qdrant.md"
 WIDTH = 32
@@ -80,15 +81,29 @@ def test_without_a_budget_all_vectors_are_used(index):
     np.testing.assert_array_equal(index.search(QUERIES)[1], expected(DOCUMENTS, (16, 64), 10)[1])
 
 
-def test_missing_results_are_none(small):
-    empty_scores, empty_ids = small.search(QUERIES, 2)
-    assert np.isneginf(empty_scores).all() and set(empty_ids.flat) == {None}
+def test_fewer_items_than_results(small):
+    assert [x.shape for x in small.search(QUERIES, 2)] == [(4, 0), (4, 0)]
     small.add(["a", "b"], DOCUMENTS[:2])
     scores, ids = small.search(QUERIES, 3)
-    assert scores.shape == ids.shape == (4, 3)
-    assert all(set(row) == {"a", "b", None} and row[2] is None for row in ids)
-    assert np.isfinite(scores[:, :2]).all() and np.isneginf(scores[:, 2]).all()
+    assert scores.shape == ids.shape == (4, 2) and np.isfinite(scores).all() and all(set(row) == {"a", "b"} for row in ids)
     assert [x.shape for x in small.search(QUERIES[:0], 3)] == [(0, 3), (0, 3)]
+
+
+def test_missing_results_are_none(small, monkeypatch):
+    """The graph of a server may reach fewer items for some queries than for others."""
+    small.add(["a", "b"], DOCUMENTS[:2], [{"page": 1}, {"page": 2}])
+    answer = small.client.query_batch_points
+
+    def answer_less(*arguments):
+        first, *others = answer(*arguments)
+        first.points.pop()
+        return [first, *others]
+
+    monkeypatch.setattr(small.client, "query_batch_points", answer_less)
+    hits = small.search(QUERIES, 3)
+    assert hits.ids.shape == (4, 2) and hits.ids[0, 1] is None and np.isneginf(hits.scores[0, 1])
+    assert np.isfinite(hits.scores[1:]).all() and len(hits.metadata(0)) == 1
+    assert [fields["page"] for fields in hits.metadata(3)] == ["ab".index(item) + 1 for item in hits.ids[3]]
 
 
 def test_one_vector_an_item_is_stored_once():
@@ -298,6 +313,14 @@ def test_numbers_of_numpy_are_taken():
     index = QdrantIndex.create(":memory:", "numpy", np.int64(32), np.int32(4))
     index.add(["a", "b"], DOCUMENTS[:2, :4])
     assert index.search(QUERIES[:1], np.int64(2), np.array([16, 4]))[1].shape == (1, 2)
+
+
+def test_the_model_is_checked(small):
+    model = FakeModel("model a")
+    QdrantIndex.create(small.client, "recorded", WIDTH, 4, "model a").check_model(model)
+    for index, recorded in (small, "does not record its model"), (QdrantIndex.create(":memory:", "b", 8, 4, "b"), "the model 'b'"):
+        with pytest.raises(UserError, match=f"{recorded}, expected this one, 'model a'"):
+            index.check_model(model)
 
 
 def test_unknown_items_are_named(small):
