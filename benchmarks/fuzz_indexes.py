@@ -19,6 +19,7 @@ from metaembed_jax.retrieval.checksummed_files import CHUNK_BYTES
 VALUES: tuple = (None, 0, -1, 1, 2, 3.5, 2**31, 2**40, 10**30, True, "", "x")
 VALUES += ("../x", [], [0], [5, 3], {}, {"a": 1}, "float32", "int8")
 ITEMS, VECTORS, WIDTH = 12, 4, 8
+TYPES = (("bfloat16", None), ("float32", None), ("int8", None), ("int8", "float32"))
 
 
 def _vectors(seed: int, count: int) -> np.ndarray:
@@ -27,31 +28,33 @@ def _vectors(seed: int, count: int) -> np.ndarray:
 
 
 @functools.cache
-def _base(dtype: str) -> tuple[Path, list]:
+def _base(dtype: str, exact: str | None) -> tuple[Path, list]:
     """Return the folder of an index of three segments, one with deleted items, and what it answers."""
     folder = Path(tempfile.mkdtemp()) / dtype
     metadata = [{"path": f"/x/{number}", "page": number, "é": [1, {"a": None}]} for number in range(ITEMS)]
-    index = Index.build(_vectors(0, ITEMS), [f"é{n}" for n in range(ITEMS)], metadata=metadata, dtype=dtype, path=folder)
+    index = Index.build(
+        _vectors(0, ITEMS), [f"é{n}" for n in range(ITEMS)], metadata=metadata, dtype=dtype, exact=exact, path=folder
+    )
     index.add(_vectors(1, 5), [f"new {n}" for n in range(5)])
     index.delete(["é3", "new 2"])
     return folder, _answers(index)
 
 
-def make_index(random: random.Random, folder: Path) -> tuple[str, bool]:
-    """Write an index with one or two changes; return its dtype, and whether checksums were made to match."""
-    dtype, is_signed = random.choice(("bfloat16", "float32", "int8")), random.random() < 0.7
-    shutil.copytree(_base(dtype)[0], folder / "index")
+def make_index(random: random.Random, folder: Path) -> tuple[tuple[str, str | None], bool]:
+    """Write an index with one or two changes; return its types, and whether checksums were made to match."""
+    types, is_signed = random.choice(TYPES), random.random() < 0.7
+    shutil.copytree(_base(*types)[0], folder / "index")
     for _ in range(random.choice((0, 1, 1, 2))):
         if random.random() < 0.6:
             _change_manifest(random, folder / "index", is_signed)
         else:
             _change_file(random, folder / "index", is_signed)
-    return dtype, is_signed
+    return types, is_signed
 
 
-def check_index(folder: Path, content: tuple[str, bool]) -> str | None:
+def check_index(folder: Path, content: tuple[tuple[str, str | None], bool]) -> str | None:
     """Use every part of the index; without matching checksums, its answers are those of the whole one or it is refused."""
-    dtype, is_signed = content
+    types, is_signed = content
     index = Index.load(folder / "index")
     answers, reasons = [], []
     try:
@@ -59,7 +62,7 @@ def check_index(folder: Path, content: tuple[str, bool]) -> str | None:
     except UserError as error:
         reasons.append(str(error))
     if answers and not is_signed:
-        assert answers == _base(dtype)[1], "other answers than before the damage"
+        assert answers == _base(*types)[1], "other answers than before the damage"
     for change in (index.verify, lambda: index.add(_vectors(2, 2), ["a", "b"]), lambda: index.delete(["new 1"]), index.compact):
         try:
             change()

@@ -34,13 +34,14 @@ def index_documents(
     name: str = "",
     budget: int | None = None,
     dtype: str = "bfloat16",
+    exact: str | None = None,
     skip: int = 0,
     progress: bool = False,
 ) -> Index:
     """Index documents in a folder, or let the index in it follow them.
 
     Documents that are new or changed are encoded; items of documents that are gone, and items added by hand, are dropped. A killed
-    job resumes when it is called again. An index of another model, budget, dtype or size of images is replaced when the new one is
+    job resumes when it is called again. An index of another model, budget, type or size of images is replaced when the new one is
     complete. An item has the metadata of its document, without nulls, and with an absolute path. `Index.left_out` lists the
     documents that cannot be read; the next job tries them again. All hosts write, in a folder that they share, and the first one
     commits.
@@ -51,6 +52,7 @@ def index_documents(
       name: the path or hub id of the model, for later searches.
       budget: vectors of each document to keep; all by default.
       dtype: type of the vectors on disk, as for `Index.build`.
+      exact: type of the exact vectors of an index of int8, as for `Index.build`.
       skip: most documents that may be left out because they cannot be read. The job stops at more, and keeps what it has encoded.
       progress: show a bar, and print how many items were encoded, kept and dropped, and which documents were left out.
 
@@ -58,18 +60,18 @@ def index_documents(
       UserError: more documents than `skip` cannot be read, the budget is larger than the model's, the folder holds something else,
         another process is writing to it, or a host does not see it.
     """
-    check_dtype(dtype)
+    check_dtype(dtype, exact)
     folder, limit = local_path(path), model.config.vectors("document")
     budget = limit if budget is None else budget
     if type(budget) is not int or not 1 <= budget <= limit:
         raise UserError(f"budget={budget!r}: expected 1 to {limit} document vectors, which this model has")
     origin = {"name": name, "fingerprint": model.fingerprint}
-    settings = digest(repr((model.fingerprint, model.processor.fingerprint, budget, dtype)).encode())
-    check_equal(f"{settings} {skip}", "the model, budget, dtype or skip")
+    settings = digest(repr((model.fingerprint, model.processor.fingerprint, budget, dtype, exact)).encode())
+    check_equal(f"{settings} {skip}", "the model, budget, types or skip")
     check_left_out(documents.left_out, skip)
     if not len(documents):
         raise UserError("nothing to index: expected at least one document")
-    empty = Manifest(model.dimension, levels_of(budget), dtype, model=origin, settings=settings)
+    empty = Manifest(model.dimension, levels_of(budget), dtype, exact=exact, model=origin, settings=settings)
     with store.writing(folder) if hosts.is_first() else contextlib.nullcontext():
         store.check_shared(folder)
         plan = _plan(folder, documents, empty, skip)

@@ -30,7 +30,7 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.hits import Hits, make_hits
 from metaembed_jax.retrieval.ingest import as_blocks, as_ids, make_items, most_vectors
-from metaembed_jax.retrieval.manifest import DTYPES, Manifest, Segment, levels_of
+from metaembed_jax.retrieval.manifest import DTYPES, EXACT_DTYPES, Manifest, Segment, levels_of
 from metaembed_jax.retrieval.queries import RESULTS, as_queries, check_k, most_results, stages_of
 from metaembed_jax.retrieval.search import SegmentSearcher, count_survivors
 from metaembed_jax.retrieval.segment import SegmentFiles
@@ -57,6 +57,7 @@ class Index:
         metadata: Sequence[dict | None] | None = None,
         budget: int | None = None,
         dtype: str = "bfloat16",
+        exact: str | None = None,
         path: str | os.PathLike | None = None,
         mesh: Mesh | None = None,
     ) -> "Index":
@@ -71,13 +72,15 @@ class Index:
             those of the first block.
           dtype: type of the vectors on disk: "bfloat16"; "float32"; or "int8", with a float32 scale for each vector
             (`ingest.to_int8`).
+          exact: "float32" or "bfloat16": an index of int8 also stores the vectors in this type, and the error of each, for
+            `search(..., certified=True)`. Other searches do not read them.
           path: the folder of the index; an index in it is replaced when the new one is complete.
           mesh: devices that search the index; all by default.
 
         Raises:
           UserError: there is no item, or an item is wrong, which the error names.
         """
-        check_dtype(dtype)
+        check_dtype(dtype, exact)
         if budget is not None and (type(budget) is not int or budget < 1):
             raise UserError(f"budget={budget!r}: expected a positive number of vectors to keep of each item")
         blocks = (make_items(array, items, fields, budget) for items, array, fields in as_blocks(vectors, ids, metadata))
@@ -85,7 +88,7 @@ class Index:
         if first is None:
             raise UserError("nothing to index: expected at least one item")
         _, count, width = first.vectors_NRD.shape
-        empty = Manifest(width, levels_of(budget or max(count, most_vectors(vectors))), dtype)
+        empty = Manifest(width, levels_of(budget or max(count, most_vectors(vectors))), dtype, exact=exact)
         return _create(
             path, mesh, lambda folder: dataclasses.replace(empty, segments=(write_segment(folder, empty, first, blocks),))
         )
@@ -259,7 +262,8 @@ class Index:
         return [LeftOut(item, reason) for item, reason, _ in self._manifest.left_out]
 
     def __repr__(self) -> str:
-        return f"<Index of {len(self):,} items, {self.vectors} x {self._manifest.width} {self._manifest.dtype}, in {self.folder}>"
+        types = " + ".join(filter(None, (self._manifest.dtype, self._manifest.exact)))
+        return f"<Index of {len(self):,} items, {self.vectors} x {self._manifest.width} {types}, in {self.folder}>"
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Path]:
@@ -307,11 +311,17 @@ def _create(path: str | os.PathLike | None, mesh: Mesh | None, write: Callable[[
     return index
 
 
-def check_dtype(dtype: str) -> None:
-    """Check the type of an index's vectors.
+def check_dtype(dtype: str, exact: str | None) -> None:
+    """Check the types of an index's vectors.
 
     Raises:
-      UserError: it is not one of `DTYPES`.
+      UserError: the type is not one of `DTYPES`; or that of exact vectors not one of `EXACT_DTYPES`, or the index is not int8.
     """
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}")
+    if exact is None:
+        return
+    if not isinstance(exact, str) or exact not in EXACT_DTYPES:
+        raise UserError(f"exact={exact!r}: expected {' or '.join(EXACT_DTYPES)}")
+    if dtype != "int8":
+        raise UserError(f"exact={exact!r} of an index of {dtype}: expected dtype='int8'; only int8 has exact vectors next to it")

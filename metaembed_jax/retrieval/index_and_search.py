@@ -26,6 +26,7 @@ def index(
     out: Path,
     budget: int | None,
     dtype: str,
+    exact: str | None,
     skip: int,
     mesh: Mapping[str, int] | None = None,
 ) -> None:
@@ -42,7 +43,8 @@ def index(
     name = str(model_path.absolute()) if model_path and model_path.exists() else model
     encoder = _load(model, mesh)
     print(describe_devices(encoder.mesh, encoder.weight_bytes), flush=True)
-    index_documents(encoder, documents, out, name=name, budget=budget, dtype=dtype, skip=skip, progress=True)
+    types = {"dtype": dtype, "exact": exact}
+    index_documents(encoder, documents, out, name=name, budget=budget, **types, skip=skip, progress=True)
     if pages := documents.unread_pages:
         print(f"{path}: {pages:,} pages of TIFFs were not read; of a TIFF in a table, the first page is; index their folder")
 

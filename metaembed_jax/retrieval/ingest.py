@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Float, Float16, Int, Int8, UInt64
 
 from metaembed_jax.errors import UserError
 
@@ -172,6 +172,20 @@ def to_int8(vectors_NRD: Float[np.ndarray, "N R D"]) -> tuple[np.ndarray, Float[
             np.where(is_nearer_NR, other_NR, scales_NR),
         )
     return stored_NRD.astype(np.int8), scales_NR
+
+
+def rounding_errors(
+    exact_NRD: np.ndarray, numbers_NRD: Int8[np.ndarray, "N R D"], scales_NR: Float[np.ndarray, "N R"]
+) -> Float16[np.ndarray, "N R"]:
+    """Return the length of the difference between vectors, of any float type, and their int8 version; float16, rounded up."""
+    lengths_NR = np.zeros(scales_NR.shape)
+    for item, (exact_RD, numbers_RD, scales_R) in enumerate(zip(exact_NRD, numbers_NRD, scales_NR, strict=True)):
+        difference_RD = exact_RD.astype(float) - numbers_RD * scales_R.astype(float)[:, None]
+        lengths_NR[item] = np.sqrt(np.einsum("rd,rd->r", difference_RD, difference_RD))
+    lengths_NR *= 1 + (exact_NRD.shape[2] + 8) * np.finfo(float).eps  # the most by which float64 rounds them
+    with np.errstate(over="ignore", under="ignore"):
+        errors_NR = lengths_NR.astype(np.float16)
+    return np.where(errors_NR < lengths_NR, np.nextafter(errors_NR, np.float16(np.inf)), errors_NR)
 
 
 def _squares(vectors_NRD: np.ndarray) -> np.ndarray:

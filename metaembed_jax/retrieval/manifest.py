@@ -11,10 +11,12 @@ import re
 from pathlib import Path
 
 from metaembed_jax.errors import UserError, one_line
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.retrieval.checksummed_files import open_regular
 
-FORMAT = 2
+FORMAT = 3
 DTYPES = ("bfloat16", "float32", "int8")  # of stored vectors
+EXACT_DTYPES = ("bfloat16", "float32")  # of the vectors next to those of int8
 LEVEL_ENDS = (1, 4, 8, 16, 64)  # the document vectors of the usual budgets
 MANIFEST_BYTES = 2**28  # largest size of the file
 NAME = re.compile("[0-9a-f]{16}")
@@ -43,6 +45,31 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The survivors of a first stage with which a share of all queries loses none of its k best items.
+
+    Attributes:
+      first: (r_q, r_c) of the first stage.
+      last: (r_q, r_c) of the second stage, whose k best items must survive.
+      k: results of a search.
+      coverage: the share of queries.
+      confidence: the probability, over samples of queries, that the share is at least `coverage`.
+      survivors: the documents that the second stage scores.
+      queries: size of the sample.
+      items: number of items that were searched.
+    """
+
+    first: Budget
+    last: Budget
+    k: int
+    coverage: float
+    confidence: float
+    survivors: int
+    queries: int
+    items: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """Description of an index.
 
@@ -52,8 +79,10 @@ class Manifest:
       dtype: type of the stored vectors, one of `DTYPES`.
       segments: segments in the order of their items.
       model: {"name", "fingerprint"} of the model that encoded the items; None if it is unknown.
-      settings: digest of the model, processor, budget and dtype of an index by `index_documents`; empty for other indexes.
+      exact: type of the vectors that are stored next to those of int8, one of `EXACT_DTYPES`; None without them.
+      settings: digest of the model, processor, budget and types of an index by `index_documents`; empty for other indexes.
       left_out: (id, reason, stamp) of each document of the job that was left out.
+      calibrations: results of `Index.calibrate`, in order.
     """
 
     width: int
@@ -61,8 +90,10 @@ class Manifest:
     dtype: str
     segments: tuple[Segment, ...] = ()
     model: dict[str, str] | None = None
+    exact: str | None = None
     settings: str = ""
     left_out: tuple[tuple[str, str, int], ...] = ()
+    calibrations: tuple[Calibration, ...] = ()
 
 
 def levels_of(vectors: int) -> tuple[int, ...]:
@@ -112,9 +143,12 @@ def _validated(index: dict) -> Manifest:
     segments = tuple(as_segment(**fields) for fields in index.pop("segments"))
     levels = tuple(index.pop("levels"))
     left_out = tuple((item, reason, stamp) for item, reason, stamp in index.pop("left_out"))
-    manifest = Manifest(segments=segments, levels=levels, left_out=left_out, **index)
+    calibrations = tuple(_as_calibration(**fields) for fields in index.pop("calibrations"))
+    manifest = Manifest(segments=segments, levels=levels, left_out=left_out, calibrations=calibrations, **index)
     is_described = _is_count(manifest.width) and manifest.dtype in DTYPES and isinstance(manifest.settings, str)
     _require(is_described, "width, dtype or settings")
+    is_exact = manifest.dtype == "int8" and manifest.exact in EXACT_DTYPES
+    _require(manifest.exact is None or is_exact, "exact")
     model = manifest.model
     _require(levels and all(map(_is_count, levels)) and list(levels) == sorted(set(levels)), "levels")
     is_model = model is None or (model.keys() == {"name", "fingerprint"} and all(isinstance(text, str) for text in model.values()))
@@ -124,6 +158,15 @@ def _validated(index: dict) -> Manifest:
     are_texts = all(isinstance(item, str) and isinstance(reason, str) for item, reason, _ in left_out)
     _require(are_texts and all(type(stamp) is int and 0 <= stamp < 2**64 for *_, stamp in left_out), "left_out")
     return manifest
+
+
+def _as_calibration(first, last, k, coverage, confidence, survivors, queries, items) -> Calibration:
+    """Return the calibration of the fields of its JSON object; inverse of `dataclasses.asdict`."""
+    _require(len(first) == len(last) == 2, "the budgets of a calibration")
+    _require(all(map(_is_count, (*first, *last, k, survivors, queries, items))) and k <= survivors, "a calibration")
+    shares = coverage, confidence
+    _require(all(type(share) is float and 0 < share < 1 for share in shares), "coverage or confidence")
+    return Calibration(tuple(first), tuple(last), k, coverage, confidence, survivors, queries, items)
 
 
 def as_segment(name, items, fewest, sizes, checksums, deleted) -> Segment:

@@ -3,6 +3,8 @@
 vectors-0-1, vectors-1-4, ...    [items, vectors of the level, D]: a file for each level, so that a search at a small budget
                                  reads only its levels
 scales-0-1, ...                  float32 [items, vectors of the level], for int8
+exact-0-1, ...                   [items, vectors of the level, D]: the vectors before the rounding to int8, if they are kept
+errors-0-1, ...                  float16 [items, vectors of the level], next to them: `ingest.rounding_errors`
 counts                           int32 [items]: vectors of each item
 ids, id-ends, id-hashes          concatenated texts; int64 and uint64 [items]: the end and the hash of each text
 stamps                           uint64 [items]: `Documents.stamps`, or zeros
@@ -27,6 +29,7 @@ from metaembed_jax.retrieval.ingest import hashes
 from metaembed_jax.retrieval.manifest import Manifest
 
 CHECKSUMS = "checksums"
+TEXT_FILES = ("ids", "id-ends", "id-hashes", "metadata", "metadata-ends")
 
 
 class SegmentFiles:
@@ -42,6 +45,8 @@ class SegmentFiles:
       checksums: the content of the file `checksums`.
       levels: the file of vectors of each level.
       scales: the file of scales of each level; empty unless the index is int8.
+      exact: the file of exact vectors of each level: those of `levels` unless the index is int8; empty if it has none.
+      errors: the file of rounding errors of each level; empty unless an int8 index has exact vectors.
       counts: the file of the number of vectors of each item.
 
     Raises:
@@ -66,8 +71,12 @@ class SegmentFiles:
             crcs_of_file, crcs = np.split(crcs, [count_chunks(entry.sizes[name])])
             self.files[name] = ChecksummedFile(self.folder / name, crcs_of_file, entry.sizes[name], dtype, row)
         names = manifests.level_names(manifest)
-        self.levels = [self.files[f"vectors-{name}"] for name in names]
-        self.scales = [self.files[f"scales-{name}"] for name in names] if manifest.dtype == "int8" else []
+
+        def by_level(kind: str) -> list[ChecksummedFile]:
+            return [self.files[f"{kind}-{name}"] for name in names if f"{kind}-{name}" in self.files]
+
+        self.levels, self.scales, self.errors = by_level("vectors"), by_level("scales"), by_level("errors")
+        self.exact = by_level("exact") if manifest.dtype == "int8" else self.levels
         self.counts = self.files["counts"]
 
     def __len__(self) -> int:
@@ -125,20 +134,18 @@ class SegmentFiles:
         for file in self.files.values():
             file.release()
 
-    def items(
-        self, at_once: int
-    ) -> Iterator[tuple[list[str], list[np.ndarray], list[np.ndarray], np.ndarray, list[str], np.ndarray]]:
+    def items(self, at_once: int) -> Iterator[tuple[list[str], list[str], dict[str, np.ndarray]]]:
         """Yield the items that are not deleted, in blocks of `at_once` rows, as the arguments of `SegmentWriter.write`."""
+        names = [name for name in self.files if name not in TEXT_FILES]
         for start in range(0, len(self), at_once):
             rows = start + np.flatnonzero(self.is_alive[start : start + at_once])
-            levels, scales = ([file.take(rows) for file in files] for files in (self.levels, self.scales))
             texts = [self._text("metadata", "metadata-ends", row) for row in rows.tolist()]
-            counts = self.counts.take(rows)
-            if (counts < self.entry.fewest).any():
+            arrays = {name: self.files[name].take(rows) for name in names}
+            if (arrays["counts"] < self.entry.fewest).any():
                 raise UserError(
                     f"{self.folder / 'counts'}: an item has fewer vectors than the manifest says; build the index again"
                 )
-            yield self.ids(rows), levels, scales, counts, texts, self.files["stamps"].take(rows)
+            yield self.ids(rows), texts, arrays
             self.release()
 
     def _text(self, blob: str, ends: str, row: int) -> str:
@@ -168,6 +175,9 @@ def layout_of(manifest: Manifest) -> dict[str, tuple]:
         layout[f"vectors-{name}"] = (np.dtype(manifest.dtype), (end - start, manifest.width))
         if manifest.dtype == "int8":
             layout[f"scales-{name}"] = (np.float32, (end - start,))
+        if manifest.exact:
+            layout[f"exact-{name}"] = (np.dtype(manifest.exact), (end - start, manifest.width))
+            layout[f"errors-{name}"] = (np.float16, (end - start,))
     return layout
 
 

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Float, UInt64
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import sync_folder
 from metaembed_jax.retrieval import manifest as manifests
 from metaembed_jax.retrieval.checksummed_files import ChecksummedWriter
-from metaembed_jax.retrieval.ingest import Items, hashes, to_int8
+from metaembed_jax.retrieval.ingest import Items, hashes, rounding_errors, to_int8
 from metaembed_jax.retrieval.manifest import Manifest
 from metaembed_jax.retrieval.segment import CHECKSUMS, SegmentFiles, layout_of
 
@@ -26,7 +26,7 @@ class SegmentWriter:
 
     Args:
       folder: the folder of the index.
-      manifest: the manifest of the index, which has its width, levels and dtype.
+      manifest: the manifest of the index, which has its width, levels and types.
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
@@ -55,27 +55,31 @@ class SegmentWriter:
         if vectors > ends[-1]:
             item = items.ids[int(items.counts_N.argmax())]
             raise UserError(f"item {item!r} has {vectors} vectors; expected at most {ends[-1]}; set budget= to keep fewer")
-        levels, scales = [], []
-        for start, end in zip((0, *ends), ends, strict=False):
+        stamps_N = np.zeros(len(items.ids), np.uint64) if stamps_N is None else stamps_N
+        arrays = {"counts": items.counts_N, "stamps": stamps_N}
+        for name, start, end in zip(manifests.level_names(self.manifest), (0, *ends), ends, strict=False):
             level_NwD = items.vectors_NRD[:, start:end]
             level_NwD = np.pad(level_NwD, [(0, 0), (0, end - start - level_NwD.shape[1]), (0, 0)])
-            if self.manifest.dtype == "int8":
-                level_NwD, scale_Nw = to_int8(level_NwD)
-                scales.append(scale_Nw)
-            levels.append(level_NwD)
-        stamps_N = np.zeros(len(items.ids), np.uint64) if stamps_N is None else stamps_N
-        self.write(items.ids, levels, scales, items.counts_N, items.metadata, stamps_N)
+            arrays |= {f"{kind}-{name}": array for kind, array in self._as_stored(level_NwD).items()}
+        self.write(items.ids, items.metadata, arrays)
 
-    def write(self, ids, levels, scales, counts, metadata, stamps) -> None:
-        """Append items with their vectors split into levels; scales are empty unless the index is int8."""
+    def _as_stored(self, level_NwD: Float[np.ndarray, "N w D"]) -> dict[str, np.ndarray]:
+        """Return the arrays of a level, by the kind of their file."""
+        if self.manifest.dtype != "int8":
+            return {"vectors": level_NwD}
+        numbers_NwD, scales_Nw = to_int8(level_NwD)
+        arrays = {"vectors": numbers_NwD, "scales": scales_Nw}
+        if self.manifest.exact:
+            exact_NwD = level_NwD.astype(self.manifest.exact)
+            arrays |= {"exact": exact_NwD, "errors": rounding_errors(exact_NwD, numbers_NwD, scales_Nw)}
+        return arrays
+
+    def write(self, ids: list[str], metadata: list[str], arrays: dict[str, np.ndarray]) -> None:
+        """Append items, with the arrays of all files that do not hold texts."""
         if not ids:
             return
-        names = manifests.level_names(self.manifest)
-        arrays = {f"vectors-{name}": level for name, level in zip(names, levels, strict=True)}
-        arrays |= {f"scales-{name}": scale for name, scale in zip(names, scales, strict=False)}
         self._hashes.append(hashes(ids))
-        arrays |= {"counts": counts, "id-hashes": self._hashes[-1], "stamps": stamps}
-        for name, array in arrays.items():
+        for name, array in (arrays | {"id-hashes": self._hashes[-1]}).items():
             self._files[name].write(np.asarray(array, self._layout[name][0]))
         for blob, ends, texts in (("ids", "id-ends", ids), ("metadata", "metadata-ends", metadata)):
             encoded = [text.encode() for text in texts]
@@ -83,7 +87,7 @@ class SegmentWriter:
             self._files[ends].write(size + np.cumsum([len(text) for text in encoded], dtype=np.int64))
             self._files[blob].write(b"".join(encoded))
         self.item_count += len(ids)
-        self.fewest_vectors = min(self.fewest_vectors, int(counts.min()))
+        self.fewest_vectors = min(self.fewest_vectors, int(arrays["counts"].min()))
 
     def close(self) -> manifests.Segment:
         """Close all files, and return the segment's entry for the manifest. The segment is on the disk when this returns.

@@ -46,6 +46,7 @@ def stored_vectors(built):
     """Return the stored vectors of each item, as float32."""
     items = {}
     for segment in built._segments:
-        for ids, levels, *_ in segment.items(100):
+        for ids, _, arrays in segment.items(100):
+            levels = [arrays[file.path.name] for file in segment.levels]
             items |= dict(zip(ids, np.concatenate(levels, axis=1).astype(np.float32), strict=True))
     return items

@@ -1,5 +1,6 @@
 """Indexes on disk: crashes, several writers and readers, damage."""
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -23,6 +24,7 @@ from tests.retrieval.reference import unit
 ONE = make_mesh(devices=jax.devices()[:1])
 KILLS = 20
 NAN = 0x7FC0  # as bfloat16
+CALIBRATION = dataclasses.asdict(manifests.Calibration((1, 1), (4, 9), 10, 0.99, 0.95, 12, 299, 20))
 
 
 @pytest.fixture
@@ -212,6 +214,14 @@ def test_invalid_manifests(folder, tmp_path):
         ({"left_out": [["a.png", "broken"]]}, "is not valid"),
         ({"left_out": [["a.png", "broken", -1]]}, "is not valid"),
         ({"left_out": [["a.png", None, 1]]}, "is not valid"),
+        ({"exact": "float32"}, "is not valid"),
+        ({"dtype": "int8", "exact": "int8"}, "is not valid"),
+        ({"dtype": "int8", "exact": "float32"}, "names other files"),
+        ({"calibrations": None}, "is not valid"),
+        ({"calibrations": [{"first": [1, 1]}]}, "is not valid"),
+        ({"calibrations": [CALIBRATION | {"coverage": 1.0}]}, "is not valid"),
+        ({"calibrations": [CALIBRATION | {"first": [1]}]}, "is not valid"),
+        ({"calibrations": [CALIBRATION | {"survivors": 9}]}, "is not valid"),
         ({"more": 1}, "is not valid"),
         ({"segments": [segment, segment]}, "is not valid"),
         ({"segments": [segment | {"name": "../../other"}]}, "is not valid"),
