@@ -9,6 +9,7 @@ counts                           int32 [items]: vectors of each item
 ids, id-ends, id-hashes          concatenated texts; int64 and uint64 [items]: the end and the hash of each text
 stamps                           uint64 [items]: `Documents.stamps`, or zeros
 metadata, metadata-ends          concatenated JSON objects; int64 [items]: the end of each
+columns, column-index            the values of the metadata by key: `columns`
 checksums                        CRC-32 of each `checksummed_files.CHUNK_BYTES` bytes of all files above, in order of their names
 """
 
@@ -25,11 +26,13 @@ from jaxtyping import Bool, Int
 from metaembed_jax.errors import UserError
 from metaembed_jax.retrieval import manifest as manifests
 from metaembed_jax.retrieval.checksummed_files import ChecksummedFile, count_chunks, map_file
+from metaembed_jax.retrieval.columns import Columns
 from metaembed_jax.retrieval.ingest import hashes
 from metaembed_jax.retrieval.manifest import Manifest
 
 CHECKSUMS = "checksums"
-TEXT_FILES = ("ids", "id-ends", "id-hashes", "metadata", "metadata-ends")
+BLOBS = ("ids", "metadata", "columns", "column-index")  # files of any size
+TEXT_FILES = (*BLOBS, "id-ends", "id-hashes", "metadata-ends")  # made of the ids and metadata of items
 
 
 class SegmentFiles:
@@ -48,6 +51,7 @@ class SegmentFiles:
       exact: the file of exact vectors of each level: those of `levels` unless the index is int8; empty if it has none.
       errors: the file of rounding errors of each level; empty unless an int8 index has exact vectors.
       counts: the file of the number of vectors of each item.
+      columns: the values of the metadata by key.
 
     Raises:
       UserError: a file has another size than in the manifest, or the checksums are damaged.
@@ -66,7 +70,7 @@ class SegmentFiles:
         for name in sorted(layout):
             dtype, row = layout[name]
             expected = entry.items * np.dtype(dtype).itemsize * int(np.prod(row))
-            if name not in ("ids", "metadata") and entry.sizes[name] != expected:
+            if name not in BLOBS and entry.sizes[name] != expected:
                 raise UserError(f"{folder}: the manifest gives {name} another size than its items have; build the index again")
             crcs_of_file, crcs = np.split(crcs, [count_chunks(entry.sizes[name])])
             self.files[name] = ChecksummedFile(self.folder / name, crcs_of_file, entry.sizes[name], dtype, row)
@@ -78,6 +82,7 @@ class SegmentFiles:
         self.levels, self.scales, self.errors = by_level("vectors"), by_level("scales"), by_level("errors")
         self.exact = by_level("exact") if manifest.dtype == "int8" else self.levels
         self.counts = self.files["counts"]
+        self.columns = Columns(self.files["columns"], self.files["column-index"], entry.items)
 
     def __len__(self) -> int:
         return self.entry.items
@@ -162,8 +167,7 @@ class SegmentFiles:
 def layout_of(manifest: Manifest) -> dict[str, tuple]:
     """Return the dtype and the shape of a row of each file of a segment."""
     layout: dict[str, tuple] = {
-        "ids": (np.uint8, ()),
-        "metadata": (np.uint8, ()),
+        **dict.fromkeys(BLOBS, (np.uint8, ())),
         "id-ends": (np.int64, ()),
         "metadata-ends": (np.int64, ()),
         "id-hashes": (np.uint64, ()),

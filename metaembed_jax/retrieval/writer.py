@@ -14,6 +14,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.files import sync_folder
 from metaembed_jax.retrieval import manifest as manifests
 from metaembed_jax.retrieval.checksummed_files import ChecksummedWriter
+from metaembed_jax.retrieval.columns import ColumnWriter
 from metaembed_jax.retrieval.ingest import Items, hashes, rounding_errors, to_int8
 from metaembed_jax.retrieval.manifest import Manifest
 from metaembed_jax.retrieval.segment import CHECKSUMS, SegmentFiles, layout_of
@@ -35,6 +36,7 @@ class SegmentWriter:
         self.folder.mkdir()
         self._layout = layout_of(manifest)
         self._files = {name: ChecksummedWriter(self.folder / name) for name in self._layout}
+        self._columns = ColumnWriter(self._files["columns"])
         self._hashes: list[np.ndarray] = []
         self.item_count, self.fewest_vectors = 0, manifest.levels[-1]
 
@@ -86,6 +88,7 @@ class SegmentWriter:
             size = self._files[blob].size
             self._files[ends].write(size + np.cumsum([len(text) for text in encoded], dtype=np.int64))
             self._files[blob].write(b"".join(encoded))
+        self._columns.add(metadata)
         self.item_count += len(ids)
         self.fewest_vectors = min(self.fewest_vectors, int(arrays["counts"].min()))
 
@@ -95,6 +98,7 @@ class SegmentWriter:
         Raises:
           UserError: two items have the same id.
         """
+        self._files["column-index"].write(self._columns.close())
         for file in self._files.values():
             file.close()
         crcs = np.array([crc for name in sorted(self._files) for crc in self._files[name].crcs], np.uint32).tobytes()
