@@ -1,4 +1,4 @@
-"""Nested vectors in Qdrant: embedded in this process, on a server, or on a cluster.
+"""Nested vectors in Qdrant: in this process, on a server, or on a cluster.
 
 A point is an item. Its vector `first` is the first document vector. Its multivector `all` has all stored vectors; Qdrant's MAX_SIM
 of dot products is MaxSim. Its payload is the item's metadata. Its UUID is computed from the item's id, so an item that is written
@@ -8,9 +8,7 @@ Q queries, N items, R vectors of an item, D width of a vector, k results.
 """
 
 import functools
-import json
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,32 +21,33 @@ from metaembed_jax.late_interaction.stages import Stages, as_stages
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.hits import Hits
 from metaembed_jax.retrieval.ingest import as_array, check_unit
-from metaembed_jax.retrieval.qdrant_collection import clear_errors, connect, is_folder, stored_facts, vectors_config
+from metaembed_jax.retrieval.qdrant_collection import ClientCollection, Collection
+from metaembed_jax.retrieval.qdrant_edge import EdgeCollection, is_edge
+from metaembed_jax.retrieval.qdrant_points import NUMBER_BYTES, REQUEST_BYTES, as_metadata, as_payload, as_points, as_requests
 from metaembed_jax.retrieval.queries import RESULTS
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
     from qdrant_client.models import QueryRequest
 
-REQUEST_BYTES = 28 << 20  # a server takes 32 MiB by default
 LARGEST_MULTIVECTOR = 1 << 20  # numbers
-NUMBER_BYTES = 24  # of a float32 in JSON, at most
-REQUEST_ITEMS, REQUEST_IDS = 64, 1000  # of a request, at most
 
 
 class QdrantIndex:
     """Items in a collection of Qdrant, from `create` or `load`.
 
     Attributes:
-      client: Qdrant's own client, for everything that this class does not do.
+      client: Qdrant's own client, for everything that this class does not do; of "edge:FOLDER", its `EdgeShard`.
       dimension: width of a vector.
       document_vectors: vectors that are stored of an item. The first is also stored alone.
       fingerprint: fingerprint of the model that encoded the items.
     """
 
-    def __init__(self, client: "QdrantClient", server: str, name: str, dimension: int, document_vectors: int, fingerprint: str):
-        self.client, self.server, self.name = client, server, name
-        self.dimension, self.document_vectors, self.fingerprint = dimension, document_vectors, fingerprint
+    def __init__(self, collection: Collection):
+        self.collection, self.client, self.server, self.name = collection, collection.client, collection.server, collection.name
+        self.dimension: int = collection.facts["dimension"]
+        self.document_vectors: int = collection.facts["document_vectors"]
+        self.fingerprint: str = collection.facts["fingerprint"]
 
     @classmethod
     def create(
@@ -65,7 +64,8 @@ class QdrantIndex:
         """Open the collection of this name; create it if it does not exist.
 
         Args:
-          location: a folder or ":memory:" (embedded), the URL of a server or cluster, or a client of Qdrant (for API keys, gRPC).
+          location: "edge:FOLDER" (Qdrant's engine in this process), a folder or ":memory:" (the engine of its Python client), the
+            URL of a server or cluster, or a client of Qdrant (for API keys, gRPC).
           name: name of the collection.
           dimension: width of a vector.
           document_vectors: vectors to store of an item, from the first.
@@ -84,21 +84,13 @@ class QdrantIndex:
                 f"document_vectors={document_vectors} of dimension={dimension}: expected 1 to {LARGEST_MULTIVECTOR:,} numbers, "
                 "which Qdrant stores of an item; lower document_vectors"
             )
-        client, server = connect(location)
         facts = {"dimension": dimension, "document_vectors": document_vectors, "fingerprint": fingerprint}
-        with clear_errors(server):
-            if not client.collection_exists(name):
-                client.create_collection(
-                    name,
-                    vectors_config=vectors_config(dimension, document_vectors),
-                    metadata={"metaembed": facts},
-                    shard_number=shard_number,
-                    replication_factor=replication_factor,
-                )
-        index = cls(client, server, name, **stored_facts(client, server, name))
+        options = {"shard_number": shard_number, "replication_factor": replication_factor}
+        index = cls(_open(location, name, facts, **options))
         for key, value in facts.items():
-            if (stored := getattr(index, key)) != value:
-                raise UserError(f"{server}: collection {name!r} has {key}={stored!r}, not {value!r}; choose another name")
+            if (stored := index.collection.facts[key]) != value:
+                index._release(location)
+                raise UserError(f"{index.server}: collection {name!r} has {key}={stored!r}, not {value!r}; choose another name")
         return index
 
     @classmethod
@@ -112,13 +104,11 @@ class QdrantIndex:
         Raises:
           UserError: as `create`, or the collection does not exist.
         """
-        if is_folder(location) and not Path(location).is_dir():
-            raise UserError(f"{location}: no such folder; create the collection with QdrantIndex.create")
-        client, server = connect(location)
-        index = cls(client, server, name, **stored_facts(client, server, name))
+        index = cls(_open(location, name, None))
         if fingerprint not in (None, index.fingerprint):
+            index._release(location)
             raise UserError(
-                f"{server}: collection {name!r} has vectors of the model {index.fingerprint!r}, not {fingerprint!r}; "
+                f"{index.server}: collection {name!r} has vectors of the model {index.fingerprint!r}, not {fingerprint!r}; "
                 "search with that model, or create another collection"
             )
         return index
@@ -129,12 +119,15 @@ class QdrantIndex:
         return self.document_vectors
 
     def __len__(self) -> int:
-        with clear_errors(self.server):
-            return self.client.count(self.name, exact=True).count
+        return self.collection.count()
 
     def close(self) -> None:
-        """Unlock the folder of an embedded collection, or close the connection."""
-        self.client.close()
+        """Unlock the folder of a collection, or close the connection."""
+        self.collection.close()
+
+    def optimize(self) -> None:
+        """Build the graph of the first vectors, and drop what was deleted. Qdrant does so by itself, except in "edge:FOLDER"."""
+        self.collection.optimize()
 
     def missing(self, ids: Sequence[str]) -> list[int]:
         """Return the indices of the ids that the collection does not have, in order: the rest of a killed upload.
@@ -142,11 +135,8 @@ class QdrantIndex:
         Raises:
           UserError: an id is not a text, or is given twice.
         """
-        points, stored = _points(ids), set()
-        with clear_errors(self.server):
-            for start in range(0, len(points), REQUEST_IDS):
-                request = points[start : start + REQUEST_IDS]
-                stored |= {str(record.id) for record in self.client.retrieve(self.name, request, with_payload=False)}
+        points = as_points(ids)
+        stored = self.collection.read(points, False)
         return [number for number, point in enumerate(points) if point not in stored]
 
     def metadata(self, ids: Sequence[str]) -> list[dict]:
@@ -155,15 +145,20 @@ class QdrantIndex:
         Raises:
           UserError: the collection does not have an id, or an id is given twice.
         """
-        points, payloads = _points(ids), {}
-        with clear_errors(self.server):
-            for start in range(0, len(points), REQUEST_IDS):
-                request = points[start : start + REQUEST_IDS]
-                payloads |= {str(record.id): record.payload for record in self.client.retrieve(self.name, request)}
-        for item, point in zip(ids, points, strict=True):
-            if point not in payloads:
-                raise UserError(f"{self.server}: collection {self.name!r} has no item {item!r}")
-        return [payloads[point] for point in points]
+        points = as_points(ids)
+        payloads = self.collection.read(points, True)
+        self._require(ids, points, payloads)
+        return [as_metadata(payloads[point]) for point in points]
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Delete items.
+
+        Raises:
+          UserError: the collection does not have an id, or an id is given twice; then nothing is deleted.
+        """
+        points = as_points(ids)
+        self._require(ids, points, self.collection.read(points, False))
+        self.collection.delete(points)
 
     def add(
         self,
@@ -183,7 +178,7 @@ class QdrantIndex:
         Raises:
           UserError: an item is wrong, which the error names, or Qdrant does not answer.
         """
-        points, vectors_NRD = _points(ids), self._validated(vectors_NRD, "items")
+        points, vectors_NRD = as_points(ids), self._validated(vectors_NRD, "items")
         if vectors_NRD.shape[1] < self.document_vectors:
             raise UserError(
                 f"items have {vectors_NRD.shape[1]} vectors: expected at least {self.document_vectors}, which collection "
@@ -194,18 +189,19 @@ class QdrantIndex:
             raise UserError(
                 f"{len(ids)} ids, vectors of {len(vectors_NRD)} items, metadata of {len(metadata)}: expected equal numbers"
             )
-        payloads = [_payload(item, fields) for item, fields in zip(ids, metadata, strict=True)]
+        payloads = [as_payload(item, fields) for item, fields in zip(ids, metadata, strict=True)]
         sizes = [len(payload) + NUMBER_BYTES * self.dimension * (self.document_vectors + 1) for payload in payloads]
         if (largest := max(sizes, default=0)) > REQUEST_BYTES:
             raise UserError(
                 f"item {ids[sizes.index(largest)]!r} has {largest:,} bytes; expected at most {REQUEST_BYTES:,}, Qdrant's limit; "
                 "shorten its metadata"
             )
+        vectors_NrD = vectors_NRD[:, : self.document_vectors]
         with tqdm(total=len(ids), desc=f"uploading to {self.name}", unit="item", disable=not progress) as bar:
-            for rows in _requests(sizes):
-                with clear_errors(self.server):
-                    self.client.upsert(self.name, [self._point(points[n], vectors_NRD[n], payloads[n]) for n in rows])
-                bar.update(len(rows))
+            for rows in as_requests(sizes):
+                rows = slice(rows.start, rows.stop)
+                self.collection.write(points[rows], vectors_NrD[rows], payloads[rows])
+                bar.update(len(points[rows]))
 
     def check_model(self, model: MetaEmbed) -> None:
         """Check that this model encoded the items.
@@ -258,15 +254,11 @@ class QdrantIndex:
         k = int(k)
         scores_Qk = np.full((len(query_QRD), k), -np.inf, np.float32)
         ids_Qk = np.full((len(query_QRD), k), None, object)
-        for rows in _requests([NUMBER_BYTES * len(stages) * query_QRD.shape[1] * self.dimension] * len(query_QRD)):
-            with clear_errors(self.server):
-                requests = [_search_request(query_QRD[row], stages, k, exact) for row in rows]
-                answers = self.client.query_batch_points(self.name, requests)
-            for row, answer in zip(rows, answers, strict=True):
-                for rank, point in enumerate(answer.points):
-                    # The request asks for the payload's id, and `add` writes one.
-                    item = point.payload["id"]  # pyright: ignore[reportOptionalSubscript]
-                    scores_Qk[row, rank], ids_Qk[row, rank] = point.score, item
+        for rows in as_requests([NUMBER_BYTES * len(stages) * query_QRD.shape[1] * self.dimension] * len(query_QRD)):
+            results = self.collection.query([_search_request(query_QRD[row], stages, k, exact) for row in rows])
+            for row, points in zip(rows, results, strict=True):
+                for rank, (score, payload) in enumerate(points):
+                    scores_Qk[row, rank], ids_Qk[row, rank] = score, payload["id"]
         is_filled_k = np.isfinite(scores_Qk).any(axis=0) | (len(scores_Qk) == 0)
         return Hits(scores_Qk[:, is_filled_k], ids_Qk[:, is_filled_k], functools.partial(self._metadata_of, ids_Qk))
 
@@ -275,13 +267,15 @@ class QdrantIndex:
         hits = self.metadata([item for item in ids_Qk[query] if item is not None])
         return [{key: value for key, value in fields.items() if key != "id"} for fields in hits]
 
-    def _point(self, point: str, vectors_RD: Float[np.ndarray, "R D"], payload: bytes):
-        from qdrant_client.models import PointStruct
+    def _release(self, location) -> None:
+        """Close what `create` or `load` opened; a client that the caller gave stays open."""
+        if isinstance(location, str | Path):
+            self.close()
 
-        vectors = {"first": vectors_RD[0].tolist()}
-        if self.document_vectors > 1:
-            vectors["all"] = vectors_RD[: self.document_vectors].tolist()
-        return PointStruct(id=point, vector=vectors, payload=json.loads(payload))
+    def _require(self, ids: Sequence[str], points: Sequence[str], stored: dict[str, dict]) -> None:
+        for item, point in zip(ids, points, strict=True):
+            if point not in stored:
+                raise UserError(f"{self.server}: collection {self.name!r} has no item {item!r}")
 
     def _validated(self, vectors_NRD, name: str) -> Float[np.ndarray, "N R D"]:
         vectors_NRD = as_array(vectors_NRD, name)
@@ -293,6 +287,13 @@ class QdrantIndex:
         items, vectors, _ = vectors_NRD.shape
         check_unit(vectors_NRD, np.full(items, vectors), [f"number {row} of the {name}" for row in range(items)])
         return vectors_NRD
+
+
+def _open(location: "str | Path | QdrantClient", name: str, facts: dict | None, **options) -> Collection:
+    """Open a collection; with facts, create it if it does not exist."""
+    if is_edge(location):
+        return EdgeCollection(location, name, facts, **options)
+    return ClientCollection(location, name, facts, **options)
 
 
 def _search_request(query_RD: Float[np.ndarray, "R D"], stages: Stages, k: int, exact: bool) -> "QueryRequest":
@@ -309,48 +310,3 @@ def _search_request(query_RD: Float[np.ndarray, "R D"], stages: Stages, k: int, 
         else:
             request |= {"using": "all", "query": query_rD.tolist(), "limit": limit}
     return QueryRequest(**request, with_payload=["id"])
-
-
-def _points(ids: Sequence[str]) -> list[str]:
-    """Return the UUIDs of the points of items, which depend on the ids alone.
-
-    Raises:
-      UserError: an id is not a text, or is given twice.
-    """
-    if isinstance(ids, str) or not hasattr(ids, "__len__"):
-        raise UserError(f"ids={ids!r}: expected a list of ids")
-    numbers: dict[str, int] = {}
-    for number, item in enumerate(ids):
-        if not isinstance(item, str) or not item:
-            raise UserError(f"id {item!r} at number {number}: expected a text that is not empty")
-        if item in numbers:
-            raise UserError(
-                f"id {item!r} is given twice, at numbers {numbers[item]} and {number}; expected a unique id for each item"
-            )
-        numbers[item] = number
-    try:
-        return [str(uuid.uuid5(uuid.NAMESPACE_URL, item)) for item in ids]
-    except UnicodeEncodeError as error:
-        raise UserError(f"id {error.object!r}: expected text that can be encoded in UTF-8") from None
-
-
-def _payload(item: str, metadata: dict) -> bytes:
-    """Return the metadata of an item, with its id, as JSON."""
-    if not isinstance(metadata, dict) or metadata.get("id", item) != item:
-        raise UserError(f"item {item!r}: its metadata is {str(metadata)[:100]}; expected a dict without another id")
-    try:
-        return json.dumps({**metadata, "id": item}, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"item {item!r}: its metadata cannot be written as JSON ({error})") from None
-
-
-def _requests(sizes: Sequence[int]) -> Iterator[range]:
-    """Yield the rows of each request: at most REQUEST_ITEMS, and at most REQUEST_BYTES unless a single row is larger."""
-    start, total = 0, 0
-    for row, size in enumerate(sizes):
-        if row > start and (row - start == REQUEST_ITEMS or total + size > REQUEST_BYTES):
-            yield range(start, row)
-            start, total = row, 0
-        total += size
-    if start < len(sizes):
-        yield range(start, len(sizes))

@@ -14,7 +14,7 @@ from qdrant_client.local.persistence import CollectionPersistence
 import metaembed_jax as me
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.stages import as_stages, search_in_stages
-from metaembed_jax.retrieval import qdrant
+from metaembed_jax.retrieval import qdrant_points
 from metaembed_jax.retrieval.qdrant import QdrantIndex
 from tests.retrieval import fake_qdrant
 from tests.retrieval.fake_model import FakeModel
@@ -43,16 +43,19 @@ def names(items):
 QUERIES, DOCUMENTS = unit_vectors(2, 4, 16), unit_vectors(1, 2000, 64)
 
 
-@pytest.fixture(scope="module")
-def index():
-    index = QdrantIndex.create(":memory:", "icons", WIDTH, 64, "model a")
-    index.add(names(2000), DOCUMENTS)
-    return index
+@pytest.fixture(scope="module", params=["client", "edge"])
+def index(request, tmp_path_factory):
+    location = ":memory:" if request.param == "client" else f"edge:{tmp_path_factory.mktemp('edge')}"
+    with closing(QdrantIndex.create(location, "icons", WIDTH, 64, "model a")) as index:
+        index.add(names(2000), DOCUMENTS)
+        yield index
 
 
-@pytest.fixture
-def small():
-    return QdrantIndex.create(":memory:", "small", WIDTH, 4)
+@pytest.fixture(params=["client", "edge"])
+def small(request, tmp_path):
+    location = ":memory:" if request.param == "client" else f"edge:{tmp_path}"
+    with closing(QdrantIndex.create(location, "small", WIDTH, 4)) as index:
+        yield index
 
 
 def expected(documents, budget, k):
@@ -179,7 +182,7 @@ def test_a_bar_shows_the_upload(small, capsys):
 
 
 def test_requests_to_a_server(monkeypatch):
-    monkeypatch.setattr(qdrant, "REQUEST_BYTES", 2 << 20)
+    monkeypatch.setattr(qdrant_points, "REQUEST_BYTES", 2 << 20)
     stages = [(1, 1, 100), (16, 64)]
     with fake_qdrant.serve() as (url, requests):
         index = QdrantIndex.create(url, "icons", WIDTH, 64, "model a", shard_number=6, replication_factor=2)
@@ -205,16 +208,17 @@ def test_requests_to_a_server(monkeypatch):
 
 
 def test_requests_are_of_bounded_size(monkeypatch):
-    items = list(qdrant._requests([10] * 130)), list(qdrant._requests([]))
+    items = list(qdrant_points.as_requests([10] * 130)), list(qdrant_points.as_requests([]))
     assert items == ([range(64), range(64, 128), range(128, 130)], [])
-    monkeypatch.setattr(qdrant, "REQUEST_BYTES", 100)
-    assert list(qdrant._requests([60, 40, 1, 100, 99, 2])) == [range(2), range(2, 3), range(3, 4), range(4, 5), range(5, 6)]
+    monkeypatch.setattr(qdrant_points, "REQUEST_BYTES", 100)
+    rows = [range(2), range(2, 3), range(3, 4), range(4, 5), range(5, 6)]
+    assert list(qdrant_points.as_requests([60, 40, 1, 100, 99, 2])) == rows
 
 
 def test_the_length_of_a_number_as_json():
     numbers = np.frombuffer(np.random.default_rng(0).bytes(40_000), np.float32)
     unit = np.concatenate([DOCUMENTS[:20].ravel(), numbers[np.abs(numbers) < 1]])
-    assert max(len(json.dumps(number) + ",") for number in unit.tolist()) <= qdrant.NUMBER_BYTES
+    assert max(len(json.dumps(number) + ",") for number in unit.tolist()) <= qdrant_points.NUMBER_BYTES
 
 
 def broken(number, vector, value):
