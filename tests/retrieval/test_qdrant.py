@@ -95,14 +95,13 @@ def test_fewer_items_than_results(small):
 def test_missing_results_are_none(small, monkeypatch):
     """The graph of a server may reach fewer items for some queries than for others."""
     small.add(["a", "b"], DOCUMENTS[:2], [{"page": 1}, {"page": 2}])
-    answer = small.client.query_batch_points
+    query = small.collection.query
 
-    def answer_less(*arguments):
-        first, *others = answer(*arguments)
-        first.points.pop()
-        return [first, *others]
+    def answer_less(requests):
+        first, *others = query(requests)
+        return [first[:-1], *others]
 
-    monkeypatch.setattr(small.client, "query_batch_points", answer_less)
+    monkeypatch.setattr(small.collection, "query", answer_less)
     hits = small.search(QUERIES, 3)
     assert hits.ids.shape == (4, 2) and hits.ids[0, 1] is None and np.isneginf(hits.scores[0, 1])
     assert np.isfinite(hits.scores[1:]).all() and len(hits.metadata(0)) == 1
@@ -321,7 +320,7 @@ def test_numbers_of_numpy_are_taken():
 
 def test_the_model_is_checked(small):
     model = FakeModel("model a")
-    QdrantIndex.create(small.client, "recorded", WIDTH, 4, "model a").check_model(model)
+    QdrantIndex.create(":memory:", "recorded", WIDTH, 4, "model a").check_model(model)
     for index, recorded in (small, "does not record its model"), (QdrantIndex.create(":memory:", "b", 8, 4, "b"), "the model 'b'"):
         with pytest.raises(UserError, match=f"{recorded}, expected this one, 'model a'"):
             index.check_model(model)
