@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metaembed_jax.late_interaction import maxsim, maxsim_tpu
+from metaembed_jax.late_interaction import maxsim, documents_tpu
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.planning import cost
 from metaembed_jax.planning.topology import topology
@@ -54,9 +54,9 @@ def main() -> None:
         mesh = make_mesh(devices=target.devices)
         query, document = shapes(mesh, queries)
         local = jax.ShapeDtypeStruct((document.shape[0] // mesh.size, *document.shape[1:]), document.dtype)
-        blocks, floor = maxsim_tpu.choose_blocks(query, local), local.size * local.dtype.itemsize
-        maxsim_tpu.VMEM_LIMIT = 2**20 * math.ceil(blocks.vmem_bytes / 2**20)
-        score = functools.partial(maxsim_tpu.score, blocks=blocks)
+        blocks, floor = documents_tpu.choose_blocks(query, local), local.size * local.dtype.itemsize
+        documents_tpu.VMEM_LIMIT = 2**20 * math.ceil(blocks.vmem_bytes / 2**20)
+        score = functools.partial(documents_tpu.score, blocks=blocks)
         kernel, xla = (compiled(function, mesh, query, document) for function in (score, maxsim._xla))
         stated, walked = moved(score, query, local)
         query_blocks = -(-queries // blocks.queries)

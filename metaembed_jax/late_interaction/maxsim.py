@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int8
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.late_interaction import maxsim_tpu
+from metaembed_jax.late_interaction import documents_tpu
 from metaembed_jax.late_interaction.groups import Budget, validate_budget
 from metaembed_jax.precision import float32_einsum
 
@@ -114,10 +114,10 @@ def _split_over(mesh: Mesh) -> Callable:
 @jax.jit
 def _blocked(query_QRD, document_NRD, document_mask, document_scale):
     arrays = query_QRD, document_NRD, document_mask, document_scale
-    blocks = maxsim_tpu.choose_blocks(query_QRD, document_NRD)
+    blocks = documents_tpu.choose_blocks(query_QRD, document_NRD)
     if blocks is None:
         return _xla(*arrays)
-    return jax.lax.platform_dependent(*arrays, tpu=partial(maxsim_tpu.score, blocks=blocks), default=_xla)
+    return jax.lax.platform_dependent(*arrays, tpu=partial(documents_tpu.score, blocks=blocks), default=_xla)
 
 
 def _xla(query_QRD, document_NRD, document_mask=None, document_scale=None):

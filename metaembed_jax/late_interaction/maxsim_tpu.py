@@ -1,22 +1,20 @@
-"""Exact MaxSim as one TPU kernel. Similarities and their maxima stay on the chip.
+"""Exact MaxSim of tiles as one TPU kernel. Vectors are read as they are stored; similarities and their maxima stay on the chip.
 
-The kernel reads the queries from HBM once, and the documents once for each block of queries; it writes the scores. A step of the
-grid (query blocks, tiles, steps) multiplies all vectors of n documents by those of q queries, at full width, while the next
-documents are copied to the chip:
+The kernel reads the queries from HBM once, and of each document its first r_c vectors once for each block of queries; it writes the
+scores. A step of the grid (query blocks, tiles, slabs) multiplies some slabs of some tiles by the vectors of a query block, while
+the next slabs are copied to the chip:
 
-                  slab i = 0     1    ...
-                    +---------+---------+-----+
-    document 0      | r_c x q |         |     |               +----------------+
-              1     |         | similarities  |  max over j   | n documents    | step s        sum of slabs
-             ...    |         |         |     | ------------> +----------------+            ---------------> scores [q, tile]
-             n-1    |         |         |     |               | the next n     | step s + 1
-                    +---------+---------+-----+               +----------------+
-                       M columns, r_q slabs of q                best of a tile
+               slab j = 0           1        ...   of n documents
+               +-----------+ +-----------+
+               | M x n     | | M x n     |         similarities; M vectors of q queries
+               +-----------+ +-----------+
+                     \\             |                max over j, in turn
+                      `-----> M x n <-'  ------->  sum over i: scores [q, n]
 
-At least 128 scores of a row are written at once. If 128 documents do not fit, a tile has several steps.
+A product of bfloat16 numbers is exact in float32. Float32 numbers are the sums of three in bfloat16, so the kernel multiplies
+bfloat16 numbers only: documents are never widened, and sums are float32.
 
-Q queries, N documents, R vectors of an item, D width of a vector; M columns: the vectors of a query block, padded to whole
-registers.
+Q queries, T tiles, R vectors of an item, n documents of a tile, D width of a vector; q queries of a block, and M their vectors.
 """
 
 from functools import partial
@@ -26,15 +24,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 LANES, SUBLANES = 128, 8  # of a vector register of 32-bit numbers
-COLUMNS = 1024  # on every chip, arithmetic then takes longer than reading the documents, so more would not help
-# Large enough that the fixed cost of a step is small next to its work. Float32 takes twice the memory that is counted, because its
-# products have several passes. The largest blocks fit v4, which has the least memory on the chip (16 MiB).
-BLOCK_BYTES = {jnp.dtype("bfloat16"): 4 * 2**20, jnp.dtype("float32"): 2 * 2**20}
-PRODUCT_NUMBERS = 2**19  # of documents that are converted and multiplied at once
-VMEM_COUNTED, VMEM_LIMIT = 12 * 2**20, 48 * 2**20
+ROWS = 1024  # of query vectors in a product: on every chip, arithmetic then takes longer than reading bfloat16
+QUERY_BYTES, BLOCK_BYTES = 4 * 2**20, 4 * 2**20  # large enough that the fixed cost of a step is small next to its work
+CHUNK_SLABS, CHUNK_NUMBERS, CHUNK_BYTES = 8, 2**19, 2**21  # slabs, numbers of documents, and similarities of a product
+VMEM_COUNTED, VMEM_LIMIT = 12 * 2**20, 48 * 2**20  # v4 has the least memory on the chip, 16 MiB
 
 
 class Blocks(NamedTuple):
@@ -42,193 +38,261 @@ class Blocks(NamedTuple):
 
     Attributes:
       queries: queries of a block.
-      columns: vectors of these queries, padded to whole registers.
-      step: documents of a step.
-      tile: documents whose scores are written together.
+      rows: vectors of these queries, padded to whole registers.
+      tiles: tiles of a step.
+      slabs: slabs of each tile in a step; divides r_c, and is r_c if there are several tiles.
+      chunk_tiles, chunk_slabs: tiles and slabs of a product; divide those of a step.
+      chunk_width: numbers of each vector in a product.
       vmem_bytes: bytes of all blocks and intermediate results; the compiler adds its own.
     """
 
     queries: int
-    columns: int
-    step: int
-    tile: int
+    rows: int
+    tiles: int
+    slabs: int
+    chunk_tiles: int
+    chunk_slabs: int
+    chunk_width: int
     vmem_bytes: int
 
 
-def choose_blocks(query_QRD: Array | jax.ShapeDtypeStruct, document_NRD: Array | jax.ShapeDtypeStruct) -> Blocks | None:
-    """Return the blocks for inputs of `score`; None if even the smallest are too large."""
-    query_QRD, document_NRD = jax.eval_shape(_whole_registers, query_QRD, document_NRD)
-    (Q, Rq, D), (N, Rc, _) = query_QRD.shape, document_NRD.shape
-    query_bytes, document_bytes = (D * x.dtype.itemsize for x in (query_QRD, document_NRD))  # of a vector
-    most = BLOCK_BYTES[query_QRD.dtype]
-    most_queries = max(min(COLUMNS, most // query_bytes) // Rq // SUBLANES * SUBLANES, SUBLANES)
-    queries = _up(pl.cdiv(Q, pl.cdiv(Q, most_queries)), SUBLANES)
-    columns = _up(Rq * queries, LANES)
-    fitting = min(most // document_bytes, most // (4 * columns)) // Rc
-    step = max(_power_of_two(min(fitting, N)), SUBLANES)  # a power of two divides a tile, or is one
+def choose_blocks(
+    query_QRD: Array | jax.ShapeDtypeStruct, vectors_TRnD: Array | jax.ShapeDtypeStruct, document_vectors: int
+) -> Blocks:
+    """Return the blocks for inputs of `score`: the largest that fit; the smallest if even those do not, for a width above 8,192."""
+    (Q, Rq, D), (T, _, n, _), dtype = query_QRD.shape, vectors_TRnD.shape, vectors_TRnD.dtype
+    parts, document_parts, is_converted = _parts(query_QRD.dtype), _parts(dtype), dtype != jnp.bfloat16
+    queries = _queries_at_once(Q, min(QUERY_BYTES // (parts * Rq * 2 * D), ROWS // (parts * Rq)))
+    rows = _up(queries * Rq, 2 * SUBLANES)  # registers of bfloat16 have 16 rows
+    slab_numbers = n * (D if D % LANES == 0 else _up(D, 32 // dtype.itemsize))
+    chunk_numbers = CHUNK_NUMBERS // document_parts * (1 if is_converted else 2)
+    chunk_width = min(max(chunk_numbers // n // LANES, 1) * LANES, D)
+    similarity_bytes = 4 * parts * rows * n  # of a slab
+    chunk = max(min(CHUNK_SLABS, chunk_numbers // slab_numbers, CHUNK_BYTES // similarity_bytes), 1)
+    block_bytes = BLOCK_BYTES
     while True:
-        tile = max(step, LANES)
-        numbers = columns * (step * Rc + tile) + tile * (_up(Rc, LANES) + 2 * _up(Rc, SUBLANES) + 2 * queries)  # float32
-        vmem_bytes = columns * query_bytes + 2 * step * Rc * document_bytes + 4 * numbers
-        if vmem_bytes <= VMEM_COUNTED:
-            return Blocks(queries, columns, step, tile, vmem_bytes)
-        if step == SUBLANES:
-            return None
-        step //= 2
+        fitting = max(block_bytes // (slab_numbers * dtype.itemsize), 1)
+        slabs = _largest_divisor(document_vectors, fitting)
+        tiles = _power_of_two(min(fitting // slabs, T)) if slabs == document_vectors else 1
+        chunk_slabs = _largest_divisor(slabs, chunk)
+        chunk_tiles = min(_power_of_two(max(chunk // slabs, 1)), tiles)
+        factors = 2 * 4 * n * tiles * (_up(document_vectors, SUBLANES) + SUBLANES)
+        scores = 4 * n * (2 * tiles * _up(queries, SUBLANES) + chunk_tiles * rows)
+        converted = 2 * document_parts * n * chunk_width if is_converted else 0
+        products = chunk_tiles * chunk_slabs * (2 * similarity_bytes + converted)
+        inputs = 2 * parts * rows * D + 2 * tiles * slabs * slab_numbers * dtype.itemsize
+        vmem_bytes = inputs + products + factors + scores
+        if vmem_bytes <= VMEM_COUNTED or fitting == 1:
+            return Blocks(queries, rows, tiles, slabs, chunk_tiles, chunk_slabs, chunk_width, vmem_bytes)
+        block_bytes //= 2
+
+
+def _queries_at_once(queries: int, most: int) -> int:
+    """Return a number of queries for each block: all, or else blocks of about equal sizes, of whole registers if they fit."""
+    if most >= queries:
+        return queries
+    if most < SUBLANES:
+        return max(most, 1)
+    return _up(pl.cdiv(queries, pl.cdiv(queries, most // SUBLANES * SUBLANES)), SUBLANES)
 
 
 def score(
     query_QRD: Float[Array, "Q Rq D"],
-    document_NRD: Float[Array, "N Rc D"] | Int[Array, "N Rc D"],
-    mask_NR: Bool[Array, "N Rc"] | None = None,
-    scale_NR: Float[Array, "N Rc"] | None = None,
+    vectors_TRnD: Float[Array, "T R n D"] | Int8[Array, "T R n D"],
+    scales_TRn: Float[Array, "T R n"] | None,
+    counts_Tn: Int[Array, "T n"] | None,
+    document_vectors: int,
     *,
-    blocks: Blocks,
     interpret: bool = False,
 ) -> Float[Array, "Q N"]:
-    """Score every query against every document; products and sums are float32.
+    """Score every query against every document of all tiles, N = T * n; products and sums are float32.
 
-    Queries in float32 or bfloat16, and documents in float32, bfloat16 or int8, are read in place if their width is a multiple of
-    128; others are converted or padded in a copy first.
+    All tiles of a device are scored in one call: a part of them would be copied first.
 
     Args:
-      query_QRD, document_NRD: arrays without empty axes.
-      mask_NR: False marks padding, which is never a maximum. A document of padding alone scores -inf.
-      scale_NR: a factor for each document vector, not negative. It is applied to the similarities.
-      blocks: from `choose_blocks` for these arrays.
+      query_QRD: float32 or bfloat16.
+      vectors_TRnD: float32, bfloat16 or int8; n is 128.
+      scales_TRn: factors of the vectors, float32, not negative. They are applied to the similarities.
+      counts_Tn: vectors of each document; a document with 0 scores -inf. None if all documents have all R.
+      document_vectors: r_c, the vectors to use of each document, from the first; only these are read.
       interpret: use Pallas' interpreter, which runs on any device.
     """
-    products = query_QRD.size * document_NRD.shape[0] * document_NRD.shape[1]
-    query_QRD, document_NRD = _whole_registers(query_QRD, document_NRD)
-    (Q, Rq, D), (N, Rc, _) = query_QRD.shape, document_NRD.shape
-    query_blocks, tiles, steps = pl.cdiv(Q, blocks.queries), pl.cdiv(N, blocks.tile), blocks.tile // blocks.step
-    last = pl.cdiv(N, blocks.step) - 1
-    document_major = _is_document_major(Rc, document_NRD.dtype.itemsize)
-
-    def document_index(query_block, tile, step):
-        block = jnp.minimum(tile * steps + step, last)  # the last tile may read a block twice; its scores are not written
-        return (block, 0, 0) if document_major else (0, block, 0)
-
-    inputs = [_columns(query_QRD, blocks), document_NRD if document_major else jnp.swapaxes(document_NRD, 0, 1)]
+    blocks = choose_blocks(query_QRD, vectors_TRnD, document_vectors)
+    (Q, Rq, D), (T, _, n, _) = query_QRD.shape, vectors_TRnD.shape
+    query_blocks = pl.cdiv(Q, blocks.queries)
+    is_wide = D % LANES == 0
+    query_bPMD = _query_parts(query_QRD, blocks)
+    inputs = [query_bPMD, vectors_TRnD if is_wide else jnp.swapaxes(vectors_TRnD, 2, 3)]  # as XLA stores it: nothing is copied
     specs = [
         # The next queries are needed only after all documents, so a second buffer would be idle.
-        pl.BlockSpec((None, D, blocks.columns), lambda block, tile, step: (block, 0, 0), pipeline_mode=pl.Buffered(1)),
-        pl.BlockSpec((blocks.step, Rc, D) if document_major else (Rc, blocks.step, D), document_index),
+        pl.BlockSpec((None, *query_bPMD.shape[1:]), lambda block, tile, slab: (block, 0, 0), pipeline_mode=pl.Buffered(1)),
+        pl.BlockSpec((blocks.tiles, blocks.slabs, *inputs[1].shape[2:]), lambda block, tile, slab: (tile, slab, 0, 0)),
     ]
-    scratch = [(blocks.columns // LANES, blocks.step * Rc, LANES), (blocks.tile, blocks.columns)]
-    if mask_NR is not None or scale_NR is not None:
-        # Registers run along documents; along few vectors they would be mostly padding.
-        inputs.append(_factors((N, Rc), mask_NR, scale_NR).T)
-        specs.append(pl.BlockSpec((Rc, blocks.tile), lambda block, tile, step: (0, tile)))
-        scratch.append((blocks.tile, Rc))
-    return pl.pallas_call(
-        partial(_kernel, blocks=blocks, query_vectors=Rq, document_major=document_major),
-        grid=(query_blocks, tiles, steps),
+    if scales_TRn is not None:
+        few = document_vectors < SUBLANES  # their registers would be mostly scales that are not used
+        inputs.append(scales_TRn[:, :document_vectors] if few else scales_TRn)
+        rows = min(_up(document_vectors, SUBLANES), inputs[-1].shape[1])
+        specs.append(pl.BlockSpec((blocks.tiles, rows, n), lambda block, tile, slab: (tile, 0, 0)))
+    if counts_Tn is not None:
+        inputs.append(counts_Tn)
+        rows = max(blocks.tiles, min(SUBLANES, T))
+        specs.append(pl.BlockSpec((rows, n), lambda block, tile, slab: (jax.lax.div(tile * blocks.tiles, rows), 0)))
+    scores_bqN = pl.pallas_call(
+        partial(
+            _kernel,
+            blocks=blocks,
+            query_vectors=Rq,
+            is_wide=is_wide,
+            has_scales=scales_TRn is not None,
+            has_counts=counts_Tn is not None,
+        ),
+        grid=(query_blocks, pl.cdiv(T, blocks.tiles), document_vectors // blocks.slabs),
         in_specs=specs,
-        out_specs=pl.BlockSpec((blocks.queries, blocks.tile), lambda block, tile, step: (block, tile)),
-        out_shape=jax.ShapeDtypeStruct((Q, N), jnp.float32),
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        out_specs=pl.BlockSpec((None, blocks.queries, blocks.tiles * n), lambda block, tile, slab: (block, 0, tile)),
+        out_shape=jax.ShapeDtypeStruct((query_blocks, blocks.queries, T * n), jnp.float32),
+        scratch_shapes=[pltpu.VMEM((blocks.chunk_tiles, blocks.rows, n), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        cost_estimate=_cost(products, query_QRD, document_NRD, blocks),
+        cost_estimate=_cost(query_bPMD, inputs[1:], T * n, document_vectors, blocks),
         interpret=interpret,
         name="maxsim",
     )(*inputs)
+    return scores_bqN.reshape(-1, T * n)[:Q]
 
 
-def _kernel(query_ref, document_ref, *refs, blocks, query_vectors, document_major):
-    has_factors = len(refs) == 5
-    factors = (refs[0], refs[-1]) if has_factors else None
-    score_ref, similarity_ref, best_ref = refs[1:4] if has_factors else refs[:3]
-    step, n = pl.program_id(2), blocks.step
-    if factors is not None:
-        factor_ref, column_ref = factors
+def _kernel(query_ref, document_ref, *refs, blocks, query_vectors, is_wide, has_scales, has_counts):
+    refs = list(refs)
+    scale_ref = refs.pop(0) if has_scales else None
+    count_ref = refs.pop(0) if has_counts else None
+    score_ref, best_ref = refs
+    tile_block, slab_block = pl.program_id(1), pl.program_id(2)
+    chunk_tiles, chunk_slabs = blocks.chunk_tiles, blocks.chunk_slabs
 
-        @pl.when(step == 0)
+    def masked(similarity, tile, slab):
+        j = slab_block * blocks.slabs + slab
+        if scale_ref is not None:
+            similarity *= scale_ref[tile, pl.ds(j, 1), :]
+        if count_ref is not None:
+            row = jax.lax.rem(tile_block * blocks.tiles, count_ref.shape[0]) + tile
+            similarity = jnp.where(j < count_ref[pl.ds(row, 1), :], similarity, -jnp.inf)
+        return similarity
+
+    @pl.loop(0, blocks.tiles // chunk_tiles)
+    def _(tile_chunk):
+        @pl.when(slab_block == 0)
         def _():
-            column_ref[...] = factor_ref[...].T
+            best_ref[...] = jnp.full(best_ref.shape, -jnp.inf, jnp.float32)
 
-    _write_similarities(query_ref, document_ref, similarity_ref)
-    documents = pl.ds(pl.multiple_of(step * n, n), n)
-    document_vectors = document_ref.shape[1 if document_major else 0]
+        @pl.loop(0, blocks.slabs // chunk_slabs)
+        def _(slab_chunk):
+            tile, slab = tile_chunk * chunk_tiles, slab_chunk * chunk_slabs
+            documents = document_ref.at[pl.ds(tile, chunk_tiles), pl.ds(slab, chunk_slabs)]
+            similarities = _similarities(query_ref, documents, blocks, is_wide)
+            for a in range(chunk_tiles):
+                best = best_ref[a]
+                for b in range(chunk_slabs):
+                    best = jnp.maximum(best, masked(similarities[a * chunk_slabs + b], tile + a, slab + b))
+                best_ref[a] = best
 
-    @pl.loop(0, similarity_ref.shape[0], unroll=True)  # a Python loop would be traced many times, which is slow on any device
-    def _(register):
-        def larger(j, best):
-            rows = pl.ds(j, n, stride=document_vectors) if document_major else pl.ds(j * n, n)
-            similarity = similarity_ref.at[register][rows, :]
-            if factors is not None:
-                factor = factors[1][documents, pl.ds(j, 1)]
-                similarity = jnp.where(factor < 0, -jnp.inf, similarity * factor)
-            return jnp.maximum(best, similarity)
-
-        best = jax.lax.fori_loop(0, document_vectors, larger, jnp.full((n, LANES), -jnp.inf), unroll=True)
-        best_ref[documents, pl.ds(pl.multiple_of(register * LANES, LANES), LANES)] = best
-
-    @pl.when(step == pl.num_programs(2) - 1)
-    def _():
-        columns = best_ref[...].T
-        score_ref[...] = sum(columns[i * blocks.queries : (i + 1) * blocks.queries] for i in range(query_vectors))
+        @pl.when(slab_block == pl.num_programs(2) - 1)
+        def _():
+            for a in range(chunk_tiles):
+                columns = pl.ds(pl.multiple_of((tile_chunk * chunk_tiles + a) * LANES, LANES), LANES)
+                score_ref[:, columns] = _sum_over_queries(best_ref.at[a], blocks.queries, query_vectors)
 
 
-def _write_similarities(query_ref, document_ref, similarity_ref):
-    """Write all similarities, one register of columns after another, so that every R-th row can be read."""
-    first, second, width = document_ref.shape
-    precision = jax.lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None  # by default float32 is rounded to bfloat16
-    # A product loads the query's columns for every chunk, so chunks are large. A whole block would not fit if it is converted, or
-    # multiplied in the several passes of float32.
-    is_bfloat16 = document_ref.dtype == query_ref.dtype == jnp.bfloat16
-    chunk = max(PRODUCT_NUMBERS * (2 if is_bfloat16 else 1) // (second * width), 1)
-    for start in range(0, first, chunk):
-        document = document_ref[start : start + chunk].astype(query_ref.dtype).reshape(-1, width)
-        similarity = jnp.dot(document, query_ref[...], precision=precision, preferred_element_type=jnp.float32)
-        rows = slice(start * second, start * second + document.shape[0])
-        for register in range(similarity_ref.shape[0]):
-            similarity_ref[register, rows] = similarity[:, register * LANES : (register + 1) * LANES]
+def _similarities(query_ref, document_ref, blocks, is_wide):
+    """Return similarities [M, n] of each slab, float32.
+
+    Args:
+      query_ref: [P * M, D], bfloat16, the largest part first.
+      document_ref: [tiles, slabs, n, D] if documents are wide, or else [tiles, slabs, D, n].
+    """
+    width = document_ref.shape[3 if is_wide else 2]
+    totals = [None] * (blocks.chunk_tiles * blocks.chunk_slabs)
+    for start in range(0, width, blocks.chunk_width):
+        piece = slice(start, min(start + blocks.chunk_width, width))
+        documents = document_ref[:, :, :, piece] if is_wide else document_ref[:, :, piece, :]
+        for number, part in enumerate(_split(documents.reshape(-1, *documents.shape[2:]))):
+            # Products of two small parts are below float32's precision.
+            query = query_ref[: max(query_ref.shape[0] - number * blocks.rows, blocks.rows), piece]
+            for slab, product in enumerate(_products(query, part, is_wide)):
+                for row in reversed(range(0, product.shape[0], blocks.rows)):  # the smallest first
+                    term = product[row : row + blocks.rows]
+                    totals[slab] = term if totals[slab] is None else totals[slab] + term
+    return totals
 
 
-def _cost(products: int, query_QRD: Array, document_NRD: Array, blocks: Blocks) -> pl.CostEstimate:
-    """Estimate the kernel's cost, for the compiler and the planner; the factors are small next to the documents."""
-    queries, _, width = query_QRD.shape
-    query_blocks, columns_bytes = pl.cdiv(queries, blocks.queries), width * blocks.columns * query_QRD.dtype.itemsize
-    moved = query_blocks * (columns_bytes + document_NRD.size * document_NRD.dtype.itemsize) + 4 * queries * document_NRD.shape[0]
-    return pl.CostEstimate(flops=2 * products, bytes_accessed=moved, transcendentals=0)
+def _products(query, documents, is_wide):
+    """Return the products of some rows with each slab, [rows, n]."""
+    if not is_wide:
+        return [_dot(query, slab, 0) for slab in documents]
+    slabs, n, width = documents.shape
+    product = _dot(query, documents.reshape(-1, width), 1)
+    return [product[:, slab * n : (slab + 1) * n] for slab in range(slabs)]
 
 
-def _columns(query_QRD: Array, blocks: Blocks) -> Float[Array, "blocks D M"]:
-    """Order columns by vector: the first vectors of q queries, then their second, and so on. A sum over i then adds whole slabs."""
-    queries, vectors, width = query_QRD.shape
-    query_QRD = jnp.pad(query_QRD, [(0, -queries % blocks.queries), (0, 0), (0, 0)])
-    columns = query_QRD.reshape(-1, blocks.queries, vectors, width).transpose(0, 3, 2, 1)
-    columns = columns.reshape(-1, width, vectors * blocks.queries)
-    return jnp.pad(columns, [(0, 0), (0, 0), (0, blocks.columns - columns.shape[2])])
+def _dot(query, documents, axis):
+    contract = (((1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(query, documents, contract, preferred_element_type=jnp.float32)
 
 
-def _factors(shape: tuple[int, int], mask_NR: Array | None, scale_NR: Array | None) -> Float[Array, "N R"]:
-    """Return the factors of similarities; -1 for padding."""
-    factor_NR = jnp.ones(shape, jnp.float32) if scale_NR is None else scale_NR.astype(jnp.float32)
-    return factor_NR if mask_NR is None else jnp.where(mask_NR, factor_NR, -1)
+def _sum_over_queries(best_ref, queries, query_vectors):
+    """Return sums [q, n] of rows [M, n], which are in the order of the queries.
+
+    Terms are added in turn, so that a sum is the same bits for any number of queries.
+    """
+
+    def add(i, total):
+        rows = pl.ds(i, queries, stride=query_vectors) if queries > 1 and query_vectors > 1 else pl.ds(i, queries)
+        return total + best_ref[rows, :]
+
+    return jax.lax.fori_loop(0, query_vectors, add, jnp.zeros((queries, best_ref.shape[1]), jnp.float32), unroll=True)
 
 
-def _whole_registers(query_QRD: Array, document_NRD: Array) -> tuple[Array, Array]:
-    """Convert queries and documents to types that the kernel takes, and pad them with zeros to whole registers."""
-    if document_NRD.dtype not in (jnp.int8, jnp.bfloat16):
-        document_NRD = document_NRD.astype(jnp.float32)
-    narrow = query_QRD.dtype == jnp.bfloat16 and document_NRD.dtype != jnp.float32
-    query_QRD = query_QRD.astype(jnp.bfloat16 if narrow else jnp.float32)
-    padding = [(0, 0), (0, 0), (0, -query_QRD.shape[2] % LANES)]
-    return jnp.pad(query_QRD, padding), jnp.pad(document_NRD, padding)
+def _query_parts(query_QRD: Array, blocks: Blocks):
+    """Return the queries in blocks of P * M rows of bfloat16, [blocks, P * M, D]: all rows of the largest part first."""
+    Q, Rq, D = query_QRD.shape
+    query_QRD = jnp.pad(query_QRD, [(0, -Q % blocks.queries), (0, 0), (0, 0)])
+    rows_bMD = query_QRD.reshape(-1, blocks.queries * Rq, D)
+    rows_bMD = jnp.pad(rows_bMD, [(0, 0), (0, blocks.rows - rows_bMD.shape[1]), (0, 0)])
+    return jnp.concatenate(_split(rows_bMD), axis=1)
 
 
-def _is_document_major(vectors: int, itemsize: int) -> bool:
-    """Return whether XLA stores [N, R, D] in this order, not as [R, N, D]; the kernel reads either in place."""
-    return vectors % SUBLANES == 0 or (vectors in (1, 2, 4) and vectors * itemsize >= 4)
+def _split(x: Array) -> list[Array]:
+    """Return bfloat16 arrays whose sum is x, the largest first: three for float32, one for other types, which bfloat16 holds."""
+    if x.dtype != jnp.float32:
+        return [x.astype(jnp.bfloat16)]
+    parts = []
+    for _ in range(3):  # of 8 bits; cut, because a compiler may leave out a conversion to bfloat16 and back
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16))
+        part = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return parts
+
+
+def _parts(dtype) -> int:
+    return 3 if dtype == jnp.float32 else 1
+
+
+def _cost(query_bPMD: Array, documents: list[Array], N: int, document_vectors: int, blocks: Blocks) -> pl.CostEstimate:
+    """Estimate the kernel's cost, for the compiler and the planner. Fewer than 128 rows take the time of 128."""
+    query_blocks, rows, width = query_bPMD.shape
+    read = document_vectors * width * documents[0].dtype.itemsize + 4 * (len(documents) - 1) * document_vectors
+    numbers = query_blocks * N * document_vectors * width
+    moved = query_bPMD.size * 2 + query_blocks * N * (read + 4 * blocks.queries)
+    return pl.CostEstimate(flops=2 * _up(rows, LANES) * numbers, bytes_accessed=moved, transcendentals=0)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
 
 
 def _power_of_two(size: int) -> int:
-    """Return the largest power of two that is at most a size; 0 for 0."""
-    return 1 << (size.bit_length() - 1) if size else 0
+    """Return the largest power of two that is at most a positive size."""
+    return 1 << (size.bit_length() - 1)
 
 
 def _up(size: int, multiple: int) -> int:
