@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metaembed_jax.late_interaction import maxsim, documents_tpu
+from metaembed_jax.late_interaction import documents_tpu, maxsim
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.planning import cost
 from metaembed_jax.planning.topology import topology
