@@ -34,6 +34,7 @@ from metaembed_jax.retrieval.manifest import DTYPES, EXACT_DTYPES, Manifest, Seg
 from metaembed_jax.retrieval.queries import RESULTS, as_queries, check_k, most_results, stages_of
 from metaembed_jax.retrieval.search import SegmentSearcher, count_survivors
 from metaembed_jax.retrieval.segment import SegmentFiles
+from metaembed_jax.retrieval.stored_items import StoredItems, read_items
 from metaembed_jax.retrieval.writer import SegmentWriter, copy_segment, merge_segments, write_segment
 
 
@@ -252,9 +253,33 @@ class Index:
         return (self._manifest.model or {}).get("name", "")
 
     @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the model that encoded the items; empty if it is unknown."""
+        return (self._manifest.model or {}).get("fingerprint", "")
+
+    @property
     def vectors(self) -> int:
         """Largest number of vectors that are stored of an item."""
         return self._manifest.levels[-1]
+
+    @property
+    def width(self) -> int:
+        """Numbers of a vector."""
+        return self._manifest.width
+
+    def items(self, vectors: int | None = None) -> Iterator[StoredItems]:
+        """Yield the items in blocks (ids, vectors, metadata), as `build` takes them.
+
+        Args:
+          vectors: most vectors of an item to read, from the first; all by default.
+
+        Raises:
+          UserError: a file is damaged, or `vectors` is not between 1 and those that are stored.
+        """
+        vectors = self.vectors if vectors is None else vectors
+        if type(vectors) is not int or not 1 <= vectors <= self.vectors:
+            raise UserError(f"vectors={vectors!r}: expected 1 to {self.vectors}, the vectors that {self.folder} stores of an item")
+        return read_items(self._segments, self._manifest.levels, vectors)
 
     @property
     def left_out(self) -> list[LeftOut]:

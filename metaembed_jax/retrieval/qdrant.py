@@ -20,9 +20,11 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.stages import Stages, as_stages
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.hits import Hits
+from metaembed_jax.retrieval.index import Index
 from metaembed_jax.retrieval.ingest import as_array, check_unit
 from metaembed_jax.retrieval.qdrant_collection import ClientCollection, Collection
 from metaembed_jax.retrieval.qdrant_edge import EdgeCollection, is_edge
+from metaembed_jax.retrieval.qdrant_following import Followed, follow
 from metaembed_jax.retrieval.qdrant_points import NUMBER_BYTES, REQUEST_BYTES, as_metadata, as_payload, as_points, as_requests
 from metaembed_jax.retrieval.queries import RESULTS
 
@@ -200,8 +202,25 @@ class QdrantIndex:
         with tqdm(total=len(ids), desc=f"uploading to {self.name}", unit="item", disable=not progress) as bar:
             for rows in as_requests(sizes):
                 rows = slice(rows.start, rows.stop)
-                self.collection.write(points[rows], vectors_NrD[rows], payloads[rows])
+                self.collection.write(points[rows], list(vectors_NrD[rows]), payloads[rows])
                 bar.update(len(points[rows]))
+
+    def follow(self, index: Index, progress: bool = False) -> Followed:
+        """Give the collection the items of an index, and no others: new and changed ones are written, and what is gone is deleted.
+
+        A run that was killed is continued by the next. An item of fewer vectors than `document_vectors` keeps all that it has.
+
+        Args:
+          index: its state when it was loaded; its width and model are those of the collection.
+          progress: show a bar.
+
+        Returns:
+          The numbers of items that were written, deleted and kept.
+
+        Raises:
+          UserError: the index has vectors of another model, width or number, a file of it is damaged, or Qdrant does not answer.
+        """
+        return follow(self.collection, index, progress)
 
     def check_model(self, model: MetaEmbed) -> None:
         """Check that this model encoded the items.

@@ -48,7 +48,7 @@ class Collection(Protocol):
         """Yield the payloads of all points, `PAGE_POINTS` at once."""
         ...
 
-    def write(self, points: Sequence[str], vectors_NRD: Float[np.ndarray, "N R D"], payloads: Sequence[bytes]) -> None:
+    def write(self, points: Sequence[str], vectors: "Sequence[Float[np.ndarray, '_ D']]", payloads: Sequence[bytes]) -> None:
         """Write points in one request; they replace those of the same ids. Payloads are JSON."""
         ...
 
@@ -116,13 +116,13 @@ class ClientCollection:
             is_first = False
             yield {str(record.id): record.payload or {} for record in records}
 
-    def write(self, points: Sequence[str], vectors_NRD: Float[np.ndarray, "N R D"], payloads: Sequence[bytes]) -> None:
+    def write(self, points: Sequence[str], vectors: "Sequence[Float[np.ndarray, '_ D']]", payloads: Sequence[bytes]) -> None:
         """Write points in one request; they replace those of the same ids."""
         from qdrant_client.models import PointStruct
 
         structs = []
-        for point, vectors_RD, payload in zip(points, vectors_NRD, payloads, strict=True):
-            structs.append(PointStruct(id=point, vector=named_vectors(vectors_RD), payload=json.loads(payload)))
+        for point, vectors_RD, payload in zip(points, vectors, payloads, strict=True):
+            structs.append(PointStruct(id=point, vector=named_vectors(vectors_RD, self.facts), payload=json.loads(payload)))
         with clear_errors(self.server):
             self.client.upsert(self.name, structs)
 
@@ -167,10 +167,10 @@ def is_folder(location) -> TypeGuard[str | Path]:
     return isinstance(location, Path) or (isinstance(location, str) and location != ":memory:" and "://" not in location)
 
 
-def named_vectors(vectors_RD: Float[np.ndarray, "R D"]) -> dict[str, Any]:
-    """Return the vectors of a point, as lists."""
+def named_vectors(vectors_RD: Float[np.ndarray, "R D"], facts: dict) -> dict[str, Any]:
+    """Return the vectors of a point, as lists. An item may have fewer vectors than the collection stores."""
     vectors: dict[str, Any] = {"first": vectors_RD[0].tolist()}
-    if len(vectors_RD) > 1:
+    if facts["document_vectors"] > 1:
         vectors["all"] = vectors_RD.tolist()
     return vectors
 

@@ -104,13 +104,13 @@ class EdgeCollection:
             is_first = False
             yield {str(record.id): record.payload or {} for record in records}
 
-    def write(self, points: Sequence[str], vectors_NRD: Float[np.ndarray, "N R D"], payloads: Sequence[bytes]) -> None:
+    def write(self, points: Sequence[str], vectors: "Sequence[Float[np.ndarray, '_ D']]", payloads: Sequence[bytes]) -> None:
         """Write points; they replace those of the same ids."""
         from qdrant_edge import Point, UpdateOperation
 
         with edge_errors(self.server):
-            rows = zip(points, vectors_NRD, payloads, strict=True)
-            new = [Point(point, named_vectors(vectors_RD), json.loads(payload)) for point, vectors_RD, payload in rows]
+            named = [named_vectors(vectors_RD, self.facts) for vectors_RD in vectors]
+            new = [Point(*fields) for fields in zip(points, named, map(json.loads, payloads), strict=True)]
             self.client.update(UpdateOperation.upsert_points(new))
 
     def delete(self, points: Sequence[str]) -> None:

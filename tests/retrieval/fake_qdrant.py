@@ -58,6 +58,12 @@ def respond(engine: QdrantClient, method: str, path: list[str], body: dict):
         case "POST", ["points"]:
             request = models.PointRequest(**body)
             return engine.retrieve(name, request.ids, with_payload=request.with_payload)
+        case "POST", ["points", "scroll"]:
+            request = models.ScrollRequest(**body)
+            points, start = engine.scroll(name, limit=request.limit, offset=request.offset, with_payload=request.with_payload)
+            return {"points": [point.model_dump(mode="json") for point in points], "next_page_offset": start}
+        case "POST", ["points", "delete"]:
+            return engine.delete(name, models.PointIdsList(**body).points)
         case "POST", ["points", "count"]:
             return engine.count(name)
         case "POST", ["points", "query", "batch"]:
