@@ -45,6 +45,7 @@ WRONG = [
     (["index", "--model=x", "--input=none", "--out=out"], "none: no such file or folder"),
     (["search", "--index=none", "a"], "none is not an index: it has no manifest.json"),
     (["search", "--index=none"], "nothing to search for"),
+    (["upload", "--index=none", "--to=edge:out", "--collection=a"], "none is not an index: it has no manifest.json"),
     (["plot", "none.json"], "none.json cannot be read"),
     (["prepare", "--source=cats"], "unknown source 'cats'; allowed: icons, boards"),
 ]

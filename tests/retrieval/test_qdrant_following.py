@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import metaembed_jax as me
+from metaembed_jax import cli
 from metaembed_jax.errors import UserError
 from metaembed_jax.retrieval import stored_items
 from metaembed_jax.retrieval.qdrant import QdrantIndex
@@ -132,6 +133,20 @@ def test_other_indexes_are_refused(collection):
             collection.follow(me.Index.build(vectors))
     with pytest.raises(UserError, match="expected a dict without another id, and without 'metaembed_stamp'"):
         collection.add(["a"], ROWS[:1], [{"metaembed_stamp": 1}])
+
+
+def test_the_command(tmp_path, capsys):
+    index = me.Index.build(ROWS, names(150), path=tmp_path / "index", dtype="float32")
+    command = ["upload", f"--index={tmp_path / 'index'}", f"--to=edge:{tmp_path}", "--collection=pages"]
+    cli.main(command)
+    index.delete(["item 3"])
+    cli.main(command)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(", pages: 150 written, 0 deleted, 0 kept") and second.endswith(": 0 written, 1 deleted, 149 kept")
+    with closing(QdrantIndex.load(f"edge:{tmp_path}", "pages")) as collection:
+        assert_equal(collection, index)
+    with pytest.raises(UserError, match="has document_vectors=8, not 4"):
+        cli.main([*command, "--vectors=4"])
 
 
 def test_a_bar_shows_the_run(collection, capsys):
