@@ -13,7 +13,7 @@ N items of the segment, n values of a stream.
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -41,12 +41,12 @@ class Values(NamedTuple):
     Attributes:
       kind: one of `KINDS`.
       rows: of the items in the segment.
-      values: an Arrow array without nulls.
+      values: an Arrow array of texts, as `encode_text` makes them; a NumPy array of other kinds, of Python's integers for LONG.
     """
 
     kind: str
     rows: UInt32[np.ndarray, " n"]
-    values: "pyarrow.Array"
+    values: "pyarrow.Array | np.ndarray"
 
 
 class ColumnWriter:
@@ -122,13 +122,10 @@ class Columns:
     def __init__(self, file: ChecksummedFile, index: ChecksummedFile, items: int):
         self._file, self._index, self._items = file, index, items
 
-    @property
+    @functools.cached_property
     def kinds(self) -> dict[str, set[str]]:
         """The kinds of the values of each key that has a column."""
-        kinds: dict[str, set[str]] = {}
-        for key, streams in self._content[0].items():
-            kinds[key] = {kind for kind, _, _ in streams}
-        return kinds
+        return {key: {kind for kind, _, _ in streams} for key, streams in self._content[0].items()}
 
     @property
     def nested(self) -> set[str]:
@@ -140,8 +137,8 @@ class Columns:
         """Whether there are further keys, which have no column."""
         return self._content[2]
 
-    def read(self, key: str, kinds: Sequence[str]) -> Iterator[Values]:
-        """Yield the values of a key, of some kinds, without copies.
+    def read(self, key: str, kinds: Collection[str]) -> Iterator[Values]:
+        """Yield the values of a key, of some kinds, a stream at a time.
 
         Raises:
           UserError: a file is damaged.
@@ -165,10 +162,14 @@ class Columns:
                 raise ValueError("another schema")
             batch = stream.read_next_batch()
         batch.validate(full=True)  # another program may have written a stream with matching checksums
-        rows = batch.column(0).to_numpy()
-        if batch.column(0).null_count or batch.column(1).null_count or (rows >= self._items).any():
-            raise ValueError("rows")
-        return Values(kind, rows, batch.column(1))
+        if any(column.null_count for column in batch.columns) or (batch.column(0).to_numpy() >= self._items).any():
+            raise ValueError("nulls or rows")
+        values = batch.column(1)
+        if kind == LONG:
+            values = np.array([*(int(digits, 16) for digits in values.to_pylist()), None], object)[:-1]
+        elif kind != TEXT:
+            values = values.to_numpy(zero_copy_only=kind != BOOL)
+        return Values(kind, batch.column(0).to_numpy(), values)
 
     @functools.cached_property
     def _content(self) -> tuple[dict[str, list[tuple[str, int, int]]], set[str], bool]:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 
@@ -31,7 +31,8 @@ from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.hits import Hits, make_hits
 from metaembed_jax.retrieval.ingest import as_blocks, as_ids, make_items, most_vectors
 from metaembed_jax.retrieval.manifest import DTYPES, EXACT_DTYPES, Manifest, Segment, levels_of
-from metaembed_jax.retrieval.queries import RESULTS, as_queries, check_k, most_results, stages_of
+from metaembed_jax.retrieval.matching import match_items
+from metaembed_jax.retrieval.queries import as_queries, count_results, stages_of
 from metaembed_jax.retrieval.search import SegmentSearcher, count_survivors
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.retrieval.stored_items import StoredItems, read_items
@@ -116,7 +117,14 @@ class Index:
             segments = tuple(copy_segment(folder, segment) for segment in self._segments)
             store.commit(folder, dataclasses.replace(self._manifest, segments=segments))
 
-    def search(self, query_QRD: Float[np.ndarray, "Q R D"], k: int | None = None, budget: Budget | Sequence | None = None) -> Hits:
+    def search(
+        self,
+        query_QRD: Float[np.ndarray, "Q R D"],
+        k: int | None = None,
+        budget: Budget | Sequence | None = None,
+        *,
+        where: Mapping | None = None,
+    ) -> Hits:
         """Return the k best items of each query: their MaxSim scores and ids, and on demand their metadata.
 
         `scores, ids = index.search(q)` takes the hits apart. Items with equal scores are in the order in which they were added.
@@ -126,15 +134,22 @@ class Index:
           k: at most the number of items, and the survivors of each stage. By default 10, or as many as those allow.
           budget: (r_q, r_c), the vectors to use of a query and of an item; or stages [(r_q, r_c, survivors), ..., (r_q, r_c)]:
             each stage scores the survivors of the stage before. All vectors by default.
+          where: search only the items whose metadata match: {"lang": "en", "page": {"$gte": 2, "$lt": 9}}, with $eq, $ne, $in, $nin,
+            $gt, $gte, $lt, $lte, $and, $or and $not (`filters`). There are fewer results than k if fewer items match.
 
         Raises:
-          UserError: the queries or the budget do not match the stored vectors, or k is not between 1 and the number of items.
+          UserError: the queries or the budget do not match the stored vectors, k is not between 1 and the number of items, the
+            filter is wrong, or no item has a key that it names.
         """
         query_QRD, stages = self._validated(query_QRD, budget)
-        k = min(RESULTS, most_results(len(self), stages)) if k is None else k
-        check_k(k, len(self), stages)
-        searcher = self._searcher
-        return make_hits(searcher.segments, *searcher.search(query_QRD, int(k), stages))
+        k, searcher = count_results(k, len(self), stages, where is not None), self._searcher
+        if where is None:
+            return make_hits(searcher.segments, *searcher.search(query_QRD, k, stages))
+        is_match_N = match_items(searcher.segments, where)
+        if not (k := min(k, int(is_match_N.sum()))):
+            none = np.zeros((len(query_QRD), 0))
+            return make_hits(searcher.segments, none.astype(np.float32), none.astype(np.int32))
+        return make_hits(searcher.segments, *searcher.search(query_QRD, k, stages, is_match_N))
 
     def survivors(
         self,
@@ -162,8 +177,8 @@ class Index:
             raise UserError(f"recall={recall!r} of {len(query_QRD)} queries: expected a share above 0 and at most 1, and a query")
         if len(first_stage) > 1 or len(last_stage) > 1:
             raise UserError(f"first={first!r}, last={last!r}: expected a budget (r_q, r_c) each, without survivors")
-        check_k(k, len(self), last_stage)
-        return count_survivors(self._searcher, query_QRD, first_stage, last_stage, int(k), float(recall))
+        k = count_results(k, len(self), last_stage)
+        return count_survivors(self._searcher, query_QRD, first_stage, last_stage, k, float(recall))
 
     def check_model(self, model: MetaEmbed) -> None:
         """Check that this model encoded the items.

@@ -43,18 +43,24 @@ def stages_of(budget: Budget | Sequence | None, query_vectors: int, stored: int)
         raise UserError(f"{error} (this index stores {stored} vectors an item)") from None
 
 
-def check_k(k: int, items: int, stages: Stages) -> None:
-    """Check a number of results.
+def count_results(k: int | None, items: int, stages: Stages, is_filtered: bool = False) -> int:
+    """Return the number of results of a search: k, or by default `RESULTS`, or as many as there can be.
+
+    Args:
+      items: number of items in the index.
+      is_filtered: whether k may be larger than the number of items.
 
     Raises:
-      UserError: it is not between 1 and the number of items, or above the survivors of a stage.
+      UserError: k is not a positive integer, or is above the number of items or the survivors of a stage.
     """
-    most = most_results(items, stages)
-    if not isinstance(k, int | np.integer) or not 1 <= k <= most:
-        limit = "the number of items" if most == items else "the survivors of a stage"
-        raise UserError(f"k={k!r}: expected 1 to {most}, {limit}")
-
-
-def most_results(items: int, stages: Stages) -> int:
-    """Return the most results that a search in some items can have."""
-    return min([items, *(stage[2] for stage in stages[:-1])])
+    survivors = [stage[2] for stage in stages[:-1]]
+    if k is None:
+        return min([RESULTS, items, *survivors])
+    most = min([*survivors, *([] if is_filtered else [items])], default=None)
+    if not isinstance(k, int | np.integer) or k < 1 or (most is not None and k > most):
+        if most is None:
+            raise UserError(f"k={k!r}: expected a positive integer")
+        raise UserError(
+            f"k={k!r}: expected 1 to {most}, {'the survivors of a stage' if most in survivors else 'the number of items'}"
+        )
+    return int(k)

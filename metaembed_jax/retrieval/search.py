@@ -53,29 +53,33 @@ class SegmentSearcher:
         return np.concatenate([np.zeros(0, bool), *(segment.is_alive for segment in self.segments)])
 
     def search(
-        self, query_QRD: Float[np.ndarray, "Q R D"], k: int, stages: Stages
+        self, query_QRD: Float[np.ndarray, "Q R D"], k: int, stages: Stages, is_candidate_N: Bool[np.ndarray, " N"] | None = None
     ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
         """Return scores, float32, and positions of the k best documents of each query, best first; of ties, the first position.
 
         Args:
           k: at most the number of documents, and at most the survivors of every stage.
           stages: from `as_stages`.
+          is_candidate_N: mask of the documents to search in; all that are not deleted by default.
         """
         vectors, survivors = max(stage[0] for stage in stages), max([k, *(stage[2] for stage in stages[:-1])])
         at_once = _floor(min(SEARCH_VECTORS // vectors, SCORES // min(survivors, self.starts[-1])))
-        results = [self._search(query_QRD[start : start + at_once], k, stages) for start in range(0, len(query_QRD), at_once)]
+        all_N = np.arange(self.starts[-1], dtype=np.int32)
+        candidates_n = all_N if is_candidate_N is None else all_N[is_candidate_N & self.is_alive]
+        results = [
+            self._search(query_QRD[start : start + at_once], k, stages, candidates_n) for start in range(0, len(query_QRD), at_once)
+        ]
         empty = np.zeros((0, k), np.float32), np.zeros((0, k), np.int32)
         scores_Qk, positions_Qk = (np.concatenate(arrays) for arrays in zip(empty, *results, strict=True))
         return scores_Qk, positions_Qk
 
-    def _search(self, query_QRD: np.ndarray, k: int, stages: Stages) -> tuple[np.ndarray, np.ndarray]:
-        survivors_QK = None
+    def _search(self, query_QRD: np.ndarray, k: int, stages: Stages, candidates_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        survivors_QK, most = None, min(len(candidates_n), self.is_alive.sum())
         for query_vectors, document_vectors, *survivors in stages:
-            count = min(survivors[0], self.is_alive.sum()) if survivors else k
+            count = min(survivors[0], most) if survivors else k
             query_QrD = query_QRD[:, :query_vectors]
             if survivors_QK is None:
-                all_N = np.arange(self.starts[-1], dtype=np.int32)
-                scores, positions = self._top_k(query_QrD, document_vectors, count, all_N)
+                scores, positions = self._top_k(query_QrD, document_vectors, count, candidates_n)
             else:
                 results = [
                     self._top_k(query_QrD[q : q + 1], document_vectors, count, survivors_QK[q]) for q in range(len(query_QrD))
