@@ -46,7 +46,7 @@ class Values(NamedTuple):
 
     kind: str
     rows: UInt32[np.ndarray, " n"]
-    values: "pyarrow.Array | np.ndarray"
+    values: Any
 
 
 class ColumnWriter:

@@ -12,7 +12,8 @@ from metaembed_jax.errors import UserError, shortened
 from metaembed_jax.retrieval.columns import Scalar
 
 SETS, ORDERS = ("$in", "$nin"), ("$gt", "$gte", "$lt", "$lte")
-OPERATORS = ("$eq", "$ne", *ORDERS, *SETS)
+EQUAL = {"$eq": "$in", "$ne": "$nin"}  # of a single value
+OPERATORS = (*EQUAL, *ORDERS, *SETS)
 GROUPS = ("$and", "$or", "$not")
 DEEPEST = 50  # groups inside each other
 EXAMPLE = 'such as {"lang": "en"}, {"page": {"$gte": 2, "$lt": 9}} or {"kind": {"$in": ["a", "b"]}}'
@@ -114,7 +115,7 @@ def _parse_entry(key, value, depth: int) -> list[Filter]:
     return [_comparison(key, operator, operand) for operator, operand in value.items()]
 
 
-def _comparison(key: str, operator, value) -> Comparison:
+def _comparison(key: str, operator: str, value) -> Comparison:
     if operator not in OPERATORS:
         raise UserError(f"where: {shortened(key)}: unknown operator {shortened(operator)}; allowed: {', '.join(OPERATORS)}")
     name = f"where: {shortened(key)}: {operator}: {shortened(value)}"
@@ -125,7 +126,7 @@ def _comparison(key: str, operator, value) -> Comparison:
     value = _scalar(value, name)
     if operator in ORDERS and isinstance(value, bool):
         raise UserError(f"{name}: expected a number or a text, which have an order")
-    return Comparison(key, {"$eq": "$in", "$ne": "$nin"}.get(operator, operator), (value,))
+    return Comparison(key, EQUAL.get(operator, operator), (value,))
 
 
 def _scalar(value, name: str) -> Scalar:

@@ -134,8 +134,8 @@ class Index:
           k: at most the number of items, and the survivors of each stage. By default 10, or as many as those allow.
           budget: (r_q, r_c), the vectors to use of a query and of an item; or stages [(r_q, r_c, survivors), ..., (r_q, r_c)]:
             each stage scores the survivors of the stage before. All vectors by default.
-          where: search only the items whose metadata match: {"lang": "en", "page": {"$gte": 2, "$lt": 9}}, with $eq, $ne, $in, $nin,
-            $gt, $gte, $lt, $lte, $and, $or and $not (`filters`). There are fewer results than k if fewer items match.
+          where: search only items whose metadata match, such as {"lang": "en", "page": {"$gte": 2, "$lt": 9}}; with $eq, $ne, $in,
+            $nin, $gt, $gte, $lt, $lte, $and, $or and $not (`filters`). There are fewer results than k if fewer items match.
 
         Raises:
           UserError: the queries or the budget do not match the stored vectors, k is not between 1 and the number of items, the

@@ -51,8 +51,8 @@ def _check_key(segments: Sequence[SegmentFiles], comparison: Comparison) -> None
         kinds, nested = segment.columns.kinds, segment.columns.nested
         if segment.columns.has_more and key not in kinds and key not in nested:
             raise UserError(
-                f"where: {shortened(key)}: expected one of the first {columns.MOST_KEYS:,} keys of the metadata in {segment.folder}, "
-                "which has more; index again with fewer keys"
+                f"where: {shortened(key)} is not among the first {columns.MOST_KEYS:,} keys of the metadata in {segment.folder}, "
+                "which alone can be named; index again with fewer keys"
             )
         held |= kinds.get(key, set())
         known |= kinds.keys()
@@ -104,7 +104,8 @@ def _is_in(column: Values, values: Sequence[Scalar]) -> Bool[np.ndarray, " n"]:
 
     if column.kind == TEXT:
         texts = pyarrow.array([columns.encode_text(text) for text in values if isinstance(text, str)], column.values.type)
-        return pyarrow.compute.is_in(column.values, value_set=texts).to_numpy(zero_copy_only=False)
+        options = pyarrow.compute.SetLookupOptions(value_set=texts)
+        return pyarrow.compute.call_function("is_in", [column.values], options).to_numpy(zero_copy_only=False)
     if column.kind == BOOL:
         return np.isin(column.values, [value for value in values if isinstance(value, bool)])
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]

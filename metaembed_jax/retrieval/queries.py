@@ -56,11 +56,9 @@ def count_results(k: int | None, items: int, stages: Stages, is_filtered: bool =
     survivors = [stage[2] for stage in stages[:-1]]
     if k is None:
         return min([RESULTS, items, *survivors])
-    most = min([*survivors, *([] if is_filtered else [items])], default=None)
-    if not isinstance(k, int | np.integer) or k < 1 or (most is not None and k > most):
-        if most is None:
-            raise UserError(f"k={k!r}: expected a positive integer")
-        raise UserError(
-            f"k={k!r}: expected 1 to {most}, {'the survivors of a stage' if most in survivors else 'the number of items'}"
-        )
+    limits = survivors if is_filtered else [*survivors, items]
+    if not isinstance(k, int | np.integer) or k < 1 or any(k > limit for limit in limits):
+        most = min(limits, default=0)
+        limit = "the survivors of a stage" if most in survivors else "the number of items"
+        raise UserError(f"k={k!r}: expected " + (f"1 to {most}, {limit}" if most else "a positive integer"))
     return int(k)
