@@ -1,0 +1,64 @@
+"""Documents on devices, as tiles: blocks of documents whose vectors are stored by number, first all first vectors.
+
+    tile t, vector 0    document 0, 1, ... n-1     [n, D]
+            vector 1    document 0, 1, ... n-1
+            ...
+            vector R-1
+
+So the first r_c vectors of a tile lie together, and a search at any budget reads its own vectors and no others. One matrix product
+scores them, and the maximum over a document's vectors runs along whole rows of documents.
+
+T tiles, R vectors of a document, n documents of a tile, D width of a vector, N documents.
+"""
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+TILE = 128  # documents of a tile: whole registers on every chip
+
+
+class Tiles(NamedTuple):
+    """Documents in the order of their positions; sharded by tiles.
+
+    Attributes:
+      vectors: [T, R, n, D], float32, bfloat16 or int8.
+      scales: float32 [T, R, n], a factor for each vector of int8; None for floats.
+      counts: int32 [T, n], the number of vectors of each document; None if all have R.
+      is_candidate: bool [T, n], False for padding, and for documents that are deleted or filtered out.
+      first: int32 [], the position of the first document; it is the same on all devices.
+    """
+
+    vectors: Shaped[Array | np.ndarray, "T R n D"]
+    scales: Float[Array | np.ndarray, "T R n"] | None
+    counts: Int[Array | np.ndarray, "T n"] | None
+    is_candidate: Bool[Array | np.ndarray, "T n"]
+    first: Int[Array | np.ndarray, ""]
+
+    @property
+    def documents(self) -> int:
+        """The number of documents, with padding."""
+        tiles, documents = self.is_candidate.shape
+        return tiles * documents
+
+
+def count_tiles(documents: int, shards: int) -> int:
+    """Return how many tiles hold so many documents on so many shards; a multiple of the shards, at least one each."""
+    return max(-(-documents // (TILE * shards)), 1) * shards
+
+
+def write_rows(tiles_TRnx: Shaped[np.ndarray, "T R n *x"], array_NRx: Shaped[np.ndarray, "N R *x"]) -> None:
+    """Write documents into tiles of any type; bfloat16 into float32 without rounding."""
+    documents, vectors, *row = array_NRx.shape
+    size = tiles_TRnx.shape[2]
+    if array_NRx.dtype == ml_dtypes.bfloat16 and tiles_TRnx.dtype == np.float32:  # NumPy converts bfloat16 one by one
+        bits_TRnx = tiles_TRnx.view(np.uint32)
+        write_rows(bits_TRnx, array_NRx.view(np.uint16))
+        bits_TRnx <<= 16
+        return
+    full, rest = divmod(documents, size)
+    tiles_TRnx[:full] = array_NRx[: full * size].reshape(full, size, vectors, *row).swapaxes(1, 2)
+    if rest:
+        tiles_TRnx[full, :, :rest] = array_NRx[full * size :].swapaxes(0, 1)
