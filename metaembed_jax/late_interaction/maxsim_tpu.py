@@ -61,10 +61,10 @@ def choose_blocks(
 ) -> Blocks:
     """Return the blocks for inputs of `score`: the largest that fit; the smallest if even those do not, for a width above 8,192."""
     (Q, Rq, D), (T, _, n, _), dtype = query_QRD.shape, vectors_TRnD.shape, vectors_TRnD.dtype
-    parts, document_parts, is_converted = _parts(query_QRD.dtype), _parts(dtype), dtype != jnp.bfloat16
+    parts, document_parts, is_converted = parts_of(query_QRD.dtype), parts_of(dtype), dtype != jnp.bfloat16
     queries = _queries_at_once(Q, min(QUERY_BYTES // (parts * Rq * 2 * D), ROWS // (parts * Rq)))
-    rows = _up(queries * Rq, 2 * SUBLANES)  # registers of bfloat16 have 16 rows
-    slab_numbers = n * (D if D % LANES == 0 else _up(D, 32 // dtype.itemsize))
+    rows = up(queries * Rq, 2 * SUBLANES)  # registers of bfloat16 have 16 rows
+    slab_numbers = n * (D if D % LANES == 0 else up(D, 32 // dtype.itemsize))
     chunk_numbers = CHUNK_NUMBERS // document_parts * (1 if is_converted else 2)
     chunk_width = min(max(chunk_numbers // n // LANES, 1) * LANES, D)
     similarity_bytes = 4 * parts * rows * n  # of a slab
@@ -76,8 +76,8 @@ def choose_blocks(
         tiles = _power_of_two(min(fitting // slabs, T)) if slabs == document_vectors else 1
         chunk_slabs = _largest_divisor(slabs, chunk)
         chunk_tiles = min(_power_of_two(max(chunk // slabs, 1)), tiles)
-        factors = 2 * 4 * n * tiles * (_up(document_vectors, SUBLANES) + SUBLANES)
-        scores = 4 * n * (2 * tiles * _up(queries, SUBLANES) + chunk_tiles * rows)
+        factors = 2 * 4 * n * tiles * (up(document_vectors, SUBLANES) + SUBLANES)
+        scores = 4 * n * (2 * tiles * up(queries, SUBLANES) + chunk_tiles * rows)
         converted = 2 * document_parts * n * chunk_width if is_converted else 0
         products = chunk_tiles * chunk_slabs * (2 * similarity_bytes + converted)
         inputs = 2 * parts * rows * D + 2 * tiles * slabs * slab_numbers * dtype.itemsize
@@ -93,7 +93,7 @@ def _queries_at_once(queries: int, most: int) -> int:
         return queries
     if most < SUBLANES:
         return max(most, 1)
-    return _up(pl.cdiv(queries, pl.cdiv(queries, most // SUBLANES * SUBLANES)), SUBLANES)
+    return up(pl.cdiv(queries, pl.cdiv(queries, most // SUBLANES * SUBLANES)), SUBLANES)
 
 
 def score(
@@ -121,7 +121,7 @@ def score(
     (Q, Rq, D), (T, _, n, _) = query_QRD.shape, vectors_TRnD.shape
     query_blocks = pl.cdiv(Q, blocks.queries)
     is_wide = D % LANES == 0
-    query_bPMD = _query_parts(query_QRD, blocks)
+    query_bPMD = query_parts(query_QRD, blocks)
     inputs = [query_bPMD, vectors_TRnD if is_wide else jnp.swapaxes(vectors_TRnD, 2, 3)]  # as XLA stores it: nothing is copied
     specs = [
         # The next queries are needed only after all documents, so a second buffer would be idle.
@@ -131,7 +131,7 @@ def score(
     if scales_TRn is not None:
         few = document_vectors < SUBLANES  # their registers would be mostly scales that are not used
         inputs.append(scales_TRn[:, :document_vectors] if few else scales_TRn)
-        rows = min(_up(document_vectors, SUBLANES), inputs[-1].shape[1])
+        rows = min(up(document_vectors, SUBLANES), inputs[-1].shape[1])
         specs.append(pl.BlockSpec((blocks.tiles, rows, n), lambda block, tile, slab: (tile, 0, 0)))
     if counts_Tn is not None:
         inputs.append(counts_Tn)
@@ -167,7 +167,6 @@ def _kernel(query_ref, document_ref, *refs, blocks, query_vectors, is_wide, has_
     count_ref = refs.pop(0) if has_counts else None
     score_ref, best_ref = refs
     tile_block, slab_block = pl.program_id(1), pl.program_id(2)
-    chunk_tiles, chunk_slabs = blocks.chunk_tiles, blocks.chunk_slabs
 
     def masked(similarity, tile, slab):
         j = slab_block * blocks.slabs + slab
@@ -178,37 +177,47 @@ def _kernel(query_ref, document_ref, *refs, blocks, query_vectors, is_wide, has_
             similarity = jnp.where(j < count_ref[pl.ds(row, 1), :], similarity, -jnp.inf)
         return similarity
 
-    @pl.loop(0, blocks.tiles // chunk_tiles)
-    def _(tile_chunk):
+    @pl.loop(0, blocks.tiles // blocks.chunk_tiles)
+    def _(chunk):
+        first = chunk * blocks.chunk_tiles
+
         @pl.when(slab_block == 0)
         def _():
             best_ref[...] = jnp.full(best_ref.shape, -jnp.inf, jnp.float32)
 
-        @pl.loop(0, blocks.slabs // chunk_slabs)
-        def _(slab_chunk):
-            tile, slab = tile_chunk * chunk_tiles, slab_chunk * chunk_slabs
-            documents = document_ref.at[pl.ds(tile, chunk_tiles), pl.ds(slab, chunk_slabs)]
-            similarities = _similarities(query_ref, documents, blocks, is_wide)
-            for a in range(chunk_tiles):
-                best = best_ref[a]
-                for b in range(chunk_slabs):
-                    best = jnp.maximum(best, masked(similarities[a * chunk_slabs + b], tile + a, slab + b))
-                best_ref[a] = best
+        raise_maxima(best_ref, query_ref, document_ref, first, masked, blocks, is_wide)
 
         @pl.when(slab_block == pl.num_programs(2) - 1)
         def _():
-            for a in range(chunk_tiles):
-                columns = pl.ds(pl.multiple_of((tile_chunk * chunk_tiles + a) * LANES, LANES), LANES)
-                score_ref[:, columns] = _sum_over_queries(best_ref.at[a], blocks.queries, query_vectors)
+            for tile in range(blocks.chunk_tiles):
+                columns = pl.ds(pl.multiple_of((first + tile) * LANES, LANES), LANES)
+                score_ref[:, columns] = sum_over_queries(best_ref.at[tile], blocks.queries, query_vectors)
 
 
-def _similarities(query_ref, document_ref, blocks, is_wide):
-    """Return similarities [M, n] of each slab, float32.
+def raise_maxima(best_ref, query_ref, document_ref, first, masked, blocks, is_wide):
+    """Raise maxima [tiles of a chunk, M, n] by the similarities of all slabs of a step.
 
     Args:
       query_ref: [P * M, D], bfloat16, the largest part first.
       document_ref: [tiles, slabs, n, D] if documents are wide, or else [tiles, slabs, D, n].
+      first: the first tile of the chunk.
+      masked: `(similarity [M, n], tile, slab) -> similarity`; applies scales and counts.
     """
+
+    @pl.loop(0, blocks.slabs // blocks.chunk_slabs)
+    def _(chunk):
+        slab = chunk * blocks.chunk_slabs
+        documents = document_ref.at[pl.ds(first, blocks.chunk_tiles), pl.ds(slab, blocks.chunk_slabs)]
+        similarities = _similarities(query_ref, documents, blocks, is_wide)
+        for a in range(blocks.chunk_tiles):
+            best = best_ref[a]
+            for b in range(blocks.chunk_slabs):
+                best = jnp.maximum(best, masked(similarities[a * blocks.chunk_slabs + b], first + a, slab + b))
+            best_ref[a] = best
+
+
+def _similarities(query_ref, document_ref, blocks, is_wide):
+    """Return similarities [M, n] of each slab of a chunk, float32."""
     width = document_ref.shape[3 if is_wide else 2]
     totals = [None] * (blocks.chunk_tiles * blocks.chunk_slabs)
     for start in range(0, width, blocks.chunk_width):
@@ -238,7 +247,7 @@ def _dot(query, documents, axis):
     return jax.lax.dot_general(query, documents, contract, preferred_element_type=jnp.float32)
 
 
-def _sum_over_queries(best_ref, queries, query_vectors):
+def sum_over_queries(best_ref, queries, query_vectors):
     """Return sums [q, n] of rows [M, n], which are in the order of the queries.
 
     Terms are added in turn, so that a sum is the same bits for any number of queries.
@@ -251,7 +260,7 @@ def _sum_over_queries(best_ref, queries, query_vectors):
     return jax.lax.fori_loop(0, query_vectors, add, jnp.zeros((queries, best_ref.shape[1]), jnp.float32), unroll=True)
 
 
-def _query_parts(query_QRD: Array, blocks: Blocks):
+def query_parts(query_QRD: Array, blocks: Blocks):
     """Return the queries in blocks of P * M rows of bfloat16, [blocks, P * M, D]: all rows of the largest part first."""
     Q, Rq, D = query_QRD.shape
     query_QRD = jnp.pad(query_QRD, [(0, -Q % blocks.queries), (0, 0), (0, 0)])
@@ -273,7 +282,8 @@ def _split(x: Array) -> list[Array]:
     return parts
 
 
-def _parts(dtype) -> int:
+def parts_of(dtype) -> int:
+    """Return the number of bfloat16 parts of a type."""
     return 3 if dtype == jnp.float32 else 1
 
 
@@ -283,7 +293,7 @@ def _cost(query_bPMD: Array, documents: list[Array], N: int, document_vectors: i
     read = document_vectors * width * documents[0].dtype.itemsize + 4 * (len(documents) - 1) * document_vectors
     numbers = query_blocks * N * document_vectors * width
     moved = query_bPMD.size * 2 + query_blocks * N * (read + 4 * blocks.queries)
-    return pl.CostEstimate(flops=2 * _up(rows, LANES) * numbers, bytes_accessed=moved, transcendentals=0)
+    return pl.CostEstimate(flops=2 * up(rows, LANES) * numbers, bytes_accessed=moved, transcendentals=0)
 
 
 def _largest_divisor(number: int, most: int) -> int:
@@ -295,5 +305,6 @@ def _power_of_two(size: int) -> int:
     return 1 << (size.bit_length() - 1)
 
 
-def _up(size: int, multiple: int) -> int:
+def up(size: int, multiple: int) -> int:
+    """Round up to a multiple."""
     return -(-size // multiple) * multiple

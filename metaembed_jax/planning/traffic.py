@@ -1,13 +1,17 @@
 """Bytes that an instruction reads from HBM and writes to it, and the buffers that it makes there.
 
 A fusion reads its operands and writes its results, whatever it computes in between. A slice costs the bytes that it takes, not
-those of its operand. An update in place costs the bytes that it replaces. Arrays in a memory on the chip cost nothing.
+those of its operand. An update in place costs the bytes that it replaces. A custom kernel that states its traffic may read a part of
+its operands, or read them several times. Arrays in a memory on the chip cost nothing.
 """
+
+import re
 
 from metaembed_jax.planning.hlo import Computation, Instruction, Module, Shape
 
 # These only name values, or are counted elsewhere: the bodies of loops and calls by themselves, a collective at its end.
 FREE = "parameter constant tuple get-tuple-element bitcast after-all while conditional call async-start".split()
+_STATED = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"?(\d+)')
 SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -19,6 +23,8 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
         return 2 * instruction.bytes
     if instruction.opcode == "dynamic-update-slice":
         return 2 * computation[instruction.operands[1]].bytes
+    if instruction.opcode == "custom-call" and (stated := _STATED.search(instruction.attributes)):
+        return int(stated[1])
     if instruction.opcode == "send":  # the host reads the operand
         return computation[instruction.operands[0]].bytes
     written = sum(size for _, size, _ in _results(module, instruction))

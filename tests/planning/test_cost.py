@@ -174,6 +174,14 @@ def test_loops_without_a_known_end_are_named():
     assert cost.flops == 3 * 2 * 8**3 and cost.unknown == ("again",)
 
 
+def test_a_loop_may_state_its_average_turns():
+    stated = LOOPS.replace("constant(5)", "parameter(1)").replace(
+        "body=%inner\n", 'body=%inner, metadata={op_name="jit(f)/turns=2.5/while"}\n'
+    )
+    cost = count(stated, devices=1)
+    assert cost.flops == 3 * 2.5 * 2 * 8**3 and not cost.unknown
+
+
 def test_fusions_read_slices_and_update_in_place():
     cost = count(FUSIONS, devices=1)
     assert cost.flops == 2 * 128 * 256 * 512
@@ -255,7 +263,7 @@ def test_kernels_without_an_estimate_are_named():
     assert silent.flops == 0 and silent.unknown == ("splash_forward",)
     assert count(KERNEL.replace("/pallas_call", "/kernel"), devices=1).unknown[0].startswith("jit(f)/while")
     stated = count(KERNEL.replace("COST", '"custom_call_config":{"cost_estimate":{"bytes_accessed":"7","flops":"99"}}'), devices=1)
-    assert stated.flops == 99 and not stated.unknown
+    assert stated.flops == 99 and stated.hbm_bytes == 7 and not stated.unknown
 
 
 def test_parse_keeps_every_instruction():
