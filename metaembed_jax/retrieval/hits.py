@@ -22,6 +22,7 @@ class Hits:
       read_metadata: called with the number of a query, returns the metadata of its hits.
       certified: mask of the queries whose hits are sure to be those of the vectors in full precision; None if nobody asked.
       uncertified_reason: why the others are not sure.
+      rescored: the number of items of each query that were scored again in full precision; None if nobody asked.
     """
 
     scores: Float[np.ndarray, "Q k"]
@@ -29,6 +30,7 @@ class Hits:
     read_metadata: Callable[[int], list[dict]] = dataclasses.field(repr=False)
     certified: Bool[np.ndarray, " Q"] | None = None
     uncertified_reason: str = ""
+    rescored: Int[np.ndarray, " Q"] | None = None
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return iter((self.scores, self.ids))

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +22,19 @@ from jaxtyping import Float
 from metaembed_jax.data.left_out import LeftOut
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
-from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.groups import Budget, validate_budget
 from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
+from metaembed_jax.retrieval.calibration import calibrate, calibrated_stages, with_calibration
+from metaembed_jax.retrieval.certified import check_certifiable, search_certified
 from metaembed_jax.retrieval.hits import Hits, make_hits
 from metaembed_jax.retrieval.ingest import as_blocks, as_ids, make_items, most_vectors
-from metaembed_jax.retrieval.manifest import DTYPES, EXACT_DTYPES, Manifest, Segment, levels_of
+from metaembed_jax.retrieval.manifest import DTYPES, EXACT_DTYPES, Calibration, Manifest, levels_of
 from metaembed_jax.retrieval.matching import match_items
-from metaembed_jax.retrieval.queries import as_queries, count_results, stages_of
-from metaembed_jax.retrieval.search import SegmentSearcher, count_survivors
+from metaembed_jax.retrieval.queries import RESULTS, as_queries, count_results, stages_of
+from metaembed_jax.retrieval.search import SegmentSearcher
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.retrieval.stored_items import StoredItems, read_items
 from metaembed_jax.retrieval.writer import SegmentWriter, copy_segment, merge_segments, write_segment
@@ -121,9 +122,10 @@ class Index:
         self,
         query_QRD: Float[np.ndarray, "Q R D"],
         k: int | None = None,
-        budget: Budget | Sequence | None = None,
+        budget: Budget | Sequence | str | None = None,
         *,
         where: Mapping | None = None,
+        certified: bool = False,
     ) -> Hits:
         """Return the k best items of each query: their MaxSim scores and ids, and on demand their metadata.
 
@@ -133,52 +135,70 @@ class Index:
           query_QRD: unit vectors, from `MetaEmbed.encode_query`.
           k: at most the number of items, and the survivors of each stage. By default 10, or as many as those allow.
           budget: (r_q, r_c), the vectors to use of a query and of an item; or stages [(r_q, r_c, survivors), ..., (r_q, r_c)]:
-            each stage scores the survivors of the stage before. All vectors by default.
+            each stage scores the survivors of the stage before; or "auto", the stages of `calibrate`. All vectors by default.
           where: search only items whose metadata match, such as {"lang": "en", "page": {"$gte": 2, "$lt": 9}}; with $eq, $ne, $in,
             $nin, $gt, $gte, $lt, $lte, $and, $or and $not (`filters`). There are fewer results than k if fewer items match.
+          certified: return the best items by the exact vectors of an index of int8 (`exact` of `build`), scored in float64, and
+            whether they are proven to be the best, in `Hits.certified`. Expects a budget without stages.
 
         Raises:
           UserError: the queries or the budget do not match the stored vectors, k is not between 1 and the number of items, the
-            filter is wrong, or no item has a key that it names.
+            filter is wrong, no item has a key that it names, or the index is not calibrated or has no exact vectors.
         """
+        if isinstance(budget, str) and budget == "auto":
+            budget = self.calibrated_stages(min(RESULTS, len(self)) if k is None else k)
         query_QRD, stages = self._validated(query_QRD, budget)
         k, searcher = count_results(k, len(self), stages, where is not None), self._searcher
-        if where is None:
-            return make_hits(searcher.segments, *searcher.search(query_QRD, k, stages))
-        is_match_N = match_items(searcher.segments, where)
-        if not (k := min(k, int(is_match_N.sum()))):
+        is_match_N = None if where is None else match_items(searcher.segments, where)
+        k = k if is_match_N is None else min(k, int(is_match_N.sum()))
+        if certified:
+            return search_certified(searcher, query_QRD, k, check_certifiable(self.folder, self._manifest, stages), is_match_N)
+        if not k:
             none = np.zeros((len(query_QRD), 0))
             return make_hits(searcher.segments, none.astype(np.float32), none.astype(np.int32))
         return make_hits(searcher.segments, *searcher.search(query_QRD, k, stages, is_match_N))
 
-    def survivors(
+    def calibrate(
         self,
         query_QRD: Float[np.ndarray, "Q R D"],
         first: Budget,
         last: Budget,
         *,
-        k: int = 10,
-        recall: float = 0.99,
-    ) -> int:
-        """Return the fewest survivors of a first stage for which a search in two stages has the given recall.
+        k: int = RESULTS,
+        coverage: float = 0.99,
+        confidence: float = 0.95,
+    ) -> Calibration:
+        """Choose the survivors of a first stage on a sample of queries, and store them for `search(..., budget="auto")`.
+
+        With the given confidence, at least a share `coverage` of the queries that the sample is drawn from lose none of their k
+        best items in the first stage. This holds for the present items; if there are more later, `"auto"` takes as many more
+        survivors.
 
         Args:
-          query_QRD: a sample of the queries to expect; each is searched for in all items.
-          first: the budget of the first stage of `search(q, k, [(*first, survivors), last])`.
-          last: the budget of its second stage.
-          k: results of the search.
-          recall: the share of the k best at `last` that must survive, in the mean over the queries; 1 for all.
+          query_QRD: queries as they are to be expected; 299 or more for the default coverage and confidence.
+          first: (r_q, r_c) of the first stage, which scores all items.
+          last: (r_q, r_c) of the second stage.
+          k: results of the searches.
 
         Raises:
-          UserError: as `search`, there are no queries, or the recall is not above 0 and at most 1.
+          UserError: as `search`, the sample is too small, or another process is writing the index.
         """
-        (query_QRD, last_stage), (_, first_stage) = (self._validated(query_QRD, budget) for budget in (last, first))
-        if not isinstance(recall, Real) or not 0 < recall <= 1 or not len(query_QRD):
-            raise UserError(f"recall={recall!r} of {len(query_QRD)} queries: expected a share above 0 and at most 1, and a query")
-        if len(first_stage) > 1 or len(last_stage) > 1:
-            raise UserError(f"first={first!r}, last={last!r}: expected a budget (r_q, r_c) each, without survivors")
-        k = count_results(k, len(self), last_stage)
-        return count_survivors(self._searcher, query_QRD, first_stage, last_stage, k, float(recall))
+        with self._changing():
+            query_QRD, _ = self._validated(query_QRD, None)
+            largest = query_QRD.shape[1], self.vectors
+            budgets = validate_budget(first, *largest), validate_budget(last, *largest)
+            k = count_results(k, len(self), budgets[1:])
+            calibration = calibrate(self._searcher, query_QRD, budgets, k, (coverage, confidence), len(self))
+            self._commit(calibrations=with_calibration(self._manifest.calibrations, calibration))
+        return calibration
+
+    def calibrated_stages(self, k: int = RESULTS) -> Stages:
+        """Return the stages of a search for k results with `budget="auto"`.
+
+        Raises:
+          UserError: the index was not calibrated, or for fewer results.
+        """
+        return calibrated_stages(self._manifest.calibrations, k, len(self))
 
     def check_model(self, model: MetaEmbed) -> None:
         """Check that this model encoded the items.
@@ -301,6 +321,11 @@ class Index:
         """Documents that `index_documents` left out, (id, reason) each."""
         return [LeftOut(item, reason) for item, reason, _ in self._manifest.left_out]
 
+    @property
+    def calibrations(self) -> tuple[Calibration, ...]:
+        """Results of `calibrate`, in order."""
+        return self._manifest.calibrations
+
     def __repr__(self) -> str:
         types = " + ".join(filter(None, (self._manifest.dtype, self._manifest.exact)))
         return f"<Index of {len(self):,} items, {self.vectors} x {self._manifest.width} {types}, in {self.folder}>"
@@ -312,8 +337,8 @@ class Index:
             self._take(*store.open_index(folder))
             yield folder
 
-    def _commit(self, segments: tuple[Segment, ...]) -> None:
-        store.commit(self.folder, dataclasses.replace(self._manifest, segments=segments))
+    def _commit(self, **changes: tuple) -> None:
+        store.commit(self.folder, dataclasses.replace(self._manifest, **changes))
         self._take(*store.open_index(self.folder))
 
     def _take(self, manifest: Manifest, segments: list[SegmentFiles]) -> None:

@@ -7,7 +7,6 @@ Q queries, R vectors of a query, D width of a vector, N documents, n documents o
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -162,27 +161,6 @@ class SegmentSearcher:
             first = rows[0] if len(rows) else 0
             arrays.append(file.read(first, first + len(rows)) if is_contiguous else file.take(rows))
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def count_survivors(
-    searcher: SegmentSearcher, query_QRD: Float[np.ndarray, "Q R D"], first: Stages, last: Stages, k: int, recall: float
-) -> int:
-    """Return the fewest survivors of a first stage that hold this share of the second stage's k best, over all queries.
-
-    Args:
-      first: the first stage, from `as_stages`.
-      last: the second stage, from `as_stages`.
-      recall: the share of the Q * k best documents.
-    """
-    documents, enough = int(searcher.is_alive.sum()), math.ceil(recall * len(query_QRD) * k - 1e-9)
-    _, best_Qk = searcher.search(query_QRD, k, last)
-    depth = k
-    while True:
-        _, ranked_QK = searcher.search(query_QRD, depth, first)
-        ranks = np.concatenate([np.flatnonzero(np.isin(*pair)) for pair in zip(ranked_QK, best_Qk, strict=True)])
-        if len(ranks) >= enough:
-            return max(int(np.sort(ranks)[enough - 1]) + 1, k)
-        depth = min(2 * depth, documents)
 
 
 def _floor(number: int) -> int:

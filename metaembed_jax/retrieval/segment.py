@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float16, Int
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.retrieval import manifest as manifests
@@ -31,6 +31,7 @@ from metaembed_jax.retrieval.ingest import hashes
 from metaembed_jax.retrieval.manifest import Manifest
 
 CHECKSUMS = "checksums"
+READ_ITEMS = 2**16  # items whose errors are read at once
 BLOBS = ("ids", "metadata", "columns", "column-index")  # files of any size
 TEXT_FILES = (*BLOBS, "id-ends", "id-hashes", "metadata-ends")  # made of the ids and metadata of items
 
@@ -82,6 +83,7 @@ class SegmentFiles:
         self.levels, self.scales, self.errors = by_level("vectors"), by_level("scales"), by_level("errors")
         self.exact = by_level("exact") if manifest.dtype == "int8" else self.levels
         self.counts = self.files["counts"]
+        self._largest_errors = 0, np.zeros(0, np.float16)  # of a number of vectors
         self.columns = Columns(self.files["columns"], self.files["column-index"], entry.items)
 
     def __len__(self) -> int:
@@ -124,6 +126,23 @@ class SegmentFiles:
     def _order(self) -> Int[np.ndarray, " N"]:
         """Rows in the order of the hashes of their ids."""
         return np.argsort(self.files["id-hashes"].read(0, len(self)))
+
+    def largest_errors(self, vectors: int) -> Float16[np.ndarray, " N"]:
+        """Return the largest rounding error among the first vectors of each item; zeros without files of errors.
+
+        The last result is kept, because every certified search needs it.
+        """
+        if self._largest_errors[0] != vectors:
+            errors_N, first = np.zeros(len(self), np.float16), 0
+            for file in self.errors:
+                for start in range(0, len(self) if first < vectors else 0, READ_ITEMS):
+                    rows = errors_N[start : start + READ_ITEMS]
+                    level_nw = file.read(start, start + len(rows))
+                    np.maximum(rows, level_nw[:, : vectors - first].max(1), out=rows)
+                    file.release()
+                first += file.read(0, 0).shape[1]
+            self._largest_errors = vectors, errors_N
+        return self._largest_errors[1]
 
     def check_all(self) -> None:
         """Read and check every file.

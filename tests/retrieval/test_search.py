@@ -129,37 +129,6 @@ def test_deleted_items_are_not_found():
     assert len(index._segments[0]) == 27
 
 
-def test_survivors_for_a_recall():
-    rng = np.random.default_rng(6)
-    query, document = unit(rng, 12, 4, 8), unit(rng, 90, 9, 8)
-    index = me.Index.build(document, dtype="float32", mesh=ONE)
-    index.delete(["5", "80"])
-    best = index.search(query, 5, (4, 9))[1]
-    for recall in (0.3, 0.9, 1.0):
-        survivors = index.survivors(query, (1, 1), (4, 9), k=5, recall=recall)
-
-        def recall_of(survivors):
-            staged = index.search(query, 5, [(1, 1, survivors), (4, 9)])[1]
-            return np.mean([item in row for items, row in zip(best, staged, strict=True) for item in items])
-
-        assert recall_of(survivors) >= recall and (survivors == 5 or recall_of(survivors - 1) < recall)
-    assert index.survivors(query, (1, 1), (4, 9), k=np.int8(12)) == index.survivors(query, (1, 1), (4, 9), k=12)
-    for options, message in (
-        ({"recall": 0}, "recall=0"),
-        ({"recall": 1.1}, "recall=1.1"),
-        ({"recall": "all"}, "recall='all'"),
-        ({"k": 89}, "k=89"),
-        ({"k": 0}, "k=0"),
-    ):
-        with pytest.raises(me.UserError, match=message):
-            index.survivors(query, (1, 1), (4, 9), **options)
-    with pytest.raises(me.UserError, match="of 0 queries"):
-        index.survivors(query[:0], (1, 1), (4, 9))
-    for first, last in (([(1, 1, 20), (2, 2)], (4, 9)), ((1, 1), [(1, 1, 20), (4, 9)])):
-        with pytest.raises(me.UserError, match="each, without survivors"):
-            index.survivors(query, first, last)
-
-
 def test_few_programs_are_compiled():
     rng = np.random.default_rng(4)
     index = me.Index.build(unit(rng, 100, 4, 8), mesh=ONE)

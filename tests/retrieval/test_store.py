@@ -321,7 +321,10 @@ def test_invalid_vectors_are_not_searched(folder, name, number):
     refile(folder, name, number.tobytes())
     index = me.Index.load(folder, mesh=ONE)
     query = unit(np.random.default_rng(0), 2, 4, 8)
-    for search in (lambda: index.search(query, 3), lambda: index.survivors(query, (1, 1), (4, 9), k=3)):
+    for search in (
+        lambda: index.search(query, 3),
+        lambda: index.calibrate(query, (1, 1), (4, 9), k=3, coverage=0.1, confidence=0.1),
+    ):
         with pytest.raises(me.UserError, match="no vectors, or NaN or infinities"):
             search()
 
