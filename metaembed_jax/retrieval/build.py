@@ -19,9 +19,9 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.following import Match, Plan, find_damage, match
 from metaembed_jax.retrieval.host_segments import check_equal
-from metaembed_jax.retrieval.index import Index, check_dtype
+from metaembed_jax.retrieval.index import Index
 from metaembed_jax.retrieval.ingest import hashes
-from metaembed_jax.retrieval.manifest import Manifest, Segment, levels_of
+from metaembed_jax.retrieval.manifest import Manifest, Segment, check_types, levels_of
 from metaembed_jax.retrieval.parts import encode_parts
 from metaembed_jax.retrieval.tiers import merge_tiers, tiers
 
@@ -60,7 +60,7 @@ def index_documents(
       UserError: more documents than `skip` cannot be read, the budget is larger than the model's, the folder holds something else,
         another process is writing to it, or a host does not see it.
     """
-    check_dtype(dtype, exact)
+    check_types(dtype, exact)
     folder, limit = local_path(path), model.config.vectors("document")
     budget = limit if budget is None else budget
     if type(budget) is not int or not 1 <= budget <= limit:

@@ -31,7 +31,7 @@ from metaembed_jax.retrieval.calibration import calibrate, calibrated_stages, wi
 from metaembed_jax.retrieval.certified import check_certifiable, search_certified
 from metaembed_jax.retrieval.hits import Hits, make_hits
 from metaembed_jax.retrieval.ingest import as_blocks, as_ids, make_items, most_vectors
-from metaembed_jax.retrieval.manifest import DTYPES, EXACT_DTYPES, Calibration, Manifest, levels_of
+from metaembed_jax.retrieval.manifest import Calibration, Manifest, check_types, levels_of
 from metaembed_jax.retrieval.matching import match_items
 from metaembed_jax.retrieval.queries import RESULTS, as_queries, count_results, stages_of
 from metaembed_jax.retrieval.search import SegmentSearcher
@@ -83,7 +83,7 @@ class Index:
         Raises:
           UserError: there is no item, or an item is wrong, which the error names.
         """
-        check_dtype(dtype, exact)
+        check_types(dtype, exact)
         if budget is not None and (type(budget) is not int or budget < 1):
             raise UserError(f"budget={budget!r}: expected a positive number of vectors to keep of each item")
         blocks = (make_items(array, items, fields, budget) for items, array, fields in as_blocks(vectors, ids, metadata))
@@ -374,19 +374,3 @@ def _create(path: str | os.PathLike | None, mesh: Mesh | None, write: Callable[[
         raise
     weakref.finalize(index, shutil.rmtree, folder, ignore_errors=True)
     return index
-
-
-def check_dtype(dtype: str, exact: str | None) -> None:
-    """Check the types of an index's vectors.
-
-    Raises:
-      UserError: the type is not one of `DTYPES`; or that of exact vectors not one of `EXACT_DTYPES`, or the index is not int8.
-    """
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}")
-    if exact is None:
-        return
-    if not isinstance(exact, str) or exact not in EXACT_DTYPES:
-        raise UserError(f"exact={exact!r}: expected {' or '.join(EXACT_DTYPES)}")
-    if dtype != "int8":
-        raise UserError(f"exact={exact!r} of an index of {dtype}: expected dtype='int8'; only int8 has exact vectors next to it")

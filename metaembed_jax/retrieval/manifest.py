@@ -96,6 +96,22 @@ class Manifest:
     calibrations: tuple[Calibration, ...] = ()
 
 
+def check_types(dtype: str, exact: str | None) -> None:
+    """Check the types of an index's vectors.
+
+    Raises:
+      UserError: the type is not one of `DTYPES`; or that of exact vectors not one of `EXACT_DTYPES`, or the index is not int8.
+    """
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}")
+    if exact is None:
+        return
+    if not isinstance(exact, str) or exact not in EXACT_DTYPES:
+        raise UserError(f"exact={exact!r}: expected {' or '.join(EXACT_DTYPES)}")
+    if dtype != "int8":
+        raise UserError(f"exact={exact!r} of an index of {dtype}: expected dtype='int8'; only int8 has exact vectors next to it")
+
+
 def levels_of(vectors: int) -> tuple[int, ...]:
     """Return the levels of items with this number of vectors: 10 -> (1, 4, 8, 10)."""
     return (*(end for end in LEVEL_ENDS if end < vectors), vectors)

@@ -75,7 +75,7 @@ def test_ranks_come_from_searches_of_growing_depth(monkeypatch):
     whole = index.calibrate(query, (1, 1), (4, 9), k=3, coverage=0.8, confidence=0.8)
     for name, value in {"FIRST_DEPTH": 4, "DEPTH_FACTOR": 2, "RESULTS": 64}.items():
         monkeypatch.setattr(calibration, name, value)
-    assert index.calibrate(query, (1, 1), (4, 9), k=np.int8(3), coverage=0.8, confidence=0.8) == whole
+    assert index.calibrate(query, (1, 1), (4, 9), k=3, coverage=0.8, confidence=0.8) == whole
     assert 3 < whole.survivors < 298 and whole.items == 298
 
 
@@ -125,14 +125,15 @@ def test_the_cheapest_calibration_of_the_largest_budget_is_used():
 def test_wrong_calibrations_are_refused():
     rng = np.random.default_rng(3)
     index, query = me.Index.build(unit(rng, 20, 9, 8), mesh=ONE), unit(rng, 10, 4, 8)
-    for arguments, options, message in (
+    wrong: list[tuple] = [
         (((1, 1), (4, 9)), {"k": 21, "coverage": 0.5}, "k=21: expected 1 to 20"),
         (((1, 1), (4, 9)), {"k": 0, "coverage": 0.5}, "k=0"),
         (((1, 1), (4, 9)), {}, "10 queries: expected at least 299"),
         (((1, 1), (4, 10)), {}, "goes beyond the vectors given"),
         (((1, 1, 20), (4, 9)), {}, "expected a pair"),
         (((1, 1), [(1, 1, 20), (4, 9)]), {}, "expected a pair"),
-    ):
+    ]
+    for arguments, options, message in wrong:
         with pytest.raises(me.UserError, match=message):
             index.calibrate(query, *arguments, **options)
     with pytest.raises(me.UserError, match=r"shape \(10, 4, 7\)"):

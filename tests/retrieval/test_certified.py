@@ -125,6 +125,21 @@ def test_a_large_error_of_any_item_is_seen(monkeypatch):
     assert hits.ids[0, 0] == "44" and hits.rescored.tolist() == [50]
 
 
+def test_filters_compose():
+    rng = np.random.default_rng(9)
+    query, document = unit(rng, 4, 2, 8), near(rng, 40, 3, 8)
+    index = me.Index.build(document, metadata=[{"n": n} for n in range(40)], dtype="int8", exact="float32", mesh=ONE)
+    index.delete(["7"])
+    hits = index.search(query, 30, where={"n": {"$lt": 20}}, certified=True)
+    items = {n: document[n] for n in range(20) if n != 7}
+    for number, query_RD in enumerate(query):
+        rows, scores = best(query_RD, items, 19, (2, 3))
+        assert hits.ids[number].tolist() == [str(row) for row in rows]
+        np.testing.assert_array_equal(hits.scores[number], scores)
+    none = index.search(query, 5, where={"n": {"$gt": 99}}, certified=True)
+    assert none.ids.shape == (4, 0) and none.certified.all() and not none.rescored.any()
+
+
 def test_no_queries_and_one_item():
     index = me.Index.build(unit(np.random.default_rng(4), 1, 3, 8), dtype="int8", exact="bfloat16", mesh=ONE)
     hits = index.search(np.zeros((0, 2, 8), np.float32), 1, certified=True)
