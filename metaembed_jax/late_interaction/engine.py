@@ -2,7 +2,8 @@
 
 The first stage scores every document: each device keeps its best, and the results are merged. Later stages score the survivors
 where they are stored. A step of either multiplies arrays of a size that depends neither on the number of devices nor on where the
-tiles come from. So results are the same bits on any mesh, and for tiles that are read from files during the search.
+tiles come from. So results are the same bits on any mesh, and for tiles that are read from files during the search. On a TPU both
+stages are kernels that read the tiles in place.
 
 Q queries, R vectors of a query, T tiles, n documents of a tile, N documents, D width of a vector, K survivors, k results; q, t, c
 those of a step.
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from metaembed_jax.late_interaction import maxsim_tpu, survivors_tpu
 from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.late_interaction.tiles import Tiles
 from metaembed_jax.precision import float32_einsum
@@ -152,11 +154,14 @@ def _over(mesh: Mesh, function: Callable) -> Callable:
 
 def _scan(query_QRD: Array, tiles: Tiles, vectors: int, k: int, mesh: Mesh) -> TopK:
     """Return the best documents of this device."""
+    offset = tiles.first + jax.lax.axis_index(mesh.axis_names) * tiles.documents
+    if _is_tpu(mesh):
+        scores_QN = maxsim_tpu.score(query_QRD, tiles.vectors, tiles.scales, _candidate_counts(tiles), vectors)
+        return best_of(scores_QN, jnp.broadcast_to(offset + jnp.arange(scores_QN.shape[1]), scores_QN.shape), k)
     step = _step_tiles(tiles, vectors)
     steps = -(-tiles.vectors.shape[0] // step)
     merges = -(-steps * step * tiles.vectors.shape[2] // MERGED_DOCUMENTS)
     merged = -(-steps // merges)
-    offset = tiles.first + jax.lax.axis_index(mesh.axis_names) * tiles.documents
 
     def merge(top: TopK, number: Array) -> tuple[TopK, None]:
         scores_sQn = jax.lax.map(lambda step: _score_step(query_QRD, tiles, vectors, step), number * merged + jnp.arange(merged))
@@ -166,6 +171,15 @@ def _scan(query_QRD: Array, tiles: Tiles, vectors: int, k: int, mesh: Mesh) -> T
         return best_of(*(jnp.concatenate(pair, axis=1) for pair in zip(top, new, strict=True)), k), None
 
     return jax.lax.scan(merge, empty_top_k(len(query_QRD), k), jnp.arange(merges))[0]
+
+
+def _is_tpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "tpu"
+
+
+def _candidate_counts(tiles: Tiles) -> Int[Array, "T n"]:
+    """Return the number of vectors of each document; 0 for those that are no candidates."""
+    return jnp.where(tiles.is_candidate, tiles.vectors.shape[1] if tiles.counts is None else tiles.counts, 0)
 
 
 def _step_tiles(tiles: Tiles, vectors: int) -> int:
@@ -232,6 +246,13 @@ def _score_survivors(query_QRD: Array, tiles: Tiles, vectors: int, positions_QK:
     is_here_QK = (positions_QK >= 0) & (rows_QK >= 0) & (rows_QK < tiles.documents)
     # The padding of a segment has the positions of the next.
     is_here_QK &= tiles.is_candidate.reshape(-1)[jnp.where(is_here_QK, rows_QK, 0)]
+    expected = positions_QK.shape[1] / mesh.size  # of a query, on each device
+    if _is_tpu(mesh) and survivors_tpu.can_fetch(tiles.vectors):
+        slots_QK = jnp.where(is_here_QK, rows_QK, -1)
+        counts_Tn = _candidate_counts(tiles)
+        return survivors_tpu.score_survivors(
+            query_QRD, tiles.vectors, tiles.scales, counts_Tn, slots_QK, vectors, expected=expected
+        )
     step = max(1 << (SURVIVOR_VECTORS // vectors).bit_length() - 1, 1)
     padding = -rows_QK.shape[1] % step
 
@@ -247,7 +268,8 @@ def _score_survivors(query_QRD: Array, tiles: Tiles, vectors: int, positions_QK:
             return jax.lax.dynamic_update_slice_in_dim(scores_K, _score_rows(query_RD, tiles, vectors, rows_c), number * step, 0)
 
         scores_K = jnp.full(rows_K.shape, -jnp.inf, jnp.float32)
-        scores_K = jax.lax.fori_loop(0, -(-count // step), score, scores_K)
+        with jax.named_scope(f"turns={expected / step + 0.5:.2f}"):  # on average, for the planner
+            scores_K = jax.lax.fori_loop(0, -(-count // step), score, scores_K)
         return jnp.roll(scores_K[: len(is_here_K)], first)
 
     return jnp.where(is_here_QK, jax.lax.map(of_query, (query_QRD, rows_QK, is_here_QK)), -jnp.inf)

@@ -19,6 +19,11 @@ from metaembed_jax.late_interaction import maxsim_tpu
 from metaembed_jax.late_interaction.maxsim_tpu import LANES, Blocks
 
 
+def can_fetch(vectors_TRnD: Array) -> bool:
+    """Return whether the rows of documents are rows in memory; XLA stores others as columns."""
+    return vectors_TRnD.shape[3] % LANES == 0
+
+
 def score_survivors(
     query_QRD: Float[Array, "Q Rq D"],
     vectors_TRnD: Float[Array, "T R n D"] | Int8[Array, "T R n D"],
@@ -33,7 +38,7 @@ def score_survivors(
     """Score each query against its survivors among the documents of all tiles; products and sums are float32.
 
     Args:
-      query_QRD, vectors_TRnD, scales_TRn, counts_Tn, document_vectors, interpret: as in `maxsim_tpu.score`; D is a multiple of 128.
+      query_QRD, vectors_TRnD, scales_TRn, counts_Tn, document_vectors, interpret: as in `maxsim_tpu.score`; see `can_fetch`.
       slots_QK: tile * n + row of each survivor, int32; -1 for those on other devices, which are not fetched and score -inf.
       expected: survivors of a query on this device on average, for the estimate of the kernel's cost.
     """

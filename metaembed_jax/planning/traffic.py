@@ -1,8 +1,8 @@
 """Bytes that an instruction reads from HBM and writes to it, and the buffers that it makes there.
 
 A fusion reads its operands and writes its results, whatever it computes in between. A slice costs the bytes that it takes, not
-those of its operand. An update in place costs the bytes that it replaces. A custom kernel that states its traffic may read a part of
-its operands, or read them several times. Arrays in a memory on the chip cost nothing.
+those of its operand. An update in place costs the bytes that it replaces. A custom kernel that states its traffic may read part of
+its operands, or read them several times. Arrays on the chip cost nothing.
 """
 
 import re
