@@ -16,6 +16,7 @@ from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.build import index_documents
 from metaembed_jax.retrieval.hits import Hits
 from metaembed_jax.retrieval.index import Index
+from metaembed_jax.retrieval.searchable import Searchable
 
 TEXT_LENGTH = 100  # characters of a text that are printed
 
@@ -56,16 +57,18 @@ def search(
     budget: str | None,
     k: int | None,
     model: str | None,
+    where: Mapping | None,
     mesh: Mapping[str, int] | None = None,
 ) -> None:
     """Print the best documents of a query.
 
     Args:
+      where: a filter of documents, as for `Index.search`.
       mesh: as for `index`, of the encoder; the search uses all devices as one axis.
 
     Raises:
-      UserError: the query is empty, the folder is not an index or holds vectors of another model, or the budget is larger than the
-        index.
+      UserError: the query is empty, the folder is not an index or holds vectors of another model, the budget is larger than the
+        index, or the filter is wrong.
     """
     if query is None and image is None:
         raise UserError('nothing to search for: expected a text, such as "a red car", or --image=FILE, or both')
@@ -76,18 +79,31 @@ def search(
     name = model or loaded.model
     if not name:
         raise UserError(f"{folder} does not record its model; name the model with --model")
-    encoder = _load(name, mesh)
-    loaded.check_model(encoder)
-    largest = encoder.config.vectors("query"), loaded.vectors
+    _print_hits(find(loaded, _load(name, mesh), item, budget, k, where))
+
+
+def find(index: Searchable, encoder: MetaEmbed, item: dict, budget: str | None, k: int | None, where: Mapping | None) -> Hits:
+    """Encode a query and search for it.
+
+    Args:
+      item: the query, as for `MetaEmbed.encode_query`.
+      budget: such as 4:8, or stages, 1:1:1000>16:64.
+
+    Raises:
+      UserError: the index has vectors of another model, the budget is larger than the index, or the filter is wrong.
+    """
+    index.check_model(encoder)
+    largest = encoder.config.vectors("query"), index.vectors
     stages, *others = [(largest,)] if budget is None else parse_searches(budget, largest, "--budget")
     if others:
         raise UserError(f"--budget={budget}: expected one search")
-    query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0])
-    _print_hits(loaded.search(query_QRD, k, stages))
+    return index.search(encoder.encode_query([item], budget=largest_budget([stages])[0]), k, stages, where=where)
 
 
 def _print_hits(hits: Hits) -> None:
     """Print the hits of a single query, one on a line."""
+    if not hits.ids.size:
+        print("no document matches the filter")
     rows = zip(hits.scores[0].tolist(), hits.ids[0], hits.metadata(0), strict=True)
     for rank, (score, item, fields) in enumerate(rows, 1):
         metadata = {key: str(value) for key, value in fields.items() if value is not None}  # of any type, by `Index.add`

@@ -8,7 +8,7 @@ Q queries, N items, R vectors of an item, D width of a vector, k results.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,13 @@ from metaembed_jax.retrieval.index import Index
 from metaembed_jax.retrieval.ingest import as_array, check_unit
 from metaembed_jax.retrieval.qdrant_collection import ClientCollection, Collection
 from metaembed_jax.retrieval.qdrant_edge import EdgeCollection, is_edge
+from metaembed_jax.retrieval.qdrant_filters import as_qdrant_filter
 from metaembed_jax.retrieval.qdrant_following import Followed, follow
 from metaembed_jax.retrieval.qdrant_points import NUMBER_BYTES, REQUEST_BYTES, as_metadata, as_payload, as_points, as_requests
 from metaembed_jax.retrieval.queries import RESULTS
 
 if TYPE_CHECKING:
-    from qdrant_client import QdrantClient
+    from qdrant_client import QdrantClient, models
     from qdrant_client.models import QueryRequest
 
 LARGEST_MULTIVECTOR = 1 << 20  # numbers
@@ -241,6 +242,7 @@ class QdrantIndex:
         k: int | None = None,
         budget: Sequence | None = None,
         *,
+        where: Mapping | None = None,
         exact: bool = False,
     ) -> Hits:
         """Return the k best items of each query: their MaxSim scores and ids, and on demand their metadata, without the id.
@@ -252,11 +254,12 @@ class QdrantIndex:
           query_QRD: unit vectors.
           k: number of items, at most the survivors of every stage. By default 10, or as many as those allow.
           budget: (r_q, r_c), or stages [(1, 1, 1000), (16, 64)], where each r_c is 1 or `document_vectors`. None is all vectors.
+          where: search only items whose metadata match, as for `Index.search`; `qdrant_filters` has the differences.
           exact: scan every first vector instead of using its graph (an embedded collection always scans).
 
         Raises:
-          UserError: the budget needs vectors that are not stored, k is below 1 or above the survivors of a stage, or Qdrant does
-            not answer.
+          UserError: the budget needs vectors that are not stored, k is below 1 or above the survivors of a stage, the filter is
+            wrong or more than Qdrant can compare, or Qdrant does not answer.
         """
         query_QRD = self._validated(query_QRD, "queries")
         largest = query_QRD.shape[1], self.document_vectors
@@ -266,6 +269,7 @@ class QdrantIndex:
                 f"budget with {not_stored[0]} document vectors: expected 1 or {self.document_vectors}, which collection "
                 f"{self.name!r} stores; or create another with document_vectors={not_stored[0]}"
             )
+        condition = None if where is None else as_qdrant_filter(where)
         survivors = [stage[2] for stage in stages[:-1]]
         k = min([RESULTS, *survivors]) if k is None else k
         if not isinstance(k, int | np.integer) or not 1 <= k <= min(survivors, default=k):
@@ -274,7 +278,7 @@ class QdrantIndex:
         scores_Qk = np.full((len(query_QRD), k), -np.inf, np.float32)
         ids_Qk = np.full((len(query_QRD), k), None, object)
         for rows in as_requests([NUMBER_BYTES * len(stages) * query_QRD.shape[1] * self.dimension] * len(query_QRD)):
-            results = self.collection.query([_search_request(query_QRD[row], stages, k, exact) for row in rows])
+            results = self.collection.query([_search_request(query_QRD[row], stages, k, condition, exact) for row in rows])
             for row, points in zip(rows, results, strict=True):
                 for rank, (score, payload) in enumerate(points):
                     scores_Qk[row, rank], ids_Qk[row, rank] = score, payload["id"]
@@ -315,11 +319,16 @@ def _open(location: "str | Path | QdrantClient", name: str, facts: dict | None, 
     return ClientCollection(location, name, facts, **options)
 
 
-def _search_request(query_RD: Float[np.ndarray, "R D"], stages: Stages, k: int, exact: bool) -> "QueryRequest":
-    """Return one query for all stages: each stage ranks the results of its prefetch, which is the stage before it."""
+def _search_request(
+    query_RD: Float[np.ndarray, "R D"], stages: Stages, k: int, condition: "models.Filter | None", exact: bool
+) -> "QueryRequest":
+    """Return one query for all stages: each stage ranks the results of its prefetch, which is the stage before it.
+
+    The filter is that of the first stage.
+    """
     from qdrant_client.models import Prefetch, QueryRequest, SearchParams
 
-    request: dict[str, Any] = {"params": SearchParams(exact=True)} if exact else {}
+    request: dict[str, Any] = {"filter": condition} | ({"params": SearchParams(exact=True)} if exact else {})
     for number, (query_vectors, document_vectors, limit) in enumerate([*stages[:-1], (*stages[-1], k)]):
         if number:
             request = {"prefetch": Prefetch(**request)}

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import locked, new_folder, read_json, write_errors, write_json
 from metaembed_jax.retrieval.qdrant_collection import PAGE_POINTS, are_facts, named_vectors
+from metaembed_jax.retrieval.qdrant_filters import as_edge_filter
 
 if TYPE_CHECKING:
     from qdrant_client.models import QueryRequest
@@ -199,6 +200,8 @@ def _stage(request) -> dict:
     stage = {"limit": request.limit, "query": Query.Nearest(request.query, using=request.using)}
     if request.prefetch is not None:
         stage["prefetches"] = [Prefetch(**_stage(request.prefetch))]
+    if request.filter is not None:
+        stage["filter"] = as_edge_filter(request.filter)
     if request.params is not None:
         stage["params"] = SearchParams(exact=bool(request.params.exact))
     return stage

@@ -1,6 +1,6 @@
 """The interface of `Index` and `QdrantIndex` for those who search."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -35,6 +35,8 @@ class Searchable(Protocol):
         query_QRD: Float[np.ndarray, "Q R D"],
         k: int | None = None,
         budget: Sequence | None = None,
+        *,
+        where: Mapping | None = None,
     ) -> Hits:
         """Return the k best items of each query.
 
@@ -42,6 +44,7 @@ class Searchable(Protocol):
           query_QRD: unit vectors.
           k: results of a query.
           budget: (r_q, r_c), or stages; all vectors by default.
+          where: search only items whose metadata match, as for `Index.search`.
 
         Raises:
           UserError: an argument is wrong.

@@ -181,6 +181,9 @@ def test_commands(directory, table, tmp_path, monkeypatch, capsys):
         (("a", "--budget=4:17"), "goes beyond the vectors given"),
         (("a", "--budget=1:1,2:2"), "expected one search"),
         (("a", "--budget=x"), "is not a pair"),
+        (("a", "--where={page: 3}"), "argument --where: '{page: 3}': expected JSON, such as"),
+        (("a", '--where={"page": {"$like": 3}}'), "argument --where: where: 'page': unknown operator '$like'"),
+        (("a", '--where={"pgae": 3}'), "no item has the key 'pgae'; known keys: 'path', 'text'"),
         (("a", f"--model={tmp_path / 'none'}"), "no such directory"),
         ((f"--image={tmp_path / 'none.png'}",), "none.png cannot be read"),
     ]:
@@ -189,6 +192,9 @@ def test_commands(directory, table, tmp_path, monkeypatch, capsys):
     by_hand.delete([f"row {n}" for n in range(9)])
     by_hand.add(vector, ["by hand"], metadata=[{"path": None, "page": 3, "text": 7}])
     assert any(line.endswith("by hand  page 3  7") for line in run(monkeypatch, capsys, *searched, "a").splitlines())
+    (line,) = run(monkeypatch, capsys, *searched, "a", '--where={"page": {"$gte": 2}}').splitlines()
+    assert line.endswith("by hand  page 3  7")
+    assert run(monkeypatch, capsys, *searched, "a", '--where={"page": 2}') == "no document matches the filter\n"
     other = write(tmp_path / "other", {key: -x for key, x in random_tensors().items()})
     assert "holds vectors of another model" in run(monkeypatch, capsys, *searched, "a", f"--model={other}")
     me.Index.build(np.eye(32, dtype=np.float32)[None], path=tmp_path / "arrays", mesh=ONE)

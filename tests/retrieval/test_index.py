@@ -1,6 +1,7 @@
 """Building and changing an index, and the input that it refuses."""
 
 import functools
+import inspect
 
 import jax
 import ml_dtypes
@@ -11,6 +12,8 @@ import metaembed_jax as me
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.retrieval import segment, writer
+from metaembed_jax.retrieval.qdrant import QdrantIndex
+from metaembed_jax.retrieval.searchable import Searchable
 from metaembed_jax.retrieval.segment import SegmentFiles
 from tests.retrieval.reference import unit
 
@@ -99,6 +102,15 @@ def test_hits_carry_metadata_of_the_index_that_was_searched(vectors, monkeypatch
     index.compact()
     assert [hits.metadata(0), hits.metadata(1)] == expected
     assert hits[0] is hits.scores and hits[1] is hits.ids
+
+
+@pytest.mark.parametrize("kind", [me.Index, QdrantIndex])
+def test_kinds_of_indexes_have_one_interface(kind):
+    for name in ("search", "check_model", "__len__"):
+        parameters, own = (inspect.signature(getattr(cls, name)).parameters for cls in (Searchable, kind))
+        assert [(own[key].name, own[key].kind) for key in parameters] == [(key, value.kind) for key, value in parameters.items()]
+        assert all(own[key].default is not inspect.Parameter.empty for key in own if key not in parameters)
+    assert isinstance(kind.vectors, property)
 
 
 def test_ids_with_the_same_hash(vectors, monkeypatch):
