@@ -1,33 +1,40 @@
-"""Time exact MaxSim on this machine's CPU against other libraries, on the same vectors in one run: `python benchmarks/search.py`.
+"""Time searches on this machine's CPU against other libraries, on the same vectors in one run: `python benchmarks/search.py`.
+
+Scores of all documents, and the ten best by our index, resident and streamed, in each of its types:
 
     batch     20,000 documents of 64 vectors by 32 queries of 16, 128 wide
     single    100,000 documents of 8 vectors by one query of 4, 128 wide
     one page  20,000 documents of 64 vectors by one query of 16, 128 wide
     wide      5,000 documents of 64 vectors by 8 queries of 16, 3584 wide, as MetaEmbed-7B has them
 
-Peers are maxsim-cpu, colpali-engine's `score_multi_vector`, sentence-transformers' `maxsim`, and plain NumPy, each if it is
-installed. Every peer's scores are checked to equal ours before anything is timed. Indexes return the ten best documents of each
-query: ours from disk, in each of its types, and Qdrant embedded (only for "one page", because adding the vectors takes a minute).
-Times are medians over rounds, and rates are compared with that of a large float32 matmul in the same run. Extra memory is the rise
-of the peak memory during a call of `maxsim`, and during a search of the index, in a separate process.
+Searches by engines that also approximate; --run takes the vectors of a run in place of random ones:
+
+    staged    15,943 documents of 64 vectors by 1,457 queries of 16, 8 wide: our index in two stages
+    recall    2,000 documents of 64 vectors by 64 queries of 16, 128 wide, near documents: our index, fast-plaid, xtr-warp-rs and
+              qdrant-edge-py, with the recall of the ten best, the bytes of each index, and the time of all queries and of one
+
+Peers are in `search_peers.py`. The answers of each are first compared with exact search: the scores of a library must be equal, and
+those of the ten best of an exact engine. The recall of others is their share of documents that are no worse than the tenth best.
+Times are medians over rounds, all sides in turns; rates are compared with that of a large float32 matmul in the same run. Extra memory
+is the rise of the peak memory during a call of `maxsim`, and during a search of a streamed index, in a separate process.
+`--device-run=FILE` times our package alone on a GPU, a TPU or the CPU: `search_device.py`.
 """
 
 import argparse
 import functools
-import importlib.util
 import json
-import statistics
 import subprocess
 import sys
-import time
-import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from memory import memory, reset_peak
+from search_device import device_run
+from search_peers import Engine, K, our_engines, peer_engines, scorers, temporary_folder
+from timing import MATMUL_FLOPS, matmul, race, random_vectors, unit
 
 import metaembed_jax as me
 from metaembed_jax.late_interaction.maxsim import maxsim
@@ -47,6 +54,9 @@ class Case(NamedTuple):
         """FLOPs of the similarities."""
         return 2 * self.queries * self.query_vectors * self.documents * self.document_vectors * self.width
 
+    def __str__(self) -> str:
+        return ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in self._asdict().items())
+
 
 CASES = {
     "batch": Case(32, 16, 20_000, 64, 128),
@@ -54,142 +64,147 @@ CASES = {
     "one page": Case(1, 16, 20_000, 64, 128),
     "wide": Case(8, 16, 5_000, 64, 3584),
 }
-NARROW = 256  # maxsim-cpu fails on wider vectors
-K = 10  # results of an index
+ENGINE_CASES = {"staged": Case(1_457, 16, 15_943, 64, 8), "recall": Case(64, 16, 2_000, 64, 128)}
+STAGES = [(2, 4, 146), (16, 64)]
+NOISE = 0.7  # length of the noise of a query that is near a document
+TOPICS = 200  # of random documents: engines that cluster vectors need clusters
 
 
 def main() -> None:
-    """Race all libraries in each case, and print their times."""
+    """Run the races."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES), help="which races (default: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="calls of each library (default: 5)")
+    every = [*CASES, *ENGINE_CASES]
+    parser.add_argument("--cases", nargs="+", choices=every, default=every, help="which races (default: all)")
+    parser.add_argument("--rounds", type=int, default=3, help="calls of each side (default: 3)")
+    parser.add_argument(
+        "--run", help="a run, for the vectors of staged and recall: its documents and the queries of its test split"
+    )
+    parser.add_argument("--data", default="data", help="config.data.dir of that run (default: data)")
+    parser.add_argument(
+        "--device-run", type=Path, metavar="FILE", help="time our package on this machine's devices, and write FILE"
+    )
     parser.add_argument("--memory", choices=tuple(CASES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         print(json.dumps(extra_memory(CASES[arguments.memory])))
         return
+    if arguments.device_run:
+        device_run(arguments.device_run, arguments.rounds)
+        return
     for name in arguments.cases:
-        case = CASES[name]
-        command = [sys.executable, __file__, f"--memory={name}"]  # first, before this process holds vectors
-        megabytes = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        query, document = vectors(case)
-        sides = contenders(query, document)
-        expected = sides["metaembed_jax"]()
-        for side, score in sides.items():
-            np.testing.assert_allclose(score(), expected, rtol=1e-4, atol=1e-4, err_msg=side)
-        best = -np.sort(-expected, axis=1)[:, :K]
-        searches = indexes(query, document, with_qdrant=name == "one page")
-        for side, (search, tolerance) in searches.items():
-            np.testing.assert_allclose(search()[0], best, rtol=tolerance, err_msg=side)
-        sides |= {side: search for side, (search, _) in searches.items()}
-        seconds = race(sides | {"matmul": matmul()}, arguments.rounds)
-        peak = MATMUL_FLOPS / seconds.pop("matmul")
-        sizes = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in case._asdict().items())
-        print(
-            f"{name}: {sizes}; {case.flops / 1e9:.1f} GFLOP, a matmul at {peak / 1e9:.0f} GFLOP/s, "
-            f"extra memory {megabytes[0]:.0f} MB, of the index {megabytes[1]:.0f} MB"
-        )
-        for side, value in seconds.items():
-            rate, ratio = case.flops / value, value / seconds["metaembed_jax"]
-            figures = f"{value * 1e3:9.1f} ms {rate / 1e9:7.1f} GFLOP/s, {rate / peak:4.0%} of the matmul's"
-            print(f"  {side:22}{figures}, {ratio:5.2f} x our time", flush=True)
+        if name in CASES:
+            race_scores(name, CASES[name], arguments.rounds)
+            continue
+        query, document = of_run(arguments.run, arguments.data) if arguments.run else near_documents(ENGINE_CASES[name])
+        print(f"{name}: " + (f"stages {STAGES}" if name == "staged" else "all vectors"))
+        (race_stages if name == "staged" else race_engines)(query, document, arguments.rounds)
 
 
-MATMUL_SIDE = 4096
-MATMUL_FLOPS = 2 * MATMUL_SIDE**3
+def race_scores(name: str, case: Case, rounds: int) -> None:
+    """Race libraries that score all documents, and our indexes, which return the ten best."""
+    command = [sys.executable, __file__, f"--memory={name}"]  # first, before this process holds vectors
+    megabytes = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    query = random_vectors(1, case.queries, case.query_vectors, case.width)
+    document = random_vectors(0, case.documents, case.document_vectors, case.width)
+    sides = scorers(query, document)
+    expected = sides["metaembed_jax"]()
+    for side, score in sides.items():
+        np.testing.assert_allclose(score(), expected, rtol=1e-4, atol=1e-4, err_msg=side)
+    with temporary_folder() as folder:
+        engines = our_engines(document, Path(folder))
+        recalls = check(engines, query, expected)
+        sides |= {side: functools.partial(engine.search, query) for side, engine in engines.items()}
+        seconds = race(sides | {"matmul": matmul()}, rounds)
+    peak = MATMUL_FLOPS / seconds.pop("matmul")
+    print(
+        f"{name}: {case}; {case.flops / 1e9:.1f} GFLOP, a matmul at {peak / 1e9:.0f} GFLOP/s, "
+        f"extra memory {megabytes[0]:.0f} MB, of the index {megabytes[1]:.0f} MB"
+    )
+    for side, value in seconds.items():
+        rate = case.flops / value
+        figures = f"{value * 1e3:9.1f} ms {rate / 1e9:7.1f} GFLOP/s, {rate / peak:4.0%} of the matmul's"
+        against = f", {seconds['maxsim-cpu'] / value:5.2f} x as fast as maxsim-cpu" if "maxsim-cpu" in seconds else ""
+        index = f", {engines[side].size / 1e6:6.1f} MB, recall {recalls[side]:6.1%}" if side in engines else ""
+        print(f"  {side:26}{figures}{against}{index}", flush=True)
 
 
-def matmul() -> Callable:
-    """Return a call of a large matmul in JAX."""
-    square = jnp.ones((MATMUL_SIDE, MATMUL_SIDE), jnp.float32)
-    product = jax.jit(lambda x, y: x @ y)
-    return lambda: product(square, square).block_until_ready()
+def race_stages(query: np.ndarray, document: np.ndarray, rounds: int) -> None:
+    """Time our index in two stages."""
+    with temporary_folder() as folder:
+        engines = our_engines(document, Path(folder), STAGES)
+        print_engines(engines, query, document, rounds)
 
 
-def vectors(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Return random unit vectors of queries and documents, float32."""
-    random = np.random.default_rng(0)
-    arrays = []
-    for items, count in ((case.queries, case.query_vectors), (case.documents, case.document_vectors)):
-        x = random.standard_normal((items, count, case.width), np.float32)
-        arrays.append(np.divide(x, np.sqrt(np.einsum("nrd,nrd->nr", x, x))[..., None], out=x))
-    return arrays[0], arrays[1]
+def race_engines(query: np.ndarray, document: np.ndarray, rounds: int) -> None:
+    """Race engines that return the ten best."""
+    with temporary_folder() as folder:
+        engines = our_engines(document, Path(folder))
+        halved = our_engines(document[:, : document.shape[1] // 2], Path(folder) / "half", dtypes=("int8",))
+        engines |= {f"{side}, half the vectors": engine for side, engine in halved.items()}
+        engines |= peer_engines(document, Path(folder))
+        print_engines(engines, query, document, rounds)
 
 
-def contenders(query: np.ndarray, document: np.ndarray) -> dict[str, Callable]:
-    """Return a call for ours and for each installed peer, which returns all scores."""
-    on_device = jnp.asarray(document)
-    sides = {"metaembed_jax": lambda: np.asarray(maxsim(query, on_device))}
-    if importlib.util.find_spec("maxsim_cpu") and query.shape[2] <= NARROW:
-        import maxsim_cpu
-
-        sides["maxsim-cpu"] = lambda: np.stack([maxsim_cpu.maxsim_scores(query_RD, document) for query_RD in query])
-    if importlib.util.find_spec("torch"):
-        import torch
-
-        query_torch, document_torch = torch.from_numpy(query), torch.from_numpy(document)
-        if score := colpali():
-            sides["colpali-engine"] = lambda: score(query_torch, document_torch, device="cpu").numpy()
-        if importlib.util.find_spec("sentence_transformers"):
-            from sentence_transformers.util import maxsim as torch_maxsim
-
-            sides["sentence-transformers"] = lambda: torch_maxsim(query_torch, document_torch).numpy()
-    sides["NumPy"] = lambda: with_numpy(query, document)
-    return sides
+def print_engines(engines: dict[str, Engine], query: np.ndarray, document: np.ndarray, rounds: int) -> None:
+    """Check engines, time them with all queries and with one, and print a line for each."""
+    recalls = check(engines, query, np.asarray(maxsim(query, jnp.asarray(document))))
+    together = race({side: functools.partial(engine.search, query) for side, engine in engines.items()}, rounds)
+    for engine in engines.values():
+        engine.search(query[:1])  # compiles
+    alone = race({side: functools.partial(engine.search, query[:1]) for side, engine in engines.items()}, max(rounds, 5))
+    items, vectors, width = document.shape
+    print(f"  {items:,} documents of {vectors} x {width}, {len(query):,} queries of {query.shape[1]}, top {K}")
+    print(f"  {'':38} {'recall':>7} {'MB':>7} {'built, s':>8} {'ms a query, all':>16} {'ms, one query':>14}")
+    for side, engine in engines.items():
+        figures = f"{recalls[side]:7.1%} {engine.size / 1e6:7.1f} {engine.seconds:8.1f}"
+        print(f"  {side:38} {figures} {together[side] * 1e3 / len(query):16.3f} {alone[side] * 1e3:14.2f}", flush=True)
 
 
-def indexes(query: np.ndarray, document: np.ndarray, with_qdrant: bool) -> dict[str, tuple[Callable, float]]:
-    """Return, for each index, a search for the ten best, and the relative tolerance of its scores, which its stored type sets."""
-    built = {dtype: me.Index.build(document, dtype=dtype) for dtype in ("float32", "bfloat16", "int8")}
-    tolerances = {"float32": 1e-4, "bfloat16": 1e-2, "int8": 1e-2}
-    searches = {f"Index, {dtype}": (functools.partial(index.search, query, K), tolerances[dtype]) for dtype, index in built.items()}
-    if with_qdrant and importlib.util.find_spec("qdrant_client"):
-        from metaembed_jax.retrieval.qdrant import QdrantIndex
+def check(engines: dict[str, Engine], query: np.ndarray, scores_QN: np.ndarray) -> dict[str, float]:
+    """Return the recall of each engine, and compile its search.
 
-        collection = QdrantIndex.create(":memory:", "race", document.shape[2], document.shape[1], fingerprint="random")
-        collection.add([str(n) for n in range(len(document))], document)
-        searches["Qdrant, embedded"] = (functools.partial(collection.search, query, K), 1e-4)
-    return searches
+    Args:
+      scores_QN: exact scores of all documents.
 
-
-@functools.cache
-def colpali() -> Callable | None:
-    """Return colpali-engine's scoring function, without importing the package, which needs torchvision; None if not installed."""
-    spec = importlib.util.find_spec("colpali_engine")
-    if spec is None:
-        return None
-    package = types.ModuleType("colpali_engine")
-    package.__path__ = list(spec.submodule_search_locations)
-    sys.modules["colpali_engine"] = package
-    from colpali_engine.utils.processing_utils import BaseVisualRetrieverProcessor
-
-    return BaseVisualRetrieverProcessor.score_multi_vector
+    Raises:
+      AssertionError: the best documents of an exact engine have other scores than those of exact search.
+    """
+    recalls, best_Qk = {}, -np.sort(-scores_QN, axis=1)[:, :K]
+    for side, engine in engines.items():
+        ids_Qk = np.asarray(engine.search(query))
+        found_Qk = np.take_along_axis(scores_QN, ids_Qk, axis=1)
+        if engine.is_exact:
+            np.testing.assert_allclose(found_Qk, best_Qk, rtol=1e-4, atol=1e-4, err_msg=side)
+        recalls[side] = float(np.mean(found_Qk >= best_Qk[:, -1:] - 1e-4))
+    return recalls
 
 
-def with_numpy(query: np.ndarray, document: np.ndarray, block: int = 100) -> np.ndarray:
-    """Score by a matmul and a maximum for each block of documents."""
-    flat, scores = query.reshape(-1, query.shape[2]), np.empty((len(query), len(document)), np.float32)
-    for first in range(0, len(document), block):
-        documents = document[first : first + block]
-        similarity = (flat @ documents.reshape(-1, documents.shape[2]).T).reshape(*query.shape[:2], *documents.shape[:2])
-        scores[:, first : first + block] = similarity.max(-1).sum(1)
-    return scores
+def near_documents(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Return random documents, each about a topic, and queries near the first vectors of some."""
+    topics = random_vectors(2, TOPICS, case.document_vectors, case.width)
+    document = random_vectors(0, case.documents, case.document_vectors, case.width)
+    document = unit(document + topics[np.arange(case.documents) % TOPICS])
+    rows = np.random.default_rng(1).integers(0, case.documents, case.queries)
+    noise = NOISE * random_vectors(3, case.queries, case.query_vectors, case.width)
+    return unit(document[rows, : case.query_vectors] + noise), document
 
 
-def race(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Return the median time of each side in seconds; the sides are called in turns."""
-    seconds = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, call in sides.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def of_run(run: str, data: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the queries of the test split of a run's first source, and the documents of all its splits."""
+    from metaembed_jax.data import sources
+    from metaembed_jax.data.sources.records import SPLITS
+
+    model = me.MetaEmbed.from_pretrained(run, dtype="float32")
+    source = next(iter(json.loads((Path(run) / "run.json").read_text())["config"]["data"]["sources"]))
+    task = {split: sources.retrieval(source, data, split) for split in SPLITS}
+    document = model.encode_document([item for split in SPLITS for item in task[split].documents], progress=True)
+    return np.asarray(model.encode_query(task[SPLITS[-1]].queries, progress=True)), np.asarray(document)
 
 
 def extra_memory(case: Case) -> tuple[float, float]:
-    """Return the megabytes that `maxsim`, and a search of an index, add to the vectors and the compiled program."""
-    query, document = vectors(case)
+    """Return the megabytes that `maxsim`, and a search of a streamed index, add to the vectors and the compiled program."""
+    query = random_vectors(1, case.queries, case.query_vectors, case.width)
+    document = random_vectors(0, case.documents, case.document_vectors, case.width)
     index = me.Index.build(document)
     on_device = jnp.asarray(document).block_until_ready()
     del document
