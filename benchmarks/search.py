@@ -15,8 +15,8 @@ Searches by engines that also approximate; --run takes the vectors of a run in p
 
 Peers are in `search_peers.py`. The answers of each are first compared with exact search: the scores of a library must be equal, and
 those of the ten best of an exact engine. The recall of others is their share of documents that are no worse than the tenth best.
-Times are medians over rounds, all sides in turns; rates are compared with that of a large float32 matmul in the same run. Extra memory
-is the rise of the peak memory during a call of `maxsim`, and during a search of a streamed index, in a separate process.
+Times are medians over rounds, all sides in turns; rates are compared with that of a large float32 matmul in the same run. Extra
+memory is the rise of the peak memory during a call of `maxsim`, and during a search of a streamed index, in a separate process.
 `--device-run=FILE` times our package alone on a GPU, a TPU or the CPU: `search_device.py`.
 """
 
@@ -171,8 +171,8 @@ def check(engines: dict[str, Engine], query: np.ndarray, scores_QN: np.ndarray) 
     """
     recalls, best_Qk = {}, -np.sort(-scores_QN, axis=1)[:, :K]
     for side, engine in engines.items():
-        ids_Qk = np.asarray(engine.search(query))
-        found_Qk = np.take_along_axis(scores_QN, ids_Qk, axis=1)
+        numbers_Qk = engine.search(query)
+        found_Qk = np.where(numbers_Qk < 0, -np.inf, np.take_along_axis(scores_QN, numbers_Qk, axis=1))
         if engine.is_exact:
             np.testing.assert_allclose(found_Qk, best_Qk, rtol=1e-4, atol=1e-4, err_msg=side)
         recalls[side] = float(np.mean(found_Qk >= best_Qk[:, -1:] - 1e-4))

@@ -1,8 +1,8 @@
 """Time our searches on this machine's devices, and write the figures: `python benchmarks/search.py --device-run=FILE`.
 
 Needs nothing but the package. A few minutes on a GPU with 16 GB; on a CPU the sizes are a tenth. For each type of stored vectors a
-resident index is searched by one query, eight and 32, by all vectors and in two stages. The file also has the rate of a matmul in the
-same run, and the time of reading the vectors once, by a sum over them.
+resident index is searched by one query, eight and 32, by all vectors and in two stages. The file also has the rate of a matmul in
+the same run, and the time of reading the vectors once, by a sum over them.
 """
 
 import json

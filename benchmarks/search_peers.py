@@ -33,7 +33,7 @@ class Engine(NamedTuple):
     """An index that returns the ten best.
 
     Attributes:
-      search: called with queries [Q, R, D], returns ids [Q, K]: numbers of documents.
+      search: called with queries [Q, R, D], returns the numbers of documents [Q, K]; -1 where it has found fewer.
       size: bytes of the index.
       seconds: time to build it.
       is_exact: its results are those of exact search.
@@ -69,11 +69,12 @@ def scorers(query: np.ndarray, document: np.ndarray) -> dict[str, Callable]:
 
             sides["sentence-transformers"] = lambda: torch_maxsim(query_torch, document_torch).numpy()
         if has("late_interaction_kernels"):
-            from late_interaction_kernels import maxsim_padded
+            from late_interaction_kernels import MaxSimScorer
 
             # On a CPU this is its reference in torch; queries go one by one, because it keeps all similarities.
+            scorer = MaxSimScorer(normalize=False)
             sides["late-interaction-kernels"] = lambda: torch.cat(
-                [maxsim_padded(query_torch[n : n + 1], document_torch, normalize=False) for n in range(len(query_torch))]
+                [scorer.score(query_torch[n : n + 1], document_torch) for n in range(len(query_torch))]
             ).numpy()
     sides["NumPy"] = lambda: with_numpy(query, document)
     return sides
@@ -113,7 +114,9 @@ def our_engines(document: np.ndarray, folder: Path, budget=None, dtypes=("float3
         size = folder_bytes(path, "*/vectors*") + folder_bytes(path, "*/scales*")
         for resident in (True, False):
             search = functools.partial(_search_index, me.Index.load(path, resident=resident), budget)
-            engines[f"Index, {dtype}, {'resident' if resident else 'streamed'}"] = Engine(search, size, seconds, dtype == "float32")
+            engines[f"Index, {dtype}, {'resident' if resident else 'streamed'}"] = Engine(
+                search, size, seconds, dtype == "float32" and not budget
+            )
     return engines
 
 
@@ -139,9 +142,9 @@ def fast_plaid(document: np.ndarray, folder: Path, bits: int) -> dict[str, Engin
     import torch
     from fast_plaid import search
 
-    def run(query: np.ndarray, probes: int) -> list[list[int]]:
+    def run(query: np.ndarray, probes: int) -> np.ndarray:
         results = index.search(torch.from_numpy(query), K, n_ivf_probe=probes, show_progress=False, n_processes=1)
-        return [[number for number, _ in result] for result in results]
+        return _numbers(results)
 
     start, index = time.perf_counter(), search.FastPlaid(str(folder), device="cpu")
     index.create(list(torch.from_numpy(document)), nbits=bits)
@@ -152,14 +155,19 @@ def fast_plaid(document: np.ndarray, folder: Path, bits: int) -> dict[str, Engin
     }
 
 
+def _numbers(results: list[list[tuple[int, float]]]) -> np.ndarray:
+    """Return the numbers of documents [Q, K] of results; -1 where a query has fewer."""
+    return np.array([([number for number, _ in result] + [-1] * K)[:K] for result in results])
+
+
 def xtr_warp(document: np.ndarray, folder: Path) -> dict[str, Engine]:
     """Build xtr-warp-rs's index, which sums the similarities of the vectors that it has found, and estimates the others."""
     import torch
     from xtr_warp.search import XTRWarp
 
-    def run(query: np.ndarray, **options) -> list[list[int]]:
+    def run(query: np.ndarray, **options) -> np.ndarray:
         results = index.search(torch.from_numpy(query), K, num_threads=THREADS, show_progress=False, **options)
-        return [[number for number, _ in result] for result in results]
+        return _numbers(results)
 
     logging.getLogger("xtr_warp").setLevel(logging.ERROR)
     start, index = time.perf_counter(), XTRWarp(str(folder))
