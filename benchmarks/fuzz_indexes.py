@@ -37,7 +37,7 @@ def _base(dtype: str, exact: str | None) -> tuple[Path, list]:
     )
     index.add(_vectors(1, 5), [f"new {n}" for n in range(5)])
     index.delete(["é3", "new 2"])
-    return folder, _answers(index)
+    return folder, _answers(index, bool(exact))
 
 
 def make_index(random: random.Random, folder: Path) -> tuple[tuple[str, str | None], bool]:
@@ -58,7 +58,7 @@ def check_index(folder: Path, content: tuple[tuple[str, str | None], bool]) -> s
     index = Index.load(folder / "index")
     answers, reasons = [], []
     try:
-        answers = _answers(index)
+        answers = _answers(index, bool(types[1]))
     except UserError as error:
         reasons.append(str(error))
     if answers and not is_signed:
@@ -71,12 +71,15 @@ def check_index(folder: Path, content: tuple[tuple[str, str | None], bool]) -> s
     return reasons[0] if reasons else None
 
 
-def _answers(index: Index) -> list:
-    """Return what an index answers to two queries, at two budgets."""
+def _answers(index: Index, certifies: bool) -> list:
+    """Return what an index answers to two queries, at two budgets, and by its exact vectors."""
     answers: list = [len(index), index.vectors, index.model, list(index.left_out)]
     for budget in (None, [(1, 1, 4), (2, 2)]):
         scores, ids = index.search(_vectors(3, 2)[:, :2], budget=budget)
         answers += [scores.tolist(), ids.tolist(), [index.metadata(item) for item in ids[0]]]
+    if certifies:
+        hits = index.search(_vectors(3, 2)[:, :2], certified=True)
+        answers += [hits.scores.tolist(), hits.ids.tolist()]
     return answers
 
 

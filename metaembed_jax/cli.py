@@ -18,6 +18,7 @@ COMMANDS = {
     "export": "write a trained model for transformers, sentence-transformers or peft",
     "index": "encode documents into an index",
     "search": "search an index with a text, an image, or both",
+    "calibrate": "choose the survivors of a search in stages, on a sample of queries",
     "upload": "give a collection of Qdrant the items of an index",
     "plot": "draw quality against budget of several runs",
 }

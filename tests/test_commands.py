@@ -1,5 +1,6 @@
 """Wrong flags of the commands: one line on stderr, exit code 2, nothing written."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,7 @@ WRONG = [
     (["index", "--model=x", "--input=none", "--out=out"], "none: no such file or folder"),
     (["search", "--index=none", "a"], "none is not an index: it has no manifest.json"),
     (["search", "--index=none"], "nothing to search for"),
+    (["calibrate", "--index=none", "--queries=none"], "none is not an index: it has no manifest.json"),
     (["upload", "--index=none", "--to=edge:out", "--collection=a"], "none is not an index: it has no manifest.json"),
     (["plot", "none.json"], "none.json cannot be read"),
     (["prepare", "--source=cats"], "unknown source 'cats'; allowed: icons, boards"),
@@ -74,7 +76,7 @@ def test_help(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.run()
     page = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(f"    {command} " in page for command in cli.COMMANDS)
+    assert stopped.value.code == 0 and all(re.search(rf"^    {command}\s", page, re.MULTILINE) for command in cli.COMMANDS)
     assert "32b, 3b, 7b, boards, " in page
     assert set(cli.COMMANDS) == {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__"}
 
@@ -85,7 +87,7 @@ def test_help_of_a_command(command, capsys):
         cli.main([command, "--help"])
     page = capsys.readouterr().out
     assert stopped.value.code == 0 and page.startswith(f"usage: metaembed {command} ") and f"  metaembed {command} " in page
-    assert ("--image-mib" in page) == (command in ("train", "eval", "prepare", "index", "search"))
+    assert ("--image-mib" in page) == (command in ("train", "eval", "prepare", "index", "search", "calibrate"))
 
 
 @pytest.mark.parametrize("program", [["train.py"], ["eval.py"], ["-m", "metaembed_jax", "search"]])

@@ -24,13 +24,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--index", type=local_path, required=True, help="an index that `metaembed index` wrote")
     parser.add_argument("query", nargs="?", help="a text")
     parser.add_argument("--image", type=local_path, help="an image file")
-    parser.add_argument("--budget", help="such as 4:8, or stages, 1:1:1000>16:64 (default: all vectors)")
+    parser.add_argument(
+        "--budget", help="such as 4:8; or stages, 1:1:1000>16:64; or auto, those of `metaembed calibrate` (default: all vectors)"
+    )
     parser.add_argument(
         "--where",
         type=as_filter,
         metavar="JSON",
         help='search only documents whose metadata match: {"lang": "en"}, {"page": {"$gte": 2, "$lt": 9}}; with $eq, $ne, $gt, '
         '$gte, $lt, $lte, and lists of values $in, $nin; {"$or": [{...}, {...}]}, $and and {"$not": {...}} combine filters',
+    )
+    parser.add_argument(
+        "--certified",
+        action="store_true",
+        help="score the best of an int8 index by its exact vectors, and prove that they are the best",
     )
     parser.add_argument("-k", type=int, help="the number of documents to show (default: 10)")
     parser.add_argument("--model", type=model_name, help="the path or id of the index's model, if it has moved")
@@ -64,5 +71,6 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.k,
             arguments.model,
             arguments.where,
+            arguments.certified,
             mesh_sizes(arguments),
         )

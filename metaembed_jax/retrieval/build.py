@@ -25,6 +25,8 @@ from metaembed_jax.retrieval.manifest import Manifest, Segment, check_types, lev
 from metaembed_jax.retrieval.parts import encode_parts
 from metaembed_jax.retrieval.tiers import merge_tiers, tiers
 
+CALIBRATED_CHANGE = 0.1  # of the number of items, after which a line asks for a new calibration
+
 
 def index_documents(
     model: MetaEmbed,
@@ -136,7 +138,7 @@ def _left_out_before(
 
 
 def _commit(folder: Path, documents: Documents, empty: Manifest, committed: list[Segment], draft: Manifest) -> bool:
-    """Merge small segments, and replace the index. Returns False if it is the same as before.
+    """Merge small segments, and replace the index, which keeps its calibrations. Returns False if it is the same as before.
 
     Raises:
       UserError: no document could be read.
@@ -147,7 +149,12 @@ def _commit(folder: Path, documents: Documents, empty: Manifest, committed: list
     segments = merge_tiers(folder, empty, groups)
     left_out = (*((*document, 0) for document in documents.left_out), *draft.left_out)
     index = dataclasses.replace(empty, segments=segments, left_out=left_out)
-    return store.commit(folder, index) if hosts.is_first() else True
+    if not hosts.is_first():
+        return True
+    before, _ = store.read_manifests(folder)
+    if before and before.settings == empty.settings:
+        index = dataclasses.replace(index, calibrations=before.calibrations)
+    return store.commit(folder, index)
 
 
 def _summary(index: Index, matched: Match, is_changed: bool) -> str:
@@ -155,4 +162,6 @@ def _summary(index: Index, matched: Match, is_changed: bool) -> str:
     counts = f"{len(index) - kept:,} encoded, {kept:,} kept, {matched.dropped:,} dropped" + f", {count:,} left out" * bool(count)
     lines = [f"  left out {printable(item)}: {printable(reason)}" for item, reason in index.left_out]
     items = f"{len(index):,} items ({counts})" if is_changed else f"{len(index):,} items, nothing new, changed or gone"
+    if any(abs(len(index) - calibration.items) > CALIBRATED_CHANGE * calibration.items for calibration in index.calibrations):
+        lines.append(f"  it was calibrated on {index.calibrations[-1].items:,} items; run `metaembed calibrate` again")
     return "\n".join([f"{items}, {index.vectors} vectors each.", *lines])

@@ -41,9 +41,10 @@ class ExactVectors:
         for start in range(0, len(positions_n), at_once):
             block = slice(start, start + at_once)
             vectors_nRD, counts_n = self._read(positions_n[block], vectors)
-            similarity_nRR = query_RD @ vectors_nRD.swapaxes(1, 2)  # a product of its own for each item
             is_padding_nR = np.arange(vectors) >= counts_n[:, None]
-            scores_n[block] = np.where(is_padding_nR[:, None], -np.inf, similarity_nRR).max(2).sum(1)
+            with np.errstate(invalid="ignore"):  # the caller refuses what is not finite
+                similarity_nRR = query_RD @ vectors_nRD.swapaxes(1, 2)  # a product of its own for each item
+                scores_n[block] = np.where(is_padding_nR[:, None], -np.inf, similarity_nRR).max(2).sum(1)
         return scores_n
 
     def score_exactly(self, query_RD: Float[np.ndarray, "R D"], positions_n: Int[np.ndarray, " n"], vectors: int) -> list[int]:

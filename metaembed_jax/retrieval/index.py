@@ -146,7 +146,7 @@ class Index:
             filter is wrong, no item has a key that it names, or the index is not calibrated or has no exact vectors.
         """
         if isinstance(budget, str) and budget == "auto":
-            budget = self.calibrated_stages(min(RESULTS, len(self)) if k is None else k)
+            budget = self.calibrated_stages(k)
         query_QRD, stages = self._validated(query_QRD, budget)
         k, searcher = count_results(k, len(self), stages, where is not None), self._searcher
         is_match_N = None if where is None else match_items(searcher.segments, where)
@@ -192,13 +192,13 @@ class Index:
             self._commit(calibrations=with_calibration(self._manifest.calibrations, calibration))
         return calibration
 
-    def calibrated_stages(self, k: int = RESULTS) -> Stages:
-        """Return the stages of a search for k results with `budget="auto"`.
+    def calibrated_stages(self, k: int | None = None) -> Stages:
+        """Return the stages of a search for k results, by default 10, with `budget="auto"`.
 
         Raises:
           UserError: the index was not calibrated, or for fewer results.
         """
-        return calibrated_stages(self._manifest.calibrations, k, len(self))
+        return calibrated_stages(self._manifest.calibrations, min(RESULTS, len(self)) if k is None else k, len(self))
 
     def check_model(self, model: MetaEmbed) -> None:
         """Check that this model encoded the items.

@@ -1,4 +1,4 @@
-"""The commands `index` and `search`."""
+"""The commands `index`, `search` and `calibrate`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +9,13 @@ from metaembed_jax.devices import check_devices, describe_devices
 from metaembed_jax.errors import UserError, printable
 from metaembed_jax.files import is_bucket
 from metaembed_jax.inputs.images import open_image
-from metaembed_jax.late_interaction.budgets import parse_searches
+from metaembed_jax.late_interaction.budgets import parse_searches, search_name
+from metaembed_jax.late_interaction.groups import GROUPS, Budget
 from metaembed_jax.late_interaction.stages import largest_budget
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.build import index_documents
+from metaembed_jax.retrieval.calibration import choose_rank, describe
 from metaembed_jax.retrieval.hits import Hits
 from metaembed_jax.retrieval.index import Index
 from metaembed_jax.retrieval.searchable import Searchable
@@ -58,12 +60,15 @@ def search(
     k: int | None,
     model: str | None,
     where: Mapping | None,
+    certified: bool,
     mesh: Mapping[str, int] | None = None,
 ) -> None:
     """Print the best documents of a query.
 
     Args:
+      budget: of `parse_searches`, or "auto".
       where: a filter of documents, as for `Index.search`.
+      certified: as for `Index.search`.
       mesh: as for `index`, of the encoder; the search uses all devices as one axis.
 
     Raises:
@@ -75,19 +80,71 @@ def search(
     item = ({"text": query} if query is not None else {}) | (
         {"image": open_image(read_image_file(image), str(image))} if image is not None else {}
     )
+    loaded, encoder = _load_both(folder, model, mesh)
+    budget = search_name(loaded.calibrated_stages(k)) if budget == "auto" else budget
+    _print_hits(find(loaded, encoder, item, budget, k, where, certified))
+
+
+def calibrate(
+    folder: Path,
+    queries: Path,
+    budgets: tuple[str | None, str | None],
+    k: int,
+    shares: tuple[float, float],
+    model: str | None,
+    mesh: Mapping[str, int] | None = None,
+) -> None:
+    """Calibrate an index on the queries of a table, and print the results.
+
+    Args:
+      budgets: the first budgets to try, by default those of `GROUPS` below the last, and the last, by default all vectors.
+      shares: coverage and confidence.
+      mesh: as for `search`.
+
+    Raises:
+      UserError: as `open_documents`, `search` and `Index.calibrate`.
+    """
+    loaded, encoder = _load_both(folder, model, mesh)
+    loaded.check_model(encoder)
+    largest = encoder.config.vectors("query"), loaded.vectors
+    last, *others = [largest] if budgets[1] is None else _parse_budgets(budgets[1], largest, "--last")
+    if others:
+        raise UserError(f"--last={budgets[1]}: expected one budget")
+    below = [budget for budget in GROUPS if budget[0] <= last[0] and budget[1] <= last[1] and budget != last]
+    firsts = (below or [(1, 1)]) if budgets[0] is None else _parse_budgets(budgets[0], largest, "--first")
+    documents = open_documents(queries)
+    choose_rank(len(documents), *shares)  # before the queries are encoded
+    (coverage, confidence), query_vectors = shares, max(budget[0] for budget in (last, *firsts))
+    query_QRD = encoder.encode_query(documents, budget=query_vectors, progress=True)
+    for first in firsts:
+        print(describe(loaded.calibrate(query_QRD, first, last, k=k, coverage=coverage, confidence=confidence)), flush=True)
+    print(f"--budget=auto is {search_name(loaded.calibrated_stages(k))} for up to {k} documents")
+
+
+def _load_both(folder: Path, model: str | None, mesh: Mapping[str, int] | None) -> tuple[Index, MetaEmbed]:
+    """Load an index and the model that encoded its items."""
     loaded = Index.load(folder)
     name = model or loaded.model
     if not name:
         raise UserError(f"{folder} does not record its model; name the model with --model")
-    _print_hits(find(loaded, _load(name, mesh), item, budget, k, where))
+    return loaded, _load(name, mesh)
 
 
-def find(index: Searchable, encoder: MetaEmbed, item: dict, budget: str | None, k: int | None, where: Mapping | None) -> Hits:
+def find(
+    index: Searchable,
+    encoder: MetaEmbed,
+    item: dict,
+    budget: str | None,
+    k: int | None,
+    where: Mapping | None,
+    certified: bool = False,
+) -> Hits:
     """Encode a query and search for it.
 
     Args:
       item: the query, as for `MetaEmbed.encode_query`.
       budget: such as 4:8, or stages, 1:1:1000>16:64.
+      certified: as for `Index.search`; expects an `Index`.
 
     Raises:
       UserError: the index has vectors of another model, the budget is larger than the index, or the filter is wrong.
@@ -97,7 +154,16 @@ def find(index: Searchable, encoder: MetaEmbed, item: dict, budget: str | None, 
     stages, *others = [(largest,)] if budget is None else parse_searches(budget, largest, "--budget")
     if others:
         raise UserError(f"--budget={budget}: expected one search")
-    return index.search(encoder.encode_query([item], budget=largest_budget([stages])[0]), k, stages, where=where)
+    query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0])
+    return index.search(query_QRD, k, stages, where=where, **({"certified": True} if certified else {}))
+
+
+def _parse_budgets(text: str, largest: Budget, flag: str) -> list[Budget]:
+    """Return the budgets of a flag, which are not in stages."""
+    searches = parse_searches(text, largest, flag)
+    if any(len(search) > 1 for search in searches):
+        raise UserError(f"{flag}={text}: expected budgets r_q:r_c, such as 1:1, without survivors")
+    return [(search[0][0], search[0][1]) for search in searches]
 
 
 def _print_hits(hits: Hits) -> None:
@@ -111,6 +177,9 @@ def _print_hits(hits: Hits) -> None:
         source = ", ".join(filter(None, (metadata.get("path", ""), page)))
         columns = filter(None, (item, source, metadata.get("text", "")[:TEXT_LENGTH]))
         print(f"{rank:3}  {score:8.4f}  " + "  ".join(map(printable, columns)))
+    if hits.certified is not None and hits.rescored is not None:
+        state = f"not certified: {hits.uncertified_reason}" if hits.uncertified_reason else "certified"
+        print(f"{state}; {hits.rescored[0]:,} items were scored by their exact vectors")
 
 
 def _load(name: str, sizes: Mapping[str, int] | None) -> MetaEmbed:

@@ -1,6 +1,7 @@
 """Calibrated survivors against their definition in float64, and how an index keeps them."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -14,6 +15,7 @@ from metaembed_jax.mesh import make_mesh
 from metaembed_jax.retrieval import calibration
 from metaembed_jax.retrieval.calibration import calibrated_stages, choose_rank
 from metaembed_jax.retrieval.manifest import Calibration
+from tests.retrieval.fake_model import FakeModel
 from tests.retrieval.reference import exact, search, unit
 
 ONE = make_mesh(devices=jax.devices()[:1])
@@ -139,3 +141,22 @@ def test_wrong_calibrations_are_refused():
     with pytest.raises(me.UserError, match=r"shape \(10, 4, 7\)"):
         index.calibrate(query[..., :7], (1, 1), (4, 9))
     assert index.calibrations == ()
+
+
+def test_an_index_that_follows_its_documents_keeps_its_calibrations(tmp_path, capsys):
+    table, model = tmp_path / "rows.jsonl", FakeModel()
+
+    def index(count, exact):
+        table.write_text("".join(json.dumps({"id": f"{n}", "text": f"text {n}"}) + "\n" for n in range(count)))
+        documents = me.open_documents(table)
+        built = me.index_documents(model, documents, tmp_path / "index", dtype="int8", exact=exact, progress=True)
+        return built, capsys.readouterr().out
+
+    built, output = index(20, "float32")
+    result = built.calibrate(unit(np.random.default_rng(4), 30, 2, 8), (1, 1), (2, 4), k=2, coverage=0.8, confidence=0.8)
+    for count, is_told in ((22, False), (23, True)):
+        built, output = index(count, "float32")
+        assert built.calibrations == (result,) and f"{count} items" in output
+        assert ("it was calibrated on 20 items; run `metaembed calibrate` again" in output) == is_told
+    built, output = index(23, "bfloat16")  # vectors of other types are another index
+    assert built.calibrations == () and model.count() == 20 + 2 + 1 + 23
