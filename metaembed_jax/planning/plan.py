@@ -12,10 +12,11 @@ class Plan:
     """One program on one slice. Bytes and seconds are of one device and one call.
 
     Attributes:
-      what: the program, a key of `programs.PROGRAMS`.
+      what: the program, a key of `programs.PROGRAMS`, or "search".
       devices_per_chip: 2 if the cores of a chip are separate devices, else 1.
       rings: hops, step and crossings of each mesh axis, as in `links.Ring`.
       rows: `programs.CallRows` of a call; empty for a program without rows.
+      details: `programs.Program.details`.
       recompute: the config's.
       parameters: numbers of trained and frozen parameters.
       memory: bytes, by content.
@@ -23,6 +24,7 @@ class Plan:
       usable_bytes: the most that the compiler gives to a program.
       flops: FLOPs of all devices: forward, backward and extra in closed form, and compiled as counted in the program.
       hbm_bytes: bytes read from and written to HBM.
+      index_bytes: `programs.Program.index_bytes`.
       ici_bytes, dcn_bytes: traffic inside a slice and between slices, by kind of collective.
       seconds: at the peaks: compute, HBM, ICI and, over several slices, DCN.
       items, unit: number and kind of items of a call.
@@ -42,6 +44,7 @@ class Plan:
     mesh: dict[str, int]
     rings: dict[str, dict[str, int]]
     rows: dict[str, float]
+    details: str
     recompute: str
     parameters: dict[str, int]
     memory: dict[str, int]
@@ -49,6 +52,7 @@ class Plan:
     usable_bytes: int
     flops: dict[str, float]
     hbm_bytes: float
+    index_bytes: float
     ici_bytes: dict[str, float]
     dcn_bytes: dict[str, float]
     seconds: dict[str, float]

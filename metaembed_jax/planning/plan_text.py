@@ -49,6 +49,7 @@ def _program(plan: Plan, chip: Chip) -> Lines:
         ("slice", f"{plan.topology}: {plan.devices} devices{per_chip}, {plan.hosts} hosts"),
         ("chip", f"{amount(chip.hbm_bytes).strip()}, {chip.flops / 1e12:,.0f} TFLOP/s, {rates} ({chip.source})"),
         ("mesh", mesh),
+        *([("call", plan.details)] if plan.details else []),
         *_rows(plan),
         ("rings", "; ".join(_ring(axis, ring) for axis, ring in plan.rings.items() if plan.mesh[axis] > 1) or "none"),
         ("parameters", ", ".join(f"{number:,} {kind}" for kind, number in plan.parameters.items())),
@@ -90,6 +91,9 @@ def _work(plan: Plan) -> Lines:
         )
     if plan.hbm_bytes:
         lines.append(("bytes over HBM", f"{amount(plan.hbm_bytes)} a device"))
+    if plan.index_bytes:
+        share = f"; the search moves {plan.hbm_bytes / plan.index_bytes:.4f} x that" if plan.hbm_bytes else ""
+        lines.append(("floor, all vectors once", f"{amount(plan.index_bytes)} a device{share}"))
     for network, sent in (("ICI", plan.ici_bytes), ("DCN", plan.dcn_bytes)):
         lines += [(f"bytes over {network}, {kind}", f"{amount(value)} a device") for kind, value in sorted(sent.items())]
     return lines + ([("not counted", plan.missing)] if plan.missing else [])

@@ -2,7 +2,8 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,8 @@ from metaembed_jax.network_config import architecture_of
 from metaembed_jax.planning.compiling import compile_program
 from metaembed_jax.planning.cost import Cost, CostItem, count
 from metaembed_jax.planning.plan import Plan
-from metaembed_jax.planning.programs import PROGRAMS, Program
+from metaembed_jax.planning.programs import PROGRAMS, Program, train_program
+from metaembed_jax.planning.search_program import Search, search_program
 from metaembed_jax.planning.topology import Topology
 from metaembed_jax.planning.traced import largest_arrays
 from metaembed_jax.sharding import shard_bytes
@@ -29,19 +31,21 @@ HELD_BATCHES = 2  # the training loop holds the batch of the current step, and t
 _OUT_OF_MEMORY = re.compile(r"required[^()]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of")
 
 
-def make_plan(config: RunConfig, what: str, slices: Topology) -> Plan:
+def make_plan(config: RunConfig, what: str, slices: Topology, search: Search | None = None) -> Plan:
     """Compile a program of a config for some slices, and measure it.
 
     Args:
-      what: a key of `PROGRAMS`.
+      what: a key of `PROGRAMS`, or "search".
+      search: the search, with what="search".
 
     Raises:
       UserError: mesh, batch and slices do not fit each other.
     """
     mesh = run_mesh(config, slices.devices)
-    program = PROGRAMS[what](config, mesh)
+    make = PROGRAMS[what] if search is None else partial(search_program, search=search)
+    program = make(config, mesh)
     start = time.perf_counter()
-    memory, cost, missing, arrays = _measure(config, what, slices, program, mesh)
+    memory, cost, missing, arrays = _measure(config, make, slices, program, mesh)
     return Plan(
         config=config.name,
         what=what,
@@ -53,6 +57,7 @@ def make_plan(config: RunConfig, what: str, slices: Topology) -> Plan:
         mesh=dict(mesh.shape),
         rings={axis: ring._asdict() for axis, ring in rings(mesh).items()},
         rows=program.rows._asdict() if program.rows else {},
+        details=program.details,
         recompute=config.rows.recompute,
         parameters={name: _numbers(program.arguments.get(name)) for name in ("trained", "frozen")},
         memory=memory,
@@ -60,6 +65,7 @@ def make_plan(config: RunConfig, what: str, slices: Topology) -> Plan:
         usable_bytes=int(slices.chip.usable_bytes),
         flops=program.flops._asdict() | ({"compiled": cost.flops * mesh.size} if cost.flops else {}),
         hbm_bytes=cost.hbm_bytes,
+        index_bytes=program.index_bytes,
         ici_bytes=cost.ici_bytes,
         dcn_bytes=cost.dcn_bytes,
         seconds=_seconds(sum(program.flops) / mesh.size, cost, slices.chip),
@@ -91,10 +97,10 @@ class _Measured(NamedTuple):
     arrays: Sequence[CostItem] = ()
 
 
-def _measure(config: RunConfig, what: str, slices: Topology, program: Program, mesh: Mesh) -> _Measured:
+def _measure(config: RunConfig, make: Callable, slices: Topology, program: Program, mesh: Mesh) -> _Measured:
     held = {name: shard_bytes(tree) for name, tree in program.arguments.items()}
-    waiting = {"next batch": (HELD_BATCHES - 1) * held["batch"]} if what == "train" else {}
-    compiled = compile_program(PROGRAMS[what], config, slices.name)
+    waiting = {"next batch": (HELD_BATCHES - 1) * held["batch"]} if make is train_program else {}
+    compiled = compile_program(make, config, slices.name)
     if compiled.error:
         required = _OUT_OF_MEMORY.search(compiled.error)
         if not required:

@@ -5,21 +5,26 @@ import sys
 
 import jax
 
+from metaembed_jax.config.keys import with_keys
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.planning import plan_text
 from metaembed_jax.planning.layout_search import search
 from metaembed_jax.planning.planner import make_plan
 from metaembed_jax.planning.programs import with_index_mesh
+from metaembed_jax.planning.search_program import make_search
 from metaembed_jax.planning.topology import topology
 from metaembed_jax.training.stages import with_architecture
 
 
-def plan(config: RunConfig, slice_name: str, what: str, is_search: bool, as_json: bool, has_mesh: bool = True) -> bool:
+def plan(
+    config: RunConfig, slice_name: str, what: str, is_search: bool, as_json: bool, has_mesh: bool = True, index: dict | None = None
+) -> bool:
     """Print the plan of a program; with `is_search`, those of the train step with the most promising layouts.
 
     Args:
       has_mesh: encode on the mesh of the config; otherwise, on that of `metaembed index`.
+      index: arguments of `make_search`, with what="search".
 
     Returns:
       True if the program fits; of a search, if any layout does.
@@ -32,14 +37,20 @@ def plan(config: RunConfig, slice_name: str, what: str, is_search: bool, as_json
     config = with_architecture(config)
     if is_search and what != "train":
         raise UserError(f"--search is for training, not for --what={what}")
+    if index and what != "search":
+        raise UserError(f"--what={what} has no {', '.join(index)}; expected --what=search with that")
     if is_search:
         plans = search(config, slices)
         print(json.dumps([plan.to_json() for plan in plans]) if as_json else plan_text.describe_search(plans))
         return bool(plans)
     if what == "encode" and not has_mesh:
         config = with_index_mesh(config, slices)
+    planned = None
+    if what == "search":
+        planned = make_search(config, **(index or {}))
+        config = with_keys(config, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1, "mesh.slices": 0})  # it uses all devices
     print(f"compiling {config.name} for {slices.name}; the largest take a minute or two", file=sys.stderr)
-    plan = make_plan(config, what, slices)
+    plan = make_plan(config, what, slices, planned)
     if as_json:
         print(json.dumps(plan.to_json() | {"verdict": plan_text.verdict(plan, config.model)}))
     else:

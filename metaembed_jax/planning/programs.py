@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from metaembed_jax.batch import training
 from metaembed_jax.batch.rows import abstract
@@ -13,18 +11,15 @@ from metaembed_jax.batch.training import step_shape
 from metaembed_jax.config.keys import with_keys
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.encoding.schedule import CALL_ROWS
-from metaembed_jax.flops import Flops, encode_flops, search_flops, train_flops
-from metaembed_jax.late_interaction.topk import top_k
+from metaembed_jax.flops import Flops, encode_flops, train_flops
 from metaembed_jax.links import slice_size
 from metaembed_jax.mesh import make_mesh, smallest_fsdp
 from metaembed_jax.network import abstract_parameters, make_encode
 from metaembed_jax.network_config import model_config
 from metaembed_jax.planning.topology import Topology
 from metaembed_jax.planning.typical_rows import typical_rows
-from metaembed_jax.sharding import batch_shards, replicated, shard_bytes
+from metaembed_jax.sharding import batch_shards, shard_bytes
 from metaembed_jax.training.step import make_trainer
-
-SEARCH_QUERIES, SEARCH_DOCUMENTS, SEARCH_K = 32, 100_000, 10
 
 
 class CallRows(NamedTuple):
@@ -56,6 +51,8 @@ class Program(NamedTuple):
       items, unit: number and kind of items of one call.
       calls: number of calls in a whole run; 0 for a program without runs.
       rows: rows of one call; None for a program without rows.
+      details: a line about the call; empty if the rows say it all.
+      index_bytes: bytes of a device's vectors, which a search of all of them reads once; 0 for other programs.
     """
 
     trace: Callable
@@ -65,6 +62,8 @@ class Program(NamedTuple):
     unit: str
     calls: int = 0
     rows: CallRows | None = None
+    details: str = ""
+    index_bytes: float = 0
 
 
 def train_program(config: RunConfig, mesh: Mesh) -> Program:
@@ -118,24 +117,4 @@ def with_index_mesh(config: RunConfig, slices: Topology) -> RunConfig:
     return with_keys(config, {"mesh.data": -1, "mesh.fsdp": fsdp, "mesh.tensor": 1, "mesh.slices": 0})
 
 
-def search_program(config: RunConfig, mesh: Mesh) -> Program:
-    """Return the exact search of `SEARCH_QUERIES` queries in at least `SEARCH_DOCUMENTS` documents: all vectors, in bfloat16."""
-    width = config.model.embedding_dim or model_config(config).architecture.width
-    documents = -(-SEARCH_DOCUMENTS // mesh.size) * mesh.size
-    sharded = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
-    query = _abstract((SEARCH_QUERIES, config.model.query_tokens, width), jnp.bfloat16, replicated(mesh))
-    document = _abstract((documents, config.model.document_tokens, width), jnp.bfloat16, sharded)
-    return Program(
-        lambda: top_k.trace(query, document, SEARCH_K, mesh),
-        {"batch": query, "index": document},
-        search_flops(SEARCH_QUERIES, config.model.query_tokens, documents, config.model.document_tokens, width),
-        SEARCH_QUERIES,
-        "queries",
-    )
-
-
-PROGRAMS = {"train": train_program, "encode": encode_program, "search": search_program}
-
-
-def _abstract(shape: tuple[int, ...], dtype, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+PROGRAMS = {"train": train_program, "encode": encode_program}

@@ -125,12 +125,40 @@ def test_tiny_compiles_for_v5e():
     assert plan.fits and plan.devices == 8 and plan.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-@pytest.mark.parametrize("what, unit", [("encode", "items"), ("search", "queries")])
-def test_other_programs(config, slices, what, unit):
-    plan = make_plan(config, what, slices)
-    assert plan.fits and plan.unit == unit and plan.calls == 0
+def test_encoding(config, slices):
+    plan = make_plan(config, "encode", slices)
+    assert plan.fits and plan.unit == "items" and plan.calls == 0
     lowest = 0.7 if "splash" in plan.missing else 0.9  # as in test_flops
     assert lowest * plan.flops["forward"] < plan.flops["compiled"] < 1.1 * plan.flops["forward"]
+
+
+def plan_of_search(capsys, *flags):
+    cli.main(["plan", "--config=7b", "--what=search", "--json", *flags])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "flags, low, high",
+    [
+        (["--queries=8"], 1, 1.01),
+        (["--queries=1", "--budget=1:1:1000>16:64"], 1 / 64 + 1 / 100, 0.05),
+        (["--queries=1", "--dtype=int8"], 1, 1.01),
+    ],
+)
+def test_a_search_moves_little_more_than_it_must(capsys, flags, low, high):
+    """100,000 items of 64 x 3,584: every vector is read once, or the first of each item and those of 1,000 survivors."""
+    plan = plan_of_search(capsys, "--topology=v5e:2x4", *flags)
+    assert plan["fits"] and plan["unit"] == "queries" and not plan["missing"] and not plan["parameters"]["frozen"]
+    assert plan["index_bytes"] == 100_000 / 8 * 64 * (3584 * 2 if "--dtype=int8" not in flags else 3584 + 4)
+    assert low < plan["hbm_bytes"] / plan["index_bytes"] < high
+    assert plan["memory"]["temporaries"] < 2**20 and plan["flops"]["compiled"] > plan["flops"]["forward"]
+
+
+def test_a_search_of_ten_million_items_fits(capsys):
+    flags = "--items=10_000_000", "--vectors=16", "--width=128", "--dtype=int8", "--queries=1", "--budget=16:16"
+    plan = plan_of_search(capsys, "--topology=v5e:8x8", *flags)
+    assert plan["fits"] and plan["memory"]["index"] < 1.01 * plan["index_bytes"] + 10_000_000 / 64 * 1.01
+    assert plan["details"] == "1 query of 16:16 in 10,000,000 items of 16 x 128 int8, the 10 best"
 
 
 @pytest.mark.parametrize(
@@ -188,6 +216,10 @@ WRONG = [
         "config.rows.recompute='all': expected 'everything' or 'microbatches' or 'layers' or",
     ),
     (["--topology=v5e:2x2", "--what=encode", "--search"], "--search is for training"),
+    (["--topology=v5e:2x2", "--items=5", "--dtype=int8"], "--what=train has no items, dtype"),
+    (["--topology=v5e:2x2", "--what=search", "--items=0"], "--items=0: expected a positive integer"),
+    (["--topology=v5e:2x2", "--what=search", "--budget=1:1,2:2"], "--budget=1:1,2:2: a plan has one search"),
+    (["--topology=v5e:2x2", "--what=search", "--budget=1:1:5>2:2"], "-k=10: expected at most 5"),
     (["--topology=v5e:2x2", "--what=serve"], "invalid choice: 'serve'"),
 ]
 

@@ -1,0 +1,110 @@
+"""The search of a resident index as a program to plan: the engine's, with abstract tiles."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from metaembed_jax.config.run import RunConfig
+from metaembed_jax.errors import UserError
+from metaembed_jax.flops import search_flops
+from metaembed_jax.late_interaction import engine
+from metaembed_jax.late_interaction.budgets import parse_searches, search_name
+from metaembed_jax.late_interaction.stages import Stages
+from metaembed_jax.late_interaction.tiles import TILE, Tiles, count_tiles
+from metaembed_jax.network_config import model_config
+from metaembed_jax.planning.programs import Program
+from metaembed_jax.sharding import replicated
+
+
+class Search(NamedTuple):
+    """An index and a search of it.
+
+    Attributes:
+      items: documents of the index.
+      vectors, width: vectors of a document, and their numbers.
+      dtype: type of the stored vectors.
+      queries: queries of a call; the program has the next power of two.
+      stages: from `as_stages`.
+      k: documents to return.
+    """
+
+    items: int
+    vectors: int
+    width: int
+    dtype: str
+    queries: int
+    stages: Stages
+    k: int
+
+    def __str__(self) -> str:
+        queries = "1 query" if self.queries == 1 else f"{self.queries} queries"
+        return (
+            f"{queries} of {search_name(self.stages)} in {self.items:,} items "
+            f"of {self.vectors} x {self.width:,} {self.dtype}, the {self.k} best"
+        )
+
+
+def make_search(
+    config: RunConfig,
+    items: int = 100_000,
+    vectors: int | None = None,
+    width: int | None = None,
+    dtype: str = "bfloat16",
+    queries: int = 32,
+    budget: str | None = None,
+    k: int = 10,
+) -> Search:
+    """Return a search from flags; the config says what they do not.
+
+    Raises:
+      UserError: a number is not positive, or the budget has another form or more vectors than the items.
+    """
+    vectors = config.model.document_tokens if vectors is None else vectors
+    width = (config.model.embedding_dim or model_config(config).architecture.width) if width is None else width
+    numbers = {"--items": items, "--vectors": vectors, "--width": width, "--queries": queries, "-k": k}
+    for flag, number in numbers.items():
+        if number < 1:
+            raise UserError(f"{flag}={number}: expected a positive integer")
+    largest = config.model.query_tokens, vectors
+    searches = parse_searches(budget or f"{largest[0]}:{largest[1]}", largest, "--budget")
+    if len(searches) > 1:
+        raise UserError(f"--budget={budget}: a plan has one search; leave the others out")
+    stages = searches[0]
+    fewest = min([items, *(stage[2] for stage in stages[:-1])])
+    if k > fewest:
+        raise UserError(f"-k={k}: expected at most {fewest}, the documents of the last stage")
+    return Search(items, vectors, width, dtype, queries, stages, k)
+
+
+def search_program(config: RunConfig, mesh: Mesh, search: Search) -> Program:
+    """Return a search of an index whose vectors are on the devices, every item with all its vectors."""
+    stages, width = search.stages, search.width
+    queries, query_vectors = 1 << (search.queries - 1).bit_length(), max(stage[0] for stage in stages)
+    split, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), replicated(mesh)
+    shape = count_tiles(search.items, mesh.size), search.vectors, TILE
+    tiles = Tiles(
+        vectors=_abstract((*shape, width), search.dtype, split),
+        scales=_abstract(shape, jnp.float32, split) if search.dtype == "int8" else None,
+        counts=None,
+        is_candidate=_abstract((shape[0], TILE), bool, split),
+        first=_abstract((), jnp.int32, whole),
+    )
+    query = _abstract((queries, query_vectors, width), jnp.float32, whole)
+    scored = [search.items, *(stage[2] for stage in stages[:-1])]
+    counts = [search_flops(queries, stage[0], documents, stage[1], width) for stage, documents in zip(stages, scored, strict=True)]
+    bytes_of_vector = width * jnp.dtype(search.dtype).itemsize + (4 if search.dtype == "int8" else 0)
+    return Program(
+        lambda: engine.search.trace(query, (tiles,), stages, search.k, mesh),
+        {"batch": query, "index": tiles},
+        sum(counts[1:], counts[0]),
+        search.queries,
+        "queries",
+        details=str(search),
+        index_bytes=search.items * search.vectors * bytes_of_vector / mesh.size,
+    )
+
+
+def _abstract(shape: tuple[int, ...], dtype, sharding: NamedSharding) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
