@@ -68,10 +68,9 @@ def make_search(
         if number < 1:
             raise UserError(f"{flag}={number}: expected a positive integer")
     largest = config.model.query_tokens, vectors
-    searches = parse_searches(budget or f"{largest[0]}:{largest[1]}", largest, "--budget")
-    if len(searches) > 1:
+    stages, *others = parse_searches(budget or f"{largest[0]}:{largest[1]}", largest, "--budget")
+    if others:
         raise UserError(f"--budget={budget}: a plan has one search; leave the others out")
-    stages = searches[0]
     fewest = min([items, *(stage[2] for stage in stages[:-1])])
     if k > fewest:
         raise UserError(f"-k={k}: expected at most {fewest}, the documents of the last stage")
