@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from numbers import Real
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.budgets import budget_name
@@ -67,9 +67,9 @@ def calibrate(
       UserError: as `choose_rank`.
     """
     rank = choose_rank(len(query_QRD), *shares)
-    survivors = count_survivors(searcher, query_QRD, budgets, k, rank, items)
+    survivors_Q = count_survivors(searcher, query_QRD, budgets, k, rank, items)
     coverage, confidence = map(float, shares)
-    return Calibration(*budgets, k, coverage, confidence, survivors, len(query_QRD), items)
+    return Calibration(*budgets, k, coverage, confidence, int(np.sort(survivors_Q)[rank - 1]), len(query_QRD), items)
 
 
 def count_survivors(
@@ -77,17 +77,18 @@ def count_survivors(
     query_QRD: Float[np.ndarray, "Q R D"],
     budgets: tuple[Budget, Budget],
     k: int,
-    rank: int,
+    enough: int,
     items: int,
-) -> int:
-    """Return the rank-th smallest, over the queries, of the survivors that hold the k best items of the second stage.
+) -> Int[np.ndarray, " Q"]:
+    """Return the fewest survivors of the first stage that hold the k best items of the second stage, for each query.
 
-    Items are ranked by searches of growing depth, as the first stage of a search ranks them. Queries that need more are not
-    searched for deeper once there are enough others.
+    Items are ranked by searches of growing depth, as the first stage of a search ranks them. Once the survivors of enough
+    queries are known, those of the others, which need more, are given as `items` + 1.
 
     Args:
       budgets: of the first and of the second stage.
       k: at most `items`.
+      enough: number of queries whose survivors are needed, the fewest first.
       items: number of items that are searched.
     """
     first, last = budgets
@@ -103,9 +104,8 @@ def count_survivors(
                 columns = np.flatnonzero(np.isin(ranked_K, best_Qk[number]))
                 if len(columns) == k:
                     survivors_Q[number] = columns[-1] + 1
-        needed = int(np.sort(survivors_Q)[rank - 1])
-        if needed <= items:
-            return needed
+        if (survivors_Q <= items).sum() >= enough:
+            return survivors_Q
         depth *= DEPTH_FACTOR
 
 
