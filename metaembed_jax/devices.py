@@ -71,6 +71,20 @@ def device_memory() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
+def free_memory(mesh: Mesh) -> int:
+    """Return the bytes that are free on a device of a mesh, on this host. CPUs share the machine's memory."""
+    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    stats = [device.memory_stats() or {} for device in devices]
+    if all("bytes_limit" in memory for memory in stats):
+        return min(memory["bytes_limit"] - memory.get("bytes_in_use", 0) for memory in stats)
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):  # not Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return free // len(devices)
+
+
 def describe_devices(mesh: Mesh, weights: int | None = None) -> str:
     """Return the first line of a run: its devices, hosts and mesh, and the versions of JAX and its plugins.
 

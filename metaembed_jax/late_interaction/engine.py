@@ -97,12 +97,14 @@ def score_survivors(
     return _over(mesh, on_device)(query_QRD, (tiles,), positions_QK)
 
 
+@jax.jit
 def in_order(positions_QK: Int[Array, "Q K"]) -> Int[Array, "Q K"]:
     """Sort the positions of each query, so that the first position wins ties in the next stage too; -1 comes last."""
     ordered_QK = jnp.sort(jnp.where(positions_QK < 0, LAST, positions_QK), axis=1)
     return jnp.where(ordered_QK == LAST, -1, ordered_QK)
 
 
+@partial(jax.jit, static_argnames="k")
 def best_of(scores_QN: Float[Array, "Q N"], positions_QN: Int[Array, "Q N"], k: int) -> TopK:
     """Return the k best of some documents; of ties, the first in order. A document that scores -inf is none."""
     scores, columns = jax.lax.top_k(scores_QN, min(k, scores_QN.shape[1]))
@@ -139,12 +141,22 @@ def _masked(similarity: Array, tiles: Tiles, axes: tuple) -> Array:
     return jnp.where(is_vector[axes], similarity, -jnp.inf)
 
 
+def step_tiles(vectors: int, documents: int) -> int:
+    """Return the tiles of a step: a power of two, whatever the number of tiles, so that the products have the same shape.
+
+    Args:
+      vectors: vectors that are scored of a document.
+      documents: documents of a tile.
+    """
+    return 1 << max(DOCUMENT_VECTORS // (vectors * documents), 1).bit_length() - 1
+
+
 def _over(mesh: Mesh, function: Callable) -> Callable:
     """Run a function on every device, with the segments sharded by tiles, its second argument, and all else replicated."""
     whole, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
 
     def on_mesh(query_QRD, segments, *others):
-        specs = tuple(Tiles(*(None if x is None else split for x in tiles[:4]), whole) for tiles in segments)
+        specs = tuple(jax.tree.map(lambda _: split, tiles)._replace(first=whole) for tiles in segments)
         in_specs = (whole, specs, *(jax.tree.map(lambda _: whole, other) for other in others))
         mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)  # kernels are not checked
         return mapped(query_QRD, segments, *others)
@@ -158,7 +170,7 @@ def _scan(query_QRD: Array, tiles: Tiles, vectors: int, k: int, mesh: Mesh) -> T
     if _is_tpu(mesh):
         scores_QN = maxsim_tpu.score(query_QRD, tiles.vectors, tiles.scales, _candidate_counts(tiles), vectors)
         return best_of(scores_QN, jnp.broadcast_to(offset + jnp.arange(scores_QN.shape[1]), scores_QN.shape), k)
-    step = _step_tiles(tiles, vectors)
+    step = step_tiles(vectors, tiles.vectors.shape[2])
     steps = -(-tiles.vectors.shape[0] // step)
     merges = -(-steps * step * tiles.vectors.shape[2] // MERGED_DOCUMENTS)
     merged = -(-steps // merges)
@@ -182,28 +194,21 @@ def _candidate_counts(tiles: Tiles) -> Int[Array, "T n"]:
     return jnp.where(tiles.is_candidate, tiles.vectors.shape[1] if tiles.counts is None else tiles.counts, 0)
 
 
-def _step_tiles(tiles: Tiles, vectors: int) -> int:
-    """Return the tiles of a step: a power of two, whatever the number of tiles, so that the products have the same shape."""
-    return 1 << max(DOCUMENT_VECTORS // (vectors * tiles.vectors.shape[2]), 1).bit_length() - 1
-
-
 def _score_step(query_QRD: Array, tiles: Tiles, vectors: int, number: Array) -> Float[Array, "Q n"]:
     """Return the scores of the documents of a step; -inf for those that are not there, and that are no candidates."""
-    step, count = _step_tiles(tiles, vectors), tiles.vectors.shape[0]
+    step, count = step_tiles(vectors, tiles.vectors.shape[2]), tiles.vectors.shape[0]
     start = jnp.clip(number * step, 0, max(count - step, 0))
 
-    def part(x: Array | None, whole: tuple[int, ...]) -> Array | None:
-        if x is None:
-            return None
+    def part(x: Array, *whole: int) -> Array:
         x = jax.lax.dynamic_slice(x, (start, *(0 for _ in whole)), (min(step, count), *whole))
         return jnp.pad(x, [(0, step - x.shape[0]), *((0, 0) for _ in whole)])
 
     _, _, documents, width = tiles.vectors.shape
     sliced = Tiles(
-        part(tiles.vectors, (vectors, documents, width)),
-        part(tiles.scales, (vectors, documents)),
-        None if tiles.counts is None else part(jnp.minimum(tiles.counts, vectors), (documents,)),
-        part(tiles.is_candidate, (documents,)),
+        part(tiles.vectors, vectors, documents, width),
+        None if tiles.scales is None else part(tiles.scales, vectors, documents),
+        None if tiles.counts is None else part(jnp.minimum(tiles.counts, vectors), documents),
+        part(tiles.is_candidate, documents),
         tiles.first,
     )
     # The last step starts early enough to be full: the tiles that were scored before are rolled to its end, and hidden.

@@ -31,11 +31,11 @@ class Tiles(NamedTuple):
       first: int32 [], the position of the first document; it is the same on all devices.
     """
 
-    vectors: Shaped[Array | np.ndarray, "T R n D"]
-    scales: Float[Array | np.ndarray, "T R n"] | None
-    counts: Int[Array | np.ndarray, "T n"] | None
-    is_candidate: Bool[Array | np.ndarray, "T n"]
-    first: Int[Array | np.ndarray, ""]
+    vectors: Shaped[Array, "T R n D"]
+    scales: Float[Array, "T R n"] | None
+    counts: Int[Array, "T n"] | None
+    is_candidate: Bool[Array, "T n"]
+    first: Int[Array, ""]
 
     @property
     def documents(self) -> int:

@@ -20,7 +20,7 @@ from metaembed_jax.late_interaction.budgets import budget_name
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.retrieval.manifest import Calibration
-from metaembed_jax.retrieval.search import SegmentSearcher
+from metaembed_jax.retrieval.search import Searcher
 
 FIRST_DEPTH, DEPTH_FACTOR = 1024, 4  # items of the first search for ranks, and how many times more each next one has
 RESULTS = 2**22  # ranked items that are in memory at once
@@ -49,7 +49,7 @@ def choose_rank(queries: int, coverage: float, confidence: float) -> int:
 
 
 def calibrate(
-    searcher: SegmentSearcher,
+    searcher: Searcher,
     query_QRD: Float[np.ndarray, "Q R D"],
     budgets: tuple[Budget, Budget],
     k: int,
@@ -73,7 +73,7 @@ def calibrate(
 
 
 def count_survivors(
-    searcher: SegmentSearcher,
+    searcher: Searcher,
     query_QRD: Float[np.ndarray, "Q R D"],
     budgets: tuple[Budget, Budget],
     k: int,

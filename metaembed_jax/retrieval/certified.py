@@ -25,7 +25,7 @@ from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.retrieval.exact_vectors import SQUARED_UNITS, ExactVectors
 from metaembed_jax.retrieval.hits import Hits, make_hits
 from metaembed_jax.retrieval.manifest import Manifest
-from metaembed_jax.retrieval.search import SegmentSearcher
+from metaembed_jax.retrieval.search import Searcher
 
 FIRST_DEPTH, DEPTH_FACTOR, LAST_DEPTH = 64, 4, 4096  # K of the first search, its growth, and K of the last search
 SEARCH_RESULTS = 2**20  # results of int8 that are in memory at once
@@ -51,7 +51,7 @@ def check_certifiable(folder: Path, manifest: Manifest, stages: Stages) -> Budge
 
 
 def search_certified(
-    searcher: SegmentSearcher,
+    searcher: Searcher,
     query_QRD: Float[np.ndarray, "Q R D"],
     k: int,
     budget: Budget,

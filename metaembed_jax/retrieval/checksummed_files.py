@@ -52,6 +52,11 @@ class ChecksummedFile:
     def __len__(self) -> int:
         return len(self._array)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the array."""
+        return self._array.dtype
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return rows start .. stop-1, without a copy.
 

@@ -6,10 +6,10 @@ scores, ids = index.search(q, k=10, budget=[(1, 1, 1000), (16, 64)])
 
 import contextlib
 import dataclasses
-import functools
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +24,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
 from metaembed_jax.late_interaction.groups import Budget, validate_budget
 from metaembed_jax.late_interaction.stages import Stages
+from metaembed_jax.late_interaction.tiles import Tiles
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
@@ -34,7 +35,7 @@ from metaembed_jax.retrieval.ingest import as_blocks, as_ids, make_items, most_v
 from metaembed_jax.retrieval.manifest import Calibration, Manifest, check_types, levels_of
 from metaembed_jax.retrieval.matching import match_items
 from metaembed_jax.retrieval.queries import RESULTS, as_queries, count_results, stages_of
-from metaembed_jax.retrieval.search import SegmentSearcher
+from metaembed_jax.retrieval.search import Residence, Searcher
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.retrieval.stored_items import StoredItems, read_items
 from metaembed_jax.retrieval.writer import SegmentWriter, copy_segment, merge_segments, write_segment
@@ -47,8 +48,10 @@ class Index:
     returns, and a crash leaves all of it or nothing. An index does not see what other processes change after it was loaded.
     """
 
-    def __init__(self, folder: Path, mesh: Mesh | None = None):
+    def __init__(self, folder: Path, mesh: Mesh | None = None, resident: Residence = False):
         self.folder, self._mesh = folder.absolute(), mesh  # absolute: the process may change its folder
+        self._resident: Residence = resident
+        self._loaded, self._lock = dict[str, Tiles](), threading.Lock()
         self._take(*store.open_index(folder))
 
     @classmethod
@@ -97,13 +100,20 @@ class Index:
         )
 
     @classmethod
-    def load(cls, path: str | os.PathLike, *, mesh: Mesh | None = None) -> "Index":
+    def load(cls, path: str | os.PathLike, *, mesh: Mesh | None = None, resident: Residence = False) -> "Index":
         """Load the index of a folder. Vectors are read and checked when they are first searched; `verify` checks all files.
+
+        Args:
+          mesh: devices that search; all by default.
+          resident: False reads the vectors from the files in every search. True reads them once, in the first search, and keeps
+            them in the memory of the devices, in their stored type (on a CPU in float32). "auto" does if they fit.
 
         Raises:
           UserError: the folder is not an index, or the index is damaged.
         """
-        return cls(local_path(path), mesh)
+        if not (isinstance(resident, bool) or resident == "auto"):
+            raise UserError(f'resident={resident!r}: expected True, False or "auto"')
+        return cls(local_path(path), mesh, resident)
 
     def save(self, path: str | os.PathLike) -> None:
         """Copy the index to a folder; an index in it is replaced when the copy is complete.
@@ -342,14 +352,18 @@ class Index:
         self._take(*store.open_index(self.folder))
 
     def _take(self, manifest: Manifest, segments: list[SegmentFiles]) -> None:
-        self._manifest, self._segments = manifest, segments
-        self.__dict__.pop("_searcher", None)
+        self._manifest, self._segments, self._opened = manifest, segments, None
 
-    @functools.cached_property
-    def _searcher(self) -> SegmentSearcher:
+    @property
+    def _searcher(self) -> Searcher:
         """The searcher, created by the first search: a process that only writes needs no device."""
-        mesh = make_mesh() if self._mesh is None else self._mesh
-        return SegmentSearcher(self._segments, self._manifest.levels, self._manifest.width, mesh)
+        with self._lock:  # threads that search load the vectors once
+            if self._opened is None:
+                mesh = make_mesh() if self._mesh is None else self._mesh
+                levels, width = self._manifest.levels, self._manifest.width
+                self._opened = Searcher(self._segments, levels, width, mesh, self._resident, self._loaded)
+                self._loaded = self._opened.loaded  # segments never change, so those that stay are not read again
+            return self._opened
 
     def _validated(self, query_QRD, budget) -> tuple[np.ndarray, Stages]:
         """Check queries and a budget, and return the queries as float32 and the stages."""

@@ -1,37 +1,38 @@
-"""Exact search of segments. The first stage scores every document, later stages score the survivors of each query.
+"""Exact search of segments: in memory of the devices, or in blocks that are read from the files during the search.
 
-Documents are read from the files in blocks, which are sharded over the devices of a mesh. Two blocks are in memory at a time, so
-the memory of a search does not grow with the index.
-
-Q queries, R vectors of a query, D width of a vector, N documents, n documents of a block, K survivors of a stage, k results.
+Q queries, R vectors of a query, N documents, n documents of a block, K survivors of a stage, k results.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
+from metaembed_jax.devices import free_memory
 from metaembed_jax.errors import UserError
-from metaembed_jax.late_interaction import level_scoring
-from metaembed_jax.late_interaction.level_scoring import Block, empty_top_k, merge_block
+from metaembed_jax.late_interaction import engine
+from metaembed_jax.late_interaction.engine import TopK
 from metaembed_jax.late_interaction.stages import Stages
-from metaembed_jax.retrieval.checksummed_files import ChecksummedFile
+from metaembed_jax.late_interaction.tiles import TILE, Tiles, count_tiles
 from metaembed_jax.retrieval.segment import SegmentFiles
+from metaembed_jax.retrieval.tile_reader import TileReader
 from metaembed_jax.sharding import put_replicated
 
-# A device scores a block in steps. The most similarities, numbers of document vectors, and documents of a step. A large index has
-# more documents in a step.
-STEP_SIMILARITIES, STEP_NUMBERS, STEP_DOCUMENTS = 2**20, 2**22, 1024
-BLOCK_NUMBERS = 2**22  # numbers of a device's documents in a block
-SEARCH_VECTORS = 1024  # query vectors that are searched for at once
-BLOCKS_BEFORE_RELEASE = 4  # blocks that are read before the memory of the files is released
-SCORES = 2**22  # scores of a block, or of survivors, that are in memory at once
+Residence = bool | Literal["auto"]
+BLOCK_NUMBERS = 2**22  # of the vectors of a device's block
+SURVIVOR_NUMBERS = 2**24  # of the vectors of survivors that are read together, on a device
+QUERY_VECTORS = 4096  # that are searched for at once
+SCORES = 2**22  # of a device that are in memory at once
+PROGRAM_SEGMENTS = 4  # of one program; more are searched one after another, so that few programs are compiled
+SHARE = 0.8  # of the free memory that a resident index may fill
 
 
-class SegmentSearcher:
+class Searcher:
     """Segments, and the devices that search them. The position of a document is its index among all, including deleted ones.
 
     Args:
@@ -39,12 +40,26 @@ class SegmentSearcher:
       levels: numbers of vectors at which the levels end.
       width: numbers of a vector, D.
       mesh: devices that score.
+      resident: keep all vectors in the memory of the devices; "auto" does if they fit.
+      loaded: the tiles of segments that are in the memory already, by name.
+
+    Raises:
+      UserError: `resident` is True and the vectors do not fit.
     """
 
-    def __init__(self, segments: Sequence[SegmentFiles], levels: Sequence[int], width: int, mesh: Mesh):
-        self.segments, self.levels, self.width, self.mesh = segments, tuple(levels), width, mesh
-        self.starts = np.cumsum([0, *map(len, segments)])
-        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    def __init__(
+        self,
+        segments: Sequence[SegmentFiles],
+        levels: Sequence[int],
+        width: int,
+        mesh: Mesh,
+        resident: Residence = False,
+        loaded: dict[str, Tiles] | None = None,
+    ):
+        self.segments, self.mesh, self._vectors = segments, mesh, levels[-1]
+        self._reader = TileReader(segments, levels, width, mesh)
+        self.starts, self._width = self._reader.starts, width
+        self.loaded = self._load(resident, loaded or {})
 
     @functools.cached_property
     def is_alive(self) -> Bool[np.ndarray, " N"]:
@@ -57,110 +72,128 @@ class SegmentSearcher:
         """Return scores, float32, and positions of the k best documents of each query, best first; of ties, the first position.
 
         Args:
-          k: at most the number of documents, and at most the survivors of every stage.
+          k: at most the survivors of every stage. With fewer candidates, the results have fewer columns.
           stages: from `as_stages`.
           is_candidate_N: mask of the documents to search in; all that are not deleted by default.
         """
-        vectors, survivors = max(stage[0] for stage in stages), max([k, *(stage[2] for stage in stages[:-1])])
-        at_once = _floor(min(SEARCH_VECTORS // vectors, SCORES // min(survivors, self.starts[-1])))
-        all_N = np.arange(self.starts[-1], dtype=np.int32)
-        candidates_n = all_N if is_candidate_N is None else all_N[is_candidate_N & self.is_alive]
-        results = [
-            self._search(query_QRD[start : start + at_once], k, stages, candidates_n) for start in range(0, len(query_QRD), at_once)
-        ]
-        empty = np.zeros((0, k), np.float32), np.zeros((0, k), np.int32)
-        scores_Qk, positions_Qk = (np.concatenate(arrays) for arrays in zip(empty, *results, strict=True))
-        return scores_Qk, positions_Qk
-
-    def _search(self, query_QRD: np.ndarray, k: int, stages: Stages, candidates_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        survivors_QK, most = None, min(len(candidates_n), self.is_alive.sum())
-        for query_vectors, document_vectors, *survivors in stages:
-            count = min(survivors[0], most) if survivors else k
-            query_QrD = query_QRD[:, :query_vectors]
-            if survivors_QK is None:
-                scores, positions = self._top_k(query_QrD, document_vectors, count, candidates_n)
-            else:
-                results = [
-                    self._top_k(query_QrD[q : q + 1], document_vectors, count, survivors_QK[q]) for q in range(len(query_QrD))
-                ]
-                scores, positions = (np.concatenate(arrays) for arrays in zip(*results, strict=True))
-            survivors_QK = np.sort(positions, axis=1)  # so that the first position wins ties in the next stage too
-            self._release()
-        return scores, positions
-
-    def _top_k(self, query_QRD: np.ndarray, vectors: int, k: int, positions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores and positions [Q, k] of the best documents among some positions, by the first `vectors` of each document.
-
-        Queries, k and the last block are padded to powers of two, so that few programs are compiled.
-        """
-        queries, rows = len(query_QRD), min(_ceil(len(query_QRD)) * query_QRD.shape[1], level_scoring.QUERY_VECTORS)
-        padded_QRD = put_replicated(np.pad(query_QRD, [(0, _ceil(queries) - queries), (0, 0), (0, 0)]), self.mesh)
-        top = jax.tree.map(lambda x: put_replicated(np.asarray(x), self.mesh), empty_top_k(len(padded_QRD), _ceil(k)))
-        numbers = vectors * self.width
-        # A step depends on the number of documents, not of devices, so the scores are the same bits on any mesh.
-        limit = min(_ceil(len(positions_N)), max(_ceil(len(positions_N)) // 8, STEP_DOCUMENTS))
-        step = _floor(min(STEP_SIMILARITIES // (rows * vectors), STEP_NUMBERS // numbers, limit))
-        steps = _floor(min(BLOCK_NUMBERS // (step * numbers), SCORES // (step * len(padded_QRD))))
-        for block in self._blocks(positions_N, step * self.mesh.size, steps, vectors):
-            jax.block_until_ready(top)  # otherwise blocks pile up in memory when reading is faster than scoring
-            top = merge_block(padded_QRD, block, top, step, self.mesh)
-        scores_Qk, positions_Qk = (np.asarray(x)[:queries, :k].copy() for x in top)
+        candidates_N = self.is_alive if is_candidate_N is None else is_candidate_N & self.is_alive
+        k = min(k, int(candidates_N.sum()))
+        if k == 0 or not len(query_QRD):
+            return np.zeros((len(query_QRD), k), np.float32), np.zeros((len(query_QRD), k), np.int32)
+        stages = tuple((*stage[:2], *(min(survivors, int(self.starts[-1])) for survivors in stage[2:])) for stage in stages)
+        vectors, most = max(stage[0] for stage in stages), max([_ceil(k), *(stage[2] for stage in stages[:-1])])
+        at_once = _floor(min(QUERY_VECTORS // vectors, SCORES // max(most, min(engine.MERGED_DOCUMENTS, self.starts[-1]))))
+        results = []
+        for start in range(0, len(query_QRD), at_once):
+            query_qRD = query_QRD[start : start + at_once]
+            padding = [(0, _ceil(len(query_qRD)) - len(query_qRD)), (0, 0), (0, 0)]
+            top = self._search(put_replicated(np.pad(query_qRD, padding), self.mesh), _ceil(k), stages, candidates_N)
+            results.append([np.asarray(x)[: len(query_qRD), :k] for x in top])
+        scores_Qk, positions_Qk = (np.concatenate(arrays) for arrays in zip(*results, strict=True))
         if not np.isfinite(scores_Qk).all():  # items that passed `ingest` have finite scores
             folder = self.segments[0].folder.parent
             raise UserError(f"{folder}: an item has no vectors, or NaN or infinities in them; build the index again")
         return scores_Qk, positions_Qk
 
-    def _blocks(self, positions_N: np.ndarray, step: int, steps: int, vectors: int) -> Iterator[Block]:
-        """Yield blocks of `steps` times `step` documents; the last block may have half, a quarter, ... of the steps."""
-        for number, start in enumerate(range(0, len(positions_N), step * steps), 1):
-            positions_n = positions_N[start : start + step * steps]
-            yield self._block(positions_n, step * _ceil(-(-len(positions_n) // step)), vectors)
-            if number % BLOCKS_BEFORE_RELEASE == 0:
-                self._release()
+    def _load(self, resident: Residence, loaded: dict[str, Tiles]) -> dict[str, Tiles]:
+        """Return the tiles of all segments in the memory of the devices, by name; none if the index is not resident."""
+        missing = [segment for segment in self.segments if segment.entry.name not in loaded]
+        needed = sum(self._reader.bytes_on_device(len(segment), self._vectors) for segment in missing)
+        if not resident or not self._fits(needed, resident):
+            return {}
+        tiles = {}
+        for segment, start in zip(self.segments, self.starts, strict=False):
+            name, count = segment.entry.name, count_tiles(len(segment), self.mesh.size)
+            if name in loaded:
+                first = put_replicated(np.asarray(start, np.int32), self.mesh)
+                tiles[name] = loaded[name]._replace(is_candidate=self._reader.mask(segment.is_alive, count), first=first)
+                continue
+            rows = np.arange(start, start + len(segment), dtype=np.int32)
+            tiles[name] = self._reader.read(rows, count, self._vectors, start)
+            tiles[name] = tiles[name]._replace(is_candidate=self._reader.mask(segment.is_alive, count))
+        return tiles
 
-    def _release(self) -> None:
-        for segment in self.segments:
-            segment.release()
-
-    def _block(self, positions_n: np.ndarray, size: int, vectors: int) -> Block:
-        def put(row: tuple[int, ...], read: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
-            def read_shard(index) -> np.ndarray:
-                start, stop, _ = index[0].indices(size)
-                rows = read(positions_n[start:stop])
-                if len(rows) == stop - start:
-                    return rows
-                padded = np.full((stop - start, *row), -1, rows.dtype)
-                padded[: len(rows)] = rows
-                return padded
-
-            return jax.make_array_from_callback((size, *row), self._split, read_shard)
-
-        def put_files(row: tuple[int, ...], pick: Callable[[SegmentFiles], ChecksummedFile]) -> jax.Array:
-            return put(row, lambda positions: self._read(pick, positions)[:, : row[0]] if row else self._read(pick, positions))
-
-        starts = [start for start in (0, *self.levels[:-1]) if start < vectors]
-        widths = [min(end, vectors) - start for start, end in zip(starts, self.levels, strict=False)]
-        is_ragged = vectors > min(segment.entry.fewest for segment in self.segments)
-        has_scales = bool(self.segments[0].scales)
-        return Block(
-            put((), lambda positions: np.where(self.is_alive[positions], positions, -1)),
-            put_files((), lambda segment: segment.counts) if is_ragged else None,
-            tuple(put_files((w, self.width), lambda segment, n=n: segment.levels[n]) for n, w in enumerate(widths)),
-            tuple(put_files((w,), lambda segment, n=n: segment.scales[n]) for n, w in enumerate(widths)) if has_scales else (),
+    def _fits(self, needed: int, resident: Residence) -> bool:
+        free = free_memory(self.mesh)
+        if needed <= SHARE * free:
+            return True
+        if resident == "auto":
+            return False
+        raise UserError(
+            f"{self.segments[0].folder.parent}: resident=True: its vectors take {needed:,} bytes on a device, of which "
+            f'{free:,} are free; expected at most {SHARE:.0%} of them: load it with resident="auto", with more devices, or as int8'
         )
 
-    def _read(self, pick: Callable[[SegmentFiles], ChecksummedFile], positions_n: np.ndarray) -> np.ndarray:
-        """Return the rows at ascending positions from a file of each segment, without a copy if they are contiguous."""
-        bounds = np.searchsorted(positions_n, self.starts)
-        bounds[-1] = len(positions_n)
-        arrays = []
-        for number in np.flatnonzero(np.diff(bounds)).tolist() or [0]:
-            rows = positions_n[bounds[number] : bounds[number + 1]] - self.starts[number]
-            file = pick(self.segments[number])
-            is_contiguous = len(rows) == 0 or rows[-1] - rows[0] == len(rows) - 1
-            first = rows[0] if len(rows) else 0
-            arrays.append(file.read(first, first + len(rows)) if is_contiguous else file.take(rows))
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    def _search(self, query_QRD: jax.Array, k: int, stages: Stages, candidates_N: np.ndarray) -> TopK:
+        if self.loaded and len(self.segments) <= PROGRAM_SEGMENTS:
+            return engine.search(query_QRD, tuple(self._resident(candidates_N)), stages, k, self.mesh)
+        top = engine.empty_top_k(len(query_QRD), 0)
+        for number, (query_vectors, document_vectors, *survivors) in enumerate(stages):
+            query_QrD, count = query_QRD[:, :query_vectors], survivors[0] if survivors else k
+            if number == 0:
+                top = TopK(*(put_replicated(np.asarray(x), self.mesh) for x in engine.empty_top_k(len(query_QRD), count)))
+                for tiles in self._resident(candidates_N) if self.loaded else self._blocks(candidates_N, document_vectors):
+                    jax.block_until_ready(top)  # otherwise blocks pile up in memory when reading is faster than scoring
+                    top = engine.merge_tiles(query_QrD, tiles, top, document_vectors, self.mesh)
+            else:
+                positions_QK = engine.in_order(top.positions)
+                scores_QK = jax.numpy.full_like(top.scores, -np.inf)
+                for tiles, rows_QK in self._survivors(positions_QK, candidates_N, document_vectors):
+                    scores = engine.score_survivors(query_QrD, tiles, rows_QK, document_vectors, self.mesh)
+                    scores_QK = jax.numpy.maximum(scores_QK, scores)
+                top = engine.best_of(scores_QK, positions_QK, count)
+        return top
+
+    def _resident(self, candidates_N: np.ndarray) -> Iterator[Tiles]:
+        """Yield the resident segments, with some candidates."""
+        for number, tiles in enumerate(self.loaded.values()):
+            if candidates_N is not self.is_alive:
+                start, stop = self.starts[number : number + 2]
+                tiles = tiles._replace(is_candidate=self._reader.mask(candidates_N[start:stop], tiles.is_candidate.shape[0]))
+            yield tiles
+
+    def _blocks(self, candidates_N: np.ndarray, vectors: int) -> Iterator[Tiles]:
+        """Yield all blocks with a candidate. The last blocks are smaller by powers of two, so that few programs are compiled."""
+        devices, documents = self.mesh.size, len(candidates_N)
+        step = engine.step_tiles(vectors, TILE)
+        most = step * max(BLOCK_NUMBERS // (step * TILE * vectors * self._width), 1) * devices * TILE
+
+        def read(start: int) -> Tiles:
+            stop = min(start + most, documents)
+            count = _ceil(count_tiles(stop - start, devices) // devices) * devices
+            tiles = self._reader.read(np.arange(start, stop, dtype=np.int32), count, vectors, start)
+            return tiles._replace(is_candidate=self._reader.mask(candidates_N[start:stop], count))
+
+        starts = [start for start in range(0, documents, most) if candidates_N[start : start + most].any()]
+        return _read_ahead(read, starts)
+
+    def _survivors(self, positions_QK: jax.Array, candidates_N: np.ndarray, vectors: int) -> Iterable[tuple[Tiles, jax.Array]]:
+        """Yield tiles that have the survivors, and the position of each survivor in them."""
+        if self.loaded:
+            return ((tiles, positions_QK) for tiles in self._resident(candidates_N))
+        positions = np.asarray(positions_QK)
+        union = np.unique(positions[positions >= 0])
+        rows_QK = np.where(positions < 0, -1, np.searchsorted(union, positions)).astype(np.int32)
+        rows_QK, devices = put_replicated(rows_QK, self.mesh), self.mesh.size
+        most = max(SURVIVOR_NUMBERS // (TILE * vectors * self._width), 1) * TILE * devices
+
+        def read(start: int) -> tuple[Tiles, jax.Array]:
+            rows = union[start : start + most]
+            return self._reader.read(rows, _ceil(count_tiles(len(rows), devices) // devices) * devices, vectors, start), rows_QK
+
+        return _read_ahead(read, range(0, len(union), most))
+
+
+def _read_ahead(read, starts: Iterable[int]) -> Iterator:
+    """Yield what `read` returns for each start, and read the next one meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = None
+        for start in starts:
+            ahead, ready = thread.submit(read, start), ahead
+            if ready is not None:
+                yield ready.result()
+        if ahead is not None:
+            yield ahead.result()
 
 
 def _floor(number: int) -> int:

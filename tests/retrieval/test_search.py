@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metaembed_jax as me
-from metaembed_jax.late_interaction import level_scoring
+from metaembed_jax.late_interaction import engine
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.retrieval import checksummed_files
 from metaembed_jax.retrieval import search as module
 from metaembed_jax.retrieval.ingest import to_int8
+from metaembed_jax.retrieval.manifest import DTYPES
 from tests.retrieval import reference
 from tests.retrieval.reference import exact, unit
 
@@ -45,33 +46,41 @@ def test_equal_to_the_definition(seed, queries, documents, vectors, ties, ragged
 
 
 def test_blocks_steps_and_queries_that_do_not_divide(monkeypatch):
-    for name, value in {"STEP_DOCUMENTS": 8, "BLOCK_NUMBERS": 16 * 16 * 4, "SEARCH_VECTORS": 32}.items():
+    for name, value in {"BLOCK_NUMBERS": 1, "SURVIVOR_NUMBERS": 1, "QUERY_VECTORS": 32}.items():
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(level_scoring, "QUERY_VECTORS", 8)
+    sizes = {"QUERY_VECTORS": 8, "FEW_VECTORS": 4, "DOCUMENT_VECTORS": 1, "MERGED_DOCUMENTS": 128, "SURVIVOR_VECTORS": 8}
+    for name, value in sizes.items():
+        monkeypatch.setattr(engine, name, value)
+    jax.clear_caches()
     monkeypatch.setattr(checksummed_files, "RESIDENT_BYTES", 0)
     monkeypatch.setattr(checksummed_files, "READS_BEFORE_RELEASE", 3)
     rng = np.random.default_rng(0)
-    query, document = exact(rng, 21, 4, 16), exact(rng, 133, 4, 16)
-    index = me.Index.build(document[:50], map(str, range(50)), dtype="float32", mesh=ONE)
-    index.add(document[50:51], ["50"])
-    index.add(document[51:], map(str, range(51, 133)))
-    for stages in ([(3, 3)], [(1, 1, 40), (2, 4, 30), (4, 3)]):
-        assert_results(index, query, document, 20, stages, stages)
+    query, document = exact(rng, 21, 4, 16), exact(rng, 533, 4, 16)
+    index = me.Index.build(document[:150], map(str, range(150)), dtype="float32", mesh=ONE)
+    index.add(document[150:151], ["150"])
+    index.add(document[151:], map(str, range(151, 533)))
+    for resident in (False, True):
+        loaded = me.Index.load(index.folder, mesh=ONE, resident=resident)
+        for stages in ([(3, 3)], [(1, 1, 200), (2, 4, 30), (4, 3)]):
+            assert_results(loaded, query, document, 20, stages, stages)
+    jax.clear_caches()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_eight_devices_find_the_same_bits(dtype, monkeypatch):
-    monkeypatch.setattr(module, "STEP_DOCUMENTS", 8)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eight_devices_and_residents_find_the_same_bits(dtype):
     rng = np.random.default_rng(1)
     query, document = unit(rng, 5, 4, 16), unit(rng, 333, 9, 16)
     document[200] = document[3]
     ragged = [vectors_RD[: 1 + n % 9] for n, vectors_RD in enumerate(document)]
     for items in (document, ragged):
         index = me.Index.build(items, dtype=dtype, mesh=ONE)
-        spread = me.Index(index.folder, make_mesh(2, 2, 2))
-        for budget in ((3, 7), [(1, 1, 50), (4, 9)]):
-            for alone, together in zip(index.search(query, 20, budget), spread.search(query, 20, budget), strict=True):
-                np.testing.assert_array_equal(alone, together)
+        index.add(items[:5], [f"again {n}" for n in range(5)])
+        index.delete(["7", "again 1"])
+        for resident, mesh in ((False, make_mesh(2, 2, 2)), (True, make_mesh(2, 2, 2)), (True, ONE)):
+            other = me.Index.load(index.folder, mesh=mesh, resident=resident)
+            for budget in ((3, 7), [(1, 1, 50), (4, 9)]):
+                for expected, actual in zip(index.search(query, 20, budget), other.search(query, 20, budget), strict=True):
+                    np.testing.assert_array_equal(actual, expected)
 
 
 def test_padding_never_wins():
@@ -133,10 +142,48 @@ def test_few_programs_are_compiled():
     rng = np.random.default_rng(4)
     index = me.Index.build(unit(rng, 100, 4, 8), mesh=ONE)
     index.search(unit(rng, 4, 2, 8), 10)
-    before = level_scoring.merge_block._cache_size()
+    before = engine.merge_tiles._cache_size()
     for queries, k in ((3, 9), (4, 16), (4, 11)):
         index.search(unit(rng, queries, 2, 8), k)
-    assert level_scoring.merge_block._cache_size() == before
+    assert engine.merge_tiles._cache_size() == before
+
+
+def test_a_resident_index_follows_its_changes(tmp_path):
+    rng = np.random.default_rng(8)
+    query, document = unit(rng, 3, 2, 8), unit(rng, 300, 5, 8)
+    me.Index.build(document[:150], dtype="float32", path=tmp_path)
+    index = me.Index.load(tmp_path, mesh=ONE, resident=True)
+    items = {str(n): document[n] for n in range(150)}
+
+    def check():
+        scores, ids = index.search(query, 20, [(1, 1, 100), (2, 5)])
+        expected_scores, rows = reference.search(query, list(items.values()), 20, [(1, 1, 100), (2, 5)])
+        assert ids.tolist() == np.array(list(items))[rows].tolist()
+        np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
+
+    check()
+    vectors = next(iter(index._searcher.loaded.values())).vectors
+    for start in range(150, 300, 25):  # more segments than one program takes
+        new = {str(n): document[n] for n in range(start, start + 25)}
+        index.add(np.stack(list(new.values())), list(new))
+        index.delete([str(start - 110), str(start)])
+        items = {name: item for name, item in (items | new).items() if name not in (str(start - 110), str(start))}
+        check()
+    assert next(iter(index._searcher.loaded.values())).vectors is vectors  # not read again
+    index.compact()
+    check()
+    assert len(index._searcher.loaded) == 1
+
+
+def test_what_does_not_fit_is_not_resident(monkeypatch):
+    rng = np.random.default_rng(9)
+    index = me.Index.build(unit(rng, 50, 4, 8), mesh=ONE)
+    monkeypatch.setattr(module, "free_memory", lambda mesh: 1000)
+    assert not me.Index.load(index.folder, resident="auto")._searcher.loaded
+    with pytest.raises(me.UserError, match="take 17,024 bytes on a device, of which 1,000 are free"):
+        me.Index.load(index.folder, resident=True, mesh=ONE).search(unit(rng, 1, 2, 8))
+    with pytest.raises(me.UserError, match='resident=1: expected True, False or "auto"'):
+        me.Index.load(index.folder, resident=1)
 
 
 def test_more_vectors_stored_than_are_searched_are_not_read():

@@ -1,0 +1,122 @@
+"""Read documents from the files of an index into tiles on the devices of a mesh.
+
+N documents, R vectors of a document, T tiles, n documents of a tile, D width of a vector.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Int
+
+from metaembed_jax.late_interaction.tiles import TILE, Tiles, count_tiles, write_rows
+from metaembed_jax.retrieval.checksummed_files import ChecksummedFile
+from metaembed_jax.retrieval.segment import SegmentFiles
+from metaembed_jax.sharding import put_replicated
+
+READ_NUMBERS = 2**23  # of vectors that are read before the memory of the files is released
+
+
+class TileReader:
+    """The vectors of segments, and the devices that they are read to.
+
+    Args:
+      segments: segments in the order of their items.
+      levels: numbers of vectors at which the levels end.
+      width: numbers of a vector, D.
+      mesh: devices.
+
+    Attributes:
+      starts: the position of the first document of each segment, and the number of all documents.
+    """
+
+    def __init__(self, segments: Sequence[SegmentFiles], levels: Sequence[int], width: int, mesh: Mesh):
+        self.segments, self.mesh = segments, mesh
+        self.starts = np.cumsum([0, *map(len, segments)])
+        self._levels, self._width = tuple(levels), width
+        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        stored = segments[0].levels[0].dtype
+        # XLA on a CPU converts bfloat16 more slowly than it multiplies float32.
+        self.dtype = np.dtype(np.float32) if mesh.devices.flat[0].platform == "cpu" else stored
+
+    def read(self, positions_n: Int[np.ndarray, " n"], tiles: int, vectors: int, first: int) -> Tiles:
+        """Read the first `vectors` vectors of documents at ascending positions; all of them are candidates.
+
+        Args:
+          tiles: a multiple of the devices, for at least so many documents.
+          first: as in `Tiles`.
+
+        Raises:
+          UserError: a file is damaged.
+        """
+        shape, put = (tiles, vectors, TILE), self._put
+        levels = functools.partial(self._write_levels, vectors=vectors)
+        has_scales = bool(self.segments[0].scales)
+        is_ragged = vectors > min(segment.entry.fewest for segment in self.segments)
+        return Tiles(
+            put((*shape, self._width), self.dtype, positions_n, functools.partial(levels, lambda segment: segment.levels)),
+            put(shape, np.float32, positions_n, functools.partial(levels, lambda segment: segment.scales)) if has_scales else None,
+            put((tiles, TILE), np.int32, positions_n, self._write_counts) if is_ragged else None,
+            self.mask(np.ones(len(positions_n), bool), tiles),
+            put_replicated(np.asarray(first, np.int32), self.mesh),
+        )
+
+    def _write_levels(
+        self,
+        files: Callable[[SegmentFiles], list[ChecksummedFile]],
+        shard_TRnx: np.ndarray,
+        positions_n: Int[np.ndarray, " n"],
+        vectors: int,
+    ) -> None:
+        start = 0
+        for number, end in enumerate(self._levels):
+            if start < vectors:
+                rows = self._read(lambda segment, number=number: files(segment)[number], positions_n)
+                write_rows(shard_TRnx[:, start:end], rows[:, : vectors - start])
+            start = end
+
+    def _write_counts(self, shard_Tn: np.ndarray, positions_n: Int[np.ndarray, " n"]) -> None:
+        shard_Tn.reshape(-1)[: len(positions_n)] = self._read(lambda segment: segment.counts, positions_n)
+
+    def mask(self, is_candidate_n: Bool[np.ndarray, " n"], tiles: int) -> jax.Array:
+        """Return `Tiles.is_candidate` of consecutive documents; False for padding."""
+        padded = np.zeros((tiles, TILE), bool)
+        padded.reshape(-1)[: len(is_candidate_n)] = is_candidate_n
+        return jax.make_array_from_callback(padded.shape, self._split, lambda index: padded[index])
+
+    def bytes_on_device(self, documents: int, vectors: int) -> int:
+        """Return the bytes of so many documents on a device."""
+        of_vector = self._width * self.dtype.itemsize + (4 if self.segments[0].scales else 0)
+        return count_tiles(documents, self.mesh.size) // self.mesh.size * TILE * (vectors * of_vector + 5)
+
+    def release(self) -> None:
+        """Release the memory that the files fill."""
+        for segment in self.segments:
+            segment.release()
+
+    def _put(self, shape: tuple[int, ...], dtype, positions_n: np.ndarray, write: Callable) -> jax.Array:
+        """Return an array over the devices. `write` fills some tiles of a shard at a time; one shard is in memory."""
+        arrays, size = [], max(READ_NUMBERS // int(np.prod(shape[1:])), 1)
+        for device, index in self._split.addressable_devices_indices_map(shape).items():
+            start, stop, _ = index[0].indices(shape[0])  # pyright: ignore[reportOptionalSubscript] this device has a shard
+            shard = np.zeros((stop - start, *shape[1:]), dtype)
+            for tile in range(start, stop, size):
+                rows = positions_n[tile * TILE : min(tile + size, stop) * TILE]
+                if len(rows):
+                    write(shard[tile - start : tile - start + size], rows)
+                    self.release()
+            arrays.append(jax.device_put(shard, device))
+        return jax.make_array_from_single_device_arrays(shape, self._split, arrays)
+
+    def _read(self, pick: Callable[[SegmentFiles], ChecksummedFile], positions_n: np.ndarray) -> np.ndarray:
+        """Return the rows at ascending positions from a file of each segment, without a copy if they are contiguous."""
+        bounds = np.searchsorted(positions_n, self.starts)
+        arrays = []
+        for number in np.flatnonzero(np.diff(bounds)).tolist():
+            rows = positions_n[bounds[number] : bounds[number + 1]] - self.starts[number]
+            file = pick(self.segments[number])
+            is_contiguous = rows[-1] - rows[0] == len(rows) - 1
+            arrays.append(file.read(rows[0], rows[0] + len(rows)) if is_contiguous else file.take(rows))
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
