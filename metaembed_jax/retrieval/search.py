@@ -56,9 +56,9 @@ class Searcher:
         resident: Residence = False,
         loaded: dict[str, Tiles] | None = None,
     ):
-        self.segments, self.mesh, self._vectors = segments, mesh, levels[-1]
+        self.segments, self.levels, self.width, self.mesh = segments, tuple(levels), width, mesh
         self._reader = TileReader(segments, levels, width, mesh)
-        self.starts, self._width = self._reader.starts, width
+        self.starts = self._reader.starts
         self.loaded = self._load(resident, loaded or {})
 
     @functools.cached_property
@@ -98,7 +98,7 @@ class Searcher:
     def _load(self, resident: Residence, loaded: dict[str, Tiles]) -> dict[str, Tiles]:
         """Return the tiles of all segments in the memory of the devices, by name; none if the index is not resident."""
         missing = [segment for segment in self.segments if segment.entry.name not in loaded]
-        needed = sum(self._reader.bytes_on_device(len(segment), self._vectors) for segment in missing)
+        needed = sum(self._reader.bytes_on_device(len(segment), self.levels[-1]) for segment in missing)
         if not resident or not self._fits(needed, resident):
             return {}
         tiles = {}
@@ -109,7 +109,7 @@ class Searcher:
                 tiles[name] = loaded[name]._replace(is_candidate=self._reader.mask(segment.is_alive, count), first=first)
                 continue
             rows = np.arange(start, start + len(segment), dtype=np.int32)
-            tiles[name] = self._reader.read(rows, count, self._vectors, start)
+            tiles[name] = self._reader.read(rows, count, self.levels[-1], start)
             tiles[name] = tiles[name]._replace(is_candidate=self._reader.mask(segment.is_alive, count))
         return tiles
 
@@ -156,7 +156,7 @@ class Searcher:
         """Yield all blocks with a candidate. The last blocks are smaller by powers of two, so that few programs are compiled."""
         devices, documents = self.mesh.size, len(candidates_N)
         step = engine.step_tiles(vectors, TILE)
-        most = step * max(BLOCK_NUMBERS // (step * TILE * vectors * self._width), 1) * devices * TILE
+        most = step * max(BLOCK_NUMBERS // (step * TILE * vectors * self.width), 1) * devices * TILE
 
         def read(start: int) -> Tiles:
             stop = min(start + most, documents)
@@ -175,7 +175,7 @@ class Searcher:
         union = np.unique(positions[positions >= 0])
         rows_QK = np.where(positions < 0, -1, np.searchsorted(union, positions)).astype(np.int32)
         rows_QK, devices = put_replicated(rows_QK, self.mesh), self.mesh.size
-        most = max(SURVIVOR_NUMBERS // (TILE * vectors * self._width), 1) * TILE * devices
+        most = max(SURVIVOR_NUMBERS // (TILE * vectors * self.width), 1) * TILE * devices
 
         def read(start: int) -> tuple[Tiles, jax.Array]:
             rows = union[start : start + most]
