@@ -19,6 +19,7 @@ from metaembed_jax.retrieval.checksummed_files import CHUNK_BYTES
 VALUES: tuple = (None, 0, -1, 1, 2, 3.5, 2**31, 2**40, 10**30, True, "", "x")
 VALUES += ("../x", [], [0], [5, 3], {}, {"a": 1}, "float32", "int8")
 ITEMS, VECTORS, WIDTH = 12, 4, 8
+WHERES: tuple = ({"path": {"$gte": "/x/3"}, "page": {"$ne": 7}}, {"$or": [{"new": True}, {"page": {"$lt": 2.5}}, {"large": 1.0}]})
 TYPES = (("bfloat16", None), ("float32", None), ("int8", None), ("int8", "float32"))
 
 
@@ -31,7 +32,10 @@ def _vectors(seed: int, count: int) -> np.ndarray:
 def _base(dtype: str, exact: str | None) -> tuple[Path, list]:
     """Return the folder of an index of three segments, one with deleted items, and what it answers."""
     folder = Path(tempfile.mkdtemp()) / dtype
-    metadata = [{"path": f"/x/{number}", "page": number, "é": [1, {"a": None}]} for number in range(ITEMS)]
+    metadata = [
+        {"path": f"/x/{number}", "page": number - 0.5 * (number % 2), "new": number > 3, "large": 2**64, "é": [1, {"a": None}]}
+        for number in range(ITEMS)
+    ]
     index = Index.build(
         _vectors(0, ITEMS), [f"é{n}" for n in range(ITEMS)], metadata=metadata, dtype=dtype, exact=exact, path=folder
     )
@@ -72,11 +76,14 @@ def check_index(folder: Path, content: tuple[tuple[str, str | None], bool]) -> s
 
 
 def _answers(index: Index, certifies: bool) -> list:
-    """Return what an index answers to two queries, at two budgets, and by its exact vectors."""
+    """Return what an index answers to two queries, at two budgets, with filters, and by its exact vectors."""
     answers: list = [len(index), index.vectors, index.model, list(index.left_out)]
     for budget in (None, [(1, 1, 4), (2, 2)]):
         scores, ids = index.search(_vectors(3, 2)[:, :2], budget=budget)
         answers += [scores.tolist(), ids.tolist(), [index.metadata(item) for item in ids[0]]]
+    for where in WHERES:
+        hits = index.search(_vectors(3, 2)[:, :2], where=where)
+        answers += [hits.scores.tolist(), hits.ids.tolist(), hits.metadata(0)]
     if certifies:
         hits = index.search(_vectors(3, 2)[:, :2], certified=True)
         answers += [hits.scores.tolist(), hits.ids.tolist()]
