@@ -154,6 +154,10 @@ class Columns:
                 except (pyarrow.ArrowException, OSError, ValueError, StopIteration, KeyError, TypeError) as error:
                     raise UserError(f"{self._file.path}: the column {key!r} is not valid; build the index again") from error
 
+    def release(self) -> None:
+        """Release the memory that the file fills."""
+        self._file.release()
+
     def _decode(self, kind: str, content: np.ndarray) -> Values:
         import pyarrow
 

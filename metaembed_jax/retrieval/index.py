@@ -163,9 +163,6 @@ class Index:
         k = k if is_match_N is None else min(k, int(is_match_N.sum()))
         if certified:
             return search_certified(searcher, query_QRD, k, check_certifiable(self.folder, self._manifest, stages), is_match_N)
-        if not k:
-            none = np.zeros((len(query_QRD), 0))
-            return make_hits(searcher.segments, none.astype(np.float32), none.astype(np.int32))
         return make_hits(searcher.segments, *searcher.search(query_QRD, k, stages, is_match_N))
 
     def calibrate(

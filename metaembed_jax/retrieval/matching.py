@@ -37,6 +37,7 @@ def match_items(segments: Sequence[SegmentFiles], where: Mapping) -> Bool[np.nda
     for segment in segments:
         mask_N = evaluate(condition, functools.partial(_compare, segment), segment.is_alive)
         masks.append(mask_N & segment.is_alive)
+        segment.columns.release()
     return np.concatenate(masks)
 
 

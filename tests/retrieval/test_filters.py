@@ -26,8 +26,8 @@ scalars = ordered | st.booleans()
 filters, metadata = filters_of(scalars, ordered), metadata_of(scalars | st.lists(st.integers(0, 1), max_size=1) | st.just({"a": 1}))
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(st.lists(metadata, min_size=1, max_size=12), st.lists(filters, min_size=8, max_size=8), st.randoms(use_true_random=False))
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.lists(metadata, min_size=1, max_size=12), st.lists(filters, min_size=12, max_size=12), st.randoms(use_true_random=False))
 def test_equal_to_the_definition(stored, wheres, random):
     stored += [{"a": random.choice(NUMBERS), "b.c": "text", "ключ": True}]
     rng, cut = np.random.default_rng(random.randrange(100)), random.randrange(1, len(stored) + 1)
@@ -58,7 +58,7 @@ def test_searches_among_the_items_that_match():
     index.delete(["9", "51"])
     where = {"lang": "de", "page": {"$gte": 2, "$lt": 5}}
     rest = [n for n in range(60) if n % 2 and 2 <= n % 7 < 5 and n not in (9, 51)]
-    for other in (index, me.Index.load(index.folder, mesh=make_mesh(2, 2, 2))):
+    for other in (index, me.Index.load(index.folder, mesh=make_mesh(2, 2, 2), resident=True)):
         for stages in ([(3, 9)], [(1, 1, 6), (3, 9)]):
             hits = other.search(query, 5, stages, where=where)
             scores, rows = reference.search(query, document[rest], 5, stages)
