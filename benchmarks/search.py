@@ -95,9 +95,13 @@ def main() -> None:
         if name in CASES:
             race_scores(name, CASES[name], arguments.rounds)
             continue
-        query, document = of_run(arguments.run, arguments.data) if arguments.run else near_documents(ENGINE_CASES[name])
+        case = ENGINE_CASES[name] if name == "staged" else ENGINE_CASES[name]._replace(documents=arguments.documents)
+        query, document = of_run(arguments.run, arguments.data) if arguments.run else near_documents(case)
         print(f"{name}: " + (f"stages {STAGES}" if name == "staged" else "all vectors"))
-        (race_stages if name == "staged" else race_engines)(query, document, arguments.rounds)
+        if name == "staged":
+            race_stages(query, document, arguments.rounds)
+        else:
+            race_engines(query[: case.queries], document[: case.documents], arguments.rounds)
 
 
 def race_scores(name: str, case: Case, rounds: int) -> None:
@@ -189,13 +193,14 @@ def near_documents(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return unit(document[rows, : case.query_vectors] + noise), document
 
 
+@functools.cache
 def of_run(run: str, data: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the queries of the test split of a run's first source, and the documents of all its splits."""
     from metaembed_jax.data import sources
     from metaembed_jax.data.sources.records import SPLITS
 
     model = me.MetaEmbed.from_pretrained(run, dtype="float32")
-    source = next(iter(json.loads((Path(run) / "run.json").read_text())["config"]["data"]["sources"]))
+    source = json.loads((Path(run) / "run.json").read_text())["config"]["data"]["sources"][0][0]
     task = {split: sources.retrieval(source, data, split) for split in SPLITS}
     document = model.encode_document([item for split in SPLITS for item in task[split].documents], progress=True)
     return np.asarray(model.encode_query(task[SPLITS[-1]].queries, progress=True)), np.asarray(document)

@@ -30,13 +30,15 @@ def search(folder, threads, seconds, **options):
     return searches
 
 
-def test_answers_while_another_process_writes(tmp_path):
-    searches = search(tmp_path / "index", threads=4, seconds=2)
+@pytest.mark.parametrize("resident", [False, True])
+def test_answers_while_another_process_writes(tmp_path, resident):
+    searches = search(tmp_path / "index", threads=4, seconds=2, resident=resident)
     assert searches.count > 20 and len(searches.states) > 2
 
 
 @pytest.mark.slow
-def test_answers_for_a_minute(tmp_path):
-    searches = search(tmp_path / "index", threads=8, seconds=60)
+@pytest.mark.parametrize("resident", [False, True])
+def test_answers_for_a_minute(tmp_path, resident):
+    searches = search(tmp_path / "index", threads=8, seconds=60, resident=resident)
     print(f"{searches.count:,} searches of {len(searches.states)} states", file=sys.stderr)
     assert len(searches.states) == 2 * changing_index.BATCHES
