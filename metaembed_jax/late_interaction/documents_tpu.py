@@ -1,4 +1,4 @@
-"""Exact MaxSim as one TPU kernel. Similarities and their maxima stay on the chip.
+"""Exact MaxSim of documents in an array [N, R, D] as one TPU kernel. Similarities and their maxima stay on the chip.
 
 The kernel reads the queries from HBM once, and the documents once for each block of queries; it writes the scores. A step of the
 grid (query blocks, tiles, steps) multiplies all vectors of n documents by those of q queries, at full width, while the next
@@ -13,10 +13,11 @@ documents are copied to the chip:
                     +---------+---------+-----+               +----------------+
                        M columns, r_q slabs of q                best of a tile
 
-At least 128 scores of a row are written at once. If 128 documents do not fit, a tile has several steps.
+At least 128 scores of a row are written at once. If 128 documents do not fit, a tile has several steps. Float32 queries are split
+into three parts in bfloat16, as in `maxsim_tpu`, unless the documents are float32.
 
-Q queries, N documents, R vectors of an item, D width of a vector; M columns: the vectors of a query block, padded to whole
-registers.
+Q queries, N documents, R vectors of an item, D width of a vector; P parts of the queries; M columns: the vectors of a query block,
+padded to whole registers.
 """
 
 from functools import partial
@@ -27,6 +28,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
+
+from metaembed_jax.late_interaction import maxsim_tpu
 
 LANES, SUBLANES = 128, 8  # of a vector register of 32-bit numbers
 COLUMNS = 1024  # on every chip, arithmetic then takes longer than reading the documents, so more would not help
@@ -59,8 +62,9 @@ def choose_blocks(query_QRD: Array | jax.ShapeDtypeStruct, document_NRD: Array |
     """Return the blocks for inputs of `score`; None if even the smallest are too large."""
     query_QRD, document_NRD = jax.eval_shape(_whole_registers, query_QRD, document_NRD)
     (Q, Rq, D), (N, Rc, _) = query_QRD.shape, document_NRD.shape
-    query_bytes, document_bytes = (D * x.dtype.itemsize for x in (query_QRD, document_NRD))  # of a vector
-    most = BLOCK_BYTES[query_QRD.dtype]
+    document_bytes = D * document_NRD.dtype.itemsize  # of a vector
+    query_bytes = 2 * _parts(query_QRD.dtype, document_NRD.dtype) * D if document_NRD.dtype != jnp.float32 else 4 * D
+    most = BLOCK_BYTES[jnp.dtype("float32") if document_NRD.dtype == jnp.float32 else jnp.dtype("bfloat16")]
     most_queries = max(min(COLUMNS, most // query_bytes) // Rq // SUBLANES * SUBLANES, SUBLANES)
     queries = _up(pl.cdiv(Q, pl.cdiv(Q, most_queries)), SUBLANES)
     columns = _up(Rq * queries, LANES)
@@ -109,10 +113,11 @@ def score(
         block = jnp.minimum(tile * steps + step, last)  # the last tile may read a block twice; its scores are not written
         return (block, 0, 0) if document_major else (0, block, 0)
 
-    inputs = [_columns(query_QRD, blocks), document_NRD if document_major else jnp.swapaxes(document_NRD, 0, 1)]
+    columns_bPDM = _columns(query_QRD, blocks, _parts(query_QRD.dtype, document_NRD.dtype))
+    inputs = [columns_bPDM, document_NRD if document_major else jnp.swapaxes(document_NRD, 0, 1)]
     specs = [
         # The next queries are needed only after all documents, so a second buffer would be idle.
-        pl.BlockSpec((None, D, blocks.columns), lambda block, tile, step: (block, 0, 0), pipeline_mode=pl.Buffered(1)),
+        pl.BlockSpec((None, *columns_bPDM.shape[1:]), lambda block, tile, step: (block, 0, 0, 0), pipeline_mode=pl.Buffered(1)),
         pl.BlockSpec((blocks.step, Rc, D) if document_major else (Rc, blocks.step, D), document_index),
     ]
     scratch = [(blocks.columns // LANES, blocks.step * Rc, LANES), (blocks.tile, blocks.columns)]
@@ -178,11 +183,15 @@ def _write_similarities(query_ref, document_ref, similarity_ref):
     precision = jax.lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None  # by default float32 is rounded to bfloat16
     # A product loads the query's columns for every chunk, so chunks are large. A whole block would not fit if it is converted, or
     # multiplied in the several passes of float32.
-    is_bfloat16 = document_ref.dtype == query_ref.dtype == jnp.bfloat16
+    is_bfloat16 = document_ref.dtype == jnp.bfloat16
     chunk = max(PRODUCT_NUMBERS * (2 if is_bfloat16 else 1) // (second * width), 1)
     for start in range(0, first, chunk):
         document = document_ref[start : start + chunk].astype(query_ref.dtype).reshape(-1, width)
-        similarity = jnp.dot(document, query_ref[...], precision=precision, preferred_element_type=jnp.float32)
+        products = [
+            jnp.dot(document, query_ref[part], precision=precision, preferred_element_type=jnp.float32)
+            for part in reversed(range(query_ref.shape[0]))  # the smallest first
+        ]
+        similarity = sum(products[1:], products[0])
         rows = slice(start * second, start * second + document.shape[0])
         for register in range(similarity_ref.shape[0]):
             similarity_ref[register, rows] = similarity[:, register * LANES : (register + 1) * LANES]
@@ -191,18 +200,25 @@ def _write_similarities(query_ref, document_ref, similarity_ref):
 def _cost(products: int, query_QRD: Array, document_NRD: Array, blocks: Blocks) -> pl.CostEstimate:
     """Estimate the kernel's cost, for the compiler and the planner; the factors are small next to the documents."""
     queries, _, width = query_QRD.shape
-    query_blocks, columns_bytes = pl.cdiv(queries, blocks.queries), width * blocks.columns * query_QRD.dtype.itemsize
+    query_blocks = pl.cdiv(queries, blocks.queries)
+    columns_bytes = width * blocks.columns * max(query_QRD.dtype.itemsize, 2 * _parts(query_QRD.dtype, document_NRD.dtype))
     moved = query_blocks * (columns_bytes + document_NRD.size * document_NRD.dtype.itemsize) + 4 * queries * document_NRD.shape[0]
     return pl.CostEstimate(flops=2 * products, bytes_accessed=moved, transcendentals=0)
 
 
-def _columns(query_QRD: Array, blocks: Blocks) -> Float[Array, "blocks D M"]:
+def _columns(query_QRD: Array, blocks: Blocks, parts: int) -> Float[Array, "blocks P D M"]:
     """Order columns by vector: the first vectors of q queries, then their second, and so on. A sum over i then adds whole slabs."""
     queries, vectors, width = query_QRD.shape
     query_QRD = jnp.pad(query_QRD, [(0, -queries % blocks.queries), (0, 0), (0, 0)])
     columns = query_QRD.reshape(-1, blocks.queries, vectors, width).transpose(0, 3, 2, 1)
     columns = columns.reshape(-1, width, vectors * blocks.queries)
-    return jnp.pad(columns, [(0, 0), (0, 0), (0, blocks.columns - columns.shape[2])])
+    columns = jnp.pad(columns, [(0, 0), (0, 0), (0, blocks.columns - columns.shape[2])])
+    return jnp.stack(maxsim_tpu.split(columns), axis=1) if parts > 1 else columns[:, None]
+
+
+def _parts(query_type, document_type) -> int:
+    """Return the parts of the queries; float32 documents are multiplied by whole float32 queries."""
+    return 1 if document_type == jnp.float32 else maxsim_tpu.parts_of(query_type)
 
 
 def _factors(shape: tuple[int, int], mask_NR: Array | None, scale_NR: Array | None) -> Float[Array, "N R"]:

@@ -223,7 +223,7 @@ def _similarities(query_ref, document_ref, blocks, is_wide):
     for start in range(0, width, blocks.chunk_width):
         piece = slice(start, min(start + blocks.chunk_width, width))
         documents = document_ref[:, :, :, piece] if is_wide else document_ref[:, :, piece, :]
-        for number, part in enumerate(_split(documents.reshape(-1, *documents.shape[2:]))):
+        for number, part in enumerate(split(documents.reshape(-1, *documents.shape[2:]))):
             # Products of two small parts are below float32's precision.
             query = query_ref[: max(query_ref.shape[0] - number * blocks.rows, blocks.rows), piece]
             for slab, product in enumerate(_products(query, part, is_wide)):
@@ -266,10 +266,10 @@ def query_parts(query_QRD: Array, blocks: Blocks):
     query_QRD = jnp.pad(query_QRD, [(0, -Q % blocks.queries), (0, 0), (0, 0)])
     rows_bMD = query_QRD.reshape(-1, blocks.queries * Rq, D)
     rows_bMD = jnp.pad(rows_bMD, [(0, 0), (0, blocks.rows - rows_bMD.shape[1]), (0, 0)])
-    return jnp.concatenate(_split(rows_bMD), axis=1)
+    return jnp.concatenate(split(rows_bMD), axis=1)
 
 
-def _split(x: Array) -> list[Array]:
+def split(x: Array) -> list[Array]:
     """Return bfloat16 arrays whose sum is x, the largest first: three for float32, one for other types, which bfloat16 holds."""
     if x.dtype != jnp.float32:
         return [x.astype(jnp.bfloat16)]

@@ -22,6 +22,7 @@ CASES = {  # Q, Rq, N, Rc, D, query, documents, masked
     "int8": (3, 2, 40, 8, 128, "bfloat16", "int8", False),
     "int8, masked": (3, 2, 40, 3, 128, "float32", "int8", True),
     "types apart": (2, 2, 20, 2, 16, "float16", "bfloat16", False),
+    "float32 by bfloat16": (3, 2, 40, 8, 128, "float32", "bfloat16", True),
 }
 
 
@@ -110,16 +111,17 @@ absent = pytest.mark.filterwarnings("ignore:Error reading persistent compilation
 
 
 @absent
-def test_a_mesh_holds_no_similarities(tpu_mesh):
+@pytest.mark.parametrize("query_type", ["bfloat16", "float32"])
+def test_a_mesh_holds_no_similarities(tpu_mesh, query_type):
     Q, N, everywhere = 8, 100_000, PartitionSpec(tpu_mesh.axis_names)
     query, document = (
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(tpu_mesh, spec))
-        for shape, spec in (((Q, 16, 3584), PartitionSpec()), ((N, 64, 3584), everywhere))
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(tpu_mesh, spec))
+        for shape, dtype, spec in (((Q, 16, 3584), query_type, PartitionSpec()), ((N, 64, 3584), "bfloat16", everywhere))
     )
     specs, out = (PartitionSpec(), everywhere), PartitionSpec(None, tpu_mesh.axis_names)
     lowered = jax.jit(jax.shard_map(score, mesh=tpu_mesh, in_specs=specs, out_specs=out, check_vma=False)).lower(query, document)
     memory = lowered.compile().memory_analysis()
-    scores, columns = Q * N // 8 * 4, 2 * 3584 * 128
+    scores, columns = Q * N // 8 * 4, 3 * 2 * 3584 * 128
     assert memory.temp_size_in_bytes <= 2 * (scores + columns)  # the similarities would be 1024 times the scores
 
 

@@ -97,7 +97,7 @@ def test_without_counts_all_vectors_are_scored():
 def test_float32_is_exact_in_parts():
     """A sum of three numbers in bfloat16, also where rounding to bfloat16 would carry."""
     numbers = np.float32([1 + 2**-8 - 2**-23, -3.3e5, 1e-30, 255.99998, 0])
-    parts = [np.float64(part) for part in maxsim_tpu._split(jnp.asarray(numbers))]
+    parts = [np.float64(part) for part in maxsim_tpu.split(jnp.asarray(numbers))]
     assert len(parts) == 3 and (sum(parts) == numbers).all()
 
 
