@@ -1,5 +1,7 @@
 """Searches of tiles against their definition in float64, on one device and on eight."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from metaembed_jax.late_interaction import engine
+from metaembed_jax.late_interaction import engine, maxsim_tpu, survivors_tpu
 from metaembed_jax.late_interaction.tiles import Tiles, count_tiles, write_rows
 from metaembed_jax.mesh import make_mesh
 from tests.retrieval.reference import exact, unit
@@ -18,16 +20,16 @@ SIZE, VECTORS, WIDTH = 4, 5, 16  # of the tiles here
 MESHES = make_mesh(devices=jax.devices()[:1]), make_mesh(2, 2, 2)
 
 
-def as_tiles(vectors_NRD, scales_NR, counts_N, is_candidate_N, first, mesh) -> Tiles:
-    """Return documents as tiles of `SIZE` documents, sharded over a mesh, with a tile of padding for each device."""
+def as_tiles(vectors_NRD, scales_NR, counts_N, is_candidate_N, first, mesh, size=SIZE) -> Tiles:
+    """Return documents as tiles of `size` documents, sharded over a mesh, with a tile of padding for each device."""
     documents = len(vectors_NRD)
-    tiles = (-(-documents // (SIZE * mesh.size)) + 1) * mesh.size
+    tiles = (-(-documents // (size * mesh.size)) + 1) * mesh.size
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
     def put(array_NRx):
         if array_NRx is None:
             return None
-        result = np.zeros((tiles, array_NRx.shape[1], SIZE, *array_NRx.shape[2:]), array_NRx.dtype)
+        result = np.zeros((tiles, array_NRx.shape[1], size, *array_NRx.shape[2:]), array_NRx.dtype)
         write_rows(result, array_NRx)
         return jax.device_put(result, split)
 
@@ -101,6 +103,22 @@ def test_steps_that_do_not_divide_the_tiles(monkeypatch):
     np.testing.assert_array_equal(parts.positions, whole.positions)
     np.testing.assert_allclose(parts.scores, whole.scores, rtol=1e-6)
     jax.clear_caches()
+
+
+def test_kernels_return_what_xla_does(monkeypatch):
+    """The search of a TPU, with its kernels in Pallas' interpreter."""
+    rng, mesh = np.random.default_rng(3), MESHES[1]
+    query, vectors = unit(rng, 2, 2, 128), np.round(unit(rng, 150, 3, 128) * 300).astype(np.int8)
+    scales, counts = rng.random((150, 3), np.float32), rng.integers(1, 4, 150).astype(np.int32)
+    segments = (as_tiles(vectors, scales, counts, rng.random(150) < 0.8, 0, mesh, 128),)
+    options = ((1, 1, 40), (2, 3)), 10, mesh
+    expected = engine.search(query, segments, *options)
+    for module, function in ((maxsim_tpu, "score"), (survivors_tpu, "score_survivors")):
+        monkeypatch.setattr(module, function, partial(getattr(module, function), interpret=True))
+    monkeypatch.setattr(engine, "_is_tpu", lambda mesh: True)
+    top = jax.jit(lambda query, segments: engine.search.__wrapped__(query, segments, *options))(query, segments)
+    np.testing.assert_array_equal(top.positions, expected.positions)
+    np.testing.assert_allclose(top.scores, expected.scores, rtol=1e-6, atol=1e-6 * np.abs(expected.scores).max())
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=["one", "eight"])
