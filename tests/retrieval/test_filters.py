@@ -1,7 +1,9 @@
 """Filters of a search by metadata, against their definition in Python."""
 
 import functools
+import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,18 +14,37 @@ from hypothesis import strategies as st
 import metaembed_jax as me
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.retrieval import columns
+from metaembed_jax.retrieval.checksummed_files import ChecksummedFile, ChecksummedWriter
+from metaembed_jax.retrieval.filters import OPERATORS, ORDERS, SETS
 from metaembed_jax.retrieval.matching import match_items
 from tests.retrieval import reference
 from tests.retrieval.filter_reference import filters_of, is_refused, matches, metadata_of
 from tests.retrieval.reference import unit
 
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "search.md"
 ONE = make_mesh(devices=jax.devices()[:1])
 # Values close to each other, and at the ends of what 64 bits and floats can hold.
-NUMBERS = [0, 1, 1.0, -0.0, 2, 2.5, -3, 2**53, 2**53 + 1, float(2**53), 2**63 - 1, 2**63, float(2**63), -(2**63), -(2**63) - 1]
-NUMBERS += [2**64, 10**400, -(10**400), 1e300, 5e-324, 2**1024 - 1]
-ordered = st.sampled_from([*NUMBERS, "", "a", "ab", "é", "\ud800", "\uffff", "\U0001f600"])
+NUMBERS = [0, 1, 1.0, -0.0, 2, 2.5, -2.5, -3, 1e300, 5e-324, 2**1024 - 1, 2**64, 10**400, -(10**400)]
+NUMBERS += [2**53, 2**53 + 1, 2**53 + 2, float(2**53), 2**53 + 2.0, 2**60 + 1, float(2**60)]
+NUMBERS += [2**63 - 1, 2**63, float(2**63), -(2**63), -float(2**63), -(2**63) - 1]
+TEXTS = ["", "a", "ab", "é", "\ud800", "\uffff", "\U0001f600"]
+ordered = st.sampled_from([*NUMBERS, *TEXTS])
 scalars = ordered | st.booleans()
 filters, metadata = filters_of(scalars, ordered), metadata_of(scalars | st.lists(st.integers(0, 1), max_size=1) | st.just({"a": 1}))
+
+
+def test_all_pairs_of_values():
+    values = [*NUMBERS, *TEXTS, True, False]
+    fields = [{"a": value} for value in values] + [{}, {"a": None}, {"a": [1]}, {"a": {"b": 1}}]
+    index = me.Index.build(np.ones((len(fields), 1, 1), np.float32), metadata=fields, mesh=ONE)
+    operands = [*values, float("inf"), -float("inf")]
+    for operator in OPERATORS:
+        for operand in operands:
+            if operator in ORDERS and isinstance(operand, bool):
+                continue
+            where = {"a": {operator: [operand, "none"] if operator in SETS else operand}}
+            expected = [matches(where, item) for item in fields]
+            assert match_items(index._segments, where).tolist() == expected, where
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -124,7 +145,7 @@ def test_results_of_a_filtered_search(index):
         index.search(query, 3, [(1, 1, 2), (1, 1)], where={"page": 1})
     with pytest.raises(me.UserError, match="k=3: expected 1 to 2, the number of items"):
         index.search(query, 3)
-    numbers = {"$in": (np.int8(1), np.float32(1), np.str_("x"))}
+    numbers = {"$in": (np.int8(1), np.float32(1), np.str_("x")), "$lt": np.int64(2**53 + 1)}
     assert index.search(query, 3, where={"page": numbers}).ids.tolist() == [["0"]]
 
 
@@ -154,3 +175,56 @@ def test_blocks_of_metadata(monkeypatch):
         mask = match_items(index._segments, {"n": {"$gte": 20}, "text": {"$lt": "é" * 5}})
         assert np.flatnonzero(mask).tolist() == [n for n in range(20, 50) if n % 40 < 5]
         index.compact()
+
+
+def test_a_damaged_column_is_one_error(tmp_path):
+    query, fields = np.ones((1, 1, 1), np.float32), [{"page": 1}, {"page": 2}]
+    me.Index.build(np.ones((2, 1, 1), np.float32), metadata=fields, path=tmp_path / "index", mesh=ONE)
+    for name in ("columns", "column-index"):
+        file = next(tmp_path.glob(f"index/*/{name}"))
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        index = me.Index.load(tmp_path / "index", mesh=ONE)
+        assert index.search(query).ids.shape == (1, 2)  # without a filter it is not read
+        with pytest.raises(me.UserError, match=f"{name} is damaged near byte 0"):
+            index.search(query, where={"page": 1})
+        file.write_bytes(content)
+
+
+def test_columns_that_another_program_wrote(tmp_path):
+    """Their checksums match."""
+
+    def store(name, content):
+        writer = ChecksummedWriter(tmp_path / name)
+        writer.write(content)
+        writer.close()
+        return ChecksummedFile(writer.path, np.array(writer.crcs, np.uint32), len(content), np.uint8)
+
+    content = columns._encode(columns.INT, [0, 7], [1, 2]).to_pybytes()
+    values = store("columns", content + bytes(9))
+
+    def open_columns(number, entries, items=8):
+        index = (
+            entries if isinstance(entries, bytes) else json.dumps({"columns": entries, "nested": [], "has_more": False}).encode()
+        )
+        return columns.Columns(values, store(f"index {number}", index), items)
+
+    good = ["page", "int", 0, len(content)]
+    (column,) = open_columns("good", [good]).read("page", columns.KINDS)
+    assert column.rows.tolist() == [0, 7] and column.values.tolist() == [1, 2]
+    for number, entries in enumerate(
+        [b"x", b"[]", b"{}", b"[" * 10**5, [good[:3]], [["page", "int", 0, 10**6]], [["page", "x", 0, 8]]]
+    ):
+        with pytest.raises(me.UserError, match=f"index {number} is not valid; build the index again"):
+            open_columns(number, entries).kinds  # noqa: B018
+    for number, (entry, items) in enumerate([(good, 7), (["page", "float", *good[2:]], 8), (["page", "int", 8, good[3]], 8)]):
+        broken = open_columns(f"broken {number}", [entry], items)
+        with pytest.raises(me.UserError, match="columns: the column 'page' is not valid; build the index again"):
+            list(broken.read("page", columns.KINDS))
+
+
+def test_the_output_in_the_documentation(capsys):
+    filters_section = DOCUMENTATION.read_text(encoding="utf-8").split("## Filters")[1]
+    code, printed = re.search(r"```python\n(.*?)```\n+```\n(.*?)```", filters_section, re.DOTALL).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == printed
