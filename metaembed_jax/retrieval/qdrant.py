@@ -87,6 +87,8 @@ class QdrantIndex:
                 f"document_vectors={document_vectors} of dimension={dimension}: expected 1 to {LARGEST_MULTIVECTOR:,} numbers, "
                 "which Qdrant stores of an item; lower document_vectors"
             )
+        if not isinstance(fingerprint, str):
+            raise UserError(f"fingerprint={fingerprint!r}: expected a text, such as model.fingerprint")
         facts = {"dimension": dimension, "document_vectors": document_vectors, "fingerprint": fingerprint}
         options = {"shard_number": shard_number, "replication_factor": replication_factor}
         index = cls(_open(location, name, facts, **options))

@@ -47,9 +47,17 @@ def as_payload(item: str, metadata: dict, stamp: str = "") -> bytes:
         )
     try:
         fields = {**metadata, "id": item} | ({STAMP: stamp} if stamp else {})
-        return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+        text = json.dumps(fields, ensure_ascii=False, allow_nan=False)
+        json.loads(text, parse_int=_check_integer)
+        return text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"item {item!r}: its metadata cannot be written as JSON ({error})") from None
+
+
+def _check_integer(digits: str) -> None:
+    """Refuse an integer that Qdrant would store as a float."""
+    if not -(2**63) <= int(digits) < 2**64:
+        raise ValueError(f"{digits[:40]} is beyond 64 bits")
 
 
 def as_metadata(payload: dict) -> dict:

@@ -312,6 +312,13 @@ def test_too_many_numbers_are_refused():
             QdrantIndex.create(":memory:", "odd", *sizes)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_fingerprint_is_a_text(tmp_path):
+    for location in ":memory:", f"edge:{tmp_path}":
+        with pytest.raises(UserError, match="fingerprint=None: expected a text"):
+            QdrantIndex.create(location, "icons", 8, 4, None)
+
+
 def test_numbers_of_numpy_are_taken():
     index = QdrantIndex.create(":memory:", "numpy", np.int64(32), np.int32(4))
     index.add(["a", "b"], DOCUMENTS[:2, :4])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -117,6 +118,23 @@ def test_damaged_files_of_the_engine_are_one_error(tmp_path):
         file.write_text("{")
     with pytest.raises(UserError, match="Qdrant at edge:"):
         create(tmp_path)
+
+
+def test_integers_that_the_engine_would_round(tmp_path):
+    with closing(create(tmp_path)) as index:
+        index.add(["a"], DOCUMENTS[:1], [{"least": -(2**63), "most": 2**64 - 1}])
+        assert index.metadata(["a"]) == [{"least": -(2**63), "most": 2**64 - 1, "id": "a"}]
+        with pytest.raises(UserError, match="beyond 64 bits"):
+            index.add(["b"], DOCUMENTS[:1], [{"pages": [2**64]}])
+        assert len(index) == 1
+
+
+def test_threads_share_a_collection(tmp_path):
+    with closing(create(tmp_path)) as index, ThreadPoolExecutor(4) as threads:
+        index.add(names(100), DOCUMENTS[:100])
+        expected_ids = expected(DOCUMENTS[:100], (16, 64), 10)[1]
+        for result in threads.map(lambda _: index.search(QUERIES, 10), range(20)):
+            np.testing.assert_array_equal(result.ids, expected_ids)
 
 
 def test_without_the_engine_the_extra_is_named(tmp_path, monkeypatch):
