@@ -43,10 +43,10 @@ def best(query_RD, items, k, budget):
     return rows, np.array([float(scores[n]) for n in rows], np.float32)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=18, deadline=None, derandomize=True)
 @given(
     st.integers(0, 2**32 - 1),
-    st.sampled_from([1, 2, 7, 24, 40]),
+    st.sampled_from([1, 7, 40]),
     st.sampled_from([unit, exact, near]),
     st.sampled_from([("int8", "float32"), ("int8", "bfloat16"), ("float32", None)]),
     st.booleans(),
@@ -172,10 +172,12 @@ def test_only_a_certified_search_reads_the_exact_vectors(name):
         index.verify()
 
 
-def test_the_same_on_eight_devices():
+def test_the_same_on_eight_devices_and_in_their_memory():
     rng = np.random.default_rng(8)
     query, document = unit(rng, 5, 4, 16), near(rng, 333, 9, 16)
     index = me.Index.build(document, dtype="int8", exact="float32", mesh=ONE)
-    alone, together = (i.search(query, 20, certified=True) for i in (index, me.Index(index.folder, make_mesh(2, 2, 2))))
-    for name in ("scores", "ids", "certified"):
-        np.testing.assert_array_equal(getattr(alone, name), getattr(together, name))
+    alone = index.search(query, 20, certified=True)
+    for resident in (False, True):
+        together = me.Index.load(index.folder, mesh=make_mesh(2, 2, 2), resident=resident).search(query, 20, certified=True)
+        for name in ("scores", "ids", "certified"):
+            np.testing.assert_array_equal(getattr(alone, name), getattr(together, name))

@@ -14,13 +14,15 @@ def test_any_number_of_hosts_finds_the_same_bits(tmp_path):
     rng = np.random.default_rng(0)
     document = unit(rng, 1333, 9, 16)
     document[1200] = document[3]
-    me.Index.build([vectors_RD[: 1 + n % 9] for n, vectors_RD in enumerate(document)], dtype="int8", path=tmp_path / "index")
+    me.Index.build(
+        [vectors_RD[: 1 + n % 9] for n, vectors_RD in enumerate(document)], dtype="int8", exact="float32", path=tmp_path / "index"
+    )
     np.save(tmp_path / "queries.npy", unit(rng, 5, 4, 16))
     for count in (1, 2):
         command = ["-m", "tests.retrieval.hosts_program", f"--index={tmp_path / 'index'}", f"--queries={tmp_path / 'queries.npy'}"]
         with Hosts(count, [*command, f"--out={tmp_path / str(count)}"]) as hosts:
             hosts.wait()
-    for number in (0, 1):
+    for number in (0, 1, 2):
         alone, *together = (np.load(tmp_path / f"{name}-{number}-{host}.npz") for name, host in ((1, 0), (2, 0), (2, 1)))
         assert len({*alone["ids"].ravel()}) > 20
         for results in together:
@@ -49,7 +51,7 @@ def test_hosts_write_one_index(tmp_path):
     assert "a.pdf is not a readable PDF file" in first and "2 documents so far cannot be read; --skip=2" in second
     assert "40 items (33 encoded, 7 kept, 0 dropped, 2 left out)" in first and "left out" not in second
     assert "host 1 does not see the files of the first host; expected a folder that all hosts share" in second
-    assert "the model, budget, dtype or skip of host 1: expected those of the first host" in second
+    assert "the model, budget, types or skip of host 1: expected those of the first host" in second
     assert not (tmp_path / "none").exists()
     built = me.Index.load(index)
     check(built, me.open_documents(folder, skip=1))
