@@ -65,6 +65,7 @@ CASES = {
     "wide": Case(8, 16, 5_000, 64, 3584),
 }
 ENGINE_CASES = {"staged": Case(1_457, 16, 15_943, 64, 8), "recall": Case(64, 16, 2_000, 64, 128)}
+DEFAULT = ["one page", "batch", "staged", "recall"]  # some five minutes on two cores
 STAGES = [(2, 4, 146), (16, 64)]
 NOISE = 0.7  # length of the noise of a query that is near a document
 TOPICS = 200  # of random documents: engines that cluster vectors need clusters
@@ -73,8 +74,9 @@ TOPICS = 200  # of random documents: engines that cluster vectors need clusters
 def main() -> None:
     """Run the races."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = [*CASES, *ENGINE_CASES]
-    parser.add_argument("--cases", nargs="+", choices=every, default=every, help="which races (default: all)")
+    parser.add_argument(
+        "--cases", nargs="+", choices=[*CASES, *ENGINE_CASES], default=DEFAULT, help=f"which races (default: {', '.join(DEFAULT)})"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="calls of each side (default: 3)")
     parser.add_argument(
         "--run", help="a run, for the vectors of staged and recall: its documents and the queries of its test split"

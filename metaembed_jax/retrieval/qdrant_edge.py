@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 PREFIX = "edge:"
 FILE, SHARD = "metaembed.json", "shard"
 NAME = re.compile(r"\w[\w .-]{0,99}")
+LOG_BYTES = 64 << 20  # of vectors that are written before a flush, which shortens the log
 LINKS, EF_CONSTRUCT, SCAN_KILOBYTES = 16, 100, 10_000  # of the graph: the defaults of a server
 
 
@@ -73,7 +74,7 @@ class EdgeCollection:
                 if not folder.is_dir():
                     _create(folder, facts or {})
                 self.facts = _read_facts(folder / FILE)
-                self.client = _open(folder / SHARD, self.facts)
+                self.client, self._unflushed, self._is_open = _open(folder / SHARD, self.facts), 0, True
             except BaseException:
                 self._lock.close()
                 raise
@@ -113,6 +114,10 @@ class EdgeCollection:
             named = [named_vectors(vectors_RD, self.facts) for vectors_RD in vectors]
             new = [Point(*fields) for fields in zip(points, named, map(json.loads, payloads), strict=True)]
             self.client.update(UpdateOperation.upsert_points(new))
+            self._unflushed += sum(vectors_RD.nbytes for vectors_RD in vectors)
+            if self._unflushed > LOG_BYTES:
+                self.client.flush()
+                self._unflushed = 0
 
     def delete(self, points: Sequence[str]) -> None:
         """Delete points."""
@@ -139,9 +144,12 @@ class EdgeCollection:
             self.client.flush()
 
     def close(self) -> None:
-        """Write everything to the disk, and unlock the collection."""
-        with self._lock, edge_errors(self.server):
-            self.client.close()
+        """Write everything to the disk, and unlock the collection; once."""
+        if self._is_open:
+            self._is_open = False
+            with self._lock, edge_errors(self.server):
+                self.client.flush()
+                self.client.close()
 
 
 def _create(folder: Path, facts: dict) -> None:

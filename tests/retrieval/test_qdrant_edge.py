@@ -145,6 +145,30 @@ def test_without_the_engine_the_extra_is_named(tmp_path, monkeypatch):
 
 def test_a_closed_collection_is_one_error(tmp_path):
     index = create(tmp_path)
-    index.close()
+    for _ in range(2):
+        index.close()
     with pytest.raises(UserError, match="Qdrant at edge:"):
         index.search(QUERIES)
+
+
+def test_the_log_is_shortened(tmp_path, monkeypatch):
+    """A flush shortens the engine's log, which otherwise grows with all that is written."""
+
+    class Counted:
+        flushes = 0
+
+        def __init__(self, shard):
+            self.shard = shard
+
+        def flush(self):
+            self.flushes += 1
+            self.shard.flush()
+
+        def __getattr__(self, name):
+            return getattr(self.shard, name)
+
+    monkeypatch.setattr(qdrant_edge, "LOG_BYTES", DOCUMENTS[:128].nbytes - 1)
+    with closing(create(tmp_path)) as index:
+        index.collection.client = counted = Counted(index.client)
+        index.add(names(300), DOCUMENTS[:300])
+        assert counted.flushes == 2
