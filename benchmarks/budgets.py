@@ -1,12 +1,13 @@
 """Recall and time of an index's types and budgets, and its sure answers: `python benchmarks/budgets.py --run=runs/tiny`.
 
-A run encodes all icons as documents, and the names of its test split as queries. The recall of a type is its share of the ten best
-of float32; the recall of a budget, or of stages, is its share of the ten best of all vectors in the same index. A first stage is
-calibrated on the names of the validation split. Times are medians, of all queries at once and of one query.
+A run encodes all documents of a source, such as icons, and the queries of its test split, such as their names. The recall of a
+type is its share of the ten best of float32; the recall of a budget, or of stages, is its share of the ten best of all vectors
+in the same index. A first stage is calibrated on the queries of the validation split. Times are medians, of all queries at once
+and of one query.
 
-The ten best of certified searches are compared with those of float64, where scores within 1e-12 are equal. The names of both splits
-are halved at random: survivors are calibrated on a half, and hold if the share of all names, or of the other half, is at least the
-coverage.
+The ten best of certified searches are compared with those of float64, where scores within 1e-12 are equal. The queries of both
+splits are halved at random: survivors are calibrated on a half, and hold if the share of all queries, or of the other half, is
+at least the coverage.
 """
 
 import argparse
@@ -35,15 +36,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="runs/tiny", help="a run of configs/tiny.py (default: runs/tiny)")
     parser.add_argument("--data", default="data", help="config.data.dir of that run (default: data)")
+    parser.add_argument(
+        "--source", default="icons", choices=("icons", "boards"), help="of the documents and queries (default: icons)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="calls of each search (default: 5)")
     parser.add_argument("--certified", type=int, default=1000, help="queries of certified searches (default: 1000)")
     arguments = parser.parse_args()
     model = me.MetaEmbed.from_pretrained(arguments.run, dtype="float32")
-    task = {split: sources.retrieval("icons", arguments.data, split) for split in SPLITS}
-    drawings = [item for split in SPLITS for item in task[split].documents]
-    document = model.encode_document(drawings, progress=True)
+    task = {split: sources.retrieval(arguments.source, arguments.data, split) for split in SPLITS}
+    document = model.encode_document([item for split in SPLITS for item in task[split].documents], progress=True)
     sample, query = (model.encode_query(task[split].queries, progress=True) for split in SPLITS[1:])
-    print(f"{len(document):,} icons of {document.shape[1]} x {document.shape[2]}, {len(query):,} queries, top {K}")
+    print(f"{len(document):,} documents of {document.shape[1]} x {document.shape[2]}, {len(query):,} queries, top {K}")
     print_types(document, query)
     print_budgets(document, sample, query, arguments.rounds)
     print_certified(document, query[: arguments.certified])

@@ -19,6 +19,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from metaembed_jax import hosts
 from metaembed_jax.data.left_out import LeftOut
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
@@ -190,13 +191,17 @@ class Index:
         Raises:
           UserError: as `search`, the sample is too small, or another process is writing the index.
         """
-        with self._changing():
+        with self._changing() if hosts.is_first() else contextlib.nullcontext():
             query_QRD, _ = self._validated(query_QRD, None)
             largest = query_QRD.shape[1], self.vectors
             budgets = validate_budget(first, *largest), validate_budget(last, *largest)
             k = count_results(k, len(self), budgets[1:])
             calibration = calibrate(self._searcher, query_QRD, budgets, k, (coverage, confidence), len(self))
-            self._commit(calibrations=with_calibration(self._manifest.calibrations, calibration))
+            if hosts.is_first():
+                self._commit(calibrations=with_calibration(self._manifest.calibrations, calibration))
+        hosts.wait_for_all("calibrated")
+        if not hosts.is_first():
+            self._take(*store.open_index(self.folder))
         return calibration
 
     def calibrated_stages(self, k: int | None = None) -> Stages:

@@ -16,6 +16,7 @@ add_host_flags(parser)
 flags = parser.parse_args()
 connect_hosts(flags.coordinator, flags.hosts, flags.host)
 index, queries = me.Index.load(flags.index), np.load(flags.queries)
-for number, budget in enumerate(((3, 7), [(1, 1, 50), (4, 9)], (4, 9))):
-    scores, ids = index.search(queries, 20, budget, certified=number == 2)
+index.calibrate(queries, (1, 1), (4, 9), coverage=0.5, confidence=0.5)
+for number, budget in enumerate(((3, 7), [(1, 1, 50), (4, 9)], (4, 9), "auto")):
+    scores, ids = index.search(queries, 10, budget, certified=number == 2)
     np.savez(f"{flags.out}-{number}-{flags.host or 0}", scores=scores, ids=ids.astype(str))
