@@ -13,7 +13,6 @@ T tiles, R vectors of a document, n documents of a tile, D width of a vector, N 
 
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -50,14 +49,9 @@ def count_tiles(documents: int, shards: int) -> int:
 
 
 def write_rows(tiles_TRnx: Shaped[np.ndarray, "T R n *x"], array_NRx: Shaped[np.ndarray, "N R *x"]) -> None:
-    """Write documents into tiles of any type; bfloat16 into float32 without rounding."""
+    """Write documents into tiles, whose type may be wider."""
     documents, vectors, *row = array_NRx.shape
     size = tiles_TRnx.shape[2]
-    if array_NRx.dtype == ml_dtypes.bfloat16 and tiles_TRnx.dtype == np.float32:  # NumPy converts bfloat16 one by one
-        bits_TRnx = tiles_TRnx.view(np.uint32)
-        write_rows(bits_TRnx, array_NRx.view(np.uint16))
-        bits_TRnx <<= 16
-        return
     full, rest = divmod(documents, size)
     tiles_TRnx[:full] = array_NRx[: full * size].reshape(full, size, vectors, *row).swapaxes(1, 2)
     if rest:

@@ -16,6 +16,7 @@ from metaembed_jax.retrieval.checksummed_files import ChecksummedFile
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.sharding import put_replicated
 
+ALIGNMENT = 64  # bytes
 READ_NUMBERS = 2**23  # of vectors that are read before the memory of the files is released
 
 
@@ -101,7 +102,7 @@ class TileReader:
         arrays, size = [], max(READ_NUMBERS // int(np.prod(shape[1:])), 1)
         for device, index in self._split.addressable_devices_indices_map(shape).items():
             start, stop, _ = index[0].indices(shape[0])  # pyright: ignore[reportOptionalSubscript] this device has a shard
-            shard = np.zeros((stop - start, *shape[1:]), dtype)
+            shard = _aligned_zeros((stop - start, *shape[1:]), np.dtype(dtype))
             for tile in range(start, stop, size):
                 rows = positions_n[tile * TILE : min(tile + size, stop) * TILE]
                 if len(rows):
@@ -120,3 +121,11 @@ class TileReader:
             is_contiguous = rows[-1] - rows[0] == len(rows) - 1
             arrays.append(file.read(rows[0], rows[0] + len(rows)) if is_contiguous else file.take(rows))
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return zeros that JAX on a CPU takes without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    content = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -content.ctypes.data % ALIGNMENT
+    return content[start : start + size].view(dtype).reshape(shape)
