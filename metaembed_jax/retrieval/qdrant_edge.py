@@ -53,6 +53,11 @@ class EdgeCollection:
     """
 
     def __init__(self, location: str, name: str, facts: dict | None, **options):
+        try:
+            import qdrant_client  # noqa: F401  its requests are translated
+            import qdrant_edge  # noqa: F401
+        except ImportError:
+            raise UserError("Qdrant's engine is not installed: pip install 'metaembed-jax[qdrant-edge]'") from None
         self.server, self.name = f"Qdrant at {location}", name
         if given := [key for key, value in options.items() if value is not None]:
             raise UserError(f"{given[0]}={options[given[0]]!r} is an option of a cluster, which {location} is not; leave it out")
@@ -222,8 +227,6 @@ def edge_errors(server: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except ImportError:
-        raise UserError("Qdrant's engine is not installed: pip install 'metaembed-jax[qdrant-edge]'") from None
     except BaseException as error:  # the engine raises bare exceptions, and a panic of Rust is not even an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

@@ -137,8 +137,9 @@ def test_threads_share_a_collection(tmp_path):
             np.testing.assert_array_equal(result.ids, expected_ids)
 
 
-def test_without_the_engine_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "qdrant_edge", None)
+@pytest.mark.parametrize("module", ["qdrant_edge", "qdrant_client"])
+def test_without_the_engine_the_extra_is_named(tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=r"pip install 'metaembed-jax\[qdrant-edge\]'"):
         create(tmp_path)
 
