@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Int, Int8
 from metaembed_jax.late_interaction import maxsim_tpu
 from metaembed_jax.late_interaction.maxsim_tpu import LANES, Blocks
 
+SLOTS = 2**17  # of a call; they take half of the scalar memory
+
 
 def can_fetch(vectors_TRnD: Array) -> bool:
     """Return whether the rows of documents are rows in memory; XLA stores others as columns."""
@@ -39,26 +41,48 @@ def score_survivors(
 
     Args:
       query_QRD, vectors_TRnD, scales_TRn, counts_Tn, document_vectors, interpret: as in `maxsim_tpu.score`; see `can_fetch`.
-      slots_QK: tile * n + row of each survivor, int32; -1 for those on other devices, which are not fetched and score -inf.
+      slots_QK: tile * n + row of each survivor, int32; -1 for those on other devices, which score -inf. Those before the first and
+        after the last of this device are not fetched.
       expected: survivors of a query on this device on average, for the estimate of the kernel's cost.
     """
+    Q, K = slots_QK.shape
+    chunk = min(K, SLOTS)
+    chunks, at_once = pl.cdiv(K, chunk), SLOTS // chunk
+    arrays = vectors_TRnD, None if scales_TRn is None else scales_TRn[:, :document_vectors], counts_Tn
+
+    def score(query_and_slots: tuple[Array, Array]) -> Array:
+        share = document_vectors, expected / chunks
+        return _score_run(*query_and_slots, *arrays, *share, interpret)
+
+    if Q * chunks <= at_once:
+        return score((query_QRD, slots_QK))
+    slots_XK = jnp.pad(slots_QK, [(0, 0), (0, -K % chunk)], constant_values=-1).reshape(-1, chunk)
+    padding = -len(slots_XK) % at_once
+    slots_XK = jnp.pad(slots_XK, [(0, padding), (0, 0)], constant_values=-1)
+    query_XRD = jnp.pad(jnp.repeat(query_QRD, chunks, axis=0), [(0, padding), (0, 0), (0, 0)])
+    groups = (x.reshape(-1, at_once, *x.shape[1:]) for x in (query_XRD, slots_XK))
+    return jax.lax.map(score, tuple(groups)).reshape(-1, chunks * chunk)[:Q, :K]
+
+
+def _score_run(query_QRD, slots_QK, vectors_TRnD, scales_TRn, counts_Tn, document_vectors, expected, interpret):
+    """Return the scores of survivors, those of this device from the first to the last of them."""
     (Q, K), n = slots_QK.shape, vectors_TRnD.shape[2]
     rows = _rows_of_a_fetch(vectors_TRnD.dtype)
-    tile = n // rows
     blocks = maxsim_tpu.choose_blocks(query_QRD[:1], vectors_TRnD, document_vectors)._replace(tiles=1, chunk_tiles=1)
-    order_QK = jnp.argsort(slots_QK < 0, axis=1, stable=True)  # those of this device first
-    compact_QK = jnp.take_along_axis(slots_QK, order_QK, axis=1)
-    compact_QK = jnp.pad(jnp.maximum(compact_QK, 0), [(0, 0), (0, -K % tile)])
-    present_Q = (slots_QK >= 0).sum(axis=1, dtype=jnp.int32)
-    scales = None if scales_TRn is None else _scales(scales_TRn[:, :document_vectors], compact_QK, rows)
-    counts = None if counts_Tn is None else _repeated(counts_Tn.reshape(-1)[compact_QK], rows, n)
+    is_here_QK, column_K = slots_QK >= 0, jnp.arange(K)
+    first_Q1, end_Q1 = jnp.argmax(is_here_QK, axis=1)[:, None], K - jnp.argmax(is_here_QK[:, ::-1], axis=1)[:, None]
+    length_Q = jnp.where(is_here_QK.any(axis=1), (end_Q1 - first_Q1)[:, 0], 0).astype(jnp.int32)
+    run_QK = jnp.take_along_axis(jnp.maximum(slots_QK, 0), (column_K + first_Q1) % K, axis=1)
+    run_QK = jnp.pad(run_QK, [(0, 0), (0, -K % (n // rows))])
+    scales = None if scales_TRn is None else _scales(scales_TRn, run_QK, rows)
+    counts = None if counts_Tn is None else _repeated(counts_Tn.reshape(-1)[run_QK], rows, n)
     cost = _cost(query_QRD, vectors_TRnD, scales, document_vectors, expected)
-    prefetched = present_Q, compact_QK
+    prefetched = length_Q, run_QK
     scores_QCn = _fetch_and_score(prefetched, query_QRD, vectors_TRnD, scales, counts, document_vectors, blocks, cost, interpret)
     scores_QKw = scores_QCn.reshape(Q, -1, rows)
-    scores_QK = jnp.take_along_axis(scores_QKw, compact_QK[:, :, None] % rows, axis=2)[:, :K, 0]
-    scores_QK = jnp.take_along_axis(scores_QK, jnp.argsort(order_QK, axis=1), axis=1)
-    return jnp.where(slots_QK < 0, -jnp.inf, scores_QK)
+    scores_QK = jnp.take_along_axis(scores_QKw, run_QK[:, :, None] % rows, axis=2)[:, :, 0]
+    scores_QK = jnp.take_along_axis(scores_QK, (column_K - first_Q1) % K, axis=1)
+    return jnp.where(is_here_QK, scores_QK, -jnp.inf)
 
 
 def _fetch_and_score(prefetched, query_QRD, vectors_TRnD, scales_QCRn, counts_QCn, document_vectors, blocks, cost, interpret):
@@ -100,7 +124,7 @@ def _fetch_and_score(prefetched, query_QRD, vectors_TRnD, scales_QCRn, counts_QC
     )(*prefetched, *inputs)
 
 
-def _kernel(present_ref, slot_ref, query_ref, vector_ref, *refs, blocks: Blocks, query_vectors, has_scales, has_counts):
+def _kernel(length_ref, slot_ref, query_ref, vector_ref, *refs, blocks: Blocks, query_vectors, has_scales, has_counts):
     refs = list(refs)
     scale_ref = refs.pop(0) if has_scales else None
     count_ref = refs.pop(0) if has_counts else None
@@ -109,7 +133,7 @@ def _kernel(present_ref, slot_ref, query_ref, vector_ref, *refs, blocks: Blocks,
     tiles, slab_blocks = pl.num_programs(1), pl.num_programs(2)
     step = (query * tiles + tile) * slab_blocks + slab_block
     buffer = jax.lax.rem(step, 2)
-    fetch = partial(_fetch, present_ref, slot_ref, vector_ref, document_ref, semaphore, tiles, slab_blocks)
+    fetch = partial(_fetch, length_ref, slot_ref, vector_ref, document_ref, semaphore, tiles, slab_blocks)
 
     @pl.when(step == 0)
     def _():
@@ -133,7 +157,7 @@ def _kernel(present_ref, slot_ref, query_ref, vector_ref, *refs, blocks: Blocks,
     def _():
         best_ref[...] = jnp.full(best_ref.shape, -jnp.inf, jnp.float32)
 
-    @pl.when(tile * (LANES // _rows_of_a_fetch(document_ref.dtype)) < present_ref[query])
+    @pl.when(tile * (LANES // _rows_of_a_fetch(document_ref.dtype)) < length_ref[query])
     def _():
         documents = document_ref.at[pl.ds(buffer, 1)]
         maxsim_tpu.raise_maxima(best_ref, query_ref, documents, 0, masked, blocks, is_wide=True)
@@ -143,7 +167,7 @@ def _kernel(present_ref, slot_ref, query_ref, vector_ref, *refs, blocks: Blocks,
         score_ref[pl.ds(tile, 1), :] = maxsim_tpu.sum_over_queries(best_ref.at[0], 1, query_vectors)
 
 
-def _fetch(present_ref, slot_ref, vector_ref, document_ref, semaphore, tiles, slab_blocks, step, act):
+def _fetch(length_ref, slot_ref, vector_ref, document_ref, semaphore, tiles, slab_blocks, step, act):
     """Start or await the copies of a step: some slabs of as many survivors as a tile on the chip has."""
     _, slabs, n, _ = document_ref.shape
     rows = _rows_of_a_fetch(document_ref.dtype)
@@ -151,7 +175,7 @@ def _fetch(present_ref, slot_ref, vector_ref, document_ref, semaphore, tiles, sl
     query, tile = jax.lax.div(step, tiles * slab_blocks), jax.lax.rem(jax.lax.div(step, slab_blocks), tiles)
     first, slab, buffer = tile * survivors, jax.lax.rem(step, slab_blocks) * slabs, jax.lax.rem(step, 2)
 
-    @pl.loop(0, jnp.clip(present_ref[query] - first, 0, survivors))
+    @pl.loop(0, jnp.clip(length_ref[query] - first, 0, survivors))
     def _(i):
         slot = slot_ref[query, first + i]
         row = pl.multiple_of(jax.lax.div(jax.lax.rem(slot, n), rows) * rows, rows)

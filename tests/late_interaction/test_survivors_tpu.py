@@ -6,24 +6,26 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from metaembed_jax.late_interaction import maxsim_tpu
+from metaembed_jax.late_interaction import maxsim_tpu, survivors_tpu
 from metaembed_jax.late_interaction.survivors_tpu import score_survivors
 from metaembed_jax.planning.topology import topology
 
 Q, K, Rq, T, R, n, D, USED = 3, 70, 2, 2, 4, 128, 128, 3
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
-def test_scores_are_those_of_all_documents(dtype, monkeypatch):
+@pytest.mark.parametrize("dtype, slots_of_a_call", [("bfloat16", 2**17), ("float32", 150), ("int8", 32)])
+def test_scores_are_those_of_all_documents(dtype, slots_of_a_call, monkeypatch):
     """Survivors of a query take several tiles on the chip, and several steps; a query without any on this device takes none."""
     monkeypatch.setattr(maxsim_tpu, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(survivors_tpu, "SLOTS", slots_of_a_call)
     rng = np.random.default_rng(0)
     query, vectors = jnp.asarray(rng.normal(size=(Q, Rq, D)), jnp.float32), rng.normal(size=(T, R, n, D)) * 30
     vectors = jnp.asarray(np.round(vectors).clip(-127, 127) if dtype == "int8" else vectors, dtype)
     scales = jnp.asarray(rng.random((T, R, n)), jnp.float32) if dtype == "int8" else None
     counts = jnp.asarray(rng.integers(0, R + 1, (T, n)), jnp.int32)
     slots = np.stack([rng.permutation(T * n)[:K] for _ in range(Q)]).astype(np.int32)
-    slots[0, rng.random(K) < 0.5] = -1
+    slots[0, rng.random(K) < 0.2] = -1
+    slots[0, :30] = slots[0, 60:] = -1
     slots[1] = -1
     arrays = query, vectors, scales, counts
     scores = np.asarray(score_survivors(*arrays, jnp.asarray(slots), USED, expected=1, interpret=True))
