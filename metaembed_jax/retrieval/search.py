@@ -29,6 +29,7 @@ SURVIVOR_NUMBERS = 2**24  # of the vectors of survivors that are read together, 
 QUERY_VECTORS = 4096  # that are searched for at once
 SCORES = 2**22  # of a device that are in memory at once
 PROGRAM_SEGMENTS = 4  # of one program; more are searched one after another, so that few programs are compiled
+FEW = 4  # candidates are read alone if more than so many documents come to one of them
 SHARE = 0.8  # of the free memory that a resident index may fill
 
 
@@ -132,9 +133,14 @@ class Searcher:
             query_QrD, count = query_QRD[:, :query_vectors], survivors[0] if survivors else k
             if number == 0:
                 top = TopK(*(put_replicated(np.asarray(x), self.mesh) for x in engine.empty_top_k(len(query_QRD), count)))
-                for tiles in self._resident(candidates_N) if self.loaded else self._blocks(candidates_N, document_vectors):
+                few_n = None if self.loaded else _few(candidates_N)
+                blocks = self._resident(candidates_N) if self.loaded else self._blocks(candidates_N, few_n, document_vectors)
+                for tiles in blocks:
                     jax.block_until_ready(top)  # otherwise blocks pile up in memory when reading is faster than scoring
                     top = engine.merge_tiles(query_QrD, tiles, top, document_vectors, self.mesh)
+                if few_n is not None:
+                    numbers_QK = np.asarray(top.positions)
+                    top = TopK(top.scores, put_replicated(np.where(numbers_QK < 0, -1, few_n[numbers_QK]), self.mesh))
             else:
                 positions_QK = engine.in_order(top.positions)
                 scores_QK = jax.numpy.full_like(top.scores, -np.inf)
@@ -152,8 +158,14 @@ class Searcher:
                 tiles = tiles._replace(is_candidate=self._reader.mask(candidates_N[start:stop], tiles.is_candidate.shape[0]))
             yield tiles
 
-    def _blocks(self, candidates_N: np.ndarray, vectors: int) -> Iterator[Tiles]:
-        """Yield all blocks with a candidate. The last blocks are smaller by powers of two, so that few programs are compiled."""
+    def _blocks(self, candidates_N: np.ndarray, few_n: np.ndarray | None, vectors: int) -> Iterator[Tiles]:
+        """Yield all blocks with a candidate. The last blocks are smaller by powers of two, so that few programs are compiled.
+
+        Args:
+          few_n: positions of the candidates, to read them alone; the positions in the tiles are then indices of this array.
+        """
+        if few_n is not None:
+            candidates_N = np.ones(len(few_n), bool)
         devices, documents = self.mesh.size, len(candidates_N)
         step = engine.step_tiles(vectors, TILE)
         most = step * max(BLOCK_NUMBERS // (step * TILE * vectors * self.width), 1) * devices * TILE
@@ -161,7 +173,8 @@ class Searcher:
         def read(start: int) -> Tiles:
             stop = min(start + most, documents)
             count = _ceil(count_tiles(stop - start, devices) // devices) * devices
-            tiles = self._reader.read(np.arange(start, stop, dtype=np.int32), count, vectors, start)
+            positions = np.arange(start, stop, dtype=np.int32) if few_n is None else few_n[start:stop]
+            tiles = self._reader.read(positions, count, vectors, start)
             return tiles._replace(is_candidate=self._reader.mask(candidates_N[start:stop], count))
 
         starts = [start for start in range(0, documents, most) if candidates_N[start : start + most].any()]
@@ -194,6 +207,11 @@ def _read_ahead(read, starts: Iterable[int]) -> Iterator:
                 yield ready.result()
         if ahead is not None:
             yield ahead.result()
+
+
+def _few(candidates_N: np.ndarray) -> np.ndarray | None:
+    """Return the positions of the candidates if they are few, int32; None if whole blocks are read faster."""
+    return np.flatnonzero(candidates_N).astype(np.int32) if candidates_N.sum() * FEW < len(candidates_N) else None
 
 
 def _floor(number: int) -> int:

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 import metaembed_jax as me
 from metaembed_jax.mesh import make_mesh
-from metaembed_jax.retrieval import columns
+from metaembed_jax.retrieval import columns, search
 from metaembed_jax.retrieval.checksummed_files import ChecksummedFile, ChecksummedWriter
 from metaembed_jax.retrieval.filters import OPERATORS, ORDERS, SETS
 from metaembed_jax.retrieval.matching import match_items
+from metaembed_jax.retrieval.tile_reader import TileReader
 from tests.retrieval import reference
 from tests.retrieval.filter_reference import filters_of, is_refused, matches, metadata_of
 from tests.retrieval.reference import unit
@@ -42,7 +43,7 @@ def test_all_pairs_of_values():
         for operand in operands:
             if operator in ORDERS and isinstance(operand, bool):
                 continue
-            where = {"a": {operator: [operand, "none"] if operator in SETS else operand}}
+            where = {"a": {operator: [operand, "none", 7] if operator in SETS else operand}}
             expected = [matches(where, item) for item in fields]
             assert match_items(index._segments, where).tolist() == expected, where
 
@@ -92,6 +93,24 @@ def test_searches_among_the_items_that_match():
     assert index.search(query, where={"page": {"$gt": 9}}).metadata(4) == []
     for scores, filtered in zip(index.search(query, 58), index.search(query, 58, where={}), strict=True):
         np.testing.assert_array_equal(scores, filtered)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_few_candidates_are_read_alone_and_have_the_same_bits(dtype, monkeypatch):
+    rng = np.random.default_rng(1)
+    query, document = unit(rng, 3, 3, 16), unit(rng, 300, 5, 16)
+    ragged = [vectors_RD[: 1 + n % 5] for n, vectors_RD in enumerate(document)]
+    index = me.Index.build(ragged, dtype=dtype, metadata=[{"page": n % 9} for n in range(300)], mesh=make_mesh(2, 2, 2))
+    read, counts = TileReader.read, []
+    monkeypatch.setattr(TileReader, "read", lambda reader, rows, *sizes: (counts.append(len(rows)), read(reader, rows, *sizes))[1])
+    results, where = [], {"page": 4}
+    for few in (10**9, 0):
+        monkeypatch.setattr(search, "FEW", few)
+        hits = index.search(query, 50, (3, 5), where=where), index.search(query, 7, [(1, 1, 9), (3, 5)], where=where)
+        results.append([*hits[0], *hits[1]])
+    assert 300 in counts and 33 in counts
+    for alone, among_all in zip(*results, strict=True):
+        np.testing.assert_array_equal(alone, among_all)
 
 
 @pytest.fixture(scope="module")
@@ -204,17 +223,15 @@ def test_columns_that_another_program_wrote(tmp_path):
     values = store("columns", content + bytes(9))
 
     def open_columns(number, entries, items=8):
-        index = (
-            entries if isinstance(entries, bytes) else json.dumps({"columns": entries, "nested": [], "has_more": False}).encode()
-        )
-        return columns.Columns(values, store(f"index {number}", index), items)
+        if not isinstance(entries, bytes):
+            entries = json.dumps({"columns": entries, "nested": [], "has_more": False}).encode()
+        return columns.Columns(values, store(f"index {number}", entries), items)
 
     good = ["page", "int", 0, len(content)]
     (column,) = open_columns("good", [good]).read("page", columns.KINDS)
     assert column.rows.tolist() == [0, 7] and column.values.tolist() == [1, 2]
-    for number, entries in enumerate(
-        [b"x", b"[]", b"{}", b"[" * 10**5, [good[:3]], [["page", "int", 0, 10**6]], [["page", "x", 0, 8]]]
-    ):
+    wrong = [b"x", b"[]", b"{}", b"[" * 10**5, [good[:3]], [["page", "int", 0, 10**6]], [["page", "x", 0, 8]]]
+    for number, entries in enumerate(wrong):
         with pytest.raises(me.UserError, match=f"index {number} is not valid; build the index again"):
             open_columns(number, entries).kinds  # noqa: B018
     for number, (entry, items) in enumerate([(good, 7), (["page", "float", *good[2:]], 8), (["page", "int", 8, good[3]], 8)]):
