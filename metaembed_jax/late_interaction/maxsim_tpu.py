@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, Int8
 
 LANES, SUBLANES = 128, 8  # of a vector register of 32-bit numbers
 ROWS = 1024  # of query vectors in a product: on every chip, arithmetic then takes longer than reading bfloat16
-QUERY_BYTES, BLOCK_BYTES = 4 * 2**20, 4 * 2**20  # large enough that the fixed cost of a step is small next to its work
+QUERY_BYTES, BLOCK_BYTES = 6 * 2**20, 4 * 2**20  # large enough that the fixed cost of a step is small next to its work
 CHUNK_SLABS, CHUNK_NUMBERS, CHUNK_BYTES = 8, 2**19, 2**21  # slabs, numbers of documents, and similarities of a product
 VMEM_COUNTED, VMEM_LIMIT = 12 * 2**20, 48 * 2**20  # v4 has the least memory on the chip, 16 MiB
 
