@@ -325,3 +325,10 @@ def test_columns_of_one_name(tmp_path):
     parquet.write_table(pyarrow.Table.from_arrays(columns, ["query", "positive", "query"]), tmp_path / "mine.parquet")
     with pytest.raises(UserError, match="mine.parquet has two columns of the name 'query'; rename or remove one"):
         prepare("pairs", tmp_path / "mine.parquet", tmp_path / "out")
+
+
+def test_a_parquet_file_with_fewer_rows_than_it_says(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "mine.parquet", [{"query": "a", "positive": "b"}] * 3)
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda *_, **__: iter(()))
+    with pytest.raises(UserError, match="mine.parquet, row 0 cannot be read .*fewer rows than it says"):
+        prepare("pairs", tmp_path / "mine.parquet", tmp_path / "out")

@@ -242,3 +242,15 @@ def test_an_open_rgb_image_comes_back_itself():
 def test_images_without_pixels_are_refused_by_name():
     with pytest.raises(UserError, match="^row 3: the image is 0x5"):
         open_image(Image.new("RGB", (0, 5)), "row 3")
+
+
+@pytest.mark.parametrize("side", [1448, 1449, 1456])
+def test_a_jpeg_is_decoded_at_the_largest_scale_that_fits(side, monkeypatch):
+    """Its sides are rounded up: an eighth of 1449 pixels is 182, whose memory is above that of 181."""
+    monkeypatch.setattr(images, "memory_limit", lambda: 181 * 181 * images.PIXEL_BYTES)
+    content = encode(noise(side, side, "L"), "JPEG", quality=30)
+    if side == 1448:
+        assert open_image(content, "x").size == (181, 181)
+    else:
+        with pytest.raises(UserError, match="x: the image is 182x182 pixels"):
+            open_image(content, "x")
