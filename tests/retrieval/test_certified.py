@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import metaembed_jax as me
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.retrieval import certified, exact_vectors, segment
+from metaembed_jax.retrieval.ingest import to_int8
 from tests.retrieval.reference import exact, unit
 
 ONE = make_mesh(devices=jax.devices()[:1])
@@ -181,3 +182,22 @@ def test_the_same_on_eight_devices_and_in_their_memory():
         together = me.Index.load(index.folder, mesh=make_mesh(2, 2, 2), resident=resident).search(query, 20, certified=True)
         for name in ("scores", "ids", "certified"):
             np.testing.assert_array_equal(getattr(alone, name), getattr(together, name))
+
+
+@pytest.mark.parametrize("width", [8, 1024])
+def test_scores_are_within_their_bounds(width):
+    rng = np.random.default_rng(width)
+    query, document = unit(rng, 3, 4, width), unit(rng, 60, 3, width)
+    index = me.Index.build(document, dtype="int8", exact="float32", mesh=ONE)
+    files = exact_vectors.ExactVectors(index._segments, index._manifest.levels, width)
+    scores_QN, ids_QN = index.search(query, 60)
+    (numbers, scales), errors_N = to_int8(document), files.errors(3).astype(float)
+    stored = numbers * scales.astype(float)[..., None]
+    for query_RD, scores_N, ids_N in zip(query, scores_QN, ids_QN, strict=True):
+        bounds, rows = certified._Query(files, query_RD, 3, errors_N.max()), ids_N.astype(int)
+        by_int8, by_exact = (
+            (query_RD.astype(float) @ x[rows].swapaxes(1, 2)).max(2).sum(1) for x in (stored, document.astype(float))
+        )
+        assert (np.abs(scores_N - by_int8) <= bounds._rounding32).all()
+        assert (np.abs(by_exact - by_int8) <= bounds._length * errors_N[rows]).all()
+        assert bounds._rounding32 < 0.1 * bounds._length * errors_N.max() and bounds._rounding64 < 1e-10
