@@ -105,6 +105,8 @@ def _is_in(column: Values, values: Sequence[Scalar]) -> Bool[np.ndarray, " n"]:
 
     if column.kind == TEXT:
         texts = pyarrow.array([columns.encode_text(text) for text in values if isinstance(text, str)], column.values.type)
+        if len(texts) == 1:  # twice to ten times as fast
+            return pyarrow.compute.call_function("equal", [column.values, texts[0]]).to_numpy(zero_copy_only=False)
         options = pyarrow.compute.SetLookupOptions(value_set=texts)
         return pyarrow.compute.call_function("is_in", [column.values], options).to_numpy(zero_copy_only=False)
     if column.kind == BOOL:
