@@ -23,10 +23,11 @@ from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.late_interaction.tiles import Tiles
 from metaembed_jax.precision import float32_einsum
 
-QUERY_VECTORS, DOCUMENT_VECTORS = 256, 8192  # of a step
+QUERY_VECTORS, DOCUMENT_VECTORS = 256, 8192  # of a step on a CPU, where similarities stay in its cache
+GPU_VECTORS = 65_536  # of documents, of a step of any stage on a GPU, where each step is a launch; not timed on a card yet
 FEW_VECTORS = 32  # of queries, up to which a CPU multiplies faster with documents in front
 MERGED_DOCUMENTS = 16_384  # that are scored before the best of them are merged
-SURVIVOR_VECTORS = 2048  # of a step of a later stage
+SURVIVOR_VECTORS = 2048  # of a step of a later stage on a CPU
 LAST = jnp.iinfo(jnp.int32).max
 
 
@@ -141,14 +142,20 @@ def _masked(similarity: Array, tiles: Tiles, axes: tuple) -> Array:
     return jnp.where(is_vector[axes], similarity, -jnp.inf)
 
 
-def step_tiles(vectors: int, documents: int) -> int:
+def step_tiles(mesh: Mesh, vectors: int, documents: int) -> int:
     """Return the tiles of a step: a power of two, whatever the number of tiles, so that the products have the same shape.
 
     Args:
       vectors: vectors that are scored of a document.
       documents: documents of a tile.
     """
-    return 1 << max(DOCUMENT_VECTORS // (vectors * documents), 1).bit_length() - 1
+    return _at_once(mesh, DOCUMENT_VECTORS, vectors * documents)
+
+
+def _at_once(mesh: Mesh, on_cpu: int, vectors: int) -> int:
+    """Return how many blocks of `vectors` document vectors make a step: a power of two."""
+    most = on_cpu if mesh.devices.flat[0].platform == "cpu" else GPU_VECTORS
+    return 1 << max(most // vectors, 1).bit_length() - 1
 
 
 def _over(mesh: Mesh, function: Callable) -> Callable:
@@ -170,13 +177,15 @@ def _scan(query_QRD: Array, tiles: Tiles, vectors: int, k: int, mesh: Mesh) -> T
     if _is_tpu(mesh):
         scores_QN = maxsim_tpu.score(query_QRD, tiles.vectors, tiles.scales, _candidate_counts(tiles), vectors)
         return best_of(scores_QN, jnp.broadcast_to(offset + jnp.arange(scores_QN.shape[1]), scores_QN.shape), k)
-    step = step_tiles(vectors, tiles.vectors.shape[2])
+    step = step_tiles(mesh, vectors, tiles.vectors.shape[2])
     steps = -(-tiles.vectors.shape[0] // step)
-    merges = -(-steps * step * tiles.vectors.shape[2] // MERGED_DOCUMENTS)
+    merges = min(-(-steps * step * tiles.vectors.shape[2] // MERGED_DOCUMENTS), steps)
     merged = -(-steps // merges)
 
     def merge(top: TopK, number: Array) -> tuple[TopK, None]:
-        scores_sQn = jax.lax.map(lambda step: _score_step(query_QRD, tiles, vectors, step), number * merged + jnp.arange(merged))
+        scores_sQn = jax.lax.map(
+            lambda number: _score_step(query_QRD, tiles, vectors, step, number), number * merged + jnp.arange(merged)
+        )
         scores_QN = jnp.moveaxis(scores_sQn, 1, 0).reshape(len(query_QRD), -1)
         positions_N = offset + number * scores_QN.shape[1] + jnp.arange(scores_QN.shape[1])
         new = best_of(scores_QN, jnp.broadcast_to(positions_N, scores_QN.shape), k)
@@ -194,9 +203,9 @@ def _candidate_counts(tiles: Tiles) -> Int[Array, "T n"]:
     return jnp.where(tiles.is_candidate, tiles.vectors.shape[1] if tiles.counts is None else tiles.counts, 0)
 
 
-def _score_step(query_QRD: Array, tiles: Tiles, vectors: int, number: Array) -> Float[Array, "Q n"]:
-    """Return the scores of the documents of a step; -inf for those that are not there, and that are no candidates."""
-    step, count = step_tiles(vectors, tiles.vectors.shape[2]), tiles.vectors.shape[0]
+def _score_step(query_QRD: Array, tiles: Tiles, vectors: int, step: int, number: Array) -> Float[Array, "Q n"]:
+    """Return the scores of the documents of a step of `step` tiles; -inf for those that are not there or are no candidates."""
+    count = tiles.vectors.shape[0]
     start = jnp.clip(number * step, 0, max(count - step, 0))
 
     def part(x: Array, *whole: int) -> Array:
@@ -258,7 +267,7 @@ def _score_survivors(query_QRD: Array, tiles: Tiles, vectors: int, positions_QK:
         return survivors_tpu.score_survivors(
             query_QRD, tiles.vectors, tiles.scales, counts_Tn, slots_QK, vectors, expected=expected
         )
-    step = max(1 << (SURVIVOR_VECTORS // vectors).bit_length() - 1, 1)
+    step = _at_once(mesh, SURVIVOR_VECTORS, vectors)
     padding = -rows_QK.shape[1] % step
 
     def of_query(arguments: tuple[Array, Array, Array]) -> Float[Array, " K"]:

@@ -167,7 +167,7 @@ class Searcher:
         if few_n is not None:
             candidates_N = np.ones(len(few_n), bool)
         devices, documents = self.mesh.size, len(candidates_N)
-        step = engine.step_tiles(vectors, TILE)
+        step = engine.step_tiles(self.mesh, vectors, TILE)
         most = step * max(BLOCK_NUMBERS // (step * TILE * vectors * self.width), 1) * devices * TILE
 
         def read(start: int) -> Tiles:
