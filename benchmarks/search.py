@@ -9,7 +9,8 @@ Scores of all documents, and the ten best by our index, resident and streamed, i
 
 Searches by engines that also approximate; --run takes the vectors of a run in place of random ones:
 
-    staged    15,943 documents of 64 vectors by 1,457 queries of 16, 8 wide: our index in two stages
+    staged    15,943 documents of 64 vectors by 1,457 queries of 16, 8 wide: our index in stages 2:4:146>16:64, whose recall
+              means something only for vectors of a run
     recall    2,000 documents of 64 vectors by 64 queries of 16, 128 wide, near documents: our index, fast-plaid, xtr-warp-rs and
               qdrant-edge-py, with the recall of the ten best, the bytes of each index, and the time of all queries and of one
 
@@ -82,6 +83,8 @@ def main() -> None:
         "--run", help="a run, for the vectors of staged and recall: its documents and the queries of its test split"
     )
     parser.add_argument("--data", default="data", help="config.data.dir of that run (default: data)")
+    documents = ENGINE_CASES["recall"].documents
+    parser.add_argument("--documents", type=int, default=documents, help=f"of recall; peers build slowly (default: {documents})")
     parser.add_argument(
         "--device-run", type=Path, metavar="FILE", help="time our package on this machine's devices, and write FILE"
     )
