@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from metaembed_jax.errors import UserError
 from metaembed_jax.retrieval.segment import SegmentFiles
 
 
@@ -43,8 +44,13 @@ class Hits:
 
         Args:
           query: number of the query.
+
+        Raises:
+          UserError: the search had no such query, or a file is damaged.
         """
-        return self.read_metadata(query)
+        if not isinstance(query, int | np.integer) or not 0 <= query < len(self.scores):
+            raise UserError(f"query={query!r}: expected the number of one of the {len(self.scores)} queries of the search, from 0")
+        return self.read_metadata(int(query))
 
 
 def make_hits(segments: Sequence[SegmentFiles], scores_Qk: Float[np.ndarray, "Q k"], positions_Qk: Int[np.ndarray, "Q k"]) -> Hits:

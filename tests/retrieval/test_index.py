@@ -102,6 +102,8 @@ def test_hits_carry_metadata_of_the_index_that_was_searched(vectors, monkeypatch
     index.compact()
     assert [hits.metadata(0), hits.metadata(1)] == expected
     assert hits[0] is hits.scores and hits[1] is hits.ids
+    with pytest.raises(me.UserError, match="query=2: expected the number of one of the 2 queries"):
+        hits.metadata(2)
 
 
 @pytest.mark.parametrize("kind", [me.Index, QdrantIndex])
