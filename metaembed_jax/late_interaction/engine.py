@@ -260,8 +260,8 @@ def _score_survivors(query_QRD: Array, tiles: Tiles, vectors: int, positions_QK:
     is_here_QK = (positions_QK >= 0) & (rows_QK >= 0) & (rows_QK < tiles.documents)
     # The padding of a segment has the positions of the next.
     is_here_QK &= tiles.is_candidate.reshape(-1)[jnp.where(is_here_QK, rows_QK, 0)]
-    expected = positions_QK.shape[1] / mesh.size  # of a query, on each device
-    if _is_tpu(mesh) and survivors_tpu.can_fetch(tiles.vectors):
+    if _is_tpu(mesh):
+        expected = positions_QK.shape[1] / mesh.size  # of a query, on each device
         slots_QK = jnp.where(is_here_QK, rows_QK, -1)
         counts_Tn = _candidate_counts(tiles)
         return survivors_tpu.score_survivors(
@@ -282,8 +282,7 @@ def _score_survivors(query_QRD: Array, tiles: Tiles, vectors: int, positions_QK:
             return jax.lax.dynamic_update_slice_in_dim(scores_K, _score_rows(query_RD, tiles, vectors, rows_c), number * step, 0)
 
         scores_K = jnp.full(rows_K.shape, -jnp.inf, jnp.float32)
-        with jax.named_scope(f"turns={expected / step + 0.5:.2f}"):  # on average, for the planner
-            scores_K = jax.lax.fori_loop(0, -(-count // step), score, scores_K)
+        scores_K = jax.lax.fori_loop(0, -(-count // step), score, scores_K)
         return jnp.roll(scores_K[: len(is_here_K)], first)
 
     return jnp.where(is_here_QK, jax.lax.map(of_query, (query_QRD, rows_QK, is_here_QK)), -jnp.inf)

@@ -4,6 +4,8 @@ A row of a slab of [n, D] shares 32-bit words with its neighbours if its numbers
 for float32, bfloat16 and int8. The fetched rows of n / w survivors are a tile on the chip, which is scored as in `maxsim_tpu`;
 the scores of the neighbours are dropped. Nothing is gathered in HBM. While a step's slabs are scored, the next are fetched.
 
+If the width is not a multiple of 128, documents are columns in memory, and 128 are the least to fetch. So all are scored.
+
 Q queries, K survivors, T tiles, R vectors of an item, n documents of a tile, D width of a vector; C tiles on the chip of a query.
 """
 
@@ -21,11 +23,6 @@ from metaembed_jax.late_interaction.maxsim_tpu import LANES, Blocks
 SLOTS = 2**17  # of a call; they take half of the scalar memory
 
 
-def can_fetch(vectors_TRnD: Array) -> bool:
-    """Return whether the rows of documents are rows in memory; XLA stores others as columns."""
-    return vectors_TRnD.shape[3] % LANES == 0
-
-
 def score_survivors(
     query_QRD: Float[Array, "Q Rq D"],
     vectors_TRnD: Float[Array, "T R n D"] | Int8[Array, "T R n D"],
@@ -40,11 +37,14 @@ def score_survivors(
     """Score each query against its survivors among the documents of all tiles; products and sums are float32.
 
     Args:
-      query_QRD, vectors_TRnD, scales_TRn, counts_Tn, document_vectors, interpret: as in `maxsim_tpu.score`; see `can_fetch`.
+      query_QRD, vectors_TRnD, scales_TRn, counts_Tn, document_vectors, interpret: as in `maxsim_tpu.score`.
       slots_QK: tile * n + row of each survivor, int32; -1 for those on other devices, which score -inf. Those before the first and
         after the last of this device are not fetched.
       expected: survivors of a query on this device on average, for the estimate of the kernel's cost.
     """
+    if vectors_TRnD.shape[3] % LANES:
+        scores_QN = maxsim_tpu.score(query_QRD, vectors_TRnD, scales_TRn, counts_Tn, document_vectors, interpret=interpret)
+        return jnp.where(slots_QK < 0, -jnp.inf, jnp.take_along_axis(scores_QN, slots_QK, axis=1))
     Q, K = slots_QK.shape
     chunk = min(K, SLOTS)
     chunks, at_once = pl.cdiv(K, chunk), SLOTS // chunk

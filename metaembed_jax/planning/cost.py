@@ -23,7 +23,6 @@ from metaembed_jax.planning.traffic import buffers, traffic
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 LARGEST = 5
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-_STATED_TURNS = re.compile(r"turns=([\d.]+)/while$")
 
 
 class CostItem(NamedTuple):
@@ -137,15 +136,10 @@ class _Counter:
             return [(body, 1) for body in self._called(instruction, "calls") + self._called(instruction, "to_apply")]
         return []
 
-    def _turns(self, loop: Instruction) -> float:
-        """Return the turns of a loop: the compiler's note, or the program's, or else the bound of its counter, which starts from 0.
-
-        A program states the average turns of a loop whose length depends on data: `with jax.named_scope("turns=2.5")`.
-        """
+    def _turns(self, loop: Instruction) -> int:
+        """Return the turns of a loop: the compiler's note, or else the bound of its counter, which starts from 0."""
         if note := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(note[1])
-        if stated := _STATED_TURNS.search(loop.op_name):
-            return float(stated[1])
         (condition,) = self._called(loop, "condition")
         computations = [condition, *(body for instruction in condition.values() for body, _ in self._bodies(instruction))]
         bounds = [

@@ -33,6 +33,15 @@ def test_scores_are_those_of_all_documents(dtype, slots_of_a_call, monkeypatch):
     np.testing.assert_array_equal(scores, np.where(slots < 0, -np.inf, np.take_along_axis(of_all, slots, axis=1)))
 
 
+def test_narrow_documents_are_not_gathered_either():
+    query, vectors = (jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32) for shape in ((2, 2, 8), (1, 2, n, 8)))
+    slots = jnp.asarray([[3, -1], [127, 0]])
+    scores = np.asarray(score_survivors(query, vectors, None, None, slots, 2, expected=1, interpret=True))
+    similarities = np.einsum("qid,jnd->qijn", np.float64(query), np.float64(vectors)[0]).max(2).sum(1)
+    expected = [[similarities[0, 3], -np.inf], [similarities[1, 127], similarities[1, 0]]]
+    np.testing.assert_allclose(scores, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # it holds no programs of absent chips
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_nothing_is_gathered(dtype):

@@ -174,14 +174,6 @@ def test_loops_without_a_known_end_are_named():
     assert cost.flops == 3 * 2 * 8**3 and cost.unknown == ("again",)
 
 
-def test_a_loop_may_state_its_average_turns():
-    stated = LOOPS.replace("constant(5)", "parameter(1)").replace(
-        "body=%inner\n", 'body=%inner, metadata={op_name="jit(f)/turns=2.5/while"}\n'
-    )
-    cost = count(stated, devices=1)
-    assert cost.flops == 3 * 2.5 * 2 * 8**3 and not cost.unknown
-
-
 def test_fusions_read_slices_and_update_in_place():
     cost = count(FUSIONS, devices=1)
     assert cost.flops == 2 * 128 * 256 * 512
