@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from metaembed_jax.data.documents import open_documents
 from metaembed_jax.data.sources.image_files import read_image_file
 from metaembed_jax.devices import check_devices, describe_devices
@@ -80,7 +82,10 @@ def search(
     item = ({"text": query} if query is not None else {}) | (
         {"image": open_image(read_image_file(image), str(image))} if image is not None else {}
     )
-    loaded, encoder = _load_both(folder, model, mesh)
+    loaded = Index.load(folder)
+    if where is not None:  # a wrong filter is an error before the model is loaded
+        loaded.search(np.zeros((0, 1, loaded.width), np.float32), where=where)
+    encoder = _load_encoder(loaded, model, mesh)
     budget = search_name(loaded.calibrated_stages(k)) if budget == "auto" else budget
     _print_hits(find(loaded, encoder, item, budget, k, where, certified))
 
@@ -104,7 +109,8 @@ def calibrate(
     Raises:
       UserError: as `open_documents`, `search` and `Index.calibrate`.
     """
-    loaded, encoder = _load_both(folder, model, mesh)
+    loaded = Index.load(folder)
+    encoder = _load_encoder(loaded, model, mesh)
     loaded.check_model(encoder)
     largest = encoder.config.vectors("query"), loaded.vectors
     last, *others = [largest] if budgets[1] is None else _parse_budgets(budgets[1], largest, "--last")
@@ -121,13 +127,12 @@ def calibrate(
     print(f"--budget=auto is {search_name(loaded.calibrated_stages(k))} for up to {k} documents")
 
 
-def _load_both(folder: Path, model: str | None, mesh: Mapping[str, int] | None) -> tuple[Index, MetaEmbed]:
-    """Load an index and the model that encoded its items."""
-    loaded = Index.load(folder)
-    name = model or loaded.model
+def _load_encoder(index: Index, model: str | None, mesh: Mapping[str, int] | None) -> MetaEmbed:
+    """Load the model that encoded the items of an index."""
+    name = model or index.model
     if not name:
-        raise UserError(f"{folder} does not record its model; name the model with --model")
-    return loaded, _load(name, mesh)
+        raise UserError(f"{index.folder} does not record its model; name the model with --model")
+    return _load(name, mesh)
 
 
 def find(
