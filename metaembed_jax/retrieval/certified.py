@@ -138,9 +138,9 @@ class _Query:
 
     def _score(self, positions: np.ndarray) -> np.ndarray:
         scores = self._exact.score(self._query_RD, positions, self._vectors)
-        if not np.isfinite(scores).all():  # items that passed `ingest` have finite scores
+        if not np.isfinite(scores).all():  # items that passed `ingest` have vectors
             folder = self._exact.segments[0].folder.parent
-            raise UserError(f"{folder}: an item has no vectors, or NaN or infinities in them; build the index again")
+            raise UserError(f"{folder}: an item has no vectors; build the index again")
         return scores
 
     def _in_order(self, scores: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -46,7 +46,11 @@ class ChecksummedFile:
         self.path, self._crcs = path, crcs
         self._content = map_file(path, size)
         self.row_bytes = np.dtype(dtype).itemsize * int(np.prod(row))
-        self._array = np.frombuffer(self._content, np.uint8).view(dtype).reshape(-1, *row)
+        self._numbers = np.frombuffer(self._content, np.uint8).view(dtype)
+        self._array = self._numbers.reshape(-1, *row)
+        # A maximum may hide NaN, so numbers are checked when they are first read, like checksums.
+        self._is_float = self._numbers.dtype.kind not in "iu"  # also bfloat16
+        self._in_chunk = CHUNK_BYTES // self._numbers.dtype.itemsize
         self._is_checked = np.zeros(len(crcs), bool)
 
     def __len__(self) -> int:
@@ -61,7 +65,7 @@ class ChecksummedFile:
         """Return rows start .. stop-1, without a copy.
 
         Raises:
-          UserError: they are damaged.
+          UserError: they are damaged, or NaN or infinite.
         """
         first, end = start * self.row_bytes // CHUNK_BYTES, count_chunks(stop * self.row_bytes)
         self._check(first + np.flatnonzero(~self._is_checked[first:end]))
@@ -71,7 +75,7 @@ class ChecksummedFile:
         """Return a copy of some rows.
 
         Raises:
-          UserError: they are damaged.
+          UserError: they are damaged, or NaN or infinite.
         """
         first, last = rows * self.row_bytes // CHUNK_BYTES, ((rows + 1) * self.row_bytes - 1) // CHUNK_BYTES
         chunks = np.unique(np.minimum(first[:, None] + np.arange(int((last - first).max(initial=0)) + 1), last[:, None]))
@@ -105,6 +109,8 @@ class ChecksummedFile:
                     f"{self.path} is damaged near byte {chunk * CHUNK_BYTES}: its checksum does not match; "
                     "copy the index again, or build it again"
                 )
+            if self._is_float and not np.isfinite(self._numbers[chunk * self._in_chunk : (chunk + 1) * self._in_chunk]).all():
+                raise UserError(f"{self.path} has NaN or infinities near byte {chunk * CHUNK_BYTES}; build the index again")
             self._is_checked[chunk] = True
             if reads % READS_BEFORE_RELEASE == 0:
                 self.release()

@@ -91,9 +91,9 @@ class Searcher:
             top = self._search(put_replicated(np.pad(query_qRD, padding), self.mesh), _ceil(k), stages, candidates_N)
             results.append([np.asarray(x)[: len(query_qRD), :k] for x in top])
         scores_Qk, positions_Qk = (np.concatenate(arrays) for arrays in zip(*results, strict=True))
-        if not np.isfinite(scores_Qk).all():  # items that passed `ingest` have finite scores
+        if not np.isfinite(scores_Qk).all():  # items that passed `ingest` have vectors
             folder = self.segments[0].folder.parent
-            raise UserError(f"{folder}: an item has no vectors, or NaN or infinities in them; build the index again")
+            raise UserError(f"{folder}: an item has no vectors; build the index again")
         return scores_Qk, positions_Qk
 
     def _load(self, resident: Residence, loaded: dict[str, Tiles]) -> dict[str, Tiles]:

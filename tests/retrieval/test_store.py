@@ -325,7 +325,7 @@ def test_invalid_vectors_are_not_searched(folder, name, number):
         lambda: index.search(query, 3),
         lambda: index.calibrate(query, (1, 1), (4, 9), k=3, coverage=0.1, confidence=0.1),
     ):
-        with pytest.raises(me.UserError, match="no vectors, or NaN or infinities"):
+        with pytest.raises(me.UserError, match="no vectors|has NaN or infinities near byte 0"):
             search()
 
 
