@@ -2,7 +2,7 @@
 
 A fusion reads its operands and writes its results, whatever it computes in between. A slice costs the bytes that it takes, not
 those of its operand. An update in place costs the bytes that it replaces. A custom kernel that states its traffic may read part of
-its operands, or read them several times. Arrays on the chip cost nothing.
+its operands, or read them several times. Arrays on the chip cost nothing, though a kernel's statement counts them once.
 """
 
 import re
@@ -24,7 +24,8 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
     if instruction.opcode == "dynamic-update-slice":
         return 2 * computation[instruction.operands[1]].bytes
     if instruction.opcode == "custom-call" and (stated := _STATED.search(instruction.attributes)):
-        return int(stated[1])
+        arrays = [*instruction.shapes, *(shape for name in instruction.operands for shape in computation[name].shapes)]
+        return max(int(stated[1]) - sum(shape.bytes for shape in arrays if not shape.in_hbm), 0)
     if instruction.opcode == "send":  # the host reads the operand
         return computation[instruction.operands[0]].bytes
     written = sum(size for _, size, _ in _results(module, instruction))

@@ -38,9 +38,10 @@ class TileReader:
         self.starts = np.cumsum([0, *map(len, segments)])
         self._levels, self._width = tuple(levels), width
         self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        stored = segments[0].levels[0].dtype
-        # XLA on a CPU converts bfloat16 more slowly than it multiplies float32.
-        self.dtype = np.dtype(np.float32) if mesh.devices.flat[0].platform == "cpu" else stored
+        # XLA on a CPU converts bfloat16 more slowly than it multiplies float32, and scales similarities as slowly.
+        self._is_widened = mesh.devices.flat[0].platform == "cpu"
+        self.dtype = np.dtype(np.float32) if self._is_widened else segments[0].levels[0].dtype
+        self._has_scales = bool(segments[0].scales) and not self._is_widened
 
     def read(self, positions_n: Int[np.ndarray, " n"], tiles: int, vectors: int, first: int) -> Tiles:
         """Read the first `vectors` vectors of documents at ascending positions; all of them are candidates.
@@ -53,12 +54,12 @@ class TileReader:
           UserError: a file is damaged.
         """
         shape, put = (tiles, vectors, TILE), self._put
-        levels = functools.partial(self._write_levels, vectors=vectors)
-        has_scales = bool(self.segments[0].scales)
+        write_vectors = functools.partial(self._write_levels, self._read_vectors, vectors=vectors)
+        write_scales = functools.partial(self._write_levels, self._read_scales, vectors=vectors)
         is_ragged = vectors > min(segment.entry.fewest for segment in self.segments)
         return Tiles(
-            put((*shape, self._width), self.dtype, positions_n, functools.partial(levels, lambda segment: segment.levels)),
-            put(shape, np.float32, positions_n, functools.partial(levels, lambda segment: segment.scales)) if has_scales else None,
+            put((*shape, self._width), self.dtype, positions_n, write_vectors),
+            put(shape, np.float32, positions_n, write_scales) if self._has_scales else None,
             put((tiles, TILE), np.int32, positions_n, self._write_counts) if is_ragged else None,
             self.mask(np.ones(len(positions_n), bool), tiles),
             put_replicated(np.asarray(first, np.int32), self.mesh),
@@ -66,7 +67,7 @@ class TileReader:
 
     def _write_levels(
         self,
-        files: Callable[[SegmentFiles], list[ChecksummedFile]],
+        read: Callable[[int, int, np.ndarray], np.ndarray],
         shard_TRnx: np.ndarray,
         positions_n: Int[np.ndarray, " n"],
         vectors: int,
@@ -74,9 +75,17 @@ class TileReader:
         start = 0
         for number, end in enumerate(self._levels):
             if start < vectors:
-                rows = self._read(lambda segment, number=number: files(segment)[number], positions_n)
-                write_rows(shard_TRnx[:, start:end], rows[:, : vectors - start])
+                write_rows(shard_TRnx[:, start:end], read(number, vectors - start, positions_n))
             start = end
+
+    def _read_vectors(self, level: int, vectors: int, positions_n: Int[np.ndarray, " n"]) -> np.ndarray:
+        rows = self._read(lambda segment: segment.levels[level], positions_n)[:, :vectors]
+        if self._is_widened and self.segments[0].scales:
+            return rows * self._read_scales(level, vectors, positions_n)[..., None]
+        return rows
+
+    def _read_scales(self, level: int, vectors: int, positions_n: Int[np.ndarray, " n"]) -> np.ndarray:
+        return self._read(lambda segment: segment.scales[level], positions_n)[:, :vectors]
 
     def _write_counts(self, shard_Tn: np.ndarray, positions_n: Int[np.ndarray, " n"]) -> None:
         shard_Tn.reshape(-1)[: len(positions_n)] = self._read(lambda segment: segment.counts, positions_n)
@@ -89,7 +98,7 @@ class TileReader:
 
     def bytes_on_device(self, documents: int, vectors: int) -> int:
         """Return the bytes of so many documents on a device."""
-        of_vector = self._width * self.dtype.itemsize + (4 if self.segments[0].scales else 0)
+        of_vector = self._width * self.dtype.itemsize + 4 * self._has_scales
         return count_tiles(documents, self.mesh.size) // self.mesh.size * TILE * (vectors * of_vector + 5)
 
     def release(self) -> None:
