@@ -115,8 +115,10 @@ def calibrated_stages(calibrations: Iterable[Calibration], k: int, items: int) -
     A calibration for more results serves too. If there are more items than were calibrated, the survivors are as many more.
 
     Raises:
-      UserError: the index was not calibrated, or for fewer results.
+      UserError: the index was not calibrated, or for fewer results, or k is not a positive integer.
     """
+    if not isinstance(k, int | np.integer) or k < 1:
+        raise UserError(f"k={k!r}: expected a positive integer")
     calibrations = list(calibrations)
     if not calibrations:
         raise UserError("budget='auto': this index is not calibrated; call `index.calibrate`, or run `metaembed calibrate`")

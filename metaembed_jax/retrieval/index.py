@@ -159,7 +159,8 @@ class Index:
         if isinstance(budget, str) and budget == "auto":
             budget = self.calibrated_stages(k)
         query_QRD, stages = self._validated(query_QRD, budget)
-        k, searcher = count_results(k, len(self), stages, where is not None), self._searcher
+        searcher = self._searcher  # the state that is searched, whatever another thread changes meanwhile
+        k = count_results(k, _count_items(searcher.segments), stages, where is not None)
         is_match_N = None if where is None else match_items(searcher.segments, where)
         k = k if is_match_N is None else min(k, int(is_match_N.sum()))
         if certified:
@@ -292,7 +293,7 @@ class Index:
             segment.check_all()
 
     def __len__(self) -> int:
-        return sum(len(segment) - len(segment.entry.deleted) for segment in self._segments)
+        return _count_items(self._segments)
 
     @property
     def model(self) -> str:
@@ -354,7 +355,8 @@ class Index:
         self._take(*store.open_index(self.folder))
 
     def _take(self, manifest: Manifest, segments: list[SegmentFiles]) -> None:
-        self._manifest, self._segments, self._opened = manifest, segments, None
+        with self._lock:  # a searcher that a thread is loading is of the state before, and must not replace None
+            self._manifest, self._segments, self._opened = manifest, segments, None
 
     @property
     def _searcher(self) -> Searcher:
@@ -373,6 +375,11 @@ class Index:
         if not len(self):
             raise UserError(f"{self.folder} is an empty index; add items first")
         return query_QRD, stages_of(budget, query_QRD.shape[1], self.vectors)
+
+
+def _count_items(segments: Sequence[SegmentFiles]) -> int:
+    """Return the number of items that are not deleted."""
+    return sum(len(segment) - len(segment.entry.deleted) for segment in segments)
 
 
 def _create(path: str | os.PathLike | None, mesh: Mesh | None, write: Callable[[Path], Manifest]) -> Index:

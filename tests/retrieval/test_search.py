@@ -1,5 +1,8 @@
 """Searches of an index against their definition in float64."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -14,6 +17,7 @@ from metaembed_jax.retrieval import checksummed_files
 from metaembed_jax.retrieval import search as module
 from metaembed_jax.retrieval.ingest import to_int8
 from metaembed_jax.retrieval.manifest import DTYPES
+from metaembed_jax.retrieval.search import Searcher
 from tests.retrieval import reference
 from tests.retrieval.reference import exact, unit
 
@@ -173,6 +177,24 @@ def test_a_resident_index_follows_its_changes(tmp_path):
     index.compact()
     check()
     assert len(index._searcher.loaded) == 1
+
+
+def test_items_that_are_added_while_a_thread_loads_are_found(monkeypatch):
+    rng = np.random.default_rng(10)
+    index, load, loading, is_added = me.Index.build(unit(rng, 5, 2, 8), mesh=ONE), Searcher._load, Event(), Event()
+
+    def load_after_change(searcher, *arguments):
+        loading.set()
+        is_added.wait(1)  # the change may wait for this thread
+        return load(searcher, *arguments)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as threads:
+        patch.setattr(Searcher, "_load", load_after_change)
+        search = threads.submit(index.search, unit(rng, 1, 2, 8), 5)
+        loading.wait()
+        threads.submit(index.add, unit(rng, 3, 2, 8), ["a", "b", "c"]).add_done_callback(lambda _: is_added.set())
+        assert search.result().ids.shape == (1, 5)
+    assert index.search(unit(rng, 1, 2, 8), 8).ids.shape == (1, 8)
 
 
 def test_what_does_not_fit_is_not_resident(monkeypatch):
