@@ -1,7 +1,7 @@
-"""Choose the survivors of a first stage on a sample of queries, for `metaembed search --budget=auto`.
+"""Choose the number of survivors of a first stage on a sample of queries, for `metaembed search --budget=auto`.
 
-Of all queries like those of the sample, at least the share --coverage keeps its k best documents in the first stage, with the
-probability --confidence. The first budgets are tried in turn, and the cheapest is used.
+With the probability --confidence, at least the share --coverage of all such queries keeps its k best documents in the first stage.
+Each budget of --first is calibrated, and searches use the cheapest.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--queries", type=local_path, required=True, help="a .jsonl or .parquet of text and image, or a folder of images"
     )
     parser.add_argument(
-        "--first", help="budgets of the first stage to try, such as 1:1,2:4 (default: the usual ones below the last)"
+        "--first", help="budgets of the first stage to calibrate, such as 1:1,2:4 (default: the usual ones below the last)"
     )
     parser.add_argument("--last", help="budget of the second stage (default: all vectors)")
     parser.add_argument("-k", type=int, default=10, help="the number of documents of a search (default: 10)")

@@ -37,6 +37,6 @@ def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     has_mesh = any(key.startswith("mesh.") for key in arguments.overrides)
     flags = ("items", "vectors", "width", "dtype", "queries", "budget", "k")
-    index = {flag: value for flag in flags if (value := getattr(arguments, flag)) is not None}
-    if not print_plan.plan(config, arguments.topology, arguments.what, arguments.search, arguments.json, has_mesh, index):
+    index_options = {flag: value for flag in flags if (value := getattr(arguments, flag)) is not None}
+    if not print_plan.plan(config, arguments.topology, arguments.what, arguments.search, arguments.json, has_mesh, index_options):
         sys.exit(1)

@@ -30,17 +30,17 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from metaembed_jax.late_interaction import maxsim_tpu
+from metaembed_jax.late_interaction.maxsim_tpu import LANES, SUBLANES, VMEM_COUNTED, VMEM_LIMIT
+from metaembed_jax.late_interaction.sizes import floor_power, round_up
 
-LANES, SUBLANES = 128, 8  # of a vector register of 32-bit numbers
 COLUMNS = 1024  # on every chip, arithmetic then takes longer than reading the documents, so more would not help
 # Large enough that the fixed cost of a step is small next to its work. Float32 takes twice the memory that is counted, because its
 # products have several passes. The largest blocks fit v4, which has the least memory on the chip (16 MiB).
 BLOCK_BYTES = {jnp.dtype("bfloat16"): 4 * 2**20, jnp.dtype("float32"): 2 * 2**20}
 PRODUCT_NUMBERS = 2**19  # of documents that are converted and multiplied at once
-VMEM_COUNTED, VMEM_LIMIT = 12 * 2**20, 48 * 2**20
 
 
-class Blocks(NamedTuple):
+class DocumentBlocks(NamedTuple):
     """Sizes of the kernel's grid.
 
     Attributes:
@@ -58,7 +58,7 @@ class Blocks(NamedTuple):
     vmem_bytes: int
 
 
-def choose_blocks(query_QRD: Array | jax.ShapeDtypeStruct, document_NRD: Array | jax.ShapeDtypeStruct) -> Blocks | None:
+def choose_blocks(query_QRD: Array | jax.ShapeDtypeStruct, document_NRD: Array | jax.ShapeDtypeStruct) -> DocumentBlocks | None:
     """Return the blocks for inputs of `score`; None if even the smallest are too large."""
     query_QRD, document_NRD = jax.eval_shape(_whole_registers, query_QRD, document_NRD)
     (Q, Rq, D), (N, Rc, _) = query_QRD.shape, document_NRD.shape
@@ -66,16 +66,16 @@ def choose_blocks(query_QRD: Array | jax.ShapeDtypeStruct, document_NRD: Array |
     query_bytes = 2 * _parts(query_QRD.dtype, document_NRD.dtype) * D if document_NRD.dtype != jnp.float32 else 4 * D
     most = BLOCK_BYTES[jnp.dtype("float32") if document_NRD.dtype == jnp.float32 else jnp.dtype("bfloat16")]
     most_queries = max(min(COLUMNS, most // query_bytes) // Rq // SUBLANES * SUBLANES, SUBLANES)
-    queries = _up(pl.cdiv(Q, pl.cdiv(Q, most_queries)), SUBLANES)
-    columns = _up(Rq * queries, LANES)
+    queries = round_up(pl.cdiv(Q, pl.cdiv(Q, most_queries)), SUBLANES)
+    columns = round_up(Rq * queries, LANES)
     fitting = min(most // document_bytes, most // (4 * columns)) // Rc
-    step = max(_power_of_two(min(fitting, N)), SUBLANES)  # a power of two divides a tile, or is one
+    step = max(floor_power(min(fitting, N)), SUBLANES)  # a power of two divides a tile, or is one
     while True:
         tile = max(step, LANES)
-        numbers = columns * (step * Rc + tile) + tile * (_up(Rc, LANES) + 2 * _up(Rc, SUBLANES) + 2 * queries)  # float32
+        numbers = columns * (step * Rc + tile) + tile * (round_up(Rc, LANES) + 2 * round_up(Rc, SUBLANES) + 2 * queries)  # float32
         vmem_bytes = columns * query_bytes + 2 * step * Rc * document_bytes + 4 * numbers
         if vmem_bytes <= VMEM_COUNTED:
-            return Blocks(queries, columns, step, tile, vmem_bytes)
+            return DocumentBlocks(queries, columns, step, tile, vmem_bytes)
         if step == SUBLANES:
             return None
         step //= 2
@@ -87,7 +87,7 @@ def score(
     mask_NR: Bool[Array, "N Rc"] | None = None,
     scale_NR: Float[Array, "N Rc"] | None = None,
     *,
-    blocks: Blocks,
+    blocks: DocumentBlocks,
     interpret: bool = False,
 ) -> Float[Array, "Q N"]:
     """Score every query against every document; products and sums are float32.
@@ -197,7 +197,7 @@ def _write_similarities(query_ref, document_ref, similarity_ref):
             similarity_ref[register, rows] = similarity[:, register * LANES : (register + 1) * LANES]
 
 
-def _cost(products: int, query_QRD: Array, document_NRD: Array, blocks: Blocks) -> pl.CostEstimate:
+def _cost(products: int, query_QRD: Array, document_NRD: Array, blocks: DocumentBlocks) -> pl.CostEstimate:
     """Estimate the kernel's cost, for the compiler and the planner; the factors are small next to the documents."""
     queries, _, width = query_QRD.shape
     query_blocks = pl.cdiv(queries, blocks.queries)
@@ -206,7 +206,7 @@ def _cost(products: int, query_QRD: Array, document_NRD: Array, blocks: Blocks) 
     return pl.CostEstimate(flops=2 * products, bytes_accessed=moved, transcendentals=0)
 
 
-def _columns(query_QRD: Array, blocks: Blocks, parts: int) -> Float[Array, "blocks P D M"]:
+def _columns(query_QRD: Array, blocks: DocumentBlocks, parts: int) -> Float[Array, "blocks P D M"]:
     """Order columns by vector: the first vectors of q queries, then their second, and so on. A sum over i then adds whole slabs."""
     queries, vectors, width = query_QRD.shape
     query_QRD = jnp.pad(query_QRD, [(0, -queries % blocks.queries), (0, 0), (0, 0)])
@@ -240,12 +240,3 @@ def _whole_registers(query_QRD: Array, document_NRD: Array) -> tuple[Array, Arra
 def _is_document_major(vectors: int, itemsize: int) -> bool:
     """Return whether XLA stores [N, R, D] in this order, not as [R, N, D]; the kernel reads either in place."""
     return vectors % SUBLANES == 0 or (vectors in (1, 2, 4) and vectors * itemsize >= 4)
-
-
-def _power_of_two(size: int) -> int:
-    """Return the largest power of two that is at most a size; 0 for 0."""
-    return 1 << (size.bit_length() - 1) if size else 0
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

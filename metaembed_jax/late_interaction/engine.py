@@ -19,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from metaembed_jax.late_interaction import maxsim_tpu, survivors_tpu
+from metaembed_jax.late_interaction.sizes import floor_power
 from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.late_interaction.tiles import Tiles
 from metaembed_jax.precision import float32_einsum
@@ -26,7 +27,7 @@ from metaembed_jax.precision import float32_einsum
 QUERY_VECTORS, DOCUMENT_VECTORS = 256, 8192  # of a step on a CPU, where similarities stay in its cache
 GPU_VECTORS = 65_536  # of documents, of a step of any stage on a GPU, where each step is a launch; not timed on a card yet
 FEW_VECTORS = 32  # of queries, up to which a CPU multiplies faster with documents in front
-MERGED_DOCUMENTS = 16_384  # that are scored before the best of them are merged
+MERGED_DOCUMENTS = 16_384  # scored before the best of them are merged
 SURVIVOR_VECTORS = 2048  # of a step of a later stage on a CPU
 LAST = jnp.iinfo(jnp.int32).max
 
@@ -107,7 +108,7 @@ def in_order(positions_QK: Int[Array, "Q K"]) -> Int[Array, "Q K"]:
 
 @partial(jax.jit, static_argnames="k")
 def best_of(scores_QN: Float[Array, "Q N"], positions_QN: Int[Array, "Q N"], k: int) -> TopK:
-    """Return the k best of some documents; of ties, the first in order. A document that scores -inf is none."""
+    """Return the k best of some documents; of ties, the first in order. Those that score -inf are left out."""
     scores, columns = jax.lax.top_k(scores_QN, min(k, scores_QN.shape[1]))
     positions = jnp.take_along_axis(positions_QN, columns, axis=1)
     top = TopK(scores, jnp.where(scores == -jnp.inf, -1, positions))
@@ -119,7 +120,7 @@ def score_tiles(query_QRD: Float[Array, "Q R D"], tiles: Tiles, is_few: bool) ->
     """Return MaxSim of every query and every document, float32, by all vectors of the tiles.
 
     Args:
-      is_few: multiply with documents in front.
+      is_few: there are few query vectors: multiply with documents in front.
     """
     queries, vectors, width = query_QRD.shape
     query_XD, document_YD = query_QRD.reshape(-1, width), tiles.vectors.reshape(-1, width)
@@ -155,7 +156,7 @@ def step_tiles(mesh: Mesh, vectors: int, documents: int) -> int:
 def _at_once(mesh: Mesh, on_cpu: int, vectors: int) -> int:
     """Return how many blocks of `vectors` document vectors make a step: a power of two."""
     most = on_cpu if mesh.devices.flat[0].platform == "cpu" else GPU_VECTORS
-    return 1 << max(most // vectors, 1).bit_length() - 1
+    return floor_power(most // vectors)
 
 
 def _over(mesh: Mesh, function: Callable) -> Callable:
@@ -199,25 +200,25 @@ def _is_tpu(mesh: Mesh) -> bool:
 
 
 def _candidate_counts(tiles: Tiles) -> Int[Array, "T n"]:
-    """Return the number of vectors of each document; 0 for those that are no candidates."""
+    """Return the number of vectors of each document; 0 for those that are not candidates."""
     return jnp.where(tiles.is_candidate, tiles.vectors.shape[1] if tiles.counts is None else tiles.counts, 0)
 
 
 def _score_step(query_QRD: Array, tiles: Tiles, vectors: int, step: int, number: Array) -> Float[Array, "Q n"]:
-    """Return the scores of the documents of a step of `step` tiles; -inf for those that are not there or are no candidates."""
+    """Return the scores of the documents of a step of `step` tiles; -inf for padding and for those that are not candidates."""
     count = tiles.vectors.shape[0]
     start = jnp.clip(number * step, 0, max(count - step, 0))
 
-    def part(x: Array, *whole: int) -> Array:
+    def of_step(x: Array, *whole: int) -> Array:
         x = jax.lax.dynamic_slice(x, (start, *(0 for _ in whole)), (min(step, count), *whole))
         return jnp.pad(x, [(0, step - x.shape[0]), *((0, 0) for _ in whole)])
 
     _, _, documents, width = tiles.vectors.shape
     sliced = Tiles(
-        part(tiles.vectors, vectors, documents, width),
-        None if tiles.scales is None else part(tiles.scales, vectors, documents),
-        None if tiles.counts is None else part(jnp.minimum(tiles.counts, vectors), documents),
-        part(tiles.is_candidate, documents),
+        of_step(tiles.vectors, vectors, documents, width),
+        None if tiles.scales is None else of_step(tiles.scales, vectors, documents),
+        None if tiles.counts is None else of_step(jnp.minimum(tiles.counts, vectors), documents),
+        of_step(tiles.is_candidate, documents),
         tiles.first,
     )
     # The last step starts early enough to be full: the tiles that were scored before are rolled to its end, and hidden.
@@ -229,9 +230,9 @@ def _score_step(query_QRD: Array, tiles: Tiles, vectors: int, step: int, number:
 
 
 def _by_queries(query_QRD: Array, tiles: Tiles) -> Float[Array, "Q N"]:
-    """`score_tiles` in steps of about `QUERY_VECTORS` query vectors."""
+    """Return the scores of `score_tiles`, in steps of about `QUERY_VECTORS` query vectors."""
     queries, vectors, _ = query_QRD.shape
-    at_once = min(queries, 1 << max(QUERY_VECTORS // vectors, 1).bit_length() - 1)
+    at_once = min(queries, floor_power(QUERY_VECTORS // vectors))
     is_few = at_once * vectors <= FEW_VECTORS
     if at_once == queries:
         return score_tiles(query_QRD, tiles, is_few)
@@ -255,7 +256,7 @@ def _largest(scores: list[Float[Array, "Q K"]], mesh: Mesh) -> Float[Array, "Q K
 
 
 def _score_survivors(query_QRD: Array, tiles: Tiles, vectors: int, positions_QK: Array, mesh: Mesh) -> Float[Array, "Q K"]:
-    """Return the scores of the survivors that lie on this device; -inf for all others. Only its own survivors take time."""
+    """Return the scores of the survivors that are stored on this device; -inf for all others, which take no time."""
     rows_QK = positions_QK - tiles.first - jax.lax.axis_index(mesh.axis_names) * tiles.documents
     is_here_QK = (positions_QK >= 0) & (rows_QK >= 0) & (rows_QK < tiles.documents)
     # The padding of a segment has the positions of the next.
@@ -270,7 +271,7 @@ def _score_survivors(query_QRD: Array, tiles: Tiles, vectors: int, positions_QK:
     step = _at_once(mesh, SURVIVOR_VECTORS, vectors)
     padding = -rows_QK.shape[1] % step
 
-    def of_query(arguments: tuple[Array, Array, Array]) -> Float[Array, " K"]:
+    def score_query(arguments: tuple[Array, Array, Array]) -> Float[Array, " K"]:
         query_RD, rows_K, is_here_K = arguments
         # Positions ascend, so the rows of this device are consecutive.
         first, count = jnp.argmax(is_here_K), is_here_K.sum()
@@ -285,7 +286,7 @@ def _score_survivors(query_QRD: Array, tiles: Tiles, vectors: int, positions_QK:
         scores_K = jax.lax.fori_loop(0, -(-count // step), score, scores_K)
         return jnp.roll(scores_K[: len(is_here_K)], first)
 
-    return jnp.where(is_here_QK, jax.lax.map(of_query, (query_QRD, rows_QK, is_here_QK)), -jnp.inf)
+    return jnp.where(is_here_QK, jax.lax.map(score_query, (query_QRD, rows_QK, is_here_QK)), -jnp.inf)
 
 
 def _score_rows(query_RD: Array, tiles: Tiles, vectors: int, rows_c: Int[Array, " c"]) -> Float[Array, " c"]:

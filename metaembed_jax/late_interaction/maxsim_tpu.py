@@ -26,6 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int8
 
+from metaembed_jax.late_interaction.sizes import floor_power, round_up
+
 LANES, SUBLANES = 128, 8  # of a vector register of 32-bit numbers
 ROWS = 1024  # of query vectors in a product: on every chip, arithmetic then takes longer than reading bfloat16
 QUERY_BYTES, BLOCK_BYTES = 6 * 2**20, 4 * 2**20  # large enough that the fixed cost of a step is small next to its work
@@ -63,8 +65,8 @@ def choose_blocks(
     (Q, Rq, D), (T, _, n, _), dtype = query_QRD.shape, vectors_TRnD.shape, vectors_TRnD.dtype
     parts, document_parts, is_converted = parts_of(query_QRD.dtype), parts_of(dtype), dtype != jnp.bfloat16
     queries = _queries_at_once(Q, min(QUERY_BYTES // (parts * Rq * 2 * D), ROWS // (parts * Rq)))
-    rows = up(queries * Rq, 2 * SUBLANES)  # registers of bfloat16 have 16 rows
-    slab_numbers = n * (D if D % LANES == 0 else up(D, 32 // dtype.itemsize))
+    rows = round_up(queries * Rq, 2 * SUBLANES)  # registers of bfloat16 have 16 rows
+    slab_numbers = n * (D if D % LANES == 0 else round_up(D, 32 // dtype.itemsize))
     chunk_numbers = CHUNK_NUMBERS // document_parts * (1 if is_converted else 2)
     chunk_width = min(max(chunk_numbers // n // LANES, 1) * LANES, D)
     similarity_bytes = 4 * parts * rows * n  # of a slab
@@ -73,11 +75,11 @@ def choose_blocks(
     while True:
         fitting = max(block_bytes // (slab_numbers * dtype.itemsize), 1)
         slabs = _largest_divisor(document_vectors, fitting)
-        tiles = _power_of_two(min(fitting // slabs, T)) if slabs == document_vectors else 1
+        tiles = floor_power(min(fitting // slabs, T)) if slabs == document_vectors else 1
         chunk_slabs = _largest_divisor(slabs, chunk)
-        chunk_tiles = min(_power_of_two(max(chunk // slabs, 1)), tiles)
-        factors = 2 * 4 * n * tiles * (up(document_vectors, SUBLANES) + SUBLANES)
-        scores = 4 * n * (2 * tiles * up(queries, SUBLANES) + chunk_tiles * rows)
+        chunk_tiles = min(floor_power(max(chunk // slabs, 1)), tiles)
+        factors = 2 * 4 * n * tiles * (round_up(document_vectors, SUBLANES) + SUBLANES)
+        scores = 4 * n * (2 * tiles * round_up(queries, SUBLANES) + chunk_tiles * rows)
         converted = 2 * document_parts * n * chunk_width if is_converted else 0
         products = chunk_tiles * chunk_slabs * (2 * similarity_bytes + converted)
         inputs = 2 * parts * rows * D + 2 * tiles * slabs * slab_numbers * dtype.itemsize
@@ -93,7 +95,7 @@ def _queries_at_once(queries: int, most: int) -> int:
         return queries
     if most < SUBLANES:
         return max(most, 1)
-    return up(pl.cdiv(queries, pl.cdiv(queries, most // SUBLANES * SUBLANES)), SUBLANES)
+    return round_up(pl.cdiv(queries, pl.cdiv(queries, most // SUBLANES * SUBLANES)), SUBLANES)
 
 
 def score(
@@ -107,7 +109,7 @@ def score(
 ) -> Float[Array, "Q N"]:
     """Score every query against every document of all tiles, N = T * n; products and sums are float32.
 
-    All tiles of a device are scored in one call: a part of them would be copied first.
+    All tiles of a device are scored in one call, because a slice of them would be copied first.
 
     Args:
       query_QRD: float32 or bfloat16.
@@ -131,7 +133,7 @@ def score(
     if scales_TRn is not None:
         few = document_vectors < SUBLANES  # their registers would be mostly scales that are not used
         inputs.append(scales_TRn[:, :document_vectors] if few else scales_TRn)
-        rows = min(up(document_vectors, SUBLANES), inputs[-1].shape[1])
+        rows = min(round_up(document_vectors, SUBLANES), inputs[-1].shape[1])
         specs.append(pl.BlockSpec((blocks.tiles, rows, n), lambda block, tile, slab: (tile, 0, 0)))
     if counts_Tn is not None:
         inputs.append(counts_Tn)
@@ -221,11 +223,11 @@ def _similarities(query_ref, document_ref, blocks, is_wide):
     width = document_ref.shape[3 if is_wide else 2]
     totals = [None] * (blocks.chunk_tiles * blocks.chunk_slabs)
     for start in range(0, width, blocks.chunk_width):
-        piece = slice(start, min(start + blocks.chunk_width, width))
-        documents = document_ref[:, :, :, piece] if is_wide else document_ref[:, :, piece, :]
+        columns = slice(start, min(start + blocks.chunk_width, width))
+        documents = document_ref[:, :, :, columns] if is_wide else document_ref[:, :, columns, :]
         for number, part in enumerate(split(documents.reshape(-1, *documents.shape[2:]))):
             # Products of two small parts are below float32's precision.
-            query = query_ref[: max(query_ref.shape[0] - number * blocks.rows, blocks.rows), piece]
+            query = query_ref[: max(query_ref.shape[0] - number * blocks.rows, blocks.rows), columns]
             for slab, product in enumerate(_products(query, part, is_wide)):
                 for row in reversed(range(0, product.shape[0], blocks.rows)):  # the smallest first
                     term = product[row : row + blocks.rows]
@@ -293,18 +295,8 @@ def _cost(query_bPMD: Array, documents: list[Array], N: int, document_vectors: i
     read = document_vectors * width * documents[0].dtype.itemsize + 4 * (len(documents) - 1) * document_vectors
     numbers = query_blocks * N * document_vectors * width
     moved = query_bPMD.size * 2 + query_blocks * N * (read + 4 * blocks.queries)
-    return pl.CostEstimate(flops=2 * up(rows, LANES) * numbers, bytes_accessed=moved, transcendentals=0)
+    return pl.CostEstimate(flops=2 * round_up(rows, LANES) * numbers, bytes_accessed=moved, transcendentals=0)
 
 
 def _largest_divisor(number: int, most: int) -> int:
     return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
-
-
-def _power_of_two(size: int) -> int:
-    """Return the largest power of two that is at most a positive size."""
-    return 1 << (size.bit_length() - 1)
-
-
-def up(size: int, multiple: int) -> int:
-    """Round up to a multiple."""
-    return -(-size // multiple) * multiple

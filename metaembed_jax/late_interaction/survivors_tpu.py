@@ -2,7 +2,7 @@
 
 A row of a slab of [n, D] shares 32-bit words with its neighbours if its numbers are narrower, so a fetch takes w = 1, 2 or 4 rows
 for float32, bfloat16 and int8. The fetched rows of n / w survivors are a tile on the chip, which is scored as in `maxsim_tpu`;
-the scores of the neighbours are dropped. Nothing is gathered in HBM. While a step's slabs are scored, the next are fetched.
+the scores of neighbours are dropped. Nothing is gathered in HBM. While a step's slabs are scored, the next are fetched.
 
 If the width is not a multiple of 128, documents are columns in memory, and 128 are the least to fetch. So all are scored.
 
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Int8
 
 from metaembed_jax.late_interaction import maxsim_tpu
 from metaembed_jax.late_interaction.maxsim_tpu import LANES, Blocks
+from metaembed_jax.late_interaction.sizes import round_up
 
 SLOTS = 2**17  # of a call; they take half of the scalar memory
 
@@ -51,8 +52,7 @@ def score_survivors(
     arrays = vectors_TRnD, None if scales_TRn is None else scales_TRn[:, :document_vectors], counts_Tn
 
     def score(query_and_slots: tuple[Array, Array]) -> Array:
-        share = document_vectors, expected / chunks
-        return _score_run(*query_and_slots, *arrays, *share, interpret)
+        return _score_run(*query_and_slots, *arrays, document_vectors, expected / chunks, interpret)
 
     if Q * chunks <= at_once:
         return score((query_QRD, slots_QK))
@@ -65,7 +65,7 @@ def score_survivors(
 
 
 def _score_run(query_QRD, slots_QK, vectors_TRnD, scales_TRn, counts_Tn, document_vectors, expected, interpret):
-    """Return the scores of survivors, those of this device from the first to the last of them."""
+    """Return the scores of survivors; those from this device's first to its last are fetched."""
     (Q, K), n = slots_QK.shape, vectors_TRnD.shape[2]
     rows = _rows_of_a_fetch(vectors_TRnD.dtype)
     blocks = maxsim_tpu.choose_blocks(query_QRD[:1], vectors_TRnD, document_vectors)._replace(tiles=1, chunk_tiles=1)
@@ -186,10 +186,10 @@ def _fetch(length_ref, slot_ref, vector_ref, document_ref, semaphore, tiles, sla
 
 
 def _scales(scales_TRn: Array, slots_QK: Array, rows: int) -> Float[Array, "Q C R n"]:
-    """Return the scales of survivors; neighbours have the same."""
+    """Return the scales of survivors; the neighbours that are fetched with them get the same."""
     n = scales_TRn.shape[2]
-    tiles, places = jnp.divmod(slots_QK, n)
-    scales_QCRn = _repeated(scales_TRn[tiles, :, places].swapaxes(1, 2), rows, n)
+    tile_QK, row_QK = jnp.divmod(slots_QK, n)
+    scales_QCRn = _repeated(scales_TRn[tile_QK, :, row_QK].swapaxes(1, 2), rows, n)
     return jnp.moveaxis(scales_QCRn, 1, 2)
 
 
@@ -206,7 +206,7 @@ def _cost(query_QRD: Array, vectors_TRnD: Array, scales_QCRn: Array | None, docu
     numbers = Q * expected * rows * document_vectors * D
     moved = numbers * vectors_TRnD.dtype.itemsize + 2 * parts * query_QRD.size
     moved += 0 if scales_QCRn is None else 4 * scales_QCRn.size
-    return pl.CostEstimate(flops=int(2 * maxsim_tpu.up(parts * Rq, LANES) * numbers), bytes_accessed=int(moved), transcendentals=0)
+    return pl.CostEstimate(flops=int(2 * round_up(parts * Rq, LANES) * numbers), bytes_accessed=int(moved), transcendentals=0)
 
 
 def _rows_of_a_fetch(dtype) -> int:

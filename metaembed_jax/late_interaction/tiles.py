@@ -5,8 +5,8 @@
             ...
             vector R-1
 
-So the first r_c vectors of a tile lie together, and a search at any budget reads its own vectors and no others. One matrix product
-scores them, and the maximum over a document's vectors runs along whole rows of documents.
+So the first r_c vectors of a tile are stored together, and a search at any budget reads its own vectors and no others. One matrix
+product scores them, and the maximum over a document's vectors runs along whole rows of documents.
 
 T tiles, R vectors of a document, n documents of a tile, D width of a vector, N documents.
 """
@@ -44,7 +44,7 @@ class Tiles(NamedTuple):
 
 
 def count_tiles(documents: int, shards: int) -> int:
-    """Return how many tiles hold so many documents on so many shards; a multiple of the shards, at least one each."""
+    """Return the number of tiles for some documents on some shards: as many on each shard, at least one."""
     return max(-(-documents // (TILE * shards)), 1) * shards
 
 

@@ -3,7 +3,6 @@
 import re
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,6 @@ from metaembed_jax.planning.compiling import compile_program
 from metaembed_jax.planning.cost import Cost, CostItem, count
 from metaembed_jax.planning.plan import Plan
 from metaembed_jax.planning.programs import PROGRAMS, Program, train_program
-from metaembed_jax.planning.search_program import Search, search_program
 from metaembed_jax.planning.topology import Topology
 from metaembed_jax.planning.traced import largest_arrays
 from metaembed_jax.sharding import shard_bytes
@@ -31,18 +29,18 @@ HELD_BATCHES = 2  # the training loop holds the batch of the current step, and t
 _OUT_OF_MEMORY = re.compile(r"required[^()]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of")
 
 
-def make_plan(config: RunConfig, what: str, slices: Topology, search: Search | None = None) -> Plan:
+def make_plan(config: RunConfig, what: str, slices: Topology, make: Callable[[RunConfig, Mesh], Program] | None = None) -> Plan:
     """Compile a program of a config for some slices, and measure it.
 
     Args:
-      what: a key of `PROGRAMS`, or "search".
-      search: the search, with what="search".
+      what: a key of `PROGRAMS`, or a name for the program that `make` makes.
+      make: makes a program that is not in `PROGRAMS`, such as a search.
 
     Raises:
       UserError: mesh, batch and slices do not fit each other.
     """
     mesh = run_mesh(config, slices.devices)
-    make = PROGRAMS[what] if search is None else partial(search_program, search=search)
+    make = make or PROGRAMS[what]
     program = make(config, mesh)
     start = time.perf_counter()
     memory, cost, missing, arrays = _measure(config, make, slices, program, mesh)

@@ -1,4 +1,4 @@
-"""The search of a resident index as a program to plan: the engine's, with abstract tiles."""
+"""The engine's search of a resident index as a program to plan, with abstract tiles."""
 
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.flops import search_flops
 from metaembed_jax.late_interaction import engine
 from metaembed_jax.late_interaction.budgets import parse_searches, search_name
+from metaembed_jax.late_interaction.sizes import ceil_power
 from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.late_interaction.tiles import TILE, Tiles, count_tiles
 from metaembed_jax.network_config import model_config
@@ -56,7 +57,7 @@ def make_search(
     budget: str | None = None,
     k: int = 10,
 ) -> Search:
-    """Return a search from flags; the config says what they do not.
+    """Return a search from flags, with defaults from the config.
 
     Raises:
       UserError: a number is not positive, or the budget has another form or more vectors than the items.
@@ -70,7 +71,7 @@ def make_search(
     largest = config.model.query_tokens, vectors
     stages, *others = parse_searches(budget or f"{largest[0]}:{largest[1]}", largest, "--budget")
     if others:
-        raise UserError(f"--budget={budget}: a plan has one search; leave the others out")
+        raise UserError(f"--budget={budget}: expected one search")
     fewest = min([items, *(stage[2] for stage in stages[:-1])])
     if k > fewest:
         raise UserError(f"-k={k}: expected at most {fewest}, the documents of the last stage")
@@ -80,7 +81,7 @@ def make_search(
 def search_program(config: RunConfig, mesh: Mesh, search: Search) -> Program:
     """Return a search of an index whose vectors are on the devices, every item with all its vectors."""
     stages, width = search.stages, search.width
-    queries, query_vectors = 1 << (search.queries - 1).bit_length(), max(stage[0] for stage in stages)
+    queries, query_vectors = ceil_power(search.queries), max(stage[0] for stage in stages)
     split, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), replicated(mesh)
     shape = count_tiles(search.items, mesh.size), search.vectors, TILE
     tiles = Tiles(
@@ -93,7 +94,7 @@ def search_program(config: RunConfig, mesh: Mesh, search: Search) -> Program:
     query = _abstract((queries, query_vectors, width), jnp.float32, whole)
     scored = [search.items, *(stage[2] for stage in stages[:-1])]
     counts = [search_flops(queries, stage[0], documents, stage[1], width) for stage, documents in zip(stages, scored, strict=True)]
-    bytes_of_vector = width * jnp.dtype(search.dtype).itemsize + (4 if search.dtype == "int8" else 0)
+    vector_bytes = width * jnp.dtype(search.dtype).itemsize + (4 if search.dtype == "int8" else 0)
     return Program(
         lambda: engine.search.trace(query, (tiles,), stages, search.k, mesh),
         {"batch": query, "index": tiles},
@@ -101,7 +102,7 @@ def search_program(config: RunConfig, mesh: Mesh, search: Search) -> Program:
         search.queries,
         "queries",
         details=str(search),
-        index_bytes=search.items * search.vectors * bytes_of_vector / mesh.size,
+        index_bytes=search.items * search.vectors * vector_bytes / mesh.size,
     )
 
 

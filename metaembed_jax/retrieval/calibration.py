@@ -1,4 +1,4 @@
-"""The survivors of a first stage, from a sample of queries: so many that most queries lose none of their k best items.
+"""Calibration on a sample of queries: enough survivors of a first stage that most queries lose none of their k best items.
 
 A query needs as many survivors as the largest rank, in the first stage, of its k best items. The m-th smallest of these numbers
 over a sample of n queries is enough for a share of at least p of all queries, with a probability of at least BinomialCDF(m - 1;
@@ -11,6 +11,7 @@ Q queries, R vectors of a query, D width of a vector, K items of a search, k res
 import math
 from collections.abc import Iterable
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,10 +21,12 @@ from metaembed_jax.late_interaction.budgets import budget_name
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.retrieval.manifest import Calibration
-from metaembed_jax.retrieval.search import Searcher
+
+if TYPE_CHECKING:
+    from metaembed_jax.retrieval.search import Searcher
 
 FIRST_DEPTH, DEPTH_FACTOR = 1024, 4  # items of the first search for ranks, and how many times more each next one has
-RESULTS = 2**22  # ranked items that are in memory at once
+RANKED_ITEMS = 2**22  # of all queries, in memory at once
 
 
 def choose_rank(queries: int, coverage: float, confidence: float) -> int:
@@ -49,14 +52,14 @@ def choose_rank(queries: int, coverage: float, confidence: float) -> int:
 
 
 def calibrate(
-    searcher: Searcher,
+    searcher: "Searcher",
     query_QRD: Float[np.ndarray, "Q R D"],
     budgets: tuple[Budget, Budget],
     k: int,
     shares: tuple[float, float],
     items: int,
 ) -> Calibration:
-    """Choose the survivors of a first stage.
+    """Choose the number of survivors of a first stage.
 
     Args:
       budgets: of the first and of the second stage.
@@ -73,7 +76,7 @@ def calibrate(
 
 
 def count_survivors(
-    searcher: Searcher,
+    searcher: "Searcher",
     query_QRD: Float[np.ndarray, "Q R D"],
     budgets: tuple[Budget, Budget],
     k: int,
@@ -96,7 +99,7 @@ def count_survivors(
     survivors_Q, depth = np.full(len(query_QRD), items + 1), max(FIRST_DEPTH, DEPTH_FACTOR * k)
     while True:
         depth = min(depth, items)
-        pending, at_once = np.flatnonzero(survivors_Q > items), max(RESULTS // depth, 1)
+        pending, at_once = np.flatnonzero(survivors_Q > items), max(RANKED_ITEMS // depth, 1)
         for start in range(0, len(pending), at_once):
             numbers = pending[start : start + at_once]
             _, ranked_QK = searcher.search(query_QRD[numbers], depth, (first,))
@@ -112,7 +115,7 @@ def count_survivors(
 def calibrated_stages(calibrations: Iterable[Calibration], k: int, items: int) -> Stages:
     """Return the calibrated stages for k results: those of the largest last budget, and of these the cheapest.
 
-    A calibration for more results serves too. If there are more items than were calibrated, the survivors are as many more.
+    A calibration for more results serves too. If the index has more items now, the survivors are increased in proportion.
 
     Raises:
       UserError: the index was not calibrated, or for fewer results, or k is not a positive integer.
@@ -145,7 +148,7 @@ def with_calibration(calibrations: Iterable[Calibration], new: Calibration) -> t
 
 
 def describe(calibration: Calibration) -> str:
-    """Return a line about a calibration."""
+    """Format a calibration as a line."""
     stages = f"{budget_name((*calibration.first, calibration.survivors))}>{budget_name(calibration.last)}"
     return (
         f"{stages}: {calibration.survivors:,} of {calibration.items:,} items survive the first stage; at least "

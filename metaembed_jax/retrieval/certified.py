@@ -14,6 +14,7 @@ Q queries, R vectors of a query, D width of a vector, N items, K items of a sear
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -25,12 +26,14 @@ from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.retrieval.exact_vectors import SQUARED_UNITS, ExactVectors
 from metaembed_jax.retrieval.hits import Hits, make_hits
 from metaembed_jax.retrieval.manifest import Manifest
-from metaembed_jax.retrieval.search import Searcher
+
+if TYPE_CHECKING:
+    from metaembed_jax.retrieval.search import Searcher
 
 FIRST_DEPTH, DEPTH_FACTOR, LAST_DEPTH = 64, 4, 4096  # K of the first search, its growth, and K of the last search
-SEARCH_RESULTS = 2**20  # results of int8 that are in memory at once
-LENGTH = 1.02  # most of the length of an exact vector: `ingest.TOLERANCE`, and the rounding to bfloat16
-FLOAT32, FLOAT64 = 2.0**-23, 2.0**-52  # the most by which an operation rounds, even if a chip cuts digits off
+SEARCH_RESULTS = 2**20  # of all queries by int8, in memory at once
+LENGTH = 1.02  # the largest length of an exact vector: `ingest.TOLERANCE`, and the rounding to bfloat16
+ROUNDING32, ROUNDING64 = 2.0**-23, 2.0**-52  # the most by which an operation rounds, even if a chip cuts digits off
 UNCERTIFIED = f"more than {LAST_DEPTH:,} items may be among the best, within the error of int8"
 
 
@@ -51,7 +54,7 @@ def check_certifiable(folder: Path, manifest: Manifest, stages: Stages) -> Budge
 
 
 def search_certified(
-    searcher: Searcher,
+    searcher: "Searcher",
     query_QRD: Float[np.ndarray, "Q R D"],
     k: int,
     budget: Budget,
@@ -107,8 +110,8 @@ class _Query:
         self._length = float(np.linalg.norm(query_RD.astype(float), axis=1).sum()) * (1 + 1e-9)
         # A product is rounded, and D products, a scale and the sum over R: the standard bound, of any order of summation.
         operations = sum(query_RD.shape) + 16
-        self._rounding32 = self._length * (LENGTH + largest_error) * operations * FLOAT32 / (1 - operations * FLOAT32)
-        self._rounding64 = self._length * LENGTH * operations * FLOAT64 / (1 - operations * FLOAT64)
+        self._rounding32 = self._length * (LENGTH + largest_error) * operations * ROUNDING32 / (1 - operations * ROUNDING32)
+        self._rounding64 = self._length * LENGTH * operations * ROUNDING64 / (1 - operations * ROUNDING64)
 
     def certify(
         self,
@@ -118,12 +121,10 @@ class _Query:
         k: int,
         is_all: bool,
     ) -> tuple[Float[np.ndarray, " k"], Int[np.ndarray, " k"], bool, int]:
-        """Return scores and positions of the k best items, whether they are proven to be, and how many items were scored again.
+        """Return scores and positions of the k best items, True if they are proven to be, and the number of items scored again.
 
         Args:
-          scores_K: of the best items by int8, best first.
-          positions_K: of these items.
-          errors_K: of these items.
+          scores_K, positions_K, errors_K: the best items by int8, best first.
           is_all: they are all items that are searched.
         """
         upper_K = scores_K + self._length * errors_K.astype(float) + self._rounding32

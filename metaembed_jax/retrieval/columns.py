@@ -6,7 +6,7 @@ little space. The file `column-index` is a JSON object:
 
     "columns"    [[key, kind, first byte, end], ...], a stream each
     "nested"     keys of lists and objects, which have no column
-    "has_more"   whether there are more keys than MOST_KEYS, which have no column
+    "has_more"   true if there are more keys than MOST_KEYS; those have no column
 
 N items of the segment, n values of a stream.
 """
@@ -134,7 +134,7 @@ class Columns:
 
     @property
     def has_more(self) -> bool:
-        """Whether there are further keys, which have no column."""
+        """True if there are further keys, which have no column."""
         return self._content[2]
 
     def read(self, key: str, kinds: Collection[str]) -> Iterator[Values]:
@@ -177,7 +177,7 @@ class Columns:
 
     @functools.cached_property
     def _content(self) -> tuple[dict[str, list[tuple[str, int, int]]], set[str], bool]:
-        """The streams of each key, the nested keys, and whether there are more.
+        """The streams of each key, the nested keys, and `has_more`.
 
         Raises:
           UserError: the file is damaged.
@@ -202,7 +202,7 @@ class Columns:
 
 def kind_of(value: Scalar) -> str:
     """Return the kind of a value."""
-    if isinstance(value, bool):  # which is an integer in Python
+    if isinstance(value, bool):  # first, because Python's bool is an int
         return BOOL
     if isinstance(value, int):
         return INT if INT_MIN <= value <= INT_MAX else LONG
@@ -210,7 +210,7 @@ def kind_of(value: Scalar) -> str:
 
 
 def encode_text(text: str) -> bytes:
-    """Return a text as it is in a column; their order is that of the texts."""
+    """Return the bytes of a text in a column. They are ordered as the texts are."""
     return text.encode(errors="surrogatepass")
 
 

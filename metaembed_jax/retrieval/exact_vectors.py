@@ -35,7 +35,7 @@ class ExactVectors:
     def score(
         self, query_RD: Float[np.ndarray, "R D"], positions_n: Int[np.ndarray, " n"], vectors: int
     ) -> Float[np.ndarray, " n"]:
-        """Return the scores of items by their first vectors, in float64. Equal vectors have the same bits as scores."""
+        """Return the scores of items by their first vectors, in float64. Items with equal vectors have the same bits."""
         query_RD, at_once = query_RD.astype(float), max(READ_NUMBERS // (vectors * self._width), 1)
         scores_n = np.zeros(len(positions_n))
         for start in range(0, len(positions_n), at_once):

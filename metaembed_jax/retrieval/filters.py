@@ -49,14 +49,14 @@ Filter = Comparison | Group
 
 
 def parse_filter(where: Mapping) -> Filter:
-    """Return the filter that a user describes.
+    """Parse the filter of a user.
 
     Raises:
       UserError: an operator is unknown or a value has a wrong type, which the error names.
     """
     try:
         return _parse(where, 0)
-    except RecursionError:  # of the text of a value in an error
+    except RecursionError:  # an error shows the value, whose text may be nested too deeply
         raise UserError("where: expected texts, numbers, true and false as values, not lists inside lists") from None
 
 
@@ -65,23 +65,23 @@ def comparisons(condition: Filter) -> Iterator[Comparison]:
     if isinstance(condition, Comparison):
         yield condition
         return
-    for part in condition.filters:
-        yield from comparisons(part)
+    for inner in condition.filters:
+        yield from comparisons(inner)
 
 
-def evaluate(condition: Filter, compare: Callable[[Comparison], Any], everything: Any) -> Any:
+def evaluate(condition: Filter, compare: Callable[[Comparison], Any], all_items: Any) -> Any:
     """Return the mask of a filter from those of its comparisons.
 
     Args:
       compare: returns the mask of a comparison.
-      everything: a mask of all items, for "$and" of no filters.
+      all_items: a mask of all items, for "$and" of no filters.
     """
     if isinstance(condition, Comparison):
         return compare(condition)
-    masks = (evaluate(part, compare, everything) for part in condition.filters)
+    masks = (evaluate(inner, compare, all_items) for inner in condition.filters)
     if condition.operator == "$not":
         return ~next(masks)
-    result = next(masks, everything)
+    result = next(masks, all_items)
     for mask in masks:
         result = result & mask if condition.operator == "$and" else result | mask
     return result
@@ -92,7 +92,7 @@ def _parse(where, depth: int) -> Filter:
         raise UserError(f"where={shortened(where)}: expected a dict, {EXAMPLE}")
     if depth > DEEPEST:
         raise UserError(f"where: expected at most {DEEPEST} groups inside each other")
-    filters = tuple(part for key, value in where.items() for part in _parse_entry(key, value, depth))
+    filters = tuple(condition for key, value in where.items() for condition in _parse_entry(key, value, depth))
     return filters[0] if len(filters) == 1 else Group("$and", filters)
 
 
@@ -105,7 +105,7 @@ def _parse_entry(key, value, depth: int) -> list[Filter]:
     if key in GROUPS:
         if not isinstance(value, list | tuple) or not value:
             raise UserError(f"where: {key}: {shortened(value)}: expected a list of filters, at least one")
-        return [Group(key, tuple(_parse(part, depth + 1) for part in value))]
+        return [Group(key, tuple(_parse(inner, depth + 1) for inner in value))]
     if key.startswith("$"):
         raise UserError(f"where: unknown operator {shortened(key)}; allowed here: {', '.join(GROUPS)}, or a key of the metadata")
     if not isinstance(value, Mapping):
@@ -130,7 +130,7 @@ def _comparison(key: str, operator: str, value) -> Comparison:
 
 
 def _scalar(value, name: str) -> Scalar:
-    """Check a value of a comparison; those of NumPy become Python's."""
+    """Check a value of a comparison, and return it as one of Python if it is NumPy's."""
     value = value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
     if not isinstance(value, str | bool | int | float) or (isinstance(value, float) and math.isnan(value)):
         raise UserError(f"{name}: expected a text, a number, true or false; an item without the key matches no comparison")

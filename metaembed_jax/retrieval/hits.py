@@ -21,9 +21,9 @@ class Hits:
       scores: MaxSim, float32.
       ids: texts, an array of objects.
       read_metadata: called with the number of a query, returns the metadata of its hits.
-      certified: mask of the queries whose hits are sure to be those of the vectors in full precision; None if nobody asked.
-      uncertified_reason: why the others are not sure.
-      rescored: the number of items of each query that were scored again in full precision; None if nobody asked.
+      certified: mask of the queries whose hits are proven to be those of the exact vectors; None unless `certified=True`.
+      uncertified_reason: why the others are not proven; empty if all are.
+      rescored: the number of items of each query that were scored by their exact vectors; None unless `certified=True`.
     """
 
     scores: Float[np.ndarray, "Q k"]
@@ -57,7 +57,7 @@ def make_hits(segments: Sequence[SegmentFiles], scores_Qk: Float[np.ndarray, "Q 
     """Return the hits at some positions.
 
     Args:
-      segments: the segments that were searched.
+      segments: those that were searched.
       positions_Qk: indices of the items among all, including deleted ones.
     """
     starts = np.cumsum([0, *map(len, segments)])

@@ -107,7 +107,7 @@ class Index:
         Args:
           mesh: devices that search; all by default.
           resident: False reads the vectors from the files in every search. True reads them once, in the first search, and keeps
-            them in the memory of the devices, in their stored type (on a CPU in float32). "auto" does if they fit.
+            them in the memory of the devices, in their stored type (on a CPU in float32). "auto" does so if they fit.
 
         Raises:
           UserError: the folder is not an index, or the index is damaged.
@@ -149,8 +149,8 @@ class Index:
             each stage scores the survivors of the stage before; or "auto", the stages of `calibrate`. All vectors by default.
           where: search only items whose metadata match, such as {"lang": "en", "page": {"$gte": 2, "$lt": 9}}; with $eq, $ne, $in,
             $nin, $gt, $gte, $lt, $lte, $and, $or and $not (`filters`). There are fewer results than k if fewer items match.
-          certified: return the best items by the exact vectors of an index of int8 (`exact` of `build`), scored in float64, and
-            whether they are proven to be the best, in `Hits.certified`. Expects a budget without stages.
+          certified: return the best items by the exact vectors of an index of int8 (`exact` of `build`), scored in float64.
+            `Hits.certified` marks the queries whose items are proven to be the best. Expects a budget without stages.
 
         Raises:
           UserError: the queries or the budget do not match the stored vectors, k is not between 1 and the number of items, the
@@ -177,20 +177,20 @@ class Index:
         coverage: float = 0.99,
         confidence: float = 0.95,
     ) -> Calibration:
-        """Choose the survivors of a first stage on a sample of queries, and store them for `search(..., budget="auto")`.
+        """Choose the number of survivors of a first stage on a sample of queries, for `search(..., budget="auto")`, and store it.
 
         With the given confidence, at least a share `coverage` of the queries that the sample is drawn from lose none of their k
-        best items in the first stage. This holds for the present items; if there are more later, `"auto"` takes as many more
-        survivors.
+        best items in the first stage. This holds for the present items; when the index grows, `"auto"` takes survivors in
+        proportion.
 
         Args:
-          query_QRD: queries as they are to be expected; 299 or more for the default coverage and confidence.
+          query_QRD: queries such as are expected; 299 or more for the default coverage and confidence.
           first: (r_q, r_c) of the first stage, which scores all items.
           last: (r_q, r_c) of the second stage.
           k: results of the searches.
 
         Raises:
-          UserError: as `search`, the sample is too small, or another process is writing the index.
+          UserError: as `search`; or the sample is too small, or another process is writing the index.
         """
         with self._changing() if hosts.is_first() else contextlib.nullcontext():
             query_QRD, _ = self._validated(query_QRD, None)

@@ -102,7 +102,7 @@ def calibrate(
     """Calibrate an index on the queries of a table, and print the results.
 
     Args:
-      budgets: the first budgets to try, by default those of `GROUPS` below the last, and the last, by default all vectors.
+      budgets: the first budgets to calibrate, by default those of `GROUPS` below the last; and the last, by default all vectors.
       shares: coverage and confidence.
       mesh: as for `search`.
 

@@ -52,8 +52,8 @@ def _check_key(segments: Sequence[SegmentFiles], comparison: Comparison) -> None
         kinds, nested = segment.columns.kinds, segment.columns.nested
         if segment.columns.has_more and key not in kinds and key not in nested:
             raise UserError(
-                f"where: {shortened(key)} is not among the first {columns.MOST_KEYS:,} keys of the metadata in {segment.folder}, "
-                "which alone can be named; index again with fewer keys"
+                f"where: {shortened(key)} is not among the first {columns.MOST_KEYS:,} keys of the metadata in {segment.folder}; "
+                "expected one of these; index again with fewer keys"
             )
         held |= kinds.get(key, set())
         known |= kinds.keys()
@@ -118,7 +118,7 @@ def _is_in(column: Values, values: Sequence[Scalar]) -> Bool[np.ndarray, " n"]:
         integers = [int(number) for number in numbers if isinstance(number, int) or number.is_integer()]
         return np.isin(column.values, np.array([number for number in integers if INT_MIN <= number <= INT_MAX], np.int64))
     nearest = [(_nearest_float(number), number) for number in numbers]
-    return np.isin(column.values, np.array([float_ for float_, number in nearest if float_ == number], np.float64))
+    return np.isin(column.values, np.array([rounded for rounded, number in nearest if rounded == number], np.float64))
 
 
 def _is_beyond(column: Values, operator: str, bound) -> Bool[np.ndarray, " n"]:

@@ -135,7 +135,7 @@ class QdrantIndex:
         self.collection.optimize()
 
     def missing(self, ids: Sequence[str]) -> list[int]:
-        """Return the indices of the ids that the collection does not have, in order: the rest of a killed upload.
+        """Return the indices of the ids that the collection does not have, in order, such as the rest of a killed upload.
 
         Raises:
           UserError: an id is not a text, or is given twice.
@@ -249,8 +249,8 @@ class QdrantIndex:
     ) -> Hits:
         """Return the k best items of each query: their MaxSim scores and ids, and on demand their metadata, without the id.
 
-        Qdrant runs all stages in one query. If it returns fewer than k items for every query, there are fewer columns; if only for
-        some, their rest is -inf and None. Ties have no fixed order.
+        Qdrant runs all stages in one request. If it returns fewer than k items for every query, there are fewer columns; if only
+        for some, their rows end with -inf and None. Ties have no fixed order.
 
         Args:
           query_QRD: unit vectors.
@@ -324,9 +324,9 @@ def _open(location: "str | Path | QdrantClient", name: str, facts: dict | None, 
 def _search_request(
     query_RD: Float[np.ndarray, "R D"], stages: Stages, k: int, condition: "models.Filter | None", exact: bool
 ) -> "QueryRequest":
-    """Return one query for all stages: each stage ranks the results of its prefetch, which is the stage before it.
+    """Return one request for all stages: each stage ranks the results of its prefetch, which is the stage before it.
 
-    The filter is that of the first stage.
+    The filter is applied in the first stage.
     """
     from qdrant_client.models import Prefetch, QueryRequest, SearchParams
 

@@ -61,7 +61,7 @@ class Collection(Protocol):
         ...
 
     def optimize(self) -> None:
-        """Merge segments and build graphs, where that is not done by itself."""
+        """Merge segments and build graphs, if the engine does not do so by itself."""
         ...
 
     def close(self) -> None:
@@ -168,7 +168,7 @@ def is_folder(location) -> TypeGuard[str | Path]:
 
 
 def named_vectors(vectors_RD: Float[np.ndarray, "R D"], facts: dict) -> dict[str, Any]:
-    """Return the vectors of a point, as lists. An item may have fewer vectors than the collection stores."""
+    """Return the vectors of a point by name, as lists. An item may have fewer vectors than the collection stores."""
     vectors: dict[str, Any] = {"first": vectors_RD[0].tolist()}
     if facts["document_vectors"] > 1:
         vectors["all"] = vectors_RD.tolist()

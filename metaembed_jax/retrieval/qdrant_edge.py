@@ -4,8 +4,8 @@
     FOLDER/NAME/shard            Qdrant's files
     FOLDER/.NAME.lock            locked by the process that has the collection open
 
-The engine has no collections, so the facts are in a file of ours. A collection is made in another folder, which is then renamed, so
-it is complete or does not exist. The engine's write-ahead log stays on: what `write` has written is still there after a kill.
+The engine has no collections, so this module writes the facts to a file. A collection is created in a temporary folder, which is
+then renamed, so it is complete or does not exist. With the engine's write-ahead log, a kill loses nothing that `write` wrote.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class EdgeCollection:
       location: "edge:FOLDER".
       name: name of the collection.
       facts: creates the collection with these facts if it does not exist; None only opens it.
-      options: None each; this engine has none.
+      options: of a cluster; each must be None.
 
     Raises:
       UserError: the engine is not installed, the collection is open elsewhere, or there is none that `QdrantIndex` created.
@@ -59,8 +59,8 @@ class EdgeCollection:
         except ImportError:
             raise UserError("Qdrant's engine is not installed: pip install 'metaembed-jax[qdrant-edge]'") from None
         self.server, self.name = f"Qdrant at {location}", name
-        if given := [key for key, value in options.items() if value is not None]:
-            raise UserError(f"{given[0]}={options[given[0]]!r} is an option of a cluster, which {location} is not; leave it out")
+        if unsupported := [f"{key}={value!r}" for key, value in options.items() if value is not None]:
+            raise UserError(f"{unsupported[0]} is an option of a cluster, which {location} is not; leave it out")
         if not isinstance(name, str) or not NAME.fullmatch(name) or location == PREFIX:
             raise UserError(
                 f"{location}, collection {name!r}: expected edge:FOLDER, and a name of letters, digits, '_', '-' and '.'"
@@ -158,7 +158,7 @@ class EdgeCollection:
 
 
 def _create(folder: Path, facts: dict) -> None:
-    """Make an empty collection; it appears complete."""
+    """Create an empty collection, whole or not at all."""
     from qdrant_edge import EdgeShard
 
     with new_folder(folder) as scratch:
@@ -175,7 +175,7 @@ def _open(shard: Path, facts: dict) -> "EdgeShard":
 
 
 def _config(facts: dict) -> "EdgeConfig":
-    """Return the vectors of a point, as `qdrant_collection.vectors_config`."""
+    """Return the vectors of a point for this engine, equal to `qdrant_collection.vectors_config`."""
     from qdrant_edge import (
         Distance,
         EdgeConfig,
@@ -207,7 +207,7 @@ def _read_facts(path: Path) -> dict:
 
 
 def _stage(request) -> dict:
-    """Return the arguments of a request or prefetch of this engine, from one of Qdrant's client."""
+    """Convert a request or prefetch of Qdrant's client to the arguments of one of this engine."""
     from qdrant_edge import Prefetch, Query, SearchParams
 
     stage = {"limit": request.limit, "query": Query.Nearest(request.query, using=request.using)}

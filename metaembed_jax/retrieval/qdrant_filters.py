@@ -1,6 +1,6 @@
-"""Filters of a search as those of Qdrant.
+"""Filters of a search, translated to those of Qdrant.
 
-Qdrant compares numbers as floats of 64 bits and has no order of texts, so what it would answer wrongly is refused. Otherwise two
+Qdrant compares numbers as floats of 64 bits and has no order of texts, so filters that it would answer wrongly are refused. Two
 things differ from `matching`: a list matches if one of its values does, and a key that no item has is not an error.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qdrant_client import models
 
 PLAIN_KEY = re.compile("[A-Za-z0-9_-]+")  # other keys are quoted
-MOST = 2**53  # integers below it are exact as floats
+EXACT_BELOW = 2**53  # integers below it are exact as floats
 
 
 def as_qdrant_filter(where: Mapping) -> "models.Filter":
@@ -32,24 +32,24 @@ def as_qdrant_filter(where: Mapping) -> "models.Filter":
 
 
 def as_edge_filter(condition: "models.Filter") -> "qdrant_edge.Filter":
-    """Return the same filter, one from `as_qdrant_filter`, for Qdrant's engine in this process."""
+    """Convert a filter from `as_qdrant_filter` for Qdrant's engine in this process."""
     import qdrant_edge
     from qdrant_client import models
 
-    def convert(part) -> "qdrant_edge.Filter | qdrant_edge.FieldCondition":
-        if isinstance(part, models.Filter):
-            return as_edge_filter(part)
-        match, bounds = part.match, part.range
+    def convert(inner) -> "qdrant_edge.Filter | qdrant_edge.FieldCondition":
+        if isinstance(inner, models.Filter):
+            return as_edge_filter(inner)
+        match, bounds = inner.match, inner.range
         if isinstance(match, models.MatchAny):
             match = qdrant_edge.MatchAny(match.any)
         elif match is not None:
             # The engine would take Python's True for the number 1.
             match = qdrant_edge.MatchValue(np.bool_(match.value))  # pyright: ignore[reportArgumentType]
         bounds = bounds and qdrant_edge.RangeFloat(bounds.gte, bounds.gt, bounds.lte, bounds.lt)
-        return qdrant_edge.FieldCondition(part.key, match, bounds, is_empty=part.is_empty)
+        return qdrant_edge.FieldCondition(inner.key, match, bounds, is_empty=inner.is_empty)
 
     groups = {name: getattr(condition, name) or () for name in ("must", "should", "must_not")}
-    converted: dict[str, Any] = {name: [*map(convert, parts)] for name, parts in groups.items() if parts}
+    converted: dict[str, Any] = {name: [*map(convert, conditions)] for name, conditions in groups.items() if conditions}
     return qdrant_edge.Filter(**converted)
 
 
@@ -69,7 +69,8 @@ def _comparison(comparison: Comparison) -> "models.Filter":
     key, operator, values = _path(comparison.key), comparison.operator, comparison.values
     if operator not in ("$in", "$nin"):
         if isinstance(values[0], str):
-            raise UserError(f"where: {shortened(comparison.key)}: {operator}: {shortened(values[0])}: Qdrant has no order of texts")
+            name = f"where: {shortened(comparison.key)}: {operator}: {shortened(values[0])}"
+            raise UserError(f"{name}: expected a number, because Qdrant has no order of texts")
         bound = models.Range(**{operator.removeprefix("$"): _float(comparison.key, values[0])})
         return models.Filter(must=[models.FieldCondition(key=key, range=bound)])
     conditions = _equals(comparison.key, key, values)
@@ -80,7 +81,7 @@ def _comparison(comparison: Comparison) -> "models.Filter":
 
 
 def _equals(name: str, key: str, values: Sequence[Scalar]) -> list:
-    """Return conditions of which one holds if the value of a key is one of some values."""
+    """Return conditions, one of which holds if the value of a key is one of some values."""
     from qdrant_client import models
 
     texts = [value for value in values if isinstance(value, str)]
@@ -95,7 +96,7 @@ def _equals(name: str, key: str, values: Sequence[Scalar]) -> list:
 
 
 def _float(name: str, number: Scalar) -> float:
-    if isinstance(number, str) or not -MOST < number < MOST:
+    if isinstance(number, str) or not -EXACT_BELOW < number < EXACT_BELOW:
         raise UserError(f"where: {shortened(name)}: {shortened(number)}: expected less than 2**53, because Qdrant compares floats")
     return float(number)
 

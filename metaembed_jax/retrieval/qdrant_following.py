@@ -1,7 +1,7 @@
 """A collection of Qdrant that follows an index: new and changed items are written, others are kept, and what is gone is deleted.
 
-Each payload has a stamp of what was written. So the next run, or one after a kill, compares stamps and writes the rest. A run reads
-the index once, in blocks; in memory are a block, and 64 bytes for each point of the collection.
+Each payload has a stamp, a hash of what was written, so the next run compares stamps and writes the rest, also after a kill. A run
+reads the index once, in blocks. It holds in memory a block, and 64 bytes for each point of the collection.
 """
 
 import hashlib
@@ -58,15 +58,19 @@ def follow(collection: Collection, index: Index, progress: bool) -> Followed:
             _write(collection, items, new_points, new_stamps, changed)
             written += len(changed)
             bar.update(len(items.ids))
-    gone = [str(uuid.UUID(point.decode())) for point in points[is_gone]]
-    collection.delete(gone)
-    if written or gone:
+    deleted = [str(uuid.UUID(point.decode())) for point in points[is_gone]]
+    collection.delete(deleted)
+    if written or deleted:
         collection.optimize()
-    return Followed(written, len(gone), len(index) - written)
+    return Followed(written, len(deleted), len(index) - written)
 
 
 def _check(collection: Collection, index: Index) -> None:
-    """Check that the items of an index fit in a collection."""
+    """Check that a collection can hold the items of an index.
+
+    Raises:
+      UserError: the index has vectors of another model, width or number.
+    """
     facts, name = collection.facts, f"{collection.server}: collection {collection.name!r}"
     if index.width != facts["dimension"] or index.vectors < facts["document_vectors"]:
         raise UserError(
@@ -81,7 +85,7 @@ def _check(collection: Collection, index: Index) -> None:
 
 
 def _scan(collection: Collection) -> tuple[np.ndarray, np.ndarray]:
-    """Return the points of a collection, ascending, and their stamps; an item that was not handed over has an empty one."""
+    """Return the points of a collection, ascending, and their stamps; empty for an item that `follow` did not write."""
     pages = [(np.zeros(0, HEX), np.zeros(0, HEX))]
     for payloads in collection.scan([STAMP]):
         points = [uuid.UUID(point).hex for point in payloads]
@@ -91,11 +95,11 @@ def _scan(collection: Collection) -> tuple[np.ndarray, np.ndarray]:
     return points[order], stamps[order]
 
 
-def _find(points: np.ndarray, others: list[str]) -> np.ndarray:
-    """Return the index of each of the others in ascending points, or -1."""
-    others_N = np.array([uuid.UUID(point).hex for point in others], HEX)
-    rows = np.searchsorted(points, others_N)
-    return np.where(np.append(points, b"")[rows] == others_N, rows, -1)
+def _find(points: np.ndarray, new_points: list[str]) -> np.ndarray:
+    """Return the row of each new point in the ascending points of a collection; -1 for those that it does not have."""
+    new_N = np.array([uuid.UUID(point).hex for point in new_points], HEX)
+    rows = np.searchsorted(points, new_N)
+    return np.where(np.append(points, b"")[rows] == new_N, rows, -1)
 
 
 def _stamp(item: str, vectors_RD: np.ndarray, metadata: dict) -> str:

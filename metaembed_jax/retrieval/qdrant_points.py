@@ -9,7 +9,7 @@ from metaembed_jax.errors import UserError
 REQUEST_BYTES = 28 << 20  # a server takes 32 MiB by default
 NUMBER_BYTES = 24  # of a float32 in JSON, at most
 REQUEST_ITEMS = 64  # of a request, at most
-STAMP = "metaembed_stamp"  # key of a payload: `qdrant_following.stamps` of the item that was handed over
+STAMP = "metaembed_stamp"  # key of a payload, for the hash of the item that `qdrant_following` wrote
 
 
 def as_points(ids: Sequence[str]) -> list[str]:

@@ -44,11 +44,11 @@ def stages_of(budget: Budget | Sequence | None, query_vectors: int, stored: int)
 
 
 def count_results(k: int | None, items: int, stages: Stages, is_filtered: bool = False) -> int:
-    """Return the number of results of a search: k, or by default `RESULTS`, or as many as there can be.
+    """Return the number of results of a search: k, by default `RESULTS`, or fewer if there cannot be as many.
 
     Args:
       items: number of items in the index.
-      is_filtered: whether k may be larger than the number of items.
+      is_filtered: k may be larger than the number of items, because a filter leaves fewer anyway.
 
     Raises:
       UserError: k is not a positive integer, or is above the number of items or the survivors of a stage.

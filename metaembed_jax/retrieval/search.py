@@ -4,9 +4,9 @@ Q queries, R vectors of a query, N documents, n documents of a block, K survivor
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from metaembed_jax.devices import free_memory
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction import engine
 from metaembed_jax.late_interaction.engine import TopK
+from metaembed_jax.late_interaction.sizes import ceil_power, floor_power
 from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.late_interaction.tiles import TILE, Tiles, count_tiles
 from metaembed_jax.retrieval.segment import SegmentFiles
@@ -24,13 +25,14 @@ from metaembed_jax.retrieval.tile_reader import TileReader
 from metaembed_jax.sharding import put_replicated
 
 Residence = bool | Literal["auto"]
+Block = TypeVar("Block")
 BLOCK_NUMBERS = 2**22  # of the vectors of a device's block
-SURVIVOR_NUMBERS = 2**24  # of the vectors of survivors that are read together, on a device
-QUERY_VECTORS = 4096  # that are searched for at once
-SCORES = 2**22  # of a device that are in memory at once
+SURVIVOR_NUMBERS = 2**24  # of the vectors of survivors that a device takes at once
+QUERY_VECTORS = 4096  # of the queries that are searched for at once
+SCORES = 2**22  # in the memory of a device at once
 PROGRAM_SEGMENTS = 4  # of one program; more are searched one after another, so that few programs are compiled
-FEW = 4  # candidates are read alone if more than so many documents come to one of them
-SHARE = 0.8  # of the free memory that a resident index may fill
+SPARSE = 4  # documents for each candidate, above which the candidates are read alone
+MEMORY_SHARE = 0.8  # of the free memory, which a resident index may fill
 
 
 class Searcher:
@@ -41,7 +43,7 @@ class Searcher:
       levels: numbers of vectors at which the levels end.
       width: numbers of a vector, D.
       mesh: devices that score.
-      resident: keep all vectors in the memory of the devices; "auto" does if they fit.
+      resident: keep all vectors in the memory of the devices; "auto" does so if they fit.
       loaded: the tiles of segments that are in the memory already, by name.
 
     Raises:
@@ -77,18 +79,19 @@ class Searcher:
           stages: from `as_stages`.
           is_candidate_N: mask of the documents to search in; all that are not deleted by default.
         """
-        candidates_N = self.is_alive if is_candidate_N is None else is_candidate_N & self.is_alive
-        k = min(k, int(candidates_N.sum()))
+        is_searched_N = self.is_alive if is_candidate_N is None else is_candidate_N & self.is_alive
+        k = min(k, int(is_searched_N.sum()))
         if k == 0 or not len(query_QRD):
             return np.zeros((len(query_QRD), k), np.float32), np.zeros((len(query_QRD), k), np.int32)
         stages = tuple((*stage[:2], *(min(survivors, int(self.starts[-1])) for survivors in stage[2:])) for stage in stages)
-        vectors, most = max(stage[0] for stage in stages), max([_ceil(k), *(stage[2] for stage in stages[:-1])])
-        at_once = _floor(min(QUERY_VECTORS // vectors, SCORES // max(most, min(engine.MERGED_DOCUMENTS, self.starts[-1]))))
+        vectors, most = max(stage[0] for stage in stages), max([ceil_power(k), *(stage[2] for stage in stages[:-1])])
+        scored = max(most, min(engine.MERGED_DOCUMENTS, int(self.starts[-1])))  # scores of a query in memory
+        at_once = floor_power(min(QUERY_VECTORS // vectors, SCORES // scored))
         results = []
         for start in range(0, len(query_QRD), at_once):
             query_qRD = query_QRD[start : start + at_once]
-            padding = [(0, _ceil(len(query_qRD)) - len(query_qRD)), (0, 0), (0, 0)]
-            top = self._search(put_replicated(np.pad(query_qRD, padding), self.mesh), _ceil(k), stages, candidates_N)
+            padding = [(0, ceil_power(len(query_qRD)) - len(query_qRD)), (0, 0), (0, 0)]
+            top = self._search(put_replicated(np.pad(query_qRD, padding), self.mesh), ceil_power(k), stages, is_searched_N)
             results.append([np.asarray(x)[: len(query_qRD), :k] for x in top])
         scores_Qk, positions_Qk = (np.concatenate(arrays) for arrays in zip(*results, strict=True))
         if not np.isfinite(scores_Qk).all():  # items that passed `ingest` have vectors
@@ -116,89 +119,93 @@ class Searcher:
 
     def _fits(self, needed: int, resident: Residence) -> bool:
         free = free_memory(self.mesh)
-        if needed <= SHARE * free:
+        if needed <= MEMORY_SHARE * free:
             return True
         if resident == "auto":
             return False
         raise UserError(
-            f"{self.segments[0].folder.parent}: resident=True: its vectors take {needed:,} bytes on a device, of which "
-            f'{free:,} are free; expected at most {SHARE:.0%} of them: load it with resident="auto", with more devices, or as int8'
+            f"{self.segments[0].folder.parent}: resident=True: its vectors take {needed:,} bytes on a device, of which {free:,} are "
+            f'free; expected at most {MEMORY_SHARE:.0%} of them: load it with resident="auto", with more devices, or as int8'
         )
 
-    def _search(self, query_QRD: jax.Array, k: int, stages: Stages, candidates_N: np.ndarray) -> TopK:
+    def _search(self, query_QRD: jax.Array, k: int, stages: Stages, is_searched_N: np.ndarray) -> TopK:
         if self.loaded and len(self.segments) <= PROGRAM_SEGMENTS:
-            return engine.search(query_QRD, tuple(self._resident(candidates_N)), stages, k, self.mesh)
+            return engine.search(query_QRD, tuple(self._resident(is_searched_N)), stages, k, self.mesh)
         top = engine.empty_top_k(len(query_QRD), 0)
         for number, (query_vectors, document_vectors, *survivors) in enumerate(stages):
             query_QrD, count = query_QRD[:, :query_vectors], survivors[0] if survivors else k
             if number == 0:
                 top = TopK(*(put_replicated(np.asarray(x), self.mesh) for x in engine.empty_top_k(len(query_QRD), count)))
-                few_n = None if self.loaded else _few(candidates_N)
-                blocks = self._resident(candidates_N) if self.loaded else self._blocks(candidates_N, few_n, document_vectors)
+                sparse_n = None if self.loaded else _sparse_positions(is_searched_N)
+                blocks = self._resident(is_searched_N) if self.loaded else self._blocks(is_searched_N, sparse_n, document_vectors)
                 for tiles in blocks:
                     jax.block_until_ready(top)  # otherwise blocks pile up in memory when reading is faster than scoring
                     top = engine.merge_tiles(query_QrD, tiles, top, document_vectors, self.mesh)
-                if few_n is not None:
+                if sparse_n is not None:
                     numbers_QK = np.asarray(top.positions)
-                    top = TopK(top.scores, put_replicated(np.where(numbers_QK < 0, -1, few_n[numbers_QK]), self.mesh))
+                    top = TopK(top.scores, put_replicated(np.where(numbers_QK < 0, -1, sparse_n[numbers_QK]), self.mesh))
             else:
                 positions_QK = engine.in_order(top.positions)
                 scores_QK = jax.numpy.full_like(top.scores, -np.inf)
-                for tiles, rows_QK in self._survivors(positions_QK, candidates_N, document_vectors):
+                for tiles, rows_QK in self._survivors(positions_QK, is_searched_N, document_vectors):
                     scores = engine.score_survivors(query_QrD, tiles, rows_QK, document_vectors, self.mesh)
                     scores_QK = jax.numpy.maximum(scores_QK, scores)
                 top = engine.best_of(scores_QK, positions_QK, count)
         return top
 
-    def _resident(self, candidates_N: np.ndarray) -> Iterator[Tiles]:
-        """Yield the resident segments, with some candidates."""
+    def _resident(self, is_searched_N: np.ndarray) -> Iterator[Tiles]:
+        """Yield the resident segments, with these candidates."""
         for number, tiles in enumerate(self.loaded.values()):
-            if candidates_N is not self.is_alive:
+            if is_searched_N is not self.is_alive:
                 start, stop = self.starts[number : number + 2]
-                tiles = tiles._replace(is_candidate=self._reader.mask(candidates_N[start:stop], tiles.is_candidate.shape[0]))
+                tiles = tiles._replace(is_candidate=self._reader.mask(is_searched_N[start:stop], tiles.is_candidate.shape[0]))
             yield tiles
 
-    def _blocks(self, candidates_N: np.ndarray, few_n: np.ndarray | None, vectors: int) -> Iterator[Tiles]:
+    def _blocks(self, is_searched_N: np.ndarray, sparse_n: np.ndarray | None, vectors: int) -> Iterator[Tiles]:
         """Yield all blocks with a candidate. The last blocks are smaller by powers of two, so that few programs are compiled.
 
         Args:
-          few_n: positions of the candidates, to read them alone; the positions in the tiles are then indices of this array.
+          sparse_n: positions of the candidates, to read them alone; the tiles then have indices of this array as positions.
         """
-        if few_n is not None:
-            candidates_N = np.ones(len(few_n), bool)
-        devices, documents = self.mesh.size, len(candidates_N)
-        step = engine.step_tiles(self.mesh, vectors, TILE)
-        most = step * max(BLOCK_NUMBERS // (step * TILE * vectors * self.width), 1) * devices * TILE
+        if sparse_n is not None:
+            is_searched_N = np.ones(len(sparse_n), bool)
+        documents, step = len(is_searched_N), engine.step_tiles(self.mesh, vectors, TILE)
+        most = step * max(BLOCK_NUMBERS // (step * TILE * vectors * self.width), 1) * self.mesh.size * TILE
 
         def read(start: int) -> Tiles:
             stop = min(start + most, documents)
-            count = _ceil(count_tiles(stop - start, devices) // devices) * devices
-            positions = np.arange(start, stop, dtype=np.int32) if few_n is None else few_n[start:stop]
+            count = self._count_tiles(stop - start)
+            positions = np.arange(start, stop, dtype=np.int32) if sparse_n is None else sparse_n[start:stop]
             tiles = self._reader.read(positions, count, vectors, start)
-            return tiles._replace(is_candidate=self._reader.mask(candidates_N[start:stop], count))
+            return tiles._replace(is_candidate=self._reader.mask(is_searched_N[start:stop], count))
 
-        starts = [start for start in range(0, documents, most) if candidates_N[start : start + most].any()]
+        starts = [start for start in range(0, documents, most) if is_searched_N[start : start + most].any()]
         return _read_ahead(read, starts)
 
-    def _survivors(self, positions_QK: jax.Array, candidates_N: np.ndarray, vectors: int) -> Iterable[tuple[Tiles, jax.Array]]:
+    def _count_tiles(self, documents: int) -> int:
+        """Return the number of tiles for some documents: a power of two on each device, so that few programs are compiled."""
+        devices = self.mesh.size
+        return ceil_power(count_tiles(documents, devices) // devices) * devices
+
+    def _survivors(self, positions_QK: jax.Array, is_searched_N: np.ndarray, vectors: int) -> Iterable[tuple[Tiles, jax.Array]]:
         """Yield tiles that have the survivors, and the position of each survivor in them."""
         if self.loaded:
-            return ((tiles, positions_QK) for tiles in self._resident(candidates_N))
+            return ((tiles, positions_QK) for tiles in self._resident(is_searched_N))
         positions = np.asarray(positions_QK)
         union = np.unique(positions[positions >= 0])
         rows_QK = np.where(positions < 0, -1, np.searchsorted(union, positions)).astype(np.int32)
-        rows_QK, devices = put_replicated(rows_QK, self.mesh), self.mesh.size
-        most = max(SURVIVOR_NUMBERS // (TILE * vectors * self.width), 1) * TILE * devices
+        rows_QK = put_replicated(rows_QK, self.mesh)
+        most = max(SURVIVOR_NUMBERS // (TILE * vectors * self.width), 1) * TILE * self.mesh.size
 
         def read(start: int) -> tuple[Tiles, jax.Array]:
             rows = union[start : start + most]
-            return self._reader.read(rows, _ceil(count_tiles(len(rows), devices) // devices) * devices, vectors, start), rows_QK
+            return self._reader.read(rows, self._count_tiles(len(rows)), vectors, start), rows_QK
 
         return _read_ahead(read, range(0, len(union), most))
 
 
-def _read_ahead(read, starts: Iterable[int]) -> Iterator:
-    """Yield what `read` returns for each start, and read the next one meanwhile."""
+def _read_ahead(read: Callable[[int], Block], starts: Iterable[int]) -> Iterator[Block]:
+    """Yield the block that `read` returns for each start, and read the next one meanwhile."""
     with ThreadPoolExecutor(1) as thread:
         ahead = None
         for start in starts:
@@ -209,16 +216,6 @@ def _read_ahead(read, starts: Iterable[int]) -> Iterator:
             yield ahead.result()
 
 
-def _few(candidates_N: np.ndarray) -> np.ndarray | None:
+def _sparse_positions(is_searched_N: np.ndarray) -> np.ndarray | None:
     """Return the positions of the candidates if they are few, int32; None if whole blocks are read faster."""
-    return np.flatnonzero(candidates_N).astype(np.int32) if candidates_N.sum() * FEW < len(candidates_N) else None
-
-
-def _floor(number: int) -> int:
-    """Return the largest power of two that is at most a number; at least 1."""
-    return 1 << max(int(number), 1).bit_length() - 1
-
-
-def _ceil(number: int) -> int:
-    """Return the smallest power of two that is at least a number."""
-    return 1 << (int(number) - 1).bit_length()
+    return np.flatnonzero(is_searched_N).astype(np.int32) if is_searched_N.sum() * SPARSE < len(is_searched_N) else None

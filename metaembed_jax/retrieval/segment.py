@@ -4,7 +4,7 @@ vectors-0-1, vectors-1-4, ...    [items, vectors of the level, D]: a file for ea
                                  reads only its levels
 scales-0-1, ...                  float32 [items, vectors of the level], for int8
 exact-0-1, ...                   [items, vectors of the level, D]: the vectors before the rounding to int8, if they are kept
-errors-0-1, ...                  float16 [items, vectors of the level], next to them: `ingest.rounding_errors`
+errors-0-1, ...                  float16 [items, vectors of the level]: `ingest.rounding_errors` of these
 counts                           int32 [items]: vectors of each item
 ids, id-ends, id-hashes          concatenated texts; int64 and uint64 [items]: the end and the hash of each text
 stamps                           uint64 [items]: `Documents.stamps`, or zeros

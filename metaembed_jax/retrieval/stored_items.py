@@ -33,7 +33,7 @@ def read_items(segments: Sequence[SegmentFiles], levels: Sequence[int], vectors:
 
     Args:
       levels: numbers of vectors at which the levels end.
-      vectors: most vectors of an item to read, from the first; at most the last level.
+      vectors: most vectors of an item to read, from the first; at most the end of the last level.
 
     Raises:
       UserError: a file is damaged.

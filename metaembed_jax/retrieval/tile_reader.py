@@ -98,8 +98,8 @@ class TileReader:
 
     def bytes_on_device(self, documents: int, vectors: int) -> int:
         """Return the bytes of so many documents on a device."""
-        of_vector = self._width * self.dtype.itemsize + 4 * self._has_scales
-        return count_tiles(documents, self.mesh.size) // self.mesh.size * TILE * (vectors * of_vector + 5)
+        vector_bytes = self._width * self.dtype.itemsize + 4 * self._has_scales
+        return count_tiles(documents, self.mesh.size) // self.mesh.size * TILE * (vectors * vector_bytes + 5)
 
     def release(self) -> None:
         """Release the memory that the files fill."""

@@ -218,7 +218,7 @@ WRONG = [
     (["--topology=v5e:2x2", "--what=encode", "--search"], "--search is for training"),
     (["--topology=v5e:2x2", "--items=5", "--dtype=int8"], "--what=train has no items, dtype"),
     (["--topology=v5e:2x2", "--what=search", "--items=0"], "--items=0: expected a positive integer"),
-    (["--topology=v5e:2x2", "--what=search", "--budget=1:1,2:2"], "--budget=1:1,2:2: a plan has one search"),
+    (["--topology=v5e:2x2", "--what=search", "--budget=1:1,2:2"], "--budget=1:1,2:2: expected one search"),
     (["--topology=v5e:2x2", "--what=search", "--budget=1:1:5>2:2"], "-k=10: expected at most 5"),
     (["--topology=v5e:2x2", "--what=serve"], "invalid choice: 'serve'"),
 ]

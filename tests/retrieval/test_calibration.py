@@ -75,7 +75,7 @@ def test_ranks_come_from_searches_of_growing_depth(monkeypatch):
     index = me.Index.build(document, dtype="float32", mesh=ONE)
     index.delete(["5", "80"])
     whole = index.calibrate(query, (1, 1), (4, 9), k=3, coverage=0.8, confidence=0.8)
-    for name, value in {"FIRST_DEPTH": 4, "DEPTH_FACTOR": 8, "RESULTS": 128}.items():
+    for name, value in {"FIRST_DEPTH": 4, "DEPTH_FACTOR": 8, "RANKED_ITEMS": 128}.items():
         monkeypatch.setattr(calibration, name, value)
     assert index.calibrate(query, (1, 1), (4, 9), k=3, coverage=0.8, confidence=0.8) == whole
     assert 3 < whole.survivors < 298 and whole.items == 298

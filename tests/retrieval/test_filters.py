@@ -85,7 +85,7 @@ def test_searches_among_the_items_that_match():
     scores, rows = reference.search(query, document[rest], 5, [(3, 9)])
     assert hits.ids.tolist() == np.array(rest)[rows].astype(str).tolist()
     np.testing.assert_allclose(hits.scores, scores, rtol=1e-5)
-    assert all(found["lang"] == "de" and 2 <= found["page"] < 5 for found in hits.metadata(3))
+    assert all(metadata["lang"] == "de" and 2 <= metadata["page"] < 5 for metadata in hits.metadata(3))
     assert index.search(query, 100, where=where).ids.shape == (5, len(rest))
     assert index.search(query, where={"page": 3}).ids.shape == (5, 9)
     assert [x.shape for x in index.search(query, where={"page": {"$gt": 9}})] == [(5, 0), (5, 0)]
@@ -141,8 +141,8 @@ def test_few_candidates_are_read_alone_and_have_the_same_bits(dtype, monkeypatch
     read, counts = TileReader.read, []
     monkeypatch.setattr(TileReader, "read", lambda reader, rows, *sizes: (counts.append(len(rows)), read(reader, rows, *sizes))[1])
     results, where = [], {"page": 4}
-    for few in (10**9, 0):
-        monkeypatch.setattr(search, "FEW", few)
+    for sparse in (10**9, 0):
+        monkeypatch.setattr(search, "SPARSE", sparse)
         hits = index.search(query, 50, (3, 5), where=where), index.search(query, 7, [(1, 1, 9), (3, 5)], where=where)
         results.append([*hits[0], *hits[1]])
     assert 300 in counts and 33 in counts

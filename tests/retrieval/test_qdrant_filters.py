@@ -44,14 +44,14 @@ def test_the_filter_is_of_the_first_stage(index):
     hits = index.search(QUERIES, 3, [(1, 1, 4), (16, 4)], where=where)
     assert len(rows) > 4 and {*hits.ids.flat} <= {f"item {n}" for n in rows}
     first = QUERIES[:, 0] @ DOCUMENTS[rows, 0].T
-    for found, scores in zip(hits.ids, first, strict=True):
-        assert {*found} <= {f"item {rows[n]}" for n in np.argsort(-scores)[:4]}
+    for ids, scores in zip(hits.ids, first, strict=True):
+        assert {*ids} <= {f"item {rows[n]}" for n in np.argsort(-scores)[:4]}
 
 
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ({"a": {"$gt": "a"}}, "'a': $gt: 'a': Qdrant has no order of texts"),
+        ({"a": {"$gt": "a"}}, "'a': $gt: 'a': expected a number, because Qdrant has no order of texts"),
         ({"a": 2**53}, "'a': 9007199254740992: expected less than 2**53"),
         ({"a": {"$lt": float("inf")}}, "'a': inf: expected less than 2**53"),
         ({'"': 1}, "expected a key for Qdrant: not empty, without quotation marks"),
