@@ -124,8 +124,8 @@ class Searcher:
         if resident == "auto":
             return False
         raise UserError(
-            f"{self.segments[0].folder.parent}: resident=True: its vectors take {needed:,} bytes on a device, of which {free:,} are "
-            f'free; expected at most {MEMORY_SHARE:.0%} of them: load it with resident="auto", with more devices, or as int8'
+            f"{self.segments[0].folder.parent}: resident=True: its vectors take {needed:,} bytes on a device, of which {free:,} "
+            f'are free; expected at most {MEMORY_SHARE:.0%} of them: load it with resident="auto", with more devices, or as int8'
         )
 
     def _search(self, query_QRD: jax.Array, k: int, stages: Stages, is_searched_N: np.ndarray) -> TopK:
