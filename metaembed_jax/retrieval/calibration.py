@@ -118,7 +118,7 @@ def calibrated_stages(calibrations: Iterable[Calibration], k: int, items: int) -
     A calibration for more results serves too. If the index has more items now, the survivors are increased in proportion.
 
     Raises:
-      UserError: the index was not calibrated, or for fewer results, or k is not a positive integer.
+      UserError: k is not a positive integer, or the index was not calibrated, or for fewer results.
     """
     if not isinstance(k, int | np.integer) or k < 1:
         raise UserError(f"k={k!r}: expected a positive integer")
