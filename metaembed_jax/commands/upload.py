@@ -5,6 +5,7 @@ After a kill, the same command continues.
 
 import argparse
 
+from metaembed_jax.errors import UserError
 from metaembed_jax.flags import local_path
 from metaembed_jax.retrieval.index import Index
 from metaembed_jax.retrieval.qdrant import QdrantIndex
@@ -27,6 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Let a collection follow an index."""
     index = Index.load(arguments.index)
     vectors = index.vectors if arguments.vectors is None else arguments.vectors
+    if not 1 <= vectors <= index.vectors:  # before the collection is created
+        raise UserError(f"--vectors={vectors}: expected 1 to {index.vectors}, the vectors that {index.folder} stores of an item")
     collection = QdrantIndex.create(arguments.to, arguments.collection, index.width, vectors, index.fingerprint)
     followed = collection.follow(index, progress=True)
     collection.close()

@@ -75,7 +75,7 @@ def search(
 
     Raises:
       UserError: the query is empty, the folder is not an index or holds vectors of another model, the budget is larger than the
-        index, or the filter is wrong.
+        index, or k or the filter is wrong.
     """
     if query is None and image is None:
         raise UserError('nothing to search for: expected a text, such as "a red car", or --image=FILE, or both')
@@ -83,8 +83,9 @@ def search(
         {"image": open_image(read_image_file(image), str(image))} if image is not None else {}
     )
     loaded = Index.load(folder)
-    if where is not None:  # a wrong filter is an error before the model is loaded
-        loaded.search(np.zeros((0, 1, loaded.width), np.float32), where=where)
+    check_devices()
+    # A wrong filter or k is an error before the model is loaded.
+    loaded.search(np.zeros((0, 1, loaded.width), np.float32), k, where=where, certified=certified)
     encoder = _load_encoder(loaded, model, mesh)
     budget = search_name(loaded.calibrated_stages(k)) if budget == "auto" else budget
     _print_hits(find(loaded, encoder, item, budget, k, where, certified))
@@ -109,7 +110,8 @@ def calibrate(
     Raises:
       UserError: as `open_documents`, `search` and `Index.calibrate`.
     """
-    loaded = Index.load(folder)
+    loaded, documents = Index.load(folder), open_documents(queries)
+    choose_rank(len(documents), *shares)  # before the model is loaded
     encoder = _load_encoder(loaded, model, mesh)
     loaded.check_model(encoder)
     largest = encoder.config.vectors("query"), loaded.vectors
@@ -118,8 +120,6 @@ def calibrate(
         raise UserError(f"--last={budgets[1]}: expected one budget")
     below = [budget for budget in GROUPS if budget[0] <= last[0] and budget[1] <= last[1] and budget != last]
     firsts = (below or [(1, 1)]) if budgets[0] is None else _parse_budgets(budgets[0], largest, "--first")
-    documents = open_documents(queries)
-    choose_rank(len(documents), *shares)  # before the queries are encoded
     (coverage, confidence), query_vectors = shares, max(budget[0] for budget in (last, *firsts))
     query_QRD = encoder.encode_query(documents, budget=query_vectors, progress=True)
     for first in firsts:

@@ -122,7 +122,8 @@ def test_the_cheapest_calibration_of_the_largest_budget_is_used():
         me.UserError, match="budget='auto' with k=11: expected at most 10, the k of the calibration; calibrate again"
     ):
         stages(STORED, k=11)
-    for wrong in ("10", 0, 1.5):
+    wrong_numbers: list = ["10", 0, 1.5]
+    for wrong in wrong_numbers:
         with pytest.raises(me.UserError, match="k=.*: expected a positive integer"):
             stages(STORED, k=wrong)
 

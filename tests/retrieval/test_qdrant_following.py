@@ -138,7 +138,10 @@ def test_other_indexes_are_refused(collection):
 def test_the_command(tmp_path, capsys):
     index = me.Index.build(ROWS, names(150), path=tmp_path / "index", dtype="float32")
     command = ["upload", f"--index={tmp_path / 'index'}", f"--to=edge:{tmp_path}", "--collection=pages"]
-    cli.main(command)
+    for wrong in 0, 9:
+        with pytest.raises(UserError, match=f"--vectors={wrong}: expected 1 to 8, the vectors that .* stores of an item"):
+            cli.main([*command, f"--vectors={wrong}"])
+    cli.main(command)  # a wrong command has created no collection
     index.delete(["item 3"])
     cli.main(command)
     first, second = capsys.readouterr().out.splitlines()

@@ -62,15 +62,28 @@ def test_sure_answers(run, tmp_path):
     )
     assert lines[2].startswith("--budget=auto is ") and lines[2].endswith(">4:4 for up to 3 documents") and len(lines) == 3
     assert [line[:3] for line in run(*search, "-k", 3, "--budget=auto")] == ["  1", "  2", "  3"]
+    shares = "--coverage=0.8", "--confidence=0.8"
     for arguments, message in [
         ((), "20 queries: expected at least 299 for coverage=0.99 with confidence=0.95"),
-        (("--first=1:1:5>2:2",), "--first=1:1:5>2:2: expected budgets r_q:r_c"),
-        (("--last=1:1,2:2",), "--last=1:1,2:2: expected one budget"),
-        (("--last=2:9",), "goes beyond the vectors given"),
-        (("-k", 21, "--coverage=0.8", "--confidence=0.8"), "k=21: expected 1 to 20"),
+        (("--first=1:1:5>2:2", *shares), "--first=1:1:5>2:2: expected budgets r_q:r_c"),
+        (("--last=1:1,2:2", *shares), "--last=1:1,2:2: expected one budget"),
+        (("--last=2:9", *shares), "goes beyond the vectors given"),
+        (("-k", 21, *shares), "k=21: expected 1 to 20"),
         (("--coverage=2",), "coverage=2.0: expected a share between 0 and 1"),
     ]:
         assert message in run(*calibrate, *arguments)[-1]
     assert len(me.Index.load(folder, mesh=ONE).calibrations) == 2
-    lines = run(*calibrate, "--coverage=0.8", "--confidence=0.8")
+    lines = run(*calibrate, *shares)
     assert [line[:4] for line in lines[:-1]] == ["1:1:", "2:4:"] and ">4:4" in lines[0]  # the usual budgets below 4:4
+
+
+def test_errors_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    folder, table = tmp_path / "index", tmp_path / "rows.jsonl"
+    me.Index.build(np.eye(8, dtype=np.float32)[None], path=folder, dtype="int8")
+    table.write_text('{"text": "a"}\n')
+    monkeypatch.setattr(me.MetaEmbed, "from_pretrained", None)  # not to be called
+    search, calibrate = (f"--index={folder}", "text", "--model=fake"), (f"--index={folder}", "--model=fake")
+    assert "k=2: expected 1 to 1, the number of items" in run("search", *search, "-k", 2)[-1]
+    assert "no item has the key 'lang'" in run("search", *search, '--where={"lang": "en"}')[-1]
+    assert "has no exact vectors" in run("search", *search, "--certified")[-1]
+    assert "1 queries: expected at least 299" in run("calibrate", *calibrate, f"--queries={table}")[-1]
