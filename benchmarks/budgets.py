@@ -11,11 +11,11 @@ at least the coverage.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
+from timing import race
 
 import metaembed_jax as me
 from metaembed_jax.data import sources
@@ -69,7 +69,7 @@ def print_budgets(document: np.ndarray, sample: np.ndarray, query: np.ndarray, r
     """Print the recall and the time of budgets and of calibrated stages."""
     index = me.Index.build(document, dtype="bfloat16")
     best, products = index.search(query, K, FULL).ids, FULL[0] * FULL[1] * len(index)
-    budgets = [(1, 1), *FIRST[1:], FULL]
+    budgets: list = [*FIRST, FULL]
     for first in FIRST[:-1]:
         calibration = index.calibrate(sample, first, FULL, k=K, coverage=COVERAGE, confidence=CONFIDENCE)
         budgets.append([(*first, calibration.survivors), FULL])
@@ -107,15 +107,16 @@ def print_calibrated(document: np.ndarray, query: np.ndarray) -> None:
     rank = choose_rank(half, COVERAGE, CONFIDENCE)
     for first in FIRST:
         needed_Q = count_survivors(index._searcher, query, (first, FULL), K, len(query), len(index))
-        survivors, of_all, of_others = [], 0, 0
+        survivors, holds_of_all, holds_of_others = [], 0, 0
         for _ in range(HALVINGS):
             order = rng.permutation(len(query))
             survivors.append(np.sort(needed_Q[order[:half]])[rank - 1])
-            of_all += (needed_Q <= survivors[-1]).mean() >= COVERAGE
-            of_others += (needed_Q[order[half:]] <= survivors[-1]).mean() >= COVERAGE
+            holds_of_all += (needed_Q <= survivors[-1]).mean() >= COVERAGE
+            holds_of_others += (needed_Q[order[half:]] <= survivors[-1]).mean() >= COVERAGE
         print(
             f"calibrated {budget_name(first)}: {int(np.median(survivors)):,} survivors on {half:,} queries (median); they hold "
-            f"{COVERAGE:.0%} of all {len(query):,} queries in {of_all} of {HALVINGS} halvings, and of the other half in {of_others}"
+            f"{COVERAGE:.0%} of all {len(query):,} queries in {holds_of_all} of {HALVINGS} halvings, and of the other half in "
+            f"{holds_of_others}"
         )
 
 
@@ -134,12 +135,7 @@ def share_of(ids_QK: np.ndarray, best_QK: np.ndarray) -> float:
 def median_seconds(call: Callable, rounds: int) -> float:
     """Return the median time of a call, after one that compiles."""
     call()
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return race({"search": call}, rounds)["search"]
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def main() -> None:
         if name in CASES:
             race_scores(name, CASES[name], arguments.rounds)
             continue
-        case = ENGINE_CASES[name] if name == "staged" else ENGINE_CASES[name]._replace(documents=arguments.documents)
+        case = ENGINE_CASES[name]._replace(**({"documents": arguments.documents} if name == "recall" else {}))
         query, document = of_run(arguments.run, arguments.data) if arguments.run else near_documents(case)
         print(f"{name}: " + (f"stages {STAGES}" if name == "staged" else "all vectors"))
         if name == "staged":
@@ -181,10 +181,10 @@ def check(engines: dict[str, Engine], query: np.ndarray, scores_QN: np.ndarray) 
     recalls, best_Qk = {}, -np.sort(-scores_QN, axis=1)[:, :K]
     for side, engine in engines.items():
         numbers_Qk = engine.search(query)
-        found_Qk = np.where(numbers_Qk < 0, -np.inf, np.take_along_axis(scores_QN, numbers_Qk, axis=1))
+        scores_Qk = np.where(numbers_Qk < 0, -np.inf, np.take_along_axis(scores_QN, numbers_Qk, axis=1))
         if engine.is_exact:
-            np.testing.assert_allclose(found_Qk, best_Qk, rtol=1e-4, atol=1e-4, err_msg=side)
-        recalls[side] = float(np.mean(found_Qk >= best_Qk[:, -1:] - 1e-4))
+            np.testing.assert_allclose(scores_Qk, best_Qk, rtol=1e-4, atol=1e-4, err_msg=side)
+        recalls[side] = float(np.mean(scores_Qk >= best_Qk[:, -1:] - 1e-4))
     return recalls
 
 

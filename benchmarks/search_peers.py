@@ -33,7 +33,7 @@ class Engine(NamedTuple):
     """An index that returns the ten best.
 
     Attributes:
-      search: called with queries [Q, R, D], returns the numbers of documents [Q, K]; -1 where it has found fewer.
+      search: called with queries [Q, R, D], returns the numbers of documents [Q, K]; -1 for those that are missing.
       size: bytes of the index.
       seconds: time to build it.
       is_exact: its results are those of exact search.
@@ -161,7 +161,7 @@ def _numbers(results: list[list[tuple[int, float]]]) -> np.ndarray:
 
 
 def xtr_warp(document: np.ndarray, folder: Path) -> dict[str, Engine]:
-    """Build xtr-warp-rs's index, which sums the similarities of the vectors that it has found, and estimates the others."""
+    """Build xtr-warp-rs's index, which sums the similarities of vectors in some lists, and estimates the others."""
     import torch
     from xtr_warp.search import XTRWarp
 
