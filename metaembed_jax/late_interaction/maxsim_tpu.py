@@ -139,15 +139,9 @@ def score(
         inputs.append(counts_Tn)
         rows = max(blocks.tiles, min(SUBLANES, T))
         specs.append(pl.BlockSpec((rows, n), lambda block, tile, slab: (jax.lax.div(tile * blocks.tiles, rows), 0)))
+    has = {"has_scales": scales_TRn is not None, "has_counts": counts_Tn is not None}
     scores_bqN = pl.pallas_call(
-        partial(
-            _kernel,
-            blocks=blocks,
-            query_vectors=Rq,
-            is_wide=is_wide,
-            has_scales=scales_TRn is not None,
-            has_counts=counts_Tn is not None,
-        ),
+        partial(_kernel, blocks=blocks, query_vectors=Rq, is_wide=is_wide, **has),
         grid=(query_blocks, pl.cdiv(T, blocks.tiles), document_vectors // blocks.slabs),
         in_specs=specs,
         out_specs=pl.BlockSpec((None, blocks.queries, blocks.tiles * n), lambda block, tile, slab: (block, 0, tile)),
