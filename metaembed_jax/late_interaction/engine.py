@@ -26,7 +26,7 @@ from metaembed_jax.precision import float32_einsum
 
 QUERY_VECTORS, DOCUMENT_VECTORS = 256, 8192  # of a step on a CPU, where similarities stay in its cache
 GPU_VECTORS = 65_536  # of documents, of a step of any stage on a GPU, where each step is a launch; not timed on a card yet
-FEW_VECTORS = 32  # of queries, up to which a CPU multiplies faster with documents in front
+FEW_VECTORS = range(8, 33)  # of queries, with which a CPU multiplies faster with documents in front
 MERGED_DOCUMENTS = 16_384  # scored before the best of them are merged
 SURVIVOR_VECTORS = 2048  # of a step of a later stage on a CPU
 LAST = jnp.iinfo(jnp.int32).max
@@ -233,7 +233,7 @@ def _by_queries(query_QRD: Array, tiles: Tiles) -> Float[Array, "Q N"]:
     """Return the scores of `score_tiles`, in steps of about `QUERY_VECTORS` query vectors."""
     queries, vectors, _ = query_QRD.shape
     at_once = min(queries, floor_power(QUERY_VECTORS // vectors))
-    is_few = at_once * vectors <= FEW_VECTORS
+    is_few = at_once * vectors in FEW_VECTORS
     if at_once == queries:
         return score_tiles(query_QRD, tiles, is_few)
     steps = query_QRD.reshape(-1, at_once, *query_QRD.shape[1:])
