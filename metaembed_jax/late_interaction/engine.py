@@ -26,7 +26,7 @@ from metaembed_jax.precision import float32_einsum
 
 QUERY_VECTORS, DOCUMENT_VECTORS = 256, 8192  # of a step on a CPU, where similarities stay in its cache
 GPU_VECTORS = 65_536  # of documents, of a step of any stage on a GPU, where each step is a launch; not timed on a card yet
-FEW_VECTORS = range(8, 33)  # of queries, with which a CPU multiplies faster with documents in front
+DOCUMENTS_FIRST = range(8, 33)  # numbers of query vectors with which a CPU multiplies documents by queries faster
 MERGED_DOCUMENTS = 16_384  # scored before the best of them are merged
 SURVIVOR_VECTORS = 2048  # of a step of a later stage on a CPU
 LAST = jnp.iinfo(jnp.int32).max
@@ -116,16 +116,16 @@ def best_of(scores_QN: Float[Array, "Q N"], positions_QN: Int[Array, "Q N"], k: 
     return TopK(*(jnp.pad(x, ((0, 0), (0, missing)), constant_values=value) for x, value in zip(top, (-jnp.inf, -1), strict=True)))
 
 
-def score_tiles(query_QRD: Float[Array, "Q R D"], tiles: Tiles, is_few: bool) -> Float[Array, "Q N"]:
+def score_tiles(query_QRD: Float[Array, "Q R D"], tiles: Tiles, has_documents_first: bool) -> Float[Array, "Q N"]:
     """Return MaxSim of every query and every document, float32, by all vectors of the tiles.
 
     Args:
-      is_few: there are few query vectors: multiply with documents in front.
+      has_documents_first: multiply documents by queries, not queries by documents.
     """
     queries, vectors, width = query_QRD.shape
     query_XD, document_YD = query_QRD.reshape(-1, width), tiles.vectors.reshape(-1, width)
     t, r_c, n, _ = tiles.vectors.shape
-    if is_few:
+    if has_documents_first:
         similarity = float32_einsum("yd,xd->yx", document_YD, query_XD).reshape(t, r_c, n, -1)
         similarity = _masked(similarity, tiles, (..., None))
         return similarity.max(1).reshape(-1, queries, vectors).sum(2).T
@@ -233,11 +233,11 @@ def _by_queries(query_QRD: Array, tiles: Tiles) -> Float[Array, "Q N"]:
     """Return the scores of `score_tiles`, in steps of about `QUERY_VECTORS` query vectors."""
     queries, vectors, _ = query_QRD.shape
     at_once = min(queries, floor_power(QUERY_VECTORS // vectors))
-    is_few = at_once * vectors in FEW_VECTORS
+    has_documents_first = at_once * vectors in DOCUMENTS_FIRST
     if at_once == queries:
-        return score_tiles(query_QRD, tiles, is_few)
+        return score_tiles(query_QRD, tiles, has_documents_first)
     steps = query_QRD.reshape(-1, at_once, *query_QRD.shape[1:])
-    return jax.lax.map(lambda query_qRD: score_tiles(query_qRD, tiles, is_few), steps).reshape(queries, -1)
+    return jax.lax.map(lambda query_qRD: score_tiles(query_qRD, tiles, has_documents_first), steps).reshape(queries, -1)
 
 
 def _merge_over(mesh: Mesh, top: TopK, new: TopK) -> TopK:

@@ -52,7 +52,7 @@ def test_equal_to_the_definition(seed, queries, documents, vectors, ties, ragged
 def test_blocks_steps_and_queries_that_do_not_divide(monkeypatch):
     for name, value in {"BLOCK_NUMBERS": 1, "SURVIVOR_NUMBERS": 1, "QUERY_VECTORS": 32}.items():
         monkeypatch.setattr(module, name, value)
-    sizes = {"QUERY_VECTORS": 8, "FEW_VECTORS": range(5), "DOCUMENT_VECTORS": 1, "MERGED_DOCUMENTS": 128, "SURVIVOR_VECTORS": 8}
+    sizes = {"QUERY_VECTORS": 8, "DOCUMENTS_FIRST": range(5), "DOCUMENT_VECTORS": 1, "MERGED_DOCUMENTS": 128, "SURVIVOR_VECTORS": 8}
     for name, value in sizes.items():
         monkeypatch.setattr(engine, name, value)
     jax.clear_caches()
