@@ -16,7 +16,7 @@ from metaembed_jax.retrieval import qdrant_edge
 from metaembed_jax.retrieval.qdrant import QdrantIndex
 from tests.retrieval.test_qdrant import DOCUMENTS, QUERIES, WIDTH, expected, names
 
-PROGRAM = Path(__file__).with_name("edge_program.py")
+PROGRAM = "tests.retrieval.edge_program"
 
 
 def create(folder, **options):
@@ -25,7 +25,7 @@ def create(folder, **options):
 
 def test_a_killed_process_loses_nothing_that_was_written(tmp_path):
     """SIGKILL comes while `add` writes the requests after the third."""
-    command = [sys.executable, str(PROGRAM), f"edge:{tmp_path}", str(WIDTH)]
+    command = [sys.executable, "-m", PROGRAM, f"edge:{tmp_path}", str(WIDTH)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
         for _ in range(3):
             process.stdout.readline()
