@@ -101,6 +101,10 @@ class ChecksummedFile:
         if isinstance(self._content, mmap.mmap) and len(self._content) > RESIDENT_BYTES:
             self._content.madvise(mmap.MADV_DONTNEED)
 
+    def _is_finite(self, chunk: int) -> bool:
+        with np.errstate(invalid="ignore"):  # bfloat16 warns of some kinds of NaN
+            return bool(np.isfinite(self._numbers[chunk * self._in_chunk : (chunk + 1) * self._in_chunk]).all())
+
     def _check(self, chunks: np.ndarray) -> None:
         content = memoryview(self._content)
         for reads, chunk in enumerate(chunks.tolist(), 1):
@@ -109,7 +113,7 @@ class ChecksummedFile:
                     f"{self.path} is damaged near byte {chunk * CHUNK_BYTES}: its checksum does not match; "
                     "copy the index again, or build it again"
                 )
-            if self._is_float and not np.isfinite(self._numbers[chunk * self._in_chunk : (chunk + 1) * self._in_chunk]).all():
+            if self._is_float and not self._is_finite(chunk):
                 raise UserError(f"{self.path} has NaN or infinities near byte {chunk * CHUNK_BYTES}; build the index again")
             self._is_checked[chunk] = True
             if reads % READS_BEFORE_RELEASE == 0:

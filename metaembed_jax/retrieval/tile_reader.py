@@ -11,12 +11,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Int
 
+from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.tiles import TILE, Tiles, count_tiles, write_rows
 from metaembed_jax.retrieval.checksummed_files import ChecksummedFile
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.sharding import put_replicated
 
 ALIGNMENT = 64  # bytes
+LARGEST_SCALE = 2.0  # a unit vector's is at most its length, with room for rounding
 READ_NUMBERS = 2**23  # of vectors that are read before the memory of the files is released
 
 
@@ -85,7 +87,11 @@ class TileReader:
         return rows
 
     def _read_scales(self, level: int, vectors: int, positions_n: Int[np.ndarray, " n"]) -> np.ndarray:
-        return self._read(lambda segment: segment.scales[level], positions_n)[:, :vectors]
+        scales_nR = self._read(lambda segment: segment.scales[level], positions_n)[:, :vectors]
+        if np.abs(scales_nR).max(initial=0) > LARGEST_SCALE:
+            folder = self.segments[0].folder.parent
+            raise UserError(f"{folder}: a scale is above {LARGEST_SCALE:g}; expected those of unit vectors; build the index again")
+        return scales_nR
 
     def _write_counts(self, shard_Tn: np.ndarray, positions_n: Int[np.ndarray, " n"]) -> None:
         shard_Tn.reshape(-1)[: len(positions_n)] = self._read(lambda segment: segment.counts, positions_n)
