@@ -46,8 +46,10 @@ def local_path(path: str | os.PathLike) -> Path:
     """Return a path on a disk, for data and indexes: they are memory-mapped, or written by libraries that know no buckets.
 
     Raises:
-      UserError: it is in a bucket; gives the commands that mount or copy it.
+      UserError: it is no path, or is in a bucket; gives the commands that mount or copy it.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{path!r}: expected a path")
     text = check_scheme(os.fspath(path))
     if is_bucket(text):
         bucket = text.removeprefix(BUCKET).partition("/")[0]

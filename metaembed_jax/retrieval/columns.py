@@ -85,7 +85,7 @@ class ColumnWriter:
         """Write the columns of a block."""
         columns: dict[tuple[str, str], tuple[list[int], list]] = {}
         for row, text in enumerate(self._texts, self._first_row):
-            for key, value in _parse(text).items():
+            for key, value in parse_metadata(text, "metadata").items():
                 if value is None or not self._is_column(key):
                     continue
                 if isinstance(value, list | dict):
@@ -214,13 +214,21 @@ def encode_text(text: str) -> bytes:
     return text.encode(errors="surrogatepass")
 
 
-def _parse(text: str) -> dict[str, Any]:
+def parse_metadata(text: str, name: object) -> dict[str, Any]:
+    """Return the metadata of an item.
+
+    Args:
+      name: of the file that has the text, for errors.
+
+    Raises:
+      UserError: the text is not a JSON object.
+    """
     try:
         metadata = json.loads(text)
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
-        raise UserError(f"metadata {text[:50]!r}: expected a JSON object; build the index again")
+        raise UserError(f"{name}: {text[:50]!r}: expected a JSON object; build the index again")
     return metadata
 
 

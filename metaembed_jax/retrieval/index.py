@@ -37,7 +37,7 @@ from metaembed_jax.retrieval.manifest import Calibration, Manifest, check_types,
 from metaembed_jax.retrieval.matching import match_items
 from metaembed_jax.retrieval.queries import RESULTS, as_queries, count_results, stages_of
 from metaembed_jax.retrieval.search import Residence, Searcher
-from metaembed_jax.retrieval.segment import SegmentFiles
+from metaembed_jax.retrieval.segment import SegmentFiles, count_items
 from metaembed_jax.retrieval.stored_items import StoredItems, read_items
 from metaembed_jax.retrieval.writer import SegmentWriter, copy_segment, merge_segments, write_segment
 
@@ -160,7 +160,7 @@ class Index:
             budget = self.calibrated_stages(k)
         query_QRD, stages = self._validated(query_QRD, budget)
         searcher = self._searcher  # the state that is searched, whatever another thread changes meanwhile
-        k = count_results(k, _count_items(searcher.segments), stages, where is not None)
+        k = count_results(k, count_items(searcher.segments), stages, where is not None)
         is_match_N = None if where is None else match_items(searcher.segments, where)
         k = k if is_match_N is None else min(k, int(is_match_N.sum()))
         if certified:
@@ -293,7 +293,7 @@ class Index:
             segment.check_all()
 
     def __len__(self) -> int:
-        return _count_items(self._segments)
+        return count_items(self._segments)
 
     @property
     def model(self) -> str:
@@ -346,6 +346,7 @@ class Index:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Path]:
         """Hold the folder's lock, and load the newest state of the index."""
+        store.read_manifest(self.folder)  # a folder that was removed is not created again
         with store.changing(self.folder) as folder:
             self._take(*store.open_index(folder))
             yield folder
@@ -375,11 +376,6 @@ class Index:
         if not len(self):
             raise UserError(f"{self.folder} is an empty index; add items first")
         return query_QRD, stages_of(budget, query_QRD.shape[1], self.vectors)
-
-
-def _count_items(segments: Sequence[SegmentFiles]) -> int:
-    """Return the number of items that are not deleted."""
-    return sum(len(segment) - len(segment.entry.deleted) for segment in segments)
 
 
 def _create(path: str | os.PathLike | None, mesh: Mesh | None, write: Callable[[Path], Manifest]) -> Index:

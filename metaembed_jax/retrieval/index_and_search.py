@@ -13,7 +13,7 @@ from metaembed_jax.files import is_bucket
 from metaembed_jax.inputs.images import open_image
 from metaembed_jax.late_interaction.budgets import parse_searches, search_name
 from metaembed_jax.late_interaction.groups import GROUPS, Budget
-from metaembed_jax.late_interaction.stages import largest_budget
+from metaembed_jax.late_interaction.stages import Stages, largest_budget
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.build import index_documents
@@ -23,6 +23,7 @@ from metaembed_jax.retrieval.index import Index
 from metaembed_jax.retrieval.searchable import Searchable
 
 TEXT_LENGTH = 100  # characters of a text that are printed
+LARGEST_NAMED = 999_999  # query vectors that a budget can name
 
 
 def index(
@@ -84,7 +85,9 @@ def search(
     )
     loaded = Index.load(folder)
     check_devices()
-    # A wrong filter or k is an error before the model is loaded.
+    # A wrong filter, k or budget is an error before the model is loaded.
+    if budget not in (None, "auto"):
+        _parse_search(budget, (LARGEST_NAMED, loaded.vectors))
     loaded.search(np.zeros((0, 1, loaded.width), np.float32), k, where=where, certified=certified)
     encoder = _load_encoder(loaded, model, mesh)
     budget = search_name(loaded.calibrated_stages(k)) if budget == "auto" else budget
@@ -156,11 +159,17 @@ def find(
     """
     index.check_model(encoder)
     largest = encoder.config.vectors("query"), index.vectors
-    stages, *others = [(largest,)] if budget is None else parse_searches(budget, largest, "--budget")
-    if others:
-        raise UserError(f"--budget={budget}: expected one search")
+    stages = (largest,) if budget is None else _parse_search(budget, largest)
     query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0])
     return index.search(query_QRD, k, stages, where=where, **({"certified": True} if certified else {}))
+
+
+def _parse_search(text: str, largest: Budget) -> Stages:
+    """Return the search of the flag --budget."""
+    search, *others = parse_searches(text, largest, "--budget")
+    if others:
+        raise UserError(f"--budget={text}: expected one search")
+    return search
 
 
 def _parse_budgets(text: str, largest: Budget, flag: str) -> list[Budget]:

@@ -1,6 +1,7 @@
 """A collection of Qdrant's client: embedded in this process, on a server, or on a cluster; and Qdrant's errors as one line each."""
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 SECONDS = 60  # timeout of a request: a scan of all items is slow
 FACTS = {"dimension": int, "document_vectors": int, "fingerprint": str}
+HOST_PORT = re.compile(r"[\w.-]+:\d+/?")
 PAGE_POINTS = 1000  # points that are read at once
 
 
@@ -83,6 +85,7 @@ class ClientCollection:
     """
 
     def __init__(self, location, name: str, facts: dict | None, **options):
+        check_location(location)
         if facts is None and is_folder(location) and not Path(location).is_dir():
             raise UserError(f"{location}: no such folder; create the collection with QdrantIndex.create")
         self.client, self.server = connect(location)
@@ -160,6 +163,19 @@ def connect(location) -> tuple["QdrantClient", str]:
             return QdrantClient(path=str(location)), server
         # An older server is noticed where the facts of the collection are read.
         return QdrantClient(location, timeout=SECONDS, check_compatibility=False), server
+
+
+def check_location(location) -> None:
+    """Check a text that names a folder or a server.
+
+    Raises:
+      UserError: it has another scheme than http, or is a host and a port without one.
+    """
+    if not isinstance(location, str):
+        return
+    scheme, separator, _ = location.partition("://")
+    if not location or (separator and scheme not in ("http", "https")) or HOST_PORT.fullmatch(location):
+        raise UserError(f"Qdrant at {location!r}: expected http://HOST:PORT, https://HOST:PORT, edge:FOLDER or a folder")
 
 
 def is_folder(location) -> TypeGuard[str | Path]:

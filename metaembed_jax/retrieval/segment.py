@@ -15,7 +15,6 @@ checksums                        CRC-32 of each `checksummed_files.CHUNK_BYTES` 
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +25,7 @@ from jaxtyping import Bool, Float16, Int
 from metaembed_jax.errors import UserError
 from metaembed_jax.retrieval import manifest as manifests
 from metaembed_jax.retrieval.checksummed_files import ChecksummedFile, count_chunks, map_file
-from metaembed_jax.retrieval.columns import Columns
+from metaembed_jax.retrieval.columns import Columns, parse_metadata
 from metaembed_jax.retrieval.ingest import hashes
 from metaembed_jax.retrieval.manifest import Manifest
 
@@ -102,14 +101,7 @@ class SegmentFiles:
 
     def metadata(self, row: int) -> dict:
         """Return the metadata of an item."""
-        text = self._text("metadata", "metadata-ends", row)
-        try:
-            metadata = json.loads(text)
-        except (ValueError, RecursionError):
-            metadata = None
-        if not isinstance(metadata, dict):
-            raise UserError(f"{self.folder / 'metadata'}: expected a JSON object of item {row}; build the index again")
-        return metadata
+        return parse_metadata(self._text("metadata", "metadata-ends", row), f"{self.folder / 'metadata'}, item {row}")
 
     def find(self, ids: Sequence[str]) -> dict[str, int]:
         """Return the row of each id that the segment has and that is not deleted."""
@@ -181,6 +173,11 @@ class SegmentFiles:
             return self.files[blob].read(start, end).tobytes().decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{self.folder / blob}: expected UTF-8 text of item {row}; build the index again") from error
+
+
+def count_items(segments: Iterable[SegmentFiles]) -> int:
+    """Return the number of items of segments that are not deleted."""
+    return sum(len(segment) - len(segment.entry.deleted) for segment in segments)
 
 
 def layout_of(manifest: Manifest) -> dict[str, tuple]:

@@ -26,7 +26,7 @@ from metaembed_jax.retrieval.segment import SegmentFiles
 MANIFEST, DRAFT, LOCK = "manifest.json", "draft.json", "lock"
 START = b'{"sha256"'  # of a manifest
 SHARED_SECONDS = 30  # until a host sees a file that another has written, on a network's file system
-TRIES = 5  # to open an index that another process replaces meanwhile
+OPENING_SECONDS = 30  # until an index is open that another process replaces meanwhile
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -62,14 +62,15 @@ def open_index(folder: Path) -> tuple[Manifest, list[SegmentFiles]]:
       UserError: the folder is not an index, or the index is damaged.
     """
     manifest = read_manifest(folder)
-    for _ in range(TRIES):
+    deadline = time.monotonic() + OPENING_SECONDS
+    while time.monotonic() < deadline:
         try:
             return manifest, [SegmentFiles(folder, manifest, segment) for segment in manifest.segments]
         except FileNotFoundError as error:
             previous, manifest = manifest, read_manifest(folder)
             if manifest == previous:  # no process has replaced the index meanwhile
                 raise UserError(f"{error.filename} is missing, which {folder / MANIFEST} names; build the index again") from None
-    raise UserError(f"{folder} was replaced {TRIES} times while it was being opened; try again")
+    raise UserError(f"{folder} was replaced again and again for {OPENING_SECONDS} s while it was being opened; try again")
 
 
 @contextlib.contextmanager

@@ -343,6 +343,12 @@ def test_without_a_server_the_error_names_it():
         QdrantIndex.load("http://127.0.0.1:9", "icons")
 
 
+@pytest.mark.parametrize("location", ["localhost:6333", "ftp://localhost", ""])
+def test_locations_that_are_no_server_and_no_folder(location):
+    with pytest.raises(UserError, match="expected http://HOST:PORT"):
+        QdrantIndex.create(location, "icons", 32, 64)
+
+
 def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         QdrantIndex.load(tmp_path / "none", "icons")

@@ -245,6 +245,16 @@ def test_invalid_manifests(folder, tmp_path):
             me.Index.load(folder, mesh=ONE)
     with pytest.raises(me.UserError, match="is not an index"):
         me.Index.load(tmp_path / "nowhere", mesh=ONE)
+    with pytest.raises(me.UserError, match="^5: expected a path"):
+        me.Index.load(5)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_removed_folder_is_not_created_again(tmp_path):
+    index = me.Index.build(np.eye(4, dtype=np.float32)[None].repeat(2, 0), path=tmp_path / "index", mesh=ONE)
+    shutil.rmtree(tmp_path / "index")
+    with pytest.raises(me.UserError, match="is not an index"):
+        index.add(np.eye(4, dtype=np.float32)[None].repeat(2, 0), ["c", "d"])
+    assert not (tmp_path / "index").exists()
 
 
 def test_links_are_not_followed(folder, tmp_path):
@@ -340,7 +350,7 @@ def test_invalid_metadata(folder):
     for content in (b"5" * 20, b"[" * 50_000):
         refile(folder, "metadata", content)
         refile(folder, "metadata-ends", np.linspace(0, len(content), 21, dtype=np.int64)[1:].tobytes())
-        with pytest.raises(me.UserError, match="metadata: expected a JSON object of item 3"):
+        with pytest.raises(me.UserError, match="metadata, item 3: .*expected a JSON object"):
             me.Index.load(folder, mesh=ONE).metadata("3")
 
 

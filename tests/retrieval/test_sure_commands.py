@@ -85,5 +85,6 @@ def test_errors_before_the_model_is_loaded(run, tmp_path, monkeypatch):
     search, calibrate = (f"--index={folder}", "text", "--model=fake"), (f"--index={folder}", "--model=fake")
     assert "k=2: expected 1 to 1, the number of items" in run("search", *search, "-k", 2)[-1]
     assert "no item has the key 'lang'" in run("search", *search, '--where={"lang": "en"}')[-1]
+    assert "expected at most 999999 of a query and 8 of a document" in run("search", *search, "--budget=4:9")[-1]
     assert "has no exact vectors" in run("search", *search, "--certified")[-1]
     assert "1 queries: expected at least 299" in run("calibrate", *calibrate, f"--queries={table}")[-1]
