@@ -124,6 +124,9 @@ class OptimizerConfig(Section):
 
     algorithm: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveNumber = 1e-4
+    # (pattern of trained parameters, factor of their learning rate), such as (("meta_tokens", 10.0), ("head*", 10.0)); of several
+    # patterns that match a parameter, the first counts
+    rates: tuple[tuple[str, PositiveNumber], ...] = ()
     warmup_steps: NonNegative = 500
     decay: Literal["linear", "cosine"] = "linear"
     b1: Share = 0.9

@@ -1,4 +1,7 @@
-"""AdamW or Muon, with warm-up, decay and clipping by the global norm."""
+"""AdamW or Muon, with warm-up, decay, clipping by the global norm, and learning rates by parameter."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 import jax
 import optax
@@ -6,7 +9,11 @@ from jax.sharding import Mesh, NamedSharding
 from optax.contrib import MuonDimensionNumbers, muon
 
 from metaembed_jax.config.run import OptimizerConfig
+from metaembed_jax.errors import UserError
 from metaembed_jax.sharding import replicated
+from metaembed_jax.trainable import LORA
+
+Rates = tuple[tuple[str, float], ...]  # `config.optimizer.rates`
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -42,7 +49,45 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             consistent_rms=0.2,
         ),
     }
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), make[config.algorithm]())
+    transformations = [optax.clip_by_global_norm(config.clip_norm), make[config.algorithm]()]
+    return optax.chain(*transformations, *([scale_by_rates(config.rates)] if config.rates else []))
+
+
+def scale_by_rates(rates: Rates) -> optax.GradientTransformation:
+    """Return the transformation that multiplies the update of a parameter, weight decay included, by the factor of its rate."""
+
+    def scale(path: tuple, update: jax.Array) -> jax.Array:
+        factor = rate_factor(rates, ".".join(_keys(path)))
+        return update if factor == 1 else update * factor
+
+    return optax.stateless(lambda updates, _: jax.tree.map_with_path(scale, updates))
+
+
+def rate_factor(rates: Rates, path: str) -> float:
+    """Return the factor of a parameter's learning rate: that of the first pattern that matches it, else 1.
+
+    A pattern that matches a kernel also matches the adapter next to it, as in `config.model.trained`.
+    """
+    names = {path, path.partition(LORA)[0] + ".kernel"} if LORA in path else {path}
+    return next((factor for pattern, factor in rates if any(fnmatchcase(name, pattern) for name in names)), 1.0)
+
+
+def check_rates(rates: Rates, trained: Iterable[str]) -> None:
+    """Check that each pattern matches a trained parameter.
+
+    Args:
+      trained: the paths of all trained parameters.
+
+    Raises:
+      UserError: a pattern matches none.
+    """
+    trained = sorted(trained)
+    for pattern, factor in rates:
+        if not any(rate_factor(((pattern, 2.0),), path) == 2.0 for path in trained):
+            raise UserError(
+                f"config.optimizer.rates: {pattern!r} (factor {factor:g}) matches none of the trained parameters "
+                f"{', '.join(trained)}; remove it, or change the pattern"
+            )
 
 
 def kernels(parameters: optax.Params) -> optax.Params:

@@ -29,7 +29,7 @@ from metaembed_jax.precision import float32_products
 from metaembed_jax.sharding import batch_shards, replicated
 from metaembed_jax.trainable import join, paths, split, trainable_paths
 from metaembed_jax.training.microbatches import encode
-from metaembed_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
+from metaembed_jax.training.optimizer import check_rates, learning_rate, make_optimizer, optimizer_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -124,7 +124,7 @@ def abstract_state(config: RunConfig, mesh: Mesh, optimizer: optax.GradientTrans
     Trained parameters are float32; frozen kernels have `config.model.frozen_dtype`.
 
     Raises:
-      UserError: `config.model.trained` does not fit the network.
+      UserError: `config.model.trained` or `config.optimizer.rates` do not fit the network.
     """
     network_parameters = abstract_parameters(model_config(config), mesh, config.model.frozen_dtype)
     parameters, frozen = split(network_parameters, trainable_paths(config.model.trained, paths(network_parameters)))
@@ -135,6 +135,7 @@ def abstract_state(config: RunConfig, mesh: Mesh, optimizer: optax.GradientTrans
                 f"add ({path.partition('.')[0] + '*'!r}, 'full')"
             )
     trained: dict[str, Any] = flatten_dict(parameters, sep=".")
+    check_rates(config.optimizer.rates, trained)
     for path, leaf in trained.items():
         if path.endswith("kernel_scale"):
             raise UserError(f"config.model.trained matches {path}, the scale of an int8 kernel; expected a narrower pattern")
