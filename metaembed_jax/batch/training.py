@@ -1,7 +1,7 @@
 """The batch of a training step: packed rows in microbatches, and the positions of each pair's vectors in them.
 
-M microbatches of b rows, V vectors of a row, B pairs, K negatives a pair, N documents: B positives, then B*K negatives by
-pair, W words of a digest.
+M microbatches of b rows, V vectors of a row, B pairs, K negatives a pair, C = 1 + K candidates, N documents: B positives, then B*K
+negatives by pair, W words of a digest.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from metaembed_jax.batch import rows
 from metaembed_jax.batch.items import Layout, Size
@@ -36,6 +36,8 @@ class TrainingBatch:
       negative_mask: false for missing negatives.
       source: the number of each pair's source.
       digests: [M, b, W, V], W words of the digest of each item, at its first vector; the same for the same content.
+      teacher_scores: of each positive, then of its hard negatives; NaN where missing. None if no source of the run has any.
+      labels: weights of right answers, of the same documents; 0 for missing negatives. None if no source of the run has any.
     """
 
     rows: Batch
@@ -44,6 +46,8 @@ class TrainingBatch:
     negative_mask: Bool[Array, "B K"]
     source: Int[Array, "B"]
     digests: Int[Array, "M b W V"]
+    teacher_scores: Float[Array, "B C"] | None = None
+    labels: Float[Array, "B C"] | None = None
 
 
 class StepShape(NamedTuple):
@@ -117,8 +121,9 @@ def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh:
 
 def put(batch: TrainingBatch, mesh: Mesh) -> TrainingBatch:
     """Send a batch to the mesh: rows to this host's devices, streamed pixels to its memory, the rest to every device."""
-    names = [field.name for field in dataclasses.fields(batch) if field.name not in ("rows", "digests")]
-    others: dict[str, Any] = {name: put_replicated(getattr(batch, name), mesh) for name in names}
+    arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    whole = {name: x for name, x in arrays.items() if name not in ("rows", "digests") and x is not None}
+    others: dict[str, Any] = {name: put_replicated(x, mesh) for name, x in whole.items()}
     others["digests"] = put_rows(np.asarray(batch.digests), mesh, axis=1)
     pixels = _streamed_pixels(batch.rows, mesh)
     if pixels is None:

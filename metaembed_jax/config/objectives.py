@@ -2,7 +2,7 @@
 
 A new objective is a class here and a field of `ObjectivesConfig`.
 
-B pairs, K hard negatives a pair, R vectors of an item, D width.
+B pairs, K hard negatives a pair, C = 1 + K candidates, R vectors of an item, D width.
 """
 
 import dataclasses
@@ -28,6 +28,8 @@ class PairVectors(NamedTuple):
       negative_mask: false for missing negatives, which pad the array.
       sources: index of each pair's source. A query is scored against the positives of its source; None: against all positives.
       digests: says which items are the same; None if no two are.
+      teacher_scores: of each positive, then of its negatives; NaN where missing. None if no source of the run has any.
+      labels: weights of right answers, of the same documents. None if no source of the run has any: 1, 0, ..., 0.
     """
 
     query_BRD: Float[Array, "B Rq D"]
@@ -36,6 +38,8 @@ class PairVectors(NamedTuple):
     negative_mask: Bool[Array, "B K"] | None
     sources: Int[Array, "B"] | None
     digests: ItemDigests | None
+    teacher_scores: Float[Array, "B C"] | None = None
+    labels: Float[Array, "B C"] | None = None
 
 
 class Objective(Protocol):

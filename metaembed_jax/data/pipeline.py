@@ -109,6 +109,7 @@ class _BatchMaker:
             "negative_mask": negative_mask,
             "source": np.array([reference.source for reference in references], np.int32),
             "digests": digests.reshape(microbatches, len(self.here), *digests.shape[1:]),
+            **self.items.candidate_numbers(references, step),
         }
         return TrainingBatch(**arrays)
 

@@ -1,6 +1,7 @@
 """The items of each step of a run, and their sizes, before any record is read.
 
-B pairs, K negatives a pair, I = 2 + K items of a pair, N items of a step: pair by pair, without negatives that a pair lacks.
+B pairs, K negatives a pair, C = 1 + K candidates, I = 2 + K items of a pair, N items of a step: pair by pair, without negatives
+that a pair lacks.
 """
 
 import dataclasses
@@ -9,14 +10,15 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from metaembed_jax.batch.rows import RowItem
 from metaembed_jax.batch.training import StepShape
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.data.mixture import Reference, check_mixture, mixture
 from metaembed_jax.data.sizes import CUT, PATCHES, SHRUNK, TOKENS, SourceSizes
-from metaembed_jax.data.sources.descriptions import read_row
+from metaembed_jax.data.sources.candidates import NUMBERS, as_arrays
+from metaembed_jax.data.sources.descriptions import describe_row, read_row
 from metaembed_jax.inputs.processors import PromptProcessor
 from metaembed_jax.network_config import row_limits
 
@@ -61,6 +63,7 @@ class RunItems:
       sources, names, sizes: one of each for every source of `config.data.sources`.
       processor: the family's, with the limits of the run.
       negatives: K, the most that are used of a pair.
+      numbers: those of `candidates.NUMBERS` that a source has.
       meta: Meta Tokens after a query, and after a document.
       vectors: number of vectors of a query, and of a document.
     """
@@ -71,6 +74,7 @@ class RunItems:
     sizes: tuple[SourceSizes, ...]
     processor: PromptProcessor
     negatives: int
+    numbers: tuple[str, ...]
     meta: tuple[int, int]
     vectors: tuple[int, int]
 
@@ -105,6 +109,22 @@ class RunItems:
     def read(self, reference: Reference, step: int) -> dict:
         """Read or compose the record of a pair."""
         return read_row(self.sources[reference.source], reference.row, reference.epoch, step)
+
+    def candidate_numbers(self, references: list[Reference], step: int) -> dict[str, Float[np.ndarray, "B C"]]:
+        """Return the teacher scores and labels of the candidates of pairs, if a source of the run has any.
+
+        Every host has those of all pairs: they are read from descriptions, which hold no image.
+        """
+        if not self.numbers:
+            return {}
+        descriptions = [self._describe(reference, step) for reference in references]
+        return {name: array for name, array in as_arrays(descriptions, self.negatives).items() if name in self.numbers}
+
+    def _describe(self, reference: Reference, step: int) -> dict:
+        source, epoch, row = reference
+        if not _numbers(self.sources[source]):
+            return {}
+        return describe_row(self.sources[source], row, epoch, step, self.names[source])
 
     def row_item(self, record: dict, number: int, reference: Reference) -> RowItem:
         """Return an item of a record, by its number in the pair."""
@@ -141,7 +161,15 @@ def run_items(config: RunConfig, processor: PromptProcessor, sources: Sequence[S
     limits = row_limits(config)
     meta = (limits.query_tokens, limits.document_tokens)
     references = mixture(config, sources, means_S2)
-    return RunItems(references, tuple(sources), names, sizes, processor, negatives, meta, config.objectives.largest_budget)
+    numbers = tuple(name for name in NUMBERS if negatives and any(name in _numbers(source) for source in sources))
+    budget = config.objectives.largest_budget
+    return RunItems(references, tuple(sources), names, sizes, processor, negatives, numbers, meta, budget)
+
+
+def _numbers(source: Sequence) -> list[str]:
+    """Return those of `candidates.NUMBERS` that some record of a source has."""
+    stored = getattr(source, "stored", None)
+    return [name for name in NUMBERS if stored is not None and stored.marker.get(name)]
 
 
 def _mean_pair(sizes: SourceSizes, pairs: int) -> Int[np.ndarray, "2"]:

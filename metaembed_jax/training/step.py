@@ -93,7 +93,9 @@ def make_loss(config: RunConfig, mesh: Mesh) -> Callable:
         source_B = batch.source if config.data.within_source else None
         digests = digests_of_pairs(batch)
         with jax.named_scope("loss"):
-            vectors = PairVectors(query_BRD, document_NRD[:pairs], negatives, batch.negative_mask, source_B, digests)
+            items = query_BRD, document_NRD[:pairs], negatives
+            numbers = batch.teacher_scores, batch.labels
+            vectors = PairVectors(*items, batch.negative_mask, source_B, digests, *numbers)
             return config.objectives.loss(vectors, mesh)
 
     return loss

@@ -3,6 +3,7 @@
     query, query_image            either or both
     positive, positive_image      either or both
     negatives, negative_images    lists of equal length, or only one of them; may be absent
+    teacher_scores, labels        lists of a number for the positive, then for each negative; may be absent (see `candidates`)
     source                        may be absent
 
 Images are paths relative to the file, or inline, as `datasets` stores them in Parquet. Other columns are not read;
@@ -12,6 +13,7 @@ a line names them.
 from functools import partial
 from pathlib import Path
 
+from metaembed_jax.data.sources.candidates import NUMBERS, read_numbers
 from metaembed_jax.data.sources.image_files import ImageFolder, image_stamps
 from metaembed_jax.data.sources.row_files import open_row_files, print_further_columns
 from metaembed_jax.data.sources.shards import RawSource
@@ -19,7 +21,7 @@ from metaembed_jax.errors import UserError
 
 IMAGE_COLUMNS = ("query_image", "positive_image", "negative_images")
 ENDINGS = (".jsonl", ".parquet")
-COLUMNS = {"query", "positive", "negatives", *IMAGE_COLUMNS, "source"}
+COLUMNS = {"query", "positive", "negatives", *IMAGE_COLUMNS, *NUMBERS, "source"}
 
 
 def find_sources(file: Path) -> list[RawSource]:
@@ -45,7 +47,7 @@ def to_record(row: dict, folder: ImageFolder, source: str) -> dict:
     """Return a row as a record.
 
     Raises:
-      UserError: a side has neither text nor image, the lists of negatives differ in length, or an image is broken.
+      UserError: a side has neither text nor image, the lists of candidates differ in length, or an image or number is broken.
     """
     texts, images = ([] if row.get(name) in (None, "") else row[name] for name in ("negatives", "negative_images"))
     if not isinstance(texts, list) or not isinstance(images, list):
@@ -64,4 +66,5 @@ def to_record(row: dict, folder: ImageFolder, source: str) -> dict:
             for number, (text, image) in enumerate(negatives)
         ],
         "source": row.get("source") or source,
+        **read_numbers(row.get("teacher_scores"), row.get("labels"), 1 + count),
     }

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from metaembed_jax import files
 from metaembed_jax.data.sources import descriptions, records, shards, splits
+from metaembed_jax.data.sources.candidates import NUMBERS
 from metaembed_jax.data.sources.corpus import CONTENT, IMAGES, SPANS, remove_copy
 from metaembed_jax.data.sources.shards import DATASET, TYPES, Job, RawSource
 from metaembed_jax.data.stamps import file_stamp
@@ -37,7 +38,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, locked, replacing
 from metaembed_jax.inputs.images import memory_limit
 
-VERSION = "2.0.0"
+VERSION = "2.1.0"
 # Files in the folder of a source. Runs store the sizes of items there.
 OWN = (
     *("dataset_info.json", "features.json", "job.json", records.MARKER, CONTENT, SPANS, IMAGES, shards.FOLDER),
@@ -56,7 +57,8 @@ def prepare_source(source: RawSource, out: Path, workers: int, skips: int) -> di
     Returns:
       The marker: {"version", "fingerprint", "inputs" (digest of the files that were read), "files", "images" that rows name by
       path, "components" of rows that are in the same split, "rows" of each split, "held_out" numbers of different items,
-      "queries" and "positives" of each type, "negatives", "bytes", "left_out" ([name of a row, reason], ...)}.
+      "queries" and "positives" of each type, "negatives", rows with "teacher_scores" and "labels", "bytes", "left_out" ([name of
+      a row, reason], ...)}.
 
     Raises:
       UserError: too many rows are bad, an id occurs twice (both name the first row), the source is prepared from other files, or
@@ -223,7 +225,7 @@ class _Preparation:
         missing = [shard for shard in range(self.job.shards) if shard not in digests]
         digests |= self._map(shards.write_digests, missing, "equal items", lambda content: len(content["stamps"]))
         pairs = [pair for shard in range(self.job.shards) for pair in digests[shard]["digests"]]
-        return splits.components_of([pair and (bytes.fromhex(pair[0]), bytes.fromhex(pair[1])) for pair in pairs])
+        return splits.components_of([pair and [*map(bytes.fromhex, pair)] for pair in pairs])
 
     def _write(self, written: dict[int, dict], known: bool) -> None:
         """Write the shards that are not in `written`, and add their counts to it.
@@ -335,7 +337,7 @@ def _finish(job: Job, final: Path, counts: Sequence[dict], components: int) -> d
             split: {side: _distinct(counts, split, side) for side in ("queries", "documents")} for split in records.HELD_OUT_SPLITS
         },
         **{side: {name: sum(shard[side][name] for shard in counts) for name, _ in TYPES} for side in ("queries", "positives")},
-        "negatives": sum(shard["negatives"] for shard in counts),
+        **{name: sum(shard[name] for shard in counts) for name in ("negatives", *NUMBERS)},
         "bytes": sum(shard["bytes"] for shard in counts),
         "left_out": left_out,
     }

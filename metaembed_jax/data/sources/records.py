@@ -1,10 +1,12 @@
 """The record of every source, on disk and in memory.
 
     item   = {"text": str (optional), "image": encoded bytes (optional)}
-    record = {"query": item, "positive": item, "negatives": [item, ...], "source": str}
+    record = {"query": item, "positive": item, "negatives": [item, ...], "source": str,
+              "teacher_scores": [float, ...], "labels": [float, ...]}      of positive and negatives (optional): see `candidates`
 
 On disk a record is a `tf.Example` in ArrayRecord, written by TensorFlow Datasets (TensorFlow itself is never imported). An absent
-text or image is the empty string there. Images stay encoded until a batch needs them; `descriptions` has their sizes.
+text or image is the empty string there, and absent scores or labels are empty lists. Images stay encoded until a batch needs them;
+`descriptions` has their sizes.
 """
 
 import contextlib
@@ -21,6 +23,7 @@ from tensorflow_datasets.core.decode import DeserializeMethod
 from tensorflow_datasets.proto import tf_example_pb2
 
 from metaembed_jax.data.sources import descriptions
+from metaembed_jax.data.sources.candidates import NUMBERS, further_positives
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import read_json, write_json
 
@@ -35,8 +38,9 @@ def features() -> tfds.features.FeaturesDict:
     def item():
         return {"text": tfds.features.Text(), "image": tfds.features.Tensor(shape=(), dtype=np.object_)}
 
-    negatives = tfds.features.Sequence(item())
-    return tfds.features.FeaturesDict({"query": item(), "positive": item(), "negatives": negatives, "source": tfds.features.Text()})
+    numbers = {name: tfds.features.Sequence(np.float32) for name in NUMBERS}
+    items = {"query": item(), "positive": item(), "negatives": tfds.features.Sequence(item())}
+    return tfds.features.FeaturesDict({**items, "source": tfds.features.Text(), **numbers})
 
 
 def to_example(record: dict) -> dict:
@@ -50,6 +54,7 @@ def to_example(record: dict) -> dict:
         "positive": full(record["positive"]),
         "negatives": [full(item) for item in record.get("negatives", ())],
         "source": record["source"],
+        **{name: record.get(name, ()) for name in NUMBERS},
     }
 
 
@@ -67,6 +72,7 @@ def from_bytes(serialized: bytes) -> dict:
         "positive": items("positive")[0],
         "negatives": items("negatives"),
         "source": feature["source"].bytes_list.value[0].decode(),
+        **{name: list(numbers) for name in NUMBERS if (numbers := feature[name].float_list.value)},
     }
 
 
@@ -205,10 +211,11 @@ def pairs_retrieval(pairs: Sequence[dict]) -> Retrieval:
         if number == len(queries):
             queries.append(query)
             relevance.append(set())
-        document = document_numbers.setdefault(_key(positive), len(documents))
-        if document == len(documents):
-            documents.append(positive)
-        relevance[number].add(document)
+        for item in (positive, *further_positives(record)):
+            document = document_numbers.setdefault(_key(item), len(documents))
+            if document == len(documents):
+                documents.append(item)
+            relevance[number].add(document)
     return Retrieval(queries, documents, relevance)
 
 

@@ -23,6 +23,7 @@ from tensorflow_datasets.core import example_serializer
 
 from metaembed_jax.data.digests import content_digest
 from metaembed_jax.data.sources import descriptions, records
+from metaembed_jax.data.sources.candidates import NUMBERS, further_positives
 from metaembed_jax.data.sources.corpus import Corpus
 from metaembed_jax.data.sources.image_files import unread_pages
 from metaembed_jax.data.sources.row_files import Rows, read_each
@@ -117,14 +118,15 @@ def read_stamps(job: Job, shard: int) -> list[int]:
 
 
 def write_digests(job: Job, shard: int) -> dict:
-    """Write digests of the query and the positive of each row of a shard (null for a bad row), and return the file's content."""
+    """Write digests of the query and the positives of each row of a shard (null for a bad row), and return the file's content."""
     content = {"inputs": job.whole_inputs, "images": 0, "stamps": [], "digests": []}
     for _, row, stamp, images in job.read(shard):
         digests = None
         if isinstance(row, dict):
             try:
                 record = job.source.record(row)
-                digests = [content_digest(record[role]).hex() for role in ("query", "positive")]
+                items = record["query"], record["positive"], *further_positives(record)
+                digests = [content_digest(item).hex() for item in items]
             except UserError:  # named when the row is written
                 pass
         content["images"] += images
@@ -158,7 +160,8 @@ def write_shard(job: Job, shard: int) -> dict:
             if len(counts["left_out"]) > job.skips:
                 break
             continue
-        serialized = serializer.serialize_example(features.encode_example(records.to_example(record)))
+        example = serializer.get_tf_example(features.encode_example(records.to_example(record)))
+        serialized = example.SerializeToString(deterministic=True)  # the order of its keys is random otherwise
         split = job.held_out.get(number, "train")
         writers[split].write(serialized)
         lines[split].append(line)
@@ -182,6 +185,7 @@ def _no_counts(job: Job, shard: int) -> dict:
         "read": 0,
         "images": 0,
         "negatives": 0,
+        **dict.fromkeys(NUMBERS, 0),
         "bytes": 0,
         "unread_pages": 0,
         "left_out": [],
@@ -195,17 +199,21 @@ def _no_counts(job: Job, shard: int) -> dict:
 def _count(counts: dict, record: dict, split: str) -> None:
     counts["rows"][split] += 1
     counts["negatives"] += len(record["negatives"])
+    for name in NUMBERS:
+        counts[name] += bool(record.get(name))
     counts["unread_pages"] += sum(map(unread_pages, (record["query"], record["positive"], *record["negatives"])))
     for side, held_out, item in (("queries", "queries", record["query"]), ("positives", "documents", record["positive"])):
         counts[side][next(name for name, fits in TYPES if fits(item))] += 1
         if split in records.HELD_OUT_SPLITS:
-            counts["held_out"][split][held_out].append(content_digest(item).hex())
+            items = [item, *further_positives(record)] if held_out == "documents" else [item]
+            counts["held_out"][split][held_out] += [content_digest(item).hex() for item in items]
 
 
 def _digest(record: dict) -> bytes:
-    """Return a digest of the texts and images of a record; its bytes on disk may have their keys in any order."""
+    """Return a digest of the texts, images and numbers of a record."""
     items = [record["query"], record["positive"], *record["negatives"]]
-    return hashlib.sha256(repr((record["source"], [content_digest(item) for item in items])).encode()).digest()
+    numbers = [record[name] for name in NUMBERS if record.get(name)]
+    return hashlib.sha256(repr((record["source"], [content_digest(item) for item in items], *numbers)).encode()).digest()
 
 
 def counts_file(directory: Path, shard: int) -> Path:

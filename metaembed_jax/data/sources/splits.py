@@ -15,15 +15,16 @@ MOST_HELD_OUT_ROWS = 256
 LARGEST_SHARE = 8  # a component of more than an eighth of the rows is always for training
 
 
-def components_of(contents: Sequence[tuple[bytes, bytes] | None]) -> Int[np.ndarray, "R"]:
+def components_of(contents: Sequence[Sequence[bytes] | None]) -> Int[np.ndarray, "R"]:
     """Return the number of each row's component.
 
     Args:
-      contents: digests of each row's query and positive; None for a row that shares nothing.
+      contents: digests of each row's query, positive and further positives; None for a row that shares nothing.
     """
     numbers, edges, rows = {}, [], len(contents)
     for row, digests in enumerate(contents):
-        edges += [(row, rows + numbers.setdefault(key, len(numbers))) for key in enumerate(digests or ())]
+        keys = [(number > 0, digest) for number, digest in enumerate(digests or ())]
+        edges += [(row, rows + numbers.setdefault(key, len(numbers))) for key in keys]
     nodes = rows + len(numbers)
     first, second = np.array(edges, np.int64).reshape(-1, 2).T
     graph = scipy.sparse.coo_matrix((np.ones(len(edges), bool), (first, second)), (nodes, nodes))

@@ -4,18 +4,22 @@
                query_id, query, positive_passages, negative_passages                                  such as Tevatron/wiki-ss-nq
     corpus     docid, image, text                                              Tevatron/colpali-corpus, Tevatron/wiki-ss-corpus
 
-Passages are objects with a `docid`; other columns are not read. (The columns are those that the Hub shows of these sets, and that
-`src/tevatron/retriever/dataset.py` and `scripts/dataset_transform_scripts` of github.com/texttron/tevatron read and write.)
+Passages are objects with a `docid`. They may have a `score`, that of a teacher, as where Tevatron distils, and a `label`, the
+weight of a right answer; ids may be such objects too. Other columns are not read. (The columns are those that the Hub shows of
+these sets, and that `src/tevatron/retriever/dataset.py` and `scripts/dataset_transform_scripts` of github.com/texttron/tevatron
+read and write.)
 
 Both tables are found by their columns, in Parquet or JSON lines anywhere in the folder. If some files are called train-*, the
-others are left out, because they are of other splits. The first positive is taken, and the first `NEGATIVES` negatives: each is a
-page, and a set has 20 of them for a query.
+others are left out, because they are of other splits. The first positive is taken, then `NEGATIVES` documents (each is a page, and
+a set has 20 negatives for a query): other positives that have a label, which are further positives, then negatives.
 """
 
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+from metaembed_jax.data.sources.candidates import read_numbers
 from metaembed_jax.data.sources.corpus import Corpus, CorpusCopy
 from metaembed_jax.data.sources.image_files import ImageFolder, image_stamps
 from metaembed_jax.data.sources.row_files import open_row_files, read_columns
@@ -51,27 +55,50 @@ def find_sources(directory: Path) -> list[RawSource]:
     return [RawSource(source, rows, record, images, Corpus(open_row_files(corpus), document_ids))]
 
 
+class Passage(NamedTuple):
+    """A document that a row names.
+
+    Attributes:
+      score, label: as the row gives them; None if it does not.
+    """
+
+    docid: str
+    score: object
+    label: object
+
+
 def document_ids(row: dict) -> list[str]:
-    """Return the ids of a row's positive, then of its negatives.
+    """Return the ids of a row's positive, then of its further documents.
 
     Raises:
       UserError: there is no positive, or a column is not a list.
     """
+    return [passage.docid for passage in _candidates(row)]
+
+
+def _candidates(row: dict) -> list[Passage]:
     positive, negative = next((form[2:] for form in FORMS if form[2] in row), FORMS[0][2:])
-    positives, negatives = _ids(positive, row.get(positive)), _ids(negative, row.get(negative))
+    positives, negatives = _passages(positive, row.get(positive)), _passages(negative, row.get(negative))
     if not positives:
         raise UserError(f"{positive} is empty; a query needs a document that answers it")
-    return [positives[0], *[docid for docid in negatives if docid not in positives][:NEGATIVES]]
+    first, *others = positives
+    answers = {passage.docid for passage in positives}
+    further = list({passage.docid: passage for passage in others if passage.label and passage.docid != first.docid}.values())
+    further += [passage._replace(label=0) for passage in negatives if passage.docid not in answers]
+    return [first._replace(label=1.0 if first.label is None else first.label), *further[:NEGATIVES]]
 
 
 def to_record(row: dict, folder: ImageFolder, source: str, corpus: CorpusCopy) -> dict:
     """Return a row of queries as a record.
 
     Raises:
-      UserError: the query is empty, the corpus lacks a document, or an image is broken.
+      UserError: the query is empty, the corpus lacks a document, or an image, a score or a label is broken.
     """
-    positive, *negatives = (corpus.read(docid) for docid in document_ids(row))
-    return {"query": _query(row, folder), "positive": positive, "negatives": negatives, "source": source}
+    passages = _candidates(row)
+    positive, *negatives = (corpus.read(passage.docid) for passage in passages)
+    _, scores, labels = map(list, zip(*passages, strict=True))
+    numbers = read_numbers(scores, labels, len(passages), ("score", "label"))
+    return {"query": _query(row, folder), "positive": positive, "negatives": negatives, "source": source, **numbers}
 
 
 def _query(row: dict, folder: ImageFolder) -> dict:
@@ -87,13 +114,13 @@ def _query(row: dict, folder: ImageFolder) -> dict:
     return query
 
 
-def _ids(column: str, values: object) -> list[str]:
+def _passages(column: str, values: object) -> list[Passage]:
     if not isinstance(values, list | None):
         raise UserError(f"{column}: expected a list, not {type(values).__name__}")
-    ids = [value.get("docid") if isinstance(value, dict) else value for value in values or ()]
-    if wrong := [docid for docid in ids if not isinstance(docid, str | int)]:
-        raise UserError(f"{column} has the docid {wrong[0]!r}; expected a string or an integer")
-    return [str(docid) for docid in ids]
+    passages = [value if isinstance(value, dict) else {"docid": value} for value in values or ()]
+    if wrong := [passage for passage in passages if not isinstance(passage.get("docid"), str | int)]:
+        raise UserError(f"{column} has the docid {wrong[0].get('docid')!r}; expected a string or an integer")
+    return [Passage(str(passage["docid"]), passage.get("score"), passage.get("label")) for passage in passages]
 
 
 def _files_of_one_set(directory: Path, content: str, files: Iterable[Path]) -> list[Path]:
