@@ -19,7 +19,7 @@ from metaembed_jax.backbones.attention import attention, attention_implementatio
 from metaembed_jax.backbones.attention_windows import window_attention
 from metaembed_jax.backbones.layers import Linear, inverse_frequencies
 from metaembed_jax.backbones.llama_vision import vision
-from metaembed_jax.check import references
+from metaembed_jax.check import loss_reference, references
 from metaembed_jax.check.case import SHORT, Case
 from metaembed_jax.late_interaction import matryoshka, maxsim
 from metaembed_jax.late_interaction.groups import GROUPS
@@ -331,8 +331,8 @@ def loss_case(mesh: Mesh, sizes: Sizes, dtype: str) -> Case:
 
     def reference():
         query, positive, negatives = vectors
-        loss, gradients, losses, _ = references.matryoshka(query, positive, negatives, GROUPS)
-        return {"loss": loss, "losses": losses, "gradient": gradients}
+        loss, gradients, figures = loss_reference.matryoshka(query, positive, negatives, GROUPS)
+        return {"loss": loss, "losses": figures["loss"], "gradient": gradients}
 
     (r_q, r_c), documents = GROUPS[-1], pairs + 1
     return Case(

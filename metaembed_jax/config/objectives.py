@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from metaembed_jax.config.section import Positive, PositiveNumber, Section, annotations
+from metaembed_jax.config.section import NonNegativeNumber, Positive, PositiveNumber, Section, annotations
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS, Budget
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
@@ -70,6 +70,13 @@ class MatryoshkaConfig(Section):
     groups: tuple[tuple[Positive, Positive], ...] = GROUPS  # budgets, nested
     temperature: PositiveNumber = 0.03
     normalization: Literal["code", "paper"] = "code"  # code: mean over groups; paper: sum
+    self_distillation: NonNegativeNumber = 0.0  # weight with which the largest group teaches each smaller one; 0: not used
+    self_distillation_temperature: PositiveNumber | None = None  # of both; None: `temperature`
+    symmetric: NonNegativeNumber = 0.0  # weight of the ranking of queries by positives; 0: not used
+    false_negative_margin: NonNegativeNumber | None = None  # mean cosine above the positive's beyond which a document is not ranked
+    teacher_weight: NonNegativeNumber = 0.0  # weight of the sources' teacher_scores; 0: not used
+    teacher_loss: Literal["kl", "margin"] = "kl"  # of the candidates' distribution, or of their margins to the positive
+    teacher_temperature: PositiveNumber = 1.0  # of the teacher; the model's is `temperature`
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -89,6 +96,15 @@ class MatryoshkaConfig(Section):
             negative_mask=vectors.negative_mask,
             sources=vectors.sources,
             digests=vectors.digests,
+            labels=vectors.labels,
+            teacher_scores=vectors.teacher_scores,
+            self_distillation=self.self_distillation,
+            self_distillation_temperature=self.self_distillation_temperature,
+            symmetric=self.symmetric,
+            false_negative_margin=self.false_negative_margin,
+            teacher_weight=self.teacher_weight,
+            teacher_loss=self.teacher_loss,
+            teacher_temperature=self.teacher_temperature,
         )
 
     def flops(self, pairs: int, documents: int, width: int) -> float:

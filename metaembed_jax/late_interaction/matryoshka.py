@@ -8,6 +8,7 @@ are those of this device, and the positives are those of all devices, N.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,65 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.budgets import budget_name
 from metaembed_jax.late_interaction.groups import GROUPS, Budget, validate_groups
 from metaembed_jax.late_interaction.margins import score_margins
 from metaembed_jax.late_interaction.right_documents import ItemDigests, check_digests, ranked_documents
+from metaembed_jax.late_interaction.terms import (
+    Terms,
+    check_terms,
+    cross_entropies,
+    hits,
+    positive_scores,
+    self_distillation_losses,
+    symmetric_losses,
+    targets,
+    teacher_losses,
+    without_false_negatives,
+)
 from metaembed_jax.sharding import BATCH_AXES, batch_shards
+
+
+class Pairs(NamedTuple):
+    """Vectors and facts of pairs, as the arguments of `matryoshka_loss`. A device has those of its pairs."""
+
+    query: Float[Array, "B Rq D"]
+    document: Float[Array, "B Rc D"]
+    negatives: Float[Array, "B K Rc D"]
+    negative_mask: Bool[Array, "B K"]
+    labels: Float[Array, "B C"] | None
+    teacher_scores: Float[Array, "B C"] | None
+
+
+class Shared(NamedTuple):
+    """What every device has whole: facts of all pairs, and the temperature."""
+
+    sources: Int[Array, "B"]
+    digests: ItemDigests | None
+    temperature: Float[Array, ""]
+
+
+class Settings(NamedTuple):
+    """What a compiled loss is made for."""
+
+    groups: tuple[Budget, ...]
+    terms: Terms
+    chunk: int | None
+
+
+class Sums(NamedTuple):
+    """Sums over queries for each group, [G], and the numbers of rows and of hard negatives that are not ranked, [2].
+
+    None: not used.
+    """
+
+    loss: Array
+    accuracy: Array
+    self_distillation: Array | None
+    symmetric: Array | None
+    teacher: Array | None
+    same: Array
+    false_negatives: Array | None
 
 
 def matryoshka_loss(
@@ -33,11 +89,29 @@ def matryoshka_loss(
     negative_mask: Bool[Array, "B K"] | None = None,
     sources: Int[Array, "B"] | None = None,
     digests: ItemDigests | None = None,
+    *,
+    labels: Float[Array, "B C"] | None = None,
+    teacher_scores: Float[Array, "B C"] | None = None,
+    self_distillation: float = 0.0,
+    self_distillation_temperature: float | None = None,
+    symmetric: float = 0.0,
+    false_negative_margin: float | None = None,
+    teacher_weight: float = 0.0,
+    teacher_loss: str = "kl",
+    teacher_temperature: float = 1.0,
 ) -> tuple[Array, dict[str, Array]]:
-    """Return the cross-entropy from queries to documents, for each group, averaged over the queries.
+    """Return the cross-entropy from queries to documents, for each group, averaged over the queries, and further weighted terms.
 
     A query ranks the positives of the whole global batch, its own at its own row, and its own hard negatives. The positives of all
     queries that are the same as it are right documents of it: it ranks no other row or hard negative that holds one of them.
+
+    The loss of group g is CE_g + symmetric * S_g + self_distillation * KL(p_L || p_g) + teacher_weight * T_g:
+      CE_g: the cross-entropy of the softmax of s_g / temperature over the documents that a query ranks.
+      S_g: the same with the sides exchanged: each positive ranks the queries that rank it.
+      p_g: the softmax of s_g / self_distillation_temperature over the documents that a query ranks; p_L is that of the largest
+        group, without a gradient (Hinton et al. 2015, arXiv 1503.02531).
+      T_g: the distance of the group's scores of a query's own C = 1 + K candidates, its positive and then its hard negatives, from
+        a teacher's scores.
 
     Args:
       query_BRD: unit vectors, float32 or bfloat16; similarities and logits are float32.
@@ -50,52 +124,115 @@ def matryoshka_loss(
       negative_mask: False marks hard negatives that are padding; None if there is no padding.
       sources: a number for each pair. A query does not rank positives of other sources; None if it ranks all.
       digests: says which items are the same; None if no two are.
+      labels: non-negative weights of a query's candidates; divided by their sum, they are the target of its cross-entropy. A
+        candidate above 0 is a right document. None: 1 for the positive, 0 for the others.
+      teacher_scores: of a query's candidates, on any scale; NaN if missing. Without a score of its positive, a query does not take
+        part in T_g.
+      self_distillation: weight of the divergence of each smaller group from the largest.
+      self_distillation_temperature: None: `temperature`. The term is multiplied by the square of their ratio, so that the size of
+        its gradient hardly depends on it.
+      symmetric: weight of the ranking of queries by positives.
+      false_negative_margin: a document with s_L(q, d) > s_L(q, positive) + margin * r_q, a difference of mean cosines, is not
+        ranked, except by accuracy (GISTEmbed, Solatorio 2024, arXiv 2402.16829). Candidates with a label above 0 stay. None: all
+        documents are ranked.
+      teacher_weight: weight of the distance from the teacher.
+      teacher_loss: of logits s_g / temperature and teacher_scores / teacher_temperature, "kl" is KL(teacher || g) of their
+        softmaxes, and "margin" the mean over hard negatives of the squared difference of their margins to the positive (Margin-MSE,
+        Hofstätter et al. 2020, arXiv 2010.02666).
 
     Returns:
-      The loss, and for each group "loss/r_q:r_c" and "accuracy/r_q:r_c", float32 scalars. Accuracy is the share of queries whose
-      positive scores strictly above every other document: a tie is a miss. If vectors tie for a maximum, the gradient goes to the
-      first. With `digests`, also "same/documents" and "same/negatives", the numbers of other rows and of hard negatives of the
-      batch that are not ranked because they hold a right document.
+      The loss, and for each group "loss/r_q:r_c", which is CE_g, and "accuracy/r_q:r_c", float32 scalars. Accuracy is the share of
+      queries with a right document that scores strictly above every wrong one: a tie is a miss. If vectors tie for a maximum, the
+      gradient goes to the first. Terms in use are "self_distillation/r_q:r_c", "symmetric/r_q:r_c" and "teacher/r_q:r_c". With
+      `digests`, also "same/documents" and "same/negatives", the numbers of other rows and of hard negatives of the batch that are
+      not ranked because they hold a right document; with `false_negative_margin`, also "false_negatives/documents" and
+      "false_negatives/negatives".
 
     Raises:
       UserError: the shapes do not match, an option has an unknown value, or the batch is not a multiple of the mesh's shards.
     """
-    query_BRD, document_BRD = jnp.asarray(query_BRD), jnp.asarray(document_BRD)
-    if negatives is None:
-        negatives = jnp.zeros((document_BRD.shape[0], 0, *document_BRD.shape[1:]), document_BRD.dtype)
-    negatives = jnp.asarray(negatives)
-    negative_mask = jnp.ones(negatives.shape[:2], bool) if negative_mask is None else jnp.asarray(negative_mask)
-    sources = jnp.zeros(query_BRD.shape[:1], jnp.int32) if sources is None else jnp.asarray(sources)
-    _check_shapes(query_BRD, document_BRD, negatives, negative_mask, sources)
-    if digests is not None:
-        digests = ItemDigests(*map(jnp.asarray, digests))
-        check_digests(digests, negative_mask.shape)
-    _check_options(normalization, temperature, chunk)
-    _check_mesh(len(query_BRD), mesh)
-    groups = validate_groups(groups, query_BRD.shape[1], document_BRD.shape[1])
-    r_q, r_c = groups[-1]
-    vectors = query_BRD[:, :r_q], document_BRD[:, :r_c], negatives[:, :, :r_c]
-    facts = negative_mask, sources, digests
-    losses_G, accuracies_G, same_2 = _group_losses(
-        *vectors, *facts, jnp.float32(temperature), groups=groups, mesh=mesh, chunk=chunk
+    terms = Terms(
+        self_distillation=self_distillation,
+        self_distillation_temperature=self_distillation_temperature,
+        symmetric=symmetric,
+        false_negative_margin=false_negative_margin,
+        teacher_weight=teacher_weight,
+        teacher_loss=teacher_loss,
+        teacher_temperature=teacher_temperature,
     )
-    metrics = {} if digests is None else {"same/documents": same_2[0], "same/negatives": same_2[1]}
-    for name, values_G in (("loss", losses_G), ("accuracy", accuracies_G)):
-        metrics |= {f"{name}/{r_q}:{r_c}": value for (r_q, r_c), value in zip(groups, values_G, strict=True)}
-    return losses_G.mean() if normalization == "code" else losses_G.sum(), metrics
+    check_terms(terms)
+    _check_options(normalization, temperature, chunk)
+    pairs = _pairs(query_BRD, document_BRD, negatives, negative_mask, labels, teacher_scores, teacher_weight)
+    sources = jnp.zeros(pairs.query.shape[:1], jnp.int32) if sources is None else jnp.asarray(sources)
+    digests = None if digests is None else ItemDigests(*map(jnp.asarray, digests))
+    _check_shapes(pairs, sources, digests)
+    _check_mesh(len(pairs.query), mesh)
+    groups = validate_groups(groups, pairs.query.shape[1], pairs.document.shape[1])
+    r_q, r_c = groups[-1]
+    pairs = pairs._replace(query=pairs.query[:, :r_q], document=pairs.document[:, :r_c], negatives=pairs.negatives[:, :, :r_c])
+    shared = Shared(sources, digests, jnp.float32(temperature))
+    means = _group_losses(pairs, shared, settings=Settings(groups, terms, chunk), mesh=mesh)
+    figures, losses_G = _figures(means, groups, digests is not None), _weighted(means, terms)
+    return losses_G.mean() if normalization == "code" else losses_G.sum(), figures
 
 
-def _check_shapes(query, document, negatives, negative_mask, sources):
-    shapes = f"query {query.shape}, document {document.shape}, negatives {negatives.shape}"
-    if query.ndim != 3 or document.ndim != 3 or negatives.ndim != 4:
+def _pairs(query, document, negatives, negative_mask, labels, teacher_scores, teacher_weight):
+    """Return the arrays of pairs; the teacher's scores only if they have a weight."""
+    query, document = jnp.asarray(query), jnp.asarray(document)
+    negatives = (
+        jnp.zeros((document.shape[0], 0, *document.shape[1:]), document.dtype) if negatives is None else jnp.asarray(negatives)
+    )
+    negative_mask = jnp.ones(negatives.shape[:2], bool) if negative_mask is None else jnp.asarray(negative_mask)
+    if teacher_weight and teacher_scores is None:
+        raise UserError(f"teacher_weight={teacher_weight}: the pairs have no teacher_scores; expected scores, or a weight of 0")
+    labels = None if labels is None else jnp.asarray(labels)
+    teacher_scores = jnp.asarray(teacher_scores) if teacher_weight else None
+    return Pairs(query, document, negatives, negative_mask, labels, teacher_scores)
+
+
+def _weighted(means, terms):
+    """Return the loss of each group."""
+    losses_G = means.loss
+    if means.self_distillation is not None:
+        losses_G += terms.self_distillation * means.self_distillation
+    if means.symmetric is not None:
+        losses_G += terms.symmetric * means.symmetric
+    if means.teacher is not None:
+        losses_G += terms.teacher_weight * means.teacher
+    return losses_G
+
+
+def _figures(means, groups, has_digests):
+    """Return the figures by name."""
+    figures = {"same/documents": means.same[0], "same/negatives": means.same[1]} if has_digests else {}
+    if means.false_negatives is not None:
+        documents, negatives = means.false_negatives
+        figures |= {"false_negatives/documents": documents, "false_negatives/negatives": negatives}
+    for name in ("loss", "accuracy", "self_distillation", "symmetric", "teacher"):
+        values_G = getattr(means, name)
+        if values_G is not None:
+            figures |= {f"{name}/{budget_name(group)}": value for group, value in zip(groups, values_G, strict=True)}
+    return figures
+
+
+def _check_shapes(pairs, sources, digests):
+    query, document, negatives = pairs.query.shape, pairs.document.shape, pairs.negatives.shape
+    shapes = f"query {query}, document {document}, negatives {negatives}"
+    if len(query) != 3 or len(document) != 3 or len(negatives) != 4:
         raise UserError(f"matryoshka_loss: {shapes}: expected [B, R_q, D], [B, R_c, D] and [B, K, R_c, D]")
-    if query.shape[0] == 0 or query.shape[0] != document.shape[0] or query.shape[2] != document.shape[2]:
+    if query[0] == 0 or query[0] != document[0] or query[2] != document[2]:
         raise UserError(f"matryoshka_loss: {shapes}: expected at least one pair of a query and a document, of one width")
-    if (negatives.shape[0], *negatives.shape[2:]) != document.shape:
+    if (negatives[0], *negatives[2:]) != document:
         raise UserError(f"matryoshka_loss: {shapes}: expected negatives [B, K, R_c, D] with the documents' B, R_c and D")
-    if negative_mask.shape != negatives.shape[:2] or sources.shape != query.shape[:1]:
-        shapes = f"negative_mask {negative_mask.shape} and sources {sources.shape}"
-        raise UserError(f"matryoshka_loss: {shapes}: expected {negatives.shape[:2]} and {query.shape[:1]}")
+    if pairs.negative_mask.shape != negatives[:2] or sources.shape != query[:1]:
+        shapes = f"negative_mask {pairs.negative_mask.shape} and sources {sources.shape}"
+        raise UserError(f"matryoshka_loss: {shapes}: expected {negatives[:2]} and {query[:1]}")
+    candidates = negatives[0], 1 + negatives[1]
+    for name, values in (("labels", pairs.labels), ("teacher_scores", pairs.teacher_scores)):
+        if values is not None and values.shape != candidates:
+            raise UserError(f"matryoshka_loss: {name} {values.shape}: expected {candidates}, the positive first")
+    if digests is not None:
+        check_digests(digests, negatives[:2])
 
 
 def _check_mesh(pairs, mesh):
@@ -115,37 +252,48 @@ def _check_options(normalization, temperature, chunk):
         raise UserError(f"chunk={chunk}: expected a positive number of queries")
 
 
-@partial(jax.jit, static_argnames=("groups", "mesh", "chunk"))
-def _group_losses(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, digests, temperature, *, groups, mesh, chunk):
-    """Return losses [G] and accuracies [G] over the global batch, and the numbers of rows and negatives that are not ranked [2]."""
-    pairs = query_BRD.shape[0]
+@partial(jax.jit, static_argnames=("settings", "mesh"))
+def _group_losses(pairs, shared, *, settings, mesh):
+    """Return the means over the queries of the global batch, and its numbers of documents that are not ranked, as `Sums`."""
     if mesh is None:
-        ranked_BM, same_2 = ranked_documents(mask_BK, source_N, digests, 0)
-        losses_G, hits_G = _sums(query_BRD, document_BRD, negatives_BKRD, ranked_BM, temperature, 0, groups, chunk)
+        sums = _sums(pairs, shared, pairs.document, 0, settings, None)
     else:
         split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
 
-        @partial(jax.shard_map, mesh=mesh, in_specs=(split, split, split, split, whole, whole, whole), out_specs=whole)
-        def sums_of_shards(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, digests, temperature):
-            first = jax.lax.axis_index(BATCH_AXES) * query_BRD.shape[0]
+        @partial(jax.shard_map, mesh=mesh, in_specs=(split, whole), out_specs=whole)
+        def sums_of_shards(pairs, shared):
+            first = jax.lax.axis_index(BATCH_AXES) * pairs.query.shape[0]
             with jax.named_scope("gather"):
-                document_NRD = jax.lax.all_gather(document_BRD, BATCH_AXES, tiled=True)
-            ranked_BM, same_2 = ranked_documents(mask_BK, source_N, digests, first)
-            sums = _sums(query_BRD, document_NRD, negatives_BKRD, ranked_BM, temperature, first, groups, chunk)
-            return jax.lax.psum((*sums, same_2), BATCH_AXES)
+                document_NRD = jax.lax.all_gather(pairs.document, BATCH_AXES, tiled=True)
+            return jax.lax.psum(_sums(pairs, shared, document_NRD, first, settings, BATCH_AXES), BATCH_AXES)
 
-        losses_G, hits_G, same_2 = sums_of_shards(query_BRD, document_BRD, negatives_BKRD, mask_BK, source_N, digests, temperature)
-    return losses_G / pairs, hits_G / pairs, same_2
+        sums = sums_of_shards(pairs, shared)
+    queries = pairs.query.shape[0]
+    means = jax.tree.map(lambda sum_G: sum_G / queries, sums._replace(same=None, false_negatives=None))
+    return means._replace(same=sums.same, false_negatives=sums.false_negatives)
 
 
-def _sums(query_BRD, document_NRD, negatives_BKRD, ranked_BM, temperature, first, groups, chunk):
-    """Return the sums of losses [G] and hits [G] over this device's queries. Their positives are documents first, first + 1, ..."""
-    queries = query_BRD.shape[0]
-    positive_B = first + jnp.arange(queries)
-    margins_GBM = score_margins(query_BRD, document_NRD, negatives_BKRD, positive_B, groups, chunk)
-    margins_GBM = jnp.where(ranked_BM, margins_GBM, -jnp.inf)  # pyright: ignore[reportArgumentType]  custom_vjp loses the type
-    # The margin of the positive is 0, so the log of the sum is minus its log-probability.
-    losses_G = jax.nn.logsumexp(margins_GBM / temperature, axis=2).sum(1)
-    is_positive_BM = jnp.arange(margins_GBM.shape[2]) == positive_B[:, None]
-    hits_GB = jnp.all(is_positive_BM | (margins_GBM < 0), axis=2)
-    return losses_G, hits_GB.astype(jnp.float32).sum(1)
+def _sums(pairs, shared, document_NRD, first, settings, axes):
+    """Return the sums over this device's queries. Their positives are documents first, first + 1, ... of all."""
+    groups, terms, chunk = settings
+    temperature = shared.temperature
+    target_BC = None if pairs.labels is None else targets(pairs.labels, pairs.negative_mask)
+    ranked_BM, same_2 = ranked_documents(pairs.negative_mask, shared.sources, shared.digests, first, target_BC)
+    positive_B = first + jnp.arange(pairs.query.shape[0])
+    margins_GBM: Any = score_margins(pairs.query, document_NRD, pairs.negatives, positive_B, groups, chunk)
+    ranked_margins_GBM, false_2 = jnp.where(ranked_BM, margins_GBM, -jnp.inf), None
+    hits_of_all = partial(hits, ranked_margins_GBM, positive_B, target_BC)
+    if terms.false_negative_margin is not None:
+        largest = terms.false_negative_margin * groups[-1][0]
+        ranked_BM, false_2 = without_false_negatives(margins_GBM[-1], ranked_BM, target_BC, largest, document_NRD.shape[0])
+        ranked_margins_GBM = jnp.where(ranked_BM, margins_GBM, -jnp.inf)
+    losses_G = cross_entropies(ranked_margins_GBM, temperature, target_BC)
+    distillation_G = symmetric_G = teacher_G = None
+    if terms.self_distillation:
+        distillation_G = self_distillation_losses(margins_GBM, ranked_BM, temperature, terms.self_distillation_temperature)
+    if terms.symmetric:
+        scores_GB = positive_scores(pairs.query, pairs.document, groups, axes)
+        symmetric_G = symmetric_losses(margins_GBM, scores_GB, ranked_BM, temperature, first, axes)
+    if terms.teacher_weight:
+        teacher_G = teacher_losses(margins_GBM, pairs.teacher_scores, pairs.negative_mask, temperature, terms)
+    return Sums(losses_G, hits_of_all(), distillation_G, symmetric_G, teacher_G, same_2, false_2)

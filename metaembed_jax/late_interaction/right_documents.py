@@ -1,6 +1,7 @@
 """The documents that a query ranks: right documents other than its own positive are not its negatives.
 
-B pairs of the global batch, b of them on this device, K hard negatives of a pair, M = B + K documents, W words of a digest.
+B pairs of the global batch, b of them on this device, K hard negatives of a pair, C = 1 + K candidates, M = B + K documents, W
+words of a digest.
 """
 
 from typing import NamedTuple
@@ -39,7 +40,11 @@ def check_digests(digests: ItemDigests, pairs_and_negatives: tuple[int, ...]) ->
 
 
 def ranked_documents(
-    mask_bK: Bool[Array, "b K"], source_B: Int[Array, " B"], digests: ItemDigests | None, first: int | Int[Array, ""]
+    mask_bK: Bool[Array, "b K"],
+    source_B: Int[Array, " B"],
+    digests: ItemDigests | None,
+    first: int | Int[Array, ""],
+    target_bC: Float[Array, "b C"] | None,
 ) -> tuple[Bool[Array, "b M"], Float[Array, "2"]]:
     """Return which documents a device's queries rank, and how many rows and hard negatives they do not, as right documents.
 
@@ -48,6 +53,8 @@ def ranked_documents(
       source_B: a query ranks the positives of its source only.
       digests: says which items are the same; None if no two are.
       first: the queries are those of the pairs first, first + 1, ...
+      target_bC: shares of a query's positive and its hard negatives in its target. Hard negatives above 0 are right documents, and
+        the query ranks them, but no row that holds the same item. None: the positive alone.
     """
     queries = mask_bK.shape[0]
 
@@ -59,6 +66,11 @@ def ranked_documents(
         return jnp.concatenate([of_source_bB, mask_bK], axis=1), jnp.zeros(2, jnp.float32)
     is_own_bB = jnp.arange(source_B.shape[0]) == first + jnp.arange(queries)[:, None]
     is_right_bB, is_right_bK = _right_documents(digests, here)
+    if target_bC is not None:
+        is_target_bK = mask_bK & (target_bC[:, 1:] > 0)
+        holds_positive_bKB = _same(here(digests.negatives)[:, :, None], digests.positives)
+        is_right_bB |= (holds_positive_bKB & is_target_bK[..., None]).any(axis=1)
+        is_right_bK &= ~is_target_bK
     dropped_bB, dropped_bK = of_source_bB & is_right_bB & ~is_own_bB, mask_bK & is_right_bK
     same_2 = jnp.stack([dropped_bB.sum(), dropped_bK.sum()]).astype(jnp.float32)
     return jnp.concatenate([of_source_bB & ~dropped_bB, mask_bK & ~dropped_bK], axis=1), same_2

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from metaembed_jax.check.references import matryoshka
+from metaembed_jax.check.loss_reference import matryoshka
 from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.budgets import budget_name
 from metaembed_jax.late_interaction.groups import GROUPS, validate_groups
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.late_interaction.right_documents import ItemDigests
@@ -19,6 +20,18 @@ GROUP_SETS = [
     ((16, 64),),
     ((3, 5), (3, 9), (7, 9), (15, 60)),  # one side alone grows; vectors left over
 ]
+
+
+# The terms beside the cross-entropy, each with its settings.
+TERMS = {
+    "self_distillation": {"self_distillation": 0.5},
+    "soft self_distillation": {"self_distillation": 2.0, "self_distillation_temperature": 0.1},
+    "symmetric": {"symmetric": 0.7},
+    "false negatives": {"false_negative_margin": 0.001},
+    "teacher": {"teacher_weight": 0.8, "teacher_temperature": 2.0},
+    "teacher's margins": {"teacher_weight": 0.01, "teacher_loss": "margin", "teacher_temperature": 0.5},
+}
+ALL_TERMS = {name: value for options in TERMS.values() for name, value in options.items()}
 
 
 def unit(x):
@@ -47,6 +60,16 @@ def make_batch(batch, negatives, query_vectors=16, document_vectors=64, width=32
             return query, positive, hard
 
 
+def candidates(batch, negatives, seed=0):
+    """Return labels and a teacher's scores of each query's candidates: some further positives, some missing scores."""
+    rng = np.random.default_rng(seed)
+    labels = np.where(rng.random((batch, 1 + negatives)) < 0.4, rng.random((batch, 1 + negatives)), 0)
+    labels[:, 0] = 1
+    scores = 3 * rng.normal(size=(batch, 1 + negatives))
+    scores[rng.random(scores.shape) < 0.2] = np.nan
+    return {"labels": labels.astype(np.float32), "teacher_scores": scores.astype(np.float32)}
+
+
 def closest_contest(similarities):
     """Return the smallest gap between a similarity and the maximum of those before it."""
     before = np.maximum.accumulate(similarities, axis=-1)[..., :-1]
@@ -65,24 +88,27 @@ def relative(actual, expected):
     return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
-def assert_matches(vectors, groups, normalization="code", negative_mask=None, sources=None, digests=None, **options):
-    counts = {"negative_mask": negative_mask, "sources": sources, "digests": digests}
-    expected, expected_gradients, losses, accuracies = matryoshka(*vectors, groups, normalization=normalization, **counts)
-    options |= counts
-    (value, metrics), gradients = value_and_gradients(*vectors, groups=groups, normalization=normalization, **options)
+def assert_matches(vectors, groups, mesh=None, chunk=None, **options):
+    """Compare the loss, its gradients and its figures with the reference's, and return the loss."""
+    expected, expected_gradients, figures = matryoshka(*vectors, groups, **options)
+    (value, metrics), gradients = value_and_gradients(*vectors, groups=groups, mesh=mesh, chunk=chunk, **options)
     assert relative(value, expected) < TOLERANCE
     for actual, reference in zip(gradients, expected_gradients, strict=True):
         assert actual.shape == reference.shape and relative(actual, reference) < TOLERANCE
-    for (r_q, r_c), loss, accuracy in zip(groups, losses, accuracies, strict=True):
-        assert relative(metrics[f"loss/{r_q}:{r_c}"], loss) < TOLERANCE
-        assert metrics[f"accuracy/{r_q}:{r_c}"] == pytest.approx(accuracy)
+    for documents, number in zip(("documents", "negatives"), figures.pop("false_negatives", ()), strict=False):
+        assert metrics[f"false_negatives/{documents}"] == number
+    for name, values in figures.items():
+        for group, figure in zip(groups, values, strict=False):  # the largest group has no self-distillation
+            assert relative(metrics[f"{name}/{budget_name(group)}"], figure) < TOLERANCE
     return expected
 
 
-def test_reference_gradient_is_that_of_finite_differences():
+@pytest.mark.parametrize("options", [{}, *TERMS.values()], ids=["cross-entropy", *TERMS])
+def test_reference_gradient_is_that_of_finite_differences(options):
     vectors = [x.astype(np.float64) for x in make_batch(4, 2, 3, 6, 5)]
     groups, step, rng = ((1, 2), (3, 6)), 1e-6, np.random.default_rng(1)
-    _, gradients, _, _ = matryoshka(*vectors, groups)
+    options = options | candidates(4, 2) | {"fixed": vectors}
+    gradients = matryoshka(*vectors, groups, **options).gradients
     for k, gradient in enumerate(gradients):
         for _ in range(20):
             index = tuple(rng.integers(0, size) for size in gradient.shape)
@@ -90,8 +116,8 @@ def test_reference_gradient_is_that_of_finite_differences():
             for sign in (1, -1):
                 moved = [x.copy() for x in vectors]
                 moved[k][index] += sign * step
-                ends.append(matryoshka(*moved, groups)[0])
-            assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(gradient[index], rel=1e-5, abs=1e-7)
+                ends.append(matryoshka(*moved, groups, **options).loss)
+            assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(gradient[index], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("negatives", [0, 1, 3])
@@ -113,6 +139,25 @@ def test_masked_negatives_and_other_sources_do_not_count(sharded):
     masked_by_source = assert_matches(batch, GROUPS, mesh=mesh, negative_mask=mask, sources=sources)
     masked = assert_matches(batch, GROUPS, mesh=mesh, negative_mask=mask)
     assert masked_by_source < masked < assert_matches(batch, GROUPS, mesh=mesh)
+
+
+def check_terms(options, negatives, sharded=False):
+    """Compare terms with the reference's where some negatives are padding, items are the same, and there are two sources."""
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "fsdp")) if sharded else None
+    batch, rng = make_batch(16, negatives, 4, 8), np.random.default_rng(4)
+    items = digests_of(rng.integers(0, 12, 16), rng.integers(0, 12, 16), rng.integers(0, 20, (16, negatives)))
+    facts = {"negative_mask": rng.random((16, negatives)) < 0.8, "digests": items, "sources": rng.integers(0, 2, 16)}
+    assert_matches(batch, ((1, 1), (2, 4), (4, 8)), mesh=mesh, **options, **facts, **candidates(16, negatives))
+
+
+@pytest.mark.parametrize("options", TERMS.values(), ids=TERMS)
+def test_terms_equal_the_reference(options):
+    check_terms(options, 3)
+
+
+@pytest.mark.parametrize("negatives", [0, 3])
+def test_terms_over_a_mesh_equal_the_reference(negatives):
+    check_terms(ALL_TERMS, negatives, sharded=True)
 
 
 def digests_of(queries, positives, negatives):
@@ -199,10 +244,10 @@ def test_duplicate_negative_is_a_miss_and_a_lone_pair_is_a_hit():
 def test_bfloat16_vectors_are_scored_in_float32():
     exact = make_batch(6, 1)
     batch = [jnp.asarray(x, jnp.bfloat16) for x in exact]
-    expected, expected_gradients, _, _ = matryoshka(*[np.asarray(x, np.float32) for x in batch], GROUPS)
+    expected, expected_gradients, _ = matryoshka(*[np.asarray(x, np.float32) for x in batch], GROUPS)
     (value, _), gradients = value_and_gradients(*batch, groups=GROUPS)
     assert value.dtype == jnp.float32 and relative(value, expected) < TOLERANCE
-    assert relative(value, matryoshka(*exact, GROUPS)[0]) < 1e-2
+    assert relative(value, matryoshka(*exact, GROUPS).loss) < 1e-2
     for actual, reference in zip(gradients, expected_gradients, strict=True):
         assert actual.dtype == jnp.bfloat16 and relative(actual.astype(jnp.float32), reference) < 1e-2
 
