@@ -21,7 +21,7 @@ class Reference(NamedTuple):
     """
 
     loss: float
-    gradients: tuple[np.ndarray, np.ndarray, np.ndarray]
+    gradients: tuple[np.ndarray, ...]
     figures: dict
 
 

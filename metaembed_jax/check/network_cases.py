@@ -24,8 +24,8 @@ from metaembed_jax.backbones.family import family
 from metaembed_jax.batch import rows, training
 from metaembed_jax.batch.rows import Batch
 from metaembed_jax.batch.training import TrainingBatch, put
-from metaembed_jax.check import references
 from metaembed_jax.check.case import SHORT, Case
+from metaembed_jax.check.loss_reference import matryoshka
 from metaembed_jax.checkpoints.loading import run_processor
 from metaembed_jax.config.keys import with_keys
 from metaembed_jax.config.objectives import MatryoshkaConfig, ObjectivesConfig
@@ -192,13 +192,13 @@ def expected_loss(
     vectors_TD = vectors_nVD.reshape(-1, vectors_nVD.shape[-1])
     query, documents, pairs = vectors_TD[query_BR], vectors_TD[document_NR], len(query_BR)
     negatives = documents[pairs:].reshape(pairs, -1, *documents.shape[1:])
-    loss, (d_query, d_positive, d_negatives), losses, _ = references.matryoshka(
+    loss, (d_query, d_positive, d_negatives), figures = matryoshka(
         query, documents[:pairs], negatives, **dataclasses.asdict(objectives.matryoshka)
     )
     d_vectors_TD = np.zeros_like(vectors_TD)
     np.add.at(d_vectors_TD, query_BR, d_query)
     np.add.at(d_vectors_TD, document_NR, np.concatenate([d_positive, d_negatives.reshape(-1, *documents.shape[1:])]))
-    return loss, losses, d_vectors_TD.reshape(vectors_nVD.shape)
+    return loss, figures["loss"], d_vectors_TD.reshape(vectors_nVD.shape)
 
 
 class RandomPairs(Sequence):
