@@ -44,7 +44,7 @@ def ranked_documents(
     source_B: Int[Array, " B"],
     digests: ItemDigests | None,
     first: int | Int[Array, ""],
-    target_bC: Float[Array, "b C"] | None,
+    target_bC: Float[Array, "b C"] | None = None,
 ) -> tuple[Bool[Array, "b M"], Float[Array, "2"]]:
     """Return which documents a device's queries rank, and how many rows and hard negatives they do not, as right documents.
 

@@ -44,6 +44,29 @@ def test_the_loss_is_the_sum_of_all_that_are_set():
     assert both.flops(6, 7, 8) == 2 * 6 * 7 * 8 * (2 * 4 + 3 * 3)
 
 
+def test_keys_of_terms_reach_the_loss():
+    pairs = vectors()
+    negatives = np.roll(pairs.document_BRD, 1, axis=0)[:, None]
+    labels = np.array([[1, 0.5]] * 6, np.float32)
+    pairs = pairs._replace(negatives=negatives, labels=labels, teacher_scores=np.array([[1, 0]] * 6, np.float32))
+    keys = {
+        "self_distillation": 0.5,
+        "self_distillation_temperature": 0.2,
+        "symmetric": 0.5,
+        "false_negative_margin": 0.01,
+        "teacher_weight": 0.5,
+        "teacher_loss": "margin",
+        "teacher_temperature": 2.0,
+    }
+    loss, figures = dataclasses.replace(FIRST, **keys).loss(pairs, None)
+    arrays = {"labels": labels, "teacher_scores": pairs.teacher_scores}
+    expected, _ = matryoshka_loss(pairs.query_BRD, pairs.document_BRD, negatives, groups=FIRST.groups, **arrays, **keys)
+    assert loss == expected != matryoshka_loss(pairs.query_BRD, pairs.document_BRD, negatives, groups=FIRST.groups, labels=labels)[0]
+    assert figures.keys() >= {"self_distillation/1:1", "symmetric/2:4", "teacher/2:4", "false_negatives/documents"}
+    with pytest.raises(UserError, match="teacher_weight=0.5: the pairs have no teacher_scores"):
+        dataclasses.replace(FIRST, **keys).loss(pairs._replace(teacher_scores=None), None)
+
+
 def test_one_objective_is_the_loss_alone():
     loss, figures = TwoObjectives(matryoshka=FIRST).loss(vectors(), None)
     expected, theirs = FIRST.loss(vectors(), None)
