@@ -21,7 +21,8 @@ import metaembed_jax as me
 from metaembed_jax.data import sources
 from metaembed_jax.data.sources.records import SPLITS
 from metaembed_jax.late_interaction.budgets import budget_name, search_name
-from metaembed_jax.late_interaction.stages import as_stages
+from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.stages import as_stages, scored_documents
 from metaembed_jax.retrieval.calibration import choose_rank, count_survivors
 from metaembed_jax.retrieval.manifest import DTYPES
 
@@ -75,9 +76,9 @@ def print_budgets(document: np.ndarray, sample: np.ndarray, query: np.ndarray, r
         budgets.append([(*first, calibration.survivors), FULL])
     print(f"{'budget':22} {'multiply-adds':>14} {f'recall of top {K}':>16} {'ms a query of all':>18} {'ms of one':>10}")
     for budget in budgets:
-        stages = as_stages(budget, *FULL)
-        scored = [len(index), *(stage[2] for stage in stages[:-1])]
-        share = sum(items * stage[0] * stage[1] for items, stage in zip(scored, stages, strict=True)) / products
+        stages = as_stages(budget, Budget(*FULL))
+        scored = zip(scored_documents(stages, len(index)), stages, strict=True)
+        share = sum(items * stage.budget.query * stage.budget.document for items, stage in scored) / products
         together = median_seconds(lambda budget=budget: index.search(query, K, budget), rounds) / len(query)
         alone = median_seconds(lambda budget=budget: index.search(query[:1], K, budget), rounds)
         recall = share_of(index.search(query, K, budget).ids, best)

@@ -26,14 +26,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaembed_jax.late_interaction import engine, maxsim_tpu
 from metaembed_jax.late_interaction.budgets import search_name
-from metaembed_jax.late_interaction.stages import Stages
+from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.stages import Stages, as_stages
 from metaembed_jax.late_interaction.tiles import TILE, Tiles, count_tiles
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.planning import cost
 from metaembed_jax.planning.topology import topology
 
 DOCUMENTS, DOCUMENT_VECTORS, QUERY_VECTORS, WIDTH = 100_000, 64, 16, 3584
-STAGES = ((1, 1, 1000), (QUERY_VECTORS, DOCUMENT_VECTORS))
+STAGES = as_stages(((1, 1, 1000), (QUERY_VECTORS, DOCUMENT_VECTORS)), Budget(QUERY_VECTORS, DOCUMENT_VECTORS))
 LAST = "*after_optimizations.txt"
 
 

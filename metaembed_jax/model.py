@@ -21,6 +21,7 @@ from metaembed_jax.encoding.encoder import Encoder, Reduced
 from metaembed_jax.errors import UserError
 from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.inputs.processors import PromptProcessor
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.maxsim import maxsim
 from metaembed_jax.network import ModelConfig, make_encode
 from metaembed_jax.sharding import replicated, shard_bytes
@@ -90,6 +91,11 @@ class MetaEmbed:
         """D, the width of a vector."""
         return self.config.embedding_dim or self.parameters["meta_tokens"].shape[1]
 
+    @property
+    def largest_budget(self) -> Budget:
+        """All vectors of a query and of a document, and D."""
+        return Budget(self.config.query_tokens, self.config.document_tokens, self.dimension)
+
     def encode_query(self, items: Sequence, *, budget: int | None = None, progress: bool = False) -> Float[np.ndarray, "N R D"]:
         """Return the query vectors of items, each of length one, float32.
 
@@ -108,7 +114,7 @@ class MetaEmbed:
         """Return the document vectors of items; otherwise as `encode_query`."""
         return self._encode_items(items, "document", budget, progress)
 
-    def similarity(self, query_QRD, document_NRD, budget: tuple[int, int] | None = None) -> Float[np.ndarray, "Q N"]:
+    def similarity(self, query_QRD, document_NRD, budget: Sequence[int] | None = None) -> Float[np.ndarray, "Q N"]:
         """Return the MaxSim scores of every query and every document, float32."""
         return np.asarray(maxsim(query_QRD, document_NRD, budget))
 

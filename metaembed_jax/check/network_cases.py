@@ -311,4 +311,4 @@ def step_case(network: CheckedNetwork) -> Case:
 
 def group_losses(groups: Sequence[Budget], metrics: dict) -> jax.Array:
     """Return the loss of each group."""
-    return jnp.stack([metrics[f"loss/{r_q}:{r_c}"] for r_q, r_c in groups])
+    return jnp.stack([metrics[f"loss/{group}"] for group in groups])

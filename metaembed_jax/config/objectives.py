@@ -81,7 +81,7 @@ class MatryoshkaConfig(Section):
     @property
     def budgets(self) -> tuple[Budget, ...]:
         """The groups."""
-        return self.groups
+        return tuple(Budget(*group) for group in self.groups)
 
     def loss(self, vectors: PairVectors, mesh: Mesh | None) -> tuple[Array, dict[str, Array]]:
         """Return `matryoshka_loss`, with the loss and the accuracy of each group."""
@@ -137,10 +137,10 @@ class ObjectivesConfig(Section):
         return next(iter(self.used().values())).budgets
 
     @property
-    def largest_budget(self) -> Budget:
+    def largest_budget(self) -> tuple[int, int]:
         """The most vectors of a query, and of a document, that a loss reads."""
         budgets = [budget for objective in self.used().values() for budget in objective.budgets]
-        return max(r_q for r_q, _ in budgets), max(r_d for _, r_d in budgets)
+        return max(budget.query for budget in budgets), max(budget.document for budget in budgets)
 
     def loss(self, vectors: PairVectors, mesh: Mesh | None) -> tuple[Array, dict[str, Array]]:
         """Return the sum of the losses, and the figures of all objectives. With several, each loss is also "objective/NAME"."""

@@ -18,7 +18,7 @@ from metaembed_jax.config.section import (
 )
 from metaembed_jax.errors import UserError, shortened
 from metaembed_jax.files import check_scheme, local_path
-from metaembed_jax.late_interaction.groups import validate_groups
+from metaembed_jax.late_interaction.groups import Budget, validate_groups
 
 Recompute = Literal["everything", "microbatches", "layers", "nothing"]  # see metaembed_jax.training.microbatches
 Export = Literal["transformers", "sentence-transformers", "peft"]  # what metaembed_jax.checkpoints.export writes
@@ -202,9 +202,10 @@ class RunConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         check_scheme(self.init_from)
+        largest = Budget(self.model.query_tokens, self.model.document_tokens, self.model.embedding_dim)
         for name, objective in self.objectives.used().items():
             try:
-                validate_groups(objective.budgets, self.model.query_tokens, self.model.document_tokens)
+                validate_groups(objective.budgets, largest)
             except UserError as error:
                 raise UserError(f"config.objectives.{name}: {error}") from error
         if self.seed > LARGEST_SEED:

@@ -1,12 +1,13 @@
 """Costs of a budget for each searched document, by the two formulas of the paper's table of efficiency."""
 
-
-def maxsim_flops(budget: tuple[int, int], dimension: int) -> int:
-    """Return the FLOPs to score a document exactly, at a budget of (query, document) vectors of `dimension` numbers."""
-    query_vectors, document_vectors = budget
-    return 2 * query_vectors * document_vectors * dimension
+from metaembed_jax.late_interaction.groups import Budget
 
 
-def index_bytes(vectors: int, dimension: int) -> int:
-    """Return the bytes of a document of `vectors` vectors in a bfloat16 index."""
-    return vectors * dimension * 2
+def maxsim_flops(budget: Budget, dimension: int) -> int:
+    """Return the FLOPs to score a document exactly, at a budget of vectors of `dimension` numbers."""
+    return 2 * budget.query * budget.document * budget.numbers(dimension)
+
+
+def index_bytes(budget: Budget, dimension: int, side: int = 1) -> int:
+    """Return the bytes of the vectors of a document, or of side 0, a query, in a bfloat16 index of vectors that are cut."""
+    return budget[side] * budget.numbers(dimension) * 2

@@ -17,6 +17,7 @@ from metaembed_jax.evaluation.report import TEST_SPLIT, benchmark_names, write_r
 from metaembed_jax.evaluation.tables import format_tables
 from metaembed_jax.files import check_bucket
 from metaembed_jax.late_interaction.budgets import parse_budgets, parse_searches
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.network import abstract_parameters
@@ -65,7 +66,7 @@ def choose_evaluator(config: RunConfig, benchmark: str | None, files: Path | Non
     Raises:
       UserError: flags that exclude each other, or budgets beyond the model's.
     """
-    largest = config.model.query_tokens, config.model.document_tokens
+    largest = Budget(config.model.query_tokens, config.model.document_tokens, config.model.embedding_dim)
     if benchmark is None and files is not None:
         raise UserError(
             f"--from={files}: expected with --benchmark={' or '.join(FOLDERS)} only; the test split is in config.data.dir"

@@ -17,7 +17,7 @@ from metaembed_jax.evaluation.result_cache import key_of
 from metaembed_jax.evaluation.scoring import score_shares
 from metaembed_jax.evaluation.sweep import MAIN, SECONDARY, Sweep, sweep
 from metaembed_jax.late_interaction.groups import Budget
-from metaembed_jax.late_interaction.stages import largest_budget
+from metaembed_jax.late_interaction.stages import Stage, largest_budget
 from metaembed_jax.results import Board, Failure, Interval, Results
 
 LEGEND = (
@@ -35,8 +35,8 @@ class HeldOut:
       budgets: to search at.
     """
 
-    def __init__(self, data: DataConfig, split: str, budgets: Sequence[Budget]):
-        self.name, self.budgets = split, budgets
+    def __init__(self, data: DataConfig, split: str, budgets: Sequence[Sequence[int]]):
+        self.name, self.budgets = split, [Budget(*budget) for budget in budgets]
         self._data_dir, self._sources = data.dir, list(dict.fromkeys(name for name, *_ in data.sources))
 
     def has_pairs(self) -> bool:
@@ -137,7 +137,7 @@ class HeldOut:
         task, model = sources.retrieval(name, self._data_dir, self.name), subject.model
         if progress and len(self._sources) > 1:
             print(f"{name}: {len(task.queries):,} queries, {len(task.documents):,} documents", flush=True)
-        query_vectors, document_vectors = largest_budget([(budget,) for budget in self.budgets])
+        query_vectors, document_vectors = largest_budget([(Stage(budget),) for budget in self.budgets])
         query_QRD = model.encode_query(task.queries, budget=query_vectors, progress=progress)
         rows, document_nRD = model.encode_share(task.documents, "document", budget=document_vectors, progress=progress)
         fingerprint = sources.prepare(name, self._data_dir)["fingerprint"]

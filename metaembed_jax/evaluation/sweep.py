@@ -37,7 +37,7 @@ def sweep(
     query_QRD: Float[np.ndarray, "Q Rq D"],
     document_NRD: Float[np.ndarray, "N Rc D"],
     relevance: np.ndarray | Sequence[Iterable[int]],
-    budgets: Iterable[Budget],
+    budgets: Iterable[Sequence[int]],
     *,
     data: str = "",
     documents: int | None = None,
@@ -61,7 +61,8 @@ def sweep(
         raise UserError(f"query vectors {shapes[0]} and document vectors {shapes[1]}: expected [items, vectors, D] of one D")
     (queries, *query_shape), (held, document_vectors, dimension) = shapes
     total = held if documents is None else documents
-    budgets = by_cost(validate_budget(budget, query_shape[0], document_vectors) for budget in budgets)
+    largest = Budget(query_shape[0], document_vectors, dimension)
+    budgets = by_cost((validate_budget(budget, largest) for budget in budgets), dimension)
     relevant_QN = relevance_matrix(relevance, (queries, total))
     has_query_N = relevant_QN.any(axis=0)
 
@@ -106,7 +107,7 @@ def _metrics_at(
         SearchResults(
             budget=budget_name(budget),
             flops_per_document=maxsim_flops(budget, dimension),
-            bytes_per_document=index_bytes(budget[side], dimension),
+            bytes_per_document=index_bytes(budget, dimension, side),
             metrics=metrics,
         )
         for budget, metrics in zip(budgets, _intervals(values_BMQ, seed), strict=True)

@@ -61,8 +61,8 @@ def search(query_QRD: Float[Array, "Q R D"], segments: tuple[Tiles, ...], stages
 
     def on_device(query_QRD, segments):
         top = empty_top_k(len(query_QRD), 0)
-        for number, (query_vectors, document_vectors, *survivors) in enumerate(stages):
-            query_QrD, count = query_QRD[:, :query_vectors], survivors[0] if survivors else k
+        for number, ((query_vectors, document_vectors, _), survivors) in enumerate(stages):
+            query_QrD, count = query_QRD[:, :query_vectors], survivors or k
             if number == 0:
                 top = empty_top_k(len(query_QRD), count)
                 for tiles in segments:

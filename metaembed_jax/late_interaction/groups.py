@@ -1,49 +1,93 @@
-"""Budgets, pairs (r_q, r_c) of the query and document vectors that a score uses, and the groups of the loss."""
+"""Budgets (r_q, r_c, width), the vectors of a query and of a document that a score uses, cut to a width; and groups of the loss."""
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from metaembed_jax.errors import UserError, shortened
 
-Budget = tuple[int, int]
+GROUPS: tuple[tuple[int, int], ...] = ((1, 1), (2, 4), (4, 8), (8, 16), (16, 64))
+UNBOUNDED = 2**31  # compares as the width of all numbers
 
-GROUPS: tuple[Budget, ...] = ((1, 1), (2, 4), (4, 8), (8, 16), (16, 64))
+
+class Budget(NamedTuple):
+    """The first vectors of a query and of a document, and the first numbers of each vector.
+
+    A vector that is cut is divided by the length of what is left, so that it is a unit vector again.
+
+    Attributes:
+      query, document: numbers of vectors, r_q and r_c.
+      width: numbers of each vector; 0: all.
+    """
+
+    query: int
+    document: int
+    width: int = 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers as they are written and stored: (4, 8), and (4, 8, 32) with a width."""
+        return tuple(self) if self.width else self[:2]
+
+    def numbers(self, full: int) -> int:
+        """Return how many of the `full` numbers of each vector are used."""
+        return self.width or full
+
+    def __str__(self) -> str:
+        return f"{self.query}:{self.document}" + (f"x{self.width}" if self.width else "")
 
 
-def validate_groups(groups: Sequence[Sequence[int]], query_vectors: int, document_vectors: int) -> tuple[Budget, ...]:
-    """Check that groups are nested, and return them as a tuple of pairs.
+def validate_groups(groups: Sequence[Sequence[int]], largest: Budget) -> tuple[Budget, ...]:
+    """Check that groups are nested, and return them as budgets.
 
-    Groups are nested if they ascend: from one group to the next, neither side shrinks, and at least one side grows.
+    Groups are nested if their numbers of vectors ascend: from one group to the next, neither side shrinks, and at least one grows,
+    or the width does. The last group is the widest, so that it holds all others.
+
+    Args:
+      largest: as for `validate_budget`.
 
     Raises:
-      UserError: there are no groups, they are not nested, or one is not a pair of positive integers or has more vectors than the
-        items.
+      UserError: there are no groups, they are not nested, or one is not a budget or is larger than the items.
     """
     if not isinstance(groups, Sequence) or isinstance(groups, str) or not groups:
         raise UserError(f"groups={shortened(groups)}: expected at least one pair (r_q, r_c), such as ((1, 1), (16, 64))")
-    pairs = tuple(validate_budget(group, query_vectors, document_vectors) for group in groups)
-    for smaller, larger in itertools.pairwise(pairs):
-        if smaller == larger or smaller[0] > larger[0] or smaller[1] > larger[1]:
-            raise UserError(f"groups not nested: {smaller} comes before {larger}; expected each group to hold the group before it")
-    return pairs
+    budgets = tuple(validate_budget(group, largest) for group in groups)
+    for smaller, larger in itertools.pairwise(budgets):
+        has_grown = larger.numbers(UNBOUNDED) > smaller.numbers(UNBOUNDED) if larger[:2] == smaller[:2] else True
+        if smaller.query > larger.query or smaller.document > larger.document or not has_grown:
+            raise UserError(
+                f"groups not nested: {smaller.sizes} comes before {larger.sizes}; expected each group to hold the vectors of the "
+                "group before it, and of groups with equal vectors the widest last"
+            )
+    widest, last = max(budgets, key=lambda budget: budget.numbers(UNBOUNDED)), budgets[-1]
+    if widest.width != last.width:
+        raise UserError(
+            f"groups not nested: {last.sizes} is last, and {widest.sizes} is wider; expected the last group to be the widest"
+        )
+    return budgets
 
 
-def validate_budget(budget: Sequence[int], query_vectors: int, document_vectors: int) -> Budget:
-    """Check a budget, and return it as a pair of ints.
+def validate_budget(budget: Sequence[int], largest: Budget) -> Budget:
+    """Check a budget (r_q, r_c) or (r_q, r_c, width), and return it.
+
+    Args:
+      largest: the vectors that a query and a document have, and the numbers of a vector; 0: not known.
 
     Raises:
-      UserError: it is not a pair of positive integers, or has more vectors than the items.
+      UserError: it has another form, or is larger than the items.
     """
     try:
-        query, document = (int(size) for size in budget)
-        is_valid = query >= 1 and document >= 1 and [query, document] == list(budget)
+        checked = Budget(*(int(size) for size in budget))
+        is_valid = list(checked)[: len(budget)] == list(budget) and min(checked.query, checked.document) >= 1 and checked.width >= 0
     except (TypeError, ValueError, OverflowError):
-        is_valid = False
+        checked, is_valid = largest, False
     if not is_valid:
-        raise UserError(f"budget {shortened(budget)}: expected a pair (r_q, r_c) of positive integers")
-    if query > query_vectors or document > document_vectors:
+        raise UserError(f"budget {shortened(budget)}: expected a pair (r_q, r_c) or (r_q, r_c, width) of positive integers")
+    if checked.query > largest.query or checked.document > largest.document:
         raise UserError(
-            f"budget ({query}, {document}) goes beyond the vectors given; "
-            f"expected at most {query_vectors} of a query and {document_vectors} of a document"
+            f"budget {checked.sizes} goes beyond the vectors given; "
+            f"expected at most {largest.query} of a query and {largest.document} of a document"
         )
-    return query, document
+    if largest.width and checked.width > largest.width:
+        raise UserError(f"budget {checked.sizes} has a width beyond the vectors', which have {largest.width} numbers each")
+    return checked

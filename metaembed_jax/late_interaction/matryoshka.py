@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from metaembed_jax.errors import UserError
+from metaembed_jax.errors import UserError, shortened
 from metaembed_jax.late_interaction.budgets import budget_name
 from metaembed_jax.late_interaction.groups import GROUPS, Budget, validate_groups
 from metaembed_jax.late_interaction.margins import score_margins
@@ -57,7 +57,7 @@ class Shared(NamedTuple):
 class Settings(NamedTuple):
     """What a compiled loss is made for."""
 
-    groups: tuple[Budget, ...]
+    groups: tuple[tuple[int, int], ...]
     terms: Terms
     chunk: int | None
 
@@ -81,7 +81,7 @@ def matryoshka_loss(
     query_BRD: Float[Array, "B Rq D"],
     document_BRD: Float[Array, "B Rc D"],
     negatives: Float[Array, "B K Rc D"] | None = None,
-    groups: Sequence[Budget] = GROUPS,
+    groups: Sequence[Sequence[int]] = GROUPS,
     temperature: float = 0.03,
     normalization: str = "code",
     mesh: Mesh | None = None,
@@ -167,7 +167,10 @@ def matryoshka_loss(
     digests = None if digests is None else ItemDigests(*map(jnp.asarray, digests))
     _check_shapes(pairs, sources, digests)
     _check_mesh(len(pairs.query), mesh)
-    groups = validate_groups(groups, pairs.query.shape[1], pairs.document.shape[1])
+    budgets = validate_groups(groups, Budget(pairs.query.shape[1], *pairs.document.shape[1:]))
+    if any(budget.width for budget in budgets):
+        raise UserError(f"groups={shortened(groups)}: expected (r_q, r_c) without a width")
+    groups = tuple((budget.query, budget.document) for budget in budgets)
     r_q, r_c = groups[-1]
     pairs = pairs._replace(query=pairs.query[:, :r_q], document=pairs.document[:, :r_c], negatives=pairs.negatives[:, :, :r_c])
     shared = Shared(sources, digests, jnp.float32(temperature))

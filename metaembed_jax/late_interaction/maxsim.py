@@ -3,7 +3,7 @@
 Q queries, N documents, R vectors of an item, D width of a vector, b queries of a block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int8
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction import documents_tpu
 from metaembed_jax.late_interaction.groups import Budget, validate_budget
+from metaembed_jax.late_interaction.prefixes import unit_prefix
 from metaembed_jax.precision import float32_einsum
 
 # Vectors of each side that are scored at once, and numbers of the documents' vectors. The similarities stay in a CPU's cache, and
@@ -26,7 +27,7 @@ QUERY_VECTORS = 256
 def maxsim(
     query_QRD: Float[Array | np.ndarray, "Q Rq D"],
     document_NRD: Float[Array | np.ndarray, "N Rc D"] | Int8[Array | np.ndarray, "N Rc D"],
-    budget: Budget | None = None,
+    budget: Sequence[int] | None = None,
     document_mask: Bool[Array, "N Rc"] | None = None,
     document_scale: Float[Array, "N Rc"] | None = None,
 ) -> Float[Array, "Q N"]:
@@ -35,7 +36,8 @@ def maxsim(
     Args:
       query_QRD: vectors of any float type.
       document_NRD: vectors of any float type, or int8.
-      budget: (r_q, r_c), the vectors to use of each query and each document, from the first; None uses all.
+      budget: (r_q, r_c) or (r_q, r_c, width), the vectors to use of each query and each document, from the first, and the numbers
+        of each vector; None uses all.
       document_mask: False marks padding, which is never a maximum. A document of padding alone scores -inf.
       document_scale: a factor for each document vector, such as the scales of int8; not negative.
 
@@ -51,8 +53,8 @@ def maxsim(
         if given is not None and np.shape(given) != document_NRD.shape[:2]:
             raise UserError(f"maxsim: {name} {np.shape(given)}: expected {document_NRD.shape[:2]}, as the documents")
     queries, documents = query_QRD.shape[0], document_NRD.shape[0]
-    available = query_QRD.shape[1], document_NRD.shape[1]
-    query_vectors, document_vectors = available if budget is None else validate_budget(budget, *available)
+    available = Budget(query_QRD.shape[1], document_NRD.shape[1], query_QRD.shape[2])
+    query_vectors, document_vectors, width = available if budget is None else validate_budget(budget, available)
     if queries == 0 or documents == 0:
         return jnp.zeros((queries, documents), jnp.float32)
     if 0 in (query_vectors, document_vectors, query_QRD.shape[2]):
@@ -63,7 +65,11 @@ def maxsim(
         document_mask = jnp.asarray(document_mask, bool)[:, :document_vectors]
     if document_scale is not None:
         document_scale = jnp.asarray(document_scale, jnp.float32)[:, :document_vectors]
-    return _blocked(query_QRD[:, :query_vectors], document_NRD[:, :document_vectors], document_mask, document_scale)
+    query_QRD, document_NRD = query_QRD[:, :query_vectors], document_NRD[:, :document_vectors]
+    if width not in (0, query_QRD.shape[2]):
+        scaled_NRD = document_NRD if document_scale is None else document_NRD * document_scale[..., None]
+        query_QRD, document_NRD, document_scale = unit_prefix(query_QRD, width), unit_prefix(scaled_NRD, width), None
+    return _blocked(query_QRD, document_NRD, document_mask, document_scale)
 
 
 def _as_array(given, name: str) -> Array:
@@ -77,7 +83,7 @@ def _as_array(given, name: str) -> Array:
 
 
 def maxsim_on(
-    mesh: Mesh, query_QRD: Float[np.ndarray, "Q Rq D"], document_NRD: Float[np.ndarray, "N Rc D"], budget: Budget
+    mesh: Mesh, query_QRD: Float[np.ndarray, "Q Rq D"], document_NRD: Float[np.ndarray, "N Rc D"], budget: Sequence[int]
 ) -> Float[np.ndarray, "Q N"]:
     """Score as `maxsim`, with the documents sharded over all devices of a mesh.
 
@@ -87,13 +93,16 @@ def maxsim_on(
       UserError: as `maxsim`.
     """
     (queries, *_), (documents, *_) = query_QRD.shape, document_NRD.shape
+    largest = Budget(query_QRD.shape[1], document_NRD.shape[1], query_QRD.shape[2])
+    query_vectors, document_vectors, width = validate_budget(budget, largest)
+    query_QRD = unit_prefix(query_QRD[:, :query_vectors], width)
+    document_NRD = unit_prefix(document_NRD[:, :document_vectors], width)  # by the host: a device's sum may depend on the shape
     if not queries or not documents or mesh.size == 1:
-        return np.asarray(maxsim(query_QRD, document_NRD, budget))
-    query_vectors, document_vectors = validate_budget(budget, query_QRD.shape[1], document_NRD.shape[1])
-    rows = _documents_at_once(*document_NRD[:, :document_vectors].shape) * mesh.size
-    document_NRD = np.pad(document_NRD[:, :document_vectors], [(0, -documents % rows), (0, 0), (0, 0)])
+        return np.asarray(maxsim(query_QRD, document_NRD))
+    rows = _documents_at_once(*document_NRD.shape) * mesh.size
+    document_NRD = np.pad(document_NRD, [(0, -documents % rows), (0, 0), (0, 0)])
     document_NRD = jax.device_put(document_NRD, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
-    query_QRD = jax.device_put(query_QRD[:, :query_vectors], NamedSharding(mesh, PartitionSpec()))
+    query_QRD = jax.device_put(query_QRD, NamedSharding(mesh, PartitionSpec()))
     return np.asarray(_split_over(mesh)(query_QRD, document_NRD, None, None))[:, :documents]
 
 

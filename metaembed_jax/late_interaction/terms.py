@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.precision import float32_einsum
 
 
@@ -158,7 +157,7 @@ def symmetric_losses(
 
 
 def positive_scores(
-    query_bRD: Float[Array, "b R D"], document_bJD: Float[Array, "b J D"], groups: tuple[Budget, ...], axes: tuple[str, ...] | None
+    query_bRD: Float[Array, "b R D"], document_bJD: Float[Array, "b J D"], groups: tuple[tuple[int, int], ...], axes: tuple[str, ...] | None
 ) -> Float[Array, "G b"]:
     """Return the score of each pair in each group, minus the mean over all pairs.
 

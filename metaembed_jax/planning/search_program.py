@@ -10,9 +10,10 @@ from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
 from metaembed_jax.flops import search_flops
 from metaembed_jax.late_interaction import engine
-from metaembed_jax.late_interaction.budgets import parse_searches, search_name
+from metaembed_jax.late_interaction.budgets import budget_name, parse_searches, search_name
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.sizes import ceil_power
-from metaembed_jax.late_interaction.stages import Stages
+from metaembed_jax.late_interaction.stages import Stages, scored_documents
 from metaembed_jax.late_interaction.tiles import TILE, Tiles, count_tiles
 from metaembed_jax.network_config import model_config
 from metaembed_jax.planning.programs import Program
@@ -68,11 +69,11 @@ def make_search(
     for flag, number in numbers.items():
         if number < 1:
             raise UserError(f"{flag}={number}: expected a positive integer")
-    largest = config.model.query_tokens, vectors
-    stages, *others = parse_searches(budget or f"{largest[0]}:{largest[1]}", largest, "--budget")
+    largest = Budget(config.model.query_tokens, vectors, width)
+    stages, *others = parse_searches(budget or budget_name(largest[:2]), largest, "--budget")
     if others:
         raise UserError(f"--budget={budget}: expected one search")
-    fewest = min([items, *(stage[2] for stage in stages[:-1])])
+    fewest = min(scored_documents(stages, items))
     if k > fewest:
         raise UserError(f"-k={k}: expected at most {fewest}, the documents of the last stage")
     return Search(items, vectors, width, dtype, queries, stages, k)
@@ -81,7 +82,7 @@ def make_search(
 def search_program(config: RunConfig, mesh: Mesh, search: Search) -> Program:
     """Return a search of an index whose vectors are on the devices, every item with all its vectors."""
     stages, width = search.stages, search.width
-    queries, query_vectors = ceil_power(search.queries), max(stage[0] for stage in stages)
+    queries, query_vectors = ceil_power(search.queries), max(stage.budget.query for stage in stages)
     split, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), replicated(mesh)
     shape = count_tiles(search.items, mesh.size), search.vectors, TILE
     tiles = Tiles(
@@ -92,8 +93,10 @@ def search_program(config: RunConfig, mesh: Mesh, search: Search) -> Program:
         first=_abstract((), jnp.int32, whole),
     )
     query = _abstract((queries, query_vectors, width), jnp.float32, whole)
-    scored = [search.items, *(stage[2] for stage in stages[:-1])]
-    counts = [search_flops(queries, stage[0], documents, stage[1], width) for stage, documents in zip(stages, scored, strict=True)]
+    counts = [
+        search_flops(queries, budget.query, documents, budget.document, budget.numbers(width))
+        for (budget, _), documents in zip(stages, scored_documents(stages, search.items), strict=True)
+    ]
     vector_bytes = width * jnp.dtype(search.dtype).itemsize + (4 if search.dtype == "int8" else 0)
     return Program(
         lambda: engine.search.trace(query, (tiles,), stages, search.k, mesh),

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.late_interaction.budgets import budget_name
+from metaembed_jax.late_interaction.budgets import search_name
 from metaembed_jax.late_interaction.groups import Budget
-from metaembed_jax.late_interaction.stages import Stages
+from metaembed_jax.late_interaction.stages import Stage, Stages
 from metaembed_jax.retrieval.manifest import Calibration
 
 if TYPE_CHECKING:
@@ -95,14 +95,14 @@ def count_survivors(
       items: number of items that are searched.
     """
     first, last = budgets
-    _, best_Qk = searcher.search(query_QRD, k, (last,))
+    _, best_Qk = searcher.search(query_QRD, k, (Stage(last),))
     survivors_Q, depth = np.full(len(query_QRD), items + 1), max(FIRST_DEPTH, DEPTH_FACTOR * k)
     while True:
         depth = min(depth, items)
         pending, at_once = np.flatnonzero(survivors_Q > items), max(RANKED_ITEMS // depth, 1)
         for start in range(0, len(pending), at_once):
             numbers = pending[start : start + at_once]
-            _, ranked_QK = searcher.search(query_QRD[numbers], depth, (first,))
+            _, ranked_QK = searcher.search(query_QRD[numbers], depth, (Stage(first),))
             for number, ranked_K in zip(numbers.tolist(), ranked_QK, strict=True):
                 columns = np.flatnonzero(np.isin(ranked_K, best_Qk[number]))
                 if len(columns) == k:
@@ -112,10 +112,13 @@ def count_survivors(
         depth *= DEPTH_FACTOR
 
 
-def calibrated_stages(calibrations: Iterable[Calibration], k: int, items: int) -> Stages:
+def calibrated_stages(calibrations: Iterable[Calibration], k: int, items: int, width: int) -> Stages:
     """Return the calibrated stages for k results: those of the largest last budget, and of these the cheapest.
 
     A calibration for more results serves too. If the index has more items now, the survivors are increased in proportion.
+
+    Args:
+      width: numbers of a vector.
 
     Raises:
       UserError: k is not a positive integer, or the index was not calibrated, or for fewer results.
@@ -130,15 +133,15 @@ def calibrated_stages(calibrations: Iterable[Calibration], k: int, items: int) -
         most = max(calibration.k for calibration in calibrations)
         raise UserError(f"budget='auto' with k={k}: expected at most {most}, the k of the calibration; calibrate again with k={k}")
 
-    def stages(calibration: Calibration) -> Stages:
-        survivors = math.ceil(calibration.survivors * max(items / calibration.items, 1))
-        return (*calibration.first, min(survivors, items)), calibration.last
+    def survivors(calibration: Calibration) -> int:
+        return min(math.ceil(calibration.survivors * max(items / calibration.items, 1)), items)
 
     def cost(calibration: Calibration) -> tuple[int, int]:
-        (*first, survivors), last = stages(calibration)
-        return -math.prod(last), items * math.prod(first) + survivors * math.prod(last)
+        first, last = (budget.query * budget.document * budget.numbers(width) for budget in (calibration.first, calibration.last))
+        return -last, items * first + survivors(calibration) * last
 
-    return stages(min(enough, key=cost))
+    cheapest = min(enough, key=cost)
+    return Stage(cheapest.first, survivors(cheapest)), Stage(cheapest.last)
 
 
 def with_calibration(calibrations: Iterable[Calibration], new: Calibration) -> tuple[Calibration, ...]:
@@ -149,7 +152,7 @@ def with_calibration(calibrations: Iterable[Calibration], new: Calibration) -> t
 
 def describe(calibration: Calibration) -> str:
     """Format a calibration as a line."""
-    stages = f"{budget_name((*calibration.first, calibration.survivors))}>{budget_name(calibration.last)}"
+    stages = search_name((Stage(calibration.first, calibration.survivors), Stage(calibration.last)))
     return (
         f"{stages}: {calibration.survivors:,} of {calibration.items:,} items survive the first stage; at least "
         f"{calibration.coverage:.2%} of queries lose none of their {calibration.k} best (confidence {calibration.confidence:.2%}, "

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.budgets import search_name
 from metaembed_jax.late_interaction.groups import Budget
-from metaembed_jax.late_interaction.stages import Stages
+from metaembed_jax.late_interaction.stages import Stage, Stages
 from metaembed_jax.retrieval.exact_vectors import SQUARED_UNITS, ExactVectors
 from metaembed_jax.retrieval.hits import Hits, make_hits
 from metaembed_jax.retrieval.manifest import Manifest
@@ -43,14 +43,14 @@ def check_certifiable(folder: Path, manifest: Manifest, stages: Stages) -> Budge
     Raises:
       UserError: the index has no exact vectors, or the search has stages.
     """
-    *earlier, (query_vectors, document_vectors) = stages
+    *earlier, (budget, _) = stages
     if earlier:
         raise UserError(f"certified=True with the budget {search_name(stages)}: expected one budget (r_q, r_c), without stages")
     if manifest.dtype == "int8" and not manifest.exact:
         raise UserError(
             f"certified=True: {folder} has no exact vectors; index again with dtype='int8' and exact='float32' or 'bfloat16'"
         )
-    return query_vectors, document_vectors
+    return budget
 
 
 def search_certified(
@@ -73,7 +73,7 @@ def search_certified(
     exact, is_searched_N = ExactVectors(searcher.segments, searcher.levels, searcher.width), searcher.is_alive
     if is_candidate_N is not None:
         is_searched_N = is_searched_N & is_candidate_N
-    items, errors_N = int(is_searched_N.sum()), exact.errors(budget[1])
+    items, errors_N = int(is_searched_N.sum()), exact.errors(budget.document)
     largest_error = float(errors_N[is_searched_N].max(initial=0))
     scores_Qk, positions_Qk = (np.zeros((len(query_QRD), k), dtype) for dtype in (np.float32, np.int32))
     is_certified_Q, rescored_Q = np.full(len(query_QRD), k == 0), np.zeros(len(query_QRD), np.int32)
@@ -83,9 +83,9 @@ def search_certified(
         at_once = max(SEARCH_RESULTS // depth, 1)
         for start in range(0, len(pending), at_once):
             numbers = pending[start : start + at_once]
-            scores_QK, positions_QK = searcher.search(query_QRD[numbers], depth, (budget,), is_candidate_N)
+            scores_QK, positions_QK = searcher.search(query_QRD[numbers], depth, (Stage(budget),), is_candidate_N)
             for number, scores_K, positions_K in zip(numbers.tolist(), scores_QK, positions_QK, strict=True):
-                query = _Query(exact, query_QRD[number, : budget[0]], budget[1], largest_error)
+                query = _Query(exact, query_QRD[number, : budget.query], budget.document, largest_error)
                 best = query.certify(scores_K, positions_K, errors_N[positions_K], k, depth == items)
                 scores_Qk[number], positions_Qk[number], is_certified_Q[number], rescored_Q[number] = best
         pending = pending[~is_certified_Q[pending]] if depth < last else pending[:0]

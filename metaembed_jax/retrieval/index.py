@@ -24,7 +24,7 @@ from metaembed_jax.data.left_out import LeftOut
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import local_path
 from metaembed_jax.late_interaction.groups import Budget, validate_budget
-from metaembed_jax.late_interaction.stages import Stages
+from metaembed_jax.late_interaction.stages import Stage, Stages
 from metaembed_jax.late_interaction.tiles import Tiles
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
@@ -133,7 +133,7 @@ class Index:
         self,
         query_QRD: Float[np.ndarray, "Q R D"],
         k: int | None = None,
-        budget: Budget | Sequence | str | None = None,
+        budget: Sequence | str | None = None,
         *,
         where: Mapping | None = None,
         certified: bool = False,
@@ -170,8 +170,8 @@ class Index:
     def calibrate(
         self,
         query_QRD: Float[np.ndarray, "Q R D"],
-        first: Budget,
-        last: Budget,
+        first: Sequence[int],
+        last: Sequence[int],
         *,
         k: int = RESULTS,
         coverage: float = 0.99,
@@ -194,9 +194,9 @@ class Index:
         """
         with self._changing() if hosts.is_first() else contextlib.nullcontext():
             query_QRD, _ = self._validated(query_QRD, None)
-            largest = query_QRD.shape[1], self.vectors
-            budgets = validate_budget(first, *largest), validate_budget(last, *largest)
-            k = count_results(k, len(self), budgets[1:])
+            largest = Budget(query_QRD.shape[1], self.vectors, self.width)
+            budgets = validate_budget(first, largest), validate_budget(last, largest)
+            k = count_results(k, len(self), (Stage(budgets[1]),))
             calibration = calibrate(self._searcher, query_QRD, budgets, k, (coverage, confidence), len(self))
             if hosts.is_first():
                 self._commit(calibrations=with_calibration(self._manifest.calibrations, calibration))
@@ -211,7 +211,7 @@ class Index:
         Raises:
           UserError: the index was not calibrated, or for fewer results.
         """
-        return calibrated_stages(self._manifest.calibrations, min(RESULTS, len(self)) if k is None else k, len(self))
+        return calibrated_stages(self._manifest.calibrations, min(RESULTS, len(self)) if k is None else k, len(self), self.width)
 
     def check_model(self, model: MetaEmbed) -> None:
         """Check that this model encoded the items.
@@ -375,7 +375,7 @@ class Index:
         query_QRD = as_queries(query_QRD, self._manifest.width)
         if not len(self):
             raise UserError(f"{self.folder} is an empty index; add items first")
-        return query_QRD, stages_of(budget, query_QRD.shape[1], self.vectors)
+        return query_QRD, stages_of(budget, Budget(query_QRD.shape[1], self.vectors, self.width))
 
 
 def _create(path: str | os.PathLike | None, mesh: Mesh | None, write: Callable[[Path], Manifest]) -> Index:

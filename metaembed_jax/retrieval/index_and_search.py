@@ -13,7 +13,7 @@ from metaembed_jax.files import is_bucket
 from metaembed_jax.inputs.images import open_image
 from metaembed_jax.late_interaction.budgets import parse_searches, search_name
 from metaembed_jax.late_interaction.groups import GROUPS, Budget
-from metaembed_jax.late_interaction.stages import Stages, largest_budget
+from metaembed_jax.late_interaction.stages import Stages, as_stages, largest_budget
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.build import index_documents
@@ -87,7 +87,7 @@ def search(
     check_devices()
     # A wrong filter, k or budget is an error before the model is loaded.
     if budget not in (None, "auto"):
-        _parse_search(budget, (LARGEST_NAMED, loaded.vectors))
+        _parse_search(budget, Budget(LARGEST_NAMED, loaded.vectors, loaded.width))
     loaded.search(np.zeros((0, 1, loaded.width), np.float32), k, where=where, certified=certified)
     encoder = _load_encoder(loaded, model, mesh)
     budget = search_name(loaded.calibrated_stages(k)) if budget == "auto" else budget
@@ -117,13 +117,14 @@ def calibrate(
     choose_rank(len(documents), *shares)  # before the model is loaded
     encoder = _load_encoder(loaded, model, mesh)
     loaded.check_model(encoder)
-    largest = encoder.config.vectors("query"), loaded.vectors
-    last, *others = [largest] if budgets[1] is None else _parse_budgets(budgets[1], largest, "--last")
+    largest = Budget(encoder.config.query_tokens, loaded.vectors, loaded.width)
+    last, *others = [largest._replace(width=0)] if budgets[1] is None else _parse_budgets(budgets[1], largest, "--last")
     if others:
         raise UserError(f"--last={budgets[1]}: expected one budget")
-    below = [budget for budget in GROUPS if budget[0] <= last[0] and budget[1] <= last[1] and budget != last]
-    firsts = (below or [(1, 1)]) if budgets[0] is None else _parse_budgets(budgets[0], largest, "--first")
-    (coverage, confidence), query_vectors = shares, max(budget[0] for budget in (last, *firsts))
+    usual = (Budget(*sizes, last.width) for sizes in GROUPS)
+    below = [budget for budget in usual if budget.query <= last.query and budget.document <= last.document and budget != last]
+    firsts = (below or [Budget(1, 1, last.width)]) if budgets[0] is None else _parse_budgets(budgets[0], largest, "--first")
+    (coverage, confidence), query_vectors = shares, max(budget.query for budget in (last, *firsts))
     query_QRD = encoder.encode_query(documents, budget=query_vectors, progress=True)
     for first in firsts:
         print(describe(loaded.calibrate(query_QRD, first, last, k=k, coverage=coverage, confidence=confidence)), flush=True)
@@ -158,8 +159,8 @@ def find(
       UserError: the index has vectors of another model, the budget is larger than the index, or the filter is wrong.
     """
     index.check_model(encoder)
-    largest = encoder.config.vectors("query"), index.vectors
-    stages = (largest,) if budget is None else _parse_search(budget, largest)
+    largest = Budget(encoder.config.query_tokens, index.vectors, encoder.dimension)
+    stages = as_stages(largest[:2], largest) if budget is None else _parse_search(budget, largest)
     query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0])
     return index.search(query_QRD, k, stages, where=where, **({"certified": True} if certified else {}))
 
@@ -177,7 +178,7 @@ def _parse_budgets(text: str, largest: Budget, flag: str) -> list[Budget]:
     searches = parse_searches(text, largest, flag)
     if any(len(search) > 1 for search in searches):
         raise UserError(f"{flag}={text}: expected budgets r_q:r_c, such as 1:1, without survivors")
-    return [(search[0][0], search[0][1]) for search in searches]
+    return [search[0].budget for search in searches]
 
 
 def _print_hits(hits: Hits) -> None:

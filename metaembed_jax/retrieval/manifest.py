@@ -49,8 +49,8 @@ class Calibration:
     """The survivors of a first stage with which a share of all queries loses none of its k best items.
 
     Attributes:
-      first: (r_q, r_c) of the first stage.
-      last: (r_q, r_c) of the second stage, whose k best items must survive.
+      first: budget of the first stage.
+      last: budget of the second stage, whose k best items must survive.
       k: results of a search.
       coverage: the share of queries.
       confidence: the probability, over samples of queries, that the share is at least `coverage`.
@@ -125,6 +125,8 @@ def level_names(manifest: Manifest) -> list[str]:
 def encode(manifest: Manifest) -> bytes:
     """Return the content of manifest.json; inverse of `decode`."""
     index = {"format": FORMAT, **dataclasses.asdict(manifest)}
+    for calibration in index["calibrations"]:
+        calibration |= {"first": calibration["first"].sizes, "last": calibration["last"].sizes}
     text = json.dumps({"sha256": _digest(index), "index": index}, indent=1, ensure_ascii=False)
     return (text + "\n").encode(errors="surrogatepass")  # the path of a model may be any bytes
 
@@ -177,12 +179,12 @@ def _validated(index: dict) -> Manifest:
 
 
 def _as_calibration(first, last, k, coverage, confidence, survivors, queries, items) -> Calibration:
-    """Return the calibration of the fields of its JSON object; inverse of `dataclasses.asdict`."""
-    _require(len(first) == len(last) == 2, "the budgets of a calibration")
+    """Return the calibration of the fields of its JSON object, in which budgets are their `sizes`."""
+    _require(all(len(sizes) in (2, 3) for sizes in (first, last)), "the budgets of a calibration")
     _require(all(map(_is_count, (*first, *last, k, survivors, queries, items))) and k <= survivors, "a calibration")
     shares = coverage, confidence
     _require(all(type(share) is float and 0 < share < 1 for share in shares), "coverage or confidence")
-    return Calibration(tuple(first), tuple(last), k, coverage, confidence, survivors, queries, items)
+    return Calibration(Budget(*first), Budget(*last), k, coverage, confidence, survivors, queries, items)
 
 
 def as_segment(name, items, fewest, sizes, checksums, deleted) -> Segment:

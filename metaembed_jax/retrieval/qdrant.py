@@ -17,6 +17,8 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.budgets import search_name
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import Stages, as_stages
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.hits import Hits
@@ -264,15 +266,21 @@ class QdrantIndex:
             wrong or more than Qdrant can compare, or Qdrant does not answer.
         """
         query_QRD = self._validated(query_QRD, "queries")
-        largest = query_QRD.shape[1], self.document_vectors
-        stages = as_stages(largest if budget is None else budget, *largest)
-        if not_stored := [stage[1] for stage in stages if stage[1] not in (1, self.document_vectors)]:
+        largest = Budget(query_QRD.shape[1], self.document_vectors, self.dimension)
+        stages = as_stages(largest[:2] if budget is None else budget, largest)
+        if any(stage.budget.numbers(self.dimension) < self.dimension for stage in stages):
+            raise UserError(
+                f"budget {search_name(stages)}: expected budgets without a width, because Qdrant multiplies all numbers of a "
+                "vector; search an `Index`"
+            )
+        documents = (stage.budget.document for stage in stages)
+        if not_stored := [vectors for vectors in documents if vectors not in (1, self.document_vectors)]:
             raise UserError(
                 f"budget with {not_stored[0]} document vectors: expected 1 or {self.document_vectors}, which collection "
                 f"{self.name!r} stores; or create another with document_vectors={not_stored[0]}"
             )
         condition = None if where is None else as_qdrant_filter(where)
-        survivors = [stage[2] for stage in stages[:-1]]
+        survivors = [stage.survivors for stage in stages[:-1]]
         k = min([RESULTS, *survivors]) if k is None else k
         if not isinstance(k, int | np.integer) or not 1 <= k <= min(survivors, default=k):
             raise UserError(f"k={k!r}: expected a positive integer, at most the survivors of a stage")
@@ -331,7 +339,8 @@ def _search_request(
     from qdrant_client.models import Prefetch, QueryRequest, SearchParams
 
     request: dict[str, Any] = {"filter": condition} | ({"params": SearchParams(exact=True)} if exact else {})
-    for number, (query_vectors, document_vectors, limit) in enumerate([*stages[:-1], (*stages[-1], k)]):
+    for number, ((query_vectors, document_vectors, _), survivors) in enumerate(stages):
+        limit = survivors or k
         if number:
             request = {"prefetch": Prefetch(**request)}
         query_rD = query_RD[:query_vectors]

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.budgets import search_name
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import Stages, as_stages
 from metaembed_jax.retrieval.ingest import as_array, check_unit
@@ -31,16 +32,22 @@ def as_queries(query_QRD, width: int) -> Float[np.ndarray, "Q R D"]:
     return query_QRD
 
 
-def stages_of(budget: Budget | Sequence | None, query_vectors: int, stored: int) -> Stages:
+def stages_of(budget: Sequence | None, stored: Budget) -> Stages:
     """Return a budget as stages; all vectors by default.
 
+    Args:
+      stored: vectors of the queries and of the stored items, and their width.
+
     Raises:
-      UserError: the budget has another form, or more vectors than the queries or the stored items.
+      UserError: the budget has another form, or is larger than the queries or the stored items.
     """
     try:
-        return as_stages((query_vectors, stored) if budget is None else budget, query_vectors, stored)
+        stages = as_stages(stored[:2] if budget is None else budget, stored)
     except UserError as error:
-        raise UserError(f"{error} (this index stores {stored} vectors an item)") from None
+        raise UserError(f"{error} (this index stores {stored.document} vectors an item)") from None
+    if any(stage.budget.width for stage in stages):
+        raise UserError(f"budget {search_name(stages)}: expected one without a width")
+    return stages
 
 
 def count_results(k: int | None, items: int, stages: Stages, is_filtered: bool = False) -> int:
@@ -53,7 +60,7 @@ def count_results(k: int | None, items: int, stages: Stages, is_filtered: bool =
     Raises:
       UserError: k is not a positive integer, or is above the number of items or the survivors of a stage.
     """
-    survivors = [stage[2] for stage in stages[:-1]]
+    survivors = [stage.survivors for stage in stages[:-1]]
     if k is None:
         return min([RESULTS, items, *survivors])
     limits = survivors if is_filtered else [*survivors, items]

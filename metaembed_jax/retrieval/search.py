@@ -18,7 +18,7 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction import engine
 from metaembed_jax.late_interaction.engine import TopK
 from metaembed_jax.late_interaction.sizes import ceil_power, floor_power
-from metaembed_jax.late_interaction.stages import Stages
+from metaembed_jax.late_interaction.stages import Stage, Stages
 from metaembed_jax.late_interaction.tiles import TILE, Tiles, count_tiles
 from metaembed_jax.retrieval.segment import SegmentFiles
 from metaembed_jax.retrieval.tile_reader import TileReader
@@ -83,8 +83,8 @@ class Searcher:
         k = min(k, int(is_searched_N.sum()))
         if k == 0 or not len(query_QRD):
             return np.zeros((len(query_QRD), k), np.float32), np.zeros((len(query_QRD), k), np.int32)
-        stages = tuple((*stage[:2], *(min(survivors, int(self.starts[-1])) for survivors in stage[2:])) for stage in stages)
-        vectors, most = max(stage[0] for stage in stages), max([ceil_power(k), *(stage[2] for stage in stages[:-1])])
+        stages = tuple(Stage(budget, min(survivors, int(self.starts[-1]))) for budget, survivors in stages)
+        vectors, most = max(stage.budget.query for stage in stages), max(ceil_power(k), *(stage.survivors for stage in stages))
         scored = max(most, min(engine.MERGED_DOCUMENTS, int(self.starts[-1])))  # scores of a query in memory
         at_once = floor_power(min(QUERY_VECTORS // vectors, SCORES // scored))
         results = []
@@ -132,8 +132,8 @@ class Searcher:
         if self.loaded and len(self.segments) <= PROGRAM_SEGMENTS:
             return engine.search(query_QRD, tuple(self._resident(is_searched_N)), stages, k, self.mesh)
         top = engine.empty_top_k(len(query_QRD), 0)
-        for number, (query_vectors, document_vectors, *survivors) in enumerate(stages):
-            query_QrD, count = query_QRD[:, :query_vectors], survivors[0] if survivors else k
+        for number, ((query_vectors, document_vectors, _), survivors) in enumerate(stages):
+            query_QrD, count = query_QRD[:, :query_vectors], survivors or k
             if number == 0:
                 top = TopK(*(put_replicated(np.asarray(x), self.mesh) for x in engine.empty_top_k(len(query_QRD), count)))
                 sparse_n = None if self.loaded else _sparse_positions(is_searched_N)

@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metaembed_jax.late_interaction import engine, maxsim_tpu, survivors_tpu
+from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.stages import as_stages
 from metaembed_jax.late_interaction.tiles import Tiles, count_tiles, write_rows
 from metaembed_jax.mesh import make_mesh
 from tests.retrieval.reference import exact, unit
 
 SIZE, VECTORS, WIDTH = 4, 5, 16  # of the tiles here
+LARGEST = Budget(3, VECTORS, WIDTH)
 MESHES = make_mesh(devices=jax.devices()[:1]), make_mesh(2, 2, 2)
 
 
@@ -83,7 +86,7 @@ def test_equal_to_the_definition(seed, sizes, queries, kind, ties, ragged, stage
         parts = (None if x is None else x[first : first + size] for x in (vectors, scales, counts, is_candidate))
         segments.append(as_tiles(*parts, first, mesh))
         first += size
-    top = engine.search(query, tuple(segments), stages, k, mesh)
+    top = engine.search(query, tuple(segments), as_stages(stages, LARGEST), k, mesh)
     scores, positions = definition(query, items, np.flatnonzero(is_candidate).tolist(), stages, k)
     np.testing.assert_array_equal(top.positions, positions)
     np.testing.assert_allclose(top.scores, scores, rtol=2e-6 * (100 if kind == "int8" else 1), atol=2e-6)
@@ -95,11 +98,11 @@ def test_steps_that_do_not_divide_the_tiles(monkeypatch):
     query, vectors = unit(rng, 8, 3, WIDTH), unit(rng, 11 * SIZE - 2, VECTORS, WIDTH)
     mesh = MESHES[0]
     tiles = as_tiles(vectors, None, None, np.ones(len(vectors), bool), 0, mesh)
-    whole = engine.search(query, (tiles,), ((3, 5),), 40, mesh)
+    whole = engine.search(query, (tiles,), as_stages((3, 5), LARGEST), 40, mesh)
     for name, value in {"DOCUMENT_VECTORS": 4 * SIZE * VECTORS, "MERGED_DOCUMENTS": 8 * SIZE, "QUERY_VECTORS": 6}.items():
         monkeypatch.setattr(engine, name, value)
     jax.clear_caches()
-    parts = engine.search(query, (tiles,), ((3, 5),), 40, mesh)
+    parts = engine.search(query, (tiles,), as_stages((3, 5), LARGEST), 40, mesh)
     np.testing.assert_array_equal(parts.positions, whole.positions)
     np.testing.assert_allclose(parts.scores, whole.scores, rtol=1e-6)
     jax.clear_caches()
@@ -111,7 +114,7 @@ def test_kernels_return_what_xla_does(monkeypatch):
     query, vectors = unit(rng, 2, 2, 128), np.round(unit(rng, 150, 3, 128) * 300).astype(np.int8)
     scales, counts = rng.random((150, 3), np.float32), rng.integers(1, 4, 150).astype(np.int32)
     segments = (as_tiles(vectors, scales, counts, rng.random(150) < 0.8, 0, mesh, 128),)
-    options = ((1, 1, 40), (2, 3)), 10, mesh
+    options = as_stages(((1, 1, 40), (2, 3)), LARGEST), 10, mesh
     expected = engine.search(query, segments, *options)
     for module, function in ((maxsim_tpu, "score"), (survivors_tpu, "score_survivors")):
         monkeypatch.setattr(module, function, partial(getattr(module, function), interpret=True))

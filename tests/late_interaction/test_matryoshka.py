@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from metaembed_jax.check.loss_reference import matryoshka
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.budgets import budget_name
-from metaembed_jax.late_interaction.groups import GROUPS, validate_groups
+from metaembed_jax.late_interaction.groups import GROUPS, Budget, validate_groups
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.late_interaction.right_documents import ItemDigests
 
@@ -294,7 +294,7 @@ def test_memory_follows_the_chunk_and_keeps_no_similarities():
 )
 def test_bad_groups_are_refused(groups, message):
     with pytest.raises(UserError, match=message):
-        validate_groups(groups, 16, 64)
+        validate_groups(groups, Budget(16, 64, 32))
     with pytest.raises(UserError, match=message):
         matryoshka_loss(*make_batch(2, 0), groups=groups)
 

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metaembed_jax as me
+from metaembed_jax.late_interaction.budgets import search_name
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.retrieval import calibration
 from metaembed_jax.retrieval.calibration import calibrated_stages, choose_rank
@@ -19,7 +21,7 @@ from tests.retrieval.fake_model import FakeModel
 from tests.retrieval.reference import exact, search, unit
 
 ONE = make_mesh(devices=jax.devices()[:1])
-STORED = Calibration((1, 1), (4, 8), 10, 0.99, 0.95, 100, 299, 1000)
+STORED = Calibration(Budget(1, 1), Budget(4, 8), 10, 0.99, 0.95, 100, 299, 1000)
 
 
 def cdf(successes, queries, share):
@@ -63,7 +65,7 @@ def test_equal_to_the_definition(seed, documents, ties, coverage):
         max(int(np.flatnonzero(ranked == row)[0]) + 1 for row in best) for ranked, best in zip(ranked_QN, best_Qk, strict=True)
     ]
     rank = choose_rank(24, coverage, 0.9)
-    assert result == Calibration((1, 1), (3, 3), k, coverage, 0.9, sorted(needed)[rank - 1], 24, documents)
+    assert result == Calibration(Budget(1, 1), Budget(3, 3), k, coverage, 0.9, sorted(needed)[rank - 1], 24, documents)
     whole, staged = index.search(query, k, (3, 3)).ids, index.search(query, k, "auto").ids
     kept = (whole == staged).all(1).tolist()
     assert sum(kept) >= rank and kept == [number <= result.survivors for number in needed]
@@ -96,12 +98,11 @@ def test_a_calibration_is_stored_and_kept(tmp_path):
     for folder in ("index", "copy"):
         loaded = me.Index.load(tmp_path / folder, mesh=ONE)
         assert loaded.calibrations == (first, second)
-        (r_q, r_c, survivors), last = loaded.calibrated_stages(5)
-        chosen = {(1, 1): first, (2, 4): second}[r_q, r_c]
-        assert last == (4, 9) and survivors == math.ceil(chosen.survivors * 99 / 50)
-        np.testing.assert_array_equal(
-            loaded.search(query, 4, "auto").ids, loaded.search(query, 4, [(r_q, r_c, survivors), last]).ids
-        )
+        (budget, survivors), last = loaded.calibrated_stages(5)
+        chosen = {(1, 1): first, (2, 4): second}[budget.sizes]
+        assert last.sizes == (4, 9) and survivors == math.ceil(chosen.survivors * 99 / 50)
+        explicit = loaded.search(query, 4, [(*budget.sizes, survivors), (4, 9)])
+        np.testing.assert_array_equal(loaded.search(query, 4, "auto").ids, explicit.ids)
     with pytest.raises(me.UserError, match="this index is not calibrated; call `index.calibrate`"):
         stale.search(query, 3, "auto")
     me.Index.build(document, path=tmp_path / "index", mesh=ONE)
@@ -110,14 +111,20 @@ def test_a_calibration_is_stored_and_kept(tmp_path):
 
 def test_the_cheapest_calibration_of_the_largest_budget_is_used():
     def stages(*calibrations, k=10, items=1000):
-        return calibrated_stages(calibrations, k, items)
+        return search_name(calibrated_stages(calibrations, k, items, 8))
 
-    cheap, small = dataclasses.replace(STORED, first=(2, 4), survivors=20), dataclasses.replace(STORED, last=(2, 4), survivors=10)
-    assert stages(STORED) == ((1, 1, 100), (4, 8))
-    assert stages(STORED, cheap, small) == stages(small, STORED, cheap) == ((1, 1, 100), (4, 8))
-    assert stages(dataclasses.replace(STORED, survivors=400), cheap) == ((2, 4, 20), (4, 8))
-    assert stages(STORED, items=1001) == ((1, 1, 101), (4, 8)) and stages(STORED, items=60) == ((1, 1, 60), (4, 8))
-    assert stages(STORED, dataclasses.replace(STORED, k=20, survivors=150), k=11) == ((1, 1, 150), (4, 8))
+    cheap, small = (
+        dataclasses.replace(STORED, first=Budget(2, 4), survivors=20),
+        dataclasses.replace(STORED, last=Budget(2, 4), survivors=10),
+    )
+    narrow = dataclasses.replace(STORED, first=Budget(1, 1, 2), survivors=110)
+    assert stages(STORED) == "1:1:100>4:8"
+    assert stages(STORED, cheap, small) == stages(small, STORED, cheap) == "1:1:100>4:8"
+    assert stages(dataclasses.replace(STORED, survivors=400), cheap) == "2:4:20>4:8"
+    assert stages(STORED, narrow) == "1:1x2:110>4:8" and stages(STORED, dataclasses.replace(narrow, survivors=200)) == "1:1:100>4:8"
+    assert stages(dataclasses.replace(STORED, last=Budget(4, 8, 7)), narrow) == "1:1x2:110>4:8"
+    assert stages(STORED, items=1001) == "1:1:101>4:8" and stages(STORED, items=60) == "1:1:60>4:8"
+    assert stages(STORED, dataclasses.replace(STORED, k=20, survivors=150), k=11) == "1:1:150>4:8"
     with pytest.raises(
         me.UserError, match="budget='auto' with k=11: expected at most 10, the k of the calibration; calibrate again"
     ):
@@ -136,7 +143,7 @@ def test_wrong_calibrations_are_refused():
         (((1, 1), (4, 9)), {"k": 0, "coverage": 0.5}, "k=0"),
         (((1, 1), (4, 9)), {}, "10 queries: expected at least 299"),
         (((1, 1), (4, 10)), {}, "goes beyond the vectors given"),
-        (((1, 1, 20), (4, 9)), {}, "expected a pair"),
+        (((1, 1, 20), (4, 9)), {}, "a width beyond"),
         (((1, 1), [(1, 1, 20), (4, 9)]), {}, "expected a pair"),
     ]
     for arguments, options, message in wrong:

@@ -13,6 +13,7 @@ from qdrant_client.local.persistence import CollectionPersistence
 
 import metaembed_jax as me
 from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import as_stages, search_in_stages
 from metaembed_jax.retrieval import qdrant_points
 from metaembed_jax.retrieval.qdrant import QdrantIndex
@@ -65,7 +66,7 @@ def expected(documents, budget, k):
         scores = np.asarray(me.maxsim(QUERIES, documents, pair))
         return scores if rows is None else np.take_along_axis(scores, rows, axis=1)
 
-    scores, rows = search_in_stages(score, as_stages(budget, 16, 64), k + 1)
+    scores, rows = search_in_stages(score, as_stages(budget, Budget(16, 64)), k + 1)
     assert np.diff(-scores).min() > 1e-4
     scores, rows = scores[:, :k], rows[:, :k]
     return scores, np.array(names(len(documents)), object)[rows]

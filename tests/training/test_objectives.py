@@ -40,7 +40,7 @@ def test_the_loss_is_the_sum_of_all_that_are_set():
     assert float(loss) == pytest.approx(float(first + second), rel=1e-6)
     assert figures["objective/matryoshka"] == first and figures["objective/second"] == second
     assert figures.keys() >= {"loss/1:1", "accuracy/2:4", "loss/3:3"}
-    assert both.largest_budget == (3, 4) and both.budgets == FIRST.groups
+    assert both.largest_budget == (3, 4) and [budget.sizes for budget in both.budgets] == [(1, 1), (2, 4)]
     assert both.flops(6, 7, 8) == 2 * 6 * 7 * 8 * (2 * 4 + 3 * 3)
 
 

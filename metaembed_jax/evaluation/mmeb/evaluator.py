@@ -26,7 +26,7 @@ from metaembed_jax.files import replacing
 from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.late_interaction.budgets import budget_name, by_cost
 from metaembed_jax.late_interaction.groups import Budget
-from metaembed_jax.late_interaction.stages import largest_budget
+from metaembed_jax.late_interaction.stages import Stage, largest_budget
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.results import Board, Failure, Interval, Results, SearchResults, TaskResults
 
@@ -45,8 +45,8 @@ class Mmeb:
 
     name = "mmeb"
 
-    def __init__(self, directory: Path, budgets: Sequence[Budget]):
-        self.directory, self.budgets = directory, budgets
+    def __init__(self, directory: Path, budgets: Sequence[Sequence[int]]):
+        self.directory, self.budgets = directory, [Budget(*budget) for budget in budgets]
         self._questions: dict[str, Questions] = {}
 
     def check(self) -> None:
@@ -66,7 +66,7 @@ class Mmeb:
         tasks, results = available(self.directory, TASKS), []
         for task in tasks:
             questions = read_task(task, self.directory)
-            key = key_of(subject.identity, questions.fingerprint, sorted(self.budgets))
+            key = key_of(subject.identity, questions.fingerprint, sorted(budget.sizes for budget in self.budgets))
             vectors = cache / self.name / "embeddings" / f"{task.name}-{key}"
             evaluate = partial(evaluate_task, subject.model, task, questions, self.budgets, vectors, progress)
             results.append(cached(cache / self.name / f"{task.name}.json", key, evaluate))
@@ -116,16 +116,16 @@ def evaluate_task(
     """
     if progress:
         print(f"{task.name}: {len(questions.queries):,} queries, {len(questions.documents):,} documents", flush=True)
-    query_vectors, document_vectors = largest_budget([(budget,) for budget in budgets])
+    query_vectors, document_vectors = largest_budget([(Stage(budget),) for budget in budgets])
     queries, documents = pictured(questions)
     query_rows, query_nRD = _encode(model, queries, "query", query_vectors, cache, progress)
     rows, document_nRD = _encode(model, documents, "document", document_vectors, cache, progress)
     query_QRD = join_shares(query_rows, query_nRD, len(queries))
     dimension, searches, scores_QN = query_QRD.shape[2], [], np.zeros((len(queries), len(documents)))
-    for budget in by_cost(budgets):
+    for budget in by_cost(budgets, dimension):
         scores_QN = score_shares(query_QRD, rows, document_nRD, len(documents), budget)
         precision = Interval(float(first_choices(scores_QN, questions.choices).mean()))
-        flops, size = maxsim_flops(budget, dimension), index_bytes(budget[1], dimension)
+        flops, size = maxsim_flops(budget, dimension), index_bytes(budget, dimension)
         searches.append(
             SearchResults(
                 budget=budget_name(budget), flops_per_document=flops, bytes_per_document=size, metrics={MEASURE: precision}

@@ -61,10 +61,10 @@ class Mteb:
         Raises:
           UserError: a budget beyond the model's, or data that cannot be fetched or is malformed.
         """
-        vectors = subject.model.config.vectors("query"), subject.model.config.vectors("document")
-        searches = in_order(as_stages(budget, *vectors) for budget in self.budgets)
+        model = subject.model
+        searches = in_order((as_stages(budget, model.largest_budget) for budget in self.budgets), model.dimension)
         largest, revision = largest_budget(searches), subject.identity[:16]
-        searcher = Searcher(subject.model, largest, name=subject.name, revision=revision, progress=progress)
+        searcher = Searcher(model, largest, name=subject.name, revision=revision, progress=progress)
         boards = [self._evaluate(searcher, subject.identity, benchmark, searches, cache) for benchmark in self.benchmarks]
         if not any(board.tasks for board in boards):
             raise UserError(next(note for board in boards for note in board.notes if note.startswith(LEFT_OUT)))
@@ -149,11 +149,10 @@ def _search_results(searcher: Searcher, task: Any, stages: Stages, result: Any) 
         return Interval(float(result.get_score(getter=lambda values: values[key])))
 
     metrics = {name: mean(name) for name in METRICS} | {task.metadata.main_score: mean("main_score")}
-    *earlier, (query_vectors, document_vectors) = stages
+    *earlier, (budget, _) = stages
     if earlier:
         return SearchResults(budget=search_name(stages), metrics=metrics)
-    flops = maxsim_flops((query_vectors, document_vectors), searcher.model.dimension)
-    size = index_bytes(document_vectors, searcher.model.dimension)
+    flops, size = (cost(budget, searcher.model.dimension) for cost in (maxsim_flops, index_bytes))
     return SearchResults(budget=search_name(stages), flops_per_document=flops, bytes_per_document=size, metrics=metrics)
 
 
@@ -183,7 +182,7 @@ def _evaluate_subset(searcher: Searcher, task: Any, split: str, subset: str, sea
         results[search_name(stages)] = task.evaluate(indexed, split, subsets_to_run=[subset], encode_kwargs={})
     # mteb has now left out queries without relevant documents. Rankings need all scores, and searches return the best ones only;
     # scoring again costs little compared with encoding.
-    largest = by_cost((stages[-1][0], stages[-1][1]) for stages in searches)[-1]
+    largest = by_cost((stages[-1].budget for stages in searches), searcher.model.dimension)[-1]
     scores = indexed.score(data["queries"], largest, task_metadata=task.metadata, top_ranked=data["top_ranked"])
     failures = [
         replace(failure, dataset=(task.metadata.name, split, subset), query=numbers[scores.queries[failure.query]])

@@ -37,7 +37,7 @@ class Searcher:
 
     Args:
       model: encodes both.
-      budget: (r_q, r_c), or stages [(1, 1, 1000), (16, 64)]. All vectors by default.
+      budget: (r_q, r_c), (r_q, r_c, width), or stages [(1, 1, 1000), (16, 64)]. All vectors by default.
       name: name of the model in mteb's results.
       revision: revision of the model in mteb's results.
       progress: show a bar.
@@ -56,9 +56,8 @@ class Searcher:
         progress: bool = False,
     ):
         self.model, self.name, self.revision, self.progress = model, name, revision, progress
-        vectors = model.config.vectors("query"), model.config.vectors("document")
-        self.stages = as_stages(vectors if budget is None else budget, *vectors)
-        self._largest = largest_budget([self.stages])
+        self.stages = as_stages(model.largest_budget[:2] if budget is None else budget, model.largest_budget)
+        self._largest = Budget(*largest_budget([self.stages]), model.dimension)
         self._held: dict[str, Encoded] = {}
         self._documents: tuple[Sequence[str], Encoded] | None = None
 
@@ -69,7 +68,7 @@ class Searcher:
           UserError: it is beyond the largest budget of this searcher.
         """
         other = copy.copy(self)
-        other.stages = as_stages(budget, *self._largest)
+        other.stages = as_stages(budget, self._largest)
         return other
 
     @property

@@ -13,6 +13,7 @@ from metaembed_jax.evaluation.mteb.failures import task_failures
 from metaembed_jax.evaluation.mteb.scores import Scores
 from metaembed_jax.evaluation.mteb.searcher import Searcher
 from metaembed_jax.evaluation.mteb.tasks import Benchmark
+from metaembed_jax.late_interaction.budgets import parse_searches
 from tests.evaluation.mteb.pages import OtherPages, Pages, picture
 
 
@@ -53,7 +54,7 @@ def by_hand(model, task):
 
 def test_the_right_items_of_the_worst_queries(model):
     task = Gaps()
-    results = evaluate_task(Searcher(model), task, [((1, 1),), ((16, 64),), ((2, 2, 3), (4, 4))])
+    results = evaluate_task(Searcher(model), task, parse_searches("1:1,16:64,2:2:3>4:4", model.largest_budget))
     assert not task.data_loaded and (results.queries, results.documents) == (2 * 6, 2 * 12)
     evaluator = Mteb("gaps", [(1, 1)])
     evaluator.benchmarks = [Benchmark("gaps", [task], [])]
