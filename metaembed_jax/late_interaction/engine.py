@@ -5,8 +5,8 @@ where they are stored. A step of either multiplies arrays of a size that depends
 tiles come from. So results are the same bits on any mesh, and for tiles that are read from files during the search. On a TPU both
 stages are kernels that read the tiles in place.
 
-Q queries, R vectors of a query, T tiles, n documents of a tile, N documents, D width of a vector, K survivors, k results; q, t, c
-those of a step.
+Q queries, R vectors of a query, T tiles, n documents of a tile, N documents, D width of a vector (of queries, that of the budget),
+K survivors, k results; q, t, c those of a step.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from metaembed_jax.late_interaction import maxsim_tpu, survivors_tpu
+from metaembed_jax.late_interaction.prefixes import unit_prefix
 from metaembed_jax.late_interaction.sizes import floor_power
 from metaembed_jax.late_interaction.stages import Stages
 from metaembed_jax.late_interaction.tiles import Tiles
@@ -50,35 +52,44 @@ def empty_top_k(queries: int, k: int) -> TopK:
 
 
 @partial(jax.jit, static_argnames=("stages", "k", "mesh"))
-def search(query_QRD: Float[Array, "Q R D"], segments: tuple[Tiles, ...], stages: Stages, k: int, mesh: Mesh) -> TopK:
+def search(queries: tuple[Float[Array, "Q _ _"], ...], segments: tuple[Tiles, ...], stages: Stages, k: int, mesh: Mesh) -> TopK:
     """Return the k best documents of each query.
 
     Args:
-      query_QRD: float32, replicated; Q is a power of two.
+      queries: for each stage, from `stage_queries`; float32, replicated; Q is a power of two.
       segments: tiles that are sharded over all devices of the mesh, in order, with ascending positions.
       stages: from `as_stages`.
     """
 
-    def on_device(query_QRD, segments):
-        top = empty_top_k(len(query_QRD), 0)
-        for number, ((query_vectors, document_vectors, _), survivors) in enumerate(stages):
-            query_QrD, count = query_QRD[:, :query_vectors], survivors or k
+    def on_device(queries, segments):
+        top = empty_top_k(len(queries[0]), 0)
+        for number, (query_QRD, (budget, survivors)) in enumerate(zip(queries, stages, strict=True)):
+            vectors, count = budget.document, survivors or k
             if number == 0:
                 top = empty_top_k(len(query_QRD), count)
                 for tiles in segments:
-                    top = _merge_over(mesh, top, _scan(query_QrD, tiles, document_vectors, count, mesh))
+                    top = _merge_over(mesh, top, _scan(query_QRD, tiles, vectors, count, mesh))
             else:
                 positions_QK = in_order(top.positions)
-                scores = [_score_survivors(query_QrD, tiles, document_vectors, positions_QK, mesh) for tiles in segments]
+                scores = [_score_survivors(query_QRD, tiles, vectors, positions_QK, mesh) for tiles in segments]
                 top = best_of(_largest(scores, mesh), positions_QK, count)
         return top
 
-    return _over(mesh, on_device)(query_QRD, segments)
+    return _over(mesh, on_device)(queries, segments)
+
+
+def stage_queries(query_QRD: Float[np.ndarray, "Q R D"], stages: Stages) -> list[Float[np.ndarray, "Q r w"]]:
+    """Return the query vectors of each stage, cut by the host: in a program of one stage or of several, they are the same bits."""
+    return [unit_prefix(query_QRD[:, : budget.query], budget.width) for budget, _ in stages]
 
 
 @partial(jax.jit, static_argnames=("vectors", "mesh"))
 def merge_tiles(query_QRD: Float[Array, "Q R D"], tiles: Tiles, top: TopK, vectors: int, mesh: Mesh) -> TopK:
-    """Score the next tiles by their first `vectors` vectors, and merge their best documents into the top k so far."""
+    """Score the next tiles by their first `vectors` vectors, and merge their best documents into the top k so far.
+
+    Args:
+      query_QRD: of `stage_queries`.
+    """
 
     def on_device(query_QRD, segments, top):
         (tiles,) = segments
@@ -163,18 +174,18 @@ def _over(mesh: Mesh, function: Callable) -> Callable:
     """Run a function on every device, with the segments sharded by tiles, its second argument, and all else replicated."""
     whole, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
 
-    def on_mesh(query_QRD, segments, *others):
+    def on_mesh(queries, segments, *others):
         specs = tuple(jax.tree.map(lambda _: split, tiles)._replace(first=whole) for tiles in segments)
         in_specs = (whole, specs, *(jax.tree.map(lambda _: whole, other) for other in others))
         mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)  # kernels are not checked
-        return mapped(query_QRD, segments, *others)
+        return mapped(queries, segments, *others)
 
     return on_mesh
 
 
 def _scan(query_QRD: Array, tiles: Tiles, vectors: int, k: int, mesh: Mesh) -> TopK:
     """Return the best documents of this device."""
-    offset = tiles.first + jax.lax.axis_index(mesh.axis_names) * tiles.documents
+    offset, tiles = tiles.first + jax.lax.axis_index(mesh.axis_names) * tiles.documents, tiles.at_width(query_QRD.shape[2])
     if _is_tpu(mesh):
         scores_QN = maxsim_tpu.score(query_QRD, tiles.vectors, tiles.scales, _candidate_counts(tiles), vectors)
         return best_of(scores_QN, jnp.broadcast_to(offset + jnp.arange(scores_QN.shape[1]), scores_QN.shape), k)
@@ -213,7 +224,7 @@ def _score_step(query_QRD: Array, tiles: Tiles, vectors: int, step: int, number:
         x = jax.lax.dynamic_slice(x, (start, *(0 for _ in whole)), (min(step, count), *whole))
         return jnp.pad(x, [(0, step - x.shape[0]), *((0, 0) for _ in whole)])
 
-    _, _, documents, width = tiles.vectors.shape
+    documents, width = tiles.vectors.shape[2], query_QRD.shape[2]
     sliced = Tiles(
         of_step(tiles.vectors, vectors, documents, width),
         None if tiles.scales is None else of_step(tiles.scales, vectors, documents),
@@ -257,6 +268,7 @@ def _largest(scores: list[Float[Array, "Q K"]], mesh: Mesh) -> Float[Array, "Q K
 
 def _score_survivors(query_QRD: Array, tiles: Tiles, vectors: int, positions_QK: Array, mesh: Mesh) -> Float[Array, "Q K"]:
     """Return the scores of the survivors that are stored on this device; -inf for all others, which take no time."""
+    tiles = tiles.at_width(query_QRD.shape[2])
     rows_QK = positions_QK - tiles.first - jax.lax.axis_index(mesh.axis_names) * tiles.documents
     is_here_QK = (positions_QK >= 0) & (rows_QK >= 0) & (rows_QK < tiles.documents)
     # The padding of a segment has the positions of the next.
@@ -292,7 +304,7 @@ def _score_survivors(query_QRD: Array, tiles: Tiles, vectors: int, positions_QK:
 def _score_rows(query_RD: Array, tiles: Tiles, vectors: int, rows_c: Int[Array, " c"]) -> Float[Array, " c"]:
     """Return MaxSim of a query and some documents."""
     tile_c, slot_c = rows_c // tiles.vectors.shape[2], rows_c % tiles.vectors.shape[2]
-    document_crD = tiles.vectors[tile_c, :vectors, slot_c]
+    document_crD = tiles.vectors[tile_c, :vectors, slot_c, : query_RD.shape[1]]
     similarity_cri = float32_einsum("yd,id->yi", document_crD.reshape(-1, document_crD.shape[2]), query_RD)
     similarity_cri = similarity_cri.reshape(len(rows_c), vectors, -1)
     if tiles.scales is not None:

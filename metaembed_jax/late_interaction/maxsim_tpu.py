@@ -112,23 +112,24 @@ def score(
     All tiles of a device are scored in one call, because a slice of them would be copied first.
 
     Args:
-      query_QRD: float32 or bfloat16.
+      query_QRD: float32 or bfloat16; if they have fewer numbers than the documents, only the first of the documents' are read.
       vectors_TRnD: float32, bfloat16 or int8; n is 128.
       scales_TRn: factors of the vectors, float32, not negative. They are applied to the similarities.
       counts_Tn: vectors of each document; a document with 0 scores -inf. None if all documents have all R.
       document_vectors: r_c, the vectors to use of each document, from the first; only these are read.
       interpret: use Pallas' interpreter, which runs on any device.
     """
+    query_QRD = pad_to_read(query_QRD, vectors_TRnD)
     blocks = choose_blocks(query_QRD, vectors_TRnD, document_vectors)
-    (Q, Rq, D), (T, _, n, _) = query_QRD.shape, vectors_TRnD.shape
+    (Q, Rq, D), (T, _, n, full) = query_QRD.shape, vectors_TRnD.shape
     query_blocks = pl.cdiv(Q, blocks.queries)
-    is_wide = D % LANES == 0
+    is_wide = full % LANES == 0
     query_bPMD = query_parts(query_QRD, blocks)
     inputs = [query_bPMD, vectors_TRnD if is_wide else jnp.swapaxes(vectors_TRnD, 2, 3)]  # as XLA stores it: nothing is copied
     specs = [
         # The next queries are needed only after all documents, so a second buffer would be idle.
         pl.BlockSpec((None, *query_bPMD.shape[1:]), lambda block, tile, slab: (block, 0, 0), pipeline_mode=pl.Buffered(1)),
-        pl.BlockSpec((blocks.tiles, blocks.slabs, *inputs[1].shape[2:]), lambda block, tile, slab: (tile, slab, 0, 0)),
+        pl.BlockSpec((blocks.tiles, blocks.slabs, *((n, D) if is_wide else (D, n))), lambda block, tile, slab: (tile, slab, 0, 0)),
     ]
     if scales_TRn is not None:
         few = document_vectors < SUBLANES  # their registers would be mostly scales that are not used
@@ -155,6 +156,13 @@ def score(
         name="maxsim",
     )(*inputs)
     return scores_bqN.reshape(-1, T * n)[:Q]
+
+
+def pad_to_read(query_QRD: Array, vectors_TRnD: Array) -> Float[Array, "Q Rq D"]:
+    """Pad queries that are cut with zeros to the numbers that are read of a document: whole registers, as they are stored."""
+    full, dtype = vectors_TRnD.shape[3], vectors_TRnD.dtype
+    read = min(round_up(query_QRD.shape[2], LANES if full % LANES == 0 else 32 // dtype.itemsize), full)
+    return jnp.pad(query_QRD, [(0, 0), (0, 0), (0, read - query_QRD.shape[2])])
 
 
 def _kernel(query_ref, document_ref, *refs, blocks, query_vectors, is_wide, has_scales, has_counts):

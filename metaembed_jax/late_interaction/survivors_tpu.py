@@ -67,7 +67,7 @@ def score_survivors(
 def _score_run(query_QRD, slots_QK, vectors_TRnD, scales_TRn, counts_Tn, document_vectors, expected, interpret):
     """Return the scores of survivors; those from this device's first to its last are fetched."""
     (Q, K), n = slots_QK.shape, vectors_TRnD.shape[2]
-    rows = _rows_of_a_fetch(vectors_TRnD.dtype)
+    query_QRD, rows = maxsim_tpu.pad_to_read(query_QRD, vectors_TRnD), _rows_of_a_fetch(vectors_TRnD.dtype)
     blocks = maxsim_tpu.choose_blocks(query_QRD[:1], vectors_TRnD, document_vectors)._replace(tiles=1, chunk_tiles=1)
     is_here_QK, column_K = slots_QK >= 0, jnp.arange(K)
     first_Q1, end_Q1 = jnp.argmax(is_here_QK, axis=1)[:, None], K - jnp.argmax(is_here_QK[:, ::-1], axis=1)[:, None]
@@ -169,7 +169,7 @@ def _kernel(length_ref, slot_ref, query_ref, vector_ref, *refs, blocks: Blocks, 
 
 def _fetch(length_ref, slot_ref, vector_ref, document_ref, semaphore, tiles, slab_blocks, step, act):
     """Start or await the copies of a step: some slabs of as many survivors as a tile on the chip has."""
-    _, slabs, n, _ = document_ref.shape
+    _, slabs, n, width = document_ref.shape
     rows = _rows_of_a_fetch(document_ref.dtype)
     survivors = n // rows
     query, tile = jax.lax.div(step, tiles * slab_blocks), jax.lax.rem(jax.lax.div(step, slab_blocks), tiles)
@@ -179,7 +179,7 @@ def _fetch(length_ref, slot_ref, vector_ref, document_ref, semaphore, tiles, sla
     def _(i):
         slot = slot_ref[query, first + i]
         row = pl.multiple_of(jax.lax.div(jax.lax.rem(slot, n), rows) * rows, rows)
-        source = vector_ref.at[jax.lax.div(slot, n), pl.ds(slab, slabs), pl.ds(row, rows)]
+        source = vector_ref.at[jax.lax.div(slot, n), pl.ds(slab, slabs), pl.ds(row, rows), pl.ds(0, width)]
         target = document_ref.at[buffer, :, pl.ds(pl.multiple_of(i * rows, rows), rows)]
         copy = pltpu.make_async_copy(source, target, semaphore.at[buffer])
         copy.start() if act == "start" else copy.wait()

@@ -6,7 +6,8 @@
             vector R-1
 
 So the first r_c vectors of a tile are stored together, and a search at any budget reads its own vectors and no others. One matrix
-product scores them, and the maximum over a document's vectors runs along whole rows of documents.
+product scores them, and the maximum over a document's vectors runs along whole rows of documents. A budget with a width reads the
+first numbers of each vector; the factor that makes them a unit vector is a scale.
 
 T tiles, R vectors of a document, n documents of a tile, D width of a vector, N documents.
 """
@@ -28,6 +29,7 @@ class Tiles(NamedTuple):
       counts: int32 [T, n], the number of vectors of each document; None if all have R.
       is_candidate: bool [T, n], False for padding, and for documents that are deleted or filtered out.
       first: int32 [], the position of the first document; it is the same on all devices.
+      prefixes: by width, the scales [T, R, n] of vectors that are cut to it.
     """
 
     vectors: Shaped[Array, "T R n D"]
@@ -35,12 +37,17 @@ class Tiles(NamedTuple):
     counts: Int[Array, "T n"] | None
     is_candidate: Bool[Array, "T n"]
     first: Int[Array, ""]
+    prefixes: dict[int, Float[Array, "T R n"]] = {}
 
     @property
     def documents(self) -> int:
         """The number of documents, with padding."""
         tiles, documents = self.is_candidate.shape
         return tiles * documents
+
+    def at_width(self, width: int) -> "Tiles":
+        """Return tiles with the scales of vectors that are cut to a width. The vectors stay whole; who reads them cuts them."""
+        return self if width == self.vectors.shape[3] else self._replace(scales=self.prefixes[width])
 
 
 def count_tiles(documents: int, shards: int) -> int:

@@ -82,7 +82,7 @@ def make_search(
 def search_program(config: RunConfig, mesh: Mesh, search: Search) -> Program:
     """Return a search of an index whose vectors are on the devices, every item with all its vectors."""
     stages, width = search.stages, search.width
-    queries, query_vectors = ceil_power(search.queries), max(stage.budget.query for stage in stages)
+    queries = ceil_power(search.queries)
     split, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), replicated(mesh)
     shape = count_tiles(search.items, mesh.size), search.vectors, TILE
     tiles = Tiles(
@@ -91,16 +91,17 @@ def search_program(config: RunConfig, mesh: Mesh, search: Search) -> Program:
         counts=None,
         is_candidate=_abstract((shape[0], TILE), bool, split),
         first=_abstract((), jnp.int32, whole),
+        prefixes={budget.width: _abstract(shape, jnp.float32, split) for budget, _ in stages if budget.numbers(width) < width},
     )
-    query = _abstract((queries, query_vectors, width), jnp.float32, whole)
+    stage_queries = tuple(_abstract((queries, budget.query, budget.numbers(width)), jnp.float32, whole) for budget, _ in stages)
     counts = [
         search_flops(queries, budget.query, documents, budget.document, budget.numbers(width))
         for (budget, _), documents in zip(stages, scored_documents(stages, search.items), strict=True)
     ]
     vector_bytes = width * jnp.dtype(search.dtype).itemsize + (4 if search.dtype == "int8" else 0)
     return Program(
-        lambda: engine.search.trace(query, (tiles,), stages, search.k, mesh),
-        {"batch": query, "index": tiles},
+        lambda: engine.search.trace(stage_queries, (tiles,), stages, search.k, mesh),
+        {"batch": stage_queries, "index": tiles},
         sum(counts[1:], counts[0]),
         search.queries,
         "queries",

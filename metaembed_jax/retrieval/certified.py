@@ -41,11 +41,13 @@ def check_certifiable(folder: Path, manifest: Manifest, stages: Stages) -> Budge
     """Check that an index has exact vectors, and return the budget of a search without stages.
 
     Raises:
-      UserError: the index has no exact vectors, or the search has stages.
+      UserError: the index has no exact vectors, or the search has stages or a width.
     """
     *earlier, (budget, _) = stages
     if earlier:
         raise UserError(f"certified=True with the budget {search_name(stages)}: expected one budget (r_q, r_c), without stages")
+    if budget.numbers(manifest.width) < manifest.width:
+        raise UserError(f"certified=True with the budget {budget}: expected one without a width, because exact vectors are whole")
     if manifest.dtype == "int8" and not manifest.exact:
         raise UserError(
             f"certified=True: {folder} has no exact vectors; index again with dtype='int8' and exact='float32' or 'bfloat16'"

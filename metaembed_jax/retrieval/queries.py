@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Float
 
 from metaembed_jax.errors import UserError
-from metaembed_jax.late_interaction.budgets import search_name
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import Stages, as_stages
 from metaembed_jax.retrieval.ingest import as_array, check_unit
@@ -42,12 +41,9 @@ def stages_of(budget: Sequence | None, stored: Budget) -> Stages:
       UserError: the budget has another form, or is larger than the queries or the stored items.
     """
     try:
-        stages = as_stages(stored[:2] if budget is None else budget, stored)
+        return as_stages(stored[:2] if budget is None else budget, stored)
     except UserError as error:
         raise UserError(f"{error} (this index stores {stored.document} vectors an item)") from None
-    if any(stage.budget.width for stage in stages):
-        raise UserError(f"budget {search_name(stages)}: expected one without a width")
-    return stages
 
 
 def count_results(k: int | None, items: int, stages: Stages, is_filtered: bool = False) -> int:

@@ -91,7 +91,8 @@ class Searcher:
         for start in range(0, len(query_QRD), at_once):
             query_qRD = query_QRD[start : start + at_once]
             padding = [(0, ceil_power(len(query_qRD)) - len(query_qRD)), (0, 0), (0, 0)]
-            top = self._search(put_replicated(np.pad(query_qRD, padding), self.mesh), ceil_power(k), stages, is_searched_N)
+            queries = [put_replicated(x, self.mesh) for x in engine.stage_queries(np.pad(query_qRD, padding), stages)]
+            top = self._search(tuple(queries), ceil_power(k), stages, is_searched_N)
             results.append([np.asarray(x)[: len(query_qRD), :k] for x in top])
         scores_Qk, positions_Qk = (np.concatenate(arrays) for arrays in zip(*results, strict=True))
         if not np.isfinite(scores_Qk).all():  # items that passed `ingest` have vectors
@@ -113,7 +114,7 @@ class Searcher:
                 tiles[name] = loaded[name]._replace(is_candidate=self._reader.mask(segment.is_alive, count), first=first)
                 continue
             rows = np.arange(start, start + len(segment), dtype=np.int32)
-            tiles[name] = self._reader.read(rows, count, self.levels[-1], start)
+            tiles[name] = self._reader.read(rows, count, self.levels[-1], self.width, start)
             tiles[name] = tiles[name]._replace(is_candidate=self._reader.mask(segment.is_alive, count))
         return tiles
 
@@ -128,40 +129,46 @@ class Searcher:
             f'are free; expected at most {MEMORY_SHARE:.0%} of them: load it with resident="auto", with more devices, or as int8'
         )
 
-    def _search(self, query_QRD: jax.Array, k: int, stages: Stages, is_searched_N: np.ndarray) -> TopK:
+    def _search(self, queries: tuple[jax.Array, ...], k: int, stages: Stages, is_searched_N: np.ndarray) -> TopK:
         if self.loaded and len(self.segments) <= PROGRAM_SEGMENTS:
-            return engine.search(query_QRD, tuple(self._resident(is_searched_N)), stages, k, self.mesh)
-        top = engine.empty_top_k(len(query_QRD), 0)
-        for number, ((query_vectors, document_vectors, _), survivors) in enumerate(stages):
-            query_QrD, count = query_QRD[:, :query_vectors], survivors or k
+            widths = {budget.numbers(self.width) for budget, _ in stages}
+            return engine.search(queries, tuple(self._resident(is_searched_N, widths)), stages, k, self.mesh)
+        top = engine.empty_top_k(len(queries[0]), 0)
+        for number, (query_QRD, (budget, survivors)) in enumerate(zip(queries, stages, strict=True)):
+            vectors, width, count = budget.document, budget.numbers(self.width), survivors or k
             if number == 0:
                 top = TopK(*(put_replicated(np.asarray(x), self.mesh) for x in engine.empty_top_k(len(query_QRD), count)))
                 sparse_n = None if self.loaded else _sparse_positions(is_searched_N)
-                blocks = self._resident(is_searched_N) if self.loaded else self._blocks(is_searched_N, sparse_n, document_vectors)
-                for tiles in blocks:
+                resident = self._resident(is_searched_N, {width})
+                for tiles in resident if self.loaded else self._blocks(is_searched_N, sparse_n, vectors, width):
                     jax.block_until_ready(top)  # otherwise blocks pile up in memory when reading is faster than scoring
-                    top = engine.merge_tiles(query_QrD, tiles, top, document_vectors, self.mesh)
+                    top = engine.merge_tiles(query_QRD, tiles, top, vectors, self.mesh)
                 if sparse_n is not None:
                     numbers_QK = np.asarray(top.positions)
                     top = TopK(top.scores, put_replicated(np.where(numbers_QK < 0, -1, sparse_n[numbers_QK]), self.mesh))
             else:
                 positions_QK = engine.in_order(top.positions)
                 scores_QK = jax.numpy.full_like(top.scores, -np.inf)
-                for tiles, rows_QK in self._survivors(positions_QK, is_searched_N, document_vectors):
-                    scores = engine.score_survivors(query_QrD, tiles, rows_QK, document_vectors, self.mesh)
+                for tiles, rows_QK in self._survivors(positions_QK, is_searched_N, vectors, width):
+                    scores = engine.score_survivors(query_QRD, tiles, rows_QK, vectors, self.mesh)
                     scores_QK = jax.numpy.maximum(scores_QK, scores)
                 top = engine.best_of(scores_QK, positions_QK, count)
         return top
 
-    def _resident(self, is_searched_N: np.ndarray) -> Iterator[Tiles]:
-        """Yield the resident segments, with these candidates."""
-        for number, tiles in enumerate(self.loaded.values()):
+    def _resident(self, is_searched_N: np.ndarray, widths: set[int]) -> Iterator[Tiles]:
+        """Yield the resident segments, with these candidates and the scales of these widths."""
+        for number, (name, tiles) in enumerate(list(self.loaded.items())):
+            start, stop = self.starts[number : number + 2]
+            count = tiles.is_candidate.shape[0]
+            for width in widths - {self.width, *tiles.prefixes}:
+                rows = np.arange(start, stop, dtype=np.int32)
+                scales = self._reader.read_scales(rows, count, self.levels[-1], width)
+                tiles = self.loaded[name] = tiles._replace(prefixes=tiles.prefixes | {width: scales})
             if is_searched_N is not self.is_alive:
-                start, stop = self.starts[number : number + 2]
-                tiles = tiles._replace(is_candidate=self._reader.mask(is_searched_N[start:stop], tiles.is_candidate.shape[0]))
-            yield tiles
+                tiles = tiles._replace(is_candidate=self._reader.mask(is_searched_N[start:stop], count))
+            yield tiles._replace(prefixes={width: scales for width, scales in tiles.prefixes.items() if width in widths})
 
-    def _blocks(self, is_searched_N: np.ndarray, sparse_n: np.ndarray | None, vectors: int) -> Iterator[Tiles]:
+    def _blocks(self, is_searched_N: np.ndarray, sparse_n: np.ndarray | None, vectors: int, width: int) -> Iterator[Tiles]:
         """Yield all blocks with a candidate. The last blocks are smaller by powers of two, so that few programs are compiled.
 
         Args:
@@ -170,13 +177,13 @@ class Searcher:
         if sparse_n is not None:
             is_searched_N = np.ones(len(sparse_n), bool)
         documents, step = len(is_searched_N), engine.step_tiles(self.mesh, vectors, TILE)
-        most = step * max(BLOCK_NUMBERS // (step * TILE * vectors * self.width), 1) * self.mesh.size * TILE
+        most = step * max(BLOCK_NUMBERS // (step * TILE * vectors * width), 1) * self.mesh.size * TILE
 
         def read(start: int) -> Tiles:
             stop = min(start + most, documents)
             count = self._count_tiles(stop - start)
             positions = np.arange(start, stop, dtype=np.int32) if sparse_n is None else sparse_n[start:stop]
-            tiles = self._reader.read(positions, count, vectors, start)
+            tiles = self._reader.read(positions, count, vectors, width, start)
             return tiles._replace(is_candidate=self._reader.mask(is_searched_N[start:stop], count))
 
         starts = [start for start in range(0, documents, most) if is_searched_N[start : start + most].any()]
@@ -187,19 +194,21 @@ class Searcher:
         devices = self.mesh.size
         return ceil_power(count_tiles(documents, devices) // devices) * devices
 
-    def _survivors(self, positions_QK: jax.Array, is_searched_N: np.ndarray, vectors: int) -> Iterable[tuple[Tiles, jax.Array]]:
+    def _survivors(
+        self, positions_QK: jax.Array, is_searched_N: np.ndarray, vectors: int, width: int
+    ) -> Iterable[tuple[Tiles, jax.Array]]:
         """Yield tiles that have the survivors, and the position of each survivor in them."""
         if self.loaded:
-            return ((tiles, positions_QK) for tiles in self._resident(is_searched_N))
+            return ((tiles, positions_QK) for tiles in self._resident(is_searched_N, {width}))
         positions = np.asarray(positions_QK)
         union = np.unique(positions[positions >= 0])
         rows_QK = np.where(positions < 0, -1, np.searchsorted(union, positions)).astype(np.int32)
         rows_QK = put_replicated(rows_QK, self.mesh)
-        most = max(SURVIVOR_NUMBERS // (TILE * vectors * self.width), 1) * TILE * self.mesh.size
+        most = max(SURVIVOR_NUMBERS // (TILE * vectors * width), 1) * TILE * self.mesh.size
 
         def read(start: int) -> tuple[Tiles, jax.Array]:
             rows = union[start : start + most]
-            return self._reader.read(rows, self._count_tiles(len(rows)), vectors, start), rows_QK
+            return self._reader.read(rows, self._count_tiles(len(rows)), vectors, width, start), rows_QK
 
         return _read_ahead(read, range(0, len(union), most))
 

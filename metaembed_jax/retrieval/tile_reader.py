@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Int
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.prefixes import SQUARED_LENGTH
 from metaembed_jax.late_interaction.tiles import TILE, Tiles, count_tiles, write_rows
 from metaembed_jax.retrieval.checksummed_files import ChecksummedFile
 from metaembed_jax.retrieval.segment import SegmentFiles
@@ -45,27 +46,43 @@ class TileReader:
         self.dtype = np.dtype(np.float32) if self._is_widened else segments[0].levels[0].dtype
         self._has_scales = bool(segments[0].scales) and not self._is_widened
 
-    def read(self, positions_n: Int[np.ndarray, " n"], tiles: int, vectors: int, first: int) -> Tiles:
+    def read(self, positions_n: Int[np.ndarray, " n"], tiles: int, vectors: int, width: int, first: int) -> Tiles:
         """Read the first `vectors` vectors of documents at ascending positions; all of them are candidates.
 
         Args:
           tiles: a multiple of the devices, for at least so many documents.
+          width: numbers to read of a vector, at most D.
           first: as in `Tiles`.
 
         Raises:
           UserError: a file is damaged.
         """
         shape, put = (tiles, vectors, TILE), self._put
-        write_vectors = functools.partial(self._write_levels, self._read_vectors, vectors=vectors)
-        write_scales = functools.partial(self._write_levels, self._read_scales, vectors=vectors)
+        read_vectors = functools.partial(self._read_vectors, width=width)
+        write_vectors = functools.partial(self._write_levels, read_vectors, vectors=vectors)
         is_ragged = vectors > min(segment.entry.fewest for segment in self.segments)
         return Tiles(
-            put((*shape, self._width), self.dtype, positions_n, write_vectors),
-            put(shape, np.float32, positions_n, write_scales) if self._has_scales else None,
+            put((*shape, width), self.dtype, positions_n, write_vectors),
+            self.read_scales(positions_n, tiles, vectors, width),
             put((tiles, TILE), np.int32, positions_n, self._write_counts) if is_ragged else None,
             self.mask(np.ones(len(positions_n), bool), tiles),
             put_replicated(np.asarray(first, np.int32), self.mesh),
         )
+
+    def read_scales(self, positions_n: Int[np.ndarray, " n"], tiles: int, vectors: int, width: int) -> jax.Array | None:
+        """Read the scales of vectors that are cut to a width; None for whole vectors of floats.
+
+        Args:
+          positions_n, tiles, vectors, width: as for `read`.
+
+        Raises:
+          UserError: a file is damaged.
+        """
+        if width == self._width and not self._has_scales:
+            return None
+        read = self._read_scales if width == self._width else functools.partial(self._read_prefix_scales, width=width)
+        write = functools.partial(self._write_levels, read, vectors=vectors)
+        return self._put((tiles, vectors, TILE), np.float32, positions_n, write)
 
     def _write_levels(
         self,
@@ -80,8 +97,8 @@ class TileReader:
                 write_rows(shard_TRnx[:, start:end], read(number, vectors - start, positions_n))
             start = end
 
-    def _read_vectors(self, level: int, vectors: int, positions_n: Int[np.ndarray, " n"]) -> np.ndarray:
-        rows = self._read(lambda segment: segment.levels[level], positions_n)[:, :vectors]
+    def _read_vectors(self, level: int, vectors: int, positions_n: Int[np.ndarray, " n"], width: int) -> np.ndarray:
+        rows = self._read(lambda segment: segment.levels[level], positions_n)[:, :vectors, :width]
         if self._is_widened and self.segments[0].scales:
             return rows * self._read_scales(level, vectors, positions_n)[..., None]
         return rows
@@ -92,6 +109,13 @@ class TileReader:
             folder = self.segments[0].folder.parent
             raise UserError(f"{folder}: a scale is above {LARGEST_SCALE:g}; expected those of unit vectors; build the index again")
         return scales_nR
+
+    def _read_prefix_scales(self, level: int, vectors: int, positions_n: Int[np.ndarray, " n"], width: int) -> np.ndarray:
+        """Return the factors that make unit vectors of stored numbers, which are cut; scales of int8 are part of them."""
+        prefix_nRd = self._read_vectors(level, vectors, positions_n, width).astype(np.float32)
+        scales_nR = self._read_scales(level, vectors, positions_n) if self._has_scales else np.float32(1)
+        with np.errstate(over="ignore", invalid="ignore"):  # the search refuses scores that are not finite
+            return scales_nR / np.sqrt((prefix_nRd * prefix_nRd).sum(2) * scales_nR**2 + np.float32(SQUARED_LENGTH))
 
     def _write_counts(self, shard_Tn: np.ndarray, positions_n: Int[np.ndarray, " n"]) -> None:
         shard_Tn.reshape(-1)[: len(positions_n)] = self._read(lambda segment: segment.counts, positions_n)

@@ -16,15 +16,19 @@ from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import as_stages
 from metaembed_jax.late_interaction.tiles import Tiles, count_tiles, write_rows
 from metaembed_jax.mesh import make_mesh
-from tests.retrieval.reference import exact, unit
+from tests.retrieval.reference import cut, exact, unit
 
 SIZE, VECTORS, WIDTH = 4, 5, 16  # of the tiles here
 LARGEST = Budget(3, VECTORS, WIDTH)
 MESHES = make_mesh(devices=jax.devices()[:1]), make_mesh(2, 2, 2)
 
 
-def as_tiles(vectors_NRD, scales_NR, counts_N, is_candidate_N, first, mesh, size=SIZE) -> Tiles:
-    """Return documents as tiles of `size` documents, sharded over a mesh, with a tile of padding for each device."""
+def as_tiles(vectors_NRD, scales_NR, counts_N, is_candidate_N, first, mesh, size=SIZE, widths=()) -> Tiles:
+    """Return documents as tiles of `size` documents, sharded over a mesh, with a tile of padding for each device.
+
+    Args:
+      widths: of `Tiles.prefixes`.
+    """
     documents = len(vectors_NRD)
     tiles = (-(-documents // (size * mesh.size)) + 1) * mesh.size
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -39,7 +43,17 @@ def as_tiles(vectors_NRD, scales_NR, counts_N, is_candidate_N, first, mesh, size
     def put_rows(array_N):
         return None if array_N is None else jax.device_put(put(array_N[:, None])[:, 0], split)
 
-    return Tiles(put(vectors_NRD), put(scales_NR), put_rows(counts_N), put_rows(is_candidate_N), jnp.int32(first))
+    stored_NRD = vectors_NRD.astype(np.float32)
+    scale_NR = 1 if scales_NR is None else scales_NR
+    prefixes = {
+        width: put((scale_NR / np.sqrt((stored_NRD[..., :width] ** 2).sum(2) * scale_NR**2 + 1e-24)).astype(np.float32))
+        for width in widths
+    }
+    return Tiles(put(vectors_NRD), put(scales_NR), put_rows(counts_N), put_rows(is_candidate_N), jnp.int32(first), prefixes)
+
+
+def queries_of(query, stages):
+    return tuple(engine.stage_queries(query, stages))
 
 
 def definition(queries, items, candidates, stages, k):
@@ -47,9 +61,9 @@ def definition(queries, items, candidates, stages, k):
     scores_Qk, positions_Qk = np.full((len(queries), k), -np.inf), np.full((len(queries), k), -1)
     for q, query in enumerate(queries):
         remaining = candidates
-        for r_q, r_c, *survivors in stages:
-            scores = {n: (query[:r_q].astype(float) @ np.asarray(items[n][:r_c], float).T).max(1).sum() for n in remaining}
-            ranked = sorted(remaining, key=lambda n: (-scores[n], n))[: survivors[0] if survivors else k]
+        for (r_q, r_c, width), survivors in stages:
+            scores = {n: (cut(query[:r_q], width) @ cut(items[n][:r_c], width).T).max(1).sum() for n in remaining}
+            ranked = sorted(remaining, key=lambda n: (-scores[n], n))[: survivors or k]
             remaining = sorted(ranked)
         scores_Qk[q, : len(ranked)], positions_Qk[q, : len(ranked)] = [scores[n] for n in ranked], ranked
     return scores_Qk, positions_Qk
@@ -63,7 +77,16 @@ def definition(queries, items, candidates, stages, k):
     kind=st.sampled_from(["float32", "bfloat16", "int8"]),
     ties=st.booleans(),
     ragged=st.booleans(),
-    stages=st.sampled_from([((3, 5),), ((1, 2),), ((1, 1, 9), (3, 5)), ((2, 2, 30), (1, 3, 8), (3, 4))]),
+    stages=st.sampled_from(
+        [
+            ((3, 5),),
+            ((1, 2),),
+            ((1, 1, 9), (3, 5)),
+            ((2, 2, 30), (1, 3, 8), (3, 4)),
+            ((3, 5, 4),),
+            ((1, 1, 1, 9), (2, 5, 8), (3, 5, 4)),
+        ]
+    ),
     k=st.sampled_from([1, 4, 8]),
     mesh=st.sampled_from(MESHES),
 )
@@ -84,9 +107,10 @@ def test_equal_to_the_definition(seed, sizes, queries, kind, ties, ragged, stage
     segments, first = [], 0
     for size in sizes:
         parts = (None if x is None else x[first : first + size] for x in (vectors, scales, counts, is_candidate))
-        segments.append(as_tiles(*parts, first, mesh))
+        segments.append(as_tiles(*parts, first, mesh, widths=(1, 4)))
         first += size
-    top = engine.search(query, tuple(segments), as_stages(stages, LARGEST), k, mesh)
+    stages = as_stages(stages, LARGEST)
+    top = engine.search(queries_of(query, stages), tuple(segments), stages, k, mesh)
     scores, positions = definition(query, items, np.flatnonzero(is_candidate).tolist(), stages, k)
     np.testing.assert_array_equal(top.positions, positions)
     np.testing.assert_allclose(top.scores, scores, rtol=2e-6 * (100 if kind == "int8" else 1), atol=2e-6)
@@ -98,23 +122,27 @@ def test_steps_that_do_not_divide_the_tiles(monkeypatch):
     query, vectors = unit(rng, 8, 3, WIDTH), unit(rng, 11 * SIZE - 2, VECTORS, WIDTH)
     mesh = MESHES[0]
     tiles = as_tiles(vectors, None, None, np.ones(len(vectors), bool), 0, mesh)
-    whole = engine.search(query, (tiles,), as_stages((3, 5), LARGEST), 40, mesh)
+    stages = as_stages((3, 5), LARGEST)
+    whole = engine.search((query,), (tiles,), stages, 40, mesh)
     for name, value in {"DOCUMENT_VECTORS": 4 * SIZE * VECTORS, "MERGED_DOCUMENTS": 8 * SIZE, "QUERY_VECTORS": 6}.items():
         monkeypatch.setattr(engine, name, value)
     jax.clear_caches()
-    parts = engine.search(query, (tiles,), as_stages((3, 5), LARGEST), 40, mesh)
+    parts = engine.search((query,), (tiles,), stages, 40, mesh)
     np.testing.assert_array_equal(parts.positions, whole.positions)
     np.testing.assert_allclose(parts.scores, whole.scores, rtol=1e-6)
     jax.clear_caches()
 
 
-def test_kernels_return_what_xla_does(monkeypatch):
-    """The search of a TPU, with its kernels in Pallas' interpreter."""
+@pytest.mark.parametrize(("width", "first", "last"), [(128, 0, 0), (256, 100, 0), (256, 0, 5), (80, 33, 0)])
+def test_kernels_return_what_xla_does(monkeypatch, width, first, last):
+    """The search of a TPU, with its kernels in Pallas' interpreter; budgets with a width read whole registers."""
     rng, mesh = np.random.default_rng(3), MESHES[1]
-    query, vectors = unit(rng, 2, 2, 128), np.round(unit(rng, 150, 3, 128) * 300).astype(np.int8)
+    query, vectors = unit(rng, 2, 2, width), np.round(unit(rng, 150, 3, width) * 300).astype(np.int8)
     scales, counts = rng.random((150, 3), np.float32), rng.integers(1, 4, 150).astype(np.int32)
-    segments = (as_tiles(vectors, scales, counts, rng.random(150) < 0.8, 0, mesh, 128),)
-    options = as_stages(((1, 1, 40), (2, 3)), LARGEST), 10, mesh
+    widths = {first, last} - {0}
+    segments = (as_tiles(vectors, scales, counts, rng.random(150) < 0.8, 0, mesh, 128, widths),)
+    options = as_stages(((1, 1, first, 40), (2, 3, last)), Budget(2, 3, width)), 10, mesh
+    query = queries_of(query, options[0])
     expected = engine.search(query, segments, *options)
     for module, function in ((maxsim_tpu, "score"), (survivors_tpu, "score_survivors")):
         monkeypatch.setattr(module, function, partial(getattr(module, function), interpret=True))

@@ -18,6 +18,7 @@ from metaembed_jax.retrieval import search as module
 from metaembed_jax.retrieval.ingest import to_int8
 from metaembed_jax.retrieval.manifest import DTYPES
 from metaembed_jax.retrieval.search import Searcher
+from metaembed_jax.retrieval.tile_reader import TileReader
 from tests.retrieval import reference
 from tests.retrieval.reference import exact, unit
 
@@ -41,10 +42,11 @@ def test_equal_to_the_definition(seed, queries, documents, vectors, ties, ragged
     query, document = make(rng, queries, 3, 16), make(rng, documents, vectors, 16)
     items = [vectors_RD[: rng.integers(1, vectors + 1)] for vectors_RD in document] if ragged else document
     largest = max(map(len, items))
-    stages = [(int(rng.integers(1, 4)), int(rng.integers(1, largest + 1))) for _ in range(3)]
+    widths = [0, 1, 4, 16] if ties else [0, 3, 8, 16]  # powers of four keep ties exact
+    stages = [(int(rng.integers(1, 4)), int(rng.integers(1, largest + 1)), int(rng.choice(widths))) for _ in range(3)]
     if staged:
         stages = [(*stages[0], documents), (*stages[1], max(documents // 2, 1)), stages[2]]
-    k = int(rng.integers(1, min([documents, *(stage[2] for stage in stages[:-1])] if staged else [documents]) + 1))
+    k = int(rng.integers(1, min([documents, *(stage[3] for stage in stages[:-1])] if staged else [documents]) + 1))
     index = me.Index.build(list(items) if ragged else items, dtype="float32", mesh=ONE)
     assert_results(index, query, items, k, stages if staged else stages[0], stages if staged else stages[:1])
 
@@ -65,7 +67,7 @@ def test_blocks_steps_and_queries_that_do_not_divide(monkeypatch):
     index.add(document[151:], map(str, range(151, 533)))
     for resident in (False, True):
         loaded = me.Index.load(index.folder, mesh=ONE, resident=resident)
-        for stages in ([(3, 3)], [(1, 1, 200), (2, 4, 30), (4, 3)]):
+        for stages in ([(3, 3)], [(1, 1, 200), (2, 4, 30), (4, 3)], [(1, 1, 4, 200), (2, 4, 30), (4, 3, 1)]):
             assert_results(loaded, query, document, 20, stages, stages)
     jax.clear_caches()
 
@@ -82,7 +84,7 @@ def test_eight_devices_and_residents_find_the_same_bits(dtype):
         index.delete(["7", "again 1"])
         for resident, mesh in ((False, make_mesh(2, 2, 2)), (True, make_mesh(2, 2, 2)), (True, ONE)):
             other = me.Index.load(index.folder, mesh=mesh, resident=resident)
-            for budget in ((3, 7), [(1, 1, 50), (4, 9)]):
+            for budget in ((3, 7), [(1, 1, 50), (4, 9)], (4, 9, 5), [(1, 1, 4, 50), (4, 9, 12)]):
                 for expected, actual in zip(index.search(query, 20, budget), other.search(query, 20, budget), strict=True):
                     np.testing.assert_array_equal(actual, expected)
 
@@ -103,7 +105,30 @@ def test_bfloat16_and_int8_are_scored_as_they_are_stored():
     assert_results(me.Index.build(document, mesh=ONE), query, rounded, 60, (4, 9), [(4, 9)])
     numbers, scales = to_int8(document)
     stored = numbers * scales.astype(float)[..., None]
-    assert_results(me.Index.build(document, dtype="int8", mesh=ONE), query, stored, 60, (3, 7), [(3, 7)])
+    index = me.Index.build(document, dtype="int8", mesh=ONE)
+    for budget in ((3, 7), (3, 7, 16)):
+        assert_results(index, query, stored, 60, budget, [budget])
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_chip_that_keeps_int8_has_the_scales_of_prefixes_alone(monkeypatch, resident):
+    """Other devices than CPUs keep int8 and its scales; a width has scales of its own, and zeros stay zeros."""
+    rng = np.random.default_rng(11)
+    query, document = unit(rng, 3, 4, 32), unit(rng, 60, 9, 32)
+    document[4, 1, :8] = document[7] = 0
+    document[7, :, -1] = 1  # all its prefixes are zeros
+    numbers, scales = to_int8(document)
+    index = me.Index.build(document, dtype="int8", mesh=ONE)
+    create = TileReader.__init__
+
+    def keep_int8(reader, *arguments):
+        create(reader, *arguments)
+        reader._is_widened, reader.dtype, reader._has_scales = False, np.dtype(np.int8), True
+
+    monkeypatch.setattr(TileReader, "__init__", keep_int8)
+    index = me.Index.load(index.folder, mesh=ONE, resident=resident)
+    for stages in ([(3, 7, 8)], [(1, 1, 8, 50), (4, 9)], [(2, 9, 50), (4, 9, 20, 40), (4, 9, 8)]):
+        assert_results(index, query, numbers * scales.astype(float)[..., None], 20, stages, stages)
 
 
 @pytest.mark.parametrize("width", [1, 8, 100, 300])
