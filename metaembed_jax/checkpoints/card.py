@@ -3,6 +3,7 @@
 import json
 
 from metaembed_jax.backbones.family import family
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.network import ModelConfig
 from metaembed_jax.results import Results
 
@@ -69,7 +70,10 @@ def model_card(kind: str, config: ModelConfig, metadata: dict, results: Results 
     ]
     lines += [f"- base: {metadata.get('base') or metadata.get('start') or 'none, trained from scratch'}"]
     if "groups" in metadata:
-        lines += [f"- budgets (query vectors : document vectors): {', '.join(f'{q}:{c}' for q, c in metadata['groups'])}"]
+        budgets = [Budget(*group) for group in metadata["groups"]]
+        cut = " x numbers of a vector" if any(budget.width for budget in budgets) else ""
+        lines += [f"- budgets (query vectors : document vectors{cut}): {', '.join(map(str, budgets))}"]
+        lines += ["- a vector that is cut to its first numbers is divided by the length of what is left"] if cut else []
         sources = ", ".join(str(source[0]) for source in metadata["sources"])
         temperature = f" at temperature {metadata['temperature']}" if "temperature" in metadata else ""
         lines += [f"- trained for {metadata['steps']:,} steps{temperature} on: {sources}"]

@@ -135,7 +135,7 @@ def read_trained(directory: Path, dtype: str | None) -> Trained:
     abstract = abstract_parameters(config, mesh)
     _, parameters = run_parameters(directory, run.model, abstract)
     images = run_processor(run, directory / "tokenizer.json").images
-    metadata = {"groups": [list(group) for group in run.objectives.budgets], "name": run.name, "steps": run.schedule.steps}
+    metadata = {"groups": [list(budget.sizes) for budget in run.objectives.budgets], "name": run.name, "steps": run.schedule.steps}
     if matryoshka := run.objectives.matryoshka:
         metadata["temperature"] = matryoshka.temperature
     metadata |= {"sources": [list(entry) for entry in run.data.sources]} | _origin(directory, run)

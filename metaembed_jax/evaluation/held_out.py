@@ -22,7 +22,8 @@ from metaembed_jax.results import Board, Failure, Interval, Results
 
 LEGEND = (
     f"In percent, over all queries: {'; '.join(f'{name}, {metric.meaning}' for name, metric in METRICS.items())}. "
-    "A budget is query vectors : document vectors; the gain is the last one's over the first one's."
+    "A budget is query vectors : document vectors (x numbers of a vector, if it is cut); the gain is the last one's over the first "
+    "one's."
 )
 
 

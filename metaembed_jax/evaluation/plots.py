@@ -52,7 +52,7 @@ def draw_results(results: Sequence[Results]) -> bytes | None:
     """Draw the means of some models on each board: a row of panels for each board, a colour for each model and group of tasks.
 
     Both directions are boards, because a budget costs other bytes backward. Bars are 95 % bootstrap intervals, if there are any.
-    Points have their budgets as labels.
+    Points have their budgets as labels. With widths, a line is the Pareto front over its cost, and the other points are small.
 
     Returns:
       A PNG, the same bytes for the same results; None if all searches are in stages.
@@ -120,31 +120,51 @@ def draw(rows: Sequence[Panels]) -> bytes:
 
 
 def _draw_panel(panel: Any, curves: Sequence[Curve], cost: str) -> None:
-    """Draw the curves over one cost; each budget has one label, over its highest point."""
+    """Draw the curves over one cost; each budget on a line has one label, over its highest point."""
     highest: dict[tuple[int, str], float] = {}
     for curve in curves:
-        points = sorted(curve.points, key=lambda point: getattr(point, cost))
-        x = [getattr(point, cost) for point in points]
-        mean, low, high = (100 * np.array([getattr(point, key) for point in points]) for key in ("mean", "low", "high"))
-        colour = COLOURS[curve.colour % len(COLOURS)]
-        panel.errorbar(
-            x,
-            mean,
-            yerr=np.maximum([mean - low, high - mean], 0),  # rounding must not make a bar negative
-            color=colour,
-            linestyle="--" if curve.secondary else "-",
-            linewidth=1.8,
-            marker="o",
-            markersize=6,
-            markerfacecolor="white" if curve.secondary else colour,
-            capsize=3,
-            elinewidth=1,
-            label=_literal(curve.label),
-        )
-        for position, point, top in zip(x, points, high, strict=True):
-            highest[position, point.name] = max(highest.get((position, point.name), 0), top)
+        line = connected(curve.points, cost)
+        others = [point for point in curve.points if point not in line]
+        colour, style = COLOURS[curve.colour % len(COLOURS)], "--" if curve.secondary else "-"
+        _draw_points(panel, others, cost, colour, curve.secondary, linestyle="none", markersize=3)
+        top = _draw_points(panel, line, cost, colour, curve.secondary, linestyle=style, markersize=6, label=_literal(curve.label))
+        for point, height in zip(line, top, strict=True):
+            position = getattr(point, cost)
+            highest[position, point.name] = max(highest.get((position, point.name), 0), height)
     for (position, name), top in highest.items():
         panel.annotate(name, (position, top), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8, color="#444444")
+
+
+def connected(points: Sequence[Point], cost: str) -> list[Point]:
+    """Return the points that a line connects, cheapest first.
+
+    These are all points; or, if some budgets have a width, the Pareto front: points of a higher quality than all cheaper ones.
+    """
+    if not any("x" in point.name for point in points):
+        return sorted(points, key=lambda point: getattr(point, cost))
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (getattr(point, cost), -point.mean)):
+        if not front or point.mean > front[-1].mean:
+            front.append(point)
+    return front
+
+
+def _draw_points(panel: Any, points: Sequence[Point], cost: str, colour: str, is_hollow: bool, **style: Any) -> np.ndarray:
+    """Draw points and their bars, and return the tops of the bars."""
+    mean, low, high = (100 * np.array([getattr(point, key) for point in points]) for key in ("mean", "low", "high"))
+    panel.errorbar(
+        [getattr(point, cost) for point in points],
+        mean,
+        yerr=np.maximum([mean - low, high - mean], 0),  # rounding must not make a bar negative
+        color=colour,
+        linewidth=1.8,
+        marker="o",
+        markerfacecolor="white" if is_hollow else colour,
+        capsize=3,
+        elinewidth=1,
+        **style,
+    )
+    return high
 
 
 def _style_panel(panel: Any, unit: str) -> None:

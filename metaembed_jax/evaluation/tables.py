@@ -90,7 +90,8 @@ def _tasks_table(board: Board) -> Table:
     published = [row(f"published: {model}", values) for model, values in board.published.items()]
     queries = sum(task.queries for task in board.tasks)
     title = f"{board.name}, {board.measure} (%) of {queries:,} queries in {len(tasks)} tasks"
-    legend = f"{board.legend} A column is a budget, query vectors : document vectors."
+    cut = " x numbers of a vector" if any("x" in name for name in names) else ""
+    legend = f"{board.legend} A column is a budget, query vectors : document vectors{cut}."
     if any(">" in name for name in names):
         legend += " In stages, r_q:r_c:n>r_q:r_c, the best n are ranked again; these searches are not in the plot."
     bodies = [tasks, *filter(None, (means, published))]

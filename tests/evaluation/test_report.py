@@ -14,7 +14,7 @@ from metaembed_jax import cli
 from metaembed_jax.errors import UserError
 from metaembed_jax.evaluation import metrics
 from metaembed_jax.evaluation.evaluator import Subject
-from metaembed_jax.evaluation.plots import draw_results
+from metaembed_jax.evaluation.plots import Point, connected, draw_results
 from metaembed_jax.evaluation.report import TEST_SPLIT, benchmark_names, write_report
 from metaembed_jax.evaluation.sweep import sweep
 from metaembed_jax.evaluation.tables import format_tables
@@ -77,6 +77,20 @@ def test_sweep_equals_the_definition(encoded, swept):
     for name, gain in forward.gain.metrics.items():
         ends = metrics.bootstrap_mean(per_query[2][name] - per_query[0][name], seed=0)
         assert (gain.mean, gain.low, gain.high) == pytest.approx(tuple(map(float, ends)), abs=1e-9)
+
+
+def test_widths_cut_both_sides(encoded):
+    query, document, relevance = encoded
+    forward, backward = sweep("icons", *encoded, budgets=((4, 6), (4, 6, 2), (1, 1), (4, 6, 8)))
+    assert [search.budget for search in forward.searches] == ["1:1", "4:6x2", "4:6", "4:6x8"]
+    assert [search.flops_per_document for search in forward.searches] == [16, 96, 384, 384]
+    assert [search.bytes_per_document for search in forward.searches] == [16, 24, 96, 96]
+    assert [search.bytes_per_document for search in backward.searches] == [16, 16, 64, 64]
+    cut = (x[..., :2].astype(float) / np.linalg.norm(x[..., :2].astype(float), axis=-1, keepdims=True) for x in (query, document))
+    scores = np.einsum("qid,njd->qnij", *cut).max(-1).sum(-1)
+    for name, values in metrics.evaluate(scores, relevance).items():
+        assert forward.searches[1].metrics[name].mean == pytest.approx(values.mean(), abs=1e-9)
+    assert forward.searches[2].metrics == forward.searches[3].metrics != forward.searches[1].metrics
 
 
 def test_one_query_one_document_one_budget():
@@ -188,6 +202,24 @@ def test_plot(results, swept):
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # something is drawn
     assert draw_results([results, several]) == content
     assert draw_results([several, results]) != content
+
+
+def test_widths_are_drawn_as_a_pareto_front(encoded, results):
+    def point(name, size, mean):
+        return Point(name, size, size, mean, mean, mean)
+
+    narrow, first, many, wide, worse = (
+        point("4:6x2", 24, 0.5),
+        point("1:1", 16, 0.2),
+        point("4:6", 96, 0.8),
+        point("2:3", 48, 0.4),
+        point("2:2x6", 24, 0.3),
+    )
+    assert connected([many, worse, narrow, wide, first], "bytes") == [first, narrow, many]
+    assert connected([many, wide, first], "bytes") == [first, wide, many]  # without a width, a line connects all
+    swept = sweep("icons", *encoded, budgets=((4, 6), (4, 6, 2), (1, 1), (1, 6)))
+    content = draw_results([results_of(board("text→image", (swept.forward,)))])
+    assert content is not None and content != draw_results([results])
 
 
 def test_stages_alone_have_no_plot(tmp_path, results):

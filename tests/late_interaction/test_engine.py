@@ -84,7 +84,7 @@ def definition(queries, items, candidates, stages, k):
             ((1, 1, 9), (3, 5)),
             ((2, 2, 30), (1, 3, 8), (3, 4)),
             ((3, 5, 4),),
-            ((1, 1, 1, 9), (2, 5, 8), (3, 5, 4)),
+            ((1, 1, 4, 9), (2, 5, 8), (3, 5, 4)),
         ]
     ),
     k=st.sampled_from([1, 4, 8]),
@@ -107,7 +107,7 @@ def test_equal_to_the_definition(seed, sizes, queries, kind, ties, ragged, stage
     segments, first = [], 0
     for size in sizes:
         parts = (None if x is None else x[first : first + size] for x in (vectors, scales, counts, is_candidate))
-        segments.append(as_tiles(*parts, first, mesh, widths=(1, 4)))
+        segments.append(as_tiles(*parts, first, mesh, widths=(4,)))
         first += size
     stages = as_stages(stages, LARGEST)
     top = engine.search(queries_of(query, stages), tuple(segments), stages, k, mesh)
