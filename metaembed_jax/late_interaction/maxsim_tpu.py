@@ -14,7 +14,8 @@ the next slabs are copied to the chip:
 A product of bfloat16 numbers is exact in float32. Float32 numbers are the sums of three in bfloat16, so the kernel multiplies
 bfloat16 numbers only: documents are never widened, and sums are float32.
 
-Q queries, T tiles, R vectors of an item, n documents of a tile, D width of a vector; q queries of a block, and M their vectors.
+Q queries, T tiles, R vectors of an item, n documents of a tile, D width of a vector, d of a query's, which may be cut; q queries of
+a block, and M their vectors.
 """
 
 from functools import partial
@@ -99,7 +100,7 @@ def _queries_at_once(queries: int, most: int) -> int:
 
 
 def score(
-    query_QRD: Float[Array, "Q Rq D"],
+    query_QRD: Float[Array, "Q Rq d"],
     vectors_TRnD: Float[Array, "T R n D"] | Int8[Array, "T R n D"],
     scales_TRn: Float[Array, "T R n"] | None,
     counts_Tn: Int[Array, "T n"] | None,

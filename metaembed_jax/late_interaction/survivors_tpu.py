@@ -6,7 +6,8 @@ the scores of neighbours are dropped. Nothing is gathered in HBM. While a step's
 
 If the width is not a multiple of 128, documents are columns in memory, and 128 are the least to fetch. So all are scored.
 
-Q queries, K survivors, T tiles, R vectors of an item, n documents of a tile, D width of a vector; C tiles on the chip of a query.
+Q queries, K survivors, T tiles, R vectors of an item, n documents of a tile, D width of a vector, d of a query's; C tiles on the
+chip of a query.
 """
 
 from functools import partial
@@ -25,7 +26,7 @@ SLOTS = 2**17  # of a call; they take half of the scalar memory
 
 
 def score_survivors(
-    query_QRD: Float[Array, "Q Rq D"],
+    query_QRD: Float[Array, "Q Rq d"],
     vectors_TRnD: Float[Array, "T R n D"] | Int8[Array, "T R n D"],
     scales_TRn: Float[Array, "T R n"] | None,
     counts_Tn: Int[Array, "T n"] | None,
