@@ -27,7 +27,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--queries", type=local_path, required=True, help="a .jsonl or .parquet of text and image, or a folder of images"
     )
     parser.add_argument(
-        "--first", help="budgets of the first stage to calibrate, such as 1:1,2:4 (default: the usual ones below the last)"
+        "--first",
+        help="budgets of the first stage to calibrate, such as 1:1,2:4x32 (default: the usual ones below the last)",
     )
     parser.add_argument("--last", help="budget of the second stage (default: all vectors)")
     parser.add_argument("-k", type=int, default=10, help="the number of documents of a search (default: 10)")

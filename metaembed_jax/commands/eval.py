@@ -27,7 +27,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--budgets",
-        help="pairs r_q:r_c, such as 1:1,4:8,16:64 (default: the trained ones); for mteb also stages, 1:1:1000>16:64",
+        help="pairs r_q:r_c, such as 1:1,4:8,16:64, with a width 16:64x32 (default: the trained ones); for mteb also stages, "
+        "1:1:1000>16:64",
     )
     names = "; ".join([*FOLDERS, "vidore, or any benchmark or task of mteb"])
     parser.add_argument("--benchmark", help=f"{names} (default: the test split)")

@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--width", type=int, help="numbers of a vector (default: the config's)")
     search.add_argument("--dtype", choices=DTYPES, help="of the stored vectors (default: bfloat16)")
     search.add_argument("--queries", type=int, help="searched at once (default: 32)")
-    search.add_argument("--budget", help="such as 4:8, or stages, 1:1:1000>16:64 (default: all vectors)")
+    search.add_argument("--budget", help="such as 4:8, 4:8x32 (32 numbers of a vector) or 1:1:1000>16:64 (default: all vectors)")
     search.add_argument("-k", type=int, help="documents to return (default: 10)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -25,7 +25,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("query", nargs="?", help="a text")
     parser.add_argument("--image", type=local_path, help="an image file")
     parser.add_argument(
-        "--budget", help="such as 4:8; or stages, 1:1:1000>16:64; or auto, those of `metaembed calibrate` (default: all vectors)"
+        "--budget",
+        help="such as 4:8, or 4:8x32 with 32 numbers of a vector; or stages, 1:1:1000>16:64; or auto, those of `metaembed "
+        "calibrate` (default: all vectors)",
     )
     parser.add_argument(
         "--where",

@@ -145,12 +145,13 @@ class Index:
         Args:
           query_QRD: unit vectors, from `MetaEmbed.encode_query`.
           k: at most the number of items, and the survivors of each stage. By default 10, or as many as those allow.
-          budget: (r_q, r_c), the vectors to use of a query and of an item; or stages [(r_q, r_c, survivors), ..., (r_q, r_c)]:
-            each stage scores the survivors of the stage before; or "auto", the stages of `calibrate`. All vectors by default.
+          budget: (r_q, r_c), the vectors to use of a query and of an item, or (r_q, r_c, width), the first numbers of each; or
+            stages [(r_q, r_c, survivors), ..., (r_q, r_c)] or with a width before the survivors: each stage scores the survivors of
+            the stage before; or "auto", the stages of `calibrate`. All vectors by default.
           where: search only items whose metadata match, such as {"lang": "en", "page": {"$gte": 2, "$lt": 9}}; with $eq, $ne, $in,
             $nin, $gt, $gte, $lt, $lte, $and, $or and $not (`filters`). There are fewer results than k if fewer items match.
           certified: return the best items by the exact vectors of an index of int8 (`exact` of `build`), scored in float64.
-            `Hits.certified` marks the queries whose items are proven to be the best. Expects a budget without stages.
+            `Hits.certified` marks the queries whose items are proven to be the best. Expects a budget without stages or width.
 
         Raises:
           UserError: the queries or the budget do not match the stored vectors, k is not between 1 and the number of items, the
@@ -185,8 +186,8 @@ class Index:
 
         Args:
           query_QRD: queries such as are expected; 299 or more for the default coverage and confidence.
-          first: (r_q, r_c) of the first stage, which scores all items.
-          last: (r_q, r_c) of the second stage.
+          first: (r_q, r_c) or (r_q, r_c, width) of the first stage, which scores all items.
+          last: the same of the second stage.
           k: results of the searches.
 
         Raises:

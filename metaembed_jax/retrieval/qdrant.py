@@ -257,7 +257,8 @@ class QdrantIndex:
         Args:
           query_QRD: unit vectors.
           k: number of items, at most the survivors of every stage. By default 10, or as many as those allow.
-          budget: (r_q, r_c), or stages [(1, 1, 1000), (16, 64)], where each r_c is 1 or `document_vectors`. None is all vectors.
+          budget: (r_q, r_c), or stages [(1, 1, 1000), (16, 64)], where each r_c is 1 or `document_vectors`, without a width.
+            None is all vectors.
           where: search only items whose metadata match, as for `Index.search`; `qdrant_filters` has the differences.
           exact: scan every first vector instead of using its graph (an embedded collection always scans).
 

@@ -43,7 +43,7 @@ class Searchable(Protocol):
         Args:
           query_QRD: unit vectors.
           k: results of a query.
-          budget: (r_q, r_c), or stages; all vectors by default.
+          budget: (r_q, r_c), perhaps with a width, or stages; all vectors by default.
           where: search only items whose metadata match, as for `Index.search`.
 
         Raises:
