@@ -143,10 +143,12 @@ def plan_of_search(capsys, *flags):
         (["--queries=8"], 1, 1.01),
         (["--queries=1", "--budget=1:1:1000>16:64"], 1 / 64 + 1 / 100, 0.05),
         (["--queries=1", "--dtype=int8"], 1, 1.01),
+        (["--queries=1", "--budget=1:1x128:1000>16:64x896"], 1 / 64 / 28 + 1 / 400, 0.02),
+        (["--queries=8", "--budget=16:64x896"], 1 / 4, 0.26),
     ],
 )
 def test_a_search_moves_little_more_than_it_must(capsys, flags, low, high):
-    """100,000 items of 64 x 3,584: every vector is read once, or the first of each item and those of 1,000 survivors."""
+    """100,000 items of 64 x 3,584: every vector is read once, or the first of each item and those of 1,000 survivors, or prefixes."""
     plan = plan_of_search(capsys, "--topology=v5e:2x4", *flags)
     assert plan["fits"] and plan["unit"] == "queries" and not plan["missing"] and not plan["parameters"]["frozen"]
     assert plan["index_bytes"] == 100_000 / 8 * 64 * (3584 * 2 if "--dtype=int8" not in flags else 3584 + 4)
