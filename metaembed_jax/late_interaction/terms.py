@@ -157,7 +157,10 @@ def symmetric_losses(
 
 
 def positive_scores(
-    query_bRD: Float[Array, "b R D"], document_bJD: Float[Array, "b J D"], groups: tuple[tuple[int, int], ...], axes: tuple[str, ...] | None
+    query_bRD: Float[Array, "b R D"],
+    document_bJD: Float[Array, "b J D"],
+    groups: tuple[tuple[int, int], ...],
+    axes: tuple[str, ...] | None,
 ) -> Float[Array, "G b"]:
     """Return the score of each pair in each group, minus the mean over all pairs.
 

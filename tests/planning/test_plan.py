@@ -148,7 +148,7 @@ def plan_of_search(capsys, *flags):
     ],
 )
 def test_a_search_moves_little_more_than_it_must(capsys, flags, low, high):
-    """100,000 items of 64 x 3,584: every vector is read once, or the first of each item and those of 1,000 survivors, or prefixes."""
+    """100,000 items of 64 x 3,584: all vectors are read once, or the first of each and of 1,000 survivors; or so many prefixes."""
     plan = plan_of_search(capsys, "--topology=v5e:2x4", *flags)
     assert plan["fits"] and plan["unit"] == "queries" and not plan["missing"] and not plan["parameters"]["frozen"]
     assert plan["index_bytes"] == 100_000 / 8 * 64 * (3584 * 2 if "--dtype=int8" not in flags else 3584 + 4)
