@@ -121,34 +121,44 @@ def _ranked(mask_BK, target_BM, sources, digests) -> Bool[np.ndarray, "B M"]:
     return ranked_BM
 
 
-def _similarities(vectors, group) -> tuple[list, list]:
-    """Return each query's similarities [M, R, J], and its vectors and those of its documents, which they are products of."""
-    query, positive, negatives = vectors
-    r_q, r_c = group
-    similarities, factors = [], []
-    for b in range(len(query)):
-        query_RD, document_MJD = query[b, :r_q], np.concatenate([positive, negatives[b]])[:, :r_c]
-        similarities.append(query_RD @ np.swapaxes(document_MJD, 1, 2))
-        factors.append((query_RD, document_MJD))
-    return similarities, factors
+def _cut(vectors, group) -> tuple[list, list]:
+    """Return the vectors that a group uses, of length 1 at its width, and the lengths that they were divided by."""
+    (r_q, r_c), width = group[:2], group[2] if len(group) > 2 and group[2] else vectors[0].shape[-1]
+    prefixes = [x[..., :r, :width] for x, r in zip(vectors, (r_q, r_c, r_c), strict=True)]
+    if width == vectors[0].shape[-1]:  # the loss takes the vectors as they are
+        return prefixes, [np.ones((*x.shape[:-1], 1)) for x in prefixes]
+    lengths = [np.linalg.norm(x, axis=-1, keepdims=True) for x in prefixes]
+    return [x / length for x, length in zip(prefixes, lengths, strict=True)], lengths
+
+
+def _similarities(query, positive, negatives) -> list[Float[np.ndarray, "M R J"]]:
+    """Return the similarities of each query's vectors to those of its documents."""
+    return [query[b] @ np.swapaxes(np.concatenate([positive, negatives[b]]), 1, 2) for b in range(len(query))]
 
 
 def _scores(vectors, group) -> Float[np.ndarray, "B M"]:
-    return np.stack([similarity_MRJ.max(2).sum(1) for similarity_MRJ in _similarities(vectors, group)[0]])
+    return np.stack([similarity_MRJ.max(2).sum(1) for similarity_MRJ in _similarities(*_cut(vectors, group)[0])])
 
 
-def _vector_gradients(vectors, group, d_scores_BM) -> tuple[np.ndarray, ...]:
+def _vector_gradients(vectors, group, d_scores_BM) -> list[np.ndarray]:
     """Return the gradients of the vectors from those of the group's scores."""
-    gradients, pairs, (r_q, r_c) = tuple(np.zeros_like(x) for x in vectors), len(vectors[0]), group[:2]
-    for b, (similarity_MRJ, (query_RD, document_MJD)) in enumerate(zip(*_similarities(vectors, group), strict=True)):
+    (query, positive, negatives), lengths = _cut(vectors, group)
+    gradients = [np.zeros_like(x) for x in (query, positive, negatives)]
+    for b, similarity_MRJ in enumerate(_similarities(query, positive, negatives)):
         coefficient_MRJ = np.zeros_like(similarity_MRJ)
         m, i = np.indices(similarity_MRJ.shape[:2])
         coefficient_MRJ[m, i, similarity_MRJ.argmax(2)] = d_scores_BM[b][:, None]
-        gradients[0][b, :r_q] += np.einsum("mrj,mjd->rd", coefficient_MRJ, document_MJD, optimize=True)
-        d_document_MJD = np.swapaxes(coefficient_MRJ, 1, 2) @ query_RD
-        gradients[1][:, :r_c] += d_document_MJD[:pairs]
-        gradients[2][b, :, :r_c] += d_document_MJD[pairs:]
-    return gradients
+        document_MJD = np.concatenate([positive, negatives[b]])
+        gradients[0][b] += np.einsum("mrj,mjd->rd", coefficient_MRJ, document_MJD, optimize=True)
+        d_document_MJD = np.swapaxes(coefficient_MRJ, 1, 2) @ query[b]
+        gradients[1] += d_document_MJD[: len(positive)]
+        gradients[2][b] += d_document_MJD[len(positive) :]
+    full = [np.zeros_like(x) for x in vectors]
+    for whole, gradient, unit, length in zip(full, gradients, (query, positive, negatives), lengths, strict=True):
+        if unit.shape[-1] < whole.shape[-1]:
+            gradient = (gradient - (gradient * unit).sum(-1, keepdims=True) * unit) / length
+        whole[..., : unit.shape[-2], : unit.shape[-1]] = gradient
+    return full
 
 
 def _softmax(logits, mask):

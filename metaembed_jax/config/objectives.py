@@ -67,7 +67,8 @@ class MatryoshkaConfig(Section):
 
     KEY: ClassVar[str] = "config.objectives.matryoshka"
 
-    groups: tuple[tuple[Positive, Positive], ...] = GROUPS  # budgets, nested
+    # Budgets (r_q, r_c), or with a width (r_q, r_c, width); nested, the widest last.
+    groups: tuple[tuple[Positive, Positive] | tuple[Positive, Positive, Positive], ...] = GROUPS
     temperature: PositiveNumber = 0.03
     normalization: Literal["code", "paper"] = "code"  # code: mean over groups; paper: sum
     self_distillation: NonNegativeNumber = 0.0  # weight with which the largest group teaches each smaller one; 0: not used
@@ -108,9 +109,10 @@ class MatryoshkaConfig(Section):
         )
 
     def flops(self, pairs: int, documents: int, width: int) -> float:
-        """Count the similarities of the largest group, which include those of the smaller groups."""
-        query_vectors, document_vectors = self.groups[-1]
-        return 2.0 * pairs * documents * query_vectors * document_vectors * width
+        """Count the similarities at each width of its largest group, which include those of its smaller groups."""
+        largest = {budget.width: budget for budget in self.budgets}
+        numbers = sum(budget.query * budget.document * budget.numbers(width) for budget in largest.values())
+        return 2.0 * pairs * documents * numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

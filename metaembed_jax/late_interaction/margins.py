@@ -11,11 +11,14 @@ of them is contiguous. Documents are the last axis, so that the maximum over j r
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
+from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.prefixes import unit_prefix
 from metaembed_jax.precision import float32_einsum
 
 # The similarities of a chunk fit a CPU's cache. For wide vectors, reading all documents for each chunk would cost more, so a chunk
@@ -24,9 +27,47 @@ CHUNK_BYTES = 16 << 20
 WIDE_CHUNK_BYTES = 32 << 20
 
 
+def budget_margins(
+    query_BRD: Float[Array, "B Rq D"],
+    document_NRD: Float[Array, "N Rc D"],
+    negatives_BKRD: Float[Array, "B K Rc D"],
+    positive_B: Int[Array, " B"],
+    budgets: tuple[Budget, ...],
+    chunk: int | None,
+) -> Float[Array, "G B M"]:
+    """Return the score of every document minus the score of the query's positive, for each budget.
+
+    Budgets of one width share a pass. A pass over all widths, whose similarities are sums over blocks of the width, would save
+    products, at most half of them for widths that double, and take more memory and passes over similarities.
+
+    Args:
+      positive_B: the document that is the positive of each query.
+      budgets: of one width, nested; vectors beyond the last are not used.
+      chunk: queries at a time; None chooses by memory.
+    """
+    margins = {}
+    for width in dict.fromkeys(budget.width for budget in budgets):
+        of_width = [budget for budget in budgets if budget.width == width]
+        largest = of_width[-1]
+        cut = partial(_unit_prefix, width=width)
+        vectors = cut(query_BRD[:, : largest.query]), cut(document_NRD[:, : largest.document])
+        negatives = cut(negatives_BKRD[:, :, : largest.document])
+        groups = tuple((budget.query, budget.document) for budget in of_width)
+        margins_GBM: Any = score_margins(*vectors, negatives, positive_B, groups, chunk)  # custom_vjp loses the type
+        if of_width == list(budgets):
+            return margins_GBM
+        margins |= zip(of_width, margins_GBM, strict=True)
+    return jnp.stack([margins[budget] for budget in budgets])
+
+
+def _unit_prefix(x, width):
+    """Return `unit_prefix` in the vectors' own type: a TPU multiplies bfloat16 in one pass, and float32 in six."""
+    return unit_prefix(x, width).astype(x.dtype)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def score_margins(query_BRD, document_NRD, negatives_BKRD, positive_B, groups, chunk):
-    """Return the score of every document minus the score of the query's positive, float32 [G, B, N + K].
+    """Return the margins of groups (r_q, r_c) of one width, float32 [G, B, N + K].
 
     Cross-entropy needs only these differences, and they are more exact than scores: scores near 16 have a float32 step of 1e-6, and
     of 3e-5 after the temperature, while differences of similarities are exact for documents that are close.

@@ -8,17 +8,16 @@ are those of this device, and the positives are those of all devices, N.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from metaembed_jax.errors import UserError, shortened
-from metaembed_jax.late_interaction.budgets import budget_name
+from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS, Budget, validate_groups
-from metaembed_jax.late_interaction.margins import score_margins
+from metaembed_jax.late_interaction.margins import budget_margins
 from metaembed_jax.late_interaction.right_documents import ItemDigests, check_digests, ranked_documents
 from metaembed_jax.late_interaction.terms import (
     Terms,
@@ -57,7 +56,7 @@ class Shared(NamedTuple):
 class Settings(NamedTuple):
     """What a compiled loss is made for."""
 
-    groups: tuple[tuple[int, int], ...]
+    budgets: tuple[Budget, ...]
     terms: Terms
     chunk: int | None
 
@@ -117,7 +116,8 @@ def matryoshka_loss(
       query_BRD: unit vectors, float32 or bfloat16; similarities and logits are float32.
       document_BRD: unit vectors of the positives.
       negatives: unit vectors of the hard negatives; None if there are none.
-      groups: nested budgets (r_q, r_c), smallest first; vectors beyond the last are not used.
+      groups: nested budgets (r_q, r_c) or (r_q, r_c, width), smallest first; vectors beyond the last are not used. With a width,
+        vectors are cut to so many numbers and divided by their lengths; among groups of different widths, the last is the widest.
       normalization: "code" divides the sum over groups by their number, "paper" does not.
       mesh: the batch is sharded over the axes `BATCH_AXES` and replicated over the others; None is one device.
       chunk: queries at a time; None chooses by memory. It does not change values.
@@ -141,12 +141,12 @@ def matryoshka_loss(
         Hofstätter et al. 2020, arXiv 2010.02666).
 
     Returns:
-      The loss, and for each group "loss/r_q:r_c", which is CE_g, and "accuracy/r_q:r_c", float32 scalars. Accuracy is the share of
-      queries with a right document that scores strictly above every wrong one: a tie is a miss. If vectors tie for a maximum, the
-      gradient goes to the first. Terms in use are "self_distillation/r_q:r_c", "symmetric/r_q:r_c" and "teacher/r_q:r_c". With
-      `digests`, also "same/documents" and "same/negatives", the numbers of other rows and of hard negatives of the batch that are
-      not ranked because they hold a right document; with `false_negative_margin`, also "false_negatives/documents" and
-      "false_negatives/negatives".
+      The loss, and for each group "loss/r_q:r_c", which is CE_g, and "accuracy/r_q:r_c", float32 scalars; "loss/r_q:r_cxwidth"
+      with a width. Accuracy is the share of queries with a right document that scores strictly above every wrong one: a tie is a
+      miss. If vectors tie for a maximum, the gradient goes to the first. Terms in use are "self_distillation/r_q:r_c",
+      "symmetric/r_q:r_c" and "teacher/r_q:r_c". With `digests`, also "same/documents" and "same/negatives", the numbers of other
+      rows and of hard negatives of the batch that are not ranked because they hold a right document; with `false_negative_margin`,
+      also "false_negatives/documents" and "false_negatives/negatives".
 
     Raises:
       UserError: the shapes do not match, an option has an unknown value, or the batch is not a multiple of the mesh's shards.
@@ -168,14 +168,11 @@ def matryoshka_loss(
     _check_shapes(pairs, sources, digests)
     _check_mesh(len(pairs.query), mesh)
     budgets = validate_groups(groups, Budget(pairs.query.shape[1], *pairs.document.shape[1:]))
-    if any(budget.width for budget in budgets):
-        raise UserError(f"groups={shortened(groups)}: expected (r_q, r_c) without a width")
-    groups = tuple((budget.query, budget.document) for budget in budgets)
-    r_q, r_c = groups[-1]
+    r_q, r_c, _ = budgets[-1]
     pairs = pairs._replace(query=pairs.query[:, :r_q], document=pairs.document[:, :r_c], negatives=pairs.negatives[:, :, :r_c])
     shared = Shared(sources, digests, jnp.float32(temperature))
-    means = _group_losses(pairs, shared, settings=Settings(groups, terms, chunk), mesh=mesh)
-    figures, losses_G = _figures(means, groups, digests is not None), _weighted(means, terms)
+    means = _group_losses(pairs, shared, settings=Settings(budgets, terms, chunk), mesh=mesh)
+    figures, losses_G = _figures(means, budgets, digests is not None), _weighted(means, terms)
     return losses_G.mean() if normalization == "code" else losses_G.sum(), figures
 
 
@@ -205,7 +202,7 @@ def _weighted(means, terms):
     return losses_G
 
 
-def _figures(means, groups, has_digests):
+def _figures(means, budgets, has_digests):
     """Return the figures by name."""
     figures = {"same/documents": means.same[0], "same/negatives": means.same[1]} if has_digests else {}
     if means.false_negatives is not None:
@@ -214,7 +211,7 @@ def _figures(means, groups, has_digests):
     for name in ("loss", "accuracy", "self_distillation", "symmetric", "teacher"):
         values_G = getattr(means, name)
         if values_G is not None:
-            figures |= {f"{name}/{budget_name(group)}": value for group, value in zip(groups, values_G, strict=True)}
+            figures |= {f"{name}/{budget}": value for budget, value in zip(budgets, values_G, strict=True)}
     return figures
 
 
@@ -278,16 +275,16 @@ def _group_losses(pairs, shared, *, settings, mesh):
 
 def _sums(pairs, shared, document_NRD, first, settings, axes):
     """Return the sums over this device's queries. Their positives are documents first, first + 1, ... of all."""
-    groups, terms, chunk = settings
+    budgets, terms, chunk = settings
     temperature = shared.temperature
     target_BC = None if pairs.labels is None else targets(pairs.labels, pairs.negative_mask)
     ranked_BM, same_2 = ranked_documents(pairs.negative_mask, shared.sources, shared.digests, first, target_BC)
     positive_B = first + jnp.arange(pairs.query.shape[0])
-    margins_GBM: Any = score_margins(pairs.query, document_NRD, pairs.negatives, positive_B, groups, chunk)
+    margins_GBM = budget_margins(pairs.query, document_NRD, pairs.negatives, positive_B, budgets, chunk)
     ranked_margins_GBM, false_2 = jnp.where(ranked_BM, margins_GBM, -jnp.inf), None
     hits_of_all = partial(hits, ranked_margins_GBM, positive_B, target_BC)
     if terms.false_negative_margin is not None:
-        largest = terms.false_negative_margin * groups[-1][0]
+        largest = terms.false_negative_margin * budgets[-1].query
         ranked_BM, false_2 = without_false_negatives(margins_GBM[-1], ranked_BM, target_BC, largest, document_NRD.shape[0])
         ranked_margins_GBM = jnp.where(ranked_BM, margins_GBM, -jnp.inf)
     losses_G = cross_entropies(ranked_margins_GBM, temperature, target_BC)
@@ -295,7 +292,7 @@ def _sums(pairs, shared, document_NRD, first, settings, axes):
     if terms.self_distillation:
         distillation_G = self_distillation_losses(margins_GBM, ranked_BM, temperature, terms.self_distillation_temperature)
     if terms.symmetric:
-        scores_GB = positive_scores(pairs.query, pairs.document, groups, axes)
+        scores_GB = positive_scores(pairs.query, pairs.document, budgets, axes)
         symmetric_G = symmetric_losses(margins_GBM, scores_GB, ranked_BM, temperature, first, axes)
     if terms.teacher_weight:
         teacher_G = teacher_losses(margins_GBM, pairs.teacher_scores, pairs.negative_mask, temperature, terms)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.prefixes import unit_prefix
 from metaembed_jax.precision import float32_einsum
 
 
@@ -157,22 +159,19 @@ def symmetric_losses(
 
 
 def positive_scores(
-    query_bRD: Float[Array, "b R D"],
-    document_bJD: Float[Array, "b J D"],
-    groups: tuple[tuple[int, int], ...],
-    axes: tuple[str, ...] | None,
+    query_bRD: Float[Array, "b R D"], document_bJD: Float[Array, "b J D"], budgets: tuple[Budget, ...], axes: tuple[str, ...] | None
 ) -> Float[Array, "G b"]:
-    """Return the score of each pair in each group, minus the mean over all pairs.
+    """Return the score of each pair at each budget, minus the mean over all pairs.
 
     Only their differences are used. Without the mean they are small numbers, and their float32 steps are small too.
 
     Args:
       axes: as in `symmetric_losses`.
     """
-    similarity_bRJ = float32_einsum("brd,bjd->brj", query_bRD, document_bJD)
     scores = []
-    for r_q, r_c in groups:
-        similarity_bRj = similarity_bRJ[:, :r_q, :r_c]
+    for r_q, r_c, width in budgets:
+        vectors = (unit_prefix(x, width).astype(x.dtype) for x in (query_bRD[:, :r_q], document_bJD[:, :r_c]))
+        similarity_bRj = float32_einsum("brd,bjd->brj", *vectors)
         first_bR1 = similarity_bRj.argmax(2, keepdims=True)  # of equal similarities, the first has the gradient
         maximum_bR = jnp.take_along_axis(similarity_bRj, first_bR1, axis=2)[..., 0]
         mean_R = jax.lax.stop_gradient(maximum_bR).mean(0)

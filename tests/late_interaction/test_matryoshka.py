@@ -19,6 +19,8 @@ GROUP_SETS = [
     ((1, 1),),
     ((16, 64),),
     ((3, 5), (3, 9), (7, 9), (15, 60)),  # one side alone grows; vectors left over
+    ((1, 1, 8), (1, 1), (4, 8, 8), (8, 16, 8), (8, 16, 20), (15, 60)),  # three widths
+    ((2, 4, 8), (4, 4, 24)),  # numbers left over
 ]
 
 
@@ -38,7 +40,7 @@ def unit(x):
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def make_batch(batch, negatives, query_vectors=16, document_vectors=64, width=32, seed=0):
+def make_batch(batch, negatives, query_vectors=16, document_vectors=64, width=32, seed=0, widths=()):
     """Return vectors whose loss is of order 1 while logits reach hundreds.
 
     Every item is a small variation of one set of directions, so all scores are high and within a few temperatures of each
@@ -54,9 +56,8 @@ def make_batch(batch, negatives, query_vectors=16, document_vectors=64, width=32
         noise = partial(rng.normal, scale=0.04)
         positive = unit(near + 0.03 * (query[:, nearest] - near) + noise(size=(batch, *near.shape)))
         hard = unit(near + noise(size=(batch, negatives, *near.shape)))
-        own = np.einsum("bid,bkjd->bikj", query, hard, dtype=np.float64)
-        shared = np.einsum("bid,njd->binj", query, positive, dtype=np.float64)
-        if closest_contest(np.concatenate([shared, own], axis=2)) > 1e-6:
+        cuts = ([unit(x[..., :numbers]) for x in (query, positive, hard)] for numbers in {*widths, width})
+        if min(closest_contest(*cut) for cut in cuts) > 1e-6:
             return query, positive, hard
 
 
@@ -70,8 +71,11 @@ def candidates(batch, negatives, seed=0):
     return {"labels": labels.astype(np.float32), "teacher_scores": scores.astype(np.float32)}
 
 
-def closest_contest(similarities):
+def closest_contest(query, positive, hard):
     """Return the smallest gap between a similarity and the maximum of those before it."""
+    own = np.einsum("bid,bkjd->bikj", query, hard, dtype=np.float64)
+    shared = np.einsum("bid,njd->binj", query, positive, dtype=np.float64)
+    similarities = np.concatenate([shared, own], axis=2)
     before = np.maximum.accumulate(similarities, axis=-1)[..., :-1]
     return np.abs(similarities[..., 1:] - before).min(initial=np.inf)
 
@@ -106,7 +110,7 @@ def assert_matches(vectors, groups, mesh=None, chunk=None, **options):
 @pytest.mark.parametrize("options", [{}, *TERMS.values()], ids=["cross-entropy", *TERMS])
 def test_reference_gradient_is_that_of_finite_differences(options):
     vectors = [x.astype(np.float64) for x in make_batch(4, 2, 3, 6, 5)]
-    groups, step, rng = ((1, 2), (3, 6)), 1e-6, np.random.default_rng(1)
+    groups, step, rng = ((1, 2, 3), (2, 4), (3, 6)), 1e-6, np.random.default_rng(1)
     options = options | candidates(4, 2) | {"fixed": vectors}
     gradients = matryoshka(*vectors, groups, **options).gradients
     for k, gradient in enumerate(gradients):
@@ -123,7 +127,7 @@ def test_reference_gradient_is_that_of_finite_differences(options):
 @pytest.mark.parametrize("negatives", [0, 1, 3])
 @pytest.mark.parametrize("groups", GROUP_SETS, ids=str)
 def test_equals_the_reference(groups, negatives):
-    batch = make_batch(12, negatives)
+    batch = make_batch(12, negatives, widths=[group[2] for group in groups if len(group) > 2])
     scores = np.einsum("bid,njd->bnij", batch[0], batch[1]).max(3).sum(2)
     assert scores.max() / 0.03 > 300
     loss = assert_matches(batch, groups)
@@ -144,10 +148,10 @@ def test_masked_negatives_and_other_sources_do_not_count(sharded):
 def check_terms(options, negatives, sharded=False):
     """Compare terms with the reference's where some negatives are padding, items are the same, and there are two sources."""
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "fsdp")) if sharded else None
-    batch, rng = make_batch(16, negatives, 4, 8), np.random.default_rng(4)
+    batch, rng = make_batch(16, negatives, 4, 8, widths=[12]), np.random.default_rng(4)
     items = digests_of(rng.integers(0, 12, 16), rng.integers(0, 12, 16), rng.integers(0, 20, (16, negatives)))
     facts = {"negative_mask": rng.random((16, negatives)) < 0.8, "digests": items, "sources": rng.integers(0, 2, 16)}
-    assert_matches(batch, ((1, 1), (2, 4), (4, 8)), mesh=mesh, **options, **facts, **candidates(16, negatives))
+    assert_matches(batch, ((1, 1), (2, 4), (4, 8, 12), (4, 8)), mesh=mesh, **options, **facts, **candidates(16, negatives))
 
 
 @pytest.mark.parametrize("options", TERMS.values(), ids=TERMS)

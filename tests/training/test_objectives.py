@@ -67,6 +67,19 @@ def test_keys_of_terms_reach_the_loss():
         dataclasses.replace(FIRST, **keys).loss(pairs._replace(teacher_scores=None), None)
 
 
+def test_groups_of_several_widths():
+    flag = {"objectives.matryoshka.groups": "((1,1,4),(2,4,4),(2,4))"}
+    objectives, pairs = apply_flags(Run(), flag).objectives, vectors()
+    assert read_section(TwoObjectives, to_record(objectives), "config.objectives") == objectives
+    loss, figures = objectives.loss(pairs, None)
+    groups = [(1, 1, 4), (2, 4, 4), (2, 4)]
+    assert loss == matryoshka_loss(pairs.query_BRD, pairs.document_BRD, groups=groups)[0]
+    assert {"loss/1:1x4", "accuracy/2:4x4", "loss/2:4"} <= figures.keys()
+    assert objectives.flops(6, 7, 8) == 2 * 6 * 7 * (2 * 4 * 4 + 2 * 4 * 8)
+    with pytest.raises(UserError, match="has a width beyond"):
+        matryoshka_loss(pairs.query_BRD, pairs.document_BRD, groups=[(1, 1, 9)])
+
+
 def test_one_objective_is_the_loss_alone():
     loss, figures = TwoObjectives(matryoshka=FIRST).loss(vectors(), None)
     expected, theirs = FIRST.loss(vectors(), None)
