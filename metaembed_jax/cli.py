@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model, then evaluate its best checkpoint and export it",
     "eval": "evaluate a run on its test split, on MMEB, or on any benchmark of mteb",
     "prepare": "write a source of pairs, where training and evaluation read it",
+    "mine": "find hard negatives of a source with a model, and write them as a source",
     "plan": "memory and time of a run on a TPU slice, without one",
     "check": "compare the results of this machine's devices with references, and time them",
     "export": "write a trained model for transformers, sentence-transformers or peft",

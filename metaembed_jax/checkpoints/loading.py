@@ -116,6 +116,19 @@ def run_parameters(run: Path, model: ModelSettings, abstract: dict, frozen: dict
     return step, join(parameters, frozen_parameters(run, model, frozen))
 
 
+def best_step(path: str | Path) -> int | None:
+    """Return the step of a run's best checkpoint; None if the path is another model.
+
+    Raises:
+      UserError: the run has no checkpoint.
+    """
+    directory = find(path)
+    if not (directory / "run.json").is_file():
+        return None
+    with contextlib.closing(RunCheckpoints(directory)) as checkpoints:
+        return checkpoints.best_step()
+
+
 def best_parameters(run: Path, abstract: dict) -> tuple[int, dict]:
     """Return (step, trained parameters) of a run's best checkpoint, with the dtypes and shardings of `abstract`.
 

@@ -130,8 +130,8 @@ class HeldOut:
         return [with_items(failure, items[failure.dataset].queries, items[failure.dataset].documents) for failure in failures]
 
     def _directions(self) -> tuple[str, str]:
-        """Return the names of the boards. In generated sources, queries are texts and documents are images."""
-        generated = all(name in sources.GENERATED for name in self._sources)
+        """Return the names of the boards. In tasks of generated sources, queries are texts and documents are images."""
+        generated = all(sources.generated_task(name, self._data_dir) for name in self._sources)
         return ("text→image", "image→text") if generated else ("query→document", "document→query")
 
     def _evaluate(self, subject: Subject, name: str, progress: bool) -> Sweep:

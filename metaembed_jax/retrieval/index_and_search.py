@@ -47,7 +47,7 @@ def index(
     documents = open_documents(path, skip=skip)
     model_path = None if is_bucket(model) else Path(model).expanduser()
     name = str(model_path.absolute()) if model_path and model_path.exists() else model
-    encoder = _load(model, mesh)
+    encoder = load_model(model, mesh)
     print(describe_devices(encoder.mesh, encoder.weight_bytes), flush=True)
     types = {"dtype": dtype, "exact": exact}
     index_documents(encoder, documents, out, name=name, budget=budget, **types, skip=skip, progress=True)
@@ -136,7 +136,7 @@ def _load_encoder(index: Index, model: str | None, mesh: Mapping[str, int] | Non
     name = model or index.model
     if not name:
         raise UserError(f"{index.folder} does not record its model; name the model with --model")
-    return _load(name, mesh)
+    return load_model(name, mesh)
 
 
 def find(
@@ -197,8 +197,12 @@ def _print_hits(hits: Hits) -> None:
         print(f"{state}; {hits.rescored[0]:,} items were scored by their exact vectors")
 
 
-def _load(name: str, sizes: Mapping[str, int] | None) -> MetaEmbed:
-    """Load a model on a mesh of some sizes."""
+def load_model(name: str, sizes: Mapping[str, int] | None) -> MetaEmbed:
+    """Load a model on a mesh of some sizes; without any, the default of `MetaEmbed.from_pretrained`.
+
+    Raises:
+      UserError: as `MetaEmbed.from_pretrained` and `make_mesh`.
+    """
     check_devices()
     mesh = None
     if sizes:

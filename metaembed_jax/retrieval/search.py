@@ -100,6 +100,27 @@ class Searcher:
             raise UserError(f"{folder}: an item has no vectors; build the index again")
         return scores_Qk, positions_Qk
 
+    def score(
+        self, query_QRD: Float[np.ndarray, "Q R D"], positions_QK: Int[np.ndarray, "Q K"], vectors: int
+    ) -> Float[np.ndarray, "Q K"]:
+        """Return the scores of some documents of each query.
+
+        Args:
+          positions_QK: ascending positions of documents that are not deleted.
+          vectors: vectors of a document to use.
+        """
+        at_once, results = floor_power(QUERY_VECTORS // query_QRD.shape[1]), []
+        for start in range(0, len(query_QRD), at_once):
+            query_qRD, positions_qK = (x[start : start + at_once] for x in (query_QRD, positions_QK))
+            padding = ceil_power(count := len(query_qRD)) - count
+            query_qRD = put_replicated(np.pad(query_qRD, [(0, padding), (0, 0), (0, 0)]), self.mesh)
+            positions = put_replicated(np.pad(positions_qK, [(0, padding), (0, 0)], constant_values=-1).astype(np.int32), self.mesh)
+            scores = jax.numpy.full(positions.shape, -np.inf)
+            for tiles, rows_qK in self._survivors(positions, self.is_alive, vectors):
+                scores = jax.numpy.maximum(scores, engine.score_survivors(query_qRD, tiles, rows_qK, vectors, self.mesh))
+            results.append(np.asarray(scores)[:count])
+        return np.concatenate(results) if results else np.zeros(positions_QK.shape, np.float32)
+
     def _load(self, resident: Residence, loaded: dict[str, Tiles]) -> dict[str, Tiles]:
         """Return the tiles of all segments in the memory of the devices, by name; none if the index is not resident."""
         missing = [segment for segment in self.segments if segment.entry.name not in loaded]

@@ -78,7 +78,7 @@ def test_a_preparation_that_fails_leaves_nothing_that_looks_finished(tmp_path, m
     with pytest.raises(OSError, match="disk full"):
         boards.prepare(tmp_path)
     with pytest.raises(UserError, match="no complete preparation"):
-        boards.retrieval(tmp_path, "test")
+        sources.retrieval("boards", tmp_path, "test")
 
 
 def test_training_pages_are_a_pure_function_of_seed_epoch_and_row(data_dir):

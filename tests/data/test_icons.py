@@ -148,7 +148,7 @@ def test_every_field_of_the_schema_survives_writing():
 
 
 def test_retrieval_is_every_name_against_every_drawing(data_dir):
-    task = icons.retrieval(data_dir, "test")
+    task = sources.retrieval("icons", data_dir, "test")
     icon_records = list(icons_of(data_dir, "test"))
     assert [query["text"] for query in task.queries] == sorted({record["query"]["text"] for record in icon_records})
     assert [document["image"] for document in task.documents] == [record["positive"]["image"] for record in icon_records]

@@ -8,9 +8,11 @@ A source of training pairs is a sequence of records (see `records`), and may als
     compose(row, epoch, step)     the record, where the source draws or varies it; a pure function
     describe(row, epoch, step)    the same record with (width, height) in place of each image, without drawing or reading it
     stored                        the `Records` with the same descriptions, where they are the same in every epoch and step
+    answering(query)              the rows whose positives answer a query, where rows with an equal query are not all of them
 
 A module of a generated source has `prepare(data_dir) -> marker`, `training(data, seed) -> source`, where data is `config.data` of a
-run, and `retrieval(data_dir, split) -> Retrieval`. Modules are imported when they are needed.
+run, `fixed_training(data_dir) -> source`, a fixed set of its training pairs, in which negatives can be mined, and
+`retrieval(records) -> Retrieval` of its validation or test split. Modules are imported when they are needed.
 """
 
 import importlib
@@ -22,7 +24,7 @@ from metaembed_jax.config.run import DataConfig
 from metaembed_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from metaembed_jax.data.sources.records import Retrieval
+    from metaembed_jax.data.sources.records import Records, Retrieval
 
 GENERATED = {"icons": "metaembed_jax.data.sources.icons", "boards": "metaembed_jax.data.sources.boards"}
 ONLY_OF = {"augment": "icons", "curriculum": "boards"}  # keys of config.data that one source reads
@@ -135,13 +137,46 @@ def with_pairs(names: Sequence[str], data_dir: str | Path, split: str) -> list[s
     return [name for name in dict.fromkeys(names) if prepare(name, data_dir).get("rows", {}).get(split) != 0]
 
 
-def held_out_sizes(name: str, data_dir: str | Path, split: str) -> tuple[int, int] | None:
-    """Return the numbers of queries and documents of `retrieval`; None if the source is a generated one, which has hundreds.
+def fixed_training(name: str, data_dir: str | Path) -> Sequence:
+    """Return a source of training pairs that are the same in every epoch and step, with `describe`.
 
     Raises:
       UserError: as `prepare`.
     """
+    prepare(name, data_dir)
     if name in GENERATED:
+        return importlib.import_module(GENERATED[name]).fixed_training(data_dir)
+    return stored_split(name, data_dir, "train").with_descriptions()
+
+
+def stored_split(name: str, data_dir: str | Path, split: str) -> "Records":
+    """Open a stored split of a source.
+
+    Raises:
+      UserError: as `prepare`.
+    """
+    from metaembed_jax.data.sources import preparation, records
+
+    version = importlib.import_module(GENERATED[name]).VERSION if name in GENERATED else preparation.VERSION
+    return records.open_split(Path(data_dir) / name, version, split)
+
+
+def generated_task(name: str, data_dir: str | Path) -> str | None:
+    """Return the generated source whose search tasks a source has: its own, or that which its negatives were mined in; or None.
+
+    Raises:
+      UserError: as `prepare`.
+    """
+    return name if name in GENERATED else prepare(name, data_dir).get("task")
+
+
+def held_out_sizes(name: str, data_dir: str | Path, split: str) -> tuple[int, int] | None:
+    """Return the numbers of queries and documents of `retrieval`; None for tasks of a generated source, which have hundreds.
+
+    Raises:
+      UserError: as `prepare`.
+    """
+    if generated_task(name, data_dir):
         return None
     sizes = prepare(name, data_dir)["held_out"][split]
     return sizes["queries"], sizes["documents"]
@@ -153,11 +188,10 @@ def retrieval(name: str, data_dir: str | Path, split: str) -> "Retrieval":
     Raises:
       UserError: as `prepare`.
     """
-    from metaembed_jax.data.sources import preparation, records
+    from metaembed_jax.data.sources import records
 
-    if name in GENERATED:
-        return importlib.import_module(GENERATED[name]).retrieval(data_dir, split)
-    return records.pairs_retrieval(records.open_split(Path(data_dir) / name, preparation.VERSION, split))
+    pairs, task = stored_split(name, data_dir, split), generated_task(name, data_dir)
+    return importlib.import_module(GENERATED[task]).retrieval(pairs) if task else records.pairs_retrieval(pairs)
 
 
 def _find_sources(kind: str) -> Callable:

@@ -3,11 +3,12 @@
 Pages of the validation and test splits are fixed and stored. They show only icons of their split, each icon on three pages. The
 stored query of a page names all its icons in order, separated by ", "; `retrieval` makes queries of one and two names from it.
 Training pages are not stored: page n of epoch e is composed when it is read, from icons of the training split, and is a pure
-function of (seed, e, n) and the curriculum at the step.
+function of (seed, e, n) and the curriculum at the step. Negatives are mined in a fixed set of them, `FixedPages`.
 
 The icons source is prepared first.
 """
 
+import functools
 import io
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ LARGEST = 84  # pixels of an icon's canvas on a page
 FEWEST, MOST = 4, 9  # icons of a fixed page
 ROUNDS = 3  # times that each icon is dealt to a fixed page
 PAGE_SEED = 0  # of the fixed pages; another seed needs another version
+FIXED_EPOCHS = 8  # of training pages in which negatives can be mined: 12,000 pages
 SEPARATOR = ", "
 
 
@@ -143,6 +145,11 @@ class Pages(Sequence[dict]):
         text, _, _ = self._draw(row, epoch, step)
         return self._record(text, (self.page_side, self.page_side))
 
+    def names(self, row: int, epoch: int, step: int) -> list[str]:
+        """Return the names of the icons of a page."""
+        _, page_icons, _ = self._draw(row, epoch, step)
+        return [self.drawings.names[icon] for icon in page_icons]
+
     def _draw(self, row: int, epoch: int, step: int) -> tuple[str, list[int], np.random.Generator]:
         """Return the query of a page, the indices of its icons, and the generator that lays out the page."""
         random = np.random.default_rng([self.seed, epoch, row])
@@ -159,6 +166,48 @@ class Pages(Sequence[dict]):
         if dealt[0] != epoch:
             dealt = self._dealt = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.drawings))
         return dealt[1]
+
+
+class FixedPages(Sequence[dict]):
+    """The training pages of the first `FIXED_EPOCHS`, each with one query, as a source that is the same in every epoch.
+
+    An icon is on a page of each epoch, and drawings may share a name, so a query has right answers next to its own page.
+    """
+
+    def __init__(self, pages: Pages):
+        self.pages = pages
+
+    def __len__(self) -> int:
+        return FIXED_EPOCHS * len(self.pages)
+
+    def __getitem__(self, row: int) -> dict:
+        epoch, page = self._page(row)
+        record, png = self.pages.compose(page, epoch, 0), io.BytesIO()
+        record["positive"]["image"].save(png, "png")
+        return record | {"positive": {"image": png.getvalue()}}
+
+    def describe(self, row: int, epoch: int = 0, step: int = 0) -> dict:
+        """Return the description of a record, without drawing its page."""
+        epoch, page = self._page(row)
+        return self.pages.describe(page, epoch, step)
+
+    def answering(self, query: dict) -> set[int]:
+        """Return the rows whose pages show all names of a query."""
+        return set.intersection(*(self._rows_of_names[name] for name in query["text"].split(SEPARATOR)))
+
+    @functools.cached_property
+    def _rows_of_names(self) -> dict[str, set[int]]:
+        rows = {}
+        for row in range(len(self)):
+            epoch, page = self._page(row)
+            for name in self.pages.names(page, epoch, 0):
+                rows.setdefault(name, set()).add(row)
+        return rows
+
+    def _page(self, row: int) -> tuple[int, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")  # a loop over a sequence ends by it
+        return divmod(row, len(self.pages))
 
 
 def deal_fixed(names: Sequence[str], random: np.random.Generator) -> list[list[int]]:
@@ -256,20 +305,24 @@ def training(data: DataConfig, seed: int) -> Pages:
     return Pages(Drawings(data.dir, "train"), seed, data.curriculum, data.page_side)
 
 
-def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:
+def fixed_training(data_dir: str | Path) -> FixedPages:
+    """Return the pages of the first epochs of seed 0, of 4 to 9 icons."""
+    return FixedPages(Pages(Drawings(data_dir, "train"), seed=0))
+
+
+def retrieval(pairs: Sequence[dict]) -> records.Retrieval:
     """Return a split as a search task: a query for each name of the split, and a query for two names of each page.
 
     Pages that show all names of a query are relevant.
     """
-    split_records = records.open_split(Path(data_dir) / NAME, VERSION, split)
-    pages = [(record["query"]["text"].split(SEPARATOR), record["positive"]["image"]) for record in split_records]
+    pages = [(record["query"]["text"].split(SEPARATOR), record["positive"]["image"]) for record in pairs]
     holders: dict[str, set[int]] = {}
     for number, (names, _) in enumerate(pages):
         for name in names:
             holders.setdefault(name, set()).add(number)
     random = np.random.default_rng(PAGE_SEED)
-    pairs = {tuple(names[number] for number in random.permutation(len(names))[:2]) for names, _ in pages}
-    queries = [(name,) for name in sorted(holders)] + sorted(pairs)
+    couples = {tuple(names[number] for number in random.permutation(len(names))[:2]) for names, _ in pages}
+    queries = [(name,) for name in sorted(holders)] + sorted(couples)
     relevance = [set.intersection(*(holders[name] for name in query)) for query in queries]
     return records.Retrieval(
         [{"text": SEPARATOR.join(query)} for query in queries], [{"image": image} for _, image in pages], relevance

@@ -196,10 +196,9 @@ def prepare(data_dir: str | Path) -> dict:
     return marker
 
 
-def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:
+def retrieval(pairs: Sequence[dict]) -> records.Retrieval:
     """Return a split as a search task: a query for each name, a document for each drawing, relevant where the names are equal."""
-    split_records = records.open_split(Path(data_dir) / NAME, VERSION, split)
-    drawings = [(record["query"]["text"], record["positive"]["image"]) for record in split_records]
+    drawings = [(record["query"]["text"], record["positive"]["image"]) for record in pairs]
     names = sorted({name for name, _ in drawings})
     holders = {name: set() for name in names}
     for document, (name, _) in enumerate(drawings):
@@ -210,8 +209,13 @@ def retrieval(data_dir: str | Path, split: str) -> records.Retrieval:
 
 def training(data: DataConfig, seed: int) -> Sequence:
     """Return the training split; with `config.data.augment`, drawings vary after the first epochs."""
-    train = records.open_split(Path(data.dir) / NAME, VERSION, "train").with_descriptions()
+    train = fixed_training(data.dir)
     return VariedIcons(train, seed) if data.augment else train
+
+
+def fixed_training(data_dir: str | Path) -> records.Records:
+    """Return the training split as prepared."""
+    return records.open_split(Path(data_dir) / NAME, VERSION, "train").with_descriptions()
 
 
 class VariedIcons(Sequence[dict]):

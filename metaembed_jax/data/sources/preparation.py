@@ -77,7 +77,8 @@ def prepare_source(source: RawSource, out: Path, workers: int, skips: int) -> di
 def _inputs(source: RawSource) -> str:
     """Return a digest of the path, size and time of the files to read, but for images that they name, and of settings."""
     read = (*source.rows.files, *(source.corpus.rows.files if source.corpus else ()))
-    return digest(json.dumps([list(map(file_stamp, read)), len(source.rows), shards.SHARD_ROWS, memory_limit()]).encode())
+    settings = len(source.rows), shards.SHARD_ROWS, memory_limit(), source.key
+    return digest(json.dumps([list(map(file_stamp, read)), *settings]).encode())
 
 
 class _Preparation:
@@ -113,7 +114,8 @@ class _Preparation:
             unchanged = set()
         self._link_shards(unchanged)
         components = self._components({shard: stored for shard, stored in digests.items() if stored["stamps"] == stamps[shard]})
-        self.job = dataclasses.replace(self.job, held_out=splits.held_out(components))
+        held_out = self.job.source.held_out
+        self.job = dataclasses.replace(self.job, held_out=splits.held_out(components) if held_out is None else held_out)
         written = {shard: counts[shard] for shard in unchanged if counts[shard]["held_out_rows"] == self.job.held_out_in(shard)}
         self._write(written, known=bool(marker))
         return _finish(self.job, self.final, [written[shard] for shard in range(self.job.shards)], len(np.unique(components)))
@@ -340,6 +342,7 @@ def _finish(job: Job, final: Path, counts: Sequence[dict], components: int) -> d
         **{name: sum(shard[name] for shard in counts) for name in ("negatives", *NUMBERS)},
         "bytes": sum(shard["bytes"] for shard in counts),
         "left_out": left_out,
+        **source.facts,
     }
     remove_copy(directory)
     files.remove_folder(final)

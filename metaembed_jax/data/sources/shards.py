@@ -54,6 +54,9 @@ class RawSource:
       corpus: the documents that rows name by id. They are copied first, and `record` then takes the copy as `corpus`.
       keep_components_together: rows with the same query or positive are in the same split. All rows and their images are read
         once more, before the others.
+      held_out: the split of each row that is not for training; None: `splits` chooses it.
+      key: a digest of what rows depend on besides files.
+      facts: further entries of the marker.
     """
 
     name: str
@@ -62,6 +65,9 @@ class RawSource:
     images: Callable[[dict], list[tuple]]
     corpus: Corpus | None = None
     keep_components_together: bool = False
+    held_out: dict[int, str] | None = None
+    key: str = ""
+    facts: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

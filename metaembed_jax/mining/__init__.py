@@ -1,0 +1,1 @@
+"""Hard negatives of a source, found with a model: documents that it ranks high and that answer no query they are given."""
