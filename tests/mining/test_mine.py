@@ -46,7 +46,8 @@ def pairs():
     """Every fifth query repeats an earlier one, and every seventh positive; some pairs have further positives and negatives."""
     rows = []
     for number in range(PAIRS):
-        query, positive = number - number % 5 if number % 5 == 1 else number, number - 7 if number % 7 == 3 and number > 7 else number
+        query = number - number % 5 if number % 5 == 1 else number
+        positive = number - 7 if number % 7 == 3 and number > 7 else number
         row = {"query": f"q{query}", "positive": f"d{positive}", "negatives": [f"n{number}"]}
         if number % 9 == 0:
             row |= {"negatives": [f"n{number}", f"d{(number + 10) % PAIRS}"], "labels": [1, 0, 0.5], "teacher_scores": [3, 1, 2]}
@@ -108,9 +109,10 @@ def expected(records_of_split, chosen, survivors=None):
     return result
 
 
-@pytest.mark.parametrize(
-    "chosen", [{}, {"range_min": 2, "range_max": 6}, {"margin": 0.2, "relative_margin": 0.0}, {"relative_margin": 0.4, "negatives": 5}]
-)
+NARROW, ABSOLUTE = {"range_min": 2, "range_max": 6}, {"margin": 0.2, "relative_margin": 0.0}
+
+
+@pytest.mark.parametrize("chosen", [{}, NARROW, ABSOLUTE, {"relative_margin": 0.4, "negatives": 5}])
 def test_negatives_are_the_best_documents_that_pass(data, chosen, capsys):
     job, base = mining(data, **chosen), read(data, "texts")
     mine(job, TextModel())
@@ -187,7 +189,7 @@ def test_one_device_and_eight_mine_the_same(data, monkeypatch):
     mine(mining(data), TextModel())
     monkeypatch.setattr(blocks, "make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
     mine(mining(data, out="alone"), TextModel(mesh=make_mesh(devices=jax.devices()[:1])))
-    assert read(data, "alone") == read(data, "mined") or json.dumps(read(data, "alone")) == json.dumps(read(data, "mined"))
+    assert json.dumps(read(data, "alone")) == json.dumps(read(data, "mined"))  # as texts, where NaN is NaN
 
 
 def test_stages_mine_what_survives(data):
