@@ -86,7 +86,7 @@ class BlockMiner:
             Placed(self._source, self._items.queries[numbers.start : numbers.stop]), budget=largest_budget([self._stages])[0]
         )
         k = self._selection.last + min(max(map(len, answers)), MOST_ANSWERS)
-        k = min([k, *(stage[2] for stage in self._stages[:-1])])
+        k = min([k, *(stage.survivors for stage in self._stages[:-1])])
         scores_Qk, positions_Qk = self._searcher.search(query_QRD, k, self._stages)
         documents_Qk = self._document_at[positions_Qk]
         rows = self._rows_by_query[self._row_starts[numbers.start] : self._row_starts[numbers.stop]]
@@ -96,7 +96,7 @@ class BlockMiner:
         places, counts = np.full((len(rows), self._selection.negatives, 2), -1, np.int32), Counter()
         fewer = none = 0
         for pair, (query, positive) in enumerate(zip(queries_r.tolist(), positives_r.tolist(), strict=True)):
-            limit = self._selection.limit(positive, self._stages[-1][0])
+            limit = self._selection.limit(positive, self._stages[-1].budget.query)
             chosen, pair_counts = self._selection.choose(scores_Qk[query], is_answer_Qk[query], limit)
             places[pair, : len(chosen)] = self._items.documents[documents_Qk[query, chosen]]
             counts += pair_counts
@@ -108,13 +108,12 @@ class BlockMiner:
         self, query_QRD: Float[np.ndarray, "Q R D"], queries_r: Int[np.ndarray, "r"], rows_r: Int[np.ndarray, "r"]
     ) -> Float[np.ndarray, "r"]:
         """Return the score of each pair's query and positive, at the last stage of a search."""
-        query_vectors, document_vectors = self._stages[-1][:2]
         positions_r1 = self._position_of[self._items.positive_of_row[rows_r]][:, None]
         scores = [
             self._searcher.score(
-                query_QRD[queries_r[start : start + PAIRS_AT_ONCE], :query_vectors],
+                query_QRD[queries_r[start : start + PAIRS_AT_ONCE]],
                 positions_r1[start : start + PAIRS_AT_ONCE],
-                document_vectors,
+                self._stages[-1].budget,
             )
             for start in range(0, len(rows_r), PAIRS_AT_ONCE)
         ]

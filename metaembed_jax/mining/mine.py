@@ -29,15 +29,16 @@ from metaembed_jax.data.workers import workers_for
 from metaembed_jax.devices import describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, locked, remove_folder, replacing
-from metaembed_jax.late_interaction.budgets import parse_searches, search_name
-from metaembed_jax.late_interaction.stages import Stages, largest_budget
+from metaembed_jax.late_interaction.budgets import search_name
+from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.stages import Stages, as_stages, largest_budget
 from metaembed_jax.mining.blocks import BlockMiner, MinedBlock
 from metaembed_jax.mining.items import SourceDocuments, find_items
 from metaembed_jax.mining.mined_rows import MinedRows, as_record, no_images
 from metaembed_jax.mining.selection import COUNTS, Selection
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.build import index_documents
-from metaembed_jax.retrieval.index_and_search import load_model
+from metaembed_jax.retrieval.index_and_search import load_model, parse_search
 
 VERSION = 1  # of the rules by which negatives are mined
 FOLDER, LOCK = "mining", "mining.lock"
@@ -96,33 +97,21 @@ def mine_source(
 
     Args:
       model: path or hub id.
-      budget: of the search, as for `parse_stages`.
+      budget: of the search, such as 16:64, or stages; all vectors by default.
       mesh: as for `load_model`.
 
     Raises:
-      UserError: as `load_model`, `parse_stages` and `mine`.
+      UserError: as `load_model`, `parse_search` and `mine`.
     """
     check_names(source, out, data_dir)
     hosts.first_then_others(lambda: sources.prepare(source, data_dir))
     encoder = load_model(model, mesh)
     if hosts.is_first():
         print(describe_devices(encoder.mesh, encoder.weight_bytes), flush=True)
-    stages = parse_stages(budget, encoder)
+    largest = Budget(encoder.config.vectors("query"), encoder.config.vectors("document"), encoder.dimension)
+    stages = as_stages(largest[:2], largest) if budget is None else parse_search(budget, largest)
     names = {"source": source, "out": out, "data_dir": data_dir, "model": model, "step": best_step(model)}
     mine(Mining(selection=selection, stages=stages, **names), encoder)
-
-
-def parse_stages(text: str | None, encoder: MetaEmbed) -> Stages:
-    """Return the stages of `--budget`; by default one with all vectors of the model.
-
-    Raises:
-      UserError: the text is not one search, or is beyond the model's vectors.
-    """
-    largest = encoder.config.vectors("query"), encoder.config.vectors("document")
-    stages, *others = [(largest,)] if text is None else parse_searches(text, largest, "--budget")
-    if others:
-        raise UserError(f"--budget={text}: expected one search")
-    return stages
 
 
 def check_names(source: str, out: str, data_dir: Path) -> None:
@@ -146,7 +135,7 @@ def mine(mining: Mining, encoder: MetaEmbed) -> None:
     Raises:
       UserError: a name or the window of ranks is wrong, no document passes the selection, or another process mines it.
     """
-    survivors = min((stage[2] for stage in mining.stages[:-1]), default=mining.selection.last)
+    survivors = min((stage.survivors for stage in mining.stages[:-1]), default=mining.selection.last)
     if survivors < mining.selection.last:
         raise UserError(f"--budget: {survivors} survivors; expected at least --range-max={mining.selection.last}")
     check_names(mining.source, mining.out, mining.data_dir)

@@ -87,7 +87,7 @@ def search(
     check_devices()
     # A wrong filter, k or budget is an error before the model is loaded.
     if budget not in (None, "auto"):
-        _parse_search(budget, Budget(LARGEST_NAMED, loaded.vectors, loaded.width))
+        parse_search(budget, Budget(LARGEST_NAMED, loaded.vectors, loaded.width))
     loaded.search(np.zeros((0, 1, loaded.width), np.float32), k, where=where, certified=certified)
     encoder = _load_encoder(loaded, model, mesh)
     budget = search_name(loaded.calibrated_stages(k)) if budget == "auto" else budget
@@ -160,13 +160,17 @@ def find(
     """
     index.check_model(encoder)
     largest = Budget(encoder.config.query_tokens, index.vectors, encoder.dimension)
-    stages = as_stages(largest[:2], largest) if budget is None else _parse_search(budget, largest)
+    stages = as_stages(largest[:2], largest) if budget is None else parse_search(budget, largest)
     query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0])
     return index.search(query_QRD, k, stages, where=where, **({"certified": True} if certified else {}))
 
 
-def _parse_search(text: str, largest: Budget) -> Stages:
-    """Return the search of the flag --budget."""
+def parse_search(text: str, largest: Budget) -> Stages:
+    """Return the search of the flag --budget.
+
+    Raises:
+      UserError: as `parse_searches`, or there are several searches.
+    """
     search, *others = parse_searches(text, largest, "--budget")
     if others:
         raise UserError(f"--budget={text}: expected one search")

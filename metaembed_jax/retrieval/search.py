@@ -17,6 +17,7 @@ from metaembed_jax.devices import free_memory
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction import engine
 from metaembed_jax.late_interaction.engine import TopK
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.sizes import ceil_power, floor_power
 from metaembed_jax.late_interaction.stages import Stage, Stages
 from metaembed_jax.late_interaction.tiles import TILE, Tiles, count_tiles
@@ -101,25 +102,25 @@ class Searcher:
         return scores_Qk, positions_Qk
 
     def score(
-        self, query_QRD: Float[np.ndarray, "Q R D"], positions_QK: Int[np.ndarray, "Q K"], vectors: int
+        self, query_QRD: Float[np.ndarray, "Q R D"], positions_QK: Int[np.ndarray, "Q K"], budget: Budget
     ) -> Float[np.ndarray, "Q K"]:
-        """Return the scores of some documents of each query.
+        """Return the scores of some documents of each query, float32.
 
         Args:
           positions_QK: ascending positions of documents that are not deleted.
-          vectors: vectors of a document to use.
         """
-        at_once, results = floor_power(QUERY_VECTORS // query_QRD.shape[1]), []
+        at_once, results = floor_power(QUERY_VECTORS // budget.query), [np.zeros((0, positions_QK.shape[1]), np.float32)]
         for start in range(0, len(query_QRD), at_once):
             query_qRD, positions_qK = (x[start : start + at_once] for x in (query_QRD, positions_QK))
-            padding = ceil_power(count := len(query_qRD)) - count
-            query_qRD = put_replicated(np.pad(query_qRD, [(0, padding), (0, 0), (0, 0)]), self.mesh)
-            positions = put_replicated(np.pad(positions_qK, [(0, padding), (0, 0)], constant_values=-1).astype(np.int32), self.mesh)
+            padding = ceil_power(len(query_qRD)) - len(query_qRD)
+            (query,) = engine.stage_queries(np.pad(query_qRD, [(0, padding), (0, 0), (0, 0)]), (Stage(budget),))
+            positions = np.pad(positions_qK, [(0, padding), (0, 0)], constant_values=-1).astype(np.int32)
+            query, positions = (put_replicated(x, self.mesh) for x in (query, positions))
             scores = jax.numpy.full(positions.shape, -np.inf)
-            for tiles, rows_qK in self._survivors(positions, self.is_alive, vectors):
-                scores = jax.numpy.maximum(scores, engine.score_survivors(query_qRD, tiles, rows_qK, vectors, self.mesh))
-            results.append(np.asarray(scores)[:count])
-        return np.concatenate(results) if results else np.zeros(positions_QK.shape, np.float32)
+            for tiles, rows in self._survivors(positions, self.is_alive, budget.document, budget.numbers(self.width)):
+                scores = jax.numpy.maximum(scores, engine.score_survivors(query, tiles, rows, budget.document, self.mesh))
+            results.append(np.asarray(scores)[: len(query_qRD)])
+        return np.concatenate(results)
 
     def _load(self, resident: Residence, loaded: dict[str, Tiles]) -> dict[str, Tiles]:
         """Return the tiles of all segments in the memory of the devices, by name; none if the index is not resident."""

@@ -10,6 +10,8 @@ import metaembed_jax as me
 from metaembed_jax.data import sources
 from metaembed_jax.data.sources import preparation, records, shards
 from metaembed_jax.encoding.blocks import EncodedBlock
+from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.stages import as_stages
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.mining import blocks
 from metaembed_jax.mining.mine import FOLDER, Mining, check_names, mine
@@ -71,6 +73,7 @@ def small_blocks(monkeypatch):
 
 def mining(data, out="mined", stages=((VECTORS, VECTORS),), source="texts", **selection):
     selection = Selection(**({"negatives": 3} | selection))
+    stages = as_stages(stages, Budget(VECTORS, VECTORS, WIDTH))
     return Mining(source=source, out=out, data_dir=data, selection=selection, stages=stages, model="runs/x", step=7)
 
 

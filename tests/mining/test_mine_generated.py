@@ -9,9 +9,13 @@ from PIL import Image
 from metaembed_jax.data import sources
 from metaembed_jax.data.sources import boards, preparation, records
 from metaembed_jax.encoding.blocks import EncodedBlock
+from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.stages import as_stages
 from metaembed_jax.mining.mine import Mining, mine
 from metaembed_jax.mining.selection import Selection
 from tests.retrieval.fake_model import WIDTH, FakeModel, content, vectors
+
+STAGES = as_stages((1, 2), Budget(4, 4, WIDTH))
 
 
 class ItemModel(FakeModel):
@@ -35,7 +39,7 @@ def data(tmp_path, data_dir):
 
 def mined(data, source, out):
     selection = Selection(negatives=3, range_max=60, relative_margin=0.0)
-    mine(Mining(source=source, out=out, data_dir=data, selection=selection, stages=((1, 2),), model="x", step=None), ItemModel())
+    mine(Mining(source=source, out=out, data_dir=data, selection=selection, stages=STAGES, model="x", step=None), ItemModel())
     return list(records.open_split(data / out, preparation.VERSION, "train"))
 
 
