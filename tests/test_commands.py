@@ -87,7 +87,7 @@ def test_help_of_a_command(command, capsys):
         cli.main([command, "--help"])
     page = capsys.readouterr().out
     assert stopped.value.code == 0 and page.startswith(f"usage: metaembed {command} ") and f"  metaembed {command} " in page
-    assert ("--image-mib" in page) == (command in ("train", "eval", "prepare", "index", "search", "calibrate"))
+    assert ("--image-mib" in page) == (command in ("train", "eval", "prepare", "mine", "index", "search", "calibrate"))
 
 
 @pytest.mark.parametrize("program", [["train.py"], ["eval.py"], ["-m", "metaembed_jax", "search"]])

@@ -13,6 +13,7 @@ from metaembed_jax.flags import count, local_path, model_name
 from metaembed_jax.hosts.failures import fail_together
 from metaembed_jax.hosts.votes import stop_signal
 from metaembed_jax.inputs.image_flags import add_image_flag
+from metaembed_jax.mining.mine import mine_source
 from metaembed_jax.mining.selection import Selection
 from metaembed_jax.startup import add_device_flags, add_host_flags, add_mesh_flags, mesh_sizes, start
 
@@ -32,7 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="the name of the source that is written")
     parser.add_argument("--data", type=local_path, default=Path("data"), help="the folder of all sources (default: data)")
     rules = parser.add_argument_group(
-        "rules", "the defaults are NV-Retriever's best, TopK-PercPos at 95 %%, in the window of sentence-transformers"
+        "rules", "the defaults are NV-Retriever's best, TopK-PercPos at 95 %, in the window of sentence-transformers"
     )
     rules.add_argument("--negatives", type=count, default=4, help="most negatives of a pair, the best that pass (default: 4)")
     rules.add_argument(
@@ -61,8 +62,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Mine a source."""
-    from metaembed_jax.mining.mine import mine_source
-
     start(arguments)
     selection = Selection(
         negatives=arguments.negatives,
