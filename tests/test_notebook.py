@@ -14,10 +14,10 @@ SHRUNKEN = "--config.init_from= --config.schedule.steps=12 --config.optimizer.wa
 SHRUNKEN += "--config.schedule.save_every=12 --config.rows.batch_size=16 --config.rows.unroll_layers=1"
 
 
-def test_quickstart(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUICKSTART_TRAIN_FLAGS", f"{SHRUNKEN} --config.data.dir={tmp_path / 'data'}")
+def test_quickstart(tmp_path, monkeypatch, data_dir):
+    monkeypatch.setenv("QUICKSTART_TRAIN_FLAGS", f"{SHRUNKEN} --config.data.dir={data_dir}")
     monkeypatch.setenv("QUICKSTART_RUN", str(tmp_path / "run"))
-    monkeypatch.setenv("QUICKSTART_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("QUICKSTART_DATA", str(data_dir))
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("count=8", "count=1"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
