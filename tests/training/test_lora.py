@@ -267,14 +267,14 @@ def test_int8_base_gives_nearly_the_same_losses(config, tmp_path):
     backbone, words = {"backbone": init_parameters(network, seed=0)["backbone"]}, find_start(config)[1].tokenizer
     config = with_keys(config, {"init_from": str(tmp_path), "model.architecture": {}})
     write_model(tmp_path, network, backbone, words, QWEN2_5_VL.Images(28 * 28, 84 * 84, window_size=84), {}, "float32")
-    losses, changes = {}, {"schedule.steps": 20, "optimizer.learning_rate": 1e-4, "model.lora.dropout": 0.0}
+    losses, changes = {}, {"schedule.steps": 10, "optimizer.learning_rate": 1e-4, "model.lora.dropout": 0.0}
     config = with_keys(config, changes)  # the recipe's rate, and nothing random
     for dtype in ("bfloat16", "int8"):
         config = with_keys(config, {"model.frozen_dtype": dtype})
         trainer, state, dataset = started(config, tmp_path / f"run_{dtype}")
         assert state.frozen["backbone"]["layers"]["query"]["kernel"].dtype == dtype
         losses[dtype] = []
-        for step in range(20):
+        for step in range(10):
             state, figures = trainer.step(state, put(dataset[step], trainer.mesh))
             losses[dtype].append(float(figures["loss"]))
     relative = np.array(losses["int8"]) / np.array(losses["bfloat16"]) - 1
