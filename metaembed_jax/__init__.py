@@ -12,8 +12,19 @@ from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import GROUPS
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.late_interaction.maxsim import maxsim
+from metaembed_jax.late_interaction.prefixes import unit_prefix
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval.build import index_documents
 from metaembed_jax.retrieval.index import Index
 
-__all__ = ["GROUPS", "Index", "MetaEmbed", "UserError", "index_documents", "matryoshka_loss", "maxsim", "open_documents"]
+__all__ = [
+    "GROUPS",
+    "Index",
+    "MetaEmbed",
+    "UserError",
+    "index_documents",
+    "matryoshka_loss",
+    "maxsim",
+    "open_documents",
+    "unit_prefix",
+]

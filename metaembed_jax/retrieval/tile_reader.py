@@ -62,9 +62,9 @@ class TileReader:
         write_vectors = functools.partial(self._write_levels, read_vectors, vectors=vectors)
         is_ragged = vectors > min(segment.entry.fewest for segment in self.segments)
         return Tiles(
-            put((*shape, width), self.dtype, positions_n, write_vectors),
+            put((*shape, width), self.dtype, positions_n, write_vectors, vectors * self._width),
             self.read_scales(positions_n, tiles, vectors, width),
-            put((tiles, TILE), np.int32, positions_n, self._write_counts) if is_ragged else None,
+            put((tiles, TILE), np.int32, positions_n, self._write_counts, 1) if is_ragged else None,
             self.mask(np.ones(len(positions_n), bool), tiles),
             put_replicated(np.asarray(first, np.int32), self.mesh),
         )
@@ -80,9 +80,11 @@ class TileReader:
         """
         if width == self._width and not self._has_scales:
             return None
-        read = self._read_scales if width == self._width else functools.partial(self._read_prefix_scales, width=width)
+        read, numbers = self._read_scales, vectors
+        if width < self._width:
+            read, numbers = functools.partial(self._read_prefix_scales, width=width), vectors * self._width
         write = functools.partial(self._write_levels, read, vectors=vectors)
-        return self._put((tiles, vectors, TILE), np.float32, positions_n, write)
+        return self._put((tiles, vectors, TILE), np.float32, positions_n, write, numbers)
 
     def _write_levels(
         self,
@@ -136,9 +138,13 @@ class TileReader:
         for segment in self.segments:
             segment.release()
 
-    def _put(self, shape: tuple[int, ...], dtype, positions_n: np.ndarray, write: Callable) -> jax.Array:
-        """Return an array over the devices. `write` fills some tiles of a shard at a time; one shard is in memory."""
-        arrays, size = [], max(READ_NUMBERS // int(np.prod(shape[1:])), 1)
+    def _put(self, shape: tuple[int, ...], dtype, positions_n: np.ndarray, write: Callable, numbers: int) -> jax.Array:
+        """Return an array over the devices. `write` fills some tiles of a shard at a time; one shard is in memory.
+
+        Args:
+          numbers: the most that `write` reads of a document.
+        """
+        arrays, size = [], max(READ_NUMBERS // (numbers * TILE), 1)
         for device, index in self._split.addressable_devices_indices_map(shape).items():
             start, stop, _ = index[0].indices(shape[0])  # pyright: ignore[reportOptionalSubscript] this device has a shard
             shard = _aligned_zeros((stop - start, *shape[1:]), np.dtype(dtype))
