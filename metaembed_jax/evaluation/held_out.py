@@ -16,7 +16,7 @@ from metaembed_jax.evaluation.metrics import METRICS, saturated_metrics
 from metaembed_jax.evaluation.result_cache import key_of
 from metaembed_jax.evaluation.scoring import score_shares
 from metaembed_jax.evaluation.sweep import MAIN, SECONDARY, Sweep, sweep
-from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.groups import Budget, validate_budget
 from metaembed_jax.late_interaction.stages import Stage, largest_budget
 from metaembed_jax.results import Board, Failure, Interval, Results
 
@@ -94,6 +94,8 @@ class HeldOut:
         Raises:
           UserError: as `check`.
         """
+        for budget in self.budgets:
+            validate_budget(budget, subject.model.largest_budget)
         names = sources.with_pairs(self._sources, self._data_dir, self.name)
         left_out = [name for name in self._sources if name not in names]
         notes = (f"left out, without {self.name} pairs: {', '.join(left_out)}",) if left_out else ()

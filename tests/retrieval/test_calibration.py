@@ -56,16 +56,16 @@ def test_equal_to_the_definition(seed, documents, ties, coverage):
     rng = np.random.default_rng(seed)
     make = exact if ties else unit
     query, document = make(rng, 24, 3, 16), make(rng, documents, 3, 16)
-    k = min([1, 4, 8][rng.integers(3)], documents)
+    k, first = min([1, 4, 8][rng.integers(3)], documents), [(1, 1), (1, 1, 4)][rng.integers(2)]
     index = me.Index.build(document, dtype="float32", mesh=ONE)
-    result = index.calibrate(query, (1, 1), (3, 3), k=k, coverage=coverage, confidence=0.9)
+    result = index.calibrate(query, first, (3, 3), k=k, coverage=coverage, confidence=0.9)
     _, best_Qk = search(query, document, k, [(3, 3)])
-    _, ranked_QN = search(query, document, documents, [(1, 1)])
+    _, ranked_QN = search(query, document, documents, [first])
     needed = [
         max(int(np.flatnonzero(ranked == row)[0]) + 1 for row in best) for ranked, best in zip(ranked_QN, best_Qk, strict=True)
     ]
     rank = choose_rank(24, coverage, 0.9)
-    assert result == Calibration(Budget(1, 1), Budget(3, 3), k, coverage, 0.9, sorted(needed)[rank - 1], 24, documents)
+    assert result == Calibration(Budget(*first), Budget(3, 3), k, coverage, 0.9, sorted(needed)[rank - 1], 24, documents)
     whole, staged = index.search(query, k, (3, 3)).ids, index.search(query, k, "auto").ids
     kept = (whole == staged).all(1).tolist()
     assert sum(kept) >= rank and kept == [number <= result.survivors for number in needed]
@@ -91,15 +91,18 @@ def test_a_calibration_is_stored_and_kept(tmp_path):
     first = index.calibrate(query, (1, 1), (4, 9), k=5, coverage=0.8, confidence=0.8)
     index.calibrate(query[:20], (2, 4), (4, 9), k=5, coverage=0.8, confidence=0.8)
     second = index.calibrate(query, (2, 4), (4, 9), k=5, coverage=0.8, confidence=0.8)
+    narrow = index.calibrate(query, (2, 4, 3), (4, 9), k=5, coverage=0.8, confidence=0.8)
+    assert '"first": [\n     2,\n     4\n    ]' in (text := (tmp_path / "index/manifest.json").read_text())  # as before widths
+    assert '"first": [\n     2,\n     4,\n     3\n    ]' in text
     index.add(unit(rng, 50, 9, 8), [f"new {n}" for n in range(50)])
     index.delete(["3"])
     index.compact()
     index.save(tmp_path / "copy")
     for folder in ("index", "copy"):
         loaded = me.Index.load(tmp_path / folder, mesh=ONE)
-        assert loaded.calibrations == (first, second)
+        assert loaded.calibrations == (first, second, narrow)
         (budget, survivors), last = loaded.calibrated_stages(5)
-        chosen = {(1, 1): first, (2, 4): second}[budget.sizes]
+        chosen = {(1, 1): first, (2, 4): second, (2, 4, 3): narrow}[budget.sizes]
         assert last.sizes == (4, 9) and survivors == math.ceil(chosen.survivors * 99 / 50)
         explicit = loaded.search(query, 4, [(*budget.sizes, survivors), (4, 9)])
         np.testing.assert_array_equal(loaded.search(query, 4, "auto").ids, explicit.ids)

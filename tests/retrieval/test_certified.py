@@ -156,6 +156,9 @@ def test_what_cannot_be_certified_is_refused():
     index = me.Index.build(document, dtype="int8", exact="float32", mesh=ONE)
     with pytest.raises(me.UserError, match=r"certified=True with the budget 1:1:4>2:2: expected one budget"):
         index.search(document, 2, [(1, 1, 4), (2, 2)], certified=True)
+    with pytest.raises(me.UserError, match=r"certified=True with the budget 2:2x4: expected one without a width"):
+        index.search(document, 2, (2, 2, 4), certified=True)
+    assert index.search(document, 2, (2, 2, 8), certified=True).certified.all()
 
 
 @pytest.mark.parametrize("name", ["exact-0-1", "exact-1-3", "errors-0-1"])

@@ -271,6 +271,7 @@ def test_bad_items_are_named_and_nothing_is_written(small, arguments, message):
         ((QUERIES, 10, [(1, 1, 5), (16, 64)]), "k=10: expected a positive integer, at most the survivors"),
         ((QUERIES, 10, (4, 8)), "expected 1 or 64, which collection 'icons' stores"),
         ((QUERIES, 10, [(2, 4, 50), (16, 64)]), "document_vectors=4"),
+        ((QUERIES, 10, (16, 64, 8)), "budget 16:64x8: expected budgets without a width"),
         ((QUERIES, 10, (16, 128)), "16 of a query and 64 of a document"),
         ((QUERIES, 10, (32, 64)), "16 of a query and 64 of a document"),
         ((QUERIES[:, :, :16], 10), "expected [items, vectors, 32]"),

@@ -25,7 +25,7 @@ from metaembed_jax.evaluation.scoring import score_shares
 from metaembed_jax.files import replacing
 from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.late_interaction.budgets import budget_name, by_cost
-from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.groups import Budget, validate_budget
 from metaembed_jax.late_interaction.stages import Stage, largest_budget
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.results import Board, Failure, Interval, Results, SearchResults, TaskResults
@@ -61,9 +61,11 @@ class Mmeb:
         """Evaluate every task in the folder.
 
         Raises:
-          UserError: files that are missing or malformed.
+          UserError: files that are missing or malformed, or a budget beyond the model's.
         """
         tasks, results = available(self.directory, TASKS), []
+        for budget in self.budgets:
+            validate_budget(budget, subject.model.largest_budget)
         for task in tasks:
             questions = read_task(task, self.directory)
             key = key_of(subject.identity, questions.fingerprint, sorted(budget.sizes for budget in self.budgets))
