@@ -117,7 +117,7 @@ def calibrate(
     choose_rank(len(documents), *shares)  # before the model is loaded
     encoder = _load_encoder(loaded, model, mesh)
     loaded.check_model(encoder)
-    largest = Budget(encoder.config.query_tokens, loaded.vectors, loaded.width)
+    largest = Budget(encoder.config.vectors("query"), loaded.vectors, loaded.width)
     last, *others = [largest._replace(width=0)] if budgets[1] is None else _parse_budgets(budgets[1], largest, "--last")
     if others:
         raise UserError(f"--last={budgets[1]}: expected one budget")
@@ -159,7 +159,7 @@ def find(
       UserError: the index has vectors of another model, the budget is larger than the index, or the filter is wrong.
     """
     index.check_model(encoder)
-    largest = Budget(encoder.config.query_tokens, index.vectors, encoder.dimension)
+    largest = Budget(encoder.config.vectors("query"), index.vectors, encoder.dimension)
     stages = as_stages(largest[:2], largest) if budget is None else parse_search(budget, largest)
     query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0])
     return index.search(query_QRD, k, stages, where=where, **({"certified": True} if certified else {}))
