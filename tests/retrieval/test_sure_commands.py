@@ -55,7 +55,8 @@ def test_sure_answers(run, tmp_path):
     calibrate = "calibrate", f"--index={folder}", f"--queries={table}"
     lines = run(*calibrate, "-k", 3, "--first=1:1,2:2", "--last=4:4", "--coverage=0.8", "--confidence=0.9")
     first, second = me.Index.load(folder, mesh=ONE).calibrations
-    assert (first.first, second.first, first.last, first.k, first.queries) == ((1, 1), (2, 2), (4, 4), 3, 20)
+    assert [str(budget) for budget in (first.first, second.first, first.last)] == ["1:1", "2:2", "4:4"]
+    assert (first.k, first.queries) == (3, 20)
     assert lines[0].startswith(f"1:1:{first.survivors}>4:4: ") and lines[1].startswith(f"2:2:{second.survivors}>4:4: ")
     assert lines[0].endswith(
         "of 20 items survive the first stage; at least 80.00% of queries lose none of their 3 best (confidence 90.00%, 20 queries)"
