@@ -36,7 +36,7 @@ class TrainingBatch:
       negative_mask: false for missing negatives.
       source: the number of each pair's source.
       digests: [M, b, W, V], W words of the digest of each item, at its first vector; the same for the same content.
-      teacher_scores: of each positive, then of its hard negatives; NaN where missing. None if no source of the run has any.
+      teacher_scores: of each positive, then of its hard negatives; NaN where missing. None if no loss of the run reads them.
       labels: weights of right answers, of the same documents; 0 for missing negatives. None if no source of the run has any.
     """
 
@@ -99,7 +99,9 @@ def check_microbatch(most: int, shards: int) -> None:
         )
 
 
-def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh: Mesh) -> TrainingBatch:
+def abstract(
+    shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh: Mesh, has_teacher_scores: bool = False
+) -> TrainingBatch:
     """Return a batch as shapes with shardings, for tracing and compiling.
 
     Args:
@@ -116,6 +118,7 @@ def abstract(shape: StepShape, pairs: int, negatives: int, layout: Layout, mesh:
         negative_mask=whole(pairs, negatives, dtype=jnp.bool_),
         source=whole(pairs),
         digests=_abstract_digests(shape, mesh),
+        teacher_scores=whole(pairs, 1 + negatives, dtype=jnp.float32) if has_teacher_scores else None,
     )
 
 

@@ -28,7 +28,7 @@ class PairVectors(NamedTuple):
       negative_mask: false for missing negatives, which pad the array.
       sources: index of each pair's source. A query is scored against the positives of its source; None: against all positives.
       digests: says which items are the same; None if no two are.
-      teacher_scores: of each positive, then of its negatives; NaN where missing. None if no source of the run has any.
+      teacher_scores: of each positive, then of its negatives; NaN where missing. None if no objective reads them.
       labels: weights of right answers, of the same documents. None if no source of the run has any: 1, 0, ..., 0.
     """
 
@@ -143,6 +143,11 @@ class ObjectivesConfig(Section):
         """The most vectors of a query, and of a document, that a loss reads."""
         budgets = [budget for objective in self.used().values() for budget in objective.budgets]
         return max(budget.query for budget in budgets), max(budget.document for budget in budgets)
+
+    @property
+    def reads_teacher_scores(self) -> bool:
+        """True if a loss reads the scores of a teacher."""
+        return self.matryoshka is not None and self.matryoshka.teacher_weight > 0
 
     def loss(self, vectors: PairVectors, mesh: Mesh | None) -> tuple[Array, dict[str, Array]]:
         """Return the sum of the losses, and the figures of all objectives. With several, each loss is also "objective/NAME"."""

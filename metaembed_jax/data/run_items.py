@@ -19,6 +19,7 @@ from metaembed_jax.data.mixture import Reference, check_mixture, mixture
 from metaembed_jax.data.sizes import CUT, PATCHES, SHRUNK, TOKENS, SourceSizes
 from metaembed_jax.data.sources.candidates import NUMBERS, as_arrays
 from metaembed_jax.data.sources.descriptions import describe_row, read_row
+from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.processors import PromptProcessor
 from metaembed_jax.network_config import row_limits
 
@@ -63,7 +64,7 @@ class RunItems:
       sources, names, sizes: one of each for every source of `config.data.sources`.
       processor: the family's, with the limits of the run.
       negatives: K, the most that are used of a pair.
-      numbers: those of `candidates.NUMBERS` that a source has.
+      numbers: those of `candidates.NUMBERS` that a source has and a loss reads.
       meta: Meta Tokens after a query, and after a document.
       vectors: number of vectors of a query, and of a document.
     """
@@ -161,9 +162,30 @@ def run_items(config: RunConfig, processor: PromptProcessor, sources: Sequence[S
     limits = row_limits(config)
     meta = (limits.query_tokens, limits.document_tokens)
     references = mixture(config, sources, means_S2)
-    numbers = tuple(name for name in NUMBERS if negatives and any(name in _numbers(source) for source in sources))
+    numbers = _used_numbers(config, sources)
     budget = config.objectives.largest_budget
     return RunItems(references, tuple(sources), names, sizes, processor, negatives, numbers, meta, budget)
+
+
+def _used_numbers(config: RunConfig, sources: Sequence[Sequence]) -> tuple[str, ...]:
+    """Return those of `candidates.NUMBERS` that a source of a run has and its losses read.
+
+    Raises:
+      UserError: a loss reads the scores of a teacher, and no source has any.
+    """
+    negatives, reads_scores = config.data.negatives, config.objectives.reads_teacher_scores
+    present = [name for name in NUMBERS if negatives and any(name in _numbers(source) for source in sources)]
+    if reads_scores and "teacher_scores" not in present:
+        names = ", ".join(name for name, *_ in config.data.sources)
+        raise UserError(
+            "config.objectives.matryoshka.teacher_weight is above 0, and "
+            + (
+                f"no pair of {names} has teacher_scores; set it to 0"
+                if negatives
+                else "config.data.negatives is 0; set both, or none"
+            )
+        )
+    return tuple(name for name in present if name != "teacher_scores" or reads_scores)
 
 
 def _numbers(source: Sequence) -> list[str]:

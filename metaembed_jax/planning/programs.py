@@ -75,7 +75,8 @@ def train_program(config: RunConfig, mesh: Mesh) -> Program:
     row, typical = typical_rows(config)
     shape = step_shape(row, typical.largest, config.rows.microbatch_rows, batch_shards(mesh))
     layout = model_config(config).architecture.layout
-    batch = training.abstract(shape, config.rows.batch_size, config.data.negatives, layout, mesh)
+    has_scores = config.objectives.reads_teacher_scores
+    batch = training.abstract(shape, config.rows.batch_size, config.data.negatives, layout, mesh, has_scores)
     trainer = make_trainer(config, mesh)
     state = trainer.abstract
     arguments = {"trained": state.parameters, "frozen": state.frozen, "optimizer": state.optimizer, "batch": batch}

@@ -98,7 +98,7 @@ def test_fewer_negatives_than_a_record_has_keep_their_numbers():
     np.testing.assert_array_equal(arrays["labels"], np.array([[1, 0.5], [1, 0]], np.float32))
 
 
-def batches(tmp_path, names, negatives):
+def batches(tmp_path, names, negatives, teacher_weight=0.0):
     """The batches of a run, and its mixture."""
     words = [row(number)[key] for number in range(8) for key in ("query", "positive")]
     learned = tokenizer.train(words, tmp_path / "tokenizer.json", QWEN2_5_VL, vocabulary=300)
@@ -113,6 +113,7 @@ def batches(tmp_path, names, negatives):
             "data.sources": tuple((name, 1.0, 0) for name in names),
             "data.negatives": negatives,
             "data.sub_batch": 2,
+            "objectives.matryoshka.teacher_weight": teacher_weight,
         },
     )
     processor = QWEN2_5_VL.Processor(learned, QWEN2_5_VL.Images(28 * 28, 224 * 224), row_limits(settings))
@@ -125,7 +126,7 @@ def test_batches_have_the_numbers_of_their_pairs_or_none(tmp_path):
     scored = [row(n, teacher_scores=[n, n + 0.5, -n], labels=[2, 1, n % 2]) for n in range(6)]
     prepare(tmp_path, "scored", scored)
     prepare(tmp_path, "plain", [row(n) for n in range(6)])
-    dataset, items = batches(tmp_path, ("scored", "plain"), 3)
+    dataset, items = batches(tmp_path, ("scored", "plain"), 3, teacher_weight=0.5)
     for step in range(2):
         batch = dataset[step]
         for pair, reference in enumerate(items.references[step]):
@@ -136,7 +137,10 @@ def test_batches_have_the_numbers_of_their_pairs_or_none(tmp_path):
     mesh = make_mesh(devices=jax.devices()[:1])
     moved = put(dataset[0], mesh)
     np.testing.assert_array_equal(np.asarray(moved.labels), dataset[0].labels)
-    for names, negatives in ((("plain",), 2), (("scored",), 0)):
+    assert batches(tmp_path, ("scored",), 2)[0][0].teacher_scores is None  # no loss reads them
+    for names, negatives, message in ((("plain",), 2, "no pair of plain has teacher_scores"), (("scored",), 0, "negatives is 0")):
+        with pytest.raises(UserError, match=message):
+            batches(tmp_path, names, negatives, teacher_weight=0.5)
         batch = batches(tmp_path, names, negatives)[0][0]
         assert batch.teacher_scores is None and batch.labels is None and put(batch, mesh).labels is None
 
