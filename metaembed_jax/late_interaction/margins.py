@@ -37,8 +37,7 @@ def budget_margins(
 ) -> Float[Array, "G B M"]:
     """Return the score of every document minus the score of the query's positive, for each budget.
 
-    Budgets of one width share a pass. A pass over all widths, whose similarities are sums over blocks of the width, would save
-    products, at most half of them for widths that double, and take more memory and passes over similarities.
+    Budgets of one width share a pass.
 
     Args:
       positive_B: the document that is the positive of each query.
@@ -46,10 +45,14 @@ def budget_margins(
       chunk: queries at a time; None chooses by memory.
     """
     margins = {}
+    # One pass over all widths, whose similarities are sums over blocks of the width, takes 0.8 times the FLOPs for a width and a
+    # quarter of it, and half of them at best. But it reads all similarities once for each width anyway, and needs the maxima for
+    # the gradients of lengths. Forward and backward took 120 ms of a CPU instead of 39 for widths 64 and 16, and 71 instead of 67
+    # for 1,024 and 256.
     for width in dict.fromkeys(budget.width for budget in budgets):
         of_width = [budget for budget in budgets if budget.width == width]
         largest = of_width[-1]
-        cut = partial(_unit_prefix, width=width)
+        cut = partial(_cut, width=width)
         vectors = cut(query_BRD[:, : largest.query]), cut(document_NRD[:, : largest.document])
         negatives = cut(negatives_BKRD[:, :, : largest.document])
         groups = tuple((budget.query, budget.document) for budget in of_width)
@@ -60,7 +63,7 @@ def budget_margins(
     return jnp.stack([margins[budget] for budget in budgets])
 
 
-def _unit_prefix(x, width):
+def _cut(x, width):
     """Return `unit_prefix` in the vectors' own type: a TPU multiplies bfloat16 in one pass, and float32 in six."""
     return unit_prefix(x, width).astype(x.dtype)
 
