@@ -104,7 +104,7 @@ def mine_source(
       UserError: as `load_model`, `parse_search` and `mine`.
     """
     check_names(source, out, data_dir)
-    hosts.first_then_others(lambda: sources.prepare(source, data_dir))
+    hosts.first_then_others(lambda: sources.prepare(source, data_dir))  # before the model is loaded
     encoder = load_model(model, mesh)
     if hosts.is_first():
         print(describe_devices(encoder.mesh, encoder.weight_bytes), flush=True)
@@ -139,7 +139,8 @@ def mine(mining: Mining, encoder: MetaEmbed) -> None:
     if survivors < mining.selection.last:
         raise UserError(f"--budget: {survivors} survivors; expected at least --range-max={mining.selection.last}")
     check_names(mining.source, mining.out, mining.data_dir)
-    origin = hosts.first_then_others(lambda: mining.origin(encoder))
+    hosts.first_then_others(lambda: sources.prepare(mining.source, mining.data_dir))
+    origin = mining.origin(encoder)  # all hosts compute the fingerprint of the model together
     key, marker = digest(json.dumps(origin).encode()), records.read_marker(mining.folder, preparation.VERSION)
     if marker and marker["mined"]["key"] == key:
         if hosts.is_first():

@@ -224,6 +224,10 @@ def test_wrong_names_and_margins_are_errors(data):
             check_names("texts", out, data)
     with pytest.raises(me.UserError, match="is a prepared source that was not mined"):
         check_names("other", "texts", data)
+    mine(mining(data, out="others"), TextModel())
+    write_pairs(data.parent / "others.jsonl", pairs())
+    with pytest.raises(me.UserError, match="is prepared already, from mined negatives; remove it, or choose another --out"):
+        sources.prepare_from("pairs", data.parent / "others.jsonl", data, 0, 0)
     with pytest.raises(me.UserError, match="no document passes: of the results of"):
         mine(mining(data, relative_margin=5.0), TextModel())
     with pytest.raises(me.UserError, match="holds no complete preparation of a source 'nothing'"):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import metaembed_jax as me
 from metaembed_jax.late_interaction import engine
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.retrieval import checksummed_files
 from metaembed_jax.retrieval import search as module
@@ -70,6 +71,24 @@ def test_blocks_steps_and_queries_that_do_not_divide(monkeypatch):
         for stages in ([(3, 3)], [(1, 1, 200), (2, 4, 30), (4, 3)], [(1, 1, 4, 200), (2, 4, 30), (4, 3, 1)]):
             assert_results(loaded, query, document, 20, stages, stages)
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("mesh", [ONE, make_mesh()], ids=["one device", "all devices"])
+def test_scores_of_chosen_documents(monkeypatch, mesh, resident):
+    monkeypatch.setattr(module, "QUERY_VECTORS", 16)
+    rng = np.random.default_rng(0)
+    query, document = unit(rng, 21, 4, 16), unit(rng, 300, 5, 16)
+    index = me.Index.build(document[:150], map(str, range(150)), dtype="float32", mesh=ONE)
+    index.add(document[150:], map(str, range(150, 300)))
+    searcher = me.Index.load(index.folder, mesh=mesh, resident=resident)._searcher
+    positions = np.sort(rng.permuted(np.tile(np.arange(300), (21, 1)), axis=1)[:, :3], axis=1)
+    for budget in (Budget(4, 5), Budget(2, 3), Budget(3, 2, 8)):
+        scores = searcher.score(query, positions, budget)
+        cut = [me.unit_prefix(x[:, :count], budget.width) for x, count in zip((query, document), budget[:2], strict=True)]
+        expected = np.einsum("qid,njd->qnij", *cut).max(3).sum(2)
+        np.testing.assert_allclose(scores, np.take_along_axis(expected, positions, axis=1), rtol=1e-5, atol=1e-5)
+    assert searcher.score(query[:0], positions[:0], Budget(1, 1)).shape == (0, 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
