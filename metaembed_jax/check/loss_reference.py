@@ -2,7 +2,8 @@
 
 It shares no code with the implementation. The tests use it too.
 
-B pairs, K hard negatives a pair, M = B + K documents that a query may rank, C = 1 + K candidates, R vectors of an item, D width.
+B pairs, K hard negatives a pair, M = B + K documents that a query may rank, C = 1 + K candidates, R vectors of an item, D width, G
+groups.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,12 @@ class Reference(NamedTuple):
 
     Attributes:
       gradients: of queries, positives and negatives.
-      figures: a list with a value for each group, by name; the numbers of documents that are not ranked as (rows, negatives).
+      figures: by name, [G]; "false_negatives" [2] are the rows and the negatives that are not ranked.
     """
 
     loss: float
     gradients: tuple[np.ndarray, ...]
-    figures: dict
+    figures: dict[str, np.ndarray]
 
 
 def matryoshka(
@@ -90,7 +91,7 @@ def matryoshka(
             values["self_distillation"] *= (softness / temperature) ** 2
         for name, value in values.items():
             figures.setdefault(name, []).append(value)
-    return Reference(loss, gradients, figures)
+    return Reference(loss, gradients, {name: np.array(values) for name, values in figures.items()})
 
 
 def _targets(pairs, mask_BK, labels) -> Float[np.ndarray, "B M"]:
