@@ -15,7 +15,7 @@ import metaembed_jax as me
 from metaembed_jax.data import sources
 from metaembed_jax.data.sources.records import Retrieval
 from metaembed_jax.evaluation.metrics import bootstrap_mean, evaluate, relevance_matrix
-from metaembed_jax.late_interaction.budgets import budget_name
+from metaembed_jax.late_interaction.budgets import budget_name, parse_name
 
 SHOWN = ("R@1", "R@10")
 DIRECTIONS = "queries search documents", "documents search queries"
@@ -35,9 +35,9 @@ def main() -> None:
     parser.add_argument("--source", default="boards", help="a prepared source (default: boards)")
     parser.add_argument("--split", default="validation", choices=("validation", "test"), help="(default: validation)")
     parser.add_argument("--data", default="data", help="config.data.dir of the runs (default: data)")
-    parser.add_argument("--budgets", default="1:1,2:4,4:8,8:16,16:64", help="(default: 1:1,2:4,4:8,8:16,16:64)")
+    parser.add_argument("--budgets", default="1:1,2:4,4:8,8:16,16:64", help="such as 16:64x32 (default: 1:1,2:4,4:8,8:16,16:64)")
     arguments = parser.parse_args()
-    budgets = [(int(r_q), int(r_c)) for r_q, r_c in (budget.split(":") for budget in arguments.budgets.split(","))]
+    budgets = [budget for name in arguments.budgets.split(",") for budget in parse_name(name)]
     task = sources.retrieval(arguments.source, arguments.data, arguments.split)
     print(f"{arguments.source}, {arguments.split}: {len(task.queries):,} queries, {len(task.documents):,} documents")
     values = {run: measure(run, task, budgets) for run in arguments.runs}
@@ -54,7 +54,7 @@ def main() -> None:
                 print(f"  {f'{metric}, {run}':40} " + " ".join(f"{cell:>27}" for cell in cells), flush=True)
 
 
-def measure(run: str, task: Retrieval, budgets: Sequence[tuple[int, int]]) -> Values:
+def measure(run: str, task: Retrieval, budgets: Sequence[tuple[int, ...]]) -> Values:
     """Encode a task with a run, and return the metrics of all queries and of all documents that have a query."""
     model = me.MetaEmbed.from_pretrained(run, dtype="float32")
     document = model.encode_document(task.documents, progress=True)

@@ -227,3 +227,10 @@ def test_a_card_of_a_run_without_a_temperature():
     network = model_config(load_config("tests/training/small.py"))
     assert "- trained for 1,234 steps on: icons\n" in model_card("transformers", network, metadata, None)
     assert "1,234 steps at temperature 0.1 on: icons" in model_card("peft", network, metadata | {"temperature": 0.1}, None)
+
+
+def test_a_card_of_a_run_with_widths():
+    metadata = {"groups": [[1, 1], [16, 64, 8], [16, 64]], "steps": 1, "sources": []}
+    card = model_card("transformers", model_config(load_config("tests/training/small.py")), metadata, None)
+    assert "- budgets (query vectors : document vectors x numbers of a vector): 1:1, 16:64x8, 16:64\n" in card
+    assert "cut to its first numbers is divided by the length" in card

@@ -9,6 +9,7 @@ from metaembed_jax.check.references import maxsim_scores
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction import maxsim as module
 from metaembed_jax.late_interaction.maxsim import maxsim
+from metaembed_jax.mesh import make_mesh
 from tests.products import products, rounded, rounded_in_kernels
 
 
@@ -64,6 +65,18 @@ def test_equals_the_definition(queries, documents, query_vectors, document_vecto
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
     if kind == "ties" and width in (0, 4, 7):
         np.testing.assert_array_equal(scores, expected)
+
+
+def test_eight_devices_score_cut_vectors_to_the_bit():
+    rng = np.random.default_rng(0)
+    query, document = vectors(rng, 3, 2, 24), vectors(rng, 21, 5, 24)
+    one, eight = (
+        module.maxsim_on(mesh, query, document, (2, 4, 9)) for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(2, 2, 2))
+    )
+    prefixes = (x[..., :9].astype(float) for x in (query, document[:, :4]))
+    expected = maxsim_scores(*(x / np.linalg.norm(x, axis=-1, keepdims=True) for x in prefixes))
+    np.testing.assert_allclose(one, expected, rtol=1e-6)
+    np.testing.assert_array_equal(eight, one)
 
 
 @pytest.mark.parametrize(("queries", "documents"), [(1, 1), (7, 10), (8, 12), (70, 210)])

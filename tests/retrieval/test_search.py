@@ -204,8 +204,9 @@ def test_a_resident_index_follows_its_changes(tmp_path):
     items = {str(n): document[n] for n in range(150)}
 
     def check():
-        scores, ids = index.search(query, 20, [(1, 1, 100), (2, 5)])
-        expected_scores, rows = reference.search(query, list(items.values()), 20, [(1, 1, 100), (2, 5)])
+        stages = [(1, 1, 4, 100), (2, 5)]
+        scores, ids = index.search(query, 20, stages)
+        expected_scores, rows = reference.search(query, list(items.values()), 20, stages)
         assert ids.tolist() == np.array(list(items))[rows].tolist()
         np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
 

@@ -14,6 +14,7 @@ from metaembed_jax.evaluation import metrics  # noqa: E402
 from metaembed_jax.evaluation.mteb.items import TaskItems  # noqa: E402
 from metaembed_jax.evaluation.mteb.searcher import Searcher  # noqa: E402
 from metaembed_jax.late_interaction.maxsim import maxsim  # noqa: E402
+from metaembed_jax.late_interaction.prefixes import unit_prefix  # noqa: E402
 from tests.evaluation.mteb.pages import Pages, picture, table  # noqa: E402
 
 
@@ -88,8 +89,11 @@ def test_mteb_finds_what_our_metrics_find(model, pages, vectors, budget):
 
 def test_scores_are_those_of_sentence_transformers(model, pages, vectors):
     util = pytest.importorskip("sentence_transformers").util
-    for budget in ((1, 1), (4, 8), (16, 64)):
-        query, page = vectors[0][:, : budget[0]], vectors[1][:, : budget[1]]
+    for budget in ((1, 1), (4, 8), (16, 64), (4, 8, 5)):
+        query, page = (
+            unit_prefix(vectors_NRD[:, :count], budget[2] if len(budget) > 2 else 0)
+            for vectors_NRD, count in zip(vectors, budget[:2], strict=True)
+        )
         theirs = util.maxsim(list(query), list(page)).numpy()
         np.testing.assert_allclose(matrix(search(pages, Searcher(model, budget))), theirs, atol=1e-5)
 
