@@ -40,8 +40,8 @@ class Budget(NamedTuple):
 def validate_groups(groups: Sequence[Sequence[int]], largest: Budget) -> tuple[Budget, ...]:
     """Check that groups are nested, and return them as budgets.
 
-    Groups are nested if their numbers of vectors ascend: from one group to the next, neither side shrinks, and at least one grows,
-    or the width does. The last group is the widest, so that it holds all others.
+    Groups are nested if the numbers of vectors ascend among those of one width: from one group to the next, neither side shrinks,
+    and at least one grows. The last group holds all others, in vectors and in width.
 
     Args:
       largest: as for `validate_budget`.
@@ -52,19 +52,23 @@ def validate_groups(groups: Sequence[Sequence[int]], largest: Budget) -> tuple[B
     if not isinstance(groups, Sequence) or isinstance(groups, str) or not groups:
         raise UserError(f"groups={shortened(groups)}: expected at least one pair (r_q, r_c), such as ((1, 1), (16, 64))")
     budgets = tuple(validate_budget(group, largest) for group in groups)
-    for smaller, larger in itertools.pairwise(budgets):
-        has_grown = larger.numbers(UNBOUNDED) > smaller.numbers(UNBOUNDED) if larger[:2] == smaller[:2] else True
-        if smaller.query > larger.query or smaller.document > larger.document or not has_grown:
-            raise UserError(
-                f"groups not nested: {smaller.sizes} comes before {larger.sizes}; expected each group to hold the vectors of the "
-                "group before it, and of groups with equal vectors the widest last"
-            )
-    widest, last = max(budgets, key=lambda budget: budget.numbers(UNBOUNDED)), budgets[-1]
-    if widest.width != last.width:
-        raise UserError(
-            f"groups not nested: {last.sizes} is last, and {widest.sizes} is wider; expected the last group to be the widest"
-        )
+    for width in {budget.width for budget in budgets}:
+        for smaller, larger in itertools.pairwise(budget for budget in budgets if budget.width == width):
+            if smaller == larger or not _holds(larger, smaller):
+                raise UserError(
+                    f"groups not nested: {smaller.sizes} comes before {larger.sizes}; expected each group to hold the one before"
+                )
+    last = budgets[-1]
+    for budget in budgets:
+        if not _holds(last, budget):
+            raise UserError(f"groups not nested: {last.sizes} is last, and does not hold {budget.sizes}; expected the largest last")
     return budgets
+
+
+def _holds(larger: Budget, smaller: Budget) -> bool:
+    """Return whether a budget has all the vectors and numbers of another."""
+    is_as_wide = larger.numbers(UNBOUNDED) >= smaller.numbers(UNBOUNDED)
+    return larger.query >= smaller.query and larger.document >= smaller.document and is_as_wide
 
 
 def validate_budget(budget: Sequence[int], largest: Budget) -> Budget:
