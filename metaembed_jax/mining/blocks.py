@@ -92,7 +92,9 @@ class BlockMiner:
         rows = self._rows_by_query[self._row_starts[numbers.start] : self._row_starts[numbers.stop]]
         queries_r = self._items.query_of_row[rows] - first
         positives_r = self._score_positives(query_QRD, queries_r, rows)
-        is_answer_Qk = np.stack([np.isin(found, answer) for found, answer in zip(documents_Qk, answers, strict=True)])
+        is_answer_Qk = np.stack(
+            [np.isin(documents_k, answers_a) for documents_k, answers_a in zip(documents_Qk, answers, strict=True)]
+        )
         places, counts = np.full((len(rows), self._selection.negatives, 2), -1, np.int32), Counter()
         fewer = none = 0
         for pair, (query, positive) in enumerate(zip(queries_r.tolist(), positives_r.tolist(), strict=True)):

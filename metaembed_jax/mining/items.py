@@ -21,24 +21,12 @@ from metaembed_jax.files import replacing
 CHUNK_ROWS = 256  # whose items are read at once, with their images
 
 
-class PlacedItem(NamedTuple):
-    """Where an item is stored.
-
-    Attributes:
-      row: of the source.
-      number: as for `item_of`.
-    """
-
-    row: int
-    number: int
-
-
 class Placed(Sequence):
     """Items of a source, for the encoder, which reads their sizes from descriptions.
 
     Args:
       source: training pairs, with `describe`.
-      places_N2: row of each item, and its number in the pair.
+      places_N2: row of each item, and its number in the pair, as for `item_of`.
     """
 
     def __init__(self, source: Sequence, places_N2: Int[np.ndarray, "N 2"]):
@@ -95,8 +83,8 @@ class SourceItems(NamedTuple):
     """The different queries and documents of a source.
 
     Attributes:
-      queries: where each query is stored first.
-      documents: where each document is stored first.
+      queries: the place of each query that is stored first: a row, and a number as for `item_of`.
+      documents: the same of each document.
       stamps: of each document.
       query_of_row: the query of each row.
       positive_of_row: the positive of each row.
