@@ -95,7 +95,10 @@ def compiled(mesh: Mesh, query: jax.ShapeDtypeStruct, tiles: Tiles, stages: Stag
     search = jax.jit(functools.partial(engine.search.__wrapped__, stages=stages, k=10, mesh=mesh))
     with tempfile.TemporaryDirectory() as directory:
         options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
-        program = search.lower(query, (tiles,)).compile(compiler_options=options)
+        queries = [
+            jax.ShapeDtypeStruct((len(query), budget.query, WIDTH), query.dtype, sharding=query.sharding) for budget, _ in stages
+        ]
+        program = search.lower(tuple(queries), (tiles,)).compile(compiler_options=options)
         text = next(Path(directory).glob(LAST)).read_text()  # `as_text` ends the process for some chips
     return Compiled(program.memory_analysis().temp_size_in_bytes, cost.count(text, mesh.size).hbm_bytes)
 
