@@ -1,16 +1,20 @@
 """The loss of a step is the sum of its objectives, and so are their FLOPs."""
 
 import dataclasses
+import types
 
+import jax
 import numpy as np
 import pytest
 
+from metaembed_jax.check.network_cases import expected_loss
 from metaembed_jax.config import MatryoshkaConfig, ObjectivesConfig, RunConfig, with_keys
 from metaembed_jax.config.keys import apply_flags
 from metaembed_jax.config.objectives import PairVectors
 from metaembed_jax.config.record import read_section, to_record
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
+from metaembed_jax.training.step import gather
 
 FIRST = MatryoshkaConfig(groups=((1, 1), (2, 4)))
 SECOND = MatryoshkaConfig(groups=((3, 3),), temperature=0.5, normalization="paper")
@@ -78,6 +82,30 @@ def test_groups_of_several_widths():
     assert objectives.flops(6, 7, 8) == 2 * 6 * 7 * (2 * 4 * 4 + 2 * 4 * 8)
     with pytest.raises(UserError, match="has a width beyond"):
         matryoshka_loss(pairs.query_BRD, pairs.document_BRD, groups=[(1, 1, 9)])
+
+
+def test_terms_of_vectors_in_packed_rows():
+    """Items start anywhere in three rows; the gradient of the rows is that of the reference, and 0 between the items."""
+    terms = {"symmetric": 0.5, "self_distillation": 0.5, "false_negative_margin": 0.05}
+    objectives = ObjectivesConfig(matryoshka=MatryoshkaConfig(groups=((1, 1, 4), (3, 5, 4), (3, 5)), temperature=0.1, **terms))
+    random = np.random.default_rng(0)
+    rows_nVD = random.normal(size=(3, 42, 8)).astype(np.float32)
+    rows_nVD /= np.linalg.norm(rows_nVD, axis=2, keepdims=True)
+    starts_N = 7 * random.permutation(18)
+    batch = types.SimpleNamespace(queries=starts_N[:6], documents=starts_N[6:])
+
+    def loss(rows_nVD):
+        vectors_TD = rows_nVD.reshape(-1, 8)
+        query_BRD, document_NRD = gather(vectors_TD, batch.queries, 3), gather(vectors_TD, batch.documents, 5)
+        negatives = document_NRD[6:].reshape(6, 1, 5, 8)
+        return objectives.loss(PairVectors(query_BRD, document_NRD[:6], negatives, None, None, None), None)
+
+    (value, figures), gradient_nVD = jax.value_and_grad(loss, has_aux=True)(rows_nVD)
+    expected, losses, expected_gradient_nVD = expected_loss(objectives, batch, rows_nVD.astype(np.float64))
+    assert figures["false_negatives/documents"] > 0
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose([figures[f"loss/{group}"] for group in objectives.budgets], losses, rtol=1e-5)
+    assert np.linalg.norm(gradient_nVD - expected_gradient_nVD) < 5e-5 * np.linalg.norm(expected_gradient_nVD)
 
 
 def test_one_objective_is_the_loss_alone():
