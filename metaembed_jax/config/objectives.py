@@ -67,7 +67,7 @@ class MatryoshkaConfig(Section):
 
     KEY: ClassVar[str] = "config.objectives.matryoshka"
 
-    # Budgets (r_q, r_c), or with a width (r_q, r_c, width); nested, the widest last.
+    # Budgets (r_q, r_c), or with a width (r_q, r_c, width); those of a width are nested, and the last holds all.
     groups: tuple[tuple[Positive, Positive] | tuple[Positive, Positive, Positive], ...] = GROUPS
     temperature: PositiveNumber = 0.03
     normalization: Literal["code", "paper"] = "code"  # code: mean over groups; paper: sum

@@ -116,8 +116,8 @@ def matryoshka_loss(
       query_BRD: unit vectors, float32 or bfloat16; similarities and logits are float32.
       document_BRD: unit vectors of the positives.
       negatives: unit vectors of the hard negatives; None if there are none.
-      groups: nested budgets (r_q, r_c) or (r_q, r_c, width), smallest first; vectors beyond the last are not used. With a width,
-        vectors are cut to so many numbers and divided by their lengths; among groups of different widths, the last is the widest.
+      groups: budgets (r_q, r_c) or (r_q, r_c, width); those of a width are nested, smallest first, and the last holds all others.
+        With a width, vectors are cut to so many numbers and divided by their lengths. Vectors beyond the last group are not used.
       normalization: "code" divides the sum over groups by their number, "paper" does not.
       mesh: the batch is sharded over the axes `BATCH_AXES` and replicated over the others; None is one device.
       chunk: queries at a time; None chooses by memory. It does not change values.

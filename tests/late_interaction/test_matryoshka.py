@@ -20,7 +20,7 @@ GROUP_SETS = [
     ((16, 64),),
     ((3, 5), (3, 9), (7, 9), (15, 60)),  # one side alone grows; vectors left over
     ((1, 1, 8), (1, 1), (4, 8, 8), (8, 16, 8), (8, 16, 20), (15, 60)),  # three widths
-    ((2, 4, 8), (4, 4, 24)),  # numbers left over
+    ((2, 4, 8), (4, 4, 8), (1, 2, 24), (4, 4, 24)),  # one width after the other; numbers left over
 ]
 
 
