@@ -38,7 +38,7 @@ class NoEncoder(me.MetaEmbed):
     fingerprint, dimension = "0" * 16, WIDTH
 
     def __init__(self):
-        self.config, self.mesh = types.SimpleNamespace(vectors=lambda side: VECTORS), make_mesh()
+        self.config, self.mesh = types.SimpleNamespace(vectors=lambda side: VECTORS, reads_states=False), make_mesh()
         self.processor, self.count = types.SimpleNamespace(fingerprint="0" * 16), 0
 
     def encode_blocks(self, items, side, *, budget, size, bar, **_):

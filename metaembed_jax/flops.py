@@ -97,7 +97,7 @@ class _NetworkFlops:
             total += self._entry(count, trains_before)
         head = sum((row.vectors * self._map(path) for path in self._kernels("head")), np.zeros(2))
         total += _linear(head, has_input_gradient=True)
-        placing = 2.0 * row.tokens * math.prod(self._shapes["meta_tokens"])
+        placing = 2.0 * row.tokens * math.prod(self._shapes.get("meta_tokens", (0,)))
         extra = placing + sum(map(_rotations, counts))
         recomputed = (total.forward + extra) * recomputes_row
         return total + Flops(0, 0, placing * (1 + ("meta_tokens" in self._trained)) + recomputed)

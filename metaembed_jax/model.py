@@ -1,5 +1,8 @@
 """The public model: load it, and encode texts and images into nested vectors.
 
+A model with `readout="states"` has a vector for each token of an item. Items differ in their number, and zeros follow the last
+vector of an item. They are not nested: a smaller budget of documents is a pooling of all of them.
+
 N items, R vectors of an item, D width of a vector.
 """
 
@@ -23,6 +26,7 @@ from metaembed_jax.hosts.shares import join_shares
 from metaembed_jax.inputs.processors import PromptProcessor
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.maxsim import maxsim
+from metaembed_jax.late_interaction.pooling import Pools
 from metaembed_jax.network import ModelConfig, make_encode
 from metaembed_jax.sharding import replicated, shard_bytes
 
@@ -75,6 +79,7 @@ class MetaEmbed:
         """
         config = self.config
         fixed = (config.backbone, config.architecture, config.query_tokens, config.document_tokens, config.embedding_dim)
+        fixed += (config.readout,) if config.reads_states else ()
         digest = hashlib.sha256(repr((*fixed, config.lora.alpha if config.lora.kernels else None)).encode())
         sample = jax.jit(lambda parameters: jax.tree.map(_sample, parameters), out_shardings=replicated(self.mesh))
         for path, leaf in jax.tree_util.tree_leaves_with_path(sample(self.parameters)):
@@ -83,13 +88,18 @@ class MetaEmbed:
 
     @property
     def meta_tokens(self) -> Float[np.ndarray, "R D"]:
-        """The learned Meta Tokens, first those of queries, float32 [query_tokens + document_tokens, backbone width]."""
+        """The learned Meta Tokens, first those of queries, float32 [query_tokens + document_tokens, backbone width].
+
+        A model with `readout="states"` has none.
+        """
+        if self.config.reads_states:
+            return np.zeros((0, self.config.architecture.width), np.float32)
         return np.asarray(self.parameters["meta_tokens"], np.float32)
 
     @property
     def dimension(self) -> int:
         """D, the width of a vector."""
-        return self.config.embedding_dim or self.parameters["meta_tokens"].shape[1]
+        return self.config.embedding_dim or self.config.architecture.width
 
     @property
     def largest_budget(self) -> Budget:
@@ -102,7 +112,8 @@ class MetaEmbed:
         Args:
           items: each a text, a PIL image, or {"text": str, "image": PIL image or encoded bytes} with either or both. If an item is
             too large for a row, its image is shrunk or its text is cut, and a line on stderr reports it.
-          budget: vectors of an item; all by default. A smaller budget is a prefix of a larger one, and cheaper.
+          budget: vectors of an item; all by default. A smaller budget is a prefix of a larger one, and cheaper. With
+            `readout="states"`, documents are pooled to so many (`late_interaction.pooling`), and queries have all.
           progress: show a bar.
 
         Raises:
@@ -116,7 +127,8 @@ class MetaEmbed:
 
     def similarity(self, query_QRD, document_NRD, budget: Sequence[int] | None = None) -> Float[np.ndarray, "Q N"]:
         """Return the MaxSim scores of every query and every document, float32."""
-        return np.asarray(maxsim(query_QRD, document_NRD, budget))
+        mask_NR = np.any(document_NRD, axis=2) if self.config.reads_states else None
+        return np.asarray(maxsim(query_QRD, document_NRD, budget, mask_NR))
 
     def encode_share(
         self, items: Sequence, side: str, *, budget: int, progress: bool = False
@@ -165,9 +177,12 @@ class MetaEmbed:
           UserError: as `encode_query`.
         """
         self._check(items, side, budget)
-        yield from self._encoder.blocks(
-            self.parameters, items, side, budget, size=size, start=start, bar=bar, allow_failures=allow_failures
+        encoded = self.config.vectors(side) if self.config.reads_states else budget
+        blocks = self._encoder.blocks(
+            self.parameters, items, side, encoded, size=size, start=start, bar=bar, allow_failures=allow_failures
         )
+        for block in blocks:
+            yield block if budget == encoded else block._replace(vectors=Pools(block.vectors).pool(budget))
 
     @property
     def weight_bytes(self) -> int:
@@ -185,6 +200,8 @@ class MetaEmbed:
         limit = self.config.vectors(side)
         if not 1 <= budget <= limit:
             raise UserError(f"budget={budget}: expected 1 to {limit} {side} vectors for this model")
+        if self.config.reads_states and side == "query" and budget < limit:
+            raise UserError(f"budget={budget}: this model reads all states of a query, at most {limit}, and has no smaller budget")
 
     def _encode_items(self, items: Sequence, side: str, budget: int | None, progress: bool) -> Float[np.ndarray, "N R D"]:
         budget = self.config.vectors(side) if budget is None else budget

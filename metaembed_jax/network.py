@@ -7,6 +7,8 @@ B rows of a batch, V vectors of a row, R Meta Tokens, D width of a vector, M wid
 
 Attention is causal, so Meta Tokens after the last one that is read change nothing. Queries run without the document tokens, and a
 budget of r vectors runs only the tokens up to the r-th. `batch.rows` shows how items share rows.
+
+With `readout="states"` no Meta Tokens follow a prompt, and the states at all its tokens are read, those of the template included.
 """
 
 import dataclasses
@@ -37,7 +39,8 @@ class ModelConfig:
     Attributes:
       backbone: name of the family.
       architecture: the family's `Config`.
-      query_tokens, document_tokens: numbers of Meta Tokens, and so of vectors, of each side.
+      readout: "meta_tokens", or "states" to read all tokens of a prompt.
+      query_tokens, document_tokens: numbers of Meta Tokens, and so of vectors, of each side; with states, most tokens of a prompt.
       meta_token_scale: standard deviation of fresh Meta Tokens.
       embedding_dim: width of the linear head; 0 for none (vectors have the backbone's width).
       dtype: type of activations and matmuls, "float32" or "bfloat16".
@@ -58,13 +61,21 @@ class ModelConfig:
     unroll: int = 1
     lora: LoraConfig = LoraConfig()
     int8: bool = False
+    readout: str = "meta_tokens"
+
+    @property
+    def reads_states(self) -> bool:
+        """True if the vectors of an item are the states at all its tokens, so that items differ in their number."""
+        return self.readout == "states"
 
     def vectors(self, side: str) -> int:
-        """Return the largest budget of a side."""
+        """Return the largest budget of a side, which is the most vectors of an item."""
         return {"query": self.query_tokens, "document": self.document_tokens}[side]
 
     def meta_tokens(self, side: str, budget: int) -> int:
         """Return the number of Meta Tokens after a prompt; the last `budget` of them are read."""
+        if self.reads_states:
+            return 0
         return budget if side == "query" else self.query_tokens + budget
 
 
@@ -75,7 +86,8 @@ class Network(nnx.Module):
         self.config = config
         self.backbone: Backbone = family(config.backbone).Backbone(config.architecture, rngs=rngs)
         rows, width = config.query_tokens + config.document_tokens, self.backbone.width
-        self.meta_tokens = param(rngs, jax.nn.initializers.normal(config.meta_token_scale), (rows, width), (None, "embed"))
+        fresh = jax.nn.initializers.normal(config.meta_token_scale)
+        self.meta_tokens = None if config.reads_states else param(rngs, fresh, (rows, width), (None, "embed"))
         dim = config.embedding_dim
         self.head = Linear(width, dim, axes=("embed", "output"), bias=False, rngs=rngs) if dim else None
         add_lora(self, config.lora, rngs=rngs)
@@ -87,7 +99,7 @@ class Network(nnx.Module):
         with float32_products(self.config.dtype):
             states_BVM = self.backbone(
                 batch,
-                self.meta_tokens[...],
+                jnp.zeros((0, self.backbone.width)) if self.meta_tokens is None else self.meta_tokens[...],
                 dtype=jnp.dtype(self.config.dtype),
                 checkpoint=self.config.checkpoint,
                 unroll=self.config.unroll,

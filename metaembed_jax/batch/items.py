@@ -63,7 +63,7 @@ class Limits(NamedTuple):
       tokens: tokens of a row.
       patches: patches of a row.
       text_tokens: tokens of the user's text in an item.
-      query_tokens, document_tokens: Meta Tokens after a prompt of each side.
+      query_tokens, document_tokens: tokens of a row that a prompt of each side leaves free, for its Meta Tokens.
     """
 
     tokens: int

@@ -5,6 +5,8 @@
     meta       - - - 0 1 2 3 - - 0 1 - -     rows of the table of Meta Tokens
     reads            ^ ^ ^ ^     ^ ^         positions whose last states become vectors
 
+If all states are read, there are no Meta Tokens, and vector v of a row is the state at its token v.
+
 Attention of any kind stays inside a segment, so an item's vectors do not depend on the others of its row.
 
 B rows, S tokens, P patches, V vectors of a row, A axes of positions.
@@ -63,12 +65,17 @@ class RowItem(NamedTuple):
     Attributes:
       example: the prompt.
       meta: the number of Meta Tokens after it: the first rows of the table.
-      read: the number of them, from the end, that become vectors.
+      budget: the number of them, from the end, that become vectors; None: all tokens of the prompt do, which has no Meta Tokens.
     """
 
     example: Example
     meta: int
-    read: int
+    budget: int | None
+
+    @property
+    def read(self) -> int:
+        """The number of vectors."""
+        return len(self.example.tokens) if self.budget is None else self.budget
 
     @property
     def size(self) -> Size:

@@ -73,6 +73,8 @@ def export(checkpoint: str | Path, out: Path, kind: str, dtype: str | None = Non
     if out.exists() and not replace and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another --out")
     trained, out = read_trained(find(checkpoint), dtype), out if files.is_bucket(out) else out.resolve()
+    if trained.config.reads_states:
+        raise UserError(f"--format={kind}: {checkpoint} reads all states; only models with Meta Tokens have formats")
     check_format(kind, trained.config.backbone, trained.paths)
     try:
         with files.new_folder(out) as folder:

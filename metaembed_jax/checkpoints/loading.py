@@ -283,4 +283,5 @@ def _processor(path: Path, images: FamilyImages, config: ModelConfig, limits: Li
     try:
         return family(config.backbone).Processor(tokenizer, images, limits)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        limits_too = " or config.model.query_tokens and document_tokens, which limit all states" if config.reads_states else ""
+        raise UserError(f"{path}: {error}{limits_too}") from error

@@ -31,6 +31,7 @@ COMMITTED = "commit_success.txt"  # the file that Orbax writes last into a folde
 MODEL_KEYS = (
     "backbone",
     "architecture",
+    "readout",
     "query_tokens",
     "document_tokens",
     "embedding_dim",

@@ -2,7 +2,7 @@
 
 from metaembed_jax.config.files import CONFIGS, config_names, load_config, names_config
 from metaembed_jax.config.keys import with_keys
-from metaembed_jax.config.objectives import MatryoshkaConfig, ObjectivesConfig
+from metaembed_jax.config.objectives import AllStatesConfig, MatryoshkaConfig, ObjectivesConfig
 from metaembed_jax.config.run import (
     EXPORTS,
     RECOMPUTE,
@@ -21,6 +21,7 @@ __all__ = [
     "CONFIGS",
     "EXPORTS",
     "RECOMPUTE",
+    "AllStatesConfig",
     "DataConfig",
     "EvaluationConfig",
     "LoraSettings",

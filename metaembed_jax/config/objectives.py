@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from metaembed_jax.config.section import NonNegativeNumber, Positive, PositiveNumber, Section, annotations
 from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.all_states import TEMPERATURE, VectorCounts, all_states_loss
 from metaembed_jax.late_interaction.groups import GROUPS, Budget
 from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.late_interaction.right_documents import ItemDigests
@@ -30,6 +31,7 @@ class PairVectors(NamedTuple):
       digests: says which items are the same; None if no two are.
       teacher_scores: of each positive, then of its negatives; NaN where missing. None if no objective reads them.
       labels: weights of right answers, of the same documents. None if no source of the run has any: 1, 0, ..., 0.
+      counts: numbers of vectors of the items, if they differ; the others of an item are padding.
     """
 
     query_BRD: Float[Array, "B Rq D"]
@@ -40,6 +42,7 @@ class PairVectors(NamedTuple):
     digests: ItemDigests | None
     teacher_scores: Float[Array, "B C"] | None = None
     labels: Float[Array, "B C"] | None = None
+    counts: VectorCounts | None = None
 
 
 class Objective(Protocol):
@@ -116,12 +119,52 @@ class MatryoshkaConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AllStatesConfig(Section):
+    """The contrastive loss over all token states, of a model with `config.model.readout="states"`."""
+
+    KEY: ClassVar[str] = "config.objectives.all_states"
+
+    # All vectors of a query, and the number that those of a document are pooled to. The last pair is that of the loss: all of both.
+    evaluated: tuple[tuple[Positive, Positive], ...] = ((16, 64),)
+    temperature: PositiveNumber = TEMPERATURE  # of the mean over a query's vectors
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The evaluated budgets."""
+        return tuple(Budget(*budget) for budget in self.evaluated)
+
+    def loss(self, vectors: PairVectors, mesh: Mesh | None) -> tuple[Array, dict[str, Array]]:
+        """Return `all_states_loss`, with its accuracy. Hard negatives that are labelled as right are not ranked."""
+        assert vectors.counts is not None  # by the readout, which `RunConfig` checks
+        mask_BK = vectors.negative_mask
+        if vectors.labels is not None and mask_BK is not None:
+            mask_BK &= ~(vectors.labels[:, 1:] > 0)
+        return all_states_loss(
+            vectors.query_BRD,
+            vectors.document_BRD,
+            vectors.negatives,
+            vectors.counts,
+            temperature=self.temperature,
+            mesh=mesh,
+            negative_mask=mask_BK,
+            sources=vectors.sources,
+            digests=vectors.digests,
+        )
+
+    def flops(self, pairs: int, documents: int, width: int) -> float:
+        """Count the similarities of the longest items, since padding is computed too."""
+        query_vectors, document_vectors = self.evaluated[-1]
+        return 2.0 * pairs * documents * query_vectors * document_vectors * width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectivesConfig(Section):
     """The objectives, by name, whose losses are added; None: not used."""
 
     KEY: ClassVar[str] = "config.objectives"
 
     matryoshka: MatryoshkaConfig | None = MatryoshkaConfig()
+    all_states: AllStatesConfig | None = None
 
     def __post_init__(self):
         super().__post_init__()

@@ -46,7 +46,10 @@ class ModelSettings(Section):
 
     backbone: str = "qwen2_5_vl"
     architecture: dict = dataclasses.field(default_factory=dict)  # the keys of Hugging Face's config.json; empty: of init_from
-    query_tokens: Positive = 16
+    # meta_tokens: the vectors are the states at Meta Tokens after a prompt; states: those at all tokens of the prompt, without Meta
+    # Tokens, as in ColPali: the baseline of nested vectors. Its objective is all_states.
+    readout: Literal["meta_tokens", "states"] = "meta_tokens"
+    query_tokens: Positive = 16  # Meta Tokens of each side; states: the most tokens of a prompt
     document_tokens: Positive = 64
     meta_token_scale: NonNegativeNumber = 0.02  # standard deviation of fresh Meta Tokens
     embedding_dim: NonNegative = 0  # width of the head; 0: none
@@ -202,6 +205,7 @@ class RunConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         check_scheme(self.init_from)
+        self._check_readout()
         largest = Budget(self.model.query_tokens, self.model.document_tokens, self.model.embedding_dim)
         for name, objective in self.objectives.used().items():
             try:
@@ -216,6 +220,26 @@ class RunConfig(Section):
             raise UserError(
                 "config.schedule.exports: peft stores adapters, and config.model.trained has nothing as lora; use transformers"
             )
+
+    def _check_readout(self) -> None:
+        """Refuse objectives, exports and benchmarks that the readout does not have."""
+        states, all_states = self.model.readout == "states", self.objectives.all_states
+        if states != (all_states is not None) or (states and len(self.objectives.used()) > 1):
+            raise UserError(
+                f"config.model.readout={self.model.readout!r} with config.objectives {', '.join(self.objectives.used())}: expected "
+                "all_states, and no other, with states only"
+            )
+        if all_states is None:
+            return
+        query_tokens, document_tokens = largest = self.model.query_tokens, self.model.document_tokens
+        if all_states.evaluated[-1] != largest or any(r_q != query_tokens for r_q, _ in all_states.evaluated):
+            raise UserError(
+                f"config.objectives.all_states.evaluated={all_states.evaluated}: expected pairs ({query_tokens}, n), the last with "
+                f"{document_tokens}: config.model.query_tokens and document_tokens; only documents are pooled"
+            )
+        for key, used in (("schedule.exports", self.schedule.exports), ("evaluation.evaluations", self.evaluation.evaluations)):
+            if used:
+                raise UserError(f"config.{key}={used}: expected () with config.model.readout='states'")
 
 
 def not_json(value, key: str = "") -> str:

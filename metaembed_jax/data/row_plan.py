@@ -78,7 +78,9 @@ def plan_rows(items: RunItems, limits: Limits, silent: bool = True) -> RowPlan:
     """
     steps = len(items)
     sampled = [items[step].sizes_N3 for step in range(min(steps, VECTOR_STEPS))]
-    vectors = row_vectors(sampled, limits.tokens, limits.patches, sum(items.vectors))
+    vectors = limits.tokens  # if all states are read
+    if items.vectors is not None:
+        vectors = row_vectors(sampled, limits.tokens, limits.patches, sum(items.vectors))
     row, rows, longest, used_3, counts_4 = Size(limits.tokens, limits.patches, vectors), 0, 0, np.zeros(3, int), np.zeros(4, int)
     with tqdm(total=steps, desc="planning rows", unit="step", delay=2, mininterval=0.5, disable=silent) as bar:
         for first in range(0, steps, CHUNK_STEPS):

@@ -21,7 +21,7 @@ from metaembed_jax.data.sources.candidates import NUMBERS, as_arrays
 from metaembed_jax.data.sources.descriptions import describe_row, read_row
 from metaembed_jax.errors import UserError
 from metaembed_jax.inputs.processors import PromptProcessor
-from metaembed_jax.network_config import row_limits
+from metaembed_jax.network_config import run_vectors
 
 SAMPLED_PAIRS = 64  # of a source, for the mean size of its pairs
 
@@ -66,7 +66,7 @@ class RunItems:
       negatives: K, the most that are used of a pair.
       numbers: those of `candidates.NUMBERS` that a source has and a loss reads.
       meta: Meta Tokens after a query, and after a document.
-      vectors: number of vectors of a query, and of a document.
+      vectors: number of vectors of a query, and of a document; None: one of each token.
     """
 
     references: grain.MapDataset
@@ -77,7 +77,7 @@ class RunItems:
     negatives: int
     numbers: tuple[str, ...]
     meta: tuple[int, int]
-    vectors: tuple[int, int]
+    vectors: tuple[int, int] | None
 
     def __len__(self) -> int:
         return len(self.references)
@@ -91,7 +91,8 @@ class RunItems:
         numbers_N = np.flatnonzero(sizes_N4[:, TOKENS])
         sizes_N4, is_document_N = sizes_N4[numbers_N], (numbers_N % items_per_pair > 0).astype(int)
         tokens_N = sizes_N4[:, TOKENS] + np.array(self.meta)[is_document_N]
-        sizes_N3 = np.stack([tokens_N, sizes_N4[:, PATCHES], np.array(self.vectors)[is_document_N]], axis=1)
+        vectors_N = tokens_N if self.vectors is None else np.array(self.vectors)[is_document_N]
+        sizes_N3 = np.stack([tokens_N, sizes_N4[:, PATCHES], vectors_N], axis=1)
         return StepItems(references, items_per_pair, numbers_N, sizes_N3, sizes_N4[:, CUT] > 0, sizes_N4[:, SHRUNK] > 0)
 
     def _sizes(self, step: int, references: list[Reference]) -> Int[np.ndarray, "B I 4"]:
@@ -129,10 +130,9 @@ class RunItems:
 
     def row_item(self, record: dict, number: int, reference: Reference) -> RowItem:
         """Return an item of a record, by its number in the pair."""
-        name, item = self.item_name(reference, number), item_of(record, number)
-        if number == 0:
-            return RowItem(self.processor.query(item, name=name), self.meta[0], self.vectors[0])
-        return RowItem(self.processor.document(item, name=name), self.meta[1], self.vectors[1])
+        name, item, side = self.item_name(reference, number), item_of(record, number), min(number, 1)
+        make = (self.processor.query, self.processor.document)[side]
+        return RowItem(make(item, name=name), self.meta[side], None if self.vectors is None else self.vectors[side])
 
     def item_name(self, reference: Reference, number: int) -> str:
         """Return the name of an item for errors."""
@@ -159,12 +159,9 @@ def run_items(config: RunConfig, processor: PromptProcessor, sources: Sequence[S
     names, negatives = tuple(name for name, *_ in config.data.sources), config.data.negatives
     sizes = tuple(SourceSizes(source, processor, negatives, name) for name, source in zip(names, sources, strict=True))
     means_S2 = np.array([_mean_pair(size, len(source)) for size, source in zip(sizes, sources, strict=True)])
-    limits = row_limits(config)
-    meta = (limits.query_tokens, limits.document_tokens)
     references = mixture(config, sources, means_S2)
     numbers = _used_numbers(config, sources)
-    budget = config.objectives.largest_budget
-    return RunItems(references, tuple(sources), names, sizes, processor, negatives, numbers, meta, budget)
+    return RunItems(references, tuple(sources), names, sizes, processor, negatives, numbers, *run_vectors(config))
 
 
 def _used_numbers(config: RunConfig, sources: Sequence[Sequence]) -> tuple[str, ...]:

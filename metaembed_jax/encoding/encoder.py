@@ -183,7 +183,7 @@ class Encoder:
 
         Args:
           side: "query" or "document".
-          budget: vectors of each item.
+          budget: vectors of each item; if all states are read, the most of them, and zeros follow an item's own.
           size: items of a block; the last may have fewer. By default, all items are one block.
           start: number of the first item.
           bar: advances by the items of all hosts.
@@ -193,7 +193,8 @@ class Encoder:
           UserError: an item cannot be encoded, which the error names; or its vectors are not finite.
         """
         self.reduced = Reduced()
-        with contextlib.closing(Reader(self._processor, items, side, self._config.meta_tokens(side, budget), budget)) as reader:
+        meta, read = self._config.meta_tokens(side, budget), self._read(budget)
+        with contextlib.closing(Reader(self._processor, items, side, meta, read)) as reader:
             stream = _ItemStream(reader, side, budget, size, allow_failures)
             for running in self._run(parameters, self._calls(stream, range(start, len(items)), bar), stream):
                 self._fetch(running, budget)
@@ -212,7 +213,7 @@ class Encoder:
         for (items, chunk), futures in _one_ahead(chunks, lambda ahead: stream.reader.sizes(share(ahead[1]))):
             if chunk.start == items.start:
                 stream.blocks.append(PendingBlock(items, (stream.budget, self._width)))
-                schedule = Schedule(*row, meta, stream.budget, shards)
+                schedule = Schedule(*row, meta, self._read(stream.budget), shards)
             block, is_last = stream.blocks[-1], chunk.stop == items.stop
             sizes = stream.results(block, share(chunk), futures, lambda _: FAILED)
             numbers_N, sizes_N4 = block.add_sizes(chunk, _gather_sizes(sizes, len(chunk)))
@@ -221,6 +222,10 @@ class Encoder:
             schedule.add(numbers_N, sizes_N4[:, :2])
             if schedule.is_full or is_last:
                 yield from ((call, block) for call in schedule.take(is_last))
+
+    def _read(self, budget: int) -> int | None:
+        """Return the Meta Tokens of an item that are read; None if all states are."""
+        return None if self._config.reads_states else budget
 
     def _row(self, side: str) -> tuple[int, int]:
         """Return the tokens and patches of a row. They are the same for every budget, and the processor makes items that fit."""
@@ -261,16 +266,18 @@ class Encoder:
         call, block, here, vectors = running
         vectors_bVD, rows_b = fetch_rows(vectors), rows_here(self._mesh, call.size)
         owned = set(rows_owned(self._mesh, call.size).tolist())
-        slots = [
-            (number, row, rank * budget)
-            for row, items in enumerate(here)
-            for rank, number in enumerate(items)
-            if rows_b[row] in owned and number not in block.failures
-        ]
-        vectors_nRD = np.empty((len(slots), budget, vectors_bVD.shape[2]), np.float32)
-        for item, (_, row, first) in enumerate(slots):
-            vectors_nRD[item] = vectors_bVD[row, first : first + budget]
-        numbers_n = np.array([number for number, _, _ in slots], np.int64)
+        read, slots = self._read(budget), []
+        for row, items in enumerate(here):
+            first = 0
+            for number in items:
+                count = block.prompt(number)[0] if read is None else read
+                if rows_b[row] in owned and number not in block.failures:
+                    slots.append((number, row, first, count))
+                first += count
+        vectors_nRD = np.zeros((len(slots), budget, vectors_bVD.shape[2]), np.float32)
+        for item, (_, row, first, count) in enumerate(slots):
+            vectors_nRD[item, :count] = vectors_bVD[row, first : first + count]
+        numbers_n = np.array([number for number, *_ in slots], np.int64)
         if len(bad := numbers_n[~np.isfinite(vectors_nRD).all(axis=(1, 2))]):  # a maximum may hide NaN
             raise UserError(f"item {bad.min()}: its vectors hold NaN or infinities; check the checkpoint")
         block.add_vectors(sum(map(len, call.rows)), numbers_n, vectors_nRD)

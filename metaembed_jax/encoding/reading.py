@@ -39,10 +39,10 @@ class Reader:
       processor: processor of the family.
       items: texts, PIL images or dicts of both.
       side: "query" or "document".
-      meta, budget: number of Meta Tokens of each item, and how many of them are read.
+      meta, budget: number of Meta Tokens of each item, and how many of them are read; None: all states are read.
     """
 
-    def __init__(self, processor: PromptProcessor, items: Sequence, side: str, meta: int, budget: int):
+    def __init__(self, processor: PromptProcessor, items: Sequence, side: str, meta: int, budget: int | None):
         if draw := getattr(items, "drawn_at", None):
             items = draw(processor.page_pixels)
         self._processor, self._items, self._side, self._meta, self._budget = processor, items, side, meta, budget

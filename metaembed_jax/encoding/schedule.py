@@ -41,8 +41,10 @@ class Call(NamedTuple):
     rows: list[list[int]]
 
 
-def row_size(tokens: int, patches: int, meta: int, budget: int) -> Size:
-    """Return the capacity of a row for items with `meta` Meta Tokens, `budget` of which are read."""
+def row_size(tokens: int, patches: int, meta: int, budget: int | None) -> Size:
+    """Return the capacity of a row for items with `meta` Meta Tokens, `budget` of which are read; None: all states are read."""
+    if budget is None:
+        return Size(tokens, patches, tokens)
     items = max(tokens // (SHORTEST + meta), 1)
     return Size(tokens, patches, -(-items * budget // VECTORS) * VECTORS)
 
@@ -52,11 +54,11 @@ class Schedule:
 
     Args:
       tokens, patches: capacity of a row.
-      meta, budget: number of Meta Tokens of each item, and how many of them are read.
+      meta, budget: number of Meta Tokens of each item, and how many of them are read; None: all states are read.
       shards: number of shards.
     """
 
-    def __init__(self, tokens: int, patches: int, meta: int, budget: int, shards: int):
+    def __init__(self, tokens: int, patches: int, meta: int, budget: int | None, shards: int):
         self._size, self._meta, self._budget, self._shards = (tokens, patches), meta, budget, shards
         self._numbers_N, self._sizes_N3 = np.zeros(0, np.int64), np.zeros((0, 3), np.int64)
         self._sent, self._has_patches = 0, False
@@ -72,8 +74,8 @@ class Schedule:
         Args:
           prompts_N2: tokens (without Meta Tokens) and patches of each item.
         """
-        extra_N2 = np.tile(np.array([[self._budget]]), (len(numbers_N), 1))
-        sizes_N3 = np.concatenate([prompts_N2 + np.array([[self._meta, 0]]), extra_N2], axis=1)
+        vectors_N1 = prompts_N2[:, :1] if self._budget is None else np.full((len(numbers_N), 1), self._budget)
+        sizes_N3 = np.concatenate([prompts_N2 + np.array([[self._meta, 0]]), vectors_N1], axis=1)
         self._numbers_N = np.concatenate([self._numbers_N, numbers_N])
         self._sizes_N3 = np.concatenate([self._sizes_N3, sizes_N3])
         self._has_patches |= bool(sizes_N3[:, 1].any())

@@ -71,6 +71,8 @@ def choose_evaluator(config: RunConfig, benchmark: str | None, files: Path | Non
         raise UserError(
             f"--from={files}: expected with --benchmark={' or '.join(FOLDERS)} only; the test split is in config.data.dir"
         )
+    if benchmark is not None and config.model.readout == "states":
+        raise UserError(f"--benchmark={benchmark}: a model with config.model.readout='states' is evaluated on its test split only")
     if benchmark is None:
         return HeldOut(config.data, "test", config.objectives.budgets if budgets is None else parse_budgets(budgets, largest))
     parse = parse_budgets if benchmark in FOLDERS else parse_searches

@@ -14,7 +14,7 @@ from metaembed_jax.evaluation.evaluator import Subject
 from metaembed_jax.evaluation.failures import FailedQuery, with_items
 from metaembed_jax.evaluation.metrics import METRICS, saturated_metrics
 from metaembed_jax.evaluation.result_cache import key_of
-from metaembed_jax.evaluation.scoring import score_shares
+from metaembed_jax.evaluation.scoring import StateScores, score_shares
 from metaembed_jax.evaluation.sweep import MAIN, SECONDARY, Sweep, sweep
 from metaembed_jax.late_interaction.groups import Budget, validate_budget
 from metaembed_jax.late_interaction.stages import Stage, largest_budget
@@ -99,7 +99,8 @@ class HeldOut:
         names = sources.with_pairs(self._sources, self._data_dir, self.name)
         left_out = [name for name in self._sources if name not in names]
         notes = (f"left out, without {self.name} pairs: {', '.join(left_out)}",) if left_out else ()
-        sweeps = [self._evaluate(subject, name, progress) for name in names]
+        evaluated = [self._evaluate(subject, name, progress) for name in names]
+        sweeps, notes = [sweep for sweep, _ in evaluated], notes + tuple(note for _, note in evaluated if note)
         directions = zip(self._directions(), zip(*sweeps, strict=True), strict=True)
         board = partial(Board, measure=MAIN, secondary=SECONDARY, legend=LEGEND, total=len(self._sources), notes=notes)
         versions = [task.forward.data for task in sweeps]
@@ -136,17 +137,23 @@ class HeldOut:
         generated = all(sources.generated_task(name, self._data_dir) for name in self._sources)
         return ("text→image", "image→text") if generated else ("query→document", "document→query")
 
-    def _evaluate(self, subject: Subject, name: str, progress: bool) -> Sweep:
+    def _evaluate(self, subject: Subject, name: str, progress: bool) -> tuple[Sweep, str]:
+        """Return the results of a source, and a note on them; empty for none."""
         task, model = sources.retrieval(name, self._data_dir, self.name), subject.model
         if progress and len(self._sources) > 1:
             print(f"{name}: {len(task.queries):,} queries, {len(task.documents):,} documents", flush=True)
         query_vectors, document_vectors = largest_budget([(Stage(budget),) for budget in self.budgets])
+        if model.config.reads_states:  # a smaller number of vectors is a pooling of all
+            document_vectors = model.config.vectors("document")
         query_QRD = model.encode_query(task.queries, budget=query_vectors, progress=progress)
         rows, document_nRD = model.encode_share(task.documents, "document", budget=document_vectors, progress=progress)
         fingerprint = sources.prepare(name, self._data_dir)["fingerprint"]
-        score = partial(_score, rows, len(task.documents))
-        facts = {"data": fingerprint, "documents": len(task.documents), "score": score}
-        return sweep(name, query_QRD, document_nRD, task.relevance, self.budgets, **facts)
+        facts = {"data": fingerprint, "documents": len(task.documents), "score": partial(_score, rows, len(task.documents))}
+        if not model.config.reads_states:
+            return sweep(name, query_QRD, document_nRD, task.relevance, self.budgets, **facts), ""
+        states = StateScores(query_QRD, rows, document_nRD, len(task.documents))
+        facts |= {"score": lambda _, __, budget: states.score(budget), "used": states.used}
+        return sweep(name, query_QRD, document_nRD, task.relevance, self.budgets, **facts), f"{name}: {states.note()}"
 
 
 def _score(

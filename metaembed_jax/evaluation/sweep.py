@@ -42,6 +42,7 @@ def sweep(
     data: str = "",
     documents: int | None = None,
     score: Callable = maxsim,
+    used: Callable[[Budget], tuple[float, float]] | None = None,
     seed: int = 0,
 ) -> Sweep:
     """Compute all metrics at all budgets in both directions, with 95 % bootstrap intervals.
@@ -52,6 +53,8 @@ def sweep(
       relevance: as in `relevance_matrix`.
       documents: N, if document_NRD is only this host's share.
       score: `(query_QRD, document_NRD, budget) -> [Q, N]`.
+      used: `(budget) -> (query vectors, document vectors)` that an item has on average, of which costs are counted; all of the
+        budget by default.
 
     Raises:
       UserError: vectors of different widths, a budget beyond them, or as `metrics.gold_of`.
@@ -71,11 +74,12 @@ def sweep(
         scores_QN = np.asarray(score(query_QRD, document_NRD, budget))
         forward.append(evaluate(scores_QN, relevant_QN))
         backward.append(evaluate(scores_QN.T[has_query_N], relevant_QN.T[has_query_N]))
+    counts = [None if used is None else used(budget) for budget in budgets]
     numbers_N = np.arange(total)
     rankings = (Ranking(numbers_N, *row) for row in zip(scores_QN, relevant_QN > 0, strict=True))  # at the last, largest budget
 
     def direction(values: Sequence[Mapping[str, np.ndarray]], queries: int, documents: int, side: int) -> TaskResults:
-        searches, gain = _metrics_at(budgets, values, dimension, side, seed)
+        searches, gain = _metrics_at(budgets, counts, values, dimension, side, seed)
         return TaskResults(
             name=name,
             metric=MAIN,
@@ -94,11 +98,17 @@ def sweep(
 
 
 def _metrics_at(
-    budgets: Sequence[Budget], values: Sequence[Mapping[str, np.ndarray]], dimension: int, side: int, seed: int
+    budgets: Sequence[Budget],
+    counts: Sequence[tuple[float, float] | None],
+    values: Sequence[Mapping[str, np.ndarray]],
+    dimension: int,
+    side: int,
+    seed: int,
 ) -> tuple[tuple[SearchResults, ...], Gain | None]:
     """Return the results of each budget, and the gain of the last budget over the first.
 
     Args:
+      counts: for each budget, the vectors of a query and of a document, if they are not those of the budget.
       values: for each budget, every metric per query.
       side: index of the searched items in a budget.
     """
@@ -106,11 +116,11 @@ def _metrics_at(
     searches = tuple(
         SearchResults(
             budget=budget_name(budget),
-            flops_per_document=maxsim_flops(budget, dimension),
-            bytes_per_document=index_bytes(budget, dimension, side),
+            flops_per_document=maxsim_flops(budget, dimension, count),
+            bytes_per_document=index_bytes(budget, dimension, side, count),
             metrics=metrics,
         )
-        for budget, metrics in zip(budgets, _intervals(values_BMQ, seed), strict=True)
+        for budget, count, metrics in zip(budgets, counts, _intervals(values_BMQ, seed), strict=True)
     )
     if len(budgets) == 1:
         return searches, None

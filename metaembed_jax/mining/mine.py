@@ -106,6 +106,8 @@ def mine_source(
     check_names(source, out, data_dir)
     hosts.first_then_others(lambda: sources.prepare(source, data_dir))  # before the model is loaded
     encoder = load_model(model, mesh)
+    if encoder.config.reads_states:
+        raise UserError(f"--model={model} reads all states; expected a model with Meta Tokens")
     if hosts.is_first():
         print(describe_devices(encoder.mesh, encoder.weight_bytes), flush=True)
     largest = Budget(encoder.config.vectors("query"), encoder.config.vectors("document"), encoder.dimension)

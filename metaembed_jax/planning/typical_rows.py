@@ -15,7 +15,8 @@ from metaembed_jax.batch.items import Limits, Size
 from metaembed_jax.batch.packing import Fill, fill, pack, row_vectors
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.data.source_schedule import balanced_schedule
-from metaembed_jax.network_config import model_config, row_limits
+from metaembed_jax.network import SIDES
+from metaembed_jax.network_config import model_config, row_limits, run_vectors
 from metaembed_jax.planning.typical_items import typical_document, typical_pair
 
 STEPS = 8  # that are packed
@@ -67,23 +68,25 @@ def typical_rows(config: RunConfig) -> tuple[Size, RowsOfSteps]:
     """
     limits = row_limits(config)
     steps = list(typical_steps(config, _item_size(config, limits), min(config.schedule.steps, STEPS)))
-    vectors = row_vectors(steps, limits.tokens, limits.patches, sum(config.objectives.largest_budget))
+    vectors = limits.tokens  # if all states are read
+    if (of_items := run_vectors(config).vectors) is not None:
+        vectors = row_vectors(steps, limits.tokens, limits.patches, sum(of_items))
     row = Size(limits.tokens, limits.patches, vectors)
     return row, rows_of_steps(steps, row)
 
 
 def _item_size(config: RunConfig, limits: Limits) -> Callable[[dict, str], Size]:
     """Return `(item, side) -> Size` for the family's prompts and images, with one token for each word."""
-    backbone, meta = family(config.model.backbone), (limits.query_tokens, limits.document_tokens)
+    backbone, (meta, vectors) = family(config.model.backbone), run_vectors(config)
     words = Tokenizer(models.WordLevel({UNKNOWN_WORD: 0}, unk_token=UNKNOWN_WORD))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.add_special_tokens(list(backbone.Processor.special_tokens))
     images = backbone.Images.from_run(config.data, model_config(config).architecture, None)
-    processor, vectors = backbone.Processor(words, images, limits), config.objectives.largest_budget
+    processor = backbone.Processor(words, images, limits)
 
     def size(item: dict, side: str) -> Size:
-        fitted, side_index = processor.size(item, side), ("query", "document").index(side)
-        return Size(fitted.tokens + meta[side_index], fitted.patches, vectors[side_index])
+        fitted, side_index = processor.size(item, side), SIDES.index(side)
+        return Size(fitted.tokens + meta[side_index], fitted.patches, vectors[side_index] if vectors else fitted.tokens)
 
     return size
 

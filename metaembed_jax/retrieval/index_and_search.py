@@ -117,6 +117,8 @@ def calibrate(
     choose_rank(len(documents), *shares)  # before the model is loaded
     encoder = _load_encoder(loaded, model, mesh)
     loaded.check_model(encoder)
+    if encoder.config.reads_states:
+        raise UserError(f"{folder}: the vectors of its model are not nested, so there is no first stage to calibrate")
     largest = Budget(encoder.config.vectors("query"), loaded.vectors, loaded.width)
     last, *others = [largest._replace(width=0)] if budgets[1] is None else _parse_budgets(budgets[1], largest, "--last")
     if others:
@@ -161,6 +163,11 @@ def find(
     index.check_model(encoder)
     largest = Budget(encoder.config.vectors("query"), index.vectors, encoder.dimension)
     stages = as_stages(largest[:2], largest) if budget is None else parse_search(budget, largest)
+    if encoder.config.reads_states and budget is not None:
+        raise UserError(
+            f"--budget={budget}: the vectors of this model are not nested; search without it, and index with --budget=N to store N "
+            "vectors of a document"
+        )
     query_QRD = encoder.encode_query([item], budget=largest_budget([stages])[0])
     return index.search(query_QRD, k, stages, where=where, **({"certified": True} if certified else {}))
 

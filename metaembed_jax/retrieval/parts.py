@@ -12,6 +12,7 @@ from metaembed_jax import hosts
 from metaembed_jax.data.document_sequence import Documents
 from metaembed_jax.data.left_out import LeftOut, check_left_out
 from metaembed_jax.encoding.blocks import EncodedBlock
+from metaembed_jax.late_interaction.pooling import count_vectors
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.following import Plan
@@ -96,7 +97,10 @@ def _write(folder: Path, documents: Documents, plan: Plan, block: EncodedBlock) 
         descriptions = [documents.metadata(number) for number in numbers.tolist()]
         ids = [description["id"] for description in descriptions]
         writer = SegmentWriter(folder, plan.draft)
-        items = make_items(block.vectors, ids, [_metadata(description) for description in descriptions], None)
+        vectors = block.vectors
+        if not vectors[:, -1].any(axis=1).all():  # a model that reads all states gives some items fewer vectors
+            vectors = [vectors_RD[:count] for vectors_RD, count in zip(vectors, count_vectors(vectors), strict=True)]
+        items = make_items(vectors, ids, [_metadata(description) for description in descriptions], None)
         writer.add(items, plan.stamps[numbers])
         segments[jax.process_index()] = writer.close()
     return tuple(segment for _, segment in sorted(gather_segments(segments).items()))

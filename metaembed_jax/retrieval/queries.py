@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import Budget
+from metaembed_jax.late_interaction.pooling import count_vectors
 from metaembed_jax.late_interaction.stages import Stages, as_stages
 from metaembed_jax.retrieval.ingest import as_array, check_unit
 
@@ -17,7 +18,7 @@ RESULTS = 10  # of a search, by default
 
 
 def as_queries(query_QRD, width: int) -> Float[np.ndarray, "Q R D"]:
-    """Check query vectors, and return them as float32.
+    """Check query vectors, and return them as float32. Zeros after the last vector of a query are padding, which scores 0.
 
     Raises:
       UserError: they have another shape, or a vector's length is not one.
@@ -26,8 +27,8 @@ def as_queries(query_QRD, width: int) -> Float[np.ndarray, "Q R D"]:
     if query_QRD.ndim != 3 or query_QRD.shape[2] != width or not query_QRD.shape[1]:
         raise UserError(f"queries have the shape {query_QRD.shape}: expected [queries, vectors, {width}] for this index")
     query_QRD = query_QRD.astype(np.float32)
-    queries, vectors, _ = query_QRD.shape
-    check_unit(query_QRD, np.full(queries, vectors), [f"query {number}" for number in range(queries)])
+    counts_Q = np.maximum(count_vectors(query_QRD), 1)
+    check_unit(query_QRD, counts_Q, [f"query {number}" for number in range(len(query_QRD))])
     return query_QRD
 
 

@@ -1,6 +1,7 @@
 """The first weights of a run: fresh, of another run, or of a released model. A run that resumes has its own checkpoints."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +65,9 @@ def find_start(config: RunConfig, workdir: Path | None = None) -> tuple[RunConfi
         other = read_config(directory)
         config = _fill_architecture(config, other.model.backbone, other.model.architecture, directory, but_free=True)
         both_adapted = config.model.lora_patterns and other.model.lora_patterns
-        check_model(directory, config.model, TOKEN_KEYS + (LORA_KEYS if both_adapted else ()))
+        have_tokens = config.model.readout == other.model.readout == "meta_tokens"
+        if keys := TOKEN_KEYS * have_tokens + LORA_KEYS * bool(both_adapted):
+            check_model(directory, config.model, keys)
         record = read_base(directory)
         open_weights = kept_base if directory == workdir and is_kept(directory) else open_recorded
         return config, Start(directory, open_weights(directory, record) if record else None, _tokenizer(directory))
@@ -115,14 +118,20 @@ def describe(state: TrainState) -> str:
 
 
 def _read_run(run: Path, network: ModelConfig, trainer: Trainer) -> tuple[int, dict]:
-    """Return (step, trained parameters) of another run's best checkpoint; without its head if that has another width."""
-    expected, width = trainer.abstract.parameters, read_config(run).model.embedding_dim
-    if width == network.embedding_dim:
+    """Return (step, trained parameters) of another run's best checkpoint.
+
+    Without its head if that has another width, and without its Meta Tokens if one of both runs has none.
+    """
+    expected, model = trainer.abstract.parameters, read_config(run).model
+    fresh = {"head"} if model.embedding_dim != network.embedding_dim else set()
+    fresh |= {"meta_tokens"} if model.readout != network.readout else set()
+    if not fresh:
         return best_parameters(run, expected)
-    theirs = abstract_parameters(dataclasses.replace(network, embedding_dim=width), trainer.mesh, "float32")
-    heads = {"head": theirs["head"]} if width else {}
-    step, parameters = best_parameters(run, _without_head(expected) | heads)
-    return step, _without_head(parameters)
+    other = {key: getattr(model, key) for key in ("embedding_dim", "readout", *TOKEN_KEYS)}
+    theirs = abstract_parameters(dataclasses.replace(network, **other), trainer.mesh, "float32")
+    stored = _without(expected, fresh) | {name: theirs[name] for name in fresh if name in theirs}
+    step, parameters = best_parameters(run, stored)
+    return step, _without(parameters, fresh)
 
 
 def _read_base(model: ModelSettings, base: BaseWeights | None, expected: dict) -> dict:
@@ -138,20 +147,23 @@ def _read_base(model: ModelSettings, base: BaseWeights | None, expected: dict) -
 
 
 def _read_exported(model: ModelSettings, base: BaseWeights, expected: dict) -> dict:
-    """Return the Meta Tokens of base weights that this project exported, and the head unless it has another width."""
+    """Return the Meta Tokens of base weights that this project exported, and the head unless it has another width.
+
+    A model that reads all states takes neither.
+    """
     metadata = read_metadata(base.directory)
-    if not metadata:
+    if not metadata or model.readout == "states":
         return {}
     for key in TOKEN_KEYS:
         if metadata[key] != (ours := getattr(model, key)):
             raise UserError(f"{base.name} has {key}={metadata[key]}, and config.model has {ours}")
     if metadata["embedding_dim"] != model.embedding_dim:
-        expected = _without_head(expected)
+        expected = _without(expected, {"head"})
     return exported_parameters(base.directory, model.backbone, metadata, expected)
 
 
-def _without_head(parameters: dict) -> dict:
-    return {name: leaf for name, leaf in parameters.items() if name != "head"}
+def _without(parameters: dict, names: Collection[str]) -> dict:
+    return {name: leaf for name, leaf in parameters.items() if name not in names}
 
 
 def _fill_architecture(config: RunConfig, backbone: str, architecture: dict, directory: Path, but_free: bool = False) -> RunConfig:

@@ -17,10 +17,12 @@ from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Float, Int
 
 from metaembed_jax.backbones.lora import dropout_keys, dropout_of
+from metaembed_jax.batch.rows import Batch
 from metaembed_jax.batch.training import TrainingBatch, check_microbatch
 from metaembed_jax.config.objectives import PairVectors
 from metaembed_jax.config.run import RunConfig
 from metaembed_jax.errors import UserError
+from metaembed_jax.late_interaction.all_states import VectorCounts
 from metaembed_jax.late_interaction.right_documents import ItemDigests
 from metaembed_jax.mesh import make_mesh
 from metaembed_jax.network import ModelConfig, abstract_network, abstract_parameters, init_parameters
@@ -59,6 +61,35 @@ def gather(vectors_TD: Float[Array, "T D"], starts_N: Int[Array, "N"], count: in
     return jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(vectors_TD, start, count))(starts_N)
 
 
+def gather_states(
+    vectors_TD: Float[Array, "T D"], rows: Batch, starts_N: Int[Array, "N"], most: int
+) -> tuple[Float[Array, "N R D"], Int[Array, "N"]]:
+    """Return the vectors of each item and their number, if all states are read: then vector t of a step is that of its token t.
+
+    Args:
+      rows: of a `TrainingBatch`.
+      most: R; vectors beyond an item's own are those of others, or zeros.
+    """
+    segments_nS = rows.segments.reshape(-1, rows.segments.shape[-1])
+    items_T = (segments_nS + jnp.arange(len(segments_nS))[:, None] * (segments_nS.shape[1] + 1)).reshape(-1, 1)
+    # A slice that would end beyond the last vector would start earlier.
+    vectors_TD, items_T1 = (jnp.pad(x, [(0, most), (0, 0)], constant_values=fill) for x, fill in ((vectors_TD, 0), (items_T, -1)))
+    items_NR = gather(items_T1, starts_N, most)[..., 0]
+    return gather(vectors_TD, starts_N, most), (items_NR == items_NR[:, :1]).sum(1)
+
+
+def vectors_of_pairs(
+    vectors_TD: Float[Array, "T D"], batch: TrainingBatch, largest: tuple[int, int], reads_states: bool
+) -> tuple[Float[Array, "B Rq D"], Float[Array, "N Rd D"], VectorCounts | None]:
+    """Return the query and document vectors of a step's pairs, and their numbers if all states are read."""
+    if not reads_states:
+        return gather(vectors_TD, batch.queries, largest[0]), gather(vectors_TD, batch.documents, largest[1]), None
+    query_BRD, query_counts = gather_states(vectors_TD, batch.rows, batch.queries, largest[0])
+    document_NRD, counts_N = gather_states(vectors_TD, batch.rows, batch.documents, largest[1])
+    positives_B, negatives = jnp.split(counts_N, query_counts.shape)
+    return query_BRD, document_NRD, VectorCounts(query_counts, positives_B, negatives.reshape(batch.negative_mask.shape))
+
+
 def digests_of_pairs(batch: TrainingBatch) -> ItemDigests:
     """Return the digests of a batch's items, by pair; those of a missing negative are its positive's."""
     digest_TW = jnp.moveaxis(batch.digests, 2, 3).reshape(-1, batch.digests.shape[2])
@@ -69,9 +100,9 @@ def digests_of_pairs(batch: TrainingBatch) -> ItemDigests:
 
 def make_loss(config: RunConfig, mesh: Mesh) -> Callable:
     """Return `loss(parameters, frozen, batch, step) -> (scalar, metrics)`; `step` seeds the dropout."""
-    graph, _, abstract_dropout = abstract_network(model_config(config, training=True))
+    network = model_config(config, training=True)
+    graph, _, abstract_dropout = abstract_network(network)
     abstract_dropout = nnx.to_pure_dict(abstract_dropout)
-    query_vectors, document_vectors = config.objectives.largest_budget
 
     def loss(parameters: dict, frozen: dict, batch: TrainingBatch, step: Array) -> tuple[Array, dict[str, Array]]:
         network_parameters = join(parameters, frozen)
@@ -85,8 +116,8 @@ def make_loss(config: RunConfig, mesh: Mesh) -> Callable:
         # to 3.4 % at most; for items that are nearly all alike, from 30 to 51 %.
         vectors_nVD = encode(network_of, batch.rows, config.rows.recompute, config.model.dtype)
         vectors_TD = vectors_nVD.reshape(-1, vectors_nVD.shape[-1])
-        query_BRD = gather(vectors_TD, batch.queries, query_vectors)
-        document_NRD = gather(vectors_TD, batch.documents, document_vectors)
+        largest = config.objectives.largest_budget
+        query_BRD, document_NRD, counts = vectors_of_pairs(vectors_TD, batch, largest, network.reads_states)
         pairs, negatives = query_BRD.shape[0], None
         if document_NRD.shape[0] > pairs:
             negatives = document_NRD[pairs:].reshape(pairs, -1, *document_NRD.shape[1:])
@@ -95,7 +126,7 @@ def make_loss(config: RunConfig, mesh: Mesh) -> Callable:
         with jax.named_scope("loss"):
             items = query_BRD, document_NRD[:pairs], negatives
             numbers = batch.teacher_scores, batch.labels
-            vectors = PairVectors(*items, batch.negative_mask, source_B, digests, *numbers)
+            vectors = PairVectors(*items, batch.negative_mask, source_B, digests, *numbers, counts)
             return config.objectives.loss(vectors, mesh)
 
     return loss

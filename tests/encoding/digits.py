@@ -14,7 +14,10 @@ from metaembed_jax.sharding import named_sharding
 
 LAYOUT = Layout({"patches": ArraySpec((2,), "uint8")}, 1, 4, 4)
 CONFIG = SimpleNamespace(
-    architecture=SimpleNamespace(layout=LAYOUT), vectors=lambda side: 4, meta_tokens=lambda side, budget: budget
+    architecture=SimpleNamespace(layout=LAYOUT),
+    vectors=lambda side: 4,
+    meta_tokens=lambda side, budget: budget,
+    reads_states=False,
 )
 
 

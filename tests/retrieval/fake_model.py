@@ -23,7 +23,7 @@ class FakeModel(me.MetaEmbed):
     def __init__(self, fingerprint="f" * 16, mesh=None):
         self.fingerprint, self.encoded = fingerprint, []
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
-        self.config = types.SimpleNamespace(vectors=lambda side: VECTORS)
+        self.config = types.SimpleNamespace(vectors=lambda side: VECTORS, reads_states=False)
         self.processor = types.SimpleNamespace(fingerprint="images of 1024 tokens")
 
     def encode_blocks(self, items, side, *, budget, size, start=0, bar=None, allow_failures=False):
