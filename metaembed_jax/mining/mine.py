@@ -174,6 +174,8 @@ def summary(marker: dict) -> str:
         "not needed",
         f"{mined['fewer']:,} pairs have fewer than {mined['negatives']} mined negatives, {mined['none']:,} of them none",
     ]
+    if 2 * mined["none"] > mined["pairs"]:
+        lines.append("most pairs have none, as the scores of this model are close: raise --range-max, or lower --relative-margin")
     return "\n".join(f"  {line}" for line in lines)
 
 
