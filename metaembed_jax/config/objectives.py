@@ -17,7 +17,6 @@ from metaembed_jax.config.section import NonNegativeNumber, Positive, PositiveNu
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.all_states import TEMPERATURE, VectorCounts, all_states_loss
 from metaembed_jax.late_interaction.groups import GROUPS, Budget
-from metaembed_jax.late_interaction.matryoshka import matryoshka_loss
 from metaembed_jax.late_interaction.right_documents import ItemDigests
 
 
@@ -89,6 +88,8 @@ class MatryoshkaConfig(Section):
 
     def loss(self, vectors: PairVectors, mesh: Mesh | None) -> tuple[Array, dict[str, Array]]:
         """Return `matryoshka_loss`, with the loss and the accuracy of each group."""
+        from metaembed_jax.late_interaction.matryoshka import matryoshka_loss  # a config is read without it
+
         return matryoshka_loss(
             vectors.query_BRD,
             vectors.document_BRD,
