@@ -81,8 +81,10 @@ def test_sharded_training_equals_one_device(small_config, dataset):
 
 
 def test_any_mesh_microbatches_and_rows_give_the_same_loss_and_gradients(small_config, planned):
-    """The cases are eight devices in microbatches of 8 rows, and a row for each item."""
+    """The cases are eight devices in microbatches of 8 rows, and a row for each item; the loss has terms over the whole batch."""
     items, plan = planned
+    terms = {"groups": ((1, 1, 8), (2, 4, 8), (2, 4)), "self_distillation": 0.5, "symmetric": 0.5}
+    small_config = with_keys(small_config, {f"objectives.matryoshka.{key}": value for key, value in terms.items()})
     loss, gradients = loss_and_gradients(small_config, one_device(), make_dataset(small_config, planned, shards=1)[0])
     small_config = with_keys(small_config, {"rows.microbatch_rows": 8})
     batch = make_dataset(small_config, planned, shards=4)[0]
