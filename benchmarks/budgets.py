@@ -15,11 +15,10 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from encoded_source import encode_source
 from timing import race
 
 import metaembed_jax as me
-from metaembed_jax.data import sources
-from metaembed_jax.data.sources.records import SPLITS
 from metaembed_jax.late_interaction.budgets import budget_name, search_name
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import as_stages, scored_documents
@@ -43,10 +42,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="calls of each search (default: 5)")
     parser.add_argument("--certified", type=int, default=1000, help="queries of certified searches (default: 1000)")
     arguments = parser.parse_args()
-    model = me.MetaEmbed.from_pretrained(arguments.run, dtype="float32")
-    task = {split: sources.retrieval(arguments.source, arguments.data, split) for split in SPLITS}
-    document = model.encode_document([item for split in SPLITS for item in task[split].documents], progress=True)
-    sample, query = (model.encode_query(task[split].queries, progress=True) for split in SPLITS[1:])
+    document, queries = encode_source(arguments.run, arguments.source, arguments.data)
+    sample, query = queries["validation"], queries["test"]
     print(f"{len(document):,} documents of {document.shape[1]} x {document.shape[2]}, {len(query):,} queries, top {K}")
     print_types(document, query)
     print_budgets(document, sample, query, arguments.rounds)

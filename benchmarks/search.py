@@ -201,14 +201,11 @@ def near_documents(case: Case) -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def of_run(run: str, data: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the queries of the test split of a run's first source, and the documents of all its splits."""
-    from metaembed_jax.data import sources
-    from metaembed_jax.data.sources.records import SPLITS
+    from encoded_source import encode_source  # the other vectors need no data
 
-    model = me.MetaEmbed.from_pretrained(run, dtype="float32")
     source = json.loads((Path(run) / "run.json").read_text())["config"]["data"]["sources"][0][0]
-    task = {split: sources.retrieval(source, data, split) for split in SPLITS}
-    document = model.encode_document([item for split in SPLITS for item in task[split].documents], progress=True)
-    return np.asarray(model.encode_query(task[SPLITS[-1]].queries, progress=True)), np.asarray(document)
+    document, queries = encode_source(run, source, data)
+    return queries["test"], document
 
 
 def extra_memory(case: Case) -> tuple[float, float]:
