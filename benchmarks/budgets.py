@@ -104,7 +104,7 @@ def print_calibrated(document: np.ndarray, query: np.ndarray) -> None:
     half = len(query) // 2
     rank = choose_rank(half, COVERAGE, CONFIDENCE)
     for first in FIRST:
-        needed_Q = count_survivors(index._searcher, query, (first, FULL), K, len(query), len(index))
+        needed_Q = count_survivors(index._searcher, query, (Budget(*first), Budget(*FULL)), K, len(query), len(index))
         survivors, holds_of_all, holds_of_others = [], 0, 0
         for _ in range(HALVINGS):
             order = rng.permutation(len(query))
