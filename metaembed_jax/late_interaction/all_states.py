@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from metaembed_jax.late_interaction.chunks import CHUNK_BYTES, equal_chunks, split_chunks
 from metaembed_jax.late_interaction.right_documents import ItemDigests, ranked_documents
 from metaembed_jax.precision import float32_einsum
 from metaembed_jax.sharding import BATCH_AXES
 
 TEMPERATURE = 0.02
-CHUNK_BYTES = 16 << 20  # of the similarities of a chunk, which fit a CPU's cache
 
 
 class VectorCounts(NamedTuple):
@@ -50,13 +50,13 @@ def all_states_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Return the cross-entropy from queries to documents, averaged over the queries.
 
-    Padding has no part in it. A query ranks the same documents as in `matryoshka_loss`.
+    Padding is ignored. A query ranks the same documents as in `matryoshka_loss`.
 
     Args:
       query_BRD: unit vectors, float32 or bfloat16; similarities and logits are float32.
       document_BRD: unit vectors of the positives.
       negatives: unit vectors of the hard negatives; None if there are none.
-      counts: says which vectors are padding.
+      counts: numbers of vectors; the others are padding.
       mesh, chunk, negative_mask, sources, digests: as for `matryoshka_loss`.
 
     Returns:
@@ -85,13 +85,13 @@ def _sharded(sums, mesh):
     split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(split, split, (split, whole, whole)), out_specs=whole)
-    def of_shards(queries, documents, facts):
+    def sums_of_shards(queries, documents, facts):
         first = jax.lax.axis_index(BATCH_AXES) * queries[0].shape[0]
         with jax.named_scope("gather"):
             documents = jax.tree.map(lambda x: jax.lax.all_gather(x, BATCH_AXES, tiled=True), documents)
         return jax.lax.psum(sums(queries, documents, facts, first), BATCH_AXES)
 
-    return of_shards
+    return sums_of_shards
 
 
 def _sums(queries, documents, facts, first, *, temperature, chunk):
@@ -116,7 +116,7 @@ def _sums(queries, documents, facts, first, *, temperature, chunk):
         return jnp.where(is_query_b, losses_b, 0).sum(), (hits_b & is_query_b).sum().astype(jnp.float32)
 
     inputs = queries, ranked_BM, positive_B, jnp.ones(positive_B.shape, bool)
-    losses, hits = jax.lax.map(sums_of_chunk, jax.tree.map(lambda x: _chunks(x, min(chunk, positive_B.shape[0])), inputs))
+    losses, hits = jax.lax.map(sums_of_chunk, jax.tree.map(lambda x: split_chunks(x, min(chunk, positive_B.shape[0])), inputs))
     return losses.sum(), hits.sum(), same_2
 
 
@@ -125,24 +125,18 @@ def _margins(queries, documents, positive_b):
     (query_bRD, count_b, negatives_bKJD, count_bK), (document_NJD, count_N) = queries, documents
     # Documents are the last axis, so that the maximum over j runs along whole rows of documents.
     similarities = float32_einsum("brd,njd->brjn", query_bRD, document_NJD)
-    own = float32_einsum("brd,bkjd->brjk", query_bRD, negatives_bKJD)
+    negative_similarities = float32_einsum("brd,bkjd->brjk", query_bRD, negatives_bKJD)
     vectors_J1 = jnp.arange(document_NJD.shape[1])[:, None]
     similarities = jnp.where(vectors_J1 < count_N, similarities, -jnp.inf).max(2)
-    own = jnp.where(vectors_J1 < count_bK[:, None, None], own, -jnp.inf).max(2)
-    maximum_bRM = jnp.concatenate([similarities, own], axis=2)
+    negative_similarities = jnp.where(vectors_J1 < count_bK[:, None, None], negative_similarities, -jnp.inf).max(2)
+    maximum_bRM = jnp.concatenate([similarities, negative_similarities], axis=2)
     of_positive_bR1 = jnp.take_along_axis(maximum_bRM, positive_b[:, None, None], axis=2)
     is_vector_bR1 = (jnp.arange(query_bRD.shape[1]) < count_b[:, None])[:, :, None]
     return jnp.where(is_vector_bR1, maximum_bRM - of_positive_bR1, 0).sum(1) / jnp.maximum(count_b, 1)[:, None]
 
 
 def _chunk_size(query_BRD, document_BRD, negatives_BKRD):
-    """Return the number of queries whose similarities take `CHUNK_BYTES`; chunks of nearly equal size need little padding."""
+    """Return the number of queries whose similarities take at most `CHUNK_BYTES`."""
     documents = document_BRD.shape[0] + negatives_BKRD.shape[1]
     at_once = max(CHUNK_BYTES // (4 * query_BRD.shape[1] * documents * document_BRD.shape[1]), 1)
-    return -(-query_BRD.shape[0] // -(-query_BRD.shape[0] // at_once))
-
-
-def _chunks(x, size):
-    """Reshape [B, ...] to [chunks, size, ...]; the last chunk is padded with zeros."""
-    x = jnp.pad(x, [(0, -x.shape[0] % size)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(x.shape[0] // size, size, *x.shape[1:])
+    return equal_chunks(query_BRD.shape[0], at_once)

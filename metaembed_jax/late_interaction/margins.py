@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from metaembed_jax.late_interaction.chunks import CHUNK_BYTES, equal_chunks, split_chunks
 from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.prefixes import unit_prefix
 from metaembed_jax.precision import float32_einsum
 
-# The similarities of a chunk fit a CPU's cache. For wide vectors, reading all documents for each chunk would cost more, so a chunk
-# has as many query vectors as the width, up to the larger size.
-CHUNK_BYTES = 16 << 20
+# For wide vectors, reading all documents for each chunk of `CHUNK_BYTES` would cost more, so a chunk has as many query vectors as
+# the width, up to this size.
 WIDE_CHUNK_BYTES = 32 << 20
 
 
@@ -50,16 +50,16 @@ def budget_margins(
     # the gradients of lengths. Forward and backward took 120 ms of a CPU instead of 39 for widths 64 and 16, and 71 instead of 67
     # for 1,024 and 256.
     for width in dict.fromkeys(budget.width for budget in budgets):
-        of_width = [budget for budget in budgets if budget.width == width]
-        largest = of_width[-1]
+        same_width = [budget for budget in budgets if budget.width == width]
+        largest = same_width[-1]
         cut = partial(_cut, width=width)
         vectors = cut(query_BRD[:, : largest.query]), cut(document_NRD[:, : largest.document])
         negatives = cut(negatives_BKRD[:, :, : largest.document])
-        groups = tuple((budget.query, budget.document) for budget in of_width)
+        groups = tuple((budget.query, budget.document) for budget in same_width)
         margins_GBM: Any = score_margins(*vectors, negatives, positive_B, groups, chunk)  # custom_vjp loses the type
-        if of_width == list(budgets):
+        if same_width == list(budgets):
             return margins_GBM
-        margins |= zip(of_width, margins_GBM, strict=True)
+        margins |= zip(same_width, margins_GBM, strict=True)
     return jnp.stack([margins[budget] for budget in budgets])
 
 
@@ -109,9 +109,9 @@ def _forward(query_BRD, document_NRD, negatives_BKRD, positive_B, groups, chunk)
         return jnp.stack(margins), winners
 
     inputs = (
-        _chunks(jnp.swapaxes(query_BRD, 0, 1), size, axis=1),
-        _chunks(jnp.moveaxis(negatives_BKRD, 2, 0), size, axis=1),
-        _chunks(positive_B, size),
+        split_chunks(jnp.swapaxes(query_BRD, 0, 1), size, axis=1),
+        split_chunks(jnp.moveaxis(negatives_BKRD, 2, 0), size, axis=1),
+        split_chunks(positive_B, size),
     )
     margins, winners = jax.lax.map(margins_of_chunk, inputs)
     return _unchunk(margins, query_BRD.shape[0], axis=1), (query_BRD, document_NRD, negatives_BKRD, positive_B, winners)
@@ -140,9 +140,9 @@ def _backward(groups, chunk, residuals, gradient_GBM):
         return block_gradients, (query_gradient.astype(query_RbD.dtype), jnp.concatenate(negative_gradients))
 
     inputs = (
-        _chunks(jnp.swapaxes(query_BRD, 0, 1), size, axis=1),
-        _chunks(jnp.moveaxis(negatives_BKRD, 2, 0), size, axis=1),
-        _chunks(gradient_GBM, size, axis=1),
+        split_chunks(jnp.swapaxes(query_BRD, 0, 1), size, axis=1),
+        split_chunks(jnp.moveaxis(negatives_BKRD, 2, 0), size, axis=1),
+        split_chunks(gradient_GBM, size, axis=1),
         winners,
     )
     start = [jnp.zeros_like(block, jnp.float32) for block in document_blocks]
@@ -227,21 +227,12 @@ def _chunk_size(query_BRD, document_NRD, chunk):
         bytes_a_query = 4 * vectors * document_NRD.shape[0] * document_NRD.shape[1]
         rows_as_wide = -(-width // vectors)
         chunk = min(max(CHUNK_BYTES // bytes_a_query, rows_as_wide), WIDE_CHUNK_BYTES // bytes_a_query)
-        # Chunks of nearly equal size need little padding.
-        chunk = -(-queries // -(-queries // max(chunk, 1)))
+        chunk = equal_chunks(queries, max(chunk, 1))
     return min(chunk, queries)
 
 
-def _chunks(x, size, axis=0):
-    """Reshape [..., B, ...] to [chunks, ..., size, ...]; the last chunk is padded with zeros."""
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, -x.shape[axis] % size)
-    x = jnp.pad(x, padding)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :]), axis, 0)
-
-
 def _unchunk(x, length, axis):
-    """Reshape [chunks, ..., size, ...] to [..., length, ...] without the padding; inverse of `_chunks`."""
+    """Reshape [chunks, ..., size, ...] to [..., length, ...] without the padding; inverse of `split_chunks`."""
     x = jnp.moveaxis(x, 0, axis)
     x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
     return jax.lax.slice_in_dim(x, 0, length, axis=axis)
