@@ -67,7 +67,11 @@ def budget_name(budget: Sequence[int]) -> str:
 
 
 def by_cost(budgets: Iterable[Budget], width: int) -> list[Budget]:
-    """Sort budgets of vectors of a width by products of numbers, cheapest first, then by numbers of a document."""
+    """Sort budgets by the products of a score, cheapest first, then by the numbers of a document.
+
+    Args:
+      width: numbers of a vector.
+    """
 
     def cost(budget: Budget) -> tuple[int, int]:
         numbers = budget.document * budget.numbers(width)

@@ -35,7 +35,7 @@ from metaembed_jax.sharding import BATCH_AXES, batch_shards
 
 
 class Pairs(NamedTuple):
-    """Vectors and facts of pairs, as the arguments of `matryoshka_loss`. A device has those of its pairs."""
+    """Arrays of pairs, as the arguments of `matryoshka_loss`, sharded by pair."""
 
     query: Float[Array, "B Rq D"]
     document: Float[Array, "B Rc D"]
@@ -46,7 +46,7 @@ class Pairs(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What every device has whole: facts of all pairs, and the temperature."""
+    """Sources and digests of all pairs, and the temperature, replicated on every device."""
 
     sources: Int[Array, "B"]
     digests: ItemDigests | None
@@ -54,7 +54,7 @@ class Shared(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a compiled loss is made for."""
+    """Static arguments of the compiled loss."""
 
     budgets: tuple[Budget, ...]
     terms: Terms
@@ -117,7 +117,7 @@ def matryoshka_loss(
       document_BRD: unit vectors of the positives.
       negatives: unit vectors of the hard negatives; None if there are none.
       groups: budgets (r_q, r_c) or (r_q, r_c, width); those of a width are nested, smallest first, and the last holds all others.
-        With a width, vectors are cut to so many numbers and divided by their lengths. Vectors beyond the last group are not used.
+        With a width, vectors are cut to that many numbers and divided by their lengths. Vectors beyond the last group are not used.
       normalization: "code" divides the sum over groups by their number, "paper" does not.
       mesh: the batch is sharded over the axes `BATCH_AXES` and replicated over the others; None is one device.
       chunk: queries at a time; None chooses by memory. It does not change values.
@@ -191,7 +191,7 @@ def _pairs(query, document, negatives, negative_mask, labels, teacher_scores, te
 
 
 def _weighted(means, terms):
-    """Return the loss of each group."""
+    """Return the weighted sum of the terms for each group."""
     losses_G = means.loss
     if means.self_distillation is not None:
         losses_G += terms.self_distillation * means.self_distillation
@@ -203,7 +203,7 @@ def _weighted(means, terms):
 
 
 def _figures(means, budgets, has_digests):
-    """Return the figures by name."""
+    """Return the metrics of `matryoshka_loss` by name."""
     figures = {"same/documents": means.same[0], "same/negatives": means.same[1]} if has_digests else {}
     if means.false_negatives is not None:
         documents, negatives = means.false_negatives
@@ -284,8 +284,9 @@ def _sums(pairs, shared, document_NRD, first, settings, axes):
     ranked_margins_GBM, false_2 = jnp.where(ranked_BM, margins_GBM, -jnp.inf), None
     hits_of_all = partial(hits, ranked_margins_GBM, positive_B, target_BC)
     if terms.false_negative_margin is not None:
-        largest = terms.false_negative_margin * budgets[-1].query
-        ranked_BM, false_2 = without_false_negatives(margins_GBM[-1], ranked_BM, target_BC, largest, document_NRD.shape[0])
+        largest_margin = terms.false_negative_margin * budgets[-1].query
+        pairs_of_all = document_NRD.shape[0]
+        ranked_BM, false_2 = without_false_negatives(margins_GBM[-1], ranked_BM, target_BC, largest_margin, pairs_of_all)
         ranked_margins_GBM = jnp.where(ranked_BM, margins_GBM, -jnp.inf)
     losses_G = cross_entropies(ranked_margins_GBM, temperature, target_BC)
     distillation_G = symmetric_G = teacher_G = None

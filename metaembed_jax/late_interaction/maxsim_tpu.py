@@ -113,7 +113,7 @@ def score(
     All tiles of a device are scored in one call, because a slice of them would be copied first.
 
     Args:
-      query_QRD: float32 or bfloat16; if they have fewer numbers than the documents, only the first of the documents' are read.
+      query_QRD: float32 or bfloat16; if they are cut, only the first numbers of the documents' vectors are read.
       vectors_TRnD: float32, bfloat16 or int8; n is 128.
       scales_TRn: factors of the vectors, float32, not negative. They are applied to the similarities.
       counts_Tn: vectors of each document; a document with 0 scores -inf. None if all documents have all R.

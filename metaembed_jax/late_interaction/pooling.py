@@ -1,8 +1,8 @@
-"""Pooling of an item's vectors by hierarchical clustering, without training: the rival of nested vectors at equal bytes.
+"""Pooling of an item's vectors by hierarchical clustering, without training: the baseline of nested vectors at equal bytes.
 
-Ward's method on the cosine distances of an item's vectors; each cluster becomes the mean of its vectors, of length one. So do
-colpali-engine, whose linkage takes the rows of the matrix of distances for points, and sentence-transformers, whose clusters these
-are.
+Ward's method on the cosine distances of an item's vectors; each cluster becomes the mean of its vectors, of length one. The
+clusters are those of sentence-transformers. colpali-engine pools in the same way, but its linkage takes the rows of the matrix of
+distances as points.
 
 N items, R vectors of an item at most, T of this one, D width.
 """
@@ -18,7 +18,7 @@ def count_vectors(vectors_NRD: Float[np.ndarray, "N R D"]) -> Int[np.ndarray, " 
 
 
 class Pools:
-    """Clusters of the vectors of items, which are computed once for all numbers of them.
+    """Hierarchical clusters of the vectors of items, computed once and cut to any number of vectors.
 
     Args:
       vectors_NRD: unit vectors; zeros after an item's last vector are padding.
@@ -30,7 +30,7 @@ class Pools:
         self._links = [_link(vectors_RD[:count]) for vectors_RD, count in items]
 
     def pool(self, most: int) -> Float[np.ndarray, "N R D"]:
-        """Return at most so many vectors of each item, padded with zeros. An item with no more keeps its own, in their order."""
+        """Return at most `most` vectors of each item, padded with zeros. An item with no more keeps its own, in their order."""
         from scipy.cluster.hierarchy import fcluster
 
         pooled_NRD = np.zeros((len(self._vectors_NRD), most, self._vectors_NRD.shape[2]), np.float32)
@@ -43,7 +43,7 @@ class Pools:
 
 
 def pooling_flops(vectors: float, width: int) -> float:
-    """Count the FLOPs of the distances and the means of an item with so many vectors; the clustering itself has no products."""
+    """Count the FLOPs of the distances and the means of an item with that many vectors; the clustering itself has no products."""
     return vectors * (vectors - 1) * width + vectors * width
 
 

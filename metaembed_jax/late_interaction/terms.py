@@ -99,7 +99,7 @@ def without_false_negatives(
     margins_bM: Float[Array, "b M"],
     ranked_bM: Bool[Array, "b M"],
     target_bC: Float[Array, "b C"] | None,
-    largest: float,
+    largest_margin: float,
     pairs: int,
 ) -> tuple[Bool[Array, "b M"], Float[Array, "2"]]:
     """Return the documents that a query ranks without those beyond the largest margin, and how many rows and negatives these are.
@@ -109,7 +109,7 @@ def without_false_negatives(
       target_bC: candidates above 0 stay.
       pairs: B.
     """
-    is_false_bM = ranked_bM & (jax.lax.stop_gradient(margins_bM) > largest)
+    is_false_bM = ranked_bM & (jax.lax.stop_gradient(margins_bM) > largest_margin)
     if target_bC is not None:
         is_false_bM = jnp.concatenate([is_false_bM[:, :pairs], is_false_bM[:, pairs:] & (target_bC[:, 1:] == 0)], axis=1)
     false_2 = jnp.stack([is_false_bM[:, :pairs].sum(), is_false_bM[:, pairs:].sum()]).astype(jnp.float32)
@@ -148,7 +148,7 @@ def symmetric_losses(
     """
     queries = scores_Gb.shape[1]
     score_GB = jax.lax.all_gather(scores_Gb, axes, axis=1, tiled=True) if axes else scores_Gb
-    # Scores of queries minus the score of the document's own: 0 at its own.
+    # Scores of queries minus the score of the document's own query, whose margin is 0.
     margins_GbB = margins_GbM[..., : score_GB.shape[1]] + (scores_Gb[..., None] - score_GB[:, None])
     logits_GbB = jnp.where(ranked_bM[:, : score_GB.shape[1]], margins_GbB, -jnp.inf) / temperature
     largest_GB = jax.lax.stop_gradient(logits_GbB).max(1)
@@ -189,23 +189,22 @@ def teacher_losses(
     """Return the distances of each group's scores of a query's candidates from the teacher's.
 
     Args:
-      scores_bC: the teacher's; a candidate without one is NaN and does not take part. Without one of the positive, none does.
+      scores_bC: the teacher's; a candidate without one is NaN and is left out. Without a score of the positive, all are.
       mask_bK: False marks hard negatives that are padding.
     """
     negatives = mask_bK.shape[1]
     margins_GbK = margins_GbM[..., margins_GbM.shape[2] - negatives :]
-    takes_part_bK = mask_bK & jnp.isfinite(scores_bC[:, 1:]) & jnp.isfinite(scores_bC[:, :1])
-    # Of the teacher too, scores minus the score of the positive.
-    teacher_bK = jnp.where(takes_part_bK, scores_bC[:, 1:] - scores_bC[:, :1], 0) / terms.teacher_temperature
+    has_score_bK = mask_bK & jnp.isfinite(scores_bC[:, 1:]) & jnp.isfinite(scores_bC[:, :1])
+    teacher_bK = jnp.where(has_score_bK, scores_bC[:, 1:] - scores_bC[:, :1], 0) / terms.teacher_temperature
     logits_GbK = margins_GbK / temperature
     if terms.teacher_loss == "margin":
-        squares_GbK = jnp.where(takes_part_bK, jnp.square(logits_GbK - teacher_bK), 0)
-        return (squares_GbK.sum(2) / jnp.maximum(takes_part_bK.sum(1), 1)).sum(1)
+        squares_GbK = jnp.where(has_score_bK, jnp.square(logits_GbK - teacher_bK), 0)
+        return (squares_GbK.sum(2) / jnp.maximum(has_score_bK.sum(1), 1)).sum(1)
 
     def with_positive(x, value):
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(1, 0)], constant_values=value)
 
-    return _divergences(with_positive(teacher_bK, 0), with_positive(logits_GbK, 0), with_positive(takes_part_bK, True)).sum(1)
+    return _divergences(with_positive(teacher_bK, 0), with_positive(logits_GbK, 0), with_positive(has_score_bK, True)).sum(1)
 
 
 def _divergences(teacher_bM, student_GbM, mask_bM):
