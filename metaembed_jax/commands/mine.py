@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("--model", type=model_name, required=True, help="a run, a Hugging Face directory, or a hub id")
     parser.add_argument(
-        "--source", required=True, help="the prepared source; of boards, the pages of 8 epochs are a fixed set, and are mined"
+        "--source", required=True, help="the prepared source; for boards, the pages of 8 epochs are mined, as a fixed set"
     )
     parser.add_argument("--out", required=True, help="the name of the source that is written")
     parser.add_argument("--data", type=local_path, default=Path("data"), help="the folder of all sources (default: data)")
@@ -46,7 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--margin",
         type=float,
         default=0.0,
-        help="how far a negative's score is below the positive's, at least, as a mean cosine over query vectors (default: 0)",
+        help="least difference of a negative's score from the positive's, as a mean cosine over query vectors (default: 0)",
     )
     rules.add_argument(
         "--relative-margin", type=float, default=0.05, help="the same as a share of the positive's score (default: 0.05)"

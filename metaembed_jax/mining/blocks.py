@@ -14,14 +14,14 @@ from jaxtyping import Float, Int
 from metaembed_jax.files import replacing
 from metaembed_jax.late_interaction.stages import Stages, largest_budget
 from metaembed_jax.mesh import make_mesh
-from metaembed_jax.mining.items import Placed, SourceItems
+from metaembed_jax.mining.items import PlacedItems, SourceItems
 from metaembed_jax.mining.selection import COUNTS, Selection
 from metaembed_jax.model import MetaEmbed
 from metaembed_jax.retrieval import store
 from metaembed_jax.retrieval.search import Searcher
 
 BLOCK_QUERIES = 4096  # between two writes
-MOST_ANSWERS = 1024  # of a query, that are searched for in addition to the ranks; a query with more may get fewer negatives
+MOST_ANSWERS = 1024  # results of a query that are added to its ranks, for its answers; a query with more may get fewer negatives
 PAIRS_AT_ONCE = 4096  # whose positives are scored together
 
 
@@ -39,7 +39,7 @@ class MinedBlock(NamedTuple):
     counts: Int[np.ndarray, "counts"]
 
     def write(self, file: Path) -> None:
-        """Write a block, atomically."""
+        """Write the block to a file, atomically."""
         with replacing(file) as target:
             np.savez(target, **self._asdict())
 
@@ -83,7 +83,7 @@ class BlockMiner:
         numbers = range(first, min(first + BLOCK_QUERIES, len(self._items.queries)))
         answers = [self._items.answers_of(number, self._source) for number in numbers]
         query_QRD = self._model.encode_query(
-            Placed(self._source, self._items.queries[numbers.start : numbers.stop]), budget=largest_budget([self._stages])[0]
+            PlacedItems(self._source, self._items.queries[numbers.start : numbers.stop]), budget=largest_budget([self._stages])[0]
         )
         k = self._selection.last + min(max(map(len, answers)), MOST_ANSWERS)
         k = min([k, *(stage.survivors for stage in self._stages[:-1])])

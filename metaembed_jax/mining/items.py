@@ -21,7 +21,7 @@ from metaembed_jax.files import replacing
 CHUNK_ROWS = 256  # whose items are read at once, with their images
 
 
-class Placed(Sequence):
+class PlacedItems(Sequence):
     """Items of a source, for the encoder, which reads their sizes from descriptions.
 
     Args:
@@ -53,7 +53,7 @@ class Placed(Sequence):
         return item_of(self._source[row], item)
 
 
-class SourceDocuments(Placed, Documents):
+class SourceDocuments(PlacedItems, Documents):
     """The different documents of a source, to index. The id of each is its number."""
 
     files = ()
@@ -71,7 +71,7 @@ class SourceDocuments(Placed, Documents):
         return self._stamps
 
     def id_of(self, number: int) -> str:
-        """Return the number of a document as a text."""
+        """Return the number of a document as a string."""
         return str(number)
 
     def metadata(self, number: int) -> dict:
@@ -119,12 +119,12 @@ def find_items(source: Sequence, file: Path, name: str) -> SourceItems:
     """
     if not file.is_file():
         chunks = [range(first, min(first + CHUNK_ROWS, len(source))) for first in range(0, len(source), CHUNK_ROWS)]
-        parts = []
+        items_of_chunks = []
         with tqdm(total=len(source), desc=f"{name}: equal items", unit="row", mininterval=0.5, delay=1) as bar:
-            for chunk, part in zip(chunks, map_with(source, _digests, chunks, workers_for(len(source))), strict=True):
-                parts.append(part)
+            for chunk, items in zip(chunks, map_with(source, _digests, chunks, workers_for(len(source))), strict=True):
+                items_of_chunks.append(items)
                 bar.update(len(chunk))
-        digests, places, is_answer = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        digests, places, is_answer = (np.concatenate(arrays) for arrays in zip(*items_of_chunks, strict=True))
         with replacing(file) as target:
             np.savez(target, digests=digests, places=places, is_answer=is_answer)
     with np.load(file) as stored:
@@ -146,6 +146,7 @@ def _digests(source: Sequence, rows: range) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _different(digests: np.ndarray, places: np.ndarray, is_answer: np.ndarray) -> SourceItems:
+    """Return the different items of a source from the digest, the place and the kind of each item."""
     is_query = places[:, 1] == 0
     first_queries, query_of_row = _number(digests[is_query])
     first_documents, numbers = _number(digests[~is_query])

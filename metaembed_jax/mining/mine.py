@@ -1,6 +1,6 @@
 """Mine the hard negatives of a source: index its training documents, search them with its queries, and write a source.
 
-    OUT/mining/{source}.npz            digests of all items of the source
+    OUT/mining/{fingerprint}.npz       digests of all items of the source
     OUT/mining/index/                  its documents, encoded
     OUT/mining/{key}/00000.npz         the negatives of a block of queries; written when the block is searched
     OUT/mining/{key}/negatives.npy     those of all pairs
@@ -71,8 +71,8 @@ class Mining:
         return self.data_dir / self.out
 
     def origin(self, encoder: MetaEmbed) -> dict:
-        """Return all that the negatives depend on."""
-        chosen = dataclasses.asdict(self.selection) | {"range_max": self.selection.last}
+        """Return the settings and fingerprints that the negatives depend on."""
+        selection = dataclasses.asdict(self.selection) | {"range_max": self.selection.last}
         return {
             "rules": VERSION,
             "source": self.source,
@@ -80,7 +80,7 @@ class Mining:
             "model_fingerprint": encoder.fingerprint,
             "processor": encoder.processor.fingerprint,
             "search": search_name(self.stages),
-            **chosen,
+            **selection,
         }
 
 
@@ -120,7 +120,7 @@ def check_names(source: str, out: str, data_dir: Path) -> None:
     """Check that the mined source has a name of its own.
 
     Raises:
-      UserError: it is that of another source, or not the name of a folder.
+      UserError: the name is that of another source, or is not the name of a folder.
     """
     if out != Path(out).name or out.startswith("."):
         raise UserError(f"--out={out}: expected a name, such as {source}-mined; the source is written to {data_dir}/NAME")
@@ -162,7 +162,7 @@ def mine(mining: Mining, encoder: MetaEmbed) -> None:
 
 
 def summary(marker: dict) -> str:
-    """Return lines about a mined source, from its marker: where its negatives come from, and what became of all results."""
+    """Return lines about a mined source, from its marker: its inputs, and how many results were left out and why."""
     mined = marker["mined"]
     kept, results = mined["mined"], sum(mined[name] for name in COUNTS)
     step = "" if mined["step"] is None else f", step {mined['step']}"
@@ -182,9 +182,9 @@ def summary(marker: dict) -> str:
 def _mine_negatives(mining: Mining, encoder: MetaEmbed, work: Path, key: str) -> tuple[Path, dict]:
     """Return the file of the negatives of all pairs, and the counts. All hosts search; the first writes."""
     source = sources.fixed_training(mining.source, mining.data_dir)
-    parts, fingerprint = work / key, sources.prepare(mining.source, mining.data_dir)["fingerprint"]
+    blocks, fingerprint = work / key, sources.prepare(mining.source, mining.data_dir)["fingerprint"]
     if hosts.is_first():
-        parts.mkdir(parents=True, exist_ok=True)
+        blocks.mkdir(parents=True, exist_ok=True)
         for other in work.iterdir():  # of other settings
             if other.is_dir() and other.name not in (key, "index"):
                 shutil.rmtree(other)
@@ -193,7 +193,7 @@ def _mine_negatives(mining: Mining, encoder: MetaEmbed, work: Path, key: str) ->
     budget = largest_budget([mining.stages])[1]
     index_documents(encoder, documents, work / "index", name=mining.model, budget=budget, progress=True)
     miner = BlockMiner(encoder, source, items, work / "index", mining.selection, mining.stages)
-    files = [parts / f"{block:05}.npz" for block in range(len(miner))]
+    files = [blocks / f"{block:05}.npz" for block in range(len(miner))]
     is_done = json.loads(hosts.from_first(json.dumps([file.is_file() for file in files])))
     with tqdm(total=len(files), initial=sum(is_done), desc="mining", unit="block", disable=not hosts.is_first()) as bar:
         for block in np.flatnonzero(~np.array(is_done)).tolist():
@@ -202,18 +202,17 @@ def _mine_negatives(mining: Mining, encoder: MetaEmbed, work: Path, key: str) ->
                 mined.write(files[block])
             bar.update()
     counts = {"pairs": len(source), "queries": len(items.queries), "documents": len(items.documents)}
-    return (_join(parts, files, len(source), counts), counts) if hosts.is_first() else (parts, counts)
+    return (_join(blocks, files, len(source), counts), counts) if hosts.is_first() else (blocks, counts)
 
 
-def _join(parts: Path, files: list[Path], pairs: int, counts: dict) -> Path:
-    """Write the negatives of all blocks to one file, and add up their counts.
+def _join(folder: Path, files: list[Path], pairs: int, counts: dict) -> Path:
+    """Write the negatives of all blocks to one file, and add their sums to `counts`.
 
     Raises:
-      UserError: there are none.
+      UserError: no pair has a negative.
     """
-    blocks = map(MinedBlock.read, files)
     places, total = None, np.zeros(len(COUNTS) + 2, np.int64)
-    for block in blocks:
+    for block in map(MinedBlock.read, files):
         places = np.full((pairs, *block.places.shape[1:]), -1, np.int32) if places is None else places
         places[block.rows] = block.places
         total += block.counts
@@ -224,9 +223,9 @@ def _join(parts: Path, files: list[Path], pairs: int, counts: dict) -> Path:
             f"{counts['close']:,} are within the margin of the positive or above it; lower --relative-margin or --margin, or raise "
             "--range-max"
         )
-    with replacing(parts / "negatives.npy") as target:
+    with replacing(folder / "negatives.npy") as target:
         np.save(target, places)
-    return parts / "negatives.npy"
+    return folder / "negatives.npy"
 
 
 def _write_source(mining: Mining, negatives: Path, mined: dict) -> dict:

@@ -14,7 +14,7 @@ from metaembed_jax.data.sources.candidates import NUMBERS, further_positives
 
 @dataclasses.dataclass(frozen=True)
 class MinedRows:
-    """Rows that are records. Can be pickled, for worker processes.
+    """Records as rows. Can be pickled, for worker processes.
 
     Attributes:
       name: the source of the pairs.
@@ -69,12 +69,12 @@ class MinedRows:
 
 
 def as_record(row: dict) -> dict:
-    """Return a row, which is a record."""
+    """Return a row; it is a record already."""
     return row
 
 
 def no_images(row: dict) -> list[tuple]:
-    """Return the stamps of the image files that a row names, which are none."""
+    """Return no stamps: a row names no image files."""
     return []
 
 

@@ -17,7 +17,7 @@ COUNTS = ("answers", "skipped", "close", "spare", "mined")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which documents become negatives of a pair. Ranks count without the documents that answer the query.
+    """Rules that choose the negatives of a pair. Ranks count without the documents that answer the query.
 
     Defaults are those that NV-Retriever (arXiv 2407.15831) found best, TopK-PercPos at 95 %, with its 4 negatives; the window is
     that of sentence-transformers' `mine_hard_negatives`, whose names the fields have.
@@ -26,8 +26,8 @@ class Selection:
       negatives: most negatives of a pair; the first that pass are taken.
       range_min: documents to skip at the top.
       range_max: the last rank that is considered; None: range_min + 10 * negatives.
-      margin: a negative's score is at least so much below the positive's, as a mean cosine of the query's vectors.
-      relative_margin: and at least this share of the positive's score, by magnitude.
+      margin: the least difference of a negative's score from the positive's, as a mean cosine over the query's vectors.
+      relative_margin: the same as a share of the positive's score, by magnitude; the larger of both counts.
     """
 
     negatives: int = 4
@@ -64,7 +64,7 @@ class Selection:
     def choose(
         self, scores_k: Float[np.ndarray, "k"], is_answer_k: Bool[np.ndarray, "k"], limit: float
     ) -> tuple[Int[np.ndarray, "negatives"], Counter]:
-        """Return the indices of the results that become negatives of a pair, and what became of all, by `COUNTS`.
+        """Return the indices of the results that become negatives of a pair, and the numbers of results by `COUNTS`.
 
         Args:
           limit: highest score of a negative.
@@ -77,5 +77,5 @@ class Selection:
         seen = window[window <= chosen[-1]] if len(chosen) == self.negatives else window
         close = len(seen) - len(chosen)
         skipped = min(self.range_min, len(others))
-        numbers = len(is_answer_k) - len(others), skipped, close, len(others) - skipped - len(seen), len(chosen)
-        return chosen, Counter(dict(zip(COUNTS, numbers, strict=True)))
+        counts = len(is_answer_k) - len(others), skipped, close, len(others) - skipped - len(seen), len(chosen)
+        return chosen, Counter(dict(zip(COUNTS, counts, strict=True)))
