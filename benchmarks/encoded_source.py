@@ -1,4 +1,4 @@
-"""The vectors of a source, by a run."""
+"""Vectors of a source, encoded by a run."""
 
 import numpy as np
 from jaxtyping import Float

@@ -29,7 +29,7 @@ def get_config(arg=None):
     """`one` is the first stage; without it, the second; `one_states` and `states` are the stages of the baseline."""
     if arg not in (None, "one", "one_states", "states"):
         raise UserError(f"no stage {arg!r}: write boards:one or boards, boards:one_states or boards:states")
-    is_states, is_one, tiny = arg in ("one_states", "states"), arg in ("one", "one_states"), load_config("tiny")
+    reads_states, is_one, tiny = arg in ("one_states", "states"), arg in ("one", "one_states"), load_config("tiny")
     steps, side = (400, 112) if is_one else (2000, 224)
     config = RunConfig(
         name="boards_one" if is_one else "boards",
@@ -48,11 +48,11 @@ def get_config(arg=None):
         schedule=ScheduleConfig(steps=steps, save_every=steps // 4),
         evaluation=EvaluationConfig(validate_every=steps // 4),
     )
-    return _with_states(config, document_tokens=27 if is_one else 75) if is_states else config
+    return _with_states(config, document_tokens=27 if is_one else 75) if reads_states else config
 
 
 def _with_states(config, document_tokens):
-    """Return a stage that reads the states at all tokens of a prompt, without Meta Tokens: those of its template too, as ColPali.
+    """Return a stage that reads the states at all tokens of a prompt and its template, as ColPali does, without Meta Tokens.
 
     Args:
       document_tokens: of a page.

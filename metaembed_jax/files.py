@@ -46,7 +46,7 @@ def local_path(path: str | os.PathLike) -> Path:
     """Return a path on a disk, for data and indexes: they are memory-mapped, or written by libraries that know no buckets.
 
     Raises:
-      UserError: it is no path, or is in a bucket; gives the commands that mount or copy it.
+      UserError: it is not a path, or is in a bucket; gives the commands that mount or copy it.
     """
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"{path!r}: expected a path")
@@ -278,9 +278,8 @@ def read_json(path: Path) -> dict:
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the user's cache folder of the project."""
     folder = Path(environment.get("XDG_CACHE_HOME") or "")
-    return (
-        folder if folder.is_absolute() else Path.home() / ".cache"
-    ) / "metaembed_jax"  # neither in a bucket nor in the working directory
+    folder = folder if folder.is_absolute() else Path.home() / ".cache"  # neither in a bucket nor in the working directory
+    return folder / "metaembed_jax"
 
 
 def digest(content: bytes) -> str:

@@ -113,7 +113,7 @@ class MetaEmbed:
           items: each a text, a PIL image, or {"text": str, "image": PIL image or encoded bytes} with either or both. If an item is
             too large for a row, its image is shrunk or its text is cut, and a line on stderr reports it.
           budget: vectors of an item; all by default. A smaller budget is a prefix of a larger one, and cheaper. With
-            `readout="states"`, documents are pooled to so many (`late_interaction.pooling`), and queries have all.
+            `readout="states"`, documents are pooled to that number (`late_interaction.pooling`), and queries have all.
           progress: show a bar.
 
         Raises:

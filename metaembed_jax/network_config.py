@@ -54,20 +54,21 @@ def row_limits(config: RunConfig) -> Limits:
     If all states are read, the largest item has `config.model.query_tokens` or `document_tokens` tokens.
 
     Raises:
-      UserError: the row has no room besides Meta Tokens or for the largest item, or its patches are no multiple of the family's.
+      UserError: the row has no room next to Meta Tokens, or for the largest item, or its patches are not a multiple of
+        the family's.
     """
     network = model_config(config)
     architecture = network.architecture
     images = family(config.model.backbone).Images.from_run(config.data, architecture, None)
     tokens, patches = config.rows.size or architecture.default_row(images)
     if network.reads_states:
-        most = [network.vectors(side) for side in SIDES]
-        if max(most) > tokens:
+        prompt_tokens = [network.vectors(side) for side in SIDES]
+        if max(prompt_tokens) > tokens:
             raise UserError(
-                f"config.rows.size={(tokens, patches)}: expected at least {max(most)} tokens, the larger of "
+                f"config.rows.size={(tokens, patches)}: expected at least {max(prompt_tokens)} tokens, the larger of "
                 "config.model.query_tokens and document_tokens"
             )
-        meta = [tokens - number for number in most]
+        meta = [tokens - number for number in prompt_tokens]  # the tokens that a prompt leaves free, as Meta Tokens do
     else:
         meta = [*run_vectors(config).meta]
     if tokens <= max(meta):

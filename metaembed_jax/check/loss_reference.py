@@ -66,9 +66,9 @@ def matryoshka(
         beyond_BM &= ranked_BM & (np.arange(pairs + hard) != np.arange(pairs)[:, None]) & (target_BM == 0)
         kept_BM = ranked_BM & ~beyond_BM
         figures["false_negatives"] = beyond_BM[:, :pairs].sum(), beyond_BM[:, pairs:].sum()
-    softness = temperature if self_distillation_temperature is None else self_distillation_temperature
-    taught_BM = _softmax(largest_BM / softness, kept_BM)
-    own = mask_BK, teacher_scores, teacher_loss, temperature, teacher_temperature
+    kl_temperature = temperature if self_distillation_temperature is None else self_distillation_temperature
+    taught_BM = _softmax(largest_BM / kl_temperature, kept_BM)
+    teacher_arguments = mask_BK, teacher_scores, teacher_loss, temperature, teacher_temperature
     loss, gradients = 0.0, tuple(np.zeros_like(x) for x in vectors)
     share = 1 / len(groups) if normalization == "code" else 1.0
     for group in groups:
@@ -78,17 +78,17 @@ def matryoshka(
             value, d_scores_BB = _cross_entropy(scores_BM[:, :pairs].T, kept_BM[:, :pairs].T, np.eye(pairs), temperature)
             terms["symmetric"] = symmetric, (value, np.pad(d_scores_BB.T, ((0, 0), (0, hard))))
         if self_distillation and group != groups[-1]:
-            value, d_scores_BM = _divergence(scores_BM, kept_BM, taught_BM, softness)
-            terms["self_distillation"] = self_distillation * (softness / temperature) ** 2, (value, d_scores_BM)
+            value, d_scores_BM = _divergence(scores_BM, kept_BM, taught_BM, kl_temperature)
+            terms["self_distillation"] = self_distillation * (kl_temperature / temperature) ** 2, (value, d_scores_BM)
         if teacher_weight:
-            terms["teacher"] = teacher_weight, _teacher(scores_BM, *own)
+            terms["teacher"] = teacher_weight, _teacher(scores_BM, *teacher_arguments)
         d_scores_BM = share * sum(weight * d_scores_BM for weight, (_, d_scores_BM) in terms.values())
         loss += share * sum(weight * value for weight, (value, _) in terms.values())
         for gradient, d_vectors in zip(gradients, _vector_gradients(vectors, group, d_scores_BM), strict=True):
             gradient += d_vectors
         values = {name: value for name, (_, (value, _)) in terms.items()} | {"accuracy": _accuracy(scores_BM, ranked_BM, target_BM)}
         if "self_distillation" in values:
-            values["self_distillation"] *= (softness / temperature) ** 2
+            values["self_distillation"] *= (kl_temperature / temperature) ** 2
         for name, value in values.items():
             figures.setdefault(name, []).append(value)
     return Reference(loss, gradients, {name: np.array(values) for name, values in figures.items()})
@@ -154,12 +154,12 @@ def _vector_gradients(vectors, group, d_scores_BM) -> list[np.ndarray]:
         d_document_MJD = np.swapaxes(coefficient_MRJ, 1, 2) @ query[b]
         gradients[1] += d_document_MJD[: len(positive)]
         gradients[2][b] += d_document_MJD[len(positive) :]
-    full = [np.zeros_like(x) for x in vectors]
-    for whole, gradient, unit, length in zip(full, gradients, (query, positive, negatives), lengths, strict=True):
+    whole_gradients = [np.zeros_like(x) for x in vectors]
+    for whole, gradient, unit, length in zip(whole_gradients, gradients, (query, positive, negatives), lengths, strict=True):
         if unit.shape[-1] < whole.shape[-1]:
             gradient = (gradient - (gradient * unit).sum(-1, keepdims=True) * unit) / length
         whole[..., : unit.shape[-2], : unit.shape[-1]] = gradient
-    return full
+    return whole_gradients
 
 
 def _softmax(logits, mask):
@@ -192,19 +192,19 @@ def _teacher(scores_BM, mask_BK, teacher_scores, kind, temperature, teacher_temp
     """Return the mean distance of candidates' scores from the teacher's over queries, and the gradient of the scores."""
     pairs, value, d_scores_BM = len(mask_BK), 0.0, np.zeros_like(scores_BM)
     for b, teacher_C in enumerate(np.asarray(teacher_scores, np.float64)):
-        takes_part = np.flatnonzero(np.isfinite(teacher_C) & np.concatenate([[True], mask_BK[b]]))
-        if len(takes_part) < 2 or takes_part[0] != 0:
+        scored = np.flatnonzero(np.isfinite(teacher_C) & np.concatenate([[True], mask_BK[b]]))
+        if len(scored) < 2 or scored[0] != 0:
             continue
-        columns = np.where(takes_part == 0, b, pairs + takes_part - 1)
-        logits, taught = scores_BM[b, columns] / temperature, teacher_C[takes_part] / teacher_temperature
+        columns = np.where(scored == 0, b, pairs + scored - 1)
+        logits, taught = scores_BM[b, columns] / temperature, teacher_C[scored] / teacher_temperature
         if kind == "kl":
-            everything = np.ones((1, len(columns)), bool)
-            each, (d_logits,) = _divergence(logits[None], everything, _softmax(taught[None], everything), 1.0)
+            mask = np.ones((1, len(columns)), bool)
+            distance, (d_logits,) = _divergence(logits[None], mask, _softmax(taught[None], mask), 1.0)
         else:
             errors = (logits[1:] - logits[0]) - (taught[1:] - taught[0])
-            each, d_errors = (errors**2).mean(), 2 * errors / len(errors)
+            distance, d_errors = (errors**2).mean(), 2 * errors / len(errors)
             d_logits = np.concatenate([[-d_errors.sum()], d_errors])
-        value += each / pairs
+        value += distance / pairs
         d_scores_BM[b, columns] += d_logits / temperature / pairs
     return value, d_scores_BM
 

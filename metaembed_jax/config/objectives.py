@@ -113,10 +113,10 @@ class MatryoshkaConfig(Section):
         )
 
     def flops(self, pairs: int, documents: int, width: int) -> float:
-        """Count the similarities at each width of its largest group, which include those of its smaller groups."""
-        largest = {budget.width: budget for budget in self.budgets}
-        numbers = sum(budget.query * budget.document * budget.numbers(width) for budget in largest.values())
-        return 2.0 * pairs * documents * numbers
+        """Count the similarities of the largest group of each width, which include those of the smaller groups."""
+        largest_of_width = {budget.width: budget for budget in self.budgets}
+        products = sum(budget.query * budget.document * budget.numbers(width) for budget in largest_of_width.values())
+        return 2.0 * pairs * documents * products
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class AllStatesConfig(Section):
 
     def loss(self, vectors: PairVectors, mesh: Mesh | None) -> tuple[Array, dict[str, Array]]:
         """Return `all_states_loss`, with its accuracy. Hard negatives that are labelled as right are not ranked."""
-        assert vectors.counts is not None  # by the readout, which `RunConfig` checks
+        assert vectors.counts is not None  # `RunConfig` checks that the readout is states
         mask_BK = vectors.negative_mask
         if vectors.labels is not None and mask_BK is not None:
             mask_BK &= ~(vectors.labels[:, 1:] > 0)

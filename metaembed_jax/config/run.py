@@ -222,9 +222,9 @@ class RunConfig(Section):
             )
 
     def _check_readout(self) -> None:
-        """Refuse objectives, exports and benchmarks that the readout does not have."""
-        states, all_states = self.model.readout == "states", self.objectives.all_states
-        if states != (all_states is not None) or (states and len(self.objectives.used()) > 1):
+        """Check that the objectives, exports and evaluations are those of the readout."""
+        reads_states, all_states = self.model.readout == "states", self.objectives.all_states
+        if reads_states != (all_states is not None) or (reads_states and len(self.objectives.used()) > 1):
             raise UserError(
                 f"config.model.readout={self.model.readout!r} with config.objectives {', '.join(self.objectives.used())}: expected "
                 "all_states, and no other, with states only"

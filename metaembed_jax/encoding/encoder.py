@@ -183,7 +183,7 @@ class Encoder:
 
         Args:
           side: "query" or "document".
-          budget: vectors of each item; if all states are read, the most of them, and zeros follow an item's own.
+          budget: vectors of each item; if all states are read, the most of an item, and zeros follow its last.
           size: items of a block; the last may have fewer. By default, all items are one block.
           start: number of the first item.
           bar: advances by the items of all hosts.

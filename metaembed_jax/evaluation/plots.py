@@ -138,7 +138,7 @@ def _draw_panel(panel: Any, curves: Sequence[Curve], cost: str) -> None:
 def connected(points: Sequence[Point], cost: str) -> list[Point]:
     """Return the points that a line connects, cheapest first.
 
-    These are all points; or, if some budgets have a width, the Pareto front: points of a higher quality than all cheaper ones.
+    Without widths, a line connects all points; with them, the Pareto front: the points of a higher quality than all cheaper ones.
     """
     if not any("x" in point.name for point in points):
         return sorted(points, key=lambda point: getattr(point, cost))

@@ -30,7 +30,7 @@ def score_shares(
 
 
 class StateScores:
-    """Scores of a model that reads all states: a budget is all vectors of a query, and documents pooled to so many.
+    """Scores of a model that reads all states: a budget is all vectors of a query, and the pooled vectors of a document.
 
     Args:
       query_QRD: zeros after a query's last vector.
@@ -58,7 +58,7 @@ class StateScores:
         return self._query_vectors, self._document_vectors(budget.document)
 
     def note(self) -> str:
-        """Return a line about the vectors, and about what their pooling costs."""
+        """Return a line about the numbers of vectors, and the cost of pooling them."""
         vectors, width = self._document_vectors(self._most), self._query_QRD.shape[2]
         return (
             f"vectors are all token states, {self._query_vectors:.1f} of a query and {vectors:.1f} of a document; fewer of a "

@@ -53,8 +53,8 @@ def sweep(
       relevance: as in `relevance_matrix`.
       documents: N, if document_NRD is only this host's share.
       score: `(query_QRD, document_NRD, budget) -> [Q, N]`.
-      used: `(budget) -> (query vectors, document vectors)` that an item has on average, of which costs are counted; all of the
-        budget by default.
+      used: `(budget) -> (query vectors, document vectors)`, the mean numbers from which costs are counted; those of the budget by
+        default.
 
     Raises:
       UserError: vectors of different widths, a budget beyond them, or as `metrics.gold_of`.

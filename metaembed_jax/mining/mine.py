@@ -206,7 +206,7 @@ def _mine_negatives(mining: Mining, encoder: MetaEmbed, work: Path, key: str) ->
 
 
 def _join(folder: Path, files: list[Path], pairs: int, counts: dict) -> Path:
-    """Write the negatives of all blocks to one file, and add their sums to `counts`.
+    """Write the negatives of all blocks to one file, and add the sums of their counts to `counts`.
 
     Raises:
       UserError: no pair has a negative.

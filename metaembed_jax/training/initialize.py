@@ -120,16 +120,16 @@ def describe(state: TrainState) -> str:
 def _read_run(run: Path, network: ModelConfig, trainer: Trainer) -> tuple[int, dict]:
     """Return (step, trained parameters) of another run's best checkpoint.
 
-    Without its head if that has another width, and without its Meta Tokens if one of both runs has none.
+    The head is left out if it has another width, and the Meta Tokens if one of the two runs has none.
     """
     expected, model = trainer.abstract.parameters, read_config(run).model
     fresh = {"head"} if model.embedding_dim != network.embedding_dim else set()
     fresh |= {"meta_tokens"} if model.readout != network.readout else set()
     if not fresh:
         return best_parameters(run, expected)
-    other = {key: getattr(model, key) for key in ("embedding_dim", "readout", *TOKEN_KEYS)}
-    theirs = abstract_parameters(dataclasses.replace(network, **other), trainer.mesh, "float32")
-    stored = _without(expected, fresh) | {name: theirs[name] for name in fresh if name in theirs}
+    keys = {key: getattr(model, key) for key in ("embedding_dim", "readout", *TOKEN_KEYS)}
+    abstract = abstract_parameters(dataclasses.replace(network, **keys), trainer.mesh, "float32")
+    stored = _without(expected, fresh) | {name: abstract[name] for name in fresh if name in abstract}
     step, parameters = best_parameters(run, stored)
     return step, _without(parameters, fresh)
 

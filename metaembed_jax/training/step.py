@@ -64,7 +64,7 @@ def gather(vectors_TD: Float[Array, "T D"], starts_N: Int[Array, "N"], count: in
 def gather_states(
     vectors_TD: Float[Array, "T D"], rows: Batch, starts_N: Int[Array, "N"], most: int
 ) -> tuple[Float[Array, "N R D"], Int[Array, "N"]]:
-    """Return the vectors of each item and their number, if all states are read: then vector t of a step is that of its token t.
+    """Return the vectors of each item and their number, for a model that reads all states: vector t of a step is that of token t.
 
     Args:
       rows: of a `TrainingBatch`.

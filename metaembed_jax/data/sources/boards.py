@@ -321,8 +321,8 @@ def retrieval(pairs: Sequence[dict]) -> records.Retrieval:
         for name in names:
             holders.setdefault(name, set()).add(number)
     random = np.random.default_rng(PAGE_SEED)
-    couples = {tuple(names[number] for number in random.permutation(len(names))[:2]) for names, _ in pages}
-    queries = [(name,) for name in sorted(holders)] + sorted(couples)
+    name_pairs = {tuple(names[number] for number in random.permutation(len(names))[:2]) for names, _ in pages}
+    queries = [(name,) for name in sorted(holders)] + sorted(name_pairs)
     relevance = [set.intersection(*(holders[name] for name in query)) for query in queries]
     return records.Retrieval(
         [{"text": SEPARATOR.join(query)} for query in queries], [{"image": image} for _, image in pages], relevance

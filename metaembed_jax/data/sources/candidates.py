@@ -19,7 +19,7 @@ LARGEST = 2.0**100  # a float32 holds it, and sums of some
 
 
 def read_numbers(scores: object, labels: object, count: int, columns: tuple[str, str] = NUMBERS) -> dict[str, list[float]]:
-    """Return "teacher_scores" and "labels" of a record, by the values of a row.
+    """Return "teacher_scores" and "labels" of a record from the values of a row.
 
     Args:
       scores: a list of a number for each candidate, null where the teacher gave none; null or empty for none at all.
@@ -28,7 +28,7 @@ def read_numbers(scores: object, labels: object, count: int, columns: tuple[str,
       columns: names of both, for errors.
 
     Raises:
-      UserError: they are something else.
+      UserError: a list has another length, or a value is not such a number.
     """
     numbers = {"teacher_scores": _teacher_scores(scores, count, columns[0]), "labels": _labels(labels, count, columns[1])}
     return {name: values for name, values in numbers.items() if values}
@@ -49,7 +49,7 @@ def _labels(values: object, count: int, column: str) -> list[float]:
 
 
 def further_positives(record: dict) -> list[dict]:
-    """Return the items of a record that are right answers next to its positive."""
+    """Return the negatives of a record that are right answers too."""
     weights = record.get("labels", ())
     return [item for item, weight in zip(record.get("negatives", ()), weights[1:], strict=False) if weight > 0]
 

@@ -176,8 +176,8 @@ class _Preparation:
         """
         rows, source = self.job.source.rows, self.final.parent
         if not unchanged and not set(marker["files"]) & set(_names(self.job.source)):
-            before = f"other files than {rows.files[0]}: {marker['files'][0]}" if marker["files"] else "mined negatives"
-            raise UserError(f"{source} is prepared already, from {before}; remove it, or choose another --out")
+            origin = f"other files than {rows.files[0]}: {marker['files'][0]}" if marker["files"] else "mined negatives"
+            raise UserError(f"{source} is prepared already, from {origin}; remove it, or choose another --out")
         changed = []
         for shard in range(self.job.shards):
             start, stop = self.job.bounds(shard)

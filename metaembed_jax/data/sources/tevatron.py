@@ -4,8 +4,8 @@
                query_id, query, positive_passages, negative_passages                                  such as Tevatron/wiki-ss-nq
     corpus     docid, image, text                                              Tevatron/colpali-corpus, Tevatron/wiki-ss-corpus
 
-Passages are objects with a `docid`. They may have a `score`, that of a teacher, as where Tevatron distils, and a `label`, the
-weight of a right answer; ids may be such objects too. Other columns are not read. (The columns are those that the Hub shows of
+Passages are objects with a `docid`. They may have a `score`, from the teacher that Tevatron distils, and a `label`, the weight
+of a right answer; ids may be such objects too. Other columns are not read. (The columns are those that the Hub shows of
 these sets, and that `src/tevatron/retriever/dataset.py` and `scripts/dataset_transform_scripts` of github.com/texttron/tevatron
 read and write.)
 
