@@ -53,18 +53,14 @@ def sweep(
       relevance: as in `relevance_matrix`.
       documents: N, if document_NRD is only this host's share.
       score: `(query_QRD, document_NRD, budget) -> [Q, N]`.
-      used: `(budget) -> (query vectors, document vectors)`, the mean numbers from which costs are counted; those of the budget by
-        default.
+      used: `(budget) -> (query vectors, document vectors)`, the mean numbers for costs; those of the budget by default.
 
     Raises:
       UserError: vectors of different widths, a budget beyond them, or as `metrics.gold_of`.
     """
-    shapes = tuple(query_QRD.shape), tuple(document_NRD.shape)
-    if len(shapes[0]) != 3 or len(shapes[1]) != 3 or shapes[0][2] != shapes[1][2]:
-        raise UserError(f"query vectors {shapes[0]} and document vectors {shapes[1]}: expected [items, vectors, D] of one D")
-    (queries, *query_shape), (held, document_vectors, dimension) = shapes
+    (queries, query_vectors, _), (held, document_vectors, dimension) = _shapes(query_QRD, document_NRD)
     total = held if documents is None else documents
-    largest = Budget(query_shape[0], document_vectors, dimension)
+    largest = Budget(query_vectors, document_vectors, dimension)
     budgets = by_cost((validate_budget(budget, largest) for budget in budgets), dimension)
     relevant_QN = relevance_matrix(relevance, (queries, total))
     has_query_N = relevant_QN.any(axis=0)
@@ -95,6 +91,18 @@ def sweep(
         replace(direction(forward, queries, total, side=1), failures=worst_queries(rankings, (name,))),
         direction(backward, int(has_query_N.sum()), queries, side=0),
     )
+
+
+def _shapes(query_QRD: np.ndarray, document_NRD: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of both.
+
+    Raises:
+      UserError: they are not [items, vectors, D] of one D.
+    """
+    shapes = tuple(query_QRD.shape), tuple(document_NRD.shape)
+    if len(shapes[0]) != 3 or len(shapes[1]) != 3 or shapes[0][2] != shapes[1][2]:
+        raise UserError(f"query vectors {shapes[0]} and document vectors {shapes[1]}: expected [items, vectors, D] of one D")
+    return shapes
 
 
 def _metrics_at(
