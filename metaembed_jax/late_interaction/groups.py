@@ -66,7 +66,7 @@ def validate_groups(groups: Sequence[Sequence[int]], largest: Budget) -> tuple[B
 
 
 def _holds(larger: Budget, smaller: Budget) -> bool:
-    """Return whether a budget has all the vectors and numbers of another."""
+    """Return whether `larger` has all the vectors and numbers of `smaller`."""
     is_as_wide = larger.numbers(UNBOUNDED) >= smaller.numbers(UNBOUNDED)
     return larger.query >= smaller.query and larger.document >= smaller.document and is_as_wide
 
@@ -93,5 +93,5 @@ def validate_budget(budget: Sequence[int], largest: Budget) -> Budget:
             f"expected at most {largest.query} of a query and {largest.document} of a document"
         )
     if largest.width and checked.width > largest.width:
-        raise UserError(f"budget {checked.sizes} has a width beyond the vectors', which have {largest.width} numbers each")
+        raise UserError(f"budget {checked.sizes} has a width beyond the vectors given; expected at most {largest.width} numbers")
     return checked

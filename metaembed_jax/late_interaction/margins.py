@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from metaembed_jax.late_interaction.chunks import CHUNK_BYTES, equal_chunks, split_chunks
 from metaembed_jax.late_interaction.groups import Budget
-from metaembed_jax.late_interaction.prefixes import unit_prefix
+from metaembed_jax.late_interaction.prefixes import cut
 from metaembed_jax.precision import float32_einsum
 
 # For wide vectors, reading all documents for each chunk of `CHUNK_BYTES` would cost more, so a chunk has as many query vectors as
@@ -52,20 +52,14 @@ def budget_margins(
     for width in dict.fromkeys(budget.width for budget in budgets):
         same_width = [budget for budget in budgets if budget.width == width]
         largest = same_width[-1]
-        cut = partial(_cut, width=width)
-        vectors = cut(query_BRD[:, : largest.query]), cut(document_NRD[:, : largest.document])
-        negatives = cut(negatives_BKRD[:, :, : largest.document])
+        vectors = cut(query_BRD[:, : largest.query], width), cut(document_NRD[:, : largest.document], width)
+        negatives = cut(negatives_BKRD[:, :, : largest.document], width)
         groups = tuple((budget.query, budget.document) for budget in same_width)
         margins_GBM: Any = score_margins(*vectors, negatives, positive_B, groups, chunk)  # custom_vjp loses the type
         if same_width == list(budgets):
             return margins_GBM
         margins |= zip(same_width, margins_GBM, strict=True)
     return jnp.stack([margins[budget] for budget in budgets])
-
-
-def _cut(x, width):
-    """Return `unit_prefix` in the vectors' own type: a TPU multiplies bfloat16 in one pass, and float32 in six."""
-    return unit_prefix(x, width).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from metaembed_jax.errors import UserError
 from metaembed_jax.late_interaction.groups import Budget
-from metaembed_jax.late_interaction.prefixes import unit_prefix
+from metaembed_jax.late_interaction.prefixes import cut
 from metaembed_jax.precision import float32_einsum
 
 
@@ -170,7 +170,7 @@ def positive_scores(
     """
     scores = []
     for r_q, r_c, width in budgets:
-        vectors = (unit_prefix(x, width).astype(x.dtype) for x in (query_bRD[:, :r_q], document_bJD[:, :r_c]))
+        vectors = (cut(x, width) for x in (query_bRD[:, :r_q], document_bJD[:, :r_c]))
         similarity_bRj = float32_einsum("brd,bjd->brj", *vectors)
         first_bR1 = similarity_bRj.argmax(2, keepdims=True)  # of equal similarities, the first has the gradient
         maximum_bR = jnp.take_along_axis(similarity_bRj, first_bR1, axis=2)[..., 0]

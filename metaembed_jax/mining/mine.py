@@ -30,7 +30,6 @@ from metaembed_jax.devices import describe_devices
 from metaembed_jax.errors import UserError
 from metaembed_jax.files import digest, locked, remove_folder, replacing
 from metaembed_jax.late_interaction.budgets import search_name
-from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.late_interaction.stages import Stages, as_stages, largest_budget
 from metaembed_jax.mining.blocks import BlockMiner, MinedBlock
 from metaembed_jax.mining.items import SourceDocuments, find_items
@@ -110,7 +109,7 @@ def mine_source(
         raise UserError(f"--model={model} reads all states; expected a model with Meta Tokens")
     if hosts.is_first():
         print(describe_devices(encoder.mesh, encoder.weight_bytes), flush=True)
-    largest = Budget(encoder.config.vectors("query"), encoder.config.vectors("document"), encoder.dimension)
+    largest = encoder.largest_budget
     stages = as_stages(largest[:2], largest) if budget is None else parse_search(budget, largest)
     names = {"source": source, "out": out, "data_dir": data_dir, "model": model, "step": best_step(model)}
     mine(Mining(selection=selection, stages=stages, **names), encoder)
