@@ -28,7 +28,7 @@ from metaembed_jax.errors import UserError
 def get_config(arg=None):
     """`one` is the first stage; without it, the second; `one_states` and `states` are the stages of the baseline."""
     if arg not in (None, "one", "one_states", "states"):
-        raise UserError(f"no stage {arg!r}: write boards:one or boards, boards:one_states or boards:states")
+        raise UserError(f"unknown stage {arg!r}; allowed: boards:one, boards, boards:one_states, boards:states")
     reads_states, is_one, tiny = arg in ("one_states", "states"), arg in ("one", "one_states"), load_config("tiny")
     steps, side = (400, 112) if is_one else (2000, 224)
     config = RunConfig(
