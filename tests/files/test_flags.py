@@ -53,7 +53,7 @@ def name_of(action):
 def test_every_flag_is_a_path_or_known_to_be_none():
     on_disks = {f"{command} {name_of(action)}" for command, action in PATHS if action.type is local_path}
     expected = {"prepare --from", "prepare --out", "eval --from", "index --input", "index --out", "search --index"}
-    expected |= {"search --image", "calibrate --index", "calibrate --queries", "upload --index"}
+    expected |= {"search --image", "calibrate --index", "calibrate --queries", "upload --index", "mine --data"}
     assert on_disks == expected
     for command, action in FLAGS:
         if action.type is None and action.choices is None:

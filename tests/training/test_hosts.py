@@ -47,7 +47,7 @@ def whole(data_dir, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("before, after, place", [(2, 1, "disk"), (1, 2, "bucket")])
+@pytest.mark.parametrize("before, after, place", [(2, 1, "disk"), pytest.param(1, 2, "bucket", marks=pytest.mark.slow)])
 def test_killed_and_resumed_on_another_number_of_hosts(whole, data_dir, tmp_path, bucket, before, after, place):
     run = tmp_path / "run" if place == "disk" else any_path(f"{BUCKET}/{tmp_path.name}")
     command = training(run, data_dir, **LONG)

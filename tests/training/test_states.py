@@ -38,6 +38,7 @@ def config(small_config):
     return with_keys(small_config, {**model, "name": "states", "objectives": objectives, "rows.size": (64, 72)})
 
 
+@pytest.mark.slow  # all of it compiles
 def test_any_mesh_and_rows_give_the_same_loss_and_gradients(config):
     planned = make_plan(config)
     loss, gradients = loss_and_gradients(config, one_device(), make_dataset(config, planned, shards=1)[0])

@@ -18,11 +18,12 @@ from metaembed_jax.evaluation.mmeb.reading import read_task
 from metaembed_jax.evaluation.mmeb.tasks import GROUPS, TASKS
 from metaembed_jax.evaluation.report import benchmark_names, write_report
 from metaembed_jax.evaluation.tables import format_tables
+from metaembed_jax.late_interaction.groups import Budget
 from metaembed_jax.results import Interval, SearchResults, TaskResults, from_json
 from tests.data.field_files import mmeb_test_rows, picture, write_mmeb_test, write_parquet
 from tests.evaluation.parsed_page import Page
 
-BUDGETS = ((1, 1), (16, 64))
+BUDGETS = (Budget(1, 1), Budget(16, 64))
 BY_NAME = {task.name: task for task in TASKS}
 
 
