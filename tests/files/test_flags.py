@@ -32,6 +32,7 @@ TEXTS = {
     "--last",
     "--to",
     "--collection",
+    "--out",  # of mine: the name of a source
 }
 
 
