@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MATMUL_SIDE = 4096
+REST_SECONDS = 0.3  # before a call: threads of BLAS and OpenMP spin for a while after one, on cores that the next side needs
 MATMUL_FLOPS = 2 * MATMUL_SIDE**3
 
 
@@ -19,6 +20,7 @@ def race(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
     seconds = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
+            time.sleep(REST_SECONDS)
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
